@@ -1,0 +1,27 @@
+"""Runs a click group and maps every error a user can meet to one line on stderr and an exit code."""
+
+import sys
+
+import click
+
+from shared.errors import ProjectError, Stopped
+from shared.threads import set_policy
+
+
+def run(group: click.Group) -> None:
+    """Run `group` on `sys.argv` and exit: 0 done, 1 failed, 2 the user's input, 3 stopped and resumable."""
+    set_policy()
+    try:
+        group.main(standalone_mode=False)
+    except ProjectError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else group.name
+        _fail(f"{error.format_message()}  (see: {command} --help)", 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("stopped; run the same command again to continue", Stopped.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)

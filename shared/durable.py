@@ -1,0 +1,214 @@
+"""Publishing files so that a reader sees the old state or the new one, also after a kill, a full disk or a power cut.
+
+The only module that publishes files, takes locks or measures free space. The order is: write a temporary file in the
+same folder, fsync it, rename it, fsync the folder. A record that says some data exist is published after the data.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from shared.errors import CorruptData, DiskFull, UserError
+
+TEMPORARY = ".tmp"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+Buffers = bytes | Sequence[Any]
+"""One bytes object, or several buffers (bytes, contiguous arrays) that are written one after the other."""
+
+
+def publish_bytes(path: Path, data: Buffers) -> None:
+    """Publish one file. Raises `DiskFull` when there is no room, and then leaves what was there before."""
+    publish_files({path: data})
+
+
+def publish_json(path: Path, value: Any) -> None:
+    """Publish `value` as indented JSON with sorted keys: equal values are equal bytes."""
+    publish_bytes(path, json_bytes(value))
+
+
+def publish_files(files: Mapping[Path, Buffers]) -> None:
+    """Publish several files; each appears whole or not at all. Folders are made as needed."""
+    temporary: list[Path] = []
+    try:
+        for path, data in files.items():
+            make_folder(path.parent)
+            temporary.append(path.with_name(path.name + TEMPORARY))
+            _write_synced(temporary[-1], data)
+        for path in files:
+            os.replace(path.with_name(path.name + TEMPORARY), path)
+        for folder in sorted({path.parent for path in files}):
+            fsync_folder(folder)
+    except OSError as error:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+        raise explain(error, files) from error
+
+
+@contextmanager
+def publish_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on leaving, fsync all of it and rename it to `path`, which must not exist."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    make_folder(path.parent)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary, topdown=False):
+            for name in names:
+                fsync_file(Path(folder, name))
+            fsync_folder(Path(folder))
+        os.rename(temporary, path)
+        fsync_folder(path.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise explain(error, [path]) from error
+        raise
+
+
+def json_bytes(value: Any) -> bytes:
+    """Canonical JSON: sorted keys, two-space indent, no NaN, a newline at the end."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file strictly: duplicate keys, NaN and numbers out of range are errors.
+
+    Raises `CorruptData` when it does not parse, and `FileNotFoundError` when it is not there.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+        return dict(pairs)
+
+    def finite(text: str) -> float:
+        value = float(text)
+        if value in (float("inf"), float("-inf")):
+            raise ValueError(f"number out of range: {text}")
+        return value
+
+    def refuse(text: str) -> None:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=unique, parse_float=finite, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise CorruptData(f"{path}: not valid JSON ({error}); restore the file or make its folder again") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make `path` and its parents, each one's entry durable in its parent."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+
+
+def fsync_file(path: Path) -> None:
+    """Force a file's content to disk."""
+    _fsync(path, os.O_RDONLY)
+
+
+def fsync_folder(path: Path) -> None:
+    """Force a folder's entries to disk."""
+    _fsync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+@contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path`; the kernel releases it when the holder dies.
+
+    Raises `UserError` at once when another process holds it, and when the folder cannot be written.
+    """
+    try:
+        make_folder(path.parent)
+        held = FileLock(path, timeout=0, thread_local=False)
+        held.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{what} is locked: another process is writing {path.parent}; wait for it or stop it"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed writer left behind. Call it only while holding the folder's lock."""
+    for path in list(folder.rglob("*" + TEMPORARY)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes a normal user may still write on the disk that holds `path` (or its nearest existing parent)."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def require_space(path: Path, needed: int, what: str) -> None:
+    """Raise `UserError` when `needed` bytes do not fit on the disk of `path`."""
+    free = free_bytes(path)
+    if needed > free:
+        raise UserError(
+            f"no room for {what} in {path}: it needs {needed:,} bytes and {free:,} are free; "
+            "free some space, choose another folder, or ask for less"
+        )
+
+
+def explain(error: OSError, paths: Mapping[Path, Buffers] | Sequence[Path]) -> Exception:
+    """`DiskFull` with path, needed and free bytes when that is what `error` means; otherwise `error` itself."""
+    first = next(iter(paths))
+    if error.errno not in _FULL:
+        return error
+    needed = sum(_size(data) for data in paths.values()) if isinstance(paths, Mapping) else None
+    size = f"{needed:,} bytes needed, " if needed is not None else ""
+    return DiskFull(
+        f"disk full while writing {error.filename or first}: {size}{free_bytes(first.parent):,} bytes free "
+        f"({os.strerror(error.errno)}); free some space and run the same command again"
+    )
+
+
+def _size(data: Buffers) -> int:
+    return sum(memoryview(part).nbytes for part in _parts(data))
+
+
+def _parts(data: Buffers) -> Sequence[Any]:
+    return [data] if isinstance(data, bytes) else data
+
+
+def _write_synced(path: Path, data: Buffers) -> None:
+    with open(path, "wb", buffering=0) as file:
+        for part in _parts(data):
+            view = memoryview(part).cast("B")
+            while view:
+                view = view[file.write(view) :]
+        os.fsync(file.fileno())
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        with suppress(OSError):
+            os.close(descriptor)

@@ -1,0 +1,411 @@
+"""The store format: what its records say and where its bytes lie. Pure; nothing here touches a disk.
+
+    cache/tiny-L8-3f9c21/
+      request.json             what was asked for; the folder's name ends in its digest
+      plan.json                what the store will hold, known before a model is loaded: segments, packing, tokens
+      store.json               the finished store: widths, blocks, statistics; written last
+      activations.zarr/        Zarr v3: tokens, strata/<start>-<stop>/{source,target,position,sequence}
+      ledger/000000.json       one record per committed block: size and crc32c of every shard file
+      statistics.safetensors   means and variances per dimension
+      tokenizer/
+
+An array's rows lie block after block. Every block puts the same number of rows into an array, and a block is one or
+more shard files, so a shard file is a pure function of its block's number. A shard file is
+`rows in C order | index | crc32c of the index`, the layout of Zarr's `sharding_indexed` codec with one raw inner
+chunk after the other: a memory map at offset 0 is exact, and stock readers get partial reads.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, model_validator
+
+from shared.config import Config
+from shared.strata import QUANTUM, Stratum, make_strata
+
+FORMAT_VERSION = 1
+INNER_ROWS = 256
+MAX_SHARD_BYTES = 128 * 2**20
+
+REQUEST, PLAN, STORE = "request.json", "plan.json", "store.json"
+ARRAYS, LEDGER, TOKENIZER, STATISTICS = "activations.zarr", "ledger", "tokenizer", "statistics.safetensors"
+TOKENS = "tokens"
+
+StorageType = Literal["bfloat16", "float16", "float32"]
+MAX_CONTEXT = 2**16
+"""Positions are stored as uint16."""
+
+STORAGE_DTYPES: dict[str, str] = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
+"""The Zarr type that holds each storage type: zarr has no bfloat16, so its bits are kept as uint16."""
+
+
+def _below(name: str) -> str:
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError(f"{name!r} is not the path of a file below the store")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_below)]
+"""A relative path with no way up: a record can name nothing outside its store."""
+
+
+class ModelIdentity(Config):
+    """Which weights computed the activations."""
+
+    name: str
+    """A hub name, or the name of a local folder."""
+    revision: str | None
+    """The hub's commit, resolved; none for a local folder."""
+    weights: str
+    """SHA-256 over the configuration and the weight files."""
+    dtype: StorageType
+    """The type the forward pass ran in."""
+    device: Literal["cpu", "cuda"]
+    """The kind of device it ran on."""
+
+
+class CorpusIdentity(Config):
+    """Which text was read, and how it became windows."""
+
+    name: str
+    """`embedded`, a hub name, or the names of local files."""
+    digest: str
+    """SHA-256 over the documents, or over the files, or over a hub data set's name, revision, split and column."""
+    column: str | None
+    """The column of text, chat messages or token ids; none for the embedded corpus."""
+    kind: Literal["text", "messages", "input_ids"]
+    order: Literal["shuffled", "as_read"]
+    """Whether documents were permuted before packing (a stream is taken as read); windows are always permuted."""
+    separator: str | None
+    """The token between documents, none for no separator."""
+
+
+class StoreRequest(Config):
+    """All that determines a store's bytes, except the number of tokens."""
+
+    format_version: int = FORMAT_VERSION
+    label: str
+    """The preset's name, or the user's; the start of the folder's name."""
+    model: ModelIdentity
+    tokenizer: str
+    """SHA-256 over the tokenizer's files."""
+    corpus: CorpusIdentity
+    context_size: int = Field(ge=1, le=MAX_CONTEXT)
+    """Tokens per window, BOS included."""
+    layer: int
+    source_hook: str
+    target_hook: str
+    edges: tuple[int, ...]
+    keep: dict[int, float]
+    """Share of a stratum's rows that is stored, by the stratum's first position."""
+    storage: StorageType
+    block_sequences: int = Field(ge=1)
+    held_out_blocks: int = Field(ge=0)
+    batch_sequences: int = Field(ge=1)
+    """Windows per forward pass: the shape of a matrix product can change its last bits."""
+    seed: int
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        make_strata(self.edges, self.keep, self.context_size, self.block_sequences)
+        if self.block_sequences > INNER_ROWS and self.block_sequences % INNER_ROWS:
+            raise ValueError(f"block_sequences must be a multiple of {INNER_ROWS} or less, got {self.block_sequences}")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the canonical JSON of the request."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def folder(self) -> str:
+        """The store's folder in the cache, for example `tiny-L8-3f9c21`."""
+        return f"{self.label}-L{self.layer}-{self.digest[:6]}"
+
+    @property
+    def strata(self) -> tuple[Stratum, ...]:
+        """The strata of every block, in order of position."""
+        return make_strata(self.edges, self.keep, self.context_size, self.block_sequences)
+
+
+class FileRecord(Config):
+    """The size and checksum of one file."""
+
+    bytes: int = Field(ge=0)
+    crc32c: str = Field(pattern="^[0-9a-f]{8}$")
+
+
+class PackingCounts(Config):
+    """Where every token of the corpus went: read = kept + held out + left over."""
+
+    documents: int
+    held_out_documents: int
+    tokens_read: int
+    """Tokens of the documents that were read, separators included, BOS excluded."""
+    tokens_kept: int
+    tokens_held_out: int
+    tokens_left_over: int
+    """Read, but not enough for another whole block, or past a held-out block's end."""
+
+
+class StorePlan(Config):
+    """What the store will hold, exact before any model is loaded."""
+
+    request: str
+    """Digest of the request."""
+    segments: tuple[int, ...]
+    """Training blocks per segment; each segment's windows were permuted on their own. Held-out blocks come first."""
+    packing: tuple[PackingCounts, ...]
+    """One entry per segment."""
+    token_files: dict[FileName, FileRecord]
+    """The shard files of `tokens`, by path below the Zarr root."""
+
+    @property
+    def training_blocks(self) -> int:
+        """Blocks that are not held out."""
+        return sum(self.segments)
+
+
+class LedgerRecord(Config):
+    """One committed block."""
+
+    block: int
+    d_in: int = Field(ge=1)
+    d_out: int = Field(ge=1)
+    files: dict[FileName, FileRecord]
+    """Shard files by path below the Zarr root."""
+    moments: FileRecord
+    """The block's statistics, `ledger/<block>.moments.safetensors`."""
+
+
+class NormSummary(Config):
+    """The size of the rows of one stratum (or overall), one side."""
+
+    mean_squared_norm: float
+    norm_quantiles: dict[str, float]
+    """Quantiles of the Euclidean norm, by share; from a histogram of 1/64 octave, so within 1.1 %."""
+    mean_to_deviation: float
+    """Norm of the mean over root of the summed variance: above 1, the mean dominates."""
+    outlier_rows: int
+    """Rows with a norm above 10 times the median."""
+
+
+class StratumSummary(Config):
+    """One stratum of a finished store, over its training blocks."""
+
+    start: int
+    stop: int
+    rows: int
+    natural_rows: int
+    """Rows the model computed; natural_rows / rows is the weight that restores natural frequencies."""
+    source: NormSummary
+    target: NormSummary
+
+
+class StoreRecord(Config):
+    """A finished store: `store.json`."""
+
+    format_version: int
+    request: StoreRequest
+    plan: StorePlan
+    d_in: int = Field(ge=1)
+    d_out: int = Field(ge=1)
+    blocks: int = Field(ge=0)
+    """All blocks, the held-out ones (which come first) included."""
+    strata: tuple[StratumSummary, ...]
+    overall: StratumSummary
+    """At natural frequencies, without position 0."""
+    files: dict[FileName, FileRecord]
+    """Statistics and tokenizer files, by path below the store."""
+    software: dict[str, str]
+    """Versions that produced the bytes."""
+
+    @property
+    def training_blocks(self) -> range:
+        """The blocks to train on."""
+        return range(self.request.held_out_blocks, self.blocks)
+
+    @property
+    def calibration_blocks(self) -> range:
+        """The held-out blocks that thresholds are calibrated on; empty when fewer than two are held out."""
+        return range(self.request.held_out_blocks // 2)
+
+    @property
+    def report_blocks(self) -> range:
+        """The held-out blocks that figures are reported on."""
+        return range(self.request.held_out_blocks // 2, self.request.held_out_blocks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArraySpec:
+    """One array of the store: its type, and how its rows are cut into shard files."""
+
+    path: str
+    """Below the Zarr root, for example `strata/004-016/source`."""
+    dtype: str
+    """A numpy and Zarr type name."""
+    width: int | None
+    """Values per row; none for an array of one dimension."""
+    rows_per_block: int
+    dimension_names: tuple[str, ...]
+    attributes: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` unless a block is whole inner chunks."""
+        if self.rows_per_block < 1 or self.rows_per_block % self.inner_rows:
+            raise ValueError(
+                f"{self.path}: rows per block must be 1 to {INNER_ROWS} or a multiple of it, got {self.rows_per_block}"
+            )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes per row."""
+        return np.dtype(self.dtype).itemsize * (self.width or 1)
+
+    @property
+    def inner_rows(self) -> int:
+        """Rows per inner chunk."""
+        return min(INNER_ROWS, self.rows_per_block)
+
+    @property
+    def rows_per_shard(self) -> int:
+        """The most rows that divide a block, are a multiple of the inner chunk and stay within `MAX_SHARD_BYTES`."""
+        chunks = self.rows_per_block // self.inner_rows
+        most = max(1, MAX_SHARD_BYTES // (self.inner_rows * self.row_bytes))
+        return self.inner_rows * next(n for n in range(min(chunks, most), 0, -1) if chunks % n == 0)
+
+    @property
+    def shards_per_block(self) -> int:
+        """Shard files per block."""
+        return self.rows_per_block // self.rows_per_shard
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of rows in one shard file; the index follows."""
+        return self.rows_per_shard * self.row_bytes
+
+    @property
+    def shard_bytes(self) -> int:
+        """Exact size of one shard file."""
+        return self.payload_bytes + len(self.footer())
+
+    def shard_path(self, shard: int) -> str:
+        """A shard file's path below the Zarr root."""
+        return f"{self.path}/c/{shard}" + ("" if self.width is None else "/0")
+
+    def block_shards(self, block: int) -> range:
+        """The numbers of a block's shard files."""
+        return range(block * self.shards_per_block, (block + 1) * self.shards_per_block)
+
+    def footer(self) -> bytes:
+        """The index of a shard file (offset and size of every inner chunk, uint64) and its crc32c."""
+        chunk = self.inner_rows * self.row_bytes
+        offsets = np.arange(self.rows_per_shard // self.inner_rows, dtype="<u8") * np.uint64(chunk)
+        index = np.stack([offsets, np.full_like(offsets, chunk)], axis=1).tobytes()
+        return index + google_crc32c.value(index).to_bytes(4, "little")
+
+    def shard_buffers(self, rows: NDArray[Any]) -> list[list[Any]]:
+        """The buffers of each shard file that together hold one block's `rows`.
+
+        Raises `ValueError` when `rows` is not one block of this array.
+        """
+        shape = (self.rows_per_block,) if self.width is None else (self.rows_per_block, self.width)
+        if rows.shape != shape or rows.dtype != np.dtype(self.dtype):
+            raise ValueError(f"{self.path}: a block is {self.dtype} {shape}, got {rows.dtype} {rows.shape}")
+        rows = np.ascontiguousarray(rows)
+        step, footer = self.rows_per_shard, self.footer()
+        return [[rows[i : i + step], footer] for i in range(0, self.rows_per_block, step)]
+
+    def metadata(self, blocks: int) -> dict[str, Any]:
+        """The array's `zarr.json` when `blocks` blocks are committed."""
+        wide = [] if self.width is None else [self.width]
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        sharding = {
+            "chunk_shape": [self.inner_rows, *wide],
+            "codecs": [little],
+            "index_codecs": [little, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [blocks * self.rows_per_block, *wide],
+            "data_type": self.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.rows_per_shard, *wide]}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": 0 if np.dtype(self.dtype).kind in "iu" else 0.0,
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "dimension_names": list(self.dimension_names),
+            "attributes": dict(self.attributes),
+        }
+
+
+def group_metadata() -> dict[str, Any]:
+    """The `zarr.json` of a group."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": {}}
+
+
+def tokens_spec(request: StoreRequest) -> ArraySpec:
+    """The array of token windows [sequences, context]."""
+    return ArraySpec(
+        path=TOKENS,
+        dtype="int32",
+        width=request.context_size,
+        rows_per_block=request.block_sequences,
+        dimension_names=("sequence", "position"),
+    )
+
+
+def stratum_specs(request: StoreRequest, stratum: Stratum, d_in: int, d_out: int) -> dict[str, ArraySpec]:
+    """The four arrays of a stratum, by name."""
+    kind = STORAGE_DTYPES[request.storage]
+    marks = (("torch_dtype", request.storage),)
+
+    def spec(
+        name: str, dtype: str, width: int | None = None, attributes: tuple[tuple[str, str], ...] = ()
+    ) -> ArraySpec:
+        return ArraySpec(
+            path=f"strata/{stratum.name}/{name}",
+            dtype=dtype,
+            width=width,
+            rows_per_block=stratum.rows,
+            dimension_names=("row",) if width is None else ("row", f"{name}_dimension"),
+            attributes=attributes,
+        )
+
+    return {
+        "source": spec("source", kind, d_in, (*marks, ("hook_name", request.source_hook))),
+        "target": spec("target", kind, d_out, (*marks, ("hook_name", request.target_hook))),
+        "position": spec("position", "uint16"),
+        "sequence": spec("sequence", "uint32"),
+    }
+
+
+def store_specs(request: StoreRequest, d_in: int, d_out: int) -> list[ArraySpec]:
+    """All arrays that blocks write, in order of stratum."""
+    return [spec for s in request.strata for spec in stratum_specs(request, s, d_in, d_out).values()]
+
+
+def block_bytes(request: StoreRequest, d_in: int, d_out: int) -> int:
+    """Exact bytes of one block's shard files, its tokens included."""
+    specs = [tokens_spec(request), *store_specs(request, d_in, d_out)]
+    return sum(spec.shards_per_block * spec.shard_bytes for spec in specs)
+
+
+def record_path(block: int) -> str:
+    """A ledger record's path below the store."""
+    return f"{LEDGER}/{block:06d}.json"
+
+
+def moments_path(block: int) -> str:
+    """The path of a block's statistics below the store."""
+    return f"{LEDGER}/{block:06d}.moments.safetensors"
+
+
+assert QUANTUM % INNER_ROWS == 0, "a block's rows must be whole inner chunks"

@@ -1,0 +1,323 @@
+"""Opens a finished store: checks its records and every shard's size and index, and maps its rows.
+
+Reads only what the records name, below the store's own folder. No torch here.
+"""
+
+import mmap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from shared.config import read_record
+from shared.durable import read_json
+from shared.errors import CorruptData, UserError
+from shared.layout import (
+    ARRAYS,
+    FORMAT_VERSION,
+    PLAN,
+    REQUEST,
+    STATISTICS,
+    STORE,
+    TOKENIZER,
+    ArraySpec,
+    FileRecord,
+    LedgerRecord,
+    StorePlan,
+    StoreRecord,
+    StoreRequest,
+    moments_path,
+    record_path,
+    stratum_specs,
+    tokens_spec,
+)
+from shared.strata import Stratum
+
+Rows = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideStatistics:
+    """Mean and variance per dimension, float64 [d]."""
+
+    mean: NDArray[np.float64]
+    variance: NDArray[np.float64]
+
+
+class MappedArray:
+    """One array of the store as memory maps, one per shard file, opened at first use.
+
+    Maps are private and advised `MADV_RANDOM`, so that a run of rows is read and nothing beside it.
+    """
+
+    def __init__(self, root: Path, spec: ArraySpec, blocks: int) -> None:
+        self.spec = spec
+        self.rows = blocks * spec.rows_per_block
+        self._root = root
+        self._maps: dict[int, tuple[mmap.mmap, Rows]] = {}
+
+    def shard(self, number: int) -> Rows:
+        """The rows of one shard file, a read-only view."""
+        return self._map(number)[1]
+
+    def read(self, start: int, stop: int, out: Rows) -> None:
+        """Copy rows `start:stop` into `out`; they may lie in several shard files."""
+        filled = 0
+        for number, low, high in self._spans(start, stop):
+            out[filled : filled + high - low] = self.shard(number)[low:high]
+            filled += high - low
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Ask the kernel to read rows `start:stop` ahead."""
+        page = mmap.PAGESIZE
+        for number, low, high in self._spans(start, stop):
+            first = low * self.spec.row_bytes // page * page
+            self._map(number)[0].madvise(mmap.MADV_WILLNEED, first, high * self.spec.row_bytes - first)
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        size = self.spec.rows_per_shard
+        while start < stop:
+            number, low = divmod(start, size)
+            high = min(size, low + stop - start)
+            yield number, low, high
+            start += high - low
+
+    def _map(self, number: int) -> tuple[mmap.mmap, Rows]:
+        if number not in self._maps:
+            with open(self._root / self.spec.shard_path(number), "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+            mapped.madvise(mmap.MADV_RANDOM)
+            rows = np.frombuffer(mapped, dtype=self.spec.dtype, count=self.spec.payload_bytes // self._item)
+            self._maps[number] = mapped, rows if self.spec.width is None else rows.reshape(-1, self.spec.width)
+        return self._maps[number]
+
+    @property
+    def _item(self) -> int:
+        return np.dtype(self.spec.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StratumRows:
+    """The rows of one stratum: four arrays over the same rows, block after block."""
+
+    stratum: Stratum
+    source: MappedArray
+    target: MappedArray
+    position: MappedArray
+    sequence: MappedArray
+
+
+class Store:
+    """A finished store, checked and mapped."""
+
+    def __init__(self, path: Path, record: StoreRecord) -> None:
+        self.path = path
+        self.record = record
+        self.request = record.request
+
+    @classmethod
+    def open(cls, path: Path) -> "Store":
+        """Open the store at `path`; checks its records, and the size and index of every shard file.
+
+        Raises `UserError` when `path` is no finished store of a format this version reads, and `CorruptData` when a
+        file is not what the records say.
+        """
+        store = cls(path, read_store_record(path))
+        for _, spec, shard in store._shards():
+            check_shard(path / ARRAYS, spec, shard)
+        for array in [spec for spec, _ in store.arrays()]:
+            check_metadata(path / ARRAYS, array, store.record.blocks)
+        for name, file in store.record.files.items():
+            check_size(path / name, file)
+        return store
+
+    @cached_property
+    def strata(self) -> dict[str, StratumRows]:
+        """Mapped rows by stratum name, in order of position."""
+        record, root = self.record, self.path / ARRAYS
+        return {
+            s.name: StratumRows(
+                stratum=s,
+                **{
+                    name: MappedArray(root, spec, record.blocks)
+                    for name, spec in stratum_specs(self.request, s, record.d_in, record.d_out).items()
+                },
+            )
+            for s in self.request.strata
+        }
+
+    @cached_property
+    def tokens(self) -> MappedArray:
+        """Token windows [sequences, context]."""
+        return MappedArray(self.path / ARRAYS, tokens_spec(self.request), self.record.blocks)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder with the tokenizer's files."""
+        return self.path / TOKENIZER
+
+    @cached_property
+    def statistics(self) -> dict[str, dict[str, SideStatistics]]:
+        """By stratum name (or `overall`) and side (`source`, `target`), over the training blocks."""
+        try:
+            tensors = load_file(self.path / STATISTICS)
+        except SafetensorError as error:
+            raise CorruptData(f"{self.path / STATISTICS}: {error}; run the same harvest again") from error
+        return {
+            name: {
+                side: SideStatistics(mean=tensors[f"{name}/{side}/mean"], variance=tensors[f"{name}/{side}/variance"])
+                for side in ("source", "target")
+            }
+            for name in ["overall", *(s.name for s in self.request.strata)]
+        }
+
+    def arrays(self) -> Iterator[tuple[ArraySpec, int]]:
+        """Every array and its number of blocks."""
+        yield tokens_spec(self.request), self.record.blocks
+        for stratum in self.request.strata:
+            for spec in stratum_specs(self.request, stratum, self.record.d_in, self.record.d_out).values():
+                yield spec, self.record.blocks
+
+    def verify(self, workers: int = 2) -> Iterator[tuple[str, str | None]]:
+        """Read every file once and compare its crc32c with the record.
+
+        Yields (path below the store, what is wrong or None) for each.
+        """
+        ledger = dict(self.record.files)
+        ledger |= {f"{ARRAYS}/{name}": file for name, file in self.record.plan.token_files.items()}
+        for block in range(self.record.blocks):
+            record = read_ledger(self.path, block)
+            ledger |= {f"{ARRAYS}/{name}": file for name, file in record.files.items()}
+            ledger[moments_path(block)] = record.moments
+        with ThreadPoolExecutor(workers) as pool:
+            faults = pool.map(lambda item: fault(self.path / item[0], item[1]), ledger.items())
+            yield from zip(ledger, faults, strict=True)
+
+    def _shards(self) -> Iterator[tuple[int, ArraySpec, int]]:
+        for spec, blocks in self.arrays():
+            for block in range(blocks):
+                for shard in spec.block_shards(block):
+                    yield block, spec, shard
+
+
+def read_store_record(path: Path) -> StoreRecord:
+    """`store.json` of the store at `path`. Raises `UserError` when there is no finished store."""
+    if not path.is_dir():
+        raise UserError(f"no store at {path}: no such folder; harvest one first, or pass --store FOLDER")
+    if not (path / STORE).is_file():
+        if (path / REQUEST).is_file():
+            raise UserError(f"{path} is unfinished ({progress(path)}); run the same harvest again to finish it")
+        raise UserError(f"{path} is not a store: it has no {STORE}; harvest one first, or pass --store FOLDER")
+    data = read_json(path / STORE)
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(f"{path}: written by format {version}, this reads <= {FORMAT_VERSION}; upgrade")
+    return read_record(StoreRecord, data, path / STORE)
+
+
+def read_request(path: Path) -> StoreRequest:
+    """`request.json` of the store at `path`."""
+    return read_record(StoreRequest, read_json(path / REQUEST), path / REQUEST)
+
+
+def read_plan(path: Path) -> StorePlan:
+    """`plan.json` of the store at `path`."""
+    return read_record(StorePlan, read_json(path / PLAN), path / PLAN)
+
+
+def read_ledger(path: Path, block: int) -> LedgerRecord:
+    """A committed block's record. Raises `CorruptData` when it is missing."""
+    file = path / record_path(block)
+    if not file.is_file():
+        raise CorruptData(f"{file} is missing; run the same harvest again to make block {block} anew")
+    return read_record(LedgerRecord, read_json(file), file)
+
+
+def progress(path: Path) -> str:
+    """How far an unfinished store has come, in words."""
+    if not (path / PLAN).is_file():
+        return "packing"
+    blocks = read_request(path).held_out_blocks + read_plan(path).training_blocks
+    return f"{sum((path / record_path(block)).is_file() for block in range(blocks))} of {blocks} blocks"
+
+
+def check_shard(root: Path, spec: ArraySpec, shard: int) -> None:
+    """Raise `CorruptData` unless the shard file has its exact size and index."""
+    path, footer = root / spec.shard_path(shard), spec.footer()
+    if path.is_symlink():
+        raise CorruptData(f"{path} is a symbolic link; a store holds regular files only")
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = file.seek(0, 2)
+            if size != spec.shard_bytes:
+                raise CorruptData(f"{path}: {size:,} bytes, expected {spec.shard_bytes:,}; {_remedy(spec, shard)}")
+            file.seek(-len(footer), 2)
+            if file.read() != footer:
+                raise CorruptData(f"{path}: its index does not match its layout; {_remedy(spec, shard)}")
+    except FileNotFoundError as error:
+        raise CorruptData(f"{path} is missing; {_remedy(spec, shard)}") from error
+
+
+def check_metadata(root: Path, spec: ArraySpec, blocks: int) -> None:
+    """Raise `CorruptData` unless the array's `zarr.json` says what the records say; a longer `shape` is allowed."""
+    path = root / spec.path / "zarr.json"
+    if not path.is_file():
+        raise CorruptData(f"{path} is missing; run the same harvest again to write it anew")
+    found, expected = read_json(path), spec.metadata(blocks)
+    shape = found.get("shape") if isinstance(found, dict) else None
+    if isinstance(shape, list) and shape and isinstance(shape[0], int) and shape[0] >= expected["shape"][0]:
+        expected["shape"][0] = shape[0]
+    if found != expected:
+        wrong = next((k for k in expected if not isinstance(found, dict) or found.get(k) != expected[k]), "keys")
+        got = found.get(wrong) if isinstance(found, dict) else found
+        raise CorruptData(f"{path}: {wrong} is {got}, the store's records say {expected.get(wrong)}; restore the file")
+
+
+def check_size(path: Path, record: FileRecord) -> None:
+    """Raise `CorruptData` unless the file exists with its recorded size."""
+    if not path.is_file() or path.is_symlink():
+        raise CorruptData(f"{path} is missing; run the same harvest again to write it anew")
+    if (size := path.stat().st_size) != record.bytes:
+        raise CorruptData(f"{path}: {size:,} bytes, expected {record.bytes:,}; run the same harvest again")
+
+
+def fault(path: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file, by size and crc32c, or None."""
+    if path.is_symlink() or not path.is_file():
+        return "missing"
+    if (size := path.stat().st_size) != record.bytes:
+        return f"{size:,} bytes, ledger says {record.bytes:,}"
+    found = file_crc32c(path)
+    return None if found == record.crc32c else f"crc32c {found}, ledger says {record.crc32c}"
+
+
+def file_crc32c(path: Path) -> str:
+    """crc32c of a file's content, eight hexadecimal digits."""
+    value = 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(1 << 22):
+            value = google_crc32c.extend(value, chunk)
+    return f"{value:08x}"
+
+
+def buffers_record(buffers: list[Any]) -> FileRecord:
+    """The record of a file that consists of `buffers`, one after the other."""
+    value, size = 0, 0
+    for part in buffers:
+        data = np.frombuffer(part, np.uint8)
+        data.flags.writeable = False  # google_crc32c refuses writable buffers
+        value, size = google_crc32c.extend(value, data), size + data.nbytes
+    return FileRecord(bytes=size, crc32c=f"{value:08x}")
+
+
+def _remedy(spec: ArraySpec, shard: int) -> str:
+    block = shard // spec.shards_per_block
+    return f"to harvest block {block} again, remove {STORE} and {record_path(block)} and run the same harvest"

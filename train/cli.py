@@ -1,0 +1,99 @@
+"""`python -m train run|resume|evaluate`: parses, builds, runs."""
+
+import json
+from pathlib import Path
+
+import click
+
+from shared.config import build
+
+
+@click.group(name="python -m train")
+def main() -> None:
+    """Train transcoders from a store of activations, with no LLM in memory."""
+
+
+@main.command()
+@click.argument("preset", default="tiny")
+@click.option("--store", required=True, type=click.Path(path_type=Path), help="A finished store (a folder).")
+@click.option("--config", "file", type=click.Path(path_type=Path), help="A TOML file that replaces the preset.")
+@click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Where runs are kept.")
+@click.option("--name", help="The run's folder in --runs; default: the preset's name and the next free number.")
+@click.option("--steps", type=int, help="Optimiser steps.")
+@click.option("--seed", type=int, help="Seed of the initial weights and the order of rows.")
+@click.option("--init-from", type=click.Path(path_type=Path), help="A run whose newest weights to start from.")
+@click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
+@click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
+def run(
+    preset: str,
+    store: Path,
+    file: Path | None,
+    runs: Path,
+    name: str | None,
+    steps: int | None,
+    seed: int | None,
+    init_from: Path | None,
+    assignments: tuple[str, ...],
+    force: bool,
+) -> None:
+    """Train a transcoder. Prints the run's path as its last line."""
+    from train.settings import Settings, load_settings
+
+    short = [f"{key}={value}" for key, value in (("steps", steps), ("seed", seed)) if value is not None]
+    raw = load_settings(preset, file, [*assignments, *short])
+    settings = build(Settings, raw, str(file) if file else f"preset {preset}")
+    from shared.store import Store
+    from train.loop import start
+
+    opened = Store.open(store)
+    path = runs / (name or _free_name(runs, file.stem if file else preset))
+    start(opened, settings, path, init_from, force)
+    _summarise(path)
+    click.echo(path)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
+def resume(run: Path, store: Path | None) -> None:
+    """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit."""
+    from train.loop import resume as resume_run
+
+    resume_run(run, store)
+    _summarise(run)
+    click.echo(run)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--store", type=click.Path(path_type=Path), help="Another store to evaluate on; default: the run's.")
+@click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
+@click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool) -> None:
+    """Held-out figures of a checkpoint, by stratum and prefix. Changes nothing."""
+    from train.loop import evaluate_run
+    from train.tables import print_evaluation
+
+    found, evaluation, map_fvu = evaluate_run(run, store, step, linear)
+    if as_json:
+        extra = {"linear_fvu": map_fvu} if linear else {}
+        click.echo(json.dumps({"step": found.step} | evaluation.model_dump(mode="json") | extra, indent=2))
+    else:
+        print_evaluation(evaluation, f"{run}, step {found.step}", map_fvu)
+
+
+def _free_name(runs: Path, preset: str) -> str:
+    return next(name for i in range(1, 10**6) if not (runs / (name := f"{preset}-{i:03d}")).exists())
+
+
+def _summarise(run: Path) -> None:
+    """The last held-out figures of the run, on stderr."""
+    from train.evaluate import Evaluation
+    from train.metrics import METRICS
+    from train.tables import print_evaluation
+
+    rows = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+    last = next((row for row in reversed(rows) if "held_out" in row), None)
+    if last:
+        print_evaluation(Evaluation.model_validate(last["held_out"]), f"{run}, step {last['step']}", None, stderr=True)

@@ -1,0 +1,267 @@
+"""Held-out evaluation: calibrated thresholds, and fvu, explained variance and l0 by stratum and by prefix.
+
+Changes nothing: no counter, no threshold, no batch of the training stream. The headline is at natural frequencies,
+without position 0: strata are weighted by the rows that the model computed, and the position-0 stratum is left out.
+
+    fvu                 sum (y - y_hat)^2 / sum (y - mean_rows(y))^2, the mean per output dimension
+    explained variance  1 - var(y - y_hat) / var(y), per dimension and summed: a constant error costs nothing
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from shared.config import Config
+from shared.store import Store
+from train import sparsity
+from train.rows import BatchReader, HeldOutChunk, RowsConfig, held_out_rows
+from train.sparsity import Active
+from train.transcoder import BatchTopK, JumpReLU, TopK, Transcoder
+
+
+class EvaluationConfig(Config):
+    """When a run looks at held-out rows."""
+
+    every: int = Field(1000, ge=1)
+    """Steps between evaluations; the last step always makes one."""
+    chunk_rows: int = Field(1024, ge=1)
+    """Rows per forward."""
+
+
+class Part(Config):
+    """Figures over some rows, under some prefix."""
+
+    rows: float
+    """Rows, at natural frequencies where strata are put together."""
+    fvu: float
+    explained_variance: float
+    l0: float
+    """Active latents per row by threshold."""
+
+
+class StratumPart(Part):
+    """One stratum."""
+
+    l0_training_rule: float | None
+    """Active latents per row by the rule of training, on batches of the natural mixture; none: no rows drawn."""
+    prefixes: dict[int, Part]
+
+
+class Evaluation(Config):
+    """What `evaluate` found; the headline figures are those of the whole transcoder."""
+
+    fvu: float
+    explained_variance: float
+    l0: float
+    """By threshold: what inference uses."""
+    l0_training_rule: float
+    """By the rule of training."""
+    fvu_training_rule: float
+    threshold: float
+    """Mean over latents, in units of the pre-activations."""
+    dead_share: float
+    """Latents that fire on none of these rows by threshold."""
+    rows: int
+    prefixes: dict[int, Part]
+    strata: dict[str, StratumPart]
+
+
+@dataclass
+class Sums:
+    """Sums over rows that give fvu and explained variance; [P] and [P, O] by prefix."""
+
+    rows: float
+    errors: Tensor
+    """[P] squared error"""
+    residual: Tensor
+    """[P, O] summed y - y_hat"""
+    target: Tensor
+    """[O] summed y"""
+    squares: float
+    """summed squared norm of y"""
+    active: Tensor
+    """[P] active latents below each prefix's end"""
+
+    @classmethod
+    def of(cls, target: Tensor, reconstructions: Tensor, active: Tensor) -> "Sums":
+        """Of rows y [B, O], their reconstructions [B, P, O] and counts of active latents [P]."""
+        residual = target.unsqueeze(1) - reconstructions
+        return cls(
+            rows=float(len(target)),
+            errors=residual.square().sum(dim=(0, 2), dtype=torch.float64),
+            residual=residual.sum(dim=0, dtype=torch.float64),
+            target=target.sum(dim=0, dtype=torch.float64),
+            squares=float(target.double().square().sum()),
+            active=active.double(),
+        )
+
+    def plus(self, other: "Sums", weight: float = 1.0) -> "Sums":
+        """The sums over both; the other's rows count `weight` times."""
+        return Sums(*(a + b * weight for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def part(self, prefix: int) -> Part:
+        """The figures of the prefix with index `prefix`. No variance: fvu 0 without error, else 1."""
+        n = max(self.rows, 1.0)
+        total = self.squares - float(self.target.square().sum()) / n
+        errors = float(self.errors[prefix])
+        unexplained = errors - float(self.residual[prefix].square().sum()) / n
+        return Part(
+            rows=self.rows,
+            fvu=ratio(errors, total, self.squares),
+            explained_variance=1 - ratio(unexplained, total, self.squares),
+            l0=float(self.active[prefix]) / n,
+        )
+
+
+def ratio(error: float, total: float, scale: float) -> float:
+    """Quotient error / total, defined when `total` is rounding noise beside `scale`: 0 without error, else 1."""
+    if total > 1e-12 * scale:
+        return error / total
+    return 0.0 if error <= 1e-12 * scale else 1.0
+
+
+@torch.no_grad()
+def evaluate(transcoder: Transcoder, store: Store, threshold: Tensor, chunk_rows: int, seed: int) -> Evaluation:
+    """Figures on the store's report blocks under `threshold` [F] of `calibrate`."""
+    device = transcoder.W_enc.device
+    strata, fired = _by_threshold(transcoder, store, threshold, chunk_rows, device)
+    drawn = _by_training_rule(transcoder, store, chunk_rows, seed, device)
+    whole, drawn_whole = _natural(strata, store), _natural(drawn, store)
+    last = len(transcoder.prefixes) - 1
+    head = whole.part(last)
+    return Evaluation(
+        fvu=head.fvu,
+        explained_variance=head.explained_variance,
+        l0=head.l0,
+        l0_training_rule=drawn_whole.part(last).l0,
+        fvu_training_rule=drawn_whole.part(last).fvu,
+        threshold=float(threshold.mean()),
+        dead_share=1 - float(fired.float().mean()),
+        rows=int(sum(sums.rows for sums in strata.values())),
+        prefixes=_parts(whole, transcoder.prefixes),
+        strata={
+            name: StratumPart(
+                **sums.part(last).model_dump(),
+                l0_training_rule=drawn[name].part(last).l0 if name in drawn else None,
+                prefixes=_parts(sums, transcoder.prefixes),
+            )
+            for name, sums in strata.items()
+        },
+    )
+
+
+@torch.no_grad()
+def calibrate(transcoder: Transcoder, store: Store, chunk_rows: int) -> Tensor:
+    """The thresholds [F] of inference, float32.
+
+    For a fixed k: the one value at which the calibration blocks' natural-frequency rows, without position 0, have k
+    active latents each. A JumpReLU has its own; a ReLU has 0.
+    """
+    match transcoder.activation:
+        case JumpReLU():
+            return transcoder.threshold().detach()
+        case BatchTopK(k=k) | TopK(k=k):
+            value = _threshold_at(transcoder, store, k, chunk_rows)
+            return torch.full_like(transcoder.b_enc, value)
+        case _:
+            return torch.zeros_like(transcoder.b_enc)
+
+
+def _threshold_at(transcoder: Transcoder, store: Store, k: int, chunk_rows: int) -> float:
+    """Each chunk gives its largest values; when a chunk could have hidden one above the result, it gives more."""
+    slack = 4
+    while True:
+        values, weights, rows, hidden = [], [], 0.0, 0.0
+        for chunk, weight in _weighted(store, chunk_rows, transcoder.W_enc.device):
+            x, _ = transcoder.normalised(chunk.source, chunk.target)
+            flat = transcoder.pre_acts(x).view(-1)
+            top = flat.topk(min(slack * k * len(x), flat.numel()), sorted=False).values
+            if len(top) < flat.numel():
+                hidden = max(hidden, float(top.min()))
+            values.append(top[top > 0])
+            weights.append(torch.full_like(values[-1], weight, dtype=torch.float64))
+            rows += weight * len(x)
+        threshold = _weighted_cut(torch.cat(values), torch.cat(weights), k * rows)
+        if threshold >= hidden:
+            return threshold
+        slack *= 2
+
+
+def _weighted_cut(values: Tensor, weights: Tensor, total: float) -> float:
+    """The threshold above which values weigh `total`; 0 when all of them weigh less."""
+    values, order = values.sort(descending=True)
+    index = int(torch.searchsorted(weights[order].cumsum(0), total, right=True))
+    return float(values[index]) if index < len(values) else 0.0
+
+
+def _weighted(store: Store, chunk_rows: int, device: torch.device) -> Iterator[tuple[HeldOutChunk, float]]:
+    blocks = store.record.calibration_blocks or store.record.report_blocks
+    for chunk in held_out_rows(store, blocks, chunk_rows, device):
+        if weight := natural_weights(store)[chunk.stratum]:
+            yield chunk, weight
+
+
+def natural_weights(store: Store) -> dict[str, float]:
+    """How often a stored row of each stratum counts at natural frequencies; 0 for position 0, unless it is alone."""
+    strata = store.request.strata
+    return {s.name: 0.0 if (s.start, s.stop) == (0, 1) and len(strata) > 1 else s.natural_rows / s.rows for s in strata}
+
+
+def _by_threshold(
+    transcoder: Transcoder, store: Store, threshold: Tensor, chunk_rows: int, device: torch.device
+) -> tuple[dict[str, Sums], Tensor]:
+    """Sums by stratum over all report rows, and which latents fired [F]."""
+    strata: dict[str, Sums] = {}
+    fired = torch.zeros(transcoder.d_sae, dtype=torch.bool, device=device)
+    for chunk in held_out_rows(store, store.record.report_blocks, chunk_rows, device):
+        x, y = transcoder.normalised(chunk.source, chunk.target)
+        pre_acts = transcoder.pre_acts(x)
+        active = sparsity.above(pre_acts, threshold)
+        fired[active.latents] = True
+        sums = _sums(transcoder, x, y, active, pre_acts)
+        strata[chunk.stratum] = strata[chunk.stratum].plus(sums) if chunk.stratum in strata else sums
+    return strata, fired
+
+
+def _by_training_rule(
+    transcoder: Transcoder, store: Store, batch_rows: int, seed: int, device: torch.device
+) -> dict[str, Sums]:
+    """Sums by stratum over batches of the natural mixture, as many as cover the report rows once."""
+    blocks = store.record.report_blocks
+    batch_rows = min(batch_rows, len(blocks) * store.request.block_sequences * store.request.context_size)
+    reader = BatchReader(store, blocks, RowsConfig(batch_rows=batch_rows), seed, device)
+    strata: dict[str, Sums] = {}
+    for step in range(-(-len(blocks) * sum(s.rows for s in store.request.strata) // batch_rows)):
+        batch = reader.batch(step)
+        x, y = transcoder.normalised(batch.source, batch.target)
+        pre_acts = transcoder.pre_acts(x)
+        active = transcoder.select_final(pre_acts)
+        for name, rows in batch.strata.items():
+            within = (active.rows >= rows.start) & (active.rows < rows.stop)
+            kept = active.where(within)
+            part = Active(kept.rows - rows.start, kept.latents, active.d_sae)
+            sums = _sums(transcoder, x[rows], y[rows], part, pre_acts[rows])
+            strata[name] = strata[name].plus(sums) if name in strata else sums
+    return strata
+
+
+def _sums(transcoder: Transcoder, x: Tensor, y: Tensor, active: Active, pre_acts: Tensor) -> Sums:
+    reconstructions = transcoder.reconstruct(pre_acts[active.rows, active.latents], active, x)
+    counts = torch.bincount(transcoder.segment[active.latents], minlength=len(transcoder.prefixes)).cumsum(0)
+    return Sums.of(y, reconstructions, counts)
+
+
+def _natural(strata: dict[str, Sums], store: Store) -> Sums:
+    weights = natural_weights(store)
+    counted = [(sums, weights[name]) for name, sums in strata.items() if weights[name]]
+    total = counted[0][0].plus(counted[0][0], counted[0][1] - 1)
+    for sums, weight in counted[1:]:
+        total = total.plus(sums, weight)
+    return total
+
+
+def _parts(sums: Sums, prefixes: Iterable[int]) -> dict[int, Part]:
+    return {size: sums.part(i) for i, size in enumerate(prefixes)}

@@ -1,0 +1,49 @@
+"""The best affine map from source to target: what a transcoder has to beat."""
+
+import torch
+from torch import Tensor
+
+from shared.store import Store
+from train.evaluate import natural_weights, ratio
+from train.rows import held_out_rows
+
+
+@torch.no_grad()
+def linear_map_fvu(store: Store, chunk_rows: int, device: torch.device) -> float:
+    """Fvu on the report blocks of the least-squares map fitted on all training blocks, headline weights for both."""
+    moments = _moments(store, store.record.training_blocks, chunk_rows, device)
+    fit = torch.linalg.lstsq(moments.source_source, moments.source_target, driver="gelsd").solution
+    held_out = _moments(store, store.record.report_blocks, chunk_rows, device)
+    error = (
+        held_out.target_squares
+        - 2 * (fit * held_out.source_target).sum()
+        + (fit * (held_out.source_source @ fit)).sum()
+    )
+    rows = held_out.source_source[-1, -1]
+    total = held_out.target_squares - held_out.source_target[-1].square().sum() / rows
+    return ratio(float(error), float(total), float(held_out.target_squares))
+
+
+class _Moments:
+    """Weighted second moments of [source, 1] and target, float64."""
+
+    def __init__(self, d_in: int, d_out: int, device: torch.device) -> None:
+        self.source_source = torch.zeros(d_in + 1, d_in + 1, dtype=torch.float64, device=device)
+        self.source_target = torch.zeros(d_in + 1, d_out, dtype=torch.float64, device=device)
+        self.target_squares = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, source: Tensor, target: Tensor, weight: float) -> None:
+        x = torch.cat([source, source.new_ones(len(source), 1)], dim=1).double()
+        y = target.double()
+        self.source_source += weight * (x.T @ x)
+        self.source_target += weight * (x.T @ y)
+        self.target_squares += weight * y.square().sum()
+
+
+def _moments(store: Store, blocks: range, chunk_rows: int, device: torch.device) -> _Moments:
+    weights = natural_weights(store)
+    moments = _Moments(store.record.d_in, store.record.d_out, device)
+    for chunk in held_out_rows(store, blocks, chunk_rows, device):
+        if weights[chunk.stratum]:
+            moments.add(chunk.source, chunk.target, weights[chunk.stratum])
+    return moments

@@ -1,0 +1,313 @@
+"""The training run: batch -> loss -> backward -> step -> track -> log -> evaluate -> checkpoint."""
+
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor
+
+from shared import durable
+from shared.config import read_record
+from shared.errors import ProjectError, Stopped, UserError
+from shared.progress import Progress
+from shared.store import Store
+from train import checkpoint
+from train.checkpoint import Checkpoint
+from train.evaluate import Evaluation, calibrate, evaluate
+from train.linear import linear_map_fvu
+from train.metrics import METRICS, TIMING, Counters, Log, Window
+from train.optimizer import Optimizer
+from train.rows import BatchReader
+from train.settings import RunConfig, Settings
+from train.transcoder import Normalisation, Transcoder
+
+CONFIG = "config.json"
+
+
+def start(store: Store, settings: Settings, run: Path, init_from: Path | None, force: bool) -> Path:
+    """Train from step 0 in the new folder `run`. Returns `run`.
+
+    Raises `UserError` when `run` exists, the settings do not fit the store, or the checkpoints do not fit the disk.
+    """
+    config = resolve(store, settings, init_from)
+    if run.exists():
+        raise UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
+    source = checkpoint.find(init_from) if init_from else None
+    if not force:
+        durable.require_space(run.parent, checkpoint_bytes(config) * (settings.checkpoint.keep_last + 1), "checkpoints")
+    with durable.lock(run / ".lock", f"run {run}"):
+        new = Run(store, config, run, initial=source)  # raises what is wrong before anything is written
+        durable.publish_json(run / CONFIG, config.model_dump(mode="json"))
+        new.train()
+    return run
+
+
+def resume(run: Path, store_path: Path | None) -> Path:
+    """Continue `run` from its newest valid checkpoint, or from step 0 when it has none. Returns `run`."""
+    config = read_config(run)
+    store = Store.open(store_path or config.store)
+    if store.request.digest != config.request:
+        raise UserError(
+            f"{run} was trained on request {config.request[:6]}, {store.path} is {store.request.digest[:6]}"
+        )
+    with durable.lock(run / ".lock", f"run {run}"):
+        durable.sweep(run)
+        warnings: list[str] = []
+        found = checkpoint.find(run, warn=warnings) if checkpoint.steps(run) else None
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        source = checkpoint.find(config.init_from) if config.init_from and not found else None
+        Run(store, config, run, initial=source, resumed=found).train()
+    return run
+
+
+def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConfig:
+    """The run that `settings` ask for on `store`, every automatic choice made. Raises `UserError`."""
+    record = store.record
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device must be auto, cpu or cuda, got {settings.device}")
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, and torch finds no CUDA device; use device=cpu")
+    shape = settings.transcoder.resolve(record.d_in, settings.activation)
+    if not record.report_blocks:
+        raise UserError(
+            f"{store.path} holds no held-out blocks to evaluate on; harvest with store.held_out_blocks >= 2"
+        )
+    blocks = record.training_blocks
+    rows = len(blocks) * sum(s.rows for s in store.request.strata)
+    if settings.rows.batch_rows > rows:
+        raise UserError(
+            f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the store's {rows:,} training rows"
+        )
+    return RunConfig(
+        settings=settings.model_copy(
+            update={"transcoder": shape, "device": device, "threads": settings.threads or torch.get_num_threads()}
+        ),
+        store=store.path.resolve(),
+        request=store.request.digest,
+        first_block=blocks.start,
+        last_block=blocks.stop,
+        d_in=record.d_in,
+        d_out=record.d_out,
+        init_from=init_from.resolve() if init_from else None,
+        software={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    )
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of one checkpoint, rounded up: three float32 numbers per parameter, and the counters."""
+    d_sae = config.settings.transcoder.d_sae
+    assert isinstance(d_sae, int)
+    skip = config.d_in * config.d_out if config.settings.transcoder.skip else 0
+    return 12 * (d_sae * (config.d_in + config.d_out + 2) + skip) + 32 * d_sae + 2**20
+
+
+def read_config(run: Path) -> RunConfig:
+    """`config.json` of a run. Raises `UserError` when `run` is none."""
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{run} is not a run: it has no {CONFIG}")
+    return read_record(RunConfig, durable.read_json(run / CONFIG), run / CONFIG)
+
+
+def build_transcoder(config: RunConfig, store: Store) -> Transcoder:
+    """The transcoder of a run with its store's normalisation, not initialised."""
+    overall = store.statistics["overall"]
+
+    def scale(variance: np.ndarray[Any, Any]) -> float:
+        return float(np.sqrt(variance.mean())) or 1.0  # a constant side is shifted only
+
+    normalisation = Normalisation(
+        torch.from_numpy(overall["source"].mean).float(),
+        scale(overall["source"].variance),
+        torch.from_numpy(overall["target"].mean).float(),
+        scale(overall["target"].variance),
+    )
+    settings = config.settings
+    model = Transcoder(config.d_in, config.d_out, settings.transcoder, settings.activation, normalisation)
+    return model.to(settings.device)
+
+
+def load_weights(transcoder: Transcoder, path: Path) -> Tensor:
+    """Load a checkpoint's weights; returns its inference thresholds [F]. Raises `CorruptData` naming the tensor."""
+    expected = transcoder.state_dict() | {"threshold": transcoder.b_enc.detach()}
+    tensors = checkpoint.load_tensors(path / checkpoint.WEIGHTS, expected)
+    threshold = tensors.pop("threshold")
+    transcoder.load_state_dict(tensors)
+    return threshold.to(transcoder.b_enc.device)
+
+
+def evaluate_run(
+    run: Path, store_path: Path | None, step: int | None, linear: bool
+) -> tuple[Checkpoint, Evaluation, float | None]:
+    """Evaluate a checkpoint of `run` with thresholds calibrated on the store, and the best linear map if asked for."""
+    config = read_config(run)
+    found = checkpoint.find(run, step)
+    store = Store.open(store_path or config.store)
+    if (store.record.d_in, store.record.d_out) != (config.d_in, config.d_out):
+        raise UserError(
+            f"{store.path} has d_in {store.record.d_in} and d_out {store.record.d_out}, "
+            f"{run} was trained with {config.d_in} and {config.d_out}; pass the --store of the same model and hooks"
+        )
+    transcoder = build_transcoder(config, store)
+    load_weights(transcoder, found.path)
+    chunk = config.settings.evaluation.chunk_rows
+    threshold = calibrate(transcoder, store, chunk)
+    evaluation = evaluate(transcoder, store, threshold, chunk, config.settings.seed)
+    return found, evaluation, linear_map_fvu(store, chunk, threshold.device) if linear else None
+
+
+class Run:
+    """The state of a run between two steps."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: RunConfig,
+        path: Path,
+        initial: Checkpoint | None = None,
+        resumed: Checkpoint | None = None,
+    ) -> None:
+        self._store, self._config, self._path = store, config, path
+        self._settings = config.settings
+        torch.set_num_threads(self._settings.threads)
+        device = torch.device(self._settings.device)
+        blocks = range(config.first_block, config.last_block)
+        self._reader = BatchReader(store, blocks, self._settings.rows, self._settings.seed, device)
+        self._transcoder = build_transcoder(config, store)
+        self._optimizer = Optimizer(self._transcoder, self._settings.optimizer, self._settings.steps)
+        self._counters = Counters(self._transcoder.d_sae, device)
+        self._window = Window(self._reader.slices(), self._transcoder.prefixes, config.d_out, device)
+        self._metrics, self._timing = Log(path / METRICS), Log(path / TIMING)
+        self._dead_after = self._settings.auxk.dead_after(self._settings.steps * self._settings.rows.batch_rows)
+        self._calibrated: tuple[int, Tensor] | None = None
+        self._first = 0
+        self._initialise(initial, resumed)
+
+    def train(self) -> None:
+        """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
+        settings, began = self._settings, time.monotonic()
+        with _stop_signals() as stop, Progress("train", settings.steps, "steps", done=self._first) as progress:
+            for step in range(self._first, settings.steps):
+                row = self._step(step)
+                done = step + 1
+                if done % settings.evaluation.every == 0 or done == settings.steps:
+                    row["held_out"] = self._evaluate(done).model_dump(mode="json")
+                if done % settings.log_every == 0 or "held_out" in row:
+                    self._log(row, done, began)
+                progress.update(done, self._describe(row))
+                if done % settings.checkpoint.every == 0 or done == settings.steps or stop:
+                    self._checkpoint(done)
+                if stop and done < settings.steps:
+                    raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
+        if settings.steps == self._first:
+            print(f"{self._path} is finished: {settings.steps} steps", file=sys.stderr)
+
+    def _step(self, step: int) -> dict[str, Any]:
+        batch = self._reader.batch(step)
+        dead = self._counters.dead(self._dead_after)
+        output = self._transcoder.step(batch.source, batch.target, dead, self._settings.auxk, step)
+        self._refuse_nan(output.loss, step)
+        lr, grad_norm = self._optimizer.step(output.loss, step)
+        self._counters.update(output)
+        self._window.add(output, grad_norm)
+        if (step + 1) % self._settings.log_every and (step + 1) % self._settings.evaluation.every:
+            return {}
+        return {"lr": lr, "l0_threshold": self._l0_by_running_threshold(output.pre_acts, batch.strata)}
+
+    def _log(self, row: dict[str, Any], done: int, began: float) -> None:
+        settings = self._settings
+        head = {"step": done, "rows": done * settings.rows.batch_rows}
+        dead = len(self._counters.dead(self._dead_after)) / self._transcoder.d_sae
+        row.update(self._window.row() | {"dead_share": dead, "running_threshold": float(self._counters.threshold)})
+        row["epochs"] = self._reader.epochs(done)
+        self._metrics.append(head | row)
+        elapsed = time.monotonic() - began
+        self._timing.append(
+            head | {"seconds": elapsed, "rows_per_second": (done - self._first) * settings.rows.batch_rows / elapsed}
+        )
+
+    def _evaluate(self, done: int) -> Evaluation:
+        chunk = self._settings.evaluation.chunk_rows
+        return evaluate(self._transcoder, self._store, self._threshold(done), chunk, self._settings.seed)
+
+    def _threshold(self, done: int) -> Tensor:
+        """Calibrated inference thresholds [F] of the present weights; a step that needs them twice calibrates once."""
+        if self._calibrated is None or self._calibrated[0] != done:
+            chunk = self._settings.evaluation.chunk_rows
+            self._calibrated = done, calibrate(self._transcoder, self._store, chunk)
+        return self._calibrated[1]
+
+    def _checkpoint(self, done: int) -> None:
+        weights = self._transcoder.state_dict() | {"threshold": self._threshold(done)}
+        state = self._optimizer.state() | self._counters.state() | self._window.state()
+        checkpoint.publish(self._path, done, weights, state, self._settings.checkpoint.keep_last)
+
+    def _initialise(self, initial: Checkpoint | None, resumed: Checkpoint | None) -> None:
+        """Weights from `resumed`, with all other state; else from `initial`, weights only; else random."""
+        if resumed:
+            if resumed.threads != self._settings.threads:
+                raise UserError(
+                    f"{resumed.path} was trained with {resumed.threads} threads, not {self._settings.threads}"
+                )
+            load_weights(self._transcoder, resumed.path)
+            tensors = checkpoint.load_state(resumed.path / checkpoint.OPTIMIZER)
+            for part in (self._optimizer, self._counters, self._window):
+                part.load(tensors)
+            self._first = resumed.step
+        elif initial:
+            load_weights(self._transcoder, initial.path)
+        else:
+            self._transcoder.initialise(self._settings.seed)
+        for log in (self._metrics, self._timing):
+            log.cut(self._first)
+
+    def _l0_by_running_threshold(self, pre_acts: Tensor, strata: dict[str, slice]) -> float:
+        """Active latents per row of one batch by the running threshold, without position 0."""
+        counts = (pre_acts > self._counters.threshold).sum(1)
+        rows = [counts[s] for name, s in strata.items() if name != "000-001" or len(strata) == 1]
+        return float(torch.cat(rows).double().mean())
+
+    def _refuse_nan(self, loss: Tensor, step: int) -> None:
+        if not torch.isfinite(loss):
+            raise ProjectError(
+                f"the loss is {loss.item()} at step {step + 1} of {self._path} (rows {self._reader.describe(step)}); "
+                "nothing was published; lower optimizer.lr, or check the store with: python -m harvest verify"
+            )
+
+    def _describe(self, row: dict[str, Any]) -> str:
+        if "held_out" in row:
+            return f"held-out fvu {row['held_out']['fvu']:.4f}  l0 {row['held_out']['l0']:.1f}"
+        return f"fvu {row['fvu']:.4f}  dead {row['dead_share']:.1%}" if "fvu" in row else ""
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM or the first SIGINT fills; a second SIGINT ends the process at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

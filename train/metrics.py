@@ -1,0 +1,171 @@
+"""What a run writes down while it trains: `metrics.jsonl` (bitwise repeatable) and `timing.jsonl` (wall clock).
+
+Sums are gathered on the device and fetched once per row of metrics.jsonl.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared import durable
+from train.evaluate import ratio
+from train.transcoder import Step
+
+METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+_THRESHOLD_DECAY = 0.99
+
+
+class Window:
+    """Sums over the steps since the last row of metrics, by stratum (S, those with rows) and prefix (P)."""
+
+    def __init__(self, strata: dict[str, slice], prefixes: tuple[int, ...], d_out: int, device: torch.device) -> None:
+        self._strata, self._prefixes = strata, prefixes
+        s = len(strata)
+        self._sums = {
+            "steps": torch.zeros((), dtype=torch.float64, device=device),
+            "errors": torch.zeros(s, len(prefixes), dtype=torch.float64, device=device),
+            "target": torch.zeros(s, d_out, dtype=torch.float64, device=device),
+            "squares": torch.zeros(s, dtype=torch.float64, device=device),
+            "active": torch.zeros(s, dtype=torch.float64, device=device),
+            "grad_norm": torch.zeros((), dtype=torch.float64, device=device),
+        }
+        self._terms: dict[str, Tensor] = {}
+
+    def add(self, step: Step, grad_norm: Tensor) -> None:
+        """Add one step."""
+        counts = torch.bincount(step.active.rows, minlength=len(step.target))
+        for i, rows in enumerate(self._strata.values()):
+            self._sums["errors"][i] += step.errors[rows].sum(0, dtype=torch.float64)
+            self._sums["target"][i] += step.target[rows].sum(0, dtype=torch.float64)
+            self._sums["squares"][i] += step.target[rows].double().square().sum()
+            self._sums["active"][i] += counts[rows].sum()
+        self._sums["steps"] += 1
+        self._sums["grad_norm"] += grad_norm
+        for name, term in step.terms.items():
+            self._terms[name] = self._terms.get(name, torch.zeros_like(term, dtype=torch.float64)) + term
+
+    def row(self) -> dict[str, Any]:
+        """The window's figures; then it starts anew. Overall figures leave position 0 out."""
+        steps = float(self._sums["steps"])
+        sizes = torch.tensor([float(s.stop - s.start) for s in self._strata.values()]) * steps
+        counted = torch.tensor([name != "000-001" or len(self._strata) == 1 for name in self._strata])
+        sums = {name: value.cpu() for name, value in self._sums.items()}
+        overall = _fvu(sums, counted, float(sizes[counted].sum()))
+        terms = {name: float(value) / steps for name, value in sorted(self._terms.items())}
+        row = {
+            "loss": sum(terms.values()),
+            "terms": terms,
+            "grad_norm": float(sums["grad_norm"]) / steps,
+            "fvu": overall[-1],
+            "explained_variance": 1 - overall[-1],
+            "l0_training_rule": float(sums["active"][counted].sum() / sizes[counted].sum()),
+            "prefixes": {str(size): {"fvu": value} for size, value in zip(self._prefixes, overall, strict=True)},
+            "strata": {
+                name: {
+                    "rows": int(sizes[i]),
+                    "fvu": _fvu(sums, torch.arange(len(sizes)) == i, float(sizes[i]))[-1],
+                    "l0_training_rule": float(sums["active"][i] / sizes[i]),
+                }
+                for i, name in enumerate(self._strata)
+            },
+        }
+        for value in self._sums.values():
+            value.zero_()
+        self._terms = {}
+        return row
+
+    def state(self) -> dict[str, Tensor]:
+        """The open window, for a checkpoint."""
+        return {f"window.{k}": v for k, v in self._sums.items()} | {
+            f"window.terms.{k}": v for k, v in self._terms.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over an open window."""
+        for name in self._sums:
+            self._sums[name].copy_(tensors[f"window.{name}"])
+        start = "window.terms."
+        self._terms = {
+            name.removeprefix(start): value.to(self._sums["steps"].device)
+            for name, value in tensors.items()
+            if name.startswith(start)
+        }
+
+
+def _fvu(sums: dict[str, Tensor], strata: Tensor, rows: float) -> list[float]:
+    """Fvu per prefix over the strata of the mask."""
+    squares = float(sums["squares"][strata].sum())
+    total = squares - float(sums["target"][strata].sum(0).square().sum()) / rows
+    return [ratio(float(error), total, squares) for error in sums["errors"][strata].sum(0)]
+
+
+class Counters:
+    """Rows since each latent fired, and a running threshold: training state that evaluation does not touch."""
+
+    def __init__(self, d_sae: int, device: torch.device) -> None:
+        self.rows_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.threshold = torch.zeros((), dtype=torch.float32, device=device)
+
+    def update(self, step: Step) -> None:
+        """Count one step."""
+        self.rows_since_fired += len(step.target)
+        self.rows_since_fired[step.active.latents] = 0
+        fresh = self.threshold == 0
+        decay = torch.where(fresh, 0.0, _THRESHOLD_DECAY)
+        self.threshold.copy_(decay * self.threshold + (1 - decay) * step.threshold)
+
+    def dead(self, after_rows: int) -> Tensor:
+        """Latents [n] that have not fired for `after_rows` rows, rising."""
+        return (self.rows_since_fired >= after_rows).nonzero().squeeze(1)
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {"rows_since_fired": self.rows_since_fired, "running_threshold": self.threshold}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over a saved state."""
+        self.rows_since_fired.copy_(tensors["rows_since_fired"])
+        self.threshold.copy_(tensors["running_threshold"])
+
+
+class Log:
+    """Appends rows to a file of JSON lines. A full disk costs rows and one warning, never the run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.lost_rows = 0
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Append one row in a single write."""
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, line)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if not self.lost_rows:
+                print(f"warning: {self._path}: {error.strerror}; training goes on, rows are lost", file=sys.stderr)
+            self.lost_rows += 1
+
+    def cut(self, step: int) -> None:
+        """Drop rows past `step`, and a torn last line: a resumed run writes them again."""
+        if self._path.is_file():
+            durable.publish_bytes(self._path, "".join(f"{line}\n" for line in self._lines(step)).encode())
+
+    def _lines(self, step: int) -> list[str]:
+        kept = []
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row["step"] <= step:
+                kept.append(line)
+        return kept

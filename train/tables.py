@@ -1,0 +1,58 @@
+"""Tables of an evaluation, for people."""
+
+from rich.console import Console
+from rich.table import Table
+
+from train.evaluate import Evaluation
+
+
+def print_evaluation(evaluation: Evaluation, title: str, linear_fvu: float | None, stderr: bool = False) -> None:
+    """Print the headline, the prefixes and the strata."""
+    console = Console(stderr=stderr)
+    console.print(_headline(evaluation, title, linear_fvu))
+    console.print(_prefixes(evaluation))
+    console.print(_strata(evaluation))
+
+
+def _headline(e: Evaluation, title: str, linear_fvu: float | None) -> Table:
+    table = Table("held out, natural frequencies, without position 0", "value", title=title, title_justify="left")
+    rows = {
+        "fvu": f"{e.fvu:.4f}",
+        "fvu by training rule": f"{e.fvu_training_rule:.4f}",
+        "explained variance": f"{e.explained_variance:.4f}",
+        "l0 by threshold": f"{e.l0:.2f}",
+        "l0 by training rule": f"{e.l0_training_rule:.2f}",
+        "threshold (mean)": f"{e.threshold:.4f}",
+        "never fires on these rows": f"{e.dead_share:.1%}",
+        "rows": f"{e.rows:,}",
+    }
+    if linear_fvu is not None:
+        rows["fvu of the best linear map"] = f"{linear_fvu:.4f}"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    table.columns[1].justify = "right"
+    return table
+
+
+def _prefixes(e: Evaluation) -> Table:
+    table = Table("prefix", "fvu", "explained variance", "l0")
+    for size, part in e.prefixes.items():
+        table.add_row(f"{size:,}", f"{part.fvu:.4f}", f"{part.explained_variance:.4f}", f"{part.l0:.2f}")
+    _right(table)
+    return table
+
+
+def _strata(e: Evaluation) -> Table:
+    table = Table("positions", "rows", "fvu", "explained variance", "l0", "l0 by training rule")
+    for name, part in e.strata.items():
+        drawn = "-" if part.l0_training_rule is None else f"{part.l0_training_rule:.2f}"
+        table.add_row(
+            name, f"{part.rows:,.0f}", f"{part.fvu:.4f}", f"{part.explained_variance:.4f}", f"{part.l0:.2f}", drawn
+        )
+    _right(table)
+    return table
+
+
+def _right(table: Table) -> None:
+    for column in table.columns[1:]:
+        column.justify = "right"

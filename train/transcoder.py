@@ -1,0 +1,298 @@
+"""The transcoder: parameters, normalisation, and the step from rows to the terms of the loss.
+
+    pre_acts = (x - mean_x) / scale_x @ W_enc + b_enc          [B, F]
+    latents  = select(ReLU(pre_acts))                          (row, latent, value) triples
+    prefix p: (y - mean_y) / scale_y ~ latents[:, :p] @ W_dec[:p] + b_dec [+ x_normalised @ W_skip]
+
+Legend: B rows, D d_in, O d_out, F d_sae, P prefixes, N active pairs.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from shared.config import Config
+from shared.errors import UserError
+from shared.keyed import key_bits
+from train import sparsity
+from train.losses import AuxKConfig, auxk_loss, jumprelu, l0_loss, l1_loss, matryoshka_loss, squared_errors
+from train.sparse_step import decode_prefixes, gather_pre_acts
+from train.sparsity import Active
+
+
+class WarmedK(Config):
+    """An activation with a fixed number of active latents."""
+
+    k: int = Field(32, ge=1)
+    """Active latents per row."""
+    k_start: int | None = Field(None, ge=1)
+    """Active latents per row at step 0; none: `k`."""
+    k_warmup_steps: int = Field(0, ge=0)
+    """Steps over which `k_start` moves linearly to `k`."""
+
+    def k_at(self, step: int) -> int:
+        """Active latents per row at `step`."""
+        if self.k_start is None or step >= self.k_warmup_steps:
+            return self.k
+        return round(self.k_start + (self.k - self.k_start) * step / self.k_warmup_steps)
+
+
+class BatchTopK(WarmedK):
+    """The k x B largest of a batch; a threshold at inference."""
+
+    kind: Literal["batchtopk"] = "batchtopk"
+
+
+class TopK(WarmedK):
+    """The k largest of every row."""
+
+    kind: Literal["topk"] = "topk"
+
+
+class JumpReLU(Config):
+    """A learned threshold per latent, trained by a straight-through estimator with an L0 penalty."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    l0_coefficient: float = Field(1e-3, ge=0)
+    """Weight of the mean number of active latents per row."""
+    bandwidth: float = Field(0.1, gt=0)
+    """Width of the estimator's window, in units of the pre-activations."""
+    initial_threshold: float = Field(0.5, gt=0)
+    """Threshold of every latent at the start, in units of the pre-activations."""
+    penalty_warmup_steps: int = Field(0, ge=0)
+    """Steps over which the penalty rises linearly to its weight."""
+
+
+class ReLU(Config):
+    """No threshold but 0, with an L1 penalty."""
+
+    kind: Literal["relu"] = "relu"
+    l1_coefficient: float = Field(1e-2, ge=0)
+    """Weight of the mean sum of latent values per row."""
+    penalty_warmup_steps: int = Field(0, ge=0)
+    """Steps over which the penalty rises linearly to its weight."""
+
+
+Activation = Annotated[BatchTopK | TopK | JumpReLU | ReLU, Field(discriminator="kind")]
+
+
+class TranscoderConfig(Config):
+    """The shape of a transcoder."""
+
+    d_sae: int | str = 4096
+    """Latents; or a multiple of d_in, such as `8x`."""
+    prefixes: tuple[int, ...] | None = None
+    """Sizes of the Matryoshka prefixes, rising to d_sae; none: n/16, n/8, n/4, n/2, n. `[d_sae]`: no Matryoshka."""
+    skip: bool = False
+    """Add a linear map from source to target beside the latents."""
+
+    def resolve(self, d_in: int, activation: Activation) -> "TranscoderConfig":
+        """The same with `d_sae` and `prefixes` as numbers. Raises `UserError` when they do not fit."""
+        d_sae = self._width(d_in)
+        default = tuple(sorted({max(1, d_sae // n) for n in (16, 8, 4, 2, 1)}))
+        prefixes = self.prefixes or default
+        if any(a >= b for a, b in pairwise((0, *prefixes))):
+            raise UserError(f"transcoder.prefixes must rise from 1 up, got {list(prefixes)}")
+        if prefixes[-1] != d_sae:
+            raise UserError(f"transcoder.prefixes must end at d_sae = {d_sae}, got {list(prefixes)}")
+        if isinstance(activation, WarmedK) and max(activation.k, activation.k_start or 0) > d_sae:
+            raise UserError(
+                f"activation.k = {max(activation.k, activation.k_start or 0)} is more than d_sae = {d_sae}; "
+                "lower k or raise transcoder.d_sae"
+            )
+        return self.model_copy(update={"d_sae": d_sae, "prefixes": prefixes})
+
+    def _width(self, d_in: int) -> int:
+        text = str(self.d_sae)
+        number = text.removesuffix("x")
+        if not number.isdigit() or int(number) < 1:
+            raise UserError(f"transcoder.d_sae must be a positive number or a multiple such as 8x, got {text}")
+        return int(number) * (d_in if text.endswith("x") else 1)
+
+
+class Normalisation(NamedTuple):
+    """What source and target rows are shifted and scaled by: each side has its own."""
+
+    source_mean: Tensor
+    """[D] float32"""
+    source_scale: float
+    """Root mean square deviation per dimension."""
+    target_mean: Tensor
+    """[O] float32"""
+    target_scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one step computed: the loss with its terms, and what the metrics count."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    """Weighted terms; they add up to the loss."""
+    errors: Tensor
+    """[B, P] squared error of every row and prefix, detached"""
+    target: Tensor
+    """[B, O] normalised"""
+    active: Active
+    """Pairs with a value above 0"""
+    threshold: Tensor
+    """Smallest selected pre-activation of the batch."""
+    pre_acts: Tensor
+    """[B, F] without gradient"""
+
+
+class Transcoder(nn.Module):
+    """Parameters in float32. `W_enc` [D, F] lies latent by latent in memory, as its gradient comes."""
+
+    def __init__(
+        self, d_in: int, d_out: int, config: TranscoderConfig, activation: Activation, normalisation: Normalisation
+    ) -> None:
+        super().__init__()
+        assert isinstance(config.d_sae, int) and config.prefixes, "resolve the configuration first"
+        self.d_sae, self.prefixes, self.activation = config.d_sae, config.prefixes, activation
+        self.W_enc = nn.Parameter(torch.zeros(self.d_sae, d_in).T)
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_out))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.W_skip = nn.Parameter(torch.zeros(d_in, d_out)) if config.skip else None
+        self.log_threshold = None
+        if isinstance(activation, JumpReLU):
+            self.log_threshold = nn.Parameter(torch.full((self.d_sae,), activation.initial_threshold).log())
+        self.source_mean, self.target_mean = nn.Buffer(normalisation.source_mean), nn.Buffer(normalisation.target_mean)
+        self.source_scale = nn.Buffer(torch.tensor(normalisation.source_scale, dtype=torch.float32))
+        self.target_scale = nn.Buffer(torch.tensor(normalisation.target_scale, dtype=torch.float32))
+        edges = torch.tensor(self.prefixes)
+        self.segment = nn.Buffer(torch.bucketize(torch.arange(self.d_sae), edges, right=True), persistent=False)
+        self._guess = 0.0
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Random unit decoder rows; the encoder is their transpose where widths agree, else its own random rows."""
+        generator = torch.Generator().manual_seed(key_bits("transcoder", seed) % 2**63)
+        self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=generator))
+        self.normalise_decoder()
+        if self.W_enc.shape[0] == self.W_dec.shape[1]:
+            self.W_enc.copy_(self.W_dec.T)
+        else:
+            rows = torch.randn(self.d_sae, self.W_enc.shape[0], generator=generator)
+            self.W_enc.copy_((rows / rows.norm(dim=1, keepdim=True)).T)
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        """Give every decoder row unit norm."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self) -> None:
+        """Drop the part of the decoder's gradient that the next normalisation would undo."""
+        grad = self.W_dec.grad
+        assert grad is not None
+        grad.addcmul_(self.W_dec, (grad * self.W_dec).sum(dim=1, keepdim=True), value=-1)
+
+    def normalised(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [B, D] and [B, O] shifted and scaled by the store's statistics."""
+        return (source - self.source_mean) / self.source_scale, (target - self.target_mean) / self.target_scale
+
+    @torch.no_grad()
+    def pre_acts(self, x: Tensor) -> Tensor:
+        """[B, F] from normalised rows [B, D]: the only dense product of a step."""
+        return torch.addmm(self.b_enc, x, self.W_enc)
+
+    def step(self, source: Tensor, target: Tensor, dead: Tensor, auxk: AuxKConfig, step: int) -> Step:
+        """The loss of one batch. `dead` [n] are the latents that aux-k may use, rising."""
+        x, y = self.normalised(source, target)
+        pre_acts = self.pre_acts(x)
+        active, smallest = self.select(pre_acts, step)
+        gathered = gather_pre_acts(x, self.W_enc, self.b_enc, pre_acts, active)
+        values = self.activate(gathered, active)
+        reconstructions = self.reconstruct(values, active, x)
+        errors = squared_errors(reconstructions, y)
+        terms = {"reconstruction": matryoshka_loss(errors, y.shape[1])} | self._penalty(
+            gathered, values, active, len(x), step
+        )
+        if auxk.coefficient and len(dead):
+            residual = (y - reconstructions[:, -1]).detach()
+            rows = slice(step % auxk.row_stride, None, auxk.row_stride)
+            terms["auxk"] = auxk.coefficient * self._auxk(x[rows], pre_acts[rows], residual[rows], dead, auxk.k)
+        return Step(
+            loss=torch.stack(list(terms.values())).sum(),
+            terms={name: term.detach() for name, term in terms.items()},
+            errors=errors.detach(),
+            target=y,
+            active=active.where(values > 0) if isinstance(self.activation, JumpReLU) else active,
+            threshold=smallest,
+            pre_acts=pre_acts,
+        )
+
+    def select(self, pre_acts: Tensor, step: int) -> tuple[Active, Tensor]:
+        """The pairs that take part in the training step `step`, and the smallest selected pre-activation.
+
+        A JumpReLU's pairs reach below its thresholds by half a bandwidth, since those move the thresholds.
+        """
+        match self.activation:
+            case BatchTopK() as a:
+                active, smallest = sparsity.batch_topk(pre_acts, a.k_at(step) * len(pre_acts), self._guess)
+                self._guess = 0.95 * smallest.item()
+                return active, smallest
+            case TopK() as a:
+                active = sparsity.topk(pre_acts, a.k_at(step))
+            case JumpReLU() as a:
+                active = sparsity.above(pre_acts, self.threshold() - a.bandwidth / 2)
+            case ReLU():
+                active = sparsity.above(pre_acts, pre_acts.new_zeros(()))
+        values = pre_acts[active.rows, active.latents]
+        return active, values.min() if len(values) else pre_acts.new_zeros(())
+
+    def select_final(self, pre_acts: Tensor) -> Active:
+        """The pairs that the rule of training activates after all warm-ups; changes nothing."""
+        match self.activation:
+            case BatchTopK(k=k):
+                return sparsity.batch_topk(pre_acts, k * len(pre_acts), self._guess)[0]
+            case TopK(k=k):
+                return sparsity.topk(pre_acts, k)
+            case JumpReLU():
+                return sparsity.above(pre_acts, self.threshold())
+            case _:
+                return sparsity.above(pre_acts, pre_acts.new_zeros(()))
+
+    def activate(self, gathered: Tensor, active: Active) -> Tensor:
+        """Latent values [N] from the pre-activations of the selected pairs."""
+        if isinstance(self.activation, JumpReLU):
+            return jumprelu(gathered, self.threshold()[active.latents], self.activation.bandwidth)
+        return gathered
+
+    def reconstruct(self, values: Tensor, active: Active, x: Tensor) -> Tensor:
+        """[B, P, O]: every prefix's reconstruction of the normalised targets."""
+        decoded = decode_prefixes(values, self.W_dec, active, self.segment, len(x), len(self.prefixes))
+        linear = self.b_dec if self.W_skip is None else (x @ self.W_skip + self.b_dec).unsqueeze(1)
+        return decoded + linear
+
+    def threshold(self) -> Tensor:
+        """[F] the learned thresholds of a JumpReLU."""
+        assert self.log_threshold is not None
+        return self.log_threshold.exp()
+
+    def _penalty(self, gathered: Tensor, values: Tensor, active: Active, rows: int, step: int) -> dict[str, Tensor]:
+        match self.activation:
+            case JumpReLU() as a:
+                thresholds = self.threshold()[active.latents]
+                weight = a.l0_coefficient * _ramp(step, a.penalty_warmup_steps)
+                return {"l0": weight * l0_loss(gathered, thresholds, a.bandwidth, rows)}
+            case ReLU() as a:
+                return {"l1": a.l1_coefficient * _ramp(step, a.penalty_warmup_steps) * l1_loss(values, rows)}
+            case _:
+                return {}
+
+    def _auxk(self, x: Tensor, pre_acts: Tensor, residual: Tensor, dead: Tensor, k: int) -> Tensor:
+        active = sparsity.dead_topk(pre_acts, dead, k)
+        values = gather_pre_acts(x, self.W_enc, self.b_enc, pre_acts, active)
+        whole = torch.zeros_like(self.segment)
+        return auxk_loss(decode_prefixes(values, self.W_dec, active, whole, len(x), 1)[:, 0], residual)
+
+
+def _ramp(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / (steps + 1))
