@@ -56,7 +56,10 @@ def load_preset(presets: Path, name: str, file: Path | None) -> dict[str, Any]:
 
 
 def override(settings: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """`settings` with each `a.b=value` put in; values are TOML, and what is not TOML is a string."""
+    """`settings` with each `a.b=value` put in; values are TOML, and what is not TOML is a string.
+
+    Setting a group's `kind` to another one drops the group's other settings: they belong to the kind it had.
+    """
     result = _copy(settings)
     for assignment in assignments:
         dotted, equals, text = assignment.partition("=")
@@ -68,7 +71,10 @@ def override(settings: dict[str, Any], assignments: Iterable[str]) -> dict[str, 
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
                 raise UserError(f"--set {assignment}: {parent} is a value, not a group of settings")
-        table[last] = _parse(text.strip())
+        value = _parse(text.strip())
+        if last == "kind" and table.get(last) != value:
+            table.clear()
+        table[last] = value
     return result
 
 

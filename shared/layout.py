@@ -146,6 +146,8 @@ class PackingCounts(Config):
 
     documents: int
     held_out_documents: int
+    empty_documents: int = 0
+    """Rows that hold no token; they are not counted as documents."""
     tokens_read: int
     """Tokens of the documents that were read, separators included, BOS excluded."""
     tokens_kept: int
@@ -165,6 +167,8 @@ class StorePlan(Config):
     """One entry per segment."""
     token_files: dict[FileName, FileRecord]
     """The shard files of `tokens`, by path below the Zarr root."""
+    exhausted: bool = False
+    """Whether the corpus is known to hold no further whole block: asking for more tokens gives this same store."""
 
     @property
     def training_blocks(self) -> int:

@@ -63,7 +63,9 @@ def expected_batch(store: SyntheticStore, reader: BatchReader, step: int, run: i
     for stratum, count in zip(store.record.request.strata, reader.counts, strict=True):
         rows = 3 * stratum.rows
         epochs = (step + 1) * count // rows + 2
-        stream = naive_stream(rows, min(run, rows), epochs, "rows", seed, stratum.name)[step * count : (step + 1) * count]
+        stream = naive_stream(rows, min(run, rows), epochs, "rows", seed, stratum.name)[
+            step * count : (step + 1) * count
+        ]
         for side, into in parts.items():
             into.append(store.values(f"strata/{stratum.name}/{side}")[[first * stratum.rows + row for row in stream]])
     return {side: np.concatenate(values) for side, values in parts.items()}

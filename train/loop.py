@@ -28,7 +28,7 @@ from train.metrics import METRICS, TIMING, Counters, Log, Window
 from train.optimizer import Optimizer
 from train.rows import BatchReader
 from train.settings import RunConfig, Settings
-from train.transcoder import Normalisation, Transcoder
+from train.transcoder import Normalisation, Step, Transcoder
 
 CONFIG = "config.json"
 
@@ -41,7 +41,7 @@ def start(store: Store, settings: Settings, run: Path, init_from: Path | None, f
     config = resolve(store, settings, init_from)
     if run.exists():
         raise UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
-    source = checkpoint.find(init_from) if init_from else None
+    source = find_initial(init_from, config) if init_from else None
     if not force:
         durable.require_space(run.parent, checkpoint_bytes(config) * (settings.checkpoint.keep_last + 1), "checkpoints")
     with durable.lock(run / ".lock", f"run {run}"):
@@ -65,7 +65,7 @@ def resume(run: Path, store_path: Path | None) -> Path:
         found = checkpoint.find(run, warn=warnings) if checkpoint.steps(run) else None
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        source = checkpoint.find(config.init_from) if config.init_from and not found else None
+        source = find_initial(config.init_from, config) if config.init_from and not found else None
         Run(store, config, run, initial=source, resumed=found).train()
     return run
 
@@ -107,6 +107,29 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
             "safetensors": safetensors.__version__,
         },
     )
+
+
+def find_initial(run: Path, config: RunConfig) -> Checkpoint:
+    """The newest checkpoint of `run`, whose weights must fit `config`. Raises `UserError` with both shapes."""
+    found = checkpoint.find(run)
+    theirs, ours = _shape(read_config(run)), _shape(config)
+    if theirs != ours:
+        wrong = next(key for key in ours if theirs[key] != ours[key])
+        raise UserError(
+            f"--init-from {run}: its {wrong} is {theirs[wrong]}, this run's is {ours[wrong]}; make them agree"
+        )
+    return found
+
+
+def _shape(config: RunConfig) -> dict[str, object]:
+    settings = config.settings
+    return {
+        "d_in": config.d_in,
+        "d_out": config.d_out,
+        "transcoder.d_sae": settings.transcoder.d_sae,
+        "transcoder.skip": settings.transcoder.skip,
+        "use of learned thresholds": settings.activation.kind == "jumprelu",
+    }
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -200,46 +223,54 @@ class Run:
 
     def train(self) -> None:
         """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
-        settings, began = self._settings, time.monotonic()
+        settings, self._began, note = self._settings, time.monotonic(), ""
         with _stop_signals() as stop, Progress("train", settings.steps, "steps", done=self._first) as progress:
             for step in range(self._first, settings.steps):
-                row = self._step(step)
+                output, lr = self._step(step)
                 done = step + 1
-                if done % settings.evaluation.every == 0 or done == settings.steps:
-                    row["held_out"] = self._evaluate(done).model_dump(mode="json")
-                if done % settings.log_every == 0 or "held_out" in row:
-                    self._log(row, done, began)
-                progress.update(done, self._describe(row))
-                if done % settings.checkpoint.every == 0 or done == settings.steps or stop:
+                held_out = self._evaluate(done) if self._due(done, settings.evaluation.every) else None
+                if held_out or self._due(done, settings.log_every):
+                    note = self._log(done, output, lr, held_out)
+                progress.update(done, note)
+                if stop or self._due(done, settings.checkpoint.every):
                     self._checkpoint(done)
                 if stop and done < settings.steps:
                     raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
         if settings.steps == self._first:
             print(f"{self._path} is finished: {settings.steps} steps", file=sys.stderr)
 
-    def _step(self, step: int) -> dict[str, Any]:
+    def _due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self._settings.steps
+
+    def _step(self, step: int) -> tuple[Step, float]:
         batch = self._reader.batch(step)
         dead = self._counters.dead(self._dead_after)
         output = self._transcoder.step(batch.source, batch.target, dead, self._settings.auxk, step)
-        self._refuse_nan(output.loss, step)
+        self._refuse_nan(output.loss, batch.source, step)
         lr, grad_norm = self._optimizer.step(output.loss, step)
         self._counters.update(output)
         self._window.add(output, grad_norm)
-        if (step + 1) % self._settings.log_every and (step + 1) % self._settings.evaluation.every:
-            return {}
-        return {"lr": lr, "l0_threshold": self._l0_by_running_threshold(output.pre_acts, batch.strata)}
+        return output, lr
 
-    def _log(self, row: dict[str, Any], done: int, began: float) -> None:
-        settings = self._settings
-        head = {"step": done, "rows": done * settings.rows.batch_rows}
-        dead = len(self._counters.dead(self._dead_after)) / self._transcoder.d_sae
-        row.update(self._window.row() | {"dead_share": dead, "running_threshold": float(self._counters.threshold)})
-        row["epochs"] = self._reader.epochs(done)
+    def _log(self, done: int, output: Step, lr: float, held_out: Evaluation | None) -> str:
+        """Write the rows of the logs; returns a short form for people."""
+        head = {"step": done, "rows": done * self._settings.rows.batch_rows}
+        row = self._window.row() | {
+            "lr": lr,
+            "dead_share": len(self._counters.dead(self._dead_after)) / self._transcoder.d_sae,
+            "running_threshold": float(self._counters.threshold),
+            "l0_threshold": self._l0_by_running_threshold(output.pre_acts),
+            "epochs": self._reader.epochs(done),
+        }
+        note = f"fvu {row['fvu']:.4f}  dead {row['dead_share']:.1%}"
+        if held_out:
+            row["held_out"] = held_out.model_dump(mode="json")
+            note += f"  held-out fvu {held_out.fvu:.4f}  l0 {held_out.l0:.1f}"
         self._metrics.append(head | row)
-        elapsed = time.monotonic() - began
-        self._timing.append(
-            head | {"seconds": elapsed, "rows_per_second": (done - self._first) * settings.rows.batch_rows / elapsed}
-        )
+        seconds = time.monotonic() - self._began
+        rate = (done - self._first) * self._settings.rows.batch_rows / seconds
+        self._timing.append(head | {"seconds": seconds, "rows_per_second": rate})
+        return note
 
     def _evaluate(self, done: int) -> Evaluation:
         chunk = self._settings.evaluation.chunk_rows
@@ -276,23 +307,20 @@ class Run:
         for log in (self._metrics, self._timing):
             log.cut(self._first)
 
-    def _l0_by_running_threshold(self, pre_acts: Tensor, strata: dict[str, slice]) -> float:
+    def _l0_by_running_threshold(self, pre_acts: Tensor) -> float:
         """Active latents per row of one batch by the running threshold, without position 0."""
-        counts = (pre_acts > self._counters.threshold).sum(1)
+        counts, strata = (pre_acts > self._counters.threshold).sum(1), self._reader.slices()
         rows = [counts[s] for name, s in strata.items() if name != "000-001" or len(strata) == 1]
         return float(torch.cat(rows).double().mean())
 
-    def _refuse_nan(self, loss: Tensor, step: int) -> None:
-        if not torch.isfinite(loss):
+    def _refuse_nan(self, loss: Tensor, source: Tensor, step: int) -> None:
+        """A source that is not finite need not show in the loss: no comparison selects a NaN."""
+        if not torch.isfinite(loss) or not torch.isfinite(source.sum()):
             raise ProjectError(
-                f"the loss is {loss.item()} at step {step + 1} of {self._path} (rows {self._reader.describe(step)}); "
-                "nothing was published; lower optimizer.lr, or check the store with: python -m harvest verify"
+                f"the loss or a source row is not finite at step {step + 1} of {self._path} (loss {loss.item()}, rows "
+                f"{self._reader.describe(step)}); nothing was published; check the store with: python -m harvest "
+                f"verify {self._store.path}, or lower optimizer.lr"
             )
-
-    def _describe(self, row: dict[str, Any]) -> str:
-        if "held_out" in row:
-            return f"held-out fvu {row['held_out']['fvu']:.4f}  l0 {row['held_out']['l0']:.1f}"
-        return f"fvu {row['fvu']:.4f}  dead {row['dead_share']:.1%}" if "fvu" in row else ""
 
 
 @contextmanager

@@ -148,9 +148,7 @@ class BatchReader:
         """Where each stratum's rows lie in every batch."""
         edges = pairwise(int(edge) for edge in np.cumsum([0, *self.counts]))
         return {
-            s.stratum.name: slice(low, high)
-            for s, (low, high) in zip(self._strata, edges, strict=True)
-            if high > low
+            s.stratum.name: slice(low, high) for s, (low, high) in zip(self._strata, edges, strict=True) if high > low
         }
 
     def epochs(self, step: int) -> dict[str, float]:

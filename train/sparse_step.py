@@ -6,9 +6,8 @@ With k of d_sae latents active, decode and every gradient cost the active pairs.
 Legend: B rows, D d_in, O d_out, F latents, P prefixes, N active pairs.
 """
 
-from typing import Any
-
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -1,0 +1,297 @@
+"""Finished stores made from random numbers, for tests that need no LLM.
+
+`make_store` writes every file a harvest writes, with rows that a transcoder can learn: the source is the token's
+vector plus noise around a mean far from zero, the target a fixed two-layer map of the source plus noise. Position 0
+holds one and the same row of large norm, as a BOS does in a real model.
+"""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from shared import durable, keyed, layout, statistics
+from shared.strata import Stratum
+
+Array = NDArray[Any]
+SIDES = ("source", "target")
+BOS = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyntheticStore:
+    """A store on disk and what it must contain."""
+
+    path: Path
+    record: layout.StoreRecord
+    arrays: dict[str, Array]
+    """All rows of every array as stored, by path below the Zarr root, for example `strata/004-016/source`."""
+
+    def values(self, name: str) -> NDArray[np.float32]:
+        """The rows of a source or target array as numbers."""
+        return decode(self.arrays[name], self.record.request.storage)
+
+
+def make_request(
+    *,
+    context_size: int = 32,
+    edges: Sequence[int] = (0, 1, 4, 16),
+    keep: Mapping[int, float] | None = None,
+    storage: layout.StorageType = "bfloat16",
+    block_sequences: int = 16,
+    held_out_blocks: int = 2,
+    layer: int = 3,
+    seed: int = 0,
+    label: str = "synthetic",
+) -> layout.StoreRequest:
+    """A request like a harvest's, for a model and a corpus that do not exist."""
+    return layout.StoreRequest(
+        label=label,
+        model=layout.ModelIdentity(name="synthetic", revision=None, weights="ab" * 32, dtype="float32", device="cpu"),
+        tokenizer="cd" * 32,
+        corpus=layout.CorpusIdentity(
+            name="synthetic", digest="ef" * 32, column=None, kind="text", order="shuffled", separator=None
+        ),
+        context_size=context_size,
+        layer=layer,
+        source_hook=f"blocks.{layer}.hook_resid_mid",
+        target_hook=f"blocks.{layer}.hook_mlp_out",
+        edges=tuple(edges),
+        keep=dict(keep or {}),
+        storage=storage,
+        block_sequences=block_sequences,
+        held_out_blocks=held_out_blocks,
+        batch_sequences=4,
+        seed=seed,
+    )
+
+
+def make_store(
+    path: Path,
+    *,
+    d_in: int = 16,
+    d_out: int = 24,
+    training_blocks: int = 3,
+    vocabulary: int = 61,
+    noise: float = 0.05,
+    bos_norm: float = 20.0,
+    tokenizer: bool = False,
+    **request: Any,
+) -> SyntheticStore:
+    """Write a finished store at `path`; further options are those of `make_request`.
+
+    `noise` is the share of the target's deviation that the source does not explain; `bos_norm` the norm of the row at
+    position 0 over that of other rows.
+    """
+    wanted = make_request(**request)
+    rng = np.random.default_rng(wanted.seed)
+    draw = _Rows(rng, d_in, d_out, vocabulary, noise, bos_norm)
+    files: dict[str, layout.FileRecord] = {}
+    blocks = wanted.held_out_blocks + training_blocks
+
+    parts: dict[str, list[Array]] = {}
+    token_files: dict[str, layout.FileRecord] = {}
+    moments: list[_Gathered] = []
+    for block in range(blocks):
+        tokens = rng.integers(BOS + 1, vocabulary, (wanted.block_sequences, wanted.context_size), dtype=np.int32)
+        tokens[:, 0] = BOS
+        spec = layout.tokens_spec(wanted)
+        parts.setdefault(spec.path, []).append(tokens)
+        token_files |= _write_block(path, spec, block, tokens)
+        written, gathered = _write_strata(path, wanted, draw, block, tokens, parts)
+        moments.append(gathered)
+        raw = save({f"{stratum}/{side}/mean": every.mean for (stratum, side), (every, _) in gathered.items()})
+        done = layout.LedgerRecord(block=block, d_in=d_in, d_out=d_out, files=written, moments=_record(raw))
+        _write(path / layout.moments_path(block), raw)
+        _write_json(path / layout.record_path(block), done.model_dump(mode="json"))
+
+    _write_metadata(path, wanted, d_in, d_out, blocks)
+    summaries, overall, tensors = _summarise(wanted, moments[wanted.held_out_blocks :])
+    _write_file(path, layout.STATISTICS, save(tensors), files)
+    if tokenizer:
+        _write_file(path, f"{layout.TOKENIZER}/tokenizer.json", _tokenizer(vocabulary), files)
+    record = layout.StoreRecord(
+        format_version=layout.FORMAT_VERSION,
+        request=wanted,
+        plan=_plan(wanted, training_blocks, token_files),
+        d_in=d_in,
+        d_out=d_out,
+        blocks=blocks,
+        strata=summaries,
+        overall=overall,
+        files=files,
+        software={"python": platform.python_version(), "numpy": np.__version__},
+    )
+    _write_json(path / layout.REQUEST, wanted.model_dump(mode="json"))
+    _write_json(path / layout.PLAN, record.plan.model_dump(mode="json"))
+    _write_json(path / layout.STORE, record.model_dump(mode="json"))
+    arrays = {name: np.concatenate(blocks_) for name, blocks_ in parts.items()}
+    return SyntheticStore(path=path, record=record, arrays=arrays)
+
+
+def encode(rows: NDArray[np.float32], storage: str) -> Array:
+    """`rows` as they are stored; bfloat16 rounds to nearest, ties to even, and is returned as its bits."""
+    if storage != "bfloat16":
+        return rows.astype(storage)
+    bits = np.ascontiguousarray(rows, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def decode(stored: Array, storage: str) -> NDArray[np.float32]:
+    """The numbers that stored rows stand for."""
+    if storage != "bfloat16":
+        return stored.astype(np.float32)
+    return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+class _Rows:
+    """Draws (source, target) rows for tokens; the map from one to the other is fixed by the first draws of `rng`."""
+
+    def __init__(
+        self, rng: np.random.Generator, d_in: int, d_out: int, vocabulary: int, noise: float, bos_norm: float
+    ) -> None:
+        hidden = 4 * d_in
+        self.rng, self.noise = rng, noise
+        self.vectors = rng.normal(size=(vocabulary, d_in))
+        self.mean = 2.0 * rng.normal(size=d_in)
+        self.up = rng.normal(size=(d_in, hidden)) / np.sqrt(d_in)
+        self.down = rng.normal(size=(hidden, d_out)) / np.sqrt(hidden)
+        self.offset = rng.normal(size=d_out)
+        bos = rng.normal(size=d_in)
+        self.bos = bos * (bos_norm * np.sqrt(d_in) / np.linalg.norm(bos))
+
+    def __call__(self, tokens: Array, position: Array) -> dict[str, NDArray[np.float32]]:
+        source = self.vectors[tokens] + self.mean + 0.3 * self.rng.normal(size=(len(tokens), len(self.mean)))
+        source[position == 0] = self.bos
+        target = np.maximum(source @ self.up, 0) @ self.down + self.offset
+        target[position > 0] += self.noise * self.rng.normal(size=target[position > 0].shape)
+        return {"source": source.astype(np.float32), "target": target.astype(np.float32)}
+
+
+_Gathered = dict[tuple[str, str], tuple[statistics.Moments, statistics.Moments]]
+"""By stratum and side: moments of all rows, and of those past position 0 at their natural weight."""
+
+
+def _write_strata(
+    path: Path, request: layout.StoreRequest, draw: _Rows, block: int, tokens: Array, parts: dict[str, list[Array]]
+) -> tuple[dict[str, layout.FileRecord], _Gathered]:
+    written: dict[str, layout.FileRecord] = {}
+    gathered: _Gathered = {}
+    for stratum in request.strata:
+        order = keyed.permutation(stratum.natural_rows, request.seed, block, stratum.name)[: stratum.rows]
+        sequence, position = order // stratum.width, stratum.start + order % stratum.width
+        sides = draw(tokens[sequence, position], position)
+        arrays = {side: encode(rows, request.storage) for side, rows in sides.items()}
+        arrays["position"] = position.astype(np.uint16)
+        arrays["sequence"] = (sequence + block * request.block_sequences).astype(np.uint32)
+        specs = layout.stratum_specs(request, stratum, sides["source"].shape[1], sides["target"].shape[1])
+        for name, spec in specs.items():
+            written |= _write_block(path, spec, block, arrays[name])
+            parts.setdefault(spec.path, []).append(arrays[name])
+        for side in SIDES:
+            rows = decode(arrays[side], request.storage)
+            later = statistics.moments_of(rows[position > 0]).scaled(stratum.natural_rows / stratum.rows)
+            gathered[stratum.name, side] = statistics.moments_of(rows), later
+    return written, gathered
+
+
+def _write_block(path: Path, spec: layout.ArraySpec, block: int, rows: Array) -> dict[str, layout.FileRecord]:
+    written = {}
+    for shard, buffers in zip(spec.block_shards(block), spec.shard_buffers(rows), strict=True):
+        name = spec.shard_path(shard)
+        _write_file(path / layout.ARRAYS, name, b"".join(bytes(part) for part in buffers), written)
+    return written
+
+
+def _write_file(root: Path, name: str, data: bytes, records: dict[str, layout.FileRecord]) -> None:
+    _write(root / name, data)
+    records[name] = _record(data)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write(path, durable.json_bytes(value))
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)  # not published: hundreds of fsyncs would be most of the tests' time
+
+
+def _record(data: bytes) -> layout.FileRecord:
+    return layout.FileRecord(bytes=len(data), crc32c=f"{google_crc32c.value(data):08x}")
+
+
+def _write_metadata(path: Path, request: layout.StoreRequest, d_in: int, d_out: int, blocks: int) -> None:
+    root = path / layout.ARRAYS
+    specs = [layout.tokens_spec(request), *layout.store_specs(request, d_in, d_out)]
+    for group in ("", "strata", *(f"strata/{stratum.name}" for stratum in request.strata)):
+        _write_json(root / group / "zarr.json", layout.group_metadata())
+    for spec in specs:
+        _write_json(root / spec.path / "zarr.json", spec.metadata(blocks))
+
+
+def _plan(
+    request: layout.StoreRequest, training_blocks: int, token_files: dict[str, layout.FileRecord]
+) -> layout.StorePlan:
+    per_block = request.block_sequences * (request.context_size - 1)
+    kept, held_out = training_blocks * per_block, request.held_out_blocks * per_block
+    counts = layout.PackingCounts(
+        documents=training_blocks + request.held_out_blocks,
+        held_out_documents=request.held_out_blocks,
+        tokens_read=kept + held_out,
+        tokens_kept=kept,
+        tokens_held_out=held_out,
+        tokens_left_over=0,
+    )
+    return layout.StorePlan(
+        request=request.digest, segments=(training_blocks,), packing=(counts,), token_files=token_files
+    )
+
+
+def _summarise(
+    request: layout.StoreRequest, blocks: list[_Gathered]
+) -> tuple[tuple[layout.StratumSummary, ...], layout.StratumSummary, dict[str, Array]]:
+    tensors: dict[str, Array] = {}
+
+    def summary(name: str, where: dict[str, int], sides: dict[str, statistics.Moments]) -> layout.StratumSummary:
+        for side, moments in sides.items():
+            tensors[f"{name}/{side}/mean"], tensors[f"{name}/{side}/variance"] = moments.mean, moments.variance
+        return layout.StratumSummary(**where, **{side: _norms(moments) for side, moments in sides.items()})
+
+    def rows(stratum: Stratum) -> dict[str, int]:
+        counts = {"rows": stratum.rows * len(blocks), "natural_rows": stratum.natural_rows * len(blocks)}
+        return {"start": stratum.start, "stop": stratum.stop, **counts}
+
+    strata = tuple(
+        summary(s.name, rows(s), {side: statistics.merge([b[s.name, side][0] for b in blocks]) for side in SIDES})
+        for s in request.strata
+    )
+    later = [s for s in request.strata if s.stop > 1]
+    whole = {side: statistics.merge([block[s.name, side][1] for s in later for block in blocks]) for side in SIDES}
+    natural = (request.context_size - 1) * request.block_sequences * len(blocks)
+    where = {"start": 1, "stop": request.context_size, "rows": sum(s.rows for s in later) * len(blocks)}
+    return strata, summary("overall", {**where, "natural_rows": natural}, whole), tensors
+
+
+def _norms(moments: statistics.Moments) -> layout.NormSummary:
+    return layout.NormSummary(
+        mean_squared_norm=moments.mean_squared_norm,
+        norm_quantiles={str(share): moments.norm_quantile(share) for share in statistics.QUANTILES},
+        mean_to_deviation=moments.mean_to_deviation,
+        outlier_rows=round(moments.rows_above(statistics.OUTLIER_RATIO * moments.norm_quantile(0.5))),
+    )
+
+
+def _tokenizer(vocabulary: int) -> bytes:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<bos>": BOS} | {f"word{i}": i for i in range(BOS + 1, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<bos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer.to_str().encode()

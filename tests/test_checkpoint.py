@@ -1,0 +1,119 @@
+"""Checkpoints: published whole, verified, pruned, and refused by name when something in them is wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shared.errors import CorruptData, UserError
+from train import checkpoint
+
+WEIGHTS = {"W_dec": torch.arange(6.0).reshape(2, 3), "b_dec": torch.ones(3)}
+STATE = {"rows_since_fired": torch.tensor([3, 4])}
+
+
+def publish(run: Path, *steps: int, keep: int = 9) -> list[Path]:
+    return [checkpoint.publish(run, step, WEIGHTS, STATE, keep) for step in steps]
+
+
+def flip(path: Path, at: int = -3) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_checkpoint_holds_what_was_saved(tmp_path: Path) -> None:
+    (path,) = publish(tmp_path, 500)
+    assert path == tmp_path / "checkpoints" / "step-000500"
+    assert sorted(p.name for p in path.iterdir()) == ["optimizer.safetensors", "state.json", "weights.safetensors"]
+    found = checkpoint.load_tensors(path / checkpoint.WEIGHTS, WEIGHTS)
+    assert all(torch.equal(found[name], WEIGHTS[name]) for name in WEIGHTS)
+    assert torch.equal(checkpoint.load_state(path / checkpoint.OPTIMIZER)["rows_since_fired"], torch.tensor([3, 4]))
+    assert checkpoint.find(tmp_path) == (path, 500, torch.get_num_threads())
+
+
+def test_a_transposed_parameter_is_saved_as_it_reads(tmp_path: Path) -> None:
+    column_major = torch.arange(6.0).reshape(3, 2).T
+    checkpoint.publish(tmp_path, 1, {"W_enc": column_major}, STATE, 1)
+    assert torch.equal(load_file(checkpoint.folder(tmp_path, 1) / checkpoint.WEIGHTS)["W_enc"], column_major)
+
+
+def test_the_newest_valid_ones_are_kept_and_damaged_ones_do_not_count(tmp_path: Path) -> None:
+    publish(tmp_path, 1, 2, 3)
+    flip(checkpoint.folder(tmp_path, 3) / checkpoint.WEIGHTS)
+    publish(tmp_path, 4, keep=2)
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-000002", "step-000003", "step-000004"]
+
+
+def test_torn_newest_checkpoints_are_skipped_with_a_warning(tmp_path: Path) -> None:
+    publish(tmp_path, 1, 2, 3)
+    (checkpoint.folder(tmp_path, 3) / checkpoint.WEIGHTS).write_bytes(b"")
+    flip(checkpoint.folder(tmp_path, 2) / checkpoint.OPTIMIZER)
+    warnings: list[str] = []
+    assert checkpoint.find(tmp_path, warn=warnings).step == 1
+    assert len(warnings) == 2 and "step-000003/weights.safetensors: 0 bytes" in warnings[0]
+    assert "crc32c" in warnings[1]
+    with pytest.raises(CorruptData, match=r"step-000002/optimizer.safetensors: crc32c"):
+        checkpoint.find(tmp_path, step=2)
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    publish(tmp_path, 999_999, 1_000_000)
+    assert checkpoint.find(tmp_path).step == 1_000_000
+
+
+@pytest.mark.parametrize("name", ["state.json", "weights.safetensors", "optimizer.safetensors"])
+def test_a_missing_file_makes_a_checkpoint_invalid(tmp_path: Path, name: str) -> None:
+    (path,) = publish(tmp_path, 1)
+    (path / name).unlink()
+    assert checkpoint.verify(path) is not None
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        checkpoint.find(tmp_path)
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run at .*nothing"):
+        checkpoint.find(tmp_path / "nothing")
+    publish(tmp_path, 1, 5)
+    with pytest.raises(UserError, match=r"no checkpoint of step 3; it has \[1, 5\]"):
+        checkpoint.find(tmp_path, step=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {"b_dec": t["b_dec"]}, "'W_dec' is missing"),
+        (lambda t: t | {"extra": torch.ones(1)}, "'extra' is not expected"),
+        (
+            lambda t: t | {"W_dec": t["W_dec"].T.contiguous()},
+            r"'W_dec' is torch.float32 \[3, 2\], expected .* \[2, 3\]",
+        ),
+        (lambda t: t | {"b_dec": t["b_dec"].half()}, "'b_dec' is torch.float16"),
+        (lambda t: t | {"b_dec": torch.tensor([1.0, float("nan"), 0])}, "'b_dec' holds NaN"),
+    ],
+)
+def test_a_wrong_tensor_is_refused_by_name(tmp_path: Path, change, message: str) -> None:
+    save_file(change(dict(WEIGHTS)), tmp_path / "w.safetensors")
+    with pytest.raises(CorruptData, match=message):
+        checkpoint.load_tensors(tmp_path / "w.safetensors", WEIGHTS)
+
+
+def test_a_pickle_in_place_of_weights_is_never_unpickled(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (marker,)
+
+    torch.save({"W_dec": Bomb()}, tmp_path / "w.safetensors")
+    with pytest.raises(CorruptData, match="not a readable safetensors file"):
+        checkpoint.load_tensors(tmp_path / "w.safetensors", WEIGHTS)
+    assert not marker.exists()
+
+
+def test_a_newer_format_is_named(tmp_path: Path) -> None:
+    (path,) = publish(tmp_path, 1)
+    (path / "state.json").write_text('{"format_version": 99}')
+    with pytest.raises(UserError, match="written by format 99, this reads <= 1; upgrade"):
+        checkpoint.read_state(path)

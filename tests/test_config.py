@@ -1,0 +1,170 @@
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from shared.config import Config, build, load_preset, override, read_record
+from shared.errors import CorruptData, UserError
+
+
+class Loss(Config):
+    auxk_weight: float = 0.03
+    prefixes: tuple[int, ...] = (4, 8)
+
+
+class Settings(Config):
+    seed: int = 0
+    """Seed of every draw."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    name: str | None = None
+    loss: Loss = Loss()
+
+
+def settings(*assignments: str) -> Settings:
+    return build(Settings, override({}, assignments), "tiny")
+
+
+def test_docstrings_of_fields_become_their_descriptions():
+    assert Settings.model_fields["seed"].description == "Seed of every draw."
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("seed=7", {"seed": 7}),
+        ("seed=-7", {"seed": -7}),
+        ("seed = 7 ", {"seed": 7}),
+        ("tokens=1_000_000", {"tokens": 1_000_000}),
+        ("rate=3e-4", {"rate": 3e-4}),
+        ("rate=.5", {"rate": ".5"}),
+        ("on=true", {"on": True}),
+        ("on=True", {"on": "True"}),
+        ("edges=[0, 1, 4]", {"edges": [0, 1, 4]}),
+        ("keep={0 = 0.5}", {"keep": {"0": 0.5}}),
+        ("name=gemma-2-2b", {"name": "gemma-2-2b"}),
+        ('name="7"', {"name": "7"}),
+        ("name=a=b", {"name": "a=b"}),
+        ("name=", {"name": ""}),
+        ("path=/data/a b.txt", {"path": "/data/a b.txt"}),
+        ("loss.auxk_weight=0.5", {"loss": {"auxk_weight": 0.5}}),
+        ("a.b.c=1", {"a": {"b": {"c": 1}}}),
+    ],
+)
+def test_set_parses_toml_and_takes_the_rest_as_text(assignment, expected):
+    result = override({}, [assignment])
+    assert result == expected
+    assert type(next(iter(result.values()))) is type(next(iter(expected.values())))
+
+
+def test_set_keeps_what_it_does_not_name_and_the_later_one_wins():
+    before = {"seed": 1, "loss": {"auxk_weight": 0.1, "prefixes": [1]}}
+    after = override(before, ["loss.auxk_weight=0.2", "loss.auxk_weight=0.3"])
+    assert after == {"seed": 1, "loss": {"auxk_weight": 0.3, "prefixes": [1]}}
+    assert before == {"seed": 1, "loss": {"auxk_weight": 0.1, "prefixes": [1]}}
+
+
+@pytest.mark.parametrize("assignment", ["seed", "=1", " =1", ""])
+def test_set_without_a_name_or_a_value_is_refused(assignment):
+    with pytest.raises(UserError, match="expected NAME=VALUE"):
+        override({}, [assignment])
+
+
+def test_set_into_a_value_is_refused():
+    with pytest.raises(UserError, match=r"--set seed\.x=1: seed is a value, not a group"):
+        override({"seed": 1}, ["seed.x=1"])
+
+
+def test_the_settings_reach_their_fields():
+    result = settings("seed=3", "learning_rate=1", "loss.prefixes=[2, 3]", "name=x")
+    assert result == Settings(seed=3, learning_rate=1.0, name="x", loss=Loss(prefixes=(2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("sed=1", "tiny: unknown option 'sed'; did you mean 'seed'?"),
+        ("learn_rate=1", "tiny: unknown option 'learn_rate'; did you mean 'learning_rate'?"),
+        ("loss.aux_weight=1", "tiny: unknown option 'loss.aux_weight'; did you mean 'auxk_weight'?"),
+        ("zzzzzz=1", "tiny: unknown option 'zzzzzz'"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(assignment, message):
+    with pytest.raises(UserError) as error:
+        settings(assignment)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("assignment", "parts"),
+    [
+        ("seed=1.5", ["tiny: seed:", "got 1.5"]),
+        ("seed=many", ["tiny: seed:", "got 'many'"]),
+        ("learning_rate=0", ["tiny: learning_rate:", "greater than 0", "got 0"]),
+        ("learning_rate=nan", ["tiny: learning_rate:", "finite"]),
+        ("learning_rate=inf", ["tiny: learning_rate:", "finite"]),
+        ("loss=3", ["tiny: loss:"]),
+        ("loss.prefixes=[1, 'x']", ["tiny: loss.prefixes.1:", "got 'x'"]),
+    ],
+)
+def test_a_bad_value_names_field_value_and_cause_in_one_line(assignment, parts):
+    with pytest.raises(UserError) as error:
+        settings(assignment)
+    assert all(part in str(error.value) for part in parts)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().seed = 1
+
+
+def test_a_record_of_ours_that_does_not_fit_is_corrupt():
+    with pytest.raises(CorruptData, match=r"^/s/store\.json: unknown option 'sed'"):
+        read_record(Settings, {"sed": 1}, Path("/s/store.json"))
+    with pytest.raises(CorruptData, match=r"^/s/store\.json: settings: "):
+        read_record(Settings, [1], Path("/s/store.json"))
+
+
+@pytest.fixture
+def presets(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.toml").write_text("seed = 1\n[loss]\nauxk_weight = 0.5\n")
+    (tmp_path / "gemma-2-2b.toml").write_text("seed = 2\n")
+    return tmp_path
+
+
+def test_a_preset_is_read(presets):
+    assert load_preset(presets, "tiny", None) == {"seed": 1, "loss": {"auxk_weight": 0.5}}
+
+
+def test_a_missing_preset_lists_those_there_are(presets):
+    with pytest.raises(UserError) as error:
+        load_preset(presets, "tinny", None)
+    assert str(error.value) == "no preset 'tinny'; presets: gemma-2-2b, tiny; did you mean 'tiny'?"
+
+
+def test_a_preset_is_no_way_out_of_its_folder(presets):
+    inner = presets / "inner"
+    inner.mkdir()
+    with pytest.raises(UserError, match="no preset"):
+        load_preset(inner, "../tiny", None)
+
+
+def test_a_file_replaces_the_preset(presets, tmp_path):
+    file = tmp_path / "mine.conf"
+    file.write_text("seed = 9\n")
+    assert load_preset(presets, "mine", file) == {"seed": 9}
+
+
+@pytest.mark.parametrize("content", [b"seed = ", b"seed = 1\nseed = 2\n", b"name = '\xff'\n", b"[loss\n"])
+def test_bad_toml_names_the_file(presets, tmp_path, content):
+    file = tmp_path / "bad.toml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.toml: cannot be read as TOML: "):
+        load_preset(presets, "tiny", file)
+
+
+def test_a_missing_file_and_a_folder_are_named(presets, tmp_path):
+    with pytest.raises(UserError, match=r"no configuration file at .*none\.toml"):
+        load_preset(presets, "tiny", tmp_path / "none.toml")
+    with pytest.raises(UserError, match="cannot be read as TOML"):
+        load_preset(presets, "tiny", tmp_path)

@@ -1,0 +1,155 @@
+"""The direction of the arrows: harvest -> shared <- train; no LLM library in train, no torch in shared."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("harvest", "train", "shared")
+LLM_LIBRARIES = {"transformer_lens", "transformers", "datasets"}
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+DURABLE = Path("shared/durable.py")
+MODEL_SCRIPT = Path("harvest/embedded/train_model.py")
+"""Makes the embedded model, by a maintainer's hand: it replaces a folder of the source tree, not a user's data."""
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that `path` imports, also inside functions and by a literal name."""
+    package = module_of(path).split(".") if path.name == "__init__.py" else module_of(path).split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
+    return found
+
+
+def roots(path: Path) -> set[str]:
+    return {module.split(".")[0] for module in imports(path)}
+
+
+def files_of(package: str) -> list[Path]:
+    return [path for path in FILES if path.relative_to(ROOT).parts[0] == package]
+
+
+def offenders(package: str, forbidden: set[str]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)} imports {name}" for path in files_of(package) for name in roots(path) & forbidden
+    ]
+
+
+def test_there_is_something_to_look_at():
+    assert all(files_of(package) for package in PACKAGES)
+    assert "shared" in roots(ROOT / "shared" / "store.py")
+
+
+def test_the_stages_never_import_each_other():
+    assert offenders("harvest", {"train"}) == []
+    assert offenders("train", {"harvest"}) == []
+
+
+def test_shared_imports_neither_stage_nor_torch():
+    assert offenders("shared", {"harvest", "train", "torch", *LLM_LIBRARIES}) == []
+
+
+def test_nothing_under_train_names_an_llm_library():
+    assert offenders("train", LLM_LIBRARIES) == []
+
+
+def test_tests_are_not_imported_by_what_they_test():
+    assert [offenders(package, {"tests"}) for package in PACKAGES] == [[], [], []]
+
+
+def test_modules_import_each_other_without_cycles():
+    """Counting only imports at the top of a module: one inside a function is the way out of a cycle."""
+    modules = {module_of(path): path for path in FILES}
+    edges: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        top = {ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)}
+        edges[name] = {target for target in imports(path) & modules.keys() if any(target in line for line in top)}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for target in sorted(edges[name] - {name}):
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in sorted(edges):
+        visit(name, ())
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+BLOCK = """
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError(f"blocked: {{name}}")
+
+sys.meta_path.insert(0, Blocked())
+for name in {modules}:
+    importlib.import_module(name)
+"""
+
+
+@pytest.mark.slow
+def test_every_module_of_train_can_be_imported_without_an_llm_library():
+    """Also by a road the source does not show: the process refuses these libraries, and the other stage."""
+    modules = [module_of(path) for path in files_of("train") if path.name not in ("__main__.py", "triton.py")]
+    run(BLOCK.format(blocked=sorted(LLM_LIBRARIES | {"harvest"}), modules=modules))
+
+
+def test_shared_can_be_imported_without_torch():
+    modules = [module_of(path) for path in files_of("shared")]
+    run(BLOCK.format(blocked=sorted(LLM_LIBRARIES | {"torch", "harvest", "train"}), modules=modules))
+
+
+ONLY_DURABLE = {
+    *(f"os.{name}" for name in ("rename", "renames", "replace", "fsync", "fdatasync", "link", "statvfs")),
+    *(f"shutil.{name}" for name in ("move", "disk_usage")),
+    *(f"tempfile.{name}" for name in ("NamedTemporaryFile", "mkstemp")),
+    "fcntl.flock",
+    "fcntl.lockf",
+    "filelock",
+    "fcntl",
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: os.fspath(path.relative_to(ROOT)))
+def test_only_durable_renames_syncs_locks_or_measures_free_space(path):
+    if path.relative_to(ROOT) in (DURABLE, MODEL_SCRIPT):
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} | imports(path)
+    assert used & ONLY_DURABLE == set()
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    moved = [call for call in calls if isinstance(call, ast.Attribute) and call.attr == "rename"]
+    assert not moved, f"line {moved[0].lineno}: {ast.unparse(moved[0])}"
+
+
+def test_the_list_above_finds_durable_itself():
+    tree = ast.parse((ROOT / DURABLE).read_text(encoding="utf-8"))
+    used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} | imports(ROOT / DURABLE)
+    assert {"os.rename", "os.replace", "os.fsync", "shutil.disk_usage", "filelock"} <= used & ONLY_DURABLE

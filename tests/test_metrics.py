@@ -1,0 +1,112 @@
+"""The window's figures against the rows themselves, the dead counters, and the log."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import reference
+from train.metrics import Counters, Log, Window
+from train.sparsity import Active
+from train.transcoder import Step
+
+STRATA = {"000-001": slice(0, 2), "001-004": slice(2, 10)}
+PREFIXES = (2, 8)
+
+
+def make_step(seed: int, latents: list[int] | None = None) -> tuple[Step, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    target, guess = torch.randn(10, 3, generator=generator) + 2, torch.randn(10, 2, 3, generator=generator) + 2
+    rows = torch.tensor([0, 0, 0, 3, 5])
+    active = Active(rows, torch.tensor(latents or [1, 2, 3, 2, 6]), 8)
+    step = Step(
+        loss=torch.tensor(3.0),
+        terms={"reconstruction": torch.tensor(2.0 + seed), "auxk": torch.tensor(1.0)},
+        errors=(guess - target.unsqueeze(1)).square().sum(2),
+        target=target,
+        active=active,
+        threshold=torch.tensor(0.5 + seed),
+        pre_acts=torch.zeros(10, 8),
+    )
+    return step, target, guess
+
+
+def test_a_windows_figures_are_those_of_its_rows_without_position_0() -> None:
+    window = Window(STRATA, PREFIXES, 3, torch.device("cpu"))
+    steps = [make_step(seed) for seed in range(4)]
+    for step, _, _ in steps:
+        window.add(step, torch.tensor(2.0))
+    row = window.row()
+    target = torch.cat([target for _, target, _ in steps]).view(4, 10, 3)
+    guess = torch.cat([guess for _, _, guess in steps]).view(4, 10, 2, 3)
+    for i, size in enumerate(PREFIXES):
+        expected = reference.fvu(target[:, 2:].reshape(-1, 3), guess[:, 2:, i].reshape(-1, 3))
+        assert row["prefixes"][str(size)]["fvu"] == pytest.approx(expected, rel=1e-6)
+    assert row["fvu"] == row["prefixes"]["8"]["fvu"]
+    for name, rows in STRATA.items():
+        expected = reference.fvu(target[:, rows].reshape(-1, 3), guess[:, rows, 1].reshape(-1, 3))
+        assert row["strata"][name]["fvu"] == pytest.approx(expected, rel=1e-6)
+    assert row["strata"]["000-001"] | {"fvu": 0} == {"rows": 8, "fvu": 0, "l0_training_rule": 1.5}
+    assert row["l0_training_rule"] == 2 / 8
+    assert row["terms"] == {"auxk": 1.0, "reconstruction": 3.5}
+    assert row["loss"] == 4.5 and row["grad_norm"] == 2.0
+
+
+def test_a_window_starts_anew_after_its_row_and_continues_from_a_saved_state() -> None:
+    first, second, fresh = (Window(STRATA, PREFIXES, 3, torch.device("cpu")) for _ in range(3))
+    steps = [make_step(seed)[0] for seed in range(3)]
+    first.add(steps[2], torch.tensor(1.0))
+    first.row()
+    first.add(steps[0], torch.tensor(1.0))
+    second.load({name: value.clone() for name, value in first.state().items()})
+    for window in (first, second):
+        window.add(steps[1], torch.tensor(1.0))
+    for step in steps[:2]:
+        fresh.add(step, torch.tensor(1.0))
+    assert first.row() == second.row() == fresh.row()
+
+
+def test_latents_are_dead_by_rows_since_they_fired() -> None:
+    counters = Counters(8, torch.device("cpu"))
+    counters.update(make_step(0, [0, 1, 2, 3, 4])[0])
+    counters.update(make_step(1, [0, 1, 2, 3, 3])[0])
+    assert counters.rows_since_fired.tolist() == [0, 0, 0, 0, 10, 20, 20, 20]
+    assert counters.dead(10).tolist() == [4, 5, 6, 7]
+    assert counters.dead(11).tolist() == [5, 6, 7]
+    restored = Counters(8, torch.device("cpu"))
+    restored.load(counters.state())
+    assert restored.dead(11).tolist() == [5, 6, 7]
+
+
+def test_the_running_threshold_is_a_float32_moving_average_from_the_first_value() -> None:
+    counters = Counters(8, torch.device("cpu"))
+    for seed in (0, 1):
+        counters.update(make_step(seed)[0])
+    assert counters.threshold.dtype == torch.float32
+    assert float(counters.threshold) == pytest.approx(0.99 * 0.5 + 0.01 * 1.5)
+
+
+def test_a_log_is_cut_after_a_step_and_drops_a_torn_line(tmp_path: Path) -> None:
+    log = Log(tmp_path / "metrics.jsonl")
+    for step in (10, 20, 30):
+        log.append({"step": step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3')
+    log.cut(20)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 10}\n{"step": 20}\n'
+
+
+def test_rows_that_cannot_be_written_are_counted_and_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log(Path("/dev/full"))
+    for step in range(3):
+        log.append({"step": step})
+    assert log.lost_rows == 3
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+def test_a_row_is_one_line_of_strict_json(tmp_path: Path) -> None:
+    Log(tmp_path / "m.jsonl").append({"step": 1, "a": {"b": 0.1}})
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 1, "a": {"b": 0.1}}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        Log(tmp_path / "m.jsonl").append({"step": 1, "loss": float("nan")})

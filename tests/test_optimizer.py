@@ -1,0 +1,98 @@
+"""The update against Adam written out in float64, and what surrounds it."""
+
+import pytest
+import torch
+
+from train.losses import AuxKConfig
+from train.optimizer import Optimizer, OptimizerConfig
+from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
+
+D, O, F = 6, 5, 24
+NO_DEAD = torch.zeros(0, dtype=torch.int64)
+
+
+def make() -> Transcoder:
+    activation = BatchTopK(k=4)
+    config = TranscoderConfig(d_sae=F).resolve(D, activation)
+    model = Transcoder(D, O, config, activation, Normalisation(torch.zeros(D), 1.0, torch.zeros(O), 1.0))
+    model.initialise(0)
+    return model
+
+
+def loss_of(model: Transcoder, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    source, target = torch.randn(32, D, generator=generator), torch.randn(32, O, generator=generator)
+    return model.step(source, target, NO_DEAD, AuxKConfig(), 0).loss
+
+
+def test_three_steps_equal_adam_written_out() -> None:
+    config = OptimizerConfig(lr=0.01, warmup_steps=1, decay_share=0.5, max_grad_norm=0.05)
+    model, plain = make(), make()
+    optimizer = Optimizer(model, config, steps=4)
+    moments = {
+        name: (torch.zeros_like(p).double(), torch.zeros_like(p).double()) for name, p in plain.named_parameters()
+    }
+    for step in range(3):
+        optimizer.step(loss_of(model, step), step)
+
+        plain.zero_grad(set_to_none=True)
+        loss_of(plain, step).backward()
+        grads = {name: p.grad.double() for name, p in plain.named_parameters()}
+        W_dec = plain.W_dec.detach().double()
+        grads["W_dec"] -= (grads["W_dec"] * W_dec).sum(1, keepdim=True) * W_dec
+        norm = torch.sqrt(sum((g**2).sum() for g in grads.values()))
+        scale = min(1.0, 0.05 / float(norm))
+        lr = 0.01 * [0.5, 1.0, 1.0][step]
+        with torch.no_grad():
+            for name, p in plain.named_parameters():
+                m, v = moments[name]
+                m.mul_(0.9).add_(0.1 * scale * grads[name])
+                v.mul_(0.999).add_(0.001 * (scale * grads[name]) ** 2)
+                update = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                p.copy_(p.double() - lr * update)
+            plain.W_dec.div_(plain.W_dec.norm(dim=1, keepdim=True))
+        for name, p in plain.named_parameters():
+            torch.testing.assert_close(dict(model.named_parameters())[name], p, rtol=2e-5, atol=2e-6, msg=name)
+
+
+def test_decoder_rows_have_unit_norm_after_every_step() -> None:
+    model = make()
+    optimizer = Optimizer(model, OptimizerConfig(lr=0.5), steps=10)
+    for step in range(3):
+        optimizer.step(loss_of(model, step), step)
+        torch.testing.assert_close(model.W_dec.norm(dim=1), torch.ones(F))
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=3, decay_share=0.2)
+    assert [config.lr_at(step, 20) for step in (0, 1, 3, 10, 16, 17, 19)] == [0.25, 0.5, 1.0, 1.0, 1.0, 0.75, 0.25]
+    assert OptimizerConfig(lr=1.0, decay_share=0).lr_at(19, 20) == 1.0
+
+
+@pytest.mark.parametrize("limit", [1e-3, None])
+def test_the_reported_norm_is_the_one_before_clipping(limit: float | None) -> None:
+    model = make()
+    optimizer = Optimizer(model, OptimizerConfig(max_grad_norm=limit), steps=1)
+    _, norm = optimizer.step(loss_of(model, 0), 0)
+    after = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
+    assert float(norm) > 1e-2
+    assert float(after) == pytest.approx(limit or float(norm), rel=1e-3)
+
+
+def test_saved_moments_continue_bit_for_bit() -> None:
+    whole, first = make(), make()
+    straight = Optimizer(whole, OptimizerConfig(), steps=6)
+    for step in range(6):
+        straight.step(loss_of(whole, step), step)
+
+    before = Optimizer(first, OptimizerConfig(), steps=6)
+    for step in range(3):
+        before.step(loss_of(first, step), step)
+    second = make()
+    second.load_state_dict(first.state_dict())
+    after = Optimizer(second, OptimizerConfig(), steps=6)
+    after.load({name: tensor.contiguous() for name, tensor in before.state().items()})
+    for step in range(3, 6):
+        after.step(loss_of(second, step), step)
+    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)

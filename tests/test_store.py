@@ -1,0 +1,462 @@
+"""What `Store.open` and `Store.verify` each catch, and that what they let through reads exactly."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shared import durable, layout
+from shared.errors import CorruptData, UserError
+from shared.store import MappedArray, Store, buffers_record, fault, file_crc32c, progress
+from tests.stores import SyntheticStore, make_store
+
+SOURCE = "strata/004-016/source"
+SHARD = f"{layout.ARRAYS}/{SOURCE}/c/1/0"
+SHARDS = [SHARD, "activations.zarr/tokens/c/4/0", "activations.zarr/strata/000-001/position/c/0"]
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    """Change a JSON file in place; `change` edits what it is given."""
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(data)
+
+
+def faults(path: Path) -> dict[str, str]:
+    return {name: wrong for name, wrong in Store.open(path).verify() if wrong}
+
+
+def read(array: MappedArray, start: int, stop: int) -> np.ndarray:
+    shape = (stop - start,) if array.spec.width is None else (stop - start, array.spec.width)
+    out = np.full(shape, 77, array.spec.dtype)
+    array.read(start, stop, out)
+    return out
+
+
+# A sound store
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
+def test_every_row_is_read_as_it_was_written(tmp_path, storage):
+    made = make_store(tmp_path / "s", storage=storage, keep={0: 0.5, 4: 0.5}, held_out_blocks=1)
+    store = Store.open(made.path)
+    assert list(store.strata) == ["000-001", "001-004", "004-016", "016-032"]
+    seen = {"tokens": store.tokens}
+    for name, rows in store.strata.items():
+        assert rows.stratum.name == name
+        for part in ("source", "target", "position", "sequence"):
+            seen[f"strata/{name}/{part}"] = getattr(rows, part)
+    assert sorted(seen) == sorted(made.arrays)
+    for name, array in seen.items():
+        assert array.rows == len(made.arrays[name])
+        assert read(array, 0, array.rows).tobytes() == made.arrays[name].tobytes()
+
+
+def test_rows_belong_to_their_tokens(pristine):
+    """Position and sequence of a row lead to its token; position 0 is one and the same row."""
+    store = Store.open(pristine.path)
+    tokens = read(store.tokens, 0, store.tokens.rows)
+    for rows in store.strata.values():
+        position, sequence = (read(a, 0, a.rows).astype(int) for a in (rows.position, rows.sequence))
+        assert ((rows.stratum.start <= position) & (position < rows.stratum.stop)).all()
+        assert ((tokens[sequence, position] == 0) == (position == 0)).all()
+    bos = pristine.values("strata/000-001/source")
+    assert (bos == bos[0]).all()
+
+
+@pytest.fixture(scope="module")
+def cut_store(tmp_path_factory) -> SyntheticStore:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "MAX_SHARD_BYTES", 2**13)
+        path = tmp_path_factory.mktemp("cut") / "s"
+        return make_store(path, context_size=19, edges=(0, 1, 4, 16), block_sequences=256, training_blocks=2)
+
+
+@pytest.fixture
+def small_shards(cut_store, monkeypatch) -> SyntheticStore:
+    """Three shard files per block of the last stratum's source."""
+    monkeypatch.setattr(layout, "MAX_SHARD_BYTES", 2**13)
+    return cut_store
+
+
+def test_reads_across_shard_borders(small_shards):
+    store = Store.open(small_shards.path)
+    array, expected = store.strata["016-019"].source, small_shards.arrays["strata/016-019/source"]
+    size = array.spec.rows_per_shard
+    assert (size, array.spec.shards_per_block, array.rows) == (256, 3, 3072)
+    for start in [0, 1, size - 1, size, size + 1, 3 * size - 1, 5 * size + 100, array.rows - 1]:
+        for length in [0, 1, 2, size - 1, size, size + 1, 2 * size + 2, 700]:
+            stop = min(start + length, array.rows)
+            assert (read(array, start, stop) == expected[start:stop]).all(), (start, stop)
+    assert (array.shard(7) == expected[7 * size : 8 * size]).all()
+
+
+def test_reading_touches_only_the_rows_asked_for(small_shards):
+    array = Store.open(small_shards.path).strata["016-019"].source
+    out = np.full((10, array.spec.width), 7, array.spec.dtype)
+    array.read(250, 256, out)
+    assert (out[:6] == small_shards.arrays["strata/016-019/source"][250:256]).all()
+    assert (out[6:] == 7).all()
+
+
+def test_reading_ahead_is_only_advice(small_shards):
+    store = Store.open(small_shards.path)
+    for rows in store.strata.values():
+        for array in (rows.source, rows.position):
+            for start, stop in [(0, 1), (0, array.rows), (array.rows - 1, array.rows), (3, min(900, array.rows))]:
+                array.will_need(start, stop)
+
+
+def test_mapped_rows_cannot_be_written(pristine):
+    shard = Store.open(pristine.path).strata["004-016"].source.shard(0)
+    with pytest.raises(ValueError, match="read-only"):
+        shard[0, 0] = 1
+
+
+def test_verify_reads_every_file_of_a_sound_store(pristine):
+    results = dict(Store.open(pristine.path).verify())
+    assert set(results.values()) == {None}
+    below = {str(path.relative_to(pristine.path)) for path in pristine.path.rglob("*") if path.is_file()}
+    records = {"store.json", "plan.json", "request.json"} | {layout.record_path(block) for block in range(5)}
+    assert set(results) == {name for name in below - records if not name.endswith("zarr.json")}
+
+
+def test_block_ranges(pristine):
+    record = Store.open(pristine.path).record
+    assert (record.calibration_blocks, record.report_blocks, record.training_blocks) == (
+        range(0, 1),
+        range(1, 2),
+        range(2, 5),
+    )
+
+
+def test_statistics_are_those_of_the_training_rows(pristine):
+    store = Store.open(pristine.path)
+    request, first = store.request, store.request.held_out_blocks
+    assert list(store.statistics) == ["overall", *(s.name for s in request.strata)]
+    for stratum in request.strata:
+        for side in ("source", "target"):
+            rows = pristine.values(f"strata/{stratum.name}/{side}")[first * stratum.rows :].astype(np.float64)
+            found = store.statistics[stratum.name][side]
+            np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(found.variance, rows.var(axis=0), rtol=1e-9, atol=1e-9)
+    parts = [pristine.values(f"strata/{s.name}/target")[first * s.rows :] for s in request.strata[1:]]
+    everything = np.concatenate(parts).astype(np.float64)  # nothing dropped: natural frequencies are the stored ones
+    np.testing.assert_allclose(store.statistics["overall"]["target"].mean, everything.mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(store.statistics["overall"]["target"].variance, everything.var(axis=0), rtol=1e-9)
+
+
+def test_opening_does_not_read_rows_or_import_torch(pristine):
+    """Opening a terabyte must not take a pass over it: only footers and records are read."""
+    import subprocess
+    import sys
+
+    code = f"""
+import sys
+from pathlib import Path
+from shared.store import Store
+store = Store.open(Path({str(pristine.path)!r}))
+assert not any("maps" in k and v for k, v in vars(store.strata["004-016"].source).items()), "mapped at open"
+assert "torch" not in sys.modules
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=root)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_store_can_be_moved(synthetic, tmp_path):
+    moved = shutil.move(synthetic.path, tmp_path / "elsewhere")
+    assert faults(Path(moved)) == {}
+
+
+# Damaged shard files
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def extend(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def flip_index(path: Path) -> None:
+    flip(path, -6)
+
+
+def flip_crc(path: Path) -> None:
+    flip(path, -1)
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+    path.symlink_to(path.with_name("moved"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "{less} bytes, expected {size}"),
+        (empty, "0 bytes, expected {size}"),
+        (extend, "{more} bytes, expected {size}"),
+        (flip_index, "its index does not match its layout"),
+        (flip_crc, "its index does not match its layout"),
+        (Path.unlink, "is missing"),
+        (link, "is a symbolic link; a store holds regular files only"),
+    ],
+)
+@pytest.mark.parametrize("name", SHARDS)
+def test_open_catches_a_damaged_shard_and_names_it(synthetic, damage, message, name):
+    size = (synthetic.path / name).stat().st_size
+    damage(synthetic.path / name)
+    with pytest.raises(CorruptData) as error:
+        Store.open(synthetic.path)
+    assert str(synthetic.path / name) in str(error.value)
+    assert message.format(size=f"{size:,}", less=f"{size - 1:,}", more=f"{size + 1:,}") in str(error.value)
+
+
+def test_the_error_says_which_block_to_harvest_again(synthetic):
+    cut(synthetic.path / SHARD)
+    with pytest.raises(CorruptData, match=r"block 1 again, remove store\.json and ledger/000001\.json and run"):
+        Store.open(synthetic.path)
+
+
+@pytest.mark.parametrize("offset", [0, 100, 6143])
+def test_only_verify_catches_a_flipped_bit_in_the_rows(synthetic, offset):
+    before = file_crc32c(synthetic.path / SHARD)
+    flip(synthetic.path / SHARD, offset)
+    after = file_crc32c(synthetic.path / SHARD)
+    assert faults(synthetic.path) == {SHARD: f"crc32c {after}, ledger says {before}"}
+
+
+def test_only_verify_catches_swapped_shards(synthetic):
+    first, second = synthetic.path / SHARD, (synthetic.path / SHARD).parent.parent / "3" / "0"
+    first.rename(first.with_name("x"))
+    second.rename(first)
+    first.with_name("x").rename(second)
+    assert sorted(faults(synthetic.path)) == [SHARD, SHARD.replace("/1/0", "/3/0")]
+
+
+def test_only_verify_catches_flipped_tokens_moments_and_statistics(synthetic):
+    names = ["activations.zarr/tokens/c/2/0", layout.moments_path(3), layout.STATISTICS]
+    for name in names:
+        flip(synthetic.path / name, (synthetic.path / name).stat().st_size // 2)
+    assert sorted(faults(synthetic.path)) == sorted(names)
+
+
+def test_verify_names_several_faults_at_once_and_goes_on(synthetic):
+    store = Store.open(synthetic.path)
+    flip(synthetic.path / SHARD, 5)
+    (synthetic.path / layout.moments_path(0)).unlink()
+    cut(synthetic.path / "activations.zarr/tokens/c/0/0")
+    results = list(store.verify())
+    wrong = {name: why for name, why in results if why}
+    assert sorted(wrong) == sorted([SHARD, layout.moments_path(0), "activations.zarr/tokens/c/0/0"])
+    assert wrong[layout.moments_path(0)] == "missing"
+    assert wrong["activations.zarr/tokens/c/0/0"] == "2,067 bytes, ledger says 2,068"
+    assert len(results) == len(dict(results)) > 80
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_verify_is_the_same_with_any_number_of_workers(synthetic, workers):
+    flip(synthetic.path / SHARD, 0)
+    assert list(Store.open(synthetic.path).verify(workers)) == list(Store.open(synthetic.path).verify())
+
+
+def test_verify_names_a_missing_ledger_record(synthetic):
+    (synthetic.path / layout.record_path(2)).unlink()
+    with pytest.raises(CorruptData, match=r"ledger/000002\.json is missing; run the same harvest again"):
+        list(Store.open(synthetic.path).verify())
+
+
+# Damaged metadata and records
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda data: data.update(data_type="int16"), "data_type"),
+        (lambda data: data.update(data_type="float16"), "data_type"),
+        (lambda data: data.update(fill_value=1), "fill_value"),
+        (lambda data: data["shape"].__setitem__(0, 959), "shape"),
+        (lambda data: data["shape"].__setitem__(1, 8), "shape"),
+        (lambda data: data.update(shape=[960 * 16]), "shape"),
+        (lambda data: data.update(shape="many"), "shape"),
+        (lambda data: data["chunk_grid"]["configuration"]["chunk_shape"].__setitem__(0, 96), "chunk_grid"),
+        (lambda data: data["codecs"][0]["configuration"].update(index_location="start"), "codecs"),
+        (lambda data: data["attributes"].update(torch_dtype="float16"), "attributes"),
+        (lambda data: data.pop("dimension_names"), "dimension_names"),
+        (lambda data: data.update(extra=1), "keys"),
+        (lambda data: data.clear(), "zarr_format"),
+    ],
+)
+def test_open_catches_edited_metadata_and_names_the_key(synthetic, change, key):
+    path = synthetic.path / layout.ARRAYS / SOURCE / "zarr.json"
+    edit(path, change)
+    with pytest.raises(CorruptData) as error:
+        Store.open(synthetic.path)
+    assert str(error.value).startswith(f"{path}: {key} is ")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"x"'])
+def test_open_catches_metadata_that_is_no_object(synthetic, content):
+    path = synthetic.path / layout.ARRAYS / SOURCE / "zarr.json"
+    path.write_text(content)
+    with pytest.raises(CorruptData, match=r"zarr\.json: "):
+        Store.open(synthetic.path)
+
+
+def test_a_longer_shape_is_allowed(synthetic):
+    """An extension grows the arrays before the new `store.json`: readers of the old one go on."""
+    edit(synthetic.path / layout.ARRAYS / SOURCE / "zarr.json", lambda data: data["shape"].__setitem__(0, 9600))
+    assert Store.open(synthetic.path).strata["004-016"].source.rows == 960
+
+
+@pytest.mark.parametrize("name", ["tokens", SOURCE, "strata/016-032/sequence"])
+def test_open_catches_deleted_metadata(synthetic, name):
+    path = synthetic.path / layout.ARRAYS / name / "zarr.json"
+    path.unlink()
+    with pytest.raises(CorruptData, match=f"{path} is missing; run the same harvest again"):
+        Store.open(synthetic.path)
+
+
+def test_open_catches_cut_or_missing_statistics(synthetic):
+    cut(synthetic.path / layout.STATISTICS)
+    with pytest.raises(CorruptData, match=r"statistics\.safetensors: [\d,]+ bytes, expected"):
+        Store.open(synthetic.path)
+    (synthetic.path / layout.STATISTICS).unlink()
+    with pytest.raises(CorruptData, match=r"statistics\.safetensors is missing"):
+        Store.open(synthetic.path)
+
+
+def test_a_damaged_header_of_the_statistics_is_corrupt_data(synthetic):
+    flip(synthetic.path / layout.STATISTICS, 0)
+    with pytest.raises(CorruptData, match=r"statistics\.safetensors: .*; run the same harvest again"):
+        _ = Store.open(synthetic.path).statistics
+
+
+def test_the_tokenizers_files_are_recorded(tmp_path):
+    made = make_store(tmp_path / "s", tokenizer=True)
+    store = Store.open(made.path)
+    assert (store.tokenizer / "tokenizer.json").is_file()
+    flip(store.tokenizer / "tokenizer.json", 10)
+    assert list(faults(made.path)) == ["tokenizer/tokenizer.json"]
+    (store.tokenizer / "tokenizer.json").unlink()
+    with pytest.raises(CorruptData, match=r"tokenizer\.json is missing"):
+        Store.open(made.path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.pop("d_in"),
+        lambda data: data.update(d_in=0),
+        lambda data: data.update(blocks=-1),
+        lambda data: data.update(unknown=1),
+        lambda data: data["request"].update(edges=[1, 4]),
+        lambda data: data["request"].update(keep={"3": 0.5}),
+        lambda data: data["request"].update(storage="int8"),
+        lambda data: data["files"][layout.STATISTICS].update(crc32c="nonsense"),
+        lambda data: data["files"][layout.STATISTICS].update(bytes=-1),
+        lambda data: data.clear(),
+    ],
+)
+def test_open_catches_an_edited_store_record(synthetic, change):
+    edit(synthetic.path / layout.STORE, change)
+    with pytest.raises(CorruptData, match=r"store\.json: "):
+        Store.open(synthetic.path)
+
+
+@pytest.mark.parametrize("change", [{"d_in": 17}, {"d_in": 15}, {"d_out": 16}, {"blocks": 6}])
+def test_open_catches_a_record_that_claims_another_shape(synthetic, change):
+    edit(synthetic.path / layout.STORE, lambda data: data.update(change))
+    with pytest.raises(CorruptData):
+        Store.open(synthetic.path)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format_version": NaN}', "[]", "null"])
+def test_open_catches_a_store_record_that_is_no_record(synthetic, content):
+    (synthetic.path / layout.STORE).write_text(content)
+    with pytest.raises(CorruptData, match=r"store\.json: "):
+        Store.open(synthetic.path)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "tokenizer/../../outside"])
+def test_records_cannot_reach_outside_the_store(synthetic, name):
+    outside = synthetic.path.parent / "outside"
+    outside.write_bytes(b"secret")
+    record = {"bytes": 6, "crc32c": file_crc32c(outside)}
+    for path in (layout.STORE, layout.record_path(0)):
+        whole = (synthetic.path / path).read_text()
+        edit(synthetic.path / path, lambda data: data["files"].update({name: record}))
+        with pytest.raises(CorruptData, match="is not the path of a file below the store"):
+            list(Store.open(synthetic.path).verify())
+        (synthetic.path / path).write_text(whole)
+
+
+# What is no finished store
+
+
+def test_a_newer_format_asks_for_an_upgrade(synthetic):
+    edit(synthetic.path / layout.STORE, lambda data: data.update(format_version=2, something_new=[1]))
+    with pytest.raises(UserError, match=r"written by format 2, this reads <= 1; upgrade"):
+        Store.open(synthetic.path)
+
+
+@pytest.mark.parametrize("done", [0, 3, 5])
+def test_an_unfinished_store_says_how_far_it_has_come(synthetic, done):
+    (synthetic.path / layout.STORE).unlink()
+    for block in range(done, 5):
+        (synthetic.path / layout.record_path(block)).unlink()
+    assert progress(synthetic.path) == f"{done} of 5 blocks"
+    with pytest.raises(UserError, match=rf"is unfinished \({done} of 5 blocks\); run the same harvest again"):
+        Store.open(synthetic.path)
+
+
+def test_a_store_that_is_still_packed_says_so(tmp_path):
+    durable.publish_json(tmp_path / layout.REQUEST, {})
+    with pytest.raises(UserError, match=r"is unfinished \(packing\)"):
+        Store.open(tmp_path)
+
+
+def test_no_store_at_all(tmp_path):
+    with pytest.raises(UserError, match=r"no store at .*none: no such folder; harvest one first"):
+        Store.open(tmp_path / "none")
+    with pytest.raises(UserError, match=r"is not a store: it has no store\.json"):
+        Store.open(tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="no store at"):
+        Store.open(tmp_path / "file")
+
+
+# Checksums
+
+
+def test_a_record_of_buffers_is_the_record_of_their_file(tmp_path):
+    rows = np.arange(3_000_000, dtype=np.uint16).reshape(-1, 6)
+    record = buffers_record([rows, b"footer"])
+    (tmp_path / "f").write_bytes(rows.tobytes() + b"footer")
+    assert (record.bytes, record.crc32c) == (6_000_006, file_crc32c(tmp_path / "f"))
+    assert fault(tmp_path / "f", record) is None
+    assert rows.flags.writeable
+
+
+def test_a_known_checksum(tmp_path):
+    (tmp_path / "f").write_bytes(b"123456789")
+    assert file_crc32c(tmp_path / "f") == "e3069283"
+    (tmp_path / "empty").write_bytes(b"")
+    assert file_crc32c(tmp_path / "empty") == "00000000"
