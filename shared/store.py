@@ -131,6 +131,7 @@ class Store:
         file is not what the records say.
         """
         store = cls(path, read_store_record(path))
+        _check_records(path, store.record)
         for _, spec, shard in store._shards():
             check_shard(path / ARRAYS, spec, shard)
         for array in [spec for spec, _ in store.arrays()]:
@@ -171,13 +172,21 @@ class Store:
             tensors = load_file(self.path / STATISTICS)
         except SafetensorError as error:
             raise CorruptData(f"{self.path / STATISTICS}: {error}; run the same harvest again") from error
-        return {
-            name: {
-                side: SideStatistics(mean=tensors[f"{name}/{side}/mean"], variance=tensors[f"{name}/{side}/variance"])
-                for side in ("source", "target")
+        names = ["overall", *(s.name for s in self.request.strata)]
+        try:
+            return {
+                name: {
+                    side: SideStatistics(
+                        mean=tensors[f"{name}/{side}/mean"], variance=tensors[f"{name}/{side}/variance"]
+                    )
+                    for side in ("source", "target")
+                }
+                for name in names
             }
-            for name in ["overall", *(s.name for s in self.request.strata)]
-        }
+        except KeyError as error:
+            raise CorruptData(
+                f"{self.path / STATISTICS}: tensor {error} is missing; run the same harvest again"
+            ) from error
 
     def arrays(self) -> Iterator[tuple[ArraySpec, int]]:
         """Every array and its number of blocks."""
@@ -206,6 +215,17 @@ class Store:
             for block in range(blocks):
                 for shard in spec.block_shards(block):
                     yield block, spec, shard
+
+
+def _check_records(path: Path, record: StoreRecord) -> None:
+    """Raise `CorruptData` unless the store's records agree with each other."""
+    planned = record.request.held_out_blocks + record.plan.training_blocks
+    for what, found, expected in (
+        ("the digest of its request", record.plan.request, record.request.digest),
+        ("the number of blocks", record.blocks, planned),
+    ):
+        if found != expected:
+            raise CorruptData(f"{path / STORE}: {what} is {found}, its records say {expected}; restore the file")
 
 
 def read_store_record(path: Path) -> StoreRecord:

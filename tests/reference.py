@@ -36,9 +36,7 @@ def prefix_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
     return ((reconstruction - target) ** 2).mean()
 
 
-def auxk_term(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, residual: Tensor, dead: Tensor, k: int
-) -> Tensor:
+def auxk_term(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, residual: Tensor, dead: Tensor, k: int) -> Tensor:
     """Dead latents' largest pre-activations, negative ones too, predict the residual, which is a constant here."""
     residual = residual.detach()
     pre_acts = x @ W_enc[:, dead] + b_enc[dead]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -150,8 +151,18 @@ def test_corpus_is_stable_and_clean() -> None:
     assert corpus_digest(corpus.documents) == corpus_digest(documents())
 
 
-@pytest.mark.parametrize("name", ["test/test_os.py", "unittest/test/x.py", "idlelib/idle_test/x.py", "x/tests/y.py",
-                                  "site-packages/a.py", "_sysconfigdata__linux.py", "config-3.11/x.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test/test_os.py",
+        "unittest/test/x.py",
+        "idlelib/idle_test/x.py",
+        "x/tests/y.py",
+        "site-packages/a.py",
+        "_sysconfigdata__linux.py",
+        "config-3.11/x.py",
+    ],
+)
 def test_corpus_excludes(name: str) -> None:
     assert not is_included(name)
 
@@ -198,7 +209,7 @@ def test_training_record_is_consistent(record: dict[str, Any]) -> None:
     assert final["float32"]["bits_per_byte"] == pytest.approx(final["float32"]["nats_per_token"] * per_byte)
     losses = [point["held_out_sample_loss"] for point in curve]
     assert losses[-1] == min(losses)
-    assert all(later < earlier + 0.1 for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later < earlier + 0.1 for earlier, later in itertools.pairwise(losses))
 
 
 def test_writing_the_model_replaces_the_folder_whole(model: Gemma2ForCausalLM, tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+# `make` lists the targets. Everything runs in .venv, made at first use and again when its requirements change.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PRESET ?= tiny
+STORE ?=
+ARGS ?=
+HARVEST_ARGS ?= $(ARGS)
+TRAIN_ARGS ?= $(ARGS)
+# What pip is given for torch. On a host without a GPU its CPU build saves gigabytes:
+#   make harvest TORCH="torch==2.13.0 --index-url URL"     with the URL of torch's index of CPU builds
+TORCH ?= $(shell grep -m1 '^torch==' constraints.txt)
+
+CODE := harvest train shared tests
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed.stamp
+LAST_STORE := cache/$(PRESET).store
+
+# One set of options for two commands is a mistake more often than not.
+ifneq ($(and $(strip $(ARGS)),$(filter harvest,$(MAKECMDGOALS)),$(filter train,$(MAKECMDGOALS))),)
+$(error ARGS is ambiguous with both harvest and train: pass HARVEST_ARGS=... and TRAIN_ARGS=...)
+endif
+
+.PHONY: help harvest train test lint bench clean
+
+help: ## List the targets and variables
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@echo
+	@echo '  PRESET=NAME (tiny)   STORE=FOLDER   ARGS="--set seed=1" or HARVEST_ARGS=, TRAIN_ARGS=   PYTHON=python3.12'
+
+harvest: $(STAMP) ## Write the activation store of PRESET; prints its path last
+	@mkdir -p cache
+	@$(BIN)/python -m harvest run $(PRESET) $(HARVEST_ARGS) | tee $(LAST_STORE).part
+	@tail -n 1 $(LAST_STORE).part > $(LAST_STORE).new
+	@mv $(LAST_STORE).new $(LAST_STORE); rm -f $(LAST_STORE).part
+
+train: $(STAMP) ## Train a transcoder from STORE, or from the last store of `make harvest`
+	@store='$(STORE)'; \
+	if [[ -z $$store && -s $(LAST_STORE) ]]; then store=$$(< $(LAST_STORE)); fi; \
+	if [[ -z $$store ]]; then \
+		echo 'error: no store for preset $(PRESET): run `make harvest` first or pass STORE=FOLDER' >&2; exit 2; \
+	fi; \
+	$(BIN)/python -m train run $(PRESET) --store "$$store" $(TRAIN_ARGS)
+
+# Named together they run in this order, also under -j and whichever is named first.
+ifneq ($(filter harvest,$(MAKECMDGOALS)),)
+train: harvest
+endif
+
+bench: $(STAMP) ## Measure the two commands from an empty cache; rewrites docs/benchmarks.md
+	@$(BIN)/python -m tests.bench.pipeline
+
+test: lint ## Lint, type check and run all tests, the fast ones first
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## Lint, format check and type check
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check $(CODE)
+	@$(BIN)/mypy
+
+clean: ## Remove .venv and the tools' caches; stores and runs stay
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+
+# torch goes first and alone: resolving its range among the others can download several builds of it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo 'error: Python 3.11 or newer is needed, and "$(PYTHON)" is not: pass PYTHON=python3.12, for example' >&2; \
+		exit 1; }
+	@echo 'installing into $(VENV): torch first, then everything else (once; minutes)'
+	@$(PYTHON) -m venv $(VENV)
+	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt $(TORCH)
+	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[harvest,dev]'
+	@touch $@

@@ -1,0 +1,77 @@
+"""Figures with their origin: `docs/benchmarks.json`, and `docs/benchmarks.md`, which is generated from it."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FIGURES, PAGE = ROOT / "docs" / "benchmarks.json", ROOT / "docs" / "benchmarks.md"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that ended well."""
+
+    out: str
+    seconds: float
+    peak_mib: float
+    """Largest resident set of the process or one of its children."""
+
+
+def run(*command: object) -> Finished:
+    """Run a command from the root of the repo, its stderr shown; raises `SystemExit` when it fails."""
+    text = [str(part) for part in command]
+    print("$ " + " ".join(text), file=sys.stderr, flush=True)
+    began = time.monotonic()
+    process = subprocess.Popen(text, stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    assert process.stdout is not None
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(text)} failed with exit code {process.returncode}")
+    return Finished(out, time.monotonic() - began, usage.ru_maxrss / 1024)
+
+
+def machine() -> str:
+    """Processor, cores and memory, without the machine's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
+
+
+def record(bench: str, command: str, figures: dict[str, tuple[float, str]]) -> None:
+    """Replace the figures of `bench` (name -> value, unit) and write the page anew."""
+    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else []
+    date = datetime.now(UTC).date().isoformat()
+    origin = {"command": command, "machine": machine(), "date": date}
+    fresh = [
+        {"bench": bench, "name": name, "value": value, "unit": unit} | origin for name, (value, unit) in figures.items()
+    ]
+    kept = [figure for figure in known if figure["bench"] != bench]
+    FIGURES.write_text(json.dumps(kept + fresh, indent=1) + "\n")
+    PAGE.write_text(page(kept + fresh))
+
+
+def page(figures: list[dict]) -> str:
+    """The figures as Markdown, one table per bench."""
+    parts = ["# Benchmarks\n\nGenerated from `benchmarks.json`; every figure names the command that measured it.\n"]
+    for bench in dict.fromkeys(figure["bench"] for figure in figures):
+        rows = [figure for figure in figures if figure["bench"] == bench]
+        first = rows[0]
+        parts.append(f"## {bench}\n\n`{first['command']}` on {first['machine']}, {first['date']}\n")
+        table = [f"| {row['name']} | {show(row['value'])} | {row['unit']} |" for row in rows]
+        parts.append("\n".join(["| figure | value | unit |", "|---|---:|---|", *table]) + "\n")
+    return "\n".join(parts)
+
+
+def show(value: float) -> str:
+    """Integers in full, other numbers with four significant digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
