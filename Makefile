@@ -52,7 +52,9 @@ ifneq ($(filter harvest,$(MAKECMDGOALS)),)
 train: harvest
 endif
 
-bench: $(STAMP) ## Measure the two commands from an empty cache; rewrites docs/benchmarks.md
+bench: $(STAMP) ## Measure kernels, threads and the two commands; rewrites docs/benchmarks.md
+	@$(BIN)/python -m tests.bench.kernels
+	@$(BIN)/python -m tests.bench.threads
 	@$(BIN)/python -m tests.bench.pipeline
 
 test: lint ## Lint, type check and run all tests, the fast ones first

@@ -160,14 +160,15 @@ def test_no_intermediate_of_the_size_of_the_latents_is_kept_for_the_backward() -
     assert kept and all(shape[-2:] != (B, F) for shape in kept)
 
 
-def test_decoder_rows_start_with_unit_norm_and_the_encoder_as_their_transpose() -> None:
-    config = TranscoderConfig(d_sae=F).resolve(O, BatchTopK(k=K))
+def test_decoder_rows_start_with_unit_norm_and_the_encoder_as_their_scaled_transpose() -> None:
+    config = TranscoderConfig(d_sae=F, encoder_scale=0.25).resolve(O, BatchTopK(k=K))
     model = Transcoder(O, O, config, BatchTopK(k=K), Normalisation(torch.zeros(O), 1.0, torch.zeros(O), 1.0))
     model.initialise(seed=0)
     torch.testing.assert_close(model.W_dec.norm(dim=1), torch.ones(F))
-    assert torch.equal(model.W_enc, model.W_dec.T)
+    assert torch.equal(model.W_enc, 0.25 * model.W_dec.T)
     wide = make(BatchTopK(k=K)).float()
     assert wide.W_enc.shape == (D, F)
+    torch.testing.assert_close(wide.W_enc.norm(dim=0), torch.ones(F))
     other = make(BatchTopK(k=K))
     other.initialise(seed=4)
     assert not torch.equal(other.W_dec, make(BatchTopK(k=K)).W_dec)

@@ -12,8 +12,11 @@ from train.rows import held_out_rows
 def linear_map_fvu(store: Store, chunk_rows: int, device: torch.device) -> float:
     """Fvu on the report blocks of the least-squares map fitted on all training blocks, headline weights for both."""
     moments = _moments(store, store.record.training_blocks, chunk_rows, device)
-    fit = torch.linalg.lstsq(moments.source_source, moments.source_target, driver="gelsd").solution
     held_out = _moments(store, store.record.report_blocks, chunk_rows, device)
+    # Minimum norm on CPU: directions without variance, and fewer rows than dimensions, are no error.
+    fit = torch.linalg.lstsq(moments.source_source.cpu(), moments.source_target.cpu(), driver="gelsd").solution.to(
+        device
+    )
     error = (
         held_out.target_squares
         - 2 * (fit * held_out.source_target).sum()

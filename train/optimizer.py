@@ -67,9 +67,7 @@ class Optimizer:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""
         for name, parameter in self._transcoder.named_parameters():
-            self.adam.state[parameter] = {
-                key: tensors[f"{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            state = self.adam.state[parameter]
+            state["step"] = tensors[f"{name}.step"].to(parameter.device, copy=True)
             for key in ("exp_avg", "exp_avg_sq"):  # as the parameter lies in memory, which a file does not keep
-                like = torch.empty_like(parameter)
-                self.adam.state[parameter][key] = like.copy_(tensors[f"{name}.{key}"])
+                state[key] = torch.empty_like(parameter).copy_(tensors[f"{name}.{key}"])

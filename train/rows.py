@@ -200,7 +200,7 @@ def to_float(rows: Tensor, storage: StorageType, device: torch.device) -> Tensor
     """Stored rows as float32 on `device`; bfloat16 arrives as its bits in uint16."""
     typed = rows.view(torch.bfloat16) if storage == "bfloat16" else rows
     assert typed.dtype == _TORCH[storage]
-    return typed.to(device, non_blocking=True).to(torch.float32, copy=True)
+    return typed.to(device).to(torch.float32, copy=True)  # waits: the staging buffer is filled again at once
 
 
 def _staging(rows: int, array: MappedArray, device: torch.device) -> Tensor:

@@ -87,6 +87,8 @@ class TranscoderConfig(Config):
     """Latents; or a multiple of d_in, such as `8x`."""
     prefixes: tuple[int, ...] | None = None
     """Sizes of the Matryoshka prefixes, rising to d_sae; none: n/16, n/8, n/4, n/2, n. `[d_sae]`: no Matryoshka."""
+    encoder_scale: float = Field(1.0, gt=0)
+    """Norm of the encoder's columns at the start, where decoder rows have norm 1."""
     skip: bool = False
     """Add a linear map from source to target beside the latents."""
 
@@ -154,6 +156,7 @@ class Transcoder(nn.Module):
         super().__init__()
         assert isinstance(config.d_sae, int) and config.prefixes, "resolve the configuration first"
         self.d_sae, self.prefixes, self.activation = config.d_sae, config.prefixes, activation
+        self._encoder_scale = config.encoder_scale
         self.W_enc = nn.Parameter(torch.zeros(self.d_sae, d_in).T)
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_out))
@@ -171,7 +174,7 @@ class Transcoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Random unit decoder rows; the encoder is their transpose where widths agree, else its own random rows."""
+        """Random unit decoder rows; the encoder is their scaled transpose where widths agree, else random too."""
         generator = torch.Generator().manual_seed(key_bits("transcoder", seed) % 2**63)
         self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=generator))
         self.normalise_decoder()
@@ -180,6 +183,7 @@ class Transcoder(nn.Module):
         else:
             rows = torch.randn(self.d_sae, self.W_enc.shape[0], generator=generator)
             self.W_enc.copy_((rows / rows.norm(dim=1, keepdim=True)).T)
+        self.W_enc.mul_(self._encoder_scale)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
