@@ -43,7 +43,7 @@ def run(
     raw = load_settings(preset, file, [*assignments, *short])
     settings = build(Settings, raw, str(file) if file else f"preset {preset}")
     from shared.store import Store
-    from train.loop import start
+    from train.commands import start
 
     opened = Store.open(store)
     path = runs / (name or _free_name(runs, file.stem if file else preset))
@@ -57,7 +57,7 @@ def run(
 @click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
 def resume(run: Path, store: Path | None) -> None:
     """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit."""
-    from train.loop import resume as resume_run
+    from train.commands import resume as resume_run
 
     resume_run(run, store)
     _summarise(run)
@@ -72,7 +72,7 @@ def resume(run: Path, store: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool) -> None:
     """Held-out figures of a checkpoint, by stratum and prefix. Changes nothing."""
-    from train.loop import evaluate_run
+    from train.commands import evaluate_run
     from train.tables import print_evaluation
 
     found, evaluation, map_fvu = evaluate_run(run, store, step, linear)

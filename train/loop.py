@@ -1,6 +1,5 @@
 """The training run: batch -> loss -> backward -> step -> track -> log -> evaluate -> checkpoint."""
 
-import platform
 import signal
 import sys
 import time
@@ -11,187 +10,20 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 from torch import Tensor
 
-from shared import durable
-from shared.config import read_record
 from shared.errors import ProjectError, Stopped, UserError
 from shared.progress import Progress
 from shared.store import Store
 from train import checkpoint
 from train.checkpoint import Checkpoint
 from train.evaluate import Evaluation, calibrate, evaluate
-from train.linear import linear_map_fvu
 from train.metrics import METRICS, TIMING, Counters, Log, Window
 from train.optimizer import Optimizer
 from train.rows import BatchReader
-from train.settings import RunConfig, Settings
+from train.settings import RunConfig
 from train.transcoder import Normalisation, Step, Transcoder
-
-CONFIG = "config.json"
-
-
-def start(store: Store, settings: Settings, run: Path, init_from: Path | None, force: bool) -> Path:
-    """Train from step 0 in the new folder `run`. Returns `run`.
-
-    Raises `UserError` when `run` exists, the settings do not fit the store, or the checkpoints do not fit the disk.
-    """
-    config = resolve(store, settings, init_from)
-    if run.exists():
-        raise UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
-    source = find_initial(init_from, config) if init_from else None
-    if not force:
-        durable.require_space(run.parent, checkpoint_bytes(config) * (settings.checkpoint.keep_last + 1), "checkpoints")
-    with durable.lock(run / ".lock", f"run {run}"):
-        new = Run(store, config, run, initial=source)  # raises what is wrong before anything is written
-        durable.publish_json(run / CONFIG, config.model_dump(mode="json"))
-        new.train()
-    return run
-
-
-def resume(run: Path, store_path: Path | None) -> Path:
-    """Continue `run` from its newest valid checkpoint, or from step 0 when it has none. Returns `run`."""
-    config = read_config(run)
-    store = Store.open(store_path or config.store)
-    if store.request.digest != config.request:
-        raise UserError(
-            f"{run} was trained on request {config.request[:6]}, {store.path} is {store.request.digest[:6]}"
-        )
-    with durable.lock(run / ".lock", f"run {run}"):
-        durable.sweep(run)
-        warnings: list[str] = []
-        found = checkpoint.find(run, warn=warnings) if checkpoint.steps(run) else None
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        source = find_initial(config.init_from, config) if config.init_from and not found else None
-        Run(store, config, run, initial=source, resumed=found).train()
-    return run
-
-
-def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConfig:
-    """The run that `settings` ask for on `store`, every automatic choice made. Raises `UserError`."""
-    record = store.record
-    if settings.device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device must be auto, cpu or cuda, got {settings.device}")
-    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, and torch finds no CUDA device; use device=cpu")
-    shape = settings.transcoder.resolve(record.d_in, settings.activation)
-    if not record.report_blocks:
-        raise UserError(
-            f"{store.path} holds no held-out blocks to evaluate on; harvest with store.held_out_blocks >= 2"
-        )
-    blocks = record.training_blocks
-    rows = len(blocks) * sum(s.rows for s in store.request.strata)
-    if settings.rows.batch_rows > rows:
-        raise UserError(
-            f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the store's {rows:,} training rows"
-        )
-    return RunConfig(
-        settings=settings.model_copy(
-            update={"transcoder": shape, "device": device, "threads": settings.threads or torch.get_num_threads()}
-        ),
-        store=store.path.resolve(),
-        request=store.request.digest,
-        first_block=blocks.start,
-        last_block=blocks.stop,
-        d_in=record.d_in,
-        d_out=record.d_out,
-        init_from=init_from.resolve() if init_from else None,
-        software={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "safetensors": safetensors.__version__,
-        },
-    )
-
-
-def find_initial(run: Path, config: RunConfig) -> Checkpoint:
-    """The newest checkpoint of `run`, whose weights must fit `config`. Raises `UserError` with both shapes."""
-    found = checkpoint.find(run)
-    theirs, ours = _shape(read_config(run)), _shape(config)
-    if theirs != ours:
-        wrong = next(key for key in ours if theirs[key] != ours[key])
-        raise UserError(
-            f"--init-from {run}: its {wrong} is {theirs[wrong]}, this run's is {ours[wrong]}; make them agree"
-        )
-    return found
-
-
-def _shape(config: RunConfig) -> dict[str, object]:
-    settings = config.settings
-    return {
-        "d_in": config.d_in,
-        "d_out": config.d_out,
-        "transcoder.d_sae": settings.transcoder.d_sae,
-        "transcoder.skip": settings.transcoder.skip,
-        "use of learned thresholds": settings.activation.kind == "jumprelu",
-    }
-
-
-def checkpoint_bytes(config: RunConfig) -> int:
-    """Bytes of one checkpoint, rounded up: three float32 numbers per parameter, and the counters."""
-    d_sae = config.settings.transcoder.d_sae
-    assert isinstance(d_sae, int)
-    skip = config.d_in * config.d_out if config.settings.transcoder.skip else 0
-    return 12 * (d_sae * (config.d_in + config.d_out + 2) + skip) + 32 * d_sae + 2**20
-
-
-def read_config(run: Path) -> RunConfig:
-    """`config.json` of a run. Raises `UserError` when `run` is none."""
-    if not (run / CONFIG).is_file():
-        raise UserError(f"{run} is not a run: it has no {CONFIG}")
-    return read_record(RunConfig, durable.read_json(run / CONFIG), run / CONFIG)
-
-
-def build_transcoder(config: RunConfig, store: Store) -> Transcoder:
-    """The transcoder of a run with its store's normalisation, not initialised."""
-    overall = store.statistics["overall"]
-
-    def scale(variance: np.ndarray[Any, Any]) -> float:
-        return float(np.sqrt(variance.mean())) or 1.0  # a constant side is shifted only
-
-    normalisation = Normalisation(
-        torch.from_numpy(overall["source"].mean).float(),
-        scale(overall["source"].variance),
-        torch.from_numpy(overall["target"].mean).float(),
-        scale(overall["target"].variance),
-    )
-    settings = config.settings
-    model = Transcoder(config.d_in, config.d_out, settings.transcoder, settings.activation, normalisation)
-    return model.to(settings.device)
-
-
-def load_weights(transcoder: Transcoder, path: Path) -> Tensor:
-    """Load a checkpoint's weights; returns its inference thresholds [F]. Raises `CorruptData` naming the tensor."""
-    expected = transcoder.state_dict() | {"threshold": transcoder.b_enc.detach()}
-    tensors = checkpoint.load_tensors(path / checkpoint.WEIGHTS, expected)
-    threshold = tensors.pop("threshold")
-    transcoder.load_state_dict(tensors)
-    return threshold.to(transcoder.b_enc.device)
-
-
-def evaluate_run(
-    run: Path, store_path: Path | None, step: int | None, linear: bool
-) -> tuple[Checkpoint, Evaluation, float | None]:
-    """Evaluate a checkpoint of `run` with thresholds calibrated on the store, and the best linear map if asked for."""
-    config = read_config(run)
-    found = checkpoint.find(run, step)
-    store = Store.open(store_path or config.store)
-    if (store.record.d_in, store.record.d_out) != (config.d_in, config.d_out):
-        raise UserError(
-            f"{store.path} has d_in {store.record.d_in} and d_out {store.record.d_out}, "
-            f"{run} was trained with {config.d_in} and {config.d_out}; pass the --store of the same model and hooks"
-        )
-    transcoder = build_transcoder(config, store)
-    load_weights(transcoder, found.path)
-    chunk = config.settings.evaluation.chunk_rows
-    threshold = calibrate(transcoder, store, chunk)
-    evaluation = evaluate(transcoder, store, threshold, chunk, config.settings.seed)
-    return found, evaluation, linear_map_fvu(store, chunk, threshold.device) if linear else None
 
 
 class Run:
@@ -339,3 +171,30 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def build_transcoder(config: RunConfig, store: Store) -> Transcoder:
+    """The transcoder of a run with its store's normalisation, not initialised."""
+    overall = store.statistics["overall"]
+
+    def scale(variance: np.ndarray[Any, Any]) -> float:
+        return float(np.sqrt(variance.mean())) or 1.0  # a constant side is shifted only
+
+    normalisation = Normalisation(
+        torch.from_numpy(overall["source"].mean).float(),
+        scale(overall["source"].variance),
+        torch.from_numpy(overall["target"].mean).float(),
+        scale(overall["target"].variance),
+    )
+    settings = config.settings
+    model = Transcoder(config.d_in, config.d_out, settings.transcoder, settings.activation, normalisation)
+    return model.to(settings.device)
+
+
+def load_weights(transcoder: Transcoder, path: Path) -> Tensor:
+    """Load a checkpoint's weights; returns its inference thresholds [F]. Raises `CorruptData` naming the tensor."""
+    expected = transcoder.state_dict() | {"threshold": transcoder.b_enc.detach()}
+    tensors = checkpoint.load_tensors(path / checkpoint.WEIGHTS, expected)
+    threshold = tensors.pop("threshold")
+    transcoder.load_state_dict(tensors)
+    return threshold.to(transcoder.b_enc.device)

@@ -1,10 +1,17 @@
-"""The settings of a run: one model per component, each beside its component, put together here."""
+"""The settings of a run: one model per component, each beside its component, put together and resolved here."""
 
+import platform
 from pathlib import Path
 
+import numpy as np
+import safetensors
+import torch
 from pydantic import Field
 
-from shared.config import Config, load_preset, override
+from shared import durable
+from shared.config import Config, load_preset, override, read_record
+from shared.errors import UserError
+from shared.store import Store
 from train.checkpoint import CheckpointConfig
 from train.evaluate import EvaluationConfig
 from train.losses import AuxKConfig
@@ -13,6 +20,7 @@ from train.rows import RowsConfig
 from train.transcoder import Activation, BatchTopK, TranscoderConfig
 
 PRESETS = Path(__file__).parent / "presets"
+CONFIG = "config.json"
 
 
 class Settings(Config):
@@ -59,3 +67,57 @@ class RunConfig(Config):
 def load_settings(preset: str, file: Path | None, assignments: list[str]) -> dict[str, object]:
     """The raw settings of a preset or file, with `--set` put in."""
     return override(load_preset(PRESETS, preset, file), assignments)
+
+
+def read_config(run: Path) -> RunConfig:
+    """`config.json` of a run. Raises `UserError` when `run` is none."""
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{run} is not a run: it has no {CONFIG}")
+    return read_record(RunConfig, durable.read_json(run / CONFIG), run / CONFIG)
+
+
+def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConfig:
+    """The run that `settings` ask for on `store`, every automatic choice made. Raises `UserError`."""
+    record = store.record
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device must be auto, cpu or cuda, got {settings.device}")
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, and torch finds no CUDA device; use device=cpu")
+    shape = settings.transcoder.resolve(record.d_in, settings.activation)
+    if not record.report_blocks:
+        raise UserError(
+            f"{store.path} holds no held-out blocks to evaluate on; harvest with store.held_out_blocks >= 2"
+        )
+    blocks = record.training_blocks
+    rows = len(blocks) * sum(s.rows for s in store.request.strata)
+    if settings.rows.batch_rows > rows:
+        raise UserError(
+            f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the store's {rows:,} training rows"
+        )
+    return RunConfig(
+        settings=settings.model_copy(
+            update={"transcoder": shape, "device": device, "threads": settings.threads or torch.get_num_threads()}
+        ),
+        store=store.path.resolve(),
+        request=store.request.digest,
+        first_block=blocks.start,
+        last_block=blocks.stop,
+        d_in=record.d_in,
+        d_out=record.d_out,
+        init_from=init_from.resolve() if init_from else None,
+        software={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    )
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of one checkpoint, rounded up: three float32 numbers per parameter, and the counters."""
+    d_sae = config.settings.transcoder.d_sae
+    assert isinstance(d_sae, int)
+    skip = config.d_in * config.d_out if config.settings.transcoder.skip else 0
+    return 12 * (d_sae * (config.d_in + config.d_out + 2) + skip) + 32 * d_sae + 2**20

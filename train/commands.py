@@ -1,0 +1,94 @@
+"""What the command line does: start, resume and evaluate a run."""
+
+import sys
+from pathlib import Path
+
+from shared import durable
+from shared.errors import UserError
+from shared.store import Store
+from train import checkpoint
+from train.checkpoint import Checkpoint
+from train.evaluate import Evaluation, calibrate, evaluate
+from train.linear import linear_map_fvu
+from train.loop import Run, build_transcoder, load_weights
+from train.settings import CONFIG, RunConfig, Settings, checkpoint_bytes, read_config, resolve
+
+
+def start(store: Store, settings: Settings, run: Path, init_from: Path | None, force: bool) -> Path:
+    """Train from step 0 in the new folder `run`. Returns `run`.
+
+    Raises `UserError` when `run` exists, the settings do not fit the store, or the checkpoints do not fit the disk.
+    """
+    config = resolve(store, settings, init_from)
+    if run.exists():
+        raise UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
+    source = find_initial(init_from, config) if init_from else None
+    if not force:
+        durable.require_space(run.parent, checkpoint_bytes(config) * (settings.checkpoint.keep_last + 1), "checkpoints")
+    with durable.lock(run / ".lock", f"run {run}"):
+        new = Run(store, config, run, initial=source)  # raises what is wrong before anything is written
+        durable.publish_json(run / CONFIG, config.model_dump(mode="json"))
+        new.train()
+    return run
+
+
+def resume(run: Path, store_path: Path | None) -> Path:
+    """Continue `run` from its newest valid checkpoint, or from step 0 when it has none. Returns `run`."""
+    config = read_config(run)
+    store = Store.open(store_path or config.store)
+    if store.request.digest != config.request:
+        raise UserError(
+            f"{run} was trained on request {config.request[:6]}, {store.path} is {store.request.digest[:6]}"
+        )
+    with durable.lock(run / ".lock", f"run {run}"):
+        durable.sweep(run)
+        warnings: list[str] = []
+        found = checkpoint.find(run, warn=warnings) if checkpoint.steps(run) else None
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        source = find_initial(config.init_from, config) if config.init_from and not found else None
+        Run(store, config, run, initial=source, resumed=found).train()
+    return run
+
+
+def evaluate_run(
+    run: Path, store_path: Path | None, step: int | None, linear: bool
+) -> tuple[Checkpoint, Evaluation, float | None]:
+    """Evaluate a checkpoint of `run` with thresholds calibrated on the store, and the best linear map if asked for."""
+    config = read_config(run)
+    found = checkpoint.find(run, step)
+    store = Store.open(store_path or config.store)
+    if (store.record.d_in, store.record.d_out) != (config.d_in, config.d_out):
+        raise UserError(
+            f"{store.path} has d_in {store.record.d_in} and d_out {store.record.d_out}, "
+            f"{run} was trained with {config.d_in} and {config.d_out}; pass the --store of the same model and hooks"
+        )
+    transcoder = build_transcoder(config, store)
+    load_weights(transcoder, found.path)
+    chunk = config.settings.evaluation.chunk_rows
+    threshold = calibrate(transcoder, store, chunk)
+    evaluation = evaluate(transcoder, store, threshold, chunk, config.settings.seed)
+    return found, evaluation, linear_map_fvu(store, chunk, threshold.device) if linear else None
+
+
+def find_initial(run: Path, config: RunConfig) -> Checkpoint:
+    """The newest checkpoint of `run`, whose weights must fit `config`. Raises `UserError` with both shapes."""
+    found = checkpoint.find(run)
+    theirs, ours = _shape(read_config(run)), _shape(config)
+    if theirs != ours:
+        wrong = next(key for key in ours if theirs[key] != ours[key])
+        raise UserError(
+            f"--init-from {run}: its {wrong} is {theirs[wrong]}, this run's is {ours[wrong]}; make them agree"
+        )
+    return found
+
+
+def _shape(config: RunConfig) -> dict[str, object]:
+    settings = config.settings
+    return {
+        "d_in": config.d_in,
+        "d_out": config.d_out,
+        "transcoder.d_sae": settings.transcoder.d_sae,
+        "transcoder.skip": settings.transcoder.skip,
+        "use of learned thresholds": settings.activation.kind == "jumprelu",
+    }
