@@ -28,6 +28,7 @@ from shared.layout import (
     STATISTICS,
     STORE,
     TOKENIZER,
+    TOKENS,
     ArraySpec,
     FileRecord,
     LedgerRecord,
@@ -339,5 +340,7 @@ def buffers_record(buffers: list[Any]) -> FileRecord:
 
 
 def _remedy(spec: ArraySpec, shard: int) -> str:
+    if spec.path == TOKENS:
+        return "no token of the store can be trusted without it: remove the store and run the same harvest"
     block = shard // spec.shards_per_block
-    return f"to harvest block {block} again, remove {STORE} and {record_path(block)} and run the same harvest"
+    return f"to harvest block {block} again, run the same harvest"

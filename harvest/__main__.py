@@ -1,0 +1,5 @@
+"""`python -m harvest`."""
+
+from harvest.cli import main
+
+main()

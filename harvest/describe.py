@@ -1,0 +1,121 @@
+"""What a finished store holds, in words and as JSON, and whether its files are what was written."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from shared.errors import CorruptData
+from shared.layout import StratumSummary
+from shared.progress import Progress
+from shared.store import Store, read_store_record
+
+Facts = dict[str, Any]
+
+
+def describe(path: Path) -> Facts:
+    """The store's record, with its size on disk in bytes. Raises `UserError` when there is no finished store."""
+    record = Store.open(path).record
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    facts = record.model_dump(mode="json")
+    del facts["plan"]["token_files"]
+    return {"path": str(path), "bytes": size, "training_blocks": len(record.training_blocks), **facts}
+
+
+def show(facts: Facts) -> None:
+    """Print the facts as tables on stdout."""
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(_request_table(facts))
+    console.print(_strata_table(facts))
+    console.print(_packing_table(facts))
+    console.print(
+        f"{facts['blocks']} blocks, {facts['request']['held_out_blocks']} of them held out; {facts['bytes']:,} bytes; "
+        f"rows of {facts['d_in']} -> {facts['d_out']} values",
+        highlight=False,
+    )
+
+
+def _request_table(facts: Facts) -> Table:
+    table = Table("setting", "value", title=facts["path"])
+    for key, value in facts["request"].items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(key, text)
+    for name, number in facts["software"].items():
+        table.add_row(name, number)
+    return table
+
+
+def _strata_table(facts: Facts) -> Table:
+    columns = ["positions", "rows", "natural rows"]
+    for side in ("source", "target"):
+        columns += [f"{side} norm 1%", "50%", "99.9%", "mean/dev", "outliers"]
+    table = Table(*columns, title="strata, training blocks")
+    table.columns[0].no_wrap = True
+    for summary in [*facts["strata"], facts["overall"]]:
+        found = StratumSummary.model_validate(summary)
+        table.add_row(*_stratum_cells(found, "overall " if summary is facts["overall"] else ""))
+    return table
+
+
+def _stratum_cells(summary: StratumSummary, prefix: str) -> list[str]:
+    cells = [f"{prefix}{summary.start}-{summary.stop - 1}", f"{summary.rows:,}", f"{summary.natural_rows:,}"]
+    for side in (summary.source, summary.target):
+        cells += [f"{side.norm_quantiles[share]:.3g}" for share in ("0.01", "0.5", "0.999")]
+        cells += [f"{side.mean_to_deviation:.3g}", f"{side.outlier_rows:,}"]
+    return cells
+
+
+def _packing_table(facts: Facts) -> Table:
+    packing = facts["plan"]["packing"]
+    table = Table("segment", "blocks", *(key.replace("_", " ") for key in packing[0]), title="packing")
+    for number, (blocks, counts) in enumerate(zip(facts["plan"]["segments"], packing, strict=True)):
+        table.add_row(str(number), str(blocks), *(f"{value:,}" for value in counts.values()))
+    return table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What reading every file of a store found."""
+
+    path: Path
+    files: int
+    bytes: int
+    seconds: float
+    faults: dict[str, str]
+    """Cause by file."""
+
+    def as_json(self) -> Facts:
+        """Plain values."""
+        faults = [{"file": name, "cause": cause} for name, cause in self.faults.items()]
+        sizes = {"files": self.files, "bytes": self.bytes, "seconds": round(self.seconds, 3)}
+        return {"path": str(self.path), **sizes, "faults": faults}
+
+    def text(self) -> str:
+        """One line per damaged file, or one line that says all is well."""
+        if self.faults:
+            return "\n".join(f"{name}: {cause}" for name, cause in self.faults.items())
+        rate = self.bytes / max(self.seconds, 1e-9) / 1e6
+        return f"{self.path}: {self.files:,} files, {self.bytes:,} bytes intact, {rate:,.0f} MB/s"
+
+
+def verify(path: Path) -> Verification:
+    """Check the records, and every file's size and checksum; all faults are found, not only the first."""
+    store, faults = Store(path, read_store_record(path)), {}
+    began, files, size = time.monotonic(), 0, 0
+    total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    with Progress("verify", total, "bytes") as bar:
+        for name, wrong in store.verify():
+            files += 1
+            size += (path / name).stat().st_size if (path / name).is_file() else 0
+            bar.update(size)
+            if wrong:
+                faults[name] = wrong
+    if not faults:
+        try:
+            Store.open(path)
+        except CorruptData as error:
+            faults["."] = str(error)
+    return Verification(path=path, files=files, bytes=size, seconds=time.monotonic() - began, faults=faults)

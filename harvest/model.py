@@ -1,0 +1,163 @@
+"""The LLM behind transformer-lens' bridge, cut after the last layer that is needed."""
+
+import copy
+import difflib
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from shared.errors import UserError
+from shared.layout import StorageType
+
+
+class Model:
+    """A causal language model cut after the last layer that a hook needs."""
+
+    def __init__(self, bridge: Any, hooks: Sequence[str], forward: Mapping[str, Any]) -> None:
+        self._bridge, self._hooks, self._forward = bridge, list(hooks), forward
+        """`forward`: further arguments of the forward pass."""
+
+    @property
+    def hook_names(self) -> list[str]:
+        """Every hook the model has, aliases included."""
+        return list(self._bridge.hook_dict)
+
+    def __call__(self, ids: Tensor) -> dict[str, Tensor]:
+        """The activations of each hook for windows `ids` [S, T]; positions count from 0."""
+        with torch.inference_mode():
+            _, cache = self._bridge.run_with_cache(
+                ids, names_filter=self._hooks, return_cache_object=False, **self._forward
+            )
+        # A name that is not there is dropped in silence, and aliases come along: take exactly what was asked for.
+        missing = [name for name in self._hooks if name not in cache]
+        assert not missing, f"hooks {missing} gave nothing"
+        return {name: cache[name] for name in self._hooks}
+
+    def replica(self) -> "Model":
+        """A second model over the same parameters, so that two threads can run hooks of their own."""
+        bridge = self._bridge
+        shared = {id(item): item for item in (*bridge.parameters(), *bridge.buffers())}
+        return Model(copy.deepcopy(bridge, shared), self._hooks, self._forward)
+
+
+def layers_needed(hooks: Sequence[str]) -> int:
+    """Layers that must run for hooks named `blocks.<layer>.<hook>`."""
+    return 1 + max(int(name.split(".")[1]) for name in hooks)
+
+
+def check_device(device: Literal["cpu", "cuda"]) -> None:
+    """Raise `UserError` when the device is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device is cuda, and this torch sees no CUDA device; pass --set model.device=cpu")
+
+
+def load_model(folder: Path, dtype: StorageType, device: Literal["cpu", "cuda"], hooks: Sequence[str]) -> Model:
+    """Load the model in `folder`, only the layers that `hooks` need. Raises `UserError`."""
+    layers, kind = layers_needed(hooks), getattr(torch, dtype)
+    with _quiet(), _explained(folder):
+        network, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            output_loading_info=True,
+            config=_cut_config(folder, layers),
+            dtype=kind,
+            attn_implementation="eager",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+        # transformers fills what it does not find with random numbers, and says so in a warning only.
+        if missing := sorted(loaded["missing_keys"]):
+            raise UserError(f"{folder}: its weights lack {len(missing)} tensors, the first is {missing[0]}")
+        return Model(
+            _bridge(folder, network.to(device), device, kind), hooks, {"use_cache": False, **_few_logits(network)}
+        )
+
+
+def probe(folder: Path, hooks: Sequence[str], context_size: int) -> dict[str, int]:
+    """The width of each hook, from a model without weights. Raises `UserError` on a hook that is not there.
+
+    Also refuses hooks that do not give one row per position: [S, T, width].
+    """
+    layers = layers_needed(hooks)
+    with _quiet(), _explained(folder):
+        with torch.device("meta"):
+            network = transformers.AutoModelForCausalLM.from_config(
+                _cut_config(folder, layers), attn_implementation="eager", trust_remote_code=False
+            )
+        # Not use_cache=False, as in a harvest: it looks at values, and there are none.
+        model = Model(_bridge(folder, network, "meta", torch.float32), hooks, _few_logits(network))
+    _check_names(model.hook_names, hooks)
+    with _quiet(), _explained(folder):
+        found = {
+            name: tuple(value.shape) for name, value in model(torch.zeros(2, context_size).long().to("meta")).items()
+        }
+    for name, shape in found.items():
+        if len(shape) != 3 or shape[:2] != (2, context_size):
+            raise UserError(f"hook {name} has no rows per position: shape {shape} for 2 windows of {context_size}")
+    return {name: shape[2] for name, shape in found.items()}
+
+
+def _check_names(known: Sequence[str], hooks: Sequence[str]) -> None:
+    for name in hooks:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or [n for n in known if "mlp" in n][:3]
+            raise UserError(f"the model has no hook {name!r}; near it: {', '.join(near)}")
+
+
+def _cut_config(folder: Path, layers: int) -> Any:
+    """The model's configuration with `layers` layers; lists with one entry per layer are cut too."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    whole = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == whole:
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers
+    return config
+
+
+def _few_logits(network: nn.Module) -> dict[str, int]:
+    """The argument that has logits computed for one position only; nothing here reads them.
+
+    The bridge's own `stop_at_layer` stops before a layer, and the cut model has none there: it would run to the end.
+    """
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(network.forward).parameters else {}
+
+
+def _bridge(folder: Path, network: nn.Module, device: str, dtype: torch.dtype) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    bridge = TransformerBridge.boot_transformers(
+        str(folder), hf_model=network.eval(), tokenizer=tokenizer, device=device, dtype=dtype
+    )
+    return bridge.eval()
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """What the libraries raise for a folder they cannot use becomes one line."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: the model does not load ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' notes and bars out of the progress line."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

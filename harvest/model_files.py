@@ -1,0 +1,179 @@
+"""What a model's folder says about itself, read from its files alone: no torch, no transformers."""
+
+import ctypes
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from harvest.embedded import MODEL_FOLDER
+from harvest.hub import model_snapshot
+from harvest.settings import EMBEDDED, ModelSettings
+from shared.errors import UserError
+
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """A model's folder and where it came from."""
+
+    folder: Path
+    name: str
+    """A hub name, `embedded`, or the base name of a local folder: no absolute path gets into a store."""
+    revision: str | None
+    """The hub's commit."""
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files, in order of name. Raises `UserError` when there are none."""
+        found = [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
+        if not {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} & {path.name for path in found}:
+            raise UserError(f"{self.folder} has no tokenizer (tokenizer.json); copy the model's tokenizer files there")
+        return found
+
+    def weights_digest(self) -> str:
+        """SHA-256 over the names and contents of the configuration and the weights. Raises `UserError`."""
+        weights = sorted(self.folder.glob("*.safetensors"))
+        if not weights:
+            raise UserError(f"{self.folder} has no weights in safetensors form; pickled weights are never loaded")
+        return _digest([self.folder / "config.json", *weights])
+
+    def tokenizer_digest(self) -> str:
+        """SHA-256 over the names and contents of the tokenizer's files."""
+        return _digest(self.tokenizer_files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What the configuration says about sizes."""
+
+    layers: int
+    d_model: int
+    vocabulary: int
+    max_context: int | None
+    """Positions the model was made for, none if it does not say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecialTokens:
+    """The tokens that windows are made with."""
+
+    bos: str
+    eos: str | None
+
+
+def find_model(settings: ModelSettings) -> ModelFiles:
+    """Locate the model: the embedded one, a local folder, or the hub. Raises `UserError`."""
+    if settings.name == EMBEDDED:
+        return _local(MODEL_FOLDER, EMBEDDED)
+    folder = Path(settings.name).expanduser()
+    if folder.is_dir():
+        return _local(folder, folder.resolve().name)
+    if re.match(r"[./~]", settings.name) or settings.name.count("/") > 1:
+        raise UserError(f"no model folder at {settings.name}; pass a Hugging Face model folder or a name on the hub")
+    snapshot, commit = model_snapshot(settings.name, settings.revision)
+    return ModelFiles(folder=snapshot, name=settings.name, revision=commit)
+
+
+def _local(folder: Path, name: str) -> ModelFiles:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no Hugging Face model folder: it has no config.json")
+    return ModelFiles(folder=folder, name=name, revision=None)
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The sizes in `config.json`. Raises `UserError` when it names none."""
+    config = _read_json(folder / "config.json")
+    config = config.get("text_config", config)
+
+    def first(*names: str) -> int | None:
+        return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+
+    layers, d_model = first("num_hidden_layers", "n_layer", "num_layers"), first("hidden_size", "n_embd", "d_model")
+    vocabulary = first("vocab_size")
+    if layers is None or d_model is None or vocabulary is None:
+        raise UserError(f"{folder / 'config.json'} names no number of layers, hidden size or vocabulary size")
+    longest = first("max_position_embeddings", "n_positions", "n_ctx")
+    return ModelShape(layers=layers, d_model=d_model, vocabulary=vocabulary, max_context=longest)
+
+
+def read_special_tokens(files: ModelFiles) -> SpecialTokens:
+    """BOS and EOS as the tokenizer's files name them. Raises `UserError` when there is no BOS."""
+    named: dict[str, str | None] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (files.folder / name).is_file():
+            config = _read_json(files.folder / name)
+            named |= {key: _content(config[key]) for key in ("bos_token", "eos_token") if key in config}
+    if "bos_token" not in named:
+        named = _defaults(files.folder)
+    bos = named["bos_token"]
+    if not bos:
+        raise UserError(f"the tokenizer in {files.folder} has no BOS token, and every window starts with one")
+    return SpecialTokens(bos=bos, eos=named.get("eos_token"))
+
+
+def resolve_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """The kind of device to run on. Asks the driver and torch's version only, so that torch stays unloaded."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if "+cpu" not in version("torch") and _cuda_devices() else "cpu"
+
+
+def _cuda_devices() -> int:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
+
+
+def _defaults(folder: Path) -> dict[str, str | None]:
+    """The tokenizer class's own special tokens, for folders that do not name them (gpt2)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+
+
+def _content(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    lines = [f"{path.name} {_file_sha256(path)}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    # The hub's cache names a large file's blob by its SHA-256: no need to read gigabytes.
+    blob = path.resolve().name
+    if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
+        return blob
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value

@@ -1,0 +1,127 @@
+"""What a harvest can be told: one model per component. Every field is read; sizes carry their unit."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from shared.config import Config
+from shared.layout import StorageType
+from shared.strata import make_strata
+
+EMBEDDED = "embedded"
+MAX_CONTEXT = 2**16
+
+
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+class ModelSettings(Config):
+    """Which model runs, and how."""
+
+    name: str = Field(default=EMBEDDED, min_length=1)
+    """`embedded`, a local Hugging Face folder, or a name on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; its main branch if not given."""
+    dtype: StorageType = "float32"
+    """The type of the forward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is cuda where there is one."""
+
+
+class TextSettings(Config):
+    """Which text is read."""
+
+    name: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(default=(EMBEDDED,), min_length=1)
+    """`embedded`, a data set on the hub, or local files: .jsonl (a row per line), .parquet, .txt (a text per line)."""
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; its main branch if not given."""
+    split: str = "train"
+    """Split of a hub data set."""
+    column: str | None = None
+    """Column to read; if not given `text`, or else the only one that holds text, chat messages or token ids."""
+    kind: Literal["auto", "text", "messages", "input_ids"] = "auto"
+    """What the column holds; `auto` looks at its first row."""
+    streaming: bool = False
+    """Read a hub data set or parquet files in their own order, without downloading or converting all of them first."""
+
+
+class WindowSettings(Config):
+    """How documents become token windows."""
+
+    context_size: int = Field(default=256, ge=2, le=MAX_CONTEXT)
+    """Tokens per window, BOS included."""
+    separator: bool = True
+    """Put the tokenizer's EOS after every document."""
+
+
+class CaptureSettings(Config):
+    """What is recorded in a forward pass."""
+
+    layers: Annotated[tuple[int, ...], Field(min_length=1)] = (8,)
+    """Layers, from 0; one store each, all from one pass."""
+    source: str = "hook_resid_mid"
+    """The transcoder's input: a hook of the layer's block, or a full name such as `blocks.7.hook_out`."""
+    target: str = "hook_mlp_out"
+    """The transcoder's target, named likewise."""
+    batch_sequences: int = Field(default=16, ge=1)
+    """Windows per forward pass."""
+
+    @field_validator("layers")
+    @classmethod
+    def _distinct(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if min(layers) < 0 or len(set(layers)) < len(layers):
+            raise ValueError(f"layers must be distinct and at least 0, got {list(layers)}")
+        return layers
+
+    def hooks(self, layer: int) -> tuple[str, str]:
+        """Full names of the source's and the target's hook at `layer`."""
+        source, target = (
+            name if name.startswith("blocks.") else f"blocks.{layer}.{name}" for name in (self.source, self.target)
+        )
+        return source, target
+
+
+class StoreSettings(Config):
+    """What is written."""
+
+    edges: tuple[int, ...] = (0, 1, 4, 16, 64, 256, 1024, 4096)
+    """First positions of the strata; those past the context are left out."""
+    keep: dict[int, float] = {}
+    """Share of a stratum's rows to store, by its first position; 1 where not named."""
+    storage: StorageType = "bfloat16"
+    """The type of stored activations."""
+    block_sequences: int = Field(default=256, ge=1)
+    """Windows per block, the unit that is committed, resumed and repaired."""
+    held_out_blocks: int = Field(default=2, ge=0)
+    """Blocks of the first documents, kept from training, on top of `tokens`."""
+
+
+class Settings(Config):
+    """A harvest."""
+
+    label: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+    """Start of the store's name; the preset's name if not given."""
+    tokens: int = Field(ge=1)
+    """Tokens of the training windows, BOS included; rounded up to whole blocks."""
+    seed: int = 0
+    """Seed of every permutation."""
+    workers: int = Field(default=0, ge=0)
+    """Threads that run batches side by side on CPU; 0 is one per core. The bytes written do not depend on it."""
+    model: ModelSettings = ModelSettings()
+    text: TextSettings = TextSettings()
+    windows: WindowSettings = WindowSettings()
+    capture: CaptureSettings = CaptureSettings()
+    store: StoreSettings = StoreSettings()
+
+    @model_validator(mode="after")
+    def _strata(self) -> "Settings":
+        make_strata(self.store.edges, self.store.keep, self.windows.context_size, self.store.block_sequences)
+        return self
+
+    @property
+    def training_blocks(self) -> int:
+        """Blocks that hold at least `tokens` tokens."""
+        return -(-self.tokens // (self.store.block_sequences * self.windows.context_size))

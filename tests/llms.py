@@ -1,0 +1,135 @@
+"""Small LLMs with random weights in Hugging Face folders, texts for them, and the harvest's command line."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from harvest.embedded.tokenizer import BOS_ID, EOS_ID, save_tokenizer, train_tokenizer
+
+ROOT = Path(__file__).parents[1]
+VOCABULARY = 320
+WORDS = ["def", "return", "import", "class", "self", "value", "list", "index", "token", "layer", "0", "1", "(", ")"]
+
+
+def make_gemma(folder: Path, **changes: Any) -> Path:
+    """A Gemma-2 model of 4 layers of width 32, with a byte-level tokenizer of 320 tokens."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "max_position_embeddings": 1024,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+    }
+    return _save(folder, Gemma2ForCausalLM, Gemma2Config(**{**sizes, **changes}))
+
+
+def make_neox(folder: Path) -> Path:
+    """A GPT-NeoX model: its attention and MLP run in parallel, so there is no residual between them."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+    )
+    return _save(folder, GPTNeoXForCausalLM, config)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None removes one."""
+    value = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: item for key, item in value.items() if item is not None}))
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Documents of 5 to 200 words."""
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(5, 200))) for _ in range(count)]
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """A JSON object per line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def store(self) -> Path:
+        """The path on the last line of stdout."""
+        assert self.code == 0, self.err
+        return Path(self.out.splitlines()[-1])
+
+
+def command(*arguments: object) -> Outcome:
+    """Run `python -m harvest` in this process, through the same entry point."""
+    import shared.cli
+    from harvest.cli import group
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        patch.object(sys, "argv", ["harvest", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            shared.cli.run(group)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def start(*arguments: object, options: Iterable[str] = ()) -> "subprocess.Popen[str]":
+    """Start `python -m harvest` as a process of its own."""
+    line = [sys.executable, *options, "-m", "harvest", *map(str, arguments)]
+    return subprocess.Popen(line, cwd=ROOT, env=dict(os.environ), stdout=-1, stderr=-1, text=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a store and its bytes."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _save(folder: Path, kind: Any, config: Any) -> Path:
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = kind(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5.0)  # the usual 0.02 gives activations that hardly differ
+    model.save_pretrained(folder)
+    save_tokenizer(train_tokenizer(texts(50, seed=99), VOCABULARY), folder, 1024)
+    return folder

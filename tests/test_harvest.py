@@ -1,0 +1,503 @@
+"""The whole stage through its command: what a store holds, resuming, extending, and what a user can get wrong."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from shared.keyed import permutation
+from shared.layout import ARRAYS, STORE
+from shared.store import Store
+from tests.llms import (
+    BOS_ID,
+    EOS_ID,
+    command,
+    contents,
+    edit_json,
+    make_gemma,
+    make_neox,
+    start,
+    texts,
+    write_jsonl,
+)
+from tests.stores import decode, encode
+
+SMALL = [
+    *("--set", "windows.context_size=32"),
+    *("--set", "store.edges=[0, 1, 4, 16]"),
+    *("--set", "store.keep={0 = 0.25}"),
+    *("--set", "store.block_sequences=16"),
+    *("--set", "store.held_out_blocks=2"),
+    *("--set", "capture.batch_sequences=4"),
+]
+BLOCK_TOKENS = 16 * 32
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_gemma(tmp_path_factory.mktemp("models") / "gemma")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("texts") / "text.jsonl", [{"text": one} for one in texts(80)])
+
+
+class Line:
+    """The arguments of a harvest that takes a second: by default two held-out blocks and three training blocks."""
+
+    def __init__(self, model: Path, text: Path) -> None:
+        self.model, self.text = model, text
+
+    def __call__(
+        self,
+        cache: Path,
+        *more: object,
+        model: Path | None = None,
+        text: Path | None = None,
+        layers: tuple[int, ...] = (2,),
+        tokens: int = 3 * BLOCK_TOKENS,
+    ) -> list[object]:
+        given = ["--model", model or self.model, "--text", text or self.text, "--cache", cache, "--tokens", tokens]
+        return ["run", *given, *SMALL, *(part for layer in layers for part in ("--layer", layer)), *more]
+
+
+@pytest.fixture(scope="module")
+def small(model: Path, text: Path) -> Line:
+    return Line(model, text)
+
+
+@pytest.fixture(scope="module")
+def finished(small: Line, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store that tests only read."""
+    return command(*small(tmp_path_factory.mktemp("cache"))).store
+
+
+@pytest.fixture(scope="module")
+def longer(small: Line, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store of ten blocks, made without a stop."""
+    return command(*small(tmp_path_factory.mktemp("cache"), tokens=8 * BLOCK_TOKENS)).store
+
+
+def plain_rows(model: Path, layer: int, tokens: np.ndarray, batch: int, dtype: str) -> dict[str, np.ndarray]:
+    """resid_mid and mlp_out [S, T, d] of the whole model by plain transformers hooks, as float32."""
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="eager")
+    found: dict[str, list[torch.Tensor]] = {"source": [], "target": []}
+    block = whole.model.layers[layer]
+    block.pre_feedforward_layernorm.register_forward_pre_hook(lambda _, given: found["source"].append(given[0].clone()))
+    block.post_feedforward_layernorm.register_forward_hook(lambda _, given, out: found["target"].append(out.clone()))
+    with torch.inference_mode():
+        for start_ in range(0, len(tokens), batch):
+            whole.model(torch.from_numpy(tokens[start_ : start_ + batch].astype(np.int64)), use_cache=False)
+    return {side: torch.cat(parts).float().numpy() for side, parts in found.items()}
+
+
+def check_store(path: Path, model: Path, rows: int = 200) -> None:
+    """Compare a store, read by stock zarr, with plain transformers on random rows of every stratum."""
+    store = Store.open(path)
+    request, root = store.request, zarr.open_group(path / ARRAYS, mode="r")
+    tokens = root["tokens"][:]
+    assert tokens.shape == (store.record.blocks * request.block_sequences, request.context_size)
+    assert (tokens[:, 0] == BOS_ID).all() and (tokens[:, 1:] != BOS_ID).all()
+    expected = plain_rows(model, request.layer, tokens, request.batch_sequences, request.model.dtype)
+    rng = np.random.default_rng(0)
+    for stratum in request.strata:
+        group = root[f"strata/{stratum.name}"]
+        count = store.record.blocks * stratum.rows
+        sequence, position = group["sequence"][:], group["position"][:]
+        assert len(sequence) == len(position) == count
+        assert len(set(zip(sequence.tolist(), position.tolist(), strict=True))) == count
+        assert ((position >= stratum.start) & (position < stratum.stop)).all()
+        assert (sequence // request.block_sequences == np.arange(count) // stratum.rows).all()
+        chosen = rng.choice(count, min(rows, count), replace=False)
+        for side, values in expected.items():
+            stored = group[side][:][chosen]
+            wanted = encode(values[sequence[chosen], position[chosen]], request.storage)
+            assert (stored == wanted).all()
+    check_statistics(store)
+
+
+def check_statistics(store: Store) -> None:
+    """Compare the recorded statistics with one pass over the training rows."""
+    weighted = []
+    for summary, (name, arrays) in zip(store.record.strata, store.strata.items(), strict=True):
+        first = store.request.held_out_blocks * arrays.stratum.rows
+        rows = np.empty((arrays.source.rows - first, store.record.d_in), arrays.source.spec.dtype)
+        arrays.source.read(first, arrays.source.rows, rows)
+        values = decode(rows, store.request.storage).astype(np.float64)
+        found = store.statistics[name]["source"]
+        np.testing.assert_allclose(found.mean, values.mean(0), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(found.variance, values.var(0), rtol=1e-6, atol=1e-12)
+        norms = np.linalg.norm(values, axis=1)
+        assert summary.rows == len(values)
+        assert summary.source.mean_squared_norm == pytest.approx((norms**2).mean())
+        assert summary.source.norm_quantiles["0.5"] == pytest.approx(np.median(norms), rel=0.05)
+        if arrays.stratum.start > 0:
+            weighted.append((values, arrays.stratum.natural_rows / arrays.stratum.rows))
+    weights = np.concatenate([np.full(len(values), weight) for values, weight in weighted])
+    mean = np.average(np.concatenate([values for values, _ in weighted]), axis=0, weights=weights)
+    np.testing.assert_allclose(store.statistics["overall"]["source"].mean, mean, rtol=1e-9, atol=1e-12)
+    training = len(store.record.training_blocks)
+    assert store.record.overall.natural_rows == training * store.request.block_sequences * (
+        store.request.context_size - 1
+    )
+
+
+@pytest.mark.slow
+def test_the_tiny_preset_equals_plain_transformers(tmp_path: Path) -> None:
+    """The real command as a process, the preset's own text, context, strata and layer."""
+    model = make_gemma(tmp_path / "model", num_hidden_layers=10)
+    small = ("--set", "store.block_sequences=16", "--set", "store.held_out_blocks=1", "--tokens", 2 * 16 * 256)
+    harvest = ["run", "tiny", "--model", model, "--cache", tmp_path / "cache", *small]
+    process = start(*harvest)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    path = Path(out.splitlines()[-1])
+    assert path.parent == tmp_path / "cache" and path.name.startswith("tiny-L8-")
+    assert "tokens/s" in err and "Traceback" not in err
+    check_store(path, model)
+    began = time.monotonic()
+    again = start(*harvest, options=["-X", "importtime"])
+    out, err = again.communicate(timeout=60)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in err.splitlines() if "|" in line}
+    assert Path(out.splitlines()[-1]) == path
+    assert "pydantic" in imported and not {"torch", "transformers", "datasets", "transformer_lens"} & imported
+    assert time.monotonic() - began < 30  # 2 s on an idle machine
+
+
+@pytest.mark.parametrize("change", ["store.storage=float32", "store.storage=float16", "model.dtype=bfloat16"])
+def test_other_types(small: Line, model: Path, tmp_path: Path, change: str) -> None:
+    check_store(command(*small(tmp_path, "--set", change)).store, model)
+
+
+@pytest.mark.slow
+def test_the_gemma_preset_at_its_width(tmp_path: Path) -> None:
+    """The resolved settings of `gemma-2-2b` at d 2,304; float32, as bfloat16 is slow where emulated."""
+    model = make_gemma(tmp_path / "model", hidden_size=2304, num_hidden_layers=9, sliding_window=512)
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": one} for one in texts(100)])
+    small = ("--set", "store.block_sequences=1", "--set", "store.held_out_blocks=1", "--set", "model.dtype=float32")
+    given = ["--model", model, "--text", text, "--cache", tmp_path / "cache", "--tokens", 2 * 1024]
+    path = command("run", "gemma-2-2b", *given, *small).store
+    store = Store.open(path)
+    assert path.name.startswith("gemma-2-2b-L8-")
+    assert (store.record.d_in, store.record.d_out, store.record.blocks) == (2304, 2304, 3)
+    assert [stratum.name for stratum in store.request.strata][-1] == "256-1024"
+    assert store.request.corpus.order == "as_read" and store.request.batch_sequences == 8
+    check_store(path, model, rows=50)
+
+
+def test_windows_are_the_text_and_held_out_documents_are_apart(finished: Path, text: Path, model: Path) -> None:
+    """Every window against a naive tokenisation of the documents in their permuted order."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    encoded = [
+        tokenizer(documents[i], add_special_tokens=False)["input_ids"] + [EOS_ID]
+        for i in permutation(len(documents), "documents", 0)
+    ]
+    store = Store.open(finished)
+    counts = store.record.plan.packing[0]
+    held_out = [token for document in encoded[: counts.held_out_documents] for token in document]
+    training = [token for document in encoded[counts.held_out_documents :] for token in document]
+    tokens = np.empty((store.tokens.rows, 32), np.int32)
+    store.tokens.read(0, store.tokens.rows, tokens)
+    assert tokens[:32, 1:].ravel().tolist() == held_out[: 32 * 31]
+    assert sum(map(len, encoded[: counts.held_out_documents - 1])) < 32 * 31
+    order = permutation(48, "windows", 0, 0)
+    assert tokens[32:, 1:].tolist() == [training[31 * i : 31 * (i + 1)] for i in order]
+    assert counts.tokens_read == counts.tokens_kept + counts.tokens_held_out + counts.tokens_left_over
+    assert counts.tokens_read == sum(map(len, encoded[: counts.documents]))
+
+
+def test_two_harvests_are_equal_byte_for_byte(small: Line, finished: Path, tmp_path: Path) -> None:
+    for workers in (1, 3):
+        again = command(*small(tmp_path / str(workers), "--set", f"workers={workers}")).store
+        assert again.name == finished.name
+        assert contents(again) == contents(finished)
+    assert not list((tmp_path / "1").glob("*tmp*"))
+
+
+def test_nothing_in_a_store_tells_where_or_when_it_was_made(finished: Path) -> None:
+    for name, data in contents(finished).items():
+        if name.endswith(".json") and not name.startswith("tokenizer/"):
+            assert b"/tmp" not in data and b"2026" not in data, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_harvest_resumes_to_the_same_bytes(
+    small: Line, longer: Path, tmp_path: Path, stop: signal.Signals
+) -> None:
+    line = small(tmp_path, tokens=8 * BLOCK_TOKENS)
+    process = start(*line)
+    wait_for(tmp_path, "*/ledger/000002.json", process)
+    process.send_signal(stop)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (3 if stop == signal.SIGTERM else -9), err
+    assert "Traceback" not in err
+    folder = tmp_path / longer.name
+    assert not (folder / STORE).exists()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("c/[01]*") if path.is_file()}
+    assert command(*line).store == folder
+    assert before and all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    assert contents(folder) == contents(longer)
+
+
+def wait_for(cache: Path, pattern: str, process: Any) -> None:
+    began = time.monotonic()
+    while not list(cache.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - began < 120
+        time.sleep(0.005)
+
+
+def test_packing_that_was_cut_off_starts_again(small: Line, finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / finished.name
+    shutil.copytree(finished, copy)
+    for path in [copy / "plan.json", copy / STORE, copy / "statistics.safetensors"]:
+        path.unlink()
+    shutil.rmtree(copy / "ledger")
+    (copy / ARRAYS / "tokens/c/9").mkdir()
+    (copy / ARRAYS / "tokens/c/9/0").write_bytes(b"of a longer plan that was never published")
+    (tmp_path / f"{finished.name}.spool.tmp").write_bytes(b"x")
+    assert command(*small(tmp_path)).store == copy
+    assert contents(copy) == contents(finished)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".tmp") == []
+
+
+def test_asking_for_more_extends_and_leaves_old_files_alone(
+    small: Line, model: Path, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / finished.name)
+    path = command(*small(tmp_path, tokens=5 * BLOCK_TOKENS)).store
+    assert path == tmp_path / finished.name
+    old, new = contents(finished), contents(path)
+    changed = {name for name in old if new[name] != old[name]}
+    assert all(name.endswith("zarr.json") or "/" not in name for name in changed)
+    record = Store.open(path).record
+    assert (record.plan.segments, record.blocks) == ((3, 2), 7)
+    tokens = np.empty((7 * 16, 32), np.int32)
+    Store.open(path).tokens.read(0, 7 * 16, tokens)
+    whole = Store.open(command(*small(tmp_path / "w", tokens=5 * BLOCK_TOKENS)).store)
+    at_once = np.empty_like(tokens)
+    whole.tokens.read(0, 7 * 16, at_once)
+    assert sorted(map(tuple, tokens[32:])) == sorted(map(tuple, at_once[32:]))
+    check_store(path, model)
+    assert command(*small(tmp_path)).store == path
+    assert contents(path) == new
+
+
+def test_a_text_that_is_too_short_gives_its_whole_blocks(small: Line, tmp_path: Path) -> None:
+    text = write_jsonl(tmp_path / "short.jsonl", [{"text": one} for one in texts(16)])
+    more = small(tmp_path, "--force", text=text, tokens=900 * BLOCK_TOKENS)
+    first = command(*more)
+    record = Store.open(first.store).record
+    blocks = record.plan.training_blocks
+    assert 0 < blocks < 900 and record.plan.exhausted
+    assert f"holds {blocks * BLOCK_TOKENS:,} training tokens in whole blocks, 460,800 were asked for" in first.err
+    assert record.plan.packing[0].tokens_left_over < BLOCK_TOKENS + 800
+    again = command(*more)
+    assert again.store == first.store and again.err == ""
+
+
+def test_layers_from_one_pass_equal_single_ones(small: Line, finished: Path, tmp_path: Path) -> None:
+    both = command(*small(tmp_path, layers=(1, 2)))
+    first, second = [Path(line) for line in both.out.splitlines()]
+    assert Store.open(first).request.layer == 1
+    assert contents(second) == contents(finished)
+    assert contents(first) == contents(command(*small(tmp_path / "alone", layers=(1,))).store)
+
+
+def test_a_layer_that_lacks_a_block_shares_the_pass(small: Line, finished: Path, tmp_path: Path) -> None:
+    """One layer finished, one missing a block in the middle: only that block runs, and only one store is written."""
+    shutil.copytree(finished, tmp_path / finished.name)
+    first, _ = [Path(line) for line in command(*small(tmp_path, layers=(1, 2))).out.splitlines()]
+    expected = contents(first)
+    (first / STORE).unlink()
+    (first / "ledger/000003.json").unlink()
+    again = command(*small(tmp_path, layers=(1, 2)))
+    assert f"{5 * BLOCK_TOKENS:,}/{5 * BLOCK_TOKENS:,} tokens" in again.err
+    assert contents(first) == expected
+
+
+def test_a_hook_of_its_own_layer(small: Line, model: Path, tmp_path: Path) -> None:
+    more = ("--set", "capture.source=blocks.0.hook_resid_pre", "--set", "capture.target=mlp.hook_pre")
+    store = Store.open(command(*small(tmp_path, *more)).store)
+    assert (store.request.source_hook, store.request.target_hook) == (
+        "blocks.0.hook_resid_pre",
+        "blocks.2.mlp.hook_pre",
+    )
+    assert (store.record.d_in, store.record.d_out) == (32, 48)
+
+
+@pytest.mark.parametrize("kind", ["messages", "input_ids"])
+def test_chats_and_token_ids(small: Line, model: Path, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    edit_json(folder / "tokenizer_config.json", chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    rng = np.random.default_rng(0)
+    rows = {
+        "messages": [[{"role": "user", "content": one}] for one in texts(60)],
+        "input_ids": [[BOS_ID, *rng.integers(4, 320, 100).tolist()] for _ in range(60)],
+    }[kind]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{kind: row} for row in rows])
+    done = command(*small(tmp_path / "cache", model=folder, text=path, tokens=1))
+    assert Store.open(done.store).request.corpus.kind == kind
+    check_store(done.store, folder, rows=30)
+
+
+def test_info_and_verify(finished: Path, tmp_path: Path) -> None:
+    shown = command("info", finished)
+    assert shown.code == 0
+    for part in ("blocks.2.hook_mlp_out", "16-31", "overall 1-31", "tokens", "5 blocks, 2 of them held out"):
+        assert part in shown.out
+    facts = json.loads(command("info", finished, "--json").out)
+    assert facts["blocks"] == 5 and facts["bytes"] == sum(map(len, contents(finished).values()))
+    assert json.loads(command("verify", finished, "--json").out)["faults"] == []
+    assert "intact" in command("verify", finished).out
+
+
+def test_verify_lists_every_damaged_file_and_a_new_run_heals(small: Line, finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / finished.name
+    shutil.copytree(finished, copy)
+    flipped, short, gone = (copy / ARRAYS / f"strata/004-016/{name}/c/3" for name in ("source/", "position", "target/"))
+    flipped, gone = flipped / "0", gone / "0"
+    data = bytearray(flipped.read_bytes())
+    data[100] ^= 1
+    flipped.write_bytes(data)
+    found = command("verify", copy)
+    assert found.code == 1
+    assert "strata/004-016/source/c/3/0: crc32c" in found.out and len(found.out.splitlines()) == 1
+    flipped.write_bytes(contents(finished)[flipped.relative_to(copy).as_posix()])
+    short.write_bytes(short.read_bytes()[:-1])
+    gone.unlink()
+    found = command("verify", copy)
+    assert found.code == 1 and len(found.out.splitlines()) == 2
+    assert "target/c/3/0: missing" in found.out
+    healed = command(*small(tmp_path))
+    assert "warning" in healed.err and healed.store == copy
+    assert contents(copy) == contents(finished)
+
+
+def refused(outcome: Any, *parts: str, folder: Path | None = None) -> None:
+    """Exit code 2, one line on stderr with all of `parts`, and no store begun in `folder`."""
+    assert outcome.code == 2, (outcome.out, outcome.err)
+    assert len(outcome.err.splitlines()) == 1 and outcome.err.startswith("error: ")
+    for part in parts:
+        assert part in outcome.err
+    assert outcome.out == ""
+    if folder is not None:
+        assert not [path for path in folder.rglob("*") if path.is_dir() or path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["run", "tinny"], ["no preset 'tinny'", "tiny"]),
+        (["run", "--config", "/no/such.toml"], ["/no/such.toml"]),
+        (["run", "--bogus"], ["--bogus"]),
+        (["run", "--set", "capture.layer=3"], ["capture.layer", "layers"]),
+        (["run", "--set", "nonsense"], ["NAME=VALUE"]),
+        (["run", "--set", "store.keep={3=0.5}"], ["keep names position 3"]),
+        (["run", "--set", "store.edges=[1,2]"], ["edges must start with 0"]),
+        (["run", "--set", "windows.context_size=1"], ["context_size", "1"]),
+        (["run", "--tokens", "0"], ["tokens"]),
+        (["run", "--tokens", "many"], ["many"]),
+        (["run", "--layer", "-1"], ["layers"]),
+        (["run", "--model", "/no/such/model"], ["no model folder at /no/such/model"]),
+        (["run", "--model", "nobody/nothing"], ["model 'nobody/nothing'", "hub", "local folder"]),
+        (["info", "/no/such/store"], ["/no/such/store"]),
+        (["verify", "/no/such/store"], ["/no/such/store"]),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: list[Any], parts: list[str]) -> None:
+    more = ["--cache", tmp_path / "cache"] if arguments[0] == "run" else []
+    refused(command(*arguments, *more), *parts, folder=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--layer", 4], ["no layer for hook blocks.4.hook_resid_mid", "4 layers"]),
+        (["--set", "capture.source=blocks.9.hook_out"], ["blocks.9.hook_out", "4 layers"]),
+        (["--set", "capture.target=hook_mlp_oot"], ["no hook 'blocks.2.hook_mlp_oot'", "blocks.2.hook_mlp_out"]),
+        (["--set", "capture.target=attn.hook_pattern"], ["no rows per position"]),
+        (["--set", "windows.context_size=4096"], ["4096", "1024 positions"]),
+        (["--set", "text.column=body"], ["no column 'body'", "text"]),
+        (["--tokens", 10**15], ["no room", "bytes", "--force"]),
+        (["--set", "store.held_out_blocks=99"], ["text.jsonl", "99 held-out blocks", "tokens"]),
+        (["--set", "model.device=cuda"], ["model.device"]),
+    ],
+)
+def test_what_model_or_text_cannot_give(small: Line, tmp_path: Path, arguments: list[Any], parts: list[str]) -> None:
+    if "model.device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    refused(command(*small(tmp_path / "cache", *arguments)), *parts, folder=tmp_path / "cache")
+
+
+def test_models_that_do_not_fit(small: Line, model: Path, tmp_path: Path) -> None:
+    def run(folder: Path, *more: Any) -> Any:
+        return command(*small(tmp_path / "cache", *more, model=folder, tokens=1))
+
+    refused(run(make_neox(tmp_path / "neox")), "no hook 'blocks.2.hook_resid_mid'", folder=tmp_path / "cache")
+    (tmp_path / "nothing").mkdir()
+    refused(run(tmp_path / "nothing"), "config.json", folder=tmp_path / "cache")
+    shutil.copytree(model, tmp_path / "nobos")
+    edit_json(tmp_path / "nobos/tokenizer_config.json", bos_token=None, eos_token="<bos>")
+    edit_json(tmp_path / "nobos/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    refused(run(tmp_path / "nobos"), "no BOS token", folder=tmp_path / "cache")
+    edit_json(tmp_path / "nobos/tokenizer_config.json", bos_token="<bos>")
+    refused(run(tmp_path / "nobos"), "windows.separator=false", folder=tmp_path / "cache")
+    assert run(tmp_path / "nobos", "--set", "windows.separator=false").code == 0
+
+
+def test_a_text_without_any_text_leaves_no_store(small: Line, tmp_path: Path) -> None:
+    for name, rows in {"none": [], "empty": [{"text": ""}, {"text": ""}], "null": [{"text": None}]}.items():
+        text = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        found = command(*small(tmp_path / "cache", "--set", "text.column=text", text=text))
+        refused(found, f"{name}.jsonl", folder=tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_the_model(small: Line, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harvest.model.probe", lambda *_: pytest.fail("the model was touched"))
+        refused(command(*small(tmp_path / "file" / "cache")), "cannot write to")
+
+
+def test_an_edited_request_is_refused_by_field(small: Line, finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / finished.name
+    shutil.copytree(finished, copy)
+    edit_json(copy / "request.json", context_size=64)
+    refused(command(*small(tmp_path)), "context_size is 64 there and 32 here")
+
+
+def test_a_second_harvester_is_told_at_once(small: Line, finished: Path, tmp_path: Path) -> None:
+    from shared.durable import lock
+
+    with lock(tmp_path / f"{finished.name}.lock", "test"):
+        refused(command(*small(tmp_path)), "locked")
+
+
+def test_an_unfinished_plan_is_not_made_smaller(small: Line, finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / finished.name
+    shutil.copytree(finished, copy)
+    (copy / STORE).unlink()
+    found = command(*small(tmp_path, tokens=1))
+    refused(found, "planned with 3 training blocks", f"--tokens {3 * BLOCK_TOKENS}")
+    refused(command("info", copy), "is unfinished (5 of 5 blocks)")
+
+
+def test_help_says_everything() -> None:
+    assert all(option in command("run", "--help").out for option in ("--layer", "--tokens", "--set", "--force"))
+    assert all(name in command("--help").out for name in ("run", "info", "verify"))
