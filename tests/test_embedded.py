@@ -15,12 +15,13 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from harvest.embedded import MODEL_FOLDER
+from harvest.embedded.architecture import initial_model, write_model
 from harvest.embedded.corpus import Document, corpus_digest, documents, is_held_out, is_included, read_corpus
 from harvest.embedded.data import NOT_SCORED, SCORED, evaluation_windows, token_stream, training_batches
+from harvest.embedded.evaluation import check_forward, evaluate
 from harvest.embedded.forward import logits, training_loss
 from harvest.embedded.muon import orthogonalise
 from harvest.embedded.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-from harvest.embedded.train_model import check_forward, evaluate, initial_model, write_model
 
 AWKWARD = [
     "",
@@ -128,7 +129,7 @@ def test_lean_gradient_matches_autograd(held_out_windows: tuple[torch.Tensor, to
     plain = torch.autograd.grad(plain_loss, list(fresh.parameters()))
     lean_loss = training_loss(fresh, inputs, labels)
     lean = torch.autograd.grad(lean_loss, list(fresh.parameters()))
-    assert float(lean_loss) == pytest.approx(float(plain_loss), abs=1e-5)
+    assert lean_loss.item() == pytest.approx(plain_loss.item(), abs=1e-5)
     for ours, theirs in zip(lean, plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-3)
 
