@@ -5,7 +5,7 @@ import sys
 import click
 
 from shared.errors import ProjectError, Stopped
-from shared.threads import set_policy
+from shared.process import set_policy
 
 
 def run(group: click.Group) -> None:
