@@ -225,6 +225,7 @@ def _run_blocks(
                     ledger.commit(target, block, rows)
                     missing[target.path].discard(block)
                     ledger.grow_arrays(target, set(range(target.blocks)) - missing[target.path])
+            del rows  # before the next block is captured: a block and its permuted copy are the most that is held
 
 
 def _counter(bar: Progress, done: int) -> Callable[[int], None]:

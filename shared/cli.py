@@ -5,12 +5,12 @@ import sys
 import click
 
 from shared.errors import ProjectError, Stopped
-from shared.process import set_policy
+from shared.process import let_idle_threads_sleep
 
 
 def run(group: click.Group) -> None:
     """Run `group` on `sys.argv` and exit: 0 done, 1 failed, 2 the user's input, 3 stopped and resumable."""
-    set_policy()
+    let_idle_threads_sleep()
     try:
         group.main(standalone_mode=False)
     except ProjectError as error:

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from shared.process import set_policy
+from shared.process import let_idle_threads_sleep
 
 FAULTS = """
 import resource, sys
-from shared.process import set_policy
+from shared.process import keep_freed_memory
 if sys.argv[1] == "on":
-    set_policy()
+    keep_freed_memory()
 import numpy as np
 for _ in range(3):
     np.ones(2**22)
@@ -25,10 +25,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def test_idle_threads_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    set_policy()
+    let_idle_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    set_policy()
+    let_idle_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
