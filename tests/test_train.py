@@ -18,7 +18,18 @@ from tests.stores import SyntheticStore, make_store
 from train import checkpoint
 from train.cli import main
 
-SMALL = ["--set", "transcoder.d_sae=64", "--set", "activation.k=6", "--set", "rows.batch_rows=48", "--set", "threads=1"]
+SMALL = [
+    "--set",
+    "transcoder.d_sae=64",
+    "--set",
+    "activation.k=6",
+    "--set",
+    "activation.k_start=6",
+    "--set",
+    "rows.batch_rows=48",
+    "--set",
+    "threads=1",
+]
 CADENCE = ["--set", "log_every=7", "--set", "evaluation.every=20", "--set", "checkpoint.every=10"]
 
 

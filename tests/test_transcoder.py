@@ -200,7 +200,7 @@ def test_k_warms_up_linearly() -> None:
     ("config", "activation", "message"),
     [
         ({"d_sae": 8}, BatchTopK(k=9), "activation.k = 9 is more than d_sae = 8"),
-        ({"d_sae": 8}, TopK(k=2, k_start=9), "activation.k = 9 is more than d_sae = 8"),
+        ({"d_sae": 8}, TopK(k=2, k_start=9), "activation.k_start = 9 is more than d_sae = 8"),
         ({"d_sae": 8, "prefixes": (2, 4)}, BatchTopK(k=1), "must end at d_sae = 8, got [2, 4]"),
         ({"d_sae": 8, "prefixes": (4, 4, 8)}, BatchTopK(k=1), "must rise from 1 up, got [4, 4, 8]"),
         ({"d_sae": 8, "prefixes": (0, 8)}, BatchTopK(k=1), "must rise from 1 up"),

@@ -101,11 +101,12 @@ class TranscoderConfig(Config):
             raise UserError(f"transcoder.prefixes must rise from 1 up, got {list(prefixes)}")
         if prefixes[-1] != d_sae:
             raise UserError(f"transcoder.prefixes must end at d_sae = {d_sae}, got {list(prefixes)}")
-        if isinstance(activation, WarmedK) and max(activation.k, activation.k_start or 0) > d_sae:
-            raise UserError(
-                f"activation.k = {max(activation.k, activation.k_start or 0)} is more than d_sae = {d_sae}; "
-                "lower k or raise transcoder.d_sae"
-            )
+        if isinstance(activation, WarmedK):
+            for name, k in (("k", activation.k), ("k_start", activation.k_start or 0)):
+                if k > d_sae:
+                    raise UserError(
+                        f"activation.{name} = {k} is more than d_sae = {d_sae}; lower it or raise transcoder.d_sae"
+                    )
         return self.model_copy(update={"d_sae": d_sae, "prefixes": prefixes})
 
     def _width(self, d_in: int) -> int:

@@ -1,6 +1,6 @@
 """The two commands of the README from an empty cache: time, memory, and what the transcoder reaches.
 
-    python -m tests.bench.pipeline            writes docs/benchmarks.json and docs/benchmarks.md
+    python -m tests.bench.pipeline [trained] [random]      writes docs/benchmarks.json and docs/benchmarks.md
 
 Beside it stand the best linear map on the same rows, and the same transcoder on a model of the same shape with random
 weights: what a figure is worth shows against what structureless activations give.
@@ -18,14 +18,16 @@ EMBEDDED = Path(__file__).parents[2] / "harvest" / "embedded" / "model"
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure the parts that are named, or both, and record."""
+    parts = sys.argv[1:] or ["trained", "random"]
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        trained = pipeline(scratch / "trained")
-        random = pipeline(scratch / "random", "--model", random_model(scratch / "random-model"))
-    record("pipeline", COMMAND, costs(trained) | quality(trained["evaluation"]))
-    figures = {f"random weights: {name}": value for name, value in quality(random["evaluation"]).items()}
-    record("same transcoder on random weights", COMMAND, figures)
+        if "trained" in parts:
+            trained = pipeline(scratch / "trained")
+            record("pipeline", COMMAND, costs(trained) | quality(trained["evaluation"]))
+        if "random" in parts:
+            random = pipeline(scratch / "random", "--model", random_model(scratch / "random-model"))
+            record("same transcoder on random weights", COMMAND, quality(random["evaluation"]))
 
 
 def pipeline(scratch: Path, *options: object) -> dict:
