@@ -15,6 +15,8 @@ def run(group: click.Group) -> None:
         group.main(standalone_mode=False)
     except ProjectError as error:
         _fail(str(error), error.exit_code)
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else group.name
         _fail(f"{error.format_message()}  (see: {command} --help)", 2)

@@ -1,5 +1,7 @@
 """Checkpoints: published whole, verified, pruned, and refused by name when something in them is wrong."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,21 @@ def test_torn_newest_checkpoints_are_skipped_with_a_warning(tmp_path: Path) -> N
     assert "crc32c" in warnings[1]
     with pytest.raises(CorruptData, match=r"step-000002/optimizer.safetensors: crc32c"):
         checkpoint.find(tmp_path, step=2)
+
+
+def test_a_full_disk_is_named_and_leaves_the_checkpoints_before(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    program = (
+        "import resource, sys, torch; from pathlib import Path; from train import checkpoint; "
+        "from shared.errors import DiskFull; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "try: checkpoint.publish(Path(sys.argv[1]), 2, {'w': torch.ones(10**5)}, {}, 1)\n"
+        "except DiskFull as error: print(type(error).__name__, error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("DiskFull disk full while writing") and "step-000002" in done.stdout
+    assert checkpoint.find(tmp_path).step == 1
+    assert not list(tmp_path.rglob("*.tmp*"))
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ optimizer.safetensors    Adam's moments, dead counters, running threshold, the o
 state.json               step, and size and crc32c of the two files; "latest" is the highest step that verifies
 """
 
+import errno
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +14,7 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from shared import durable
@@ -63,7 +65,7 @@ def publish(run: Path, step: int, weights: dict[str, Tensor], optimizer: dict[st
     path = folder(run, step)
     with durable.publish_folder(path) as temporary:
         for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
-            (temporary / name).write_bytes(save({key: value.cpu().contiguous() for key, value in tensors.items()}))
+            _write(temporary / name, tensors)
         files = {
             name: FileRecord(bytes=(temporary / name).stat().st_size, crc32c=file_crc32c(temporary / name))
             for name in (WEIGHTS, OPTIMIZER)
@@ -74,6 +76,16 @@ def publish(run: Path, step: int, weights: dict[str, Tensor], optimizer: dict[st
     for old in valid[:-keep_last]:
         shutil.rmtree(old)
     return path
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write from the tensors' own memory. safetensors reports a full disk as an error of its own, in words."""
+    try:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+    path.chmod(0o644)
 
 
 def steps(run: Path) -> list[Path]:
