@@ -1,42 +1,127 @@
-"""A block's activations as the rows of each stratum, and their statistics. Pure: takes and returns arrays."""
+"""Which rows of a block are stored and in what order, and their statistics. Pure: takes and returns arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from harvest.packing import Windows, model_positions
 from shared.keyed import permutation
-from shared.layout import StoreRequest
-from shared.statistics import BINS, Moments, merge, moments_of
-from shared.strata import Stratum
+from shared.layout import RowCounts, StoreRequest
+from shared.statistics import BINS, Moments, moments_of
+from shared.strata import Stratum, quota, stratum_ranges
 
 Array = NDArray[Any]
-Activations = dict[str, Array]
-"""Rows [S, T, width] as stored, by hook."""
+Buffers = dict[str, Array]
+"""Rows [rows of the layout, width] as stored, by hook."""
 SIDES = ("source", "target")
-_ROWS_AT_ONCE = 8192
 
 
-def stratum_places(request: StoreRequest, stratum: Stratum, block: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Which rows of a block a stratum keeps, in stored order: (sequence within the block, position), [rows] each.
+def candidates(request: StoreRequest, windows: Windows, special: Sequence[int]) -> list[NDArray[np.int64]]:
+    """By stratum, the rows of a block that may be stored: numbers `sequence * T + offset`, rising."""
+    positions = model_positions(windows, request.documents).ravel()
+    allowed = ~np.isin(windows.tokens.ravel(), special)
+    ranges = stratum_ranges(request.edges, request.context_size)
+    return [np.flatnonzero((positions >= start) & (positions < stop) & allowed) for start, stop in ranges]
 
-    The permutation is over the stratum's natural rows, of which the first `stratum.rows` are kept.
+
+def over_norm(rows: int, max_norm_quantile: float) -> int:
+    """How many of `rows` rows have a norm above the quantile: known before any norm is."""
+    return int(rows * (1 - max_norm_quantile) + 1e-9)
+
+
+def block_counts(
+    request: StoreRequest, windows: Windows, special: Sequence[int], rows: Sequence[int] | None = None
+) -> list[RowCounts]:
+    """By stratum, where a block's rows go when `rows` of each are stored; none are when not given."""
+    natural = [len(found) for found in candidates(request, windows, ())]
+    allowed = [len(found) for found in candidates(request, windows, special)] if special else natural
+    over = [over_norm(n, request.max_norm_quantile) for n in allowed]
+    stored = list(rows or [0] * len(natural))
+    return [
+        RowCounts(natural=n, special=n - a, over_norm=o, stored=s, repeated=max(0, s - (a - o)))
+        for n, a, o, s in zip(natural, allowed, over, stored, strict=True)
+    ]
+
+
+def quotas(request: StoreRequest, fewest: Sequence[int]) -> list[int]:
+    """Rows of each stratum that every block stores, when every block has at least `fewest` to choose from."""
+    starts = [start for start, _ in stratum_ranges(request.edges, request.context_size)]
+    return [
+        quota(rows, request.keep.get(start, 1.0), request.cap.get(start))
+        for start, rows in zip(starts, fewest, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLayout:
+    """Where the rows of a block go: straight to their permuted place in a buffer, as the model gives them."""
+
+    rows: NDArray[np.int64]
+    """[R] the row `sequence * T + offset` that each place of the buffer holds, stratum after stratum"""
+    places: dict[str, slice]
+    """Where each stratum's rows lie in the buffer."""
+    positions: NDArray[np.int64]
+    """[S, T] as the model counts them"""
+    order: NDArray[np.int64]
+    """[R] places in order of the row they hold"""
+
+    def batch(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For windows `start:stop`: places of the buffer, and the row that goes to each, from the first window's."""
+        context = self.positions.shape[1]
+        low, high = np.searchsorted(self.rows[self.order], [start * context, stop * context])
+        places = self.order[low:high]
+        return places, self.rows[places] - start * context
+
+
+def block_layout(
+    request: StoreRequest, strata: Sequence[Stratum], windows: Windows, block: int, special: Sequence[int]
+) -> BlockLayout:
+    """The layout of a block: of every stratum, the first rows of a keyed permutation of its candidates.
+
+    Where rows are excluded by norm, all candidates have a place, and `stored_rows` chooses. A stratum with fewer
+    candidates than it stores repeats them in the same order.
     """
-    order = permutation(stratum.natural_rows, "rows", request.seed, block, stratum.start)[: stratum.rows]
-    return order // stratum.width, stratum.start + order % stratum.width
+    ranges = stratum_ranges(request.edges, request.context_size)
+    found = dict(zip(ranges, candidates(request, windows, special), strict=True))
+    parts, places, first = [], {}, 0
+    for stratum in strata:
+        rows = found[stratum.start, stratum.stop]
+        rows = rows[permutation(len(rows), "rows", request.seed, block, stratum.start)]
+        parts.append(rows if request.max_norm_quantile < 1 else np.resize(rows, stratum.rows))
+        places[stratum.name] = slice(first, first + len(parts[-1]))
+        first += len(parts[-1])
+    flat = np.concatenate(parts)
+    positions = model_positions(windows, request.documents)
+    return BlockLayout(rows=flat, places=places, positions=positions, order=np.argsort(flat, kind="stable"))
+
+
+def stored_rows(stratum: Stratum, source: Array, max_norm_quantile: float) -> slice | NDArray[np.int64]:
+    """Which of a stratum's rows in the buffer are stored, in order; `source` are its source rows [n, d_in]."""
+    if max_norm_quantile == 1:
+        return slice(None)
+    order = np.argsort(np.linalg.norm(decode(source), axis=1), kind="stable")
+    kept = np.sort(order[: len(source) - over_norm(len(source), max_norm_quantile)])
+    return np.resize(kept, stratum.rows)
 
 
 def stratum_arrays(
-    request: StoreRequest, stratum: Stratum, block: int, source: Array, target: Array
+    request: StoreRequest, stratum: Stratum, block: int, layout: BlockLayout, buffers: Buffers
 ) -> dict[str, Array]:
-    """The four arrays of one stratum of a block, by name; `source` and `target` are [S, T, width] as stored."""
-    sequence, position = stratum_places(request, stratum, block)
+    """The arrays of one stratum of a block, by name; views of the buffers where no row is excluded by norm."""
+    places = layout.places[stratum.name]
+    source, target = buffers[request.source_hook][places], buffers[request.target_hook][places]
+    chosen = stored_rows(stratum, source, request.max_norm_quantile)
+    rows = layout.rows[places][chosen]
+    sequence, offset = np.divmod(rows, request.context_size)
     return {
-        "source": source[sequence, position],
-        "target": target[sequence, position],
-        "position": position.astype(np.uint16),
+        "source": source[chosen],
+        "target": target[chosen],
+        "position": layout.positions.ravel()[rows].astype(np.uint16),
         "sequence": (sequence + block * request.block_sequences).astype(np.uint32),
+        "offset": offset.astype(np.uint16),
     }
 
 
@@ -48,9 +133,8 @@ def decode(stored: Array) -> NDArray[np.float32]:
 
 
 def stored_moments(rows: Array) -> Moments:
-    """Moments of stored rows [n, width], n above 0, as they will be read: after rounding to the storage type."""
-    starts = range(0, len(rows), _ROWS_AT_ONCE)
-    return merge([moments_of(decode(rows[i : i + _ROWS_AT_ONCE])) for i in starts])
+    """Moments of stored rows [n, d], as they will be read: after rounding to the storage type."""
+    return moments_of(rows, decode)
 
 
 def pack_moments(moments: Mapping[str, Moments]) -> dict[str, Array]:

@@ -1,7 +1,8 @@
-"""Runs the model over a block of token windows and keeps what the hooks give, in the storage type.
+"""Runs the model over blocks of token windows and puts the rows that are stored straight to their permuted places.
 
 On CPU every forward pass runs on one thread of its own and `workers` of them side by side: sums are then taken in one
-order whatever the number of workers, and two passes on one core each beat one pass on two.
+order whatever the number of workers, and two passes on one core each beat one pass on two. The batches of the next
+block start while the last ones of a block run and while it is written.
 """
 
 import os
@@ -9,109 +10,155 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harvest.blocks import Activations
+from harvest.blocks import BlockLayout, Buffers
 from harvest.model import Model
-from shared.errors import ProjectError, UserError
-from shared.layout import STORAGE_DTYPES, StorageType
+from harvest.packing import Windows
+from shared.errors import ProjectError
+from shared.layout import STORAGE_DTYPES, Documents, StorageType
 
 
 class Capture:
-    """Several replicas of a model that share the batches of a block."""
+    """Several replicas of a model that share the batches of blocks."""
 
-    def __init__(self, models: list[Model], pool: ThreadPoolExecutor, device: str, storage: StorageType) -> None:
-        self._pool, self._device, self._storage = pool, device, storage
+    def __init__(
+        self, models: list[Model], pool: ThreadPoolExecutor, device: str, storage: StorageType, documents: Documents
+    ) -> None:
+        self._pool, self._device, self._storage, self._documents = pool, device, storage, documents
         self._idle: SimpleQueue[Model] = SimpleQueue()
         for model in models:
             self._idle.put(model)
 
-    def block(
-        self, tokens: NDArray[np.int32], batch: int, widths: Mapping[str, int], done: Callable[[int], None]
-    ) -> Activations:
-        """The hooks' rows for windows `tokens` [S, T], `batch` windows per pass; `done` hears of tokens finished.
+    def fitting_batch(self, windows: Windows, positions: NDArray[np.int64], most: int) -> int:
+        """The most windows per pass that fit on the device: `most`, or half of it, and so on.
 
-        Raises `ProjectError` on NaN or inf, and on values that the storage type cannot hold.
+        Raises `ProjectError` when a single one does not.
         """
-        dtype = STORAGE_DTYPES[self._storage]
-        rows = {name: np.empty((*tokens.shape, width), dtype) for name, width in widths.items()}
-        starts = range(0, len(tokens), batch)
-        futures = [self._pool.submit(self._batch, tokens[i : i + batch], i, rows) for i in starts]
-        try:
-            for start, future in zip(starts, futures, strict=True):
-                future.result()
-                done(tokens[start : start + batch].size)
-        finally:
-            _cancel(futures)
-        return rows
+        while True:
+            try:
+                self._forward(windows.tokens[:most], positions[:most])
+                return most
+            except torch.OutOfMemoryError as error:
+                if most == 1:
+                    raise ProjectError(
+                        f"a single window of {windows.tokens.shape[1]} tokens does not fit on the device; lower "
+                        "windows.context_size, or choose --set model.dtype=bfloat16"
+                    ) from error
+            most //= 2
+            if self._device == "cuda":
+                torch.cuda.empty_cache()
 
-    def _batch(self, tokens: NDArray[np.int32], start: int, rows: Activations) -> None:
+    def submit(
+        self, windows: Windows, layout: BlockLayout, batch: int, buffers: Buffers, done: Callable[[int], None]
+    ) -> list[Future[None]]:
+        """Start the passes of a block, `batch` windows each, which fill `buffers`; `done` hears of tokens finished.
+
+        A future raises `ProjectError` on NaN or inf, on values that the storage type cannot hold, and on a batch that
+        does not fit on the device.
+        """
+
+        def run(start: int) -> None:
+            stop = min(start + batch, len(windows.tokens))
+            places, rows = (torch.from_numpy(found) for found in layout.batch(start, stop))
+            for name, values in self._values(windows.tokens[start:stop], layout.positions[start:stop]).items():
+                stored = to_storage(values, self._storage, name, start)
+                as_tensor(buffers[name]).index_copy_(0, places, stored.flatten(0, 1).index_select(0, rows))
+            done(windows.tokens[start:stop].size)
+
+        return [self._pool.submit(run, start) for start in range(0, len(windows.tokens), batch)]
+
+    def rows(self, windows: Windows, positions: NDArray[np.int64]) -> Buffers:
+        """All rows [S * T, width] of some windows in one pass, by hook, in order."""
+        return {
+            name: as_array(to_storage(values, self._storage, name, 0).flatten(0, 1))
+            for name, values in self._values(windows.tokens, positions).items()
+        }
+
+    def _values(self, tokens: NDArray[np.int32], positions: NDArray[np.int64]) -> dict[str, Tensor]:
+        try:
+            return self._forward(tokens, positions)
+        except torch.OutOfMemoryError as error:
+            raise ProjectError(
+                f"{len(tokens)} windows per pass no longer fit on the device, and the store's blocks are made with as "
+                "many; free the device's memory and run the same command again"
+            ) from error
+
+    def _forward(self, tokens: NDArray[np.int32], positions: NDArray[np.int64]) -> dict[str, Tensor]:
+        ids, places = (torch.from_numpy(np.array(part, np.int64)).to(self._device) for part in (tokens, positions))
         model = self._idle.get()
         try:
-            found = model(torch.from_numpy(tokens.astype(np.int64)).to(self._device))
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{len(tokens)} windows per pass do not fit on the device; lower capture.batch_sequences"
-            ) from error
+            return model(ids, places if self._documents == "apart" else None)
         finally:
             self._idle.put(model)
-        for name, values in found.items():
-            rows[name][start : start + len(tokens)] = to_storage(values, self._storage, name, start)
+
+
+def fitting_buffers(used: Buffers, widths: Mapping[str, int], rows: int, storage: StorageType) -> Buffers:
+    """Room for at least `rows` rows of each hook; `used` again, if it has that."""
+    if used and all(len(buffer) >= rows for buffer in used.values()):
+        return used
+    return {name: np.empty((rows, width), STORAGE_DTYPES[storage]) for name, width in widths.items()}
 
 
 @contextmanager
-def open_capture(model: Model, workers: int, device: str, storage: StorageType) -> Iterator[Capture]:
-    """A capture with `workers` threads on CPU (0: one per core this process may use), and one on CUDA."""
-    if device == "cuda":
+def open_capture(
+    model: Model, workers: int, device: str, storage: StorageType, documents: Documents
+) -> Iterator[Capture]:
+    """A capture with `workers` threads on CPU, and one on CUDA."""
+    if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         workers = 1
-    workers = workers or len(os.sched_getaffinity(0))
     models = [model, *(model.replica() for _ in range(workers - 1))]
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    torch.set_num_threads(1)  # for new threads, too
+    pool = ThreadPoolExecutor(workers, "forward", initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield Capture(models, pool, device, storage)
+        yield Capture(models, pool, device, storage, documents)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
 
 
-def to_storage(values: Tensor, storage: StorageType, name: str, first: int) -> NDArray[Any]:
-    """`values` [S, T, width] as stored: bfloat16 rounded to nearest even and given as its bits.
+def to_storage(values: Tensor, storage: StorageType, name: str, first: int) -> Tensor:
+    """`values` [S, T, width] in the storage type, on CPU; bfloat16 rounds to nearest even.
 
     `first` is the block's number of the first window, for the message of the `ProjectError` on values that are not
     finite, or not in the storage type.
     """
-    _check_finite(values, name, first, "is")
     stored = values.to(getattr(torch, storage))
-    _check_finite(stored, name, first, f"overflows to {storage}:", values)
-    stored = stored.contiguous().cpu()
-    return stored.view(torch.uint16).numpy() if storage == "bfloat16" else stored.numpy()
+    if not torch.isfinite(stored.sum(dtype=torch.float32)):  # one pass; a sum of finite values may overflow, too
+        _check_finite(values, values, name, first, "the value is")
+        _check_finite(stored, values, name, first, f"{storage} cannot hold the value")
+    return stored.cpu()
 
 
-def _check_finite(values: Tensor, name: str, first: int, what: str, shown: Tensor | None = None) -> None:
+def as_tensor(rows: NDArray[np.generic]) -> Tensor:
+    """Stored rows as a tensor over the same memory."""
+    tensor = torch.from_numpy(rows)
+    return tensor.view(torch.bfloat16) if rows.dtype == np.uint16 else tensor
+
+
+def as_array(rows: Tensor) -> NDArray[np.generic]:
+    """Rows in the storage type as they are stored, over the same memory."""
+    return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
+
+
+def _check_finite(values: Tensor, shown: Tensor, name: str, first: int, what: str) -> None:
     bad = ~torch.isfinite(values)
     if not bool(bad.any()):
         return
     sequence, position, dimension = torch.nonzero(bad)[0].tolist()
-    value = float((values if shown is None else shown)[sequence, position, dimension])
     remedy = (
         "the model's dtype is too narrow, or its weights are damaged"
-        if shown is None
-        else ("choose --set store.storage=bfloat16")
+        if values is shown
+        else "choose --set store.storage=bfloat16"
     )
     raise ProjectError(
-        f"{name}, sequence {first + sequence} of the block, position {position}: the value {what} {value:g}; {remedy}"
+        f"{name}, sequence {first + sequence} of the block, position {position}: {what} "
+        f"{float(shown[sequence, position, dimension]):g}; {remedy}"
     )
-
-
-def _cancel(futures: list[Future[None]]) -> None:
-    for future in futures:
-        future.cancel()

@@ -3,6 +3,8 @@
 import json
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,7 @@ def group() -> None:
     """Stage 1: run an LLM once and keep its activations in a store that any number of trainings read."""
 
 
-@group.command()
-@click.argument("preset", default=DEFAULT_PRESET)
-@click.option("--config", type=click.Path(path_type=Path), help="A TOML file in place of a preset.")
-@click.option("--model", help="`embedded`, a Hugging Face model folder, or a name on the hub.")
-@click.option(
-    "--text", multiple=True, help="`embedded`, a data set on the hub, or a .jsonl, .parquet or .txt file (repeatable)."
-)
-@click.option("--layer", "layers", type=int, multiple=True, help="A layer, from 0 (repeatable: a store each).")
-@click.option("--tokens", type=int, help="Tokens to train on, rounded up to whole blocks.")
-@click.option(
+cache_option = click.option(
     "--cache",
     type=click.Path(path_type=Path),
     default=Path("cache"),
@@ -40,34 +33,61 @@ def group() -> None:
     show_envvar=True,
     help="The folder that stores are made in.",
 )
-@click.option("--seed", type=int, help="Seed of every permutation.")
-@click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Any setting (repeatable).")
+
+
+def request_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What says which stores are meant: the same for `plan` and `run`."""
+    options = (
+        click.argument("preset", default=DEFAULT_PRESET),
+        click.option("--config", type=click.Path(path_type=Path), help="A TOML file in place of a preset."),
+        click.option("--model", help="`embedded`, a Hugging Face model folder, or a name on the hub."),
+        click.option(
+            "--text",
+            multiple=True,
+            help="`embedded`, a data set on the hub, or a .jsonl, .parquet or .txt file (repeatable).",
+        ),
+        click.option("--layer", "layers", type=int, multiple=True, help="A layer, from 0 (repeatable: a store each)."),
+        click.option("--tokens", type=int, help="Tokens to train on, rounded up to whole blocks."),
+        cache_option,
+        click.option("--seed", type=int, help="Seed of every permutation."),
+        click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Any setting (repeatable)."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@group.command()
+@request_options
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
-def run(
-    preset: str,
-    config: Path | None,
-    model: str | None,
-    text: tuple[str, ...],
-    layers: tuple[int, ...],
-    tokens: int | None,
-    cache: Path,
-    seed: int | None,
-    assignments: tuple[str, ...],
-    force: bool,
-) -> None:
+def run(cache: Path, force: bool, **given: Any) -> None:
     """Make the store of PRESET, or continue, extend or find it; prints its path last (a line per layer)."""
-    given = {
-        "model": {"name": model},
-        "text": {"name": text},
-        "capture": {"layers": layers},
-        "tokens": tokens,
-        "seed": seed,
-    }
-    settings = resolve(preset, config, given, assignments)
+    settings = resolve(**given)
     from harvest.pipeline import harvest
 
     for path in harvest(settings, cache, force=force):
         print(path)
+
+
+@group.command()
+@request_options
+@click.option("--eta", is_flag=True, help="Load the model and time a few batches, too.")
+@click.option("--force", is_flag=True, help="Say what is needed, but accept a disk that looks too small.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> None:
+    """Say what `run` would write: rows and bytes by stratum, files, free disk. Refuses what does not fit."""
+    settings = resolve(**given)
+    from harvest import estimate, pipeline
+
+    found = pipeline.estimates(settings, cache)
+    seconds = pipeline.measure(settings, cache) if eta else None
+    if as_json:
+        stores = [one.as_json() for one in found]
+        print(json.dumps({"stores": stores, "seconds": seconds, "needed_bytes": estimate.needed(found)}, indent=2))
+    else:
+        estimate.show(found, seconds)
+    if not force:
+        estimate.require_space(found)
 
 
 @group.command()
@@ -86,23 +106,58 @@ def info(store: Path, as_json: bool) -> None:
 
 @group.command()
 @click.argument("store", type=click.Path(path_type=Path))
+@click.option("--against-model", "rows", type=click.IntRange(1), metavar="N", help="Recompute N random rows, too.")
+@click.option("--model", help="Where the store's model lies, if not where the store says.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which rows are recomputed.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def verify(store: Path, as_json: bool) -> None:
+def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json: bool) -> None:
     """Read every file of STORE and compare it with its checksum; fails with the list of damaged files."""
     from harvest.describe import verify as check
 
     report = check(store)
-    if as_json:
-        print(json.dumps(report.as_json(), indent=2))
-    else:
-        print(report.text())
-    if report.faults:
+    facts, lines, wrong = report.as_json(), [report.text()], bool(report.faults)
+    if rows and not wrong:
+        from harvest.recompute import against_model
+
+        found = against_model(store, rows, model, seed)
+        facts["against_model"], lines, wrong = asdict(found), [*lines, found.text()], bool(found.wrong)
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
+    if wrong:
         sys.exit(1)
 
 
-def resolve(preset: str, config: Path | None, given: dict[str, Any], assignments: tuple[str, ...]) -> Settings:
+@group.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--model", help="Where the store's model lies, if not where the store says.")
+@click.option("--text", multiple=True, help="Where the store's text lies, if its tokens are damaged (repeatable).")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Threads that run batches; 0 is one per core.")
+def repair(store: Path, model: str | None, text: tuple[str, ...], workers: int) -> None:
+    """Verify STORE and make what is damaged anew: the blocks concerned, and no others."""
+    from harvest.repair import repair as mend
+
+    print(mend(store, model, text, workers).text())
+
+
+def resolve(
+    *,
+    preset: str,
+    config: Path | None,
+    model: str | None,
+    text: tuple[str, ...],
+    layers: tuple[int, ...],
+    tokens: int | None,
+    seed: int | None,
+    assignments: tuple[str, ...],
+) -> Settings:
     """The settings of a preset or file, with the options that were given, and then `--set`, on top."""
     name = config.stem if config else preset
+    given = {
+        "model": {"name": model},
+        "text": {"name": text},
+        "capture": {"layers": layers},
+        "tokens": tokens,
+        "seed": seed,
+    }
     settings = {"label": name, **load_preset(PRESETS, preset, config)}
     for key, value in given.items():
         settings = _put(settings, key, value)

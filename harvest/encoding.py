@@ -21,7 +21,9 @@ class Encoder:
     def __init__(self, folder: Path, corpus: CorpusIdentity, vocabulary: int) -> None:
         self._tokenizer = _load(folder)
         self._corpus, self._vocabulary = corpus, vocabulary
-        self.bos: int = self._tokenizer.bos_token_id
+        self.bos: int | None = self._tokenizer.bos_token_id
+        self.special: tuple[int, ...] = tuple(sorted(set(self._tokenizer.all_special_ids)))
+        """Ids of all special tokens."""
         self.separator: int | None = None if corpus.separator is None else self._tokenizer.eos_token_id
         if corpus.kind == "messages" and not self._tokenizer.chat_template:
             raise UserError(f"{folder}: its tokenizer has no chat template, which a column of messages needs")
@@ -39,7 +41,7 @@ class Encoder:
             return
         for document in documents:
             ids = self._messages(document) if self._corpus.kind == "messages" else self._checked(document)
-            yield from split_at(ids, self.bos)
+            yield from [ids] if self.bos is None else split_at(ids, self.bos)
 
     def _texts(self, texts: list[Any]) -> list[Ids]:
         if wrong := next((text for text in texts if not isinstance(text, str | None)), None):

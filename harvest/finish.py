@@ -1,7 +1,7 @@
 """The last steps of a harvest: statistics over the training blocks, the tokenizer, and `store.json`."""
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 from safetensors import SafetensorError
@@ -10,6 +10,7 @@ from safetensors.numpy import load, save
 from harvest.blocks import SIDES, Array, unpack_moments
 from harvest.model_files import ModelFiles
 from harvest.plan import Target
+from harvest.sinks import overall
 from shared import durable
 from shared.errors import CorruptData
 from shared.layout import (
@@ -17,18 +18,19 @@ from shared.layout import (
     STATISTICS,
     STORE,
     TOKENIZER,
+    UNEMBEDDING,
     NormSummary,
+    StorePlan,
     StoreRecord,
+    StratumPlan,
     StratumSummary,
     moments_path,
     record_path,
 )
 from shared.statistics import OUTLIER_RATIO, QUANTILES, Moments, merge
-from shared.store import buffers_record, fault, read_ledger
-from shared.strata import Stratum
+from shared.store import buffers_record, fault, file_record, read_ledger
 
 _PACKAGES = ("torch", "transformers", "transformer-lens", "numpy")
-Sides = dict[str, Moments]
 
 
 def finish(target: Target, model: ModelFiles) -> None:
@@ -39,9 +41,12 @@ def finish(target: Target, model: ModelFiles) -> None:
     assert target.plan is not None
     training = range(target.request.held_out_blocks, target.blocks)
     moments = training_moments(target, training)
-    summaries, overall, tensors = summarise(target.request.strata, moments, len(training))
+    summaries, overall_, tensors = summarise(target.plan, moments)
     files = {STATISTICS: save(tensors)}
     files |= {f"{TOKENIZER}/{path.name}": path.read_bytes() for path in model.tokenizer_files}
+    records = {name: buffers_record([data]) for name, data in files.items()}
+    if target.request.unembedding:
+        records[UNEMBEDDING] = file_record(target.path / UNEMBEDDING)
     first = read_ledger(target.path, 0)
     record = StoreRecord(
         format_version=FORMAT_VERSION,
@@ -51,63 +56,61 @@ def finish(target: Target, model: ModelFiles) -> None:
         d_out=first.d_out,
         blocks=target.blocks,
         strata=summaries,
-        overall=overall,
-        files={name: buffers_record([data]) for name, data in files.items()},
+        overall=overall_,
+        files=records,
         software={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     )
     durable.publish_files({target.path / name: data for name, data in files.items()})
     durable.publish_json(target.path / STORE, record.model_dump(mode="json"))
 
 
-def training_moments(target: Target, blocks: Iterable[int]) -> dict[str, Sides]:
-    """By stratum and side, the moments of `blocks`, merged in their order."""
-    gathered: dict[str, Sides] = {}
+def training_moments(target: Target, blocks: Iterable[int]) -> dict[str, Moments]:
+    """By `stratum/side`, the moments of `blocks`, merged in their order."""
+    gathered: dict[str, Moments] = {}
     for block in blocks:
         tensors = _load_moments(target, block)
-        for stratum in target.request.strata:
-            sides = gathered.setdefault(stratum.name, {})
-            for side in SIDES:
-                found = unpack_moments(tensors, f"{stratum.name}/{side}")
-                sides[side] = merge([sides[side], found]) if side in sides else found
+        for name in (f"{stratum.name}/{side}" for stratum in target.strata for side in SIDES):
+            found = unpack_moments(tensors, name)
+            gathered[name] = merge([gathered[name], found]) if name in gathered else found
     return gathered
 
 
 def summarise(
-    strata: tuple[Stratum, ...], moments: dict[str, Sides], blocks: int
+    plan: StorePlan, moments: dict[str, Moments]
 ) -> tuple[tuple[StratumSummary, ...], StratumSummary, dict[str, Array]]:
-    """Summaries by stratum, the overall one, and the tensors of `statistics.safetensors`.
-
-    Overall is at natural frequencies and without position 0; a first stratum that is wider than one position cannot
-    be taken apart, and is then part of it as a whole.
-    """
-    later = [s for s in strata if s.stop > 1]
-    overall = {side: merge([moments[s.name][side].scaled(s.natural_rows / s.rows) for s in later]) for side in SIDES}
+    """Summaries by stratum, the overall one, and the tensors of `statistics.safetensors`."""
+    strata = plan.stored_strata
+    whole = {f"overall/{side}": overall(strata, moments, side) for side in SIDES}
+    medians = {side: whole[f"overall/{side}"].norm_quantile(0.5) for side in SIDES}
     tensors = {
-        f"{name}/{side}/{kind}": values
-        for name, sides in {**moments, "overall": overall}.items()
-        for side, found in sides.items()
+        f"{name}/{kind}": values
+        for name, found in {**moments, **whole}.items()
         for kind, values in (("mean", found.mean), ("variance", found.variance))
     }
-    return tuple(_summary([s], moments[s.name], blocks) for s in strata), _summary(later, overall, blocks), tensors
+    planned = {s.name: s for s in plan.strata}
+    by_stratum = tuple(_summary([planned[s.name]], moments, s.name, medians) for s in strata)
+    later = [planned[s.name] for s in strata if s.stop > 1] or list(planned.values())
+    return by_stratum, _summary(later, whole, "overall", medians), tensors
 
 
-def _summary(strata: list[Stratum], sides: Sides, blocks: int) -> StratumSummary:
+def _summary(
+    strata: Sequence[StratumPlan], moments: Mapping[str, Moments], name: str, medians: Mapping[str, float]
+) -> StratumSummary:
     return StratumSummary(
         start=strata[0].start,
         stop=strata[-1].stop,
-        rows=blocks * sum(s.rows for s in strata),
-        natural_rows=blocks * sum(s.natural_rows for s in strata),
-        source=_norms(sides["source"]),
-        target=_norms(sides["target"]),
+        rows=sum(s.total("stored") for s in strata),
+        natural_rows=sum(s.represented for s in strata),
+        **{side: _norms(moments[f"{name}/{side}"], medians[side]) for side in SIDES},
     )
 
 
-def _norms(moments: Moments) -> NormSummary:
+def _norms(moments: Moments, median: float) -> NormSummary:
     return NormSummary(
         mean_squared_norm=moments.mean_squared_norm,
         norm_quantiles={str(share): moments.norm_quantile(share) for share in QUANTILES},
         mean_to_deviation=moments.mean_to_deviation,
-        outlier_rows=round(moments.rows_above(OUTLIER_RATIO * moments.norm_quantile(0.5))),
+        outlier_rows=round(moments.rows_above(OUTLIER_RATIO * median)),
     )
 
 

@@ -1,20 +1,21 @@
 """Commits blocks: shard files, then the record that says they exist, then the arrays' metadata."""
 
 from collections.abc import Iterable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 from safetensors.numpy import save
 
-from harvest.blocks import SIDES, Activations, pack_moments, stored_moments, stratum_arrays
+from harvest.blocks import SIDES, BlockLayout, Buffers, pack_moments, stored_moments, stratum_arrays
 from harvest.plan import Target
 from shared import durable
 from shared.errors import CorruptData
 from shared.layout import (
     ARRAYS,
+    FileRecord,
     LedgerRecord,
     moments_path,
     record_path,
-    store_specs,
+    row_specs,
     stratum_specs,
 )
 from shared.statistics import Moments
@@ -26,29 +27,40 @@ def missing_blocks(target: Target) -> list[int]:
     return [block for block in range(target.blocks) if not _is_committed(target, block)]
 
 
-def commit(target: Target, block: int, activations: Activations) -> None:
-    """Publish a block. A kill at any point leaves it either committed, or to be done again with the same bytes."""
+def commit(target: Target, block: int, layout: BlockLayout, buffers: Buffers, batch: int) -> dict[str, Moments]:
+    """Publish a block. A kill at any point leaves it either committed, or to be done again with the same bytes.
+
+    `batch`: windows per forward pass that it was computed with. Returns the moments by stratum and side.
+    """
     request = target.request
-    source, captured = activations[request.source_hook], activations[request.target_hook]
-    files: dict[str, durable.Buffers] = {}
+    d_in, d_out = (buffers[name].shape[1] for name in (request.source_hook, request.target_hook))
+    files: dict[str, FileRecord] = {}
     moments: dict[str, Moments] = {}
-    for stratum in request.strata:
-        arrays = stratum_arrays(request, stratum, block, source, captured)
-        moments |= {f"{stratum.name}/{side}": stored_moments(arrays[side]) for side in SIDES}
-        for name, spec in stratum_specs(request, stratum, source.shape[2], captured.shape[2]).items():
-            shards = [spec.shard_path(shard) for shard in spec.block_shards(block)]
-            files |= dict(zip(shards, spec.shard_buffers(arrays[name]), strict=True))
+    with ThreadPoolExecutor(len(SIDES) + 1) as pool:
+        for stratum in target.strata:
+            arrays = stratum_arrays(request, stratum, block, layout, buffers)
+            gathered = {side: pool.submit(stored_moments, arrays[side]) for side in SIDES}
+            shards: dict[str, durable.Buffers] = {}
+            for name, spec in stratum_specs(request, stratum, d_in, d_out).items():
+                paths = [spec.shard_path(shard) for shard in spec.block_shards(block)]
+                shards |= dict(zip(paths, spec.shard_buffers(arrays[name]), strict=True))
+            records = pool.map(buffers_record, shards.values())
+            durable.publish_files({target.path / ARRAYS / name: data for name, data in shards.items()})
+            files |= dict(zip(shards, records, strict=True))
+            moments |= {f"{stratum.name}/{side}": found.result() for side, found in gathered.items()}
     saved = save(pack_moments(moments))
-    published = {target.path / ARRAYS / name: data for name, data in files.items()}
-    durable.publish_files({**published, target.path / moments_path(block): saved})
+    durable.publish_bytes(target.path / moments_path(block), saved)
     record = LedgerRecord(
-        block=block,
-        d_in=source.shape[2],
-        d_out=captured.shape[2],
-        files={name: buffers_record(list(data)) for name, data in files.items()},
-        moments=buffers_record([saved]),
+        block=block, batch_sequences=batch, d_in=d_in, d_out=d_out, files=files, moments=buffers_record([saved])
     )
     durable.publish_json(target.path / record_path(block), record.model_dump(mode="json"))
+    return moments
+
+
+def fixed_batch(target: Target) -> int | None:
+    """Windows per forward pass that the committed blocks were made with, or None when there are none."""
+    found = next((b for b in range(target.blocks) if (target.path / record_path(b)).is_file()), None)
+    return None if found is None else read_ledger(target.path, found).batch_sequences
 
 
 def grow_arrays(target: Target, committed: Iterable[int]) -> None:
@@ -60,13 +72,9 @@ def grow_arrays(target: Target, committed: Iterable[int]) -> None:
     record = read_ledger(target.path, 0)
     files = {
         target.path / ARRAYS / spec.path / "zarr.json": durable.json_bytes(spec.metadata(prefix))
-        for spec in store_specs(target.request, record.d_in, record.d_out)
+        for spec in row_specs(target.request, target.strata, record.d_in, record.d_out)
     }
-    durable.publish_files({path: data for path, data in files.items() if not _holds(path, data)})
-
-
-def _holds(path: Path, data: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == data
+    durable.publish_changed(files)
 
 
 def _is_committed(target: Target, block: int) -> bool:

@@ -30,16 +30,38 @@ class Model:
         """Every hook the model has, aliases included."""
         return list(self._bridge.hook_dict)
 
-    def __call__(self, ids: Tensor) -> dict[str, Tensor]:
-        """The activations of each hook for windows `ids` [S, T]; positions count from 0."""
+    def __call__(self, ids: Tensor, position_ids: Tensor | None = None) -> dict[str, Tensor]:
+        """The activations of each hook for windows `ids` [S, T].
+
+        Positions count from 0, or are `position_ids` [S, T], which start again at 0 with every document: attention
+        does not cross from one document to the next then (only without a key-value cache, which is off).
+        """
+        positions = {} if position_ids is None else {"position_ids": position_ids}
         with torch.inference_mode():
             _, cache = self._bridge.run_with_cache(
-                ids, names_filter=self._hooks, return_cache_object=False, **self._forward
+                ids, names_filter=self._hooks, return_cache_object=False, **positions, **self._forward
             )
         # A name that is not there is dropped in silence, and aliases come along: take exactly what was asked for.
         missing = [name for name in self._hooks if name not in cache]
         assert not missing, f"hooks {missing} gave nothing"
         return {name: cache[name] for name in self._hooks}
+
+    @property
+    def final_norm(self) -> Any:
+        """The norm before the unembedding, a module."""
+        return self._bridge.ln_final
+
+    @property
+    def unembedding(self) -> tuple[Tensor, Tensor]:
+        """From the residual stream to logits: weight [vocabulary, d_model] and bias [vocabulary]."""
+        linear = self._bridge.original_model.get_output_embeddings()
+        bias = getattr(linear, "bias", None)
+        return linear.weight, torch.zeros(len(linear.weight)) if bias is None else bias
+
+    @property
+    def text_config(self) -> Any:
+        """The model's configuration."""
+        return self._bridge.original_model.config.get_text_config()
 
     def replica(self) -> "Model":
         """A second model over the same parameters, so that two threads can run hooks of their own."""
@@ -53,13 +75,33 @@ def layers_needed(hooks: Sequence[str]) -> int:
     return 1 + max(int(name.split(".")[1]) for name in hooks)
 
 
+def check_isolation(model: Model, context_size: int, device: str) -> None:
+    """Raise `UserError` unless documents that share a window cannot see each other.
+
+    The second of two documents is run behind two different first ones, and alone.
+    """
+    half = context_size // 2
+    ids = torch.arange(context_size, device=device).expand(2, -1) % 7 + 3
+    ids = torch.stack([ids[0], torch.cat([ids[0, :half] + 1, ids[0, half:]])])
+    positions = torch.cat([torch.arange(half), torch.arange(context_size - half)]).to(device).expand(2, -1)
+    together, alone = model(ids, positions), model(ids[:1, half:])
+    for name, values in together.items():
+        second = values[:, half:]
+        near = torch.allclose(second[0], alone[name][0], rtol=0.05, atol=0.05 * float(alone[name].abs().max()))
+        if not torch.equal(second[0], second[1]) or not near:
+            raise UserError(
+                f"this model does not keep the documents of a window apart (seen at {name}); "
+                "use --set windows.documents=joined"
+            )
+
+
 def check_device(device: Literal["cpu", "cuda"]) -> None:
     """Raise `UserError` when the device is not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device is cuda, and this torch sees no CUDA device; pass --set model.device=cpu")
 
 
-def load_model(folder: Path, dtype: StorageType, device: Literal["cpu", "cuda"], hooks: Sequence[str]) -> Model:
+def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[str]) -> Model:
     """Load the model in `folder`, only the layers that `hooks` need. Raises `UserError`."""
     layers, kind = layers_needed(hooks), getattr(torch, dtype)
     with _quiet(), _explained(folder):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from harvest.embedded import MODEL_FOLDER
 from harvest.hub import model_snapshot
-from harvest.settings import EMBEDDED, ModelSettings
+from harvest.settings import EMBEDDED, ModelSettings, WindowSettings
 from shared.errors import UserError
 
 _TOKENIZER_FILES = (
@@ -73,7 +73,7 @@ class ModelShape:
 class SpecialTokens:
     """The tokens that windows are made with."""
 
-    bos: str
+    bos: str | None
     eos: str | None
 
 
@@ -113,7 +113,7 @@ def read_shape(folder: Path) -> ModelShape:
 
 
 def read_special_tokens(files: ModelFiles) -> SpecialTokens:
-    """BOS and EOS as the tokenizer's files name them. Raises `UserError` when there is no BOS."""
+    """BOS and EOS as the tokenizer's files name them."""
     named: dict[str, str | None] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (files.folder / name).is_file():
@@ -121,10 +121,20 @@ def read_special_tokens(files: ModelFiles) -> SpecialTokens:
             named |= {key: _content(config[key]) for key in ("bos_token", "eos_token") if key in config}
     if "bos_token" not in named:
         named = _defaults(files.folder)
-    bos = named["bos_token"]
-    if not bos:
-        raise UserError(f"the tokenizer in {files.folder} has no BOS token, and every window starts with one")
-    return SpecialTokens(bos=bos, eos=named.get("eos_token"))
+    return SpecialTokens(bos=named["bos_token"] or None, eos=named.get("eos_token") or None)
+
+
+def window_tokens(settings: WindowSettings, folder: Path, special: SpecialTokens) -> tuple[bool, str | None]:
+    """Whether BOS is put first, and the separator between documents, if any. Raises `UserError`."""
+    if settings.bos is True and not special.bos:
+        raise UserError(f"the tokenizer in {folder} has no BOS token; pass --set windows.bos=auto")
+    usable = special.eos if special.eos != special.bos else None
+    if settings.separator is True and not usable:
+        raise UserError(
+            f"the tokenizer in {folder} has no EOS apart from its BOS to put between documents; "
+            "pass --set windows.separator=auto"
+        )
+    return bool(special.bos and settings.bos), usable if settings.separator else None
 
 
 def resolve_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:

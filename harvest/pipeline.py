@@ -1,14 +1,15 @@
 """A harvest from settings to finished stores: identify, plan, capture, finish."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from harvest import finish, ledger, plan
 from harvest.corpus import Corpus, open_corpus
+from harvest.estimate import Estimate, estimate, require_space
 from harvest.model_files import (
     ModelFiles,
     ModelShape,
@@ -16,13 +17,14 @@ from harvest.model_files import (
     read_shape,
     read_special_tokens,
     resolve_device,
+    window_tokens,
 )
 from harvest.plan import Target
+from harvest.ranks import Ranks
 from harvest.settings import Settings
 from shared import durable
 from shared.errors import CorruptData, UserError
-from shared.layout import STORE, ModelIdentity, StoreRequest, block_bytes
-from shared.progress import Progress
+from shared.layout import INNER_ROWS, STORE, ModelIdentity, StoreRequest
 from shared.store import Store
 
 
@@ -34,47 +36,89 @@ class Inputs:
     shape: ModelShape
     corpus: Corpus
     requests: tuple[StoreRequest, ...]
+    training_blocks: int
+    """Blocks that hold at least the tokens asked for."""
 
 
 def harvest(settings: Settings, cache: Path, *, force: bool = False) -> list[Path]:
     """Make (or find, or extend) one store per layer in `cache`; returns their folders, in order of the layers.
 
-    Finished stores are found without torch. `force` goes on where the disk looks too small.
+    Finished stores are found without torch. `force` goes on where the disk looks too small. Of several processes, the
+    first plans and finishes the stores, under a lock that it then shares with the others, and returns the folders.
     """
     inputs = identify(settings)
     paths = [cache / request.folder for request in inputs.requests]
-    unfinished = [
-        (path, request)
-        for path, request in zip(paths, inputs.requests, strict=True)
-        if not is_finished(path, request, settings.training_blocks)
-    ]
-    with ExitStack() as locks:
-        for path, _ in unfinished:
-            locks.enter_context(durable.lock(path.with_name(f"{path.name}.lock"), f"store {path.name}"))
-        if unfinished:
-            targets = [plan.load_target(path, request) for path, request in unfinished]
-            _make(targets, inputs, settings, force=force)
-    return paths
+    with Ranks() as ranks, ExitStack() as locks:
+        if ranks.first:
+            with ranks.leading():
+                held = [locks.enter_context(lock_store(path)) for path, _ in _unfinished(paths, inputs)]
+                _prepare(_targets(paths, inputs), inputs, settings, force=force)
+                for lock in held:
+                    lock.share()
+        else:
+            ranks.follow()
+            for path, _ in _unfinished(paths, inputs):
+                locks.enter_context(lock_store(path, shared=True))
+        targets = _targets(paths, inputs)
+        if targets:
+            _make(targets, inputs, settings, ranks)
+    return paths if ranks.first else []
+
+
+def estimates(settings: Settings, cache: Path) -> list[Estimate]:
+    """What `harvest` would write, a store per layer; no weights are loaded, nothing is written."""
+    inputs = identify(settings)
+    targets = [plan.load_target(cache / request.folder, request) for request in inputs.requests]
+    widths = hook_widths(targets, inputs)
+    return [estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets]
+
+
+def measure(settings: Settings, cache: Path) -> float:
+    """Seconds that the forward passes of all blocks to come will take, by the speed of a few batches."""
+    inputs = identify(settings)
+    targets = [plan.load_target(cache / request.folder, request) for request in inputs.requests]
+    from harvest.runner import seconds_per_token
+
+    workers = settings.workers or Ranks().cores
+    per_token = seconds_per_token(inputs.model.folder, targets, inputs.shape.vocabulary, workers)
+    blocks = targets[0].request.held_out_blocks + inputs.training_blocks
+    todo = max(blocks - (t.blocks - len(ledger.missing_blocks(t)) if t.plan else 0) for t in targets)
+    return per_token * todo * targets[0].request.block_tokens
 
 
 def identify(settings: Settings) -> Inputs:
     """Find model and text, and state what determines the stores' bytes. Raises `UserError` on what cannot work."""
     model = find_model(settings.model)
-    shape, special = read_shape(model.folder), read_special_tokens(model)
-    if settings.windows.separator and special.eos in (None, special.bos):
-        raise UserError(
-            f"the tokenizer in {model.folder} has no EOS apart from its BOS to put between documents; "
-            "pass --set windows.separator=false"
-        )
+    shape = read_shape(model.folder)
+    bos, separator = window_tokens(settings.windows, model.folder, read_special_tokens(model))
     _check_sizes(settings, shape)
-    corpus = open_corpus(settings.text, special.eos if settings.windows.separator else None, settings.seed)
+    corpus = open_corpus(settings.text, separator, settings.seed)
     common = {
         "model": _model_identity(settings, model),
         "tokenizer": model.tokenizer_digest(),
         "corpus": corpus.identity,
+        "bos": bos,
+        "block_sequences": block_sequences(settings, shape),
     }
     requests = tuple(_request(settings, layer, common) for layer in settings.capture.layers)
-    return Inputs(model=model, shape=shape, corpus=corpus, requests=requests)
+    blocks = -(-settings.tokens // requests[0].block_tokens)
+    return Inputs(model=model, shape=shape, corpus=corpus, requests=requests, training_blocks=blocks)
+
+
+def block_sequences(settings: Settings, shape: ModelShape) -> int:
+    """Windows per block: as set, or half of that and so on, until a block of all layers keeps `max_block_bytes`.
+
+    Rows are taken to be as wide as the residual stream.
+    """
+    store = settings.store
+    hooks = {name for layer in settings.capture.layers for name in settings.capture.hooks(layer)}
+    item = 4 if store.storage == "float32" else 2
+    window = settings.windows.context_size * shape.d_model * item * len(hooks)
+    sequences = store.block_sequences
+    while sequences > 1 and sequences * window > store.max_block_bytes:
+        sequences //= 2
+        sequences -= sequences % INNER_ROWS if sequences > INNER_ROWS else 0
+    return sequences
 
 
 def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool:
@@ -88,6 +132,23 @@ def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool
         print(f"warning: {error}", file=sys.stderr)
         return False
     return record.plan.exhausted or len(record.training_blocks) >= training_blocks
+
+
+def _unfinished(paths: Sequence[Path], inputs: Inputs) -> list[tuple[Path, StoreRequest]]:
+    return [
+        (path, request)
+        for path, request in zip(paths, inputs.requests, strict=True)
+        if not is_finished(path, request, inputs.training_blocks)
+    ]
+
+
+def _targets(paths: Sequence[Path], inputs: Inputs) -> list[Target]:
+    return [plan.load_target(path, request) for path, request in _unfinished(paths, inputs)]
+
+
+def lock_store(path: Path, *, shared: bool = False) -> AbstractContextManager[durable.Lock]:
+    """The writers' lock of the store at `path`."""
+    return durable.lock(path.with_name(f"{path.name}.lock"), f"store {path.name}", shared=shared)
 
 
 def _model_identity(settings: Settings, model: ModelFiles) -> ModelIdentity:
@@ -108,15 +169,19 @@ def _request(settings: Settings, layer: int, common: Mapping[str, object]) -> St
             **common,
             "label": settings.label,
             "context_size": settings.windows.context_size,
+            "documents": settings.windows.documents,
             "layer": layer,
             "source_hook": source,
             "target_hook": target,
             "edges": store.edges,
             "keep": store.keep,
+            "cap": store.cap,
+            "exclude_special": store.exclude_special,
+            "max_norm_quantile": store.max_norm_quantile,
             "storage": store.storage,
-            "block_sequences": store.block_sequences,
             "held_out_blocks": store.held_out_blocks,
             "batch_sequences": settings.capture.batch_sequences,
+            "unembedding": store.unembedding,
             "seed": settings.seed,
         }
     )
@@ -134,104 +199,63 @@ def _check_sizes(settings: Settings, shape: ModelShape) -> None:
         )
 
 
-def _make(targets: list[Target], inputs: Inputs, settings: Settings, *, force: bool) -> None:
-    """Plan, capture and finish stores whose locks are held."""
-    from harvest.model import check_device, probe
-
-    check_device(targets[0].request.model.device)
+def _prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, force: bool) -> None:
+    """Plan the tokens of stores whose locks are held, once it is known that the model and the disk will do."""
+    if not targets:
+        return
     for target in targets:
         durable.sweep(target.path)
-    hooks = sorted({name for t in targets for name in (t.request.source_hook, t.request.target_hook)})
-    widths = probe(inputs.model.folder, hooks, settings.windows.context_size)
+    widths = hook_widths(targets, inputs)
     if not force:
-        _require_space(targets, widths, settings.training_blocks)
-    planned = _plan(targets, inputs, settings)
-    for group in _alike(planned):
-        _capture(group, inputs, settings, widths)
-    for target in planned:
-        finish.finish(target, inputs.model)
-
-
-def _require_space(targets: Sequence[Target], widths: Mapping[str, int], training_blocks: int) -> None:
-    """Refuse a disk that is too small for the blocks to come and for the spool of their windows."""
-    needed = 0
-    for target in targets:
-        request = target.request
-        blocks = request.held_out_blocks + training_blocks
-        done = target.blocks - len(ledger.missing_blocks(target)) if target.plan else 0
-        size = block_bytes(request, widths[request.source_hook], widths[request.target_hook])
-        needed += max(0, blocks - done) * size
-    spool = 4 * training_blocks * targets[0].request.block_sequences * targets[0].request.context_size
-    durable.require_space(targets[0].path.parent, needed + spool, "the store (--force to try all the same)")
-
-
-def _plan(targets: Sequence[Target], inputs: Inputs, settings: Settings) -> list[Target]:
-    """The targets with tokens for all that is asked; those that stand at the same point are packed together."""
-    blocks = settings.training_blocks
-    needing = [target for target in targets if plan.needs_packing(target, blocks)]
-    planned = {target.path: target for target in targets}
-    if needing:
+        require_space([estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets])
+    needing = [target for target in targets if plan.needs_packing(target, inputs.training_blocks)]
+    damaged = {target.path: plan.damaged_files(target) for target in targets}
+    if needing or any(damaged.values()):
         from harvest.encoding import Encoder
 
         encoder = Encoder(inputs.model.folder, inputs.corpus.identity, inputs.shape.vocabulary)
+        for target in targets:
+            if damaged[target.path]:
+                plan.restore(target, damaged[target.path], inputs.corpus, encoder)
         for group in _alike(needing):
-            planned |= {t.path: t for t in plan.extend(group, blocks, inputs.corpus, encoder)}
-    return list(planned.values())
+            plan.extend(group, inputs.training_blocks, inputs.corpus, encoder)
+
+
+def hook_widths(targets: Sequence[Target], inputs: Inputs) -> dict[str, int]:
+    """The width of each hook that the targets record, from the model without its weights."""
+    from harvest.model import check_device, probe
+
+    check_device(targets[0].request.model.device)
+    hooks = sorted({name for t in targets for name in (t.request.source_hook, t.request.target_hook)})
+    return probe(inputs.model.folder, hooks, targets[0].request.context_size)
 
 
 def _alike(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Groups of targets with the same segments: their blocks hold the same tokens."""
-    for _, group in groupby(sorted(targets, key=lambda t: t.segments), key=lambda t: t.segments):
+    """Groups of targets whose blocks hold the same tokens, and are made with as many windows per pass."""
+
+    def kind(target: Target) -> tuple[tuple[int, ...], int]:
+        return target.segments, ledger.fixed_batch(target) or 0
+
+    for _, group in groupby(sorted(targets, key=kind), key=kind):
         yield list(group)
 
 
-def _capture(targets: Sequence[Target], inputs: Inputs, settings: Settings, widths: Mapping[str, int]) -> None:
-    """Commit every block that a target lacks; all targets take their rows from one forward pass."""
+def _make(targets: Sequence[Target], inputs: Inputs, settings: Settings, ranks: Ranks) -> None:
+    """Commit what planned stores lack, and finish them."""
     missing = {target.path: set(ledger.missing_blocks(target)) for target in targets}
-    todo = sorted(set().union(*missing.values()))
-    open_targets = [target for target in targets if missing[target.path]]
-    if todo:
-        _run_blocks(open_targets, todo, missing, inputs, settings, widths)
-    for target in targets:
-        ledger.grow_arrays(target, range(target.blocks))
+    groups = list(_alike(targets))
+    ranks.wait()
+    from harvest.runner import Runner
 
-
-def _run_blocks(
-    targets: Sequence[Target],
-    todo: Sequence[int],
-    missing: Mapping[Path, set[int]],
-    inputs: Inputs,
-    settings: Settings,
-    widths: Mapping[str, int],
-) -> None:
-    from harvest.capture import open_capture
-    from harvest.model import load_model
-
-    request = targets[0].request
-    hooks = {name: widths[name] for t in targets for name in (t.request.source_hook, t.request.target_hook)}
-    model = load_model(inputs.model.folder, request.model.dtype, request.model.device, list(hooks))
-    per_block = request.block_sequences * request.context_size
-    with (
-        open_capture(model, settings.workers, request.model.device, request.storage) as capture,
-        Progress(
-            "harvest", targets[0].blocks * per_block, "tokens", (targets[0].blocks - len(todo)) * per_block
-        ) as bar,
-    ):
-        count = _counter(bar, (targets[0].blocks - len(todo)) * per_block)
-        for block in todo:
-            rows = capture.block(plan.read_block(targets[0], block), request.batch_sequences, hooks, count)
-            for target in targets:
-                if block in missing[target.path]:
-                    ledger.commit(target, block, rows)
-                    missing[target.path].discard(block)
-                    ledger.grow_arrays(target, set(range(target.blocks)) - missing[target.path])
-            del rows  # before the next block is captured: a block and its permuted copy are the most that is held
-
-
-def _counter(bar: Progress, done: int) -> Callable[[int], None]:
-    def count(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        bar.update(done)
-
-    return count
+    runner = Runner(
+        folder=inputs.model.folder,
+        widths=hook_widths(targets, inputs),
+        workers=settings.workers or ranks.cores,
+        ranks=ranks,
+    )
+    for group in groups:
+        runner.capture(group, {target.path: missing[target.path] for target in group})
+    if ranks.first:
+        for target in targets:
+            ledger.grow_arrays(target, range(target.blocks))
+            finish.finish(target, inputs.model)

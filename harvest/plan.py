@@ -1,39 +1,48 @@
 """Token windows on disk, and the plan of a store: exact before any model is loaded.
 
 A segment's windows are spooled in order of the text, then permuted on their own into whole blocks. The order of
-publishing is request, groups, token shards, array metadata, plan: a plan that exists names tokens that exist.
+publishing is request, groups, shards of tokens and documents, array metadata, plan: a plan that exists names tokens
+that exist.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
+from harvest.ahead import ahead
+from harvest.blocks import block_counts, quotas
 from harvest.corpus import Corpus
 from harvest.encoding import Encoder
-from harvest.packing import Packed, Quota, TokenStream, pack
+from harvest.packing import Packed, Quota, TokenStream, Windows, model_positions, pack
 from shared import durable
 from shared.errors import CorruptData, UserError
 from shared.keyed import permutation
 from shared.layout import (
     ARRAYS,
+    DOCUMENTS,
     PLAN,
     REQUEST,
+    TOKENS,
     FileRecord,
+    RowCounts,
     StorePlan,
     StoreRequest,
+    StratumPlan,
+    documents_spec,
     group_metadata,
     tokens_spec,
 )
 from shared.progress import Progress
 from shared.store import buffers_record, check_shard, fault, read_plan, read_request
+from shared.strata import Stratum, stratum_ranges
 
-Ids = NDArray[np.int32]
+_DOCUMENTS_AHEAD = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +57,16 @@ class Target:
     def segments(self) -> tuple[int, ...]:
         """Training blocks of each segment that is planned."""
         return self.plan.segments if self.plan else ()
+
+    @property
+    def strata(self) -> tuple[Stratum, ...]:
+        """The strata that are stored, once that is planned."""
+        return self.plan.stored_strata if self.plan else ()
+
+    @property
+    def special(self) -> tuple[int, ...]:
+        """Tokens whose rows are left out."""
+        return self.plan.special_tokens if self.plan else ()
 
     @property
     def blocks(self) -> int:
@@ -74,7 +93,7 @@ def needs_packing(target: Target, training_blocks: int) -> bool:
         return True
     planned = target.plan.training_blocks
     if planned > training_blocks:
-        tokens = planned * target.request.block_sequences * target.request.context_size
+        tokens = planned * target.request.block_tokens
         raise UserError(
             f"{target.path} is unfinished and was planned with {planned} training blocks, more than the "
             f"{training_blocks} now asked for: finish it with --tokens {tokens}, or remove the folder"
@@ -88,103 +107,225 @@ def extend(targets: Sequence[Target], training_blocks: int, corpus: Corpus, enco
     The targets' requests differ in nothing that tokens depend on, and their segments are the same. Raises `UserError`,
     with nothing written, when the corpus has no whole training block.
     """
-    first = targets[0]
-    request, size, before = first.request, first.request.block_sequences, sum(first.segments)
-    payload = request.context_size - 1
-    quota = Quota(
-        held_out=request.held_out_blocks * size, skipped=before * size, wanted=(training_blocks - before) * size
-    )
-    with _spool(first.path) as file:
-        stream = TokenStream(encoder.encode(corpus.read()), encoder.separator, payload)
-        with Progress("pack", quota.wanted * payload, "tokens") as bar:
-            packed = pack(stream, payload, quota, lambda part: bar.update(_append(file, part) // 4))
-        added = packed.windows // size
-        _check(packed, quota, before + added, training_blocks, request)
-        file.flush()
-        windows = np.memmap(file.name, np.int32, "r", shape=(packed.windows, payload)) if added else packed.held_out
-        segment = _Segment(request, first, windows[: added * size], packed.held_out, encoder.bos)
-        return [_publish(target, segment, packed, exhausted=packed.windows < quota.wanted) for target in targets]
+    first, before = targets[0], sum(targets[0].segments)
+    with _packed(first, before, training_blocks, corpus, encoder) as (windows, packed, quota):
+        segment = _Segment(first.request, len(first.segments), before, windows, packed.held_out)
+        _check(packed, quota, before + segment.blocks, training_blocks, first.request)
+        if not segment.blocks:
+            return [_exhausted(target) for target in targets]
+        special = first.plan.special_tokens if first.plan else encoder.special if first.request.exclude_special else ()
+        strata = _plan_strata(first, segment, special)
+        exhausted = packed.windows < quota.wanted
+        return [_publish(target, segment, packed, strata, special, exhausted=exhausted) for target in targets]
 
 
-def read_block(target: Target, block: int) -> Ids:
-    """The token windows [sequences, context] of a block. Raises `CorruptData` when they are not what was planned."""
+def restore(target: Target, files: Sequence[str], corpus: Corpus, encoder: Encoder) -> None:
+    """Write damaged shard files of `tokens` and `documents` anew from the text. Raises `CorruptData` if they differ."""
     assert target.plan is not None
-    spec, parts = tokens_spec(target.request), []
-    for shard in spec.block_shards(block):
-        name = spec.shard_path(shard)
-        path = target.path / ARRAYS / name
-        check_shard(target.path / ARRAYS, spec, shard)
-        if wrong := fault(path, target.plan.token_files[name]):
-            raise CorruptData(f"{path}: {wrong}; remove {target.path} and run the same harvest again")
-        count = spec.payload_bytes // np.dtype(spec.dtype).itemsize
-        parts.append(np.fromfile(path, spec.dtype, count=count).reshape(-1, target.request.context_size))
-    return np.concatenate(parts)
+    before = 0
+    for number, blocks in enumerate(target.segments):
+        with _packed(target, before, before + blocks, corpus, encoder) as (windows, packed, _):
+            for block, part in _Segment(target.request, number, before, windows, packed.held_out):
+                for name, data in _window_shards(target.request, block, part).items():
+                    if name in files and buffers_record(data) == target.plan.token_files[name]:
+                        durable.publish_bytes(target.path / ARRAYS / name, data)
+        before += blocks
+    if wrong := [name for name in files if fault(target.path / ARRAYS / name, target.plan.token_files[name])]:
+        raise CorruptData(
+            f"{target.path / ARRAYS / wrong[0]} does not come out of this text as it was; remove {target.path} and "
+            "harvest it again"
+        )
+
+
+def damaged_files(target: Target) -> list[str]:
+    """Planned shard files of `tokens` and `documents` that are not what was written, by path below the Zarr root."""
+    files = target.plan.token_files if target.plan else {}
+    return [name for name, record in files.items() if fault(target.path / ARRAYS / name, record)]
+
+
+def read_block(target: Target, block: int) -> Windows:
+    """The windows of a block. Raises `CorruptData` when they are not what was planned."""
+    assert target.plan is not None
+    root, found = target.path / ARRAYS, []
+    for spec in (tokens_spec(target.request), documents_spec(target.request)):
+        parts = []
+        for shard in spec.block_shards(block):
+            name = spec.shard_path(shard)
+            check_shard(root, spec, shard)
+            if wrong := fault(root / name, target.plan.token_files[name]):
+                raise CorruptData(f"{root / name}: {wrong}; repair it with: harvest repair {target.path}")
+            count = spec.payload_bytes // np.dtype(spec.dtype).itemsize
+            parts.append(np.fromfile(root / name, spec.dtype, count=count).reshape(-1, target.request.context_size))
+        found.append(np.concatenate(parts))
+    return Windows(*found)
 
 
 class _Segment:
-    """The blocks that a segment adds: numbers and token windows."""
+    """The blocks that a segment adds, in order: number and windows. The first segment has the held-out ones, too."""
 
-    def __init__(self, request: StoreRequest, before: Target, windows: Ids, held_out: Ids, bos: int) -> None:
-        self.blocks = len(windows) // request.block_sequences
-        self._request, self._windows, self._held_out, self._bos = request, windows, held_out, bos
-        self._first = before.blocks if before.segments else 0
-        self._order = permutation(len(windows), "windows", request.seed, len(before.segments))
+    def __init__(self, request: StoreRequest, number: int, before: int, windows: Windows, held_out: Windows) -> None:
+        """`before`: training blocks of the segments before."""
+        self.blocks = len(windows.tokens) // request.block_sequences
+        self.held_out_blocks = len(held_out.tokens) // request.block_sequences
+        self._size, self._windows, self._held_out = request.block_sequences, windows, held_out
+        self._first = request.held_out_blocks + before
+        self._order = permutation(len(windows.tokens), "windows", request.seed, number)
 
-    def __iter__(self) -> Iterator[tuple[int, Ids]]:
-        """Yield (block, windows [block_sequences, context])."""
-        size = self._request.block_sequences
-        reserved = [self._held_out[i : i + size] for i in range(0, len(self._held_out), size)]
-        for block, payload in enumerate(reserved):
-            yield block, self._with_bos(payload)
+    def __iter__(self) -> Iterator[tuple[int, Windows]]:
+        """Yield (block, windows)."""
+        size = self._size
+        for i in range(self.held_out_blocks):
+            yield i, Windows(*(part[i * size : (i + 1) * size] for part in self._held_out))
         for i in range(self.blocks):
-            payload = self._windows[self._order[i * size : (i + 1) * size]]
-            yield self._first + len(reserved) + i, self._with_bos(payload)
+            chosen = self._order[i * size : (i + 1) * size]
+            yield self._first + i, Windows(*(part[chosen] for part in self._windows))
 
-    def _with_bos(self, payload: Ids) -> Ids:
-        return np.pad(payload, ((0, 0), (1, 0)), constant_values=self._bos)
+    def training(self) -> Iterator[Windows]:
+        """Yield the windows of the blocks to train on."""
+        yield from (windows for _, windows in islice(self, self.held_out_blocks, None))
 
 
-def _publish(target: Target, segment: _Segment, packed: Packed, *, exhausted: bool) -> Target:
+@contextmanager
+def _packed(
+    target: Target, before: int, after: int, corpus: Corpus, encoder: Encoder
+) -> Iterator[tuple[Windows, Packed, Quota]]:
+    """The windows of training blocks `before` to `after`, whole blocks of them, in order of the text."""
+    request, size = target.request, target.request.block_sequences
+    quota = Quota(held_out=request.held_out_blocks * size, skipped=before * size, wanted=(after - before) * size)
+    stream = TokenStream(
+        ahead(encoder.encode(corpus.read()), _DOCUMENTS_AHEAD),
+        bos=encoder.bos if request.bos else None,
+        separator=encoder.separator,
+        context=request.context_size,
+        kind=request.documents,
+    )
+    with _spool(target.path) as file:
+        with Progress("pack", quota.wanted * request.context_size, "tokens") as bar:
+            packed = pack(stream, request.context_size, quota, lambda part: bar.update(_append(file, part) // 8))
+        file.flush()
+        whole = packed.windows // size * size
+        shape = (whole, 2, request.context_size)
+        spooled = np.memmap(file.name, np.int32, "r", shape=shape) if whole else np.zeros(shape, np.int32)
+        yield Windows(spooled[:, 0], spooled[:, 1]), packed, quota
+
+
+def _plan_strata(target: Target, segment: _Segment, special: Sequence[int]) -> tuple[StratumPlan, ...]:
+    """The strata of a target with one segment more. Rows per block are those that every block of the first has."""
+    request = target.request
+    fixed = [stratum.rows for stratum in target.plan.strata] if target.plan else None
+    if request.documents == "joined" and not special:
+        _, windows = next(iter(segment))
+        counts = [block_counts(request, windows, special)] * (segment.held_out_blocks + segment.blocks)
+    else:
+        counts = [block_counts(request, windows, special) for _, windows in segment]
+    usable = [[c.natural - c.special - c.over_norm for c in by_block] for by_block in zip(*counts, strict=True)]
+    rows = fixed or quotas(request, [min(found) for found in usable])
+    ranges = stratum_ranges(request.edges, request.context_size)
+    for (start, stop), found, wanted in zip(ranges, usable, rows, strict=True):
+        if wanted and not min(found):
+            raise UserError(
+                f"a block of the tokens now asked for has no row at positions {start} to {stop - 1}, of which the "
+                "store holds some from every block; ask for fewer tokens, or harvest another store with other edges"
+            )
+    before = [stratum.segments for stratum in target.plan.strata] if target.plan else [()] * len(ranges)
+    training = zip(*counts[segment.held_out_blocks :], strict=True)
+    added = [_total(by_block, wanted) for by_block, wanted in zip(training, rows, strict=True)]
+    return tuple(
+        StratumPlan(start=start, stop=stop, rows=wanted, segments=(*earlier, counts_))
+        for (start, stop), wanted, earlier, counts_ in zip(ranges, rows, before, added, strict=True)
+    )
+
+
+def _total(blocks: Sequence[RowCounts], rows: int) -> RowCounts:
+    """The counts of all `blocks` of a stratum, each storing `rows`."""
+    natural, special, over = (sum(getattr(c, kind) for c in blocks) for kind in ("natural", "special", "over_norm"))
+    repeated = sum(max(0, rows - (c.natural - c.special - c.over_norm)) for c in blocks)
+    return RowCounts(natural=natural, special=special, over_norm=over, stored=rows * len(blocks), repeated=repeated)
+
+
+def _publish(
+    target: Target,
+    segment: _Segment,
+    packed: Packed,
+    strata: tuple[StratumPlan, ...],
+    special: tuple[int, ...],
+    *,
+    exhausted: bool,
+) -> Target:
     request, root = target.request, target.path / ARRAYS
     if target.plan is None:
-        _begin(target)
+        _begin(target, strata)
     files = dict(target.plan.token_files) if target.plan else {}
     _remove_unplanned(root, files)
-    spec = tokens_spec(request)
     for block, windows in segment:
-        files |= _publish_block(root, spec.block_shards(block), windows, request)
-    counts = packed.counts(segment.blocks * request.block_sequences, request.context_size - 1)
+        shards = _window_shards(request, block, windows)
+        durable.publish_files({root / name: data for name, data in shards.items()})
+        files |= {name: buffers_record(data) for name, data in shards.items()}
+    kept = sum(_payload(request, windows) for windows in segment.training())
+    counts = packed.counts(kept, _payload(request, packed.held_out))
     plan = StorePlan(
         request=request.digest,
-        segments=(*target.segments, segment.blocks) if segment.blocks else target.segments,
-        packing=(*(target.plan.packing if target.plan else ()), *([counts] if segment.blocks else [])),
+        segments=(*target.segments, segment.blocks),
+        packing=(*(target.plan.packing if target.plan else ()), counts),
+        strata=strata,
+        special_tokens=special,
         token_files=files,
         exhausted=exhausted,
     )
     done = replace(target, plan=plan)
-    durable.publish_json(root / spec.path / "zarr.json", spec.metadata(done.blocks))
+    for spec in (tokens_spec(request), documents_spec(request)):
+        durable.publish_json(root / spec.path / "zarr.json", spec.metadata(done.blocks))
     durable.publish_json(target.path / PLAN, plan.model_dump(mode="json"))
     return done
 
 
-def _begin(target: Target) -> None:
+def _exhausted(target: Target) -> Target:
+    """The target with its plan saying that the corpus holds no further block."""
+    assert target.plan is not None
+    plan = target.plan.model_copy(update={"exhausted": True})
+    durable.publish_json(target.path / PLAN, plan.model_dump(mode="json"))
+    return replace(target, plan=plan)
+
+
+def _payload(request: StoreRequest, windows: Windows) -> int:
+    """Tokens that are not a BOS put in."""
+    starts = (model_positions(windows, request.documents) == 0).sum() if request.bos else 0
+    return windows.tokens.size - int(starts)
+
+
+def publish_records(target: Target) -> None:
+    """Request, plan, groups and the windows' metadata of a planned target, as far as they are not there as they are."""
+    assert target.plan is not None
+    specs = (tokens_spec(target.request), documents_spec(target.request))
+    files = {target.path / ARRAYS / spec.path / "zarr.json": spec.metadata(target.blocks) for spec in specs}
+    records = {REQUEST: target.request, PLAN: target.plan}
+    files |= {target.path / name: record.model_dump(mode="json") for name, record in records.items()}
+    durable.publish_changed({**_groups(target, target.strata), **{p: durable.json_bytes(v) for p, v in files.items()}})
+
+
+def _begin(target: Target, strata: Sequence[StratumPlan]) -> None:
     """The first files of a store: its request and the groups of its Zarr hierarchy."""
     durable.publish_json(target.path / REQUEST, target.request.model_dump(mode="json"))
-    groups = ["", "strata", *(f"strata/{stratum.name}" for stratum in target.request.strata)]
-    data = durable.json_bytes(group_metadata())
-    durable.publish_files({target.path / ARRAYS / group / "zarr.json": data for group in groups})
+    durable.publish_files(_groups(target, [stratum for stratum in strata if stratum.rows]))
 
 
-def _publish_block(root: Path, shards: range, windows: Ids, request: StoreRequest) -> dict[str, FileRecord]:
-    spec = tokens_spec(request)
-    named = {spec.shard_path(shard): data for shard, data in zip(shards, spec.shard_buffers(windows), strict=True)}
-    durable.publish_files({root / name: data for name, data in named.items()})
-    return {name: buffers_record(data) for name, data in named.items()}
+def _groups(target: Target, strata: Sequence[StratumPlan | Stratum]) -> dict[Path, bytes]:
+    groups = ["", "strata", *(f"strata/{stratum.name}" for stratum in strata)]
+    return {target.path / ARRAYS / group / "zarr.json": durable.json_bytes(group_metadata()) for group in groups}
 
 
-def _remove_unplanned(root: Path, planned: dict[str, FileRecord]) -> None:
+def _window_shards(request: StoreRequest, block: int, windows: Windows) -> dict[str, list[Any]]:
+    """The shard files of a block's tokens and documents: buffers by path below the Zarr root."""
+    return {
+        spec.shard_path(shard): data
+        for spec, rows in zip((tokens_spec(request), documents_spec(request)), windows, strict=True)
+        for shard, data in zip(spec.block_shards(block), spec.shard_buffers(np.asarray(rows)), strict=True)
+    }
+
+
+def _remove_unplanned(root: Path, planned: Mapping[str, FileRecord]) -> None:
     """Token shards that a killed harvest wrote before it could publish its plan."""
-    for path in (root / "tokens" / "c").glob("*/*"):
+    for path in [*(root / TOKENS / "c").glob("*/*"), *(root / DOCUMENTS / "c").glob("*/*")]:
         if path.relative_to(root).as_posix() not in planned:
             path.unlink()
             path.parent.rmdir()
@@ -202,10 +343,10 @@ def _spool(store: Path) -> Iterator[BinaryIO]:
         path.unlink(missing_ok=True)
 
 
-def _append(file: BinaryIO, part: Ids) -> int:
-    """Write `part` and return the file's size in bytes."""
+def _append(file: BinaryIO, part: Windows) -> int:
+    """Write `part`, tokens and documents of one window after the other, and return the file's size in bytes."""
     try:
-        file.write(part.tobytes())
+        file.write(np.stack(part, axis=1).tobytes())
         return file.tell()
     except OSError as error:
         raise durable.explain(error, [Path(file.name)]) from error
@@ -213,9 +354,9 @@ def _append(file: BinaryIO, part: Ids) -> int:
 
 def _check(packed: Packed, quota: Quota, blocks: int, wanted: int, request: StoreRequest) -> None:
     """Refuse a corpus without a whole training block, and warn about one that is shorter than asked."""
-    per_block = request.block_sequences * request.context_size
-    if blocks == 0 or (not quota.skipped and len(packed.held_out) < quota.held_out):
-        needed = (request.held_out_blocks + 1) * request.block_sequences * (request.context_size - 1)
+    per_block = request.block_tokens
+    if blocks == 0 or (not quota.skipped and len(packed.held_out.tokens) < quota.held_out):
+        needed = (request.held_out_blocks + 1) * request.block_sequences * (request.context_size - request.bos)
         raise UserError(
             f"{request.corpus.name}: its {packed.documents:,} documents hold {packed.tokens:,} tokens, and "
             f"{request.held_out_blocks} held-out blocks and one training block need {needed:,}; give more text, or "

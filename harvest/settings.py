@@ -5,8 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from shared.config import Config
-from shared.layout import StorageType
-from shared.strata import make_strata
+from shared.layout import Documents, StorageType, check_strata
 
 EMBEDDED = "embedded"
 MAX_CONTEXT = 2**16
@@ -53,8 +52,12 @@ class WindowSettings(Config):
 
     context_size: int = Field(default=256, ge=2, le=MAX_CONTEXT)
     """Tokens per window, BOS included."""
-    separator: bool = True
-    """Put the tokenizer's EOS after every document."""
+    bos: bool | Literal["auto"] = "auto"
+    """Put the tokenizer's BOS first; `auto` where it has one."""
+    separator: bool | Literal["auto"] = "auto"
+    """Put the tokenizer's EOS after every document; `auto` where it has one that is not its BOS."""
+    documents: Documents = "joined"
+    """`apart`: positions restart at every document, and attention does not cross from one to the next."""
 
 
 class CaptureSettings(Config):
@@ -91,12 +94,22 @@ class StoreSettings(Config):
     """First positions of the strata; those past the context are left out."""
     keep: dict[int, float] = {}
     """Share of a stratum's rows to store, by its first position; 1 where not named."""
+    cap: dict[int, int] = {}
+    """Most rows of a stratum to store from a block, by its first position; no limit where not named."""
+    exclude_special: bool = False
+    """Leave out the rows at special tokens (BOS and EOS among them)."""
+    max_norm_quantile: float = Field(default=1.0, gt=0, le=1)
+    """Leave out the rows of a stratum whose source norm is above this quantile of its block; 1 leaves out none."""
     storage: StorageType = "bfloat16"
     """The type of stored activations."""
     block_sequences: int = Field(default=256, ge=1)
     """Windows per block, the unit that is committed, resumed and repaired."""
+    max_block_bytes: int = Field(default=4 * 2**30, ge=1)
+    """Most bytes of a block's rows over all layers; `block_sequences` is halved until they fit. Two are in memory."""
     held_out_blocks: int = Field(default=2, ge=0)
     """Blocks of the first documents, kept from training, on top of `tokens`."""
+    unembedding: bool = True
+    """Keep the unembedding and the final norm, for the tokens that each latent promotes."""
 
 
 class Settings(Config):
@@ -118,10 +131,5 @@ class Settings(Config):
 
     @model_validator(mode="after")
     def _strata(self) -> "Settings":
-        make_strata(self.store.edges, self.store.keep, self.windows.context_size, self.store.block_sequences)
+        check_strata(self.store.edges, self.store.keep, self.store.cap, self.windows.context_size)
         return self
-
-    @property
-    def training_blocks(self) -> int:
-        """Blocks that hold at least `tokens` tokens."""
-        return -(-self.tokens // (self.store.block_sequences * self.windows.context_size))

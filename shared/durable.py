@@ -5,15 +5,17 @@ same folder, fsync it, rename it, fsync the folder. A record that says some data
 """
 
 import errno
+import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from shared.errors import CorruptData, DiskFull, UserError
 
@@ -50,6 +52,37 @@ def publish_files(files: Mapping[Path, Buffers]) -> None:
         for path in temporary:
             path.unlink(missing_ok=True)
         raise explain(error, files) from error
+
+
+def publish_changed(files: Mapping[Path, bytes]) -> None:
+    """Publish those of several small files that do not hold their bytes already."""
+    publish_files({p: data for p, data in files.items() if not (p.is_file() and p.read_bytes() == data)})
+
+
+def publish_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Publish the file that `write` makes at the path it is given: for content that is not to be copied in memory."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    make_folder(path.parent)
+    try:
+        with saving_tensors(temporary):
+            write(temporary)
+        fsync_file(temporary)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise explain(error, [path]) from error
+
+
+@contextmanager
+def saving_tensors(path: Path) -> Iterator[None]:
+    """Around safetensors' `save_file`: a full disk, which it reports in words, becomes the `OSError` it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+    path.chmod(0o644)  # it leaves files that others cannot read
 
 
 @contextmanager
@@ -127,26 +160,66 @@ def fsync_folder(path: Path) -> None:
     _fsync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-@contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path`; the kernel releases it when the holder dies.
+class Lock:
+    """A lock that is held."""
 
-    Raises `UserError` at once when another process holds it, and when the folder cannot be written.
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def share(self) -> None:
+        """Let others hold the lock shared, and go on holding it shared, too."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+@contextmanager
+def lock(path: Path, what: str, *, shared: bool = False) -> Iterator[Lock]:
+    """Hold the lock of the file `path`, made if it is missing; the kernel releases it when the holder dies.
+
+    Any number of processes can hold it `shared`, or one alone. Raises `UserError` at once when another process holds
+    it, and when the file is missing and its folder cannot be written.
     """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        make_folder(path.parent)
-        held = FileLock(path, timeout=0, thread_local=False)
-        held.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"{what} is locked: another process is writing {path.parent}; wait for it or stop it"
-        ) from error
+        descriptor = _open_to_lock(path)
+        while True:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break  # and not a file that its holder has removed since it was opened
+            os.close(descriptor)
+            descriptor = _open_to_lock(path)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        users = ", ".join(holders(path)) or "another process"
+        raise UserError(f"{what} is locked: {users} is using {path.parent}; wait for it or stop it") from error
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error
     try:
-        yield
+        yield Lock(descriptor)
     finally:
-        held.release()
+        os.close(descriptor)
+
+
+def holders(path: Path) -> list[str]:
+    """Who holds a lock of the file `path`, such as `process 4711 (python)`; told by Linux only."""
+    table, found = Path("/proc/locks"), []
+    if not (table.exists() and path.exists()):
+        return []
+    status = path.stat()
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    for line in table.read_text().splitlines():
+        fields = line.split()
+        if fields[1] == "FLOCK" and fields[5] == place:
+            with suppress(OSError):  # the process may have ended
+                name = Path("/proc", fields[4], "comm").read_text().strip()
+                found.append(f"process {fields[4]} ({name})")
+    return found
+
+
+def _open_to_lock(path: Path) -> int:
+    if path.exists():
+        return os.open(path, os.O_RDONLY)
+    make_folder(path.parent)
+    return os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
 
 
 def sweep(folder: Path) -> None:

@@ -4,7 +4,8 @@
       request.json             what was asked for; the folder's name ends in its digest
       plan.json                what the store will hold, known before a model is loaded: segments, packing, tokens
       store.json               the finished store: widths, blocks, statistics; written last
-      activations.zarr/        Zarr v3: tokens, strata/<start>-<stop>/{source,target,position,sequence}
+      activations.zarr/        Zarr v3: tokens, documents,
+                               strata/<start>-<stop>/{source,target,position,sequence,offset}
       ledger/000000.json       one record per committed block: size and crc32c of every shard file
       statistics.safetensors   means and variances per dimension
       tokenizer/
@@ -17,6 +18,7 @@ chunk after the other: a memory map at offset 0 is exact, and stock readers get 
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -26,17 +28,20 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, model_validator
 
 from shared.config import Config
-from shared.strata import QUANTUM, Stratum, make_strata
+from shared.strata import QUANTUM, Stratum, stratum_name, stratum_ranges
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INNER_ROWS = 256
 MAX_SHARD_BYTES = 128 * 2**20
 
 REQUEST, PLAN, STORE = "request.json", "plan.json", "store.json"
 ARRAYS, LEDGER, TOKENIZER, STATISTICS = "activations.zarr", "ledger", "tokenizer", "statistics.safetensors"
-TOKENS = "tokens"
+UNEMBEDDING = "unembedding.safetensors"
+TOKENS, DOCUMENTS = "tokens", "documents"
 
 StorageType = Literal["bfloat16", "float16", "float32"]
+Documents = Literal["joined", "apart"]
+"""`joined`: attention crosses from a document to the next; `apart`: positions restart, and it does not."""
 MAX_CONTEXT = 2**16
 """Positions are stored as uint16."""
 
@@ -97,22 +102,33 @@ class StoreRequest(Config):
     corpus: CorpusIdentity
     context_size: int = Field(ge=1, le=MAX_CONTEXT)
     """Tokens per window, BOS included."""
+    bos: bool
+    """Whether every window (and with documents apart, every document) starts with the tokenizer's BOS."""
+    documents: Documents
     layer: int
     source_hook: str
     target_hook: str
     edges: tuple[int, ...]
     keep: dict[int, float]
     """Share of a stratum's rows that is stored, by the stratum's first position."""
+    cap: dict[int, int]
+    """Most rows of a stratum that a block stores, by the stratum's first position."""
+    exclude_special: bool
+    """Whether rows at the tokenizer's special tokens are left out."""
+    max_norm_quantile: float = Field(gt=0, le=1)
+    """Of every stratum of a block, rows whose source norm is above this quantile are left out; 1 leaves out none."""
     storage: StorageType
     block_sequences: int = Field(ge=1)
     held_out_blocks: int = Field(ge=0)
     batch_sequences: int = Field(ge=1)
-    """Windows per forward pass: the shape of a matrix product can change its last bits."""
+    """Windows per forward pass, halved until they fit: the shape of a matrix product can change its last bits."""
+    unembedding: bool
+    """Whether the store holds `unembedding.safetensors`."""
     seed: int
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        make_strata(self.edges, self.keep, self.context_size, self.block_sequences)
+        check_strata(self.edges, self.keep, self.cap, self.context_size)
         if self.block_sequences > INNER_ROWS and self.block_sequences % INNER_ROWS:
             raise ValueError(f"block_sequences must be a multiple of {INNER_ROWS} or less, got {self.block_sequences}")
         return self
@@ -129,9 +145,21 @@ class StoreRequest(Config):
         return f"{self.label}-L{self.layer}-{self.digest[:6]}"
 
     @property
-    def strata(self) -> tuple[Stratum, ...]:
-        """The strata of every block, in order of position."""
-        return make_strata(self.edges, self.keep, self.context_size, self.block_sequences)
+    def block_tokens(self) -> int:
+        """Tokens of one block's windows."""
+        return self.block_sequences * self.context_size
+
+
+def check_strata(edges: Sequence[int], keep: Mapping[int, float], cap: Mapping[int, int], context_size: int) -> None:
+    """Raise `ValueError` on edges, shares or caps that cannot be."""
+    stratum_ranges(edges, context_size)
+    for name, given in (("keep", keep), ("cap", cap)):
+        if unknown := sorted(set(given) - set(edges)):
+            raise ValueError(f"{name} names position {unknown[0]}, which starts no stratum; edges are {list(edges)}")
+    if wrong := [share for share in keep.values() if not 0 < share <= 1]:
+        raise ValueError(f"the share of a stratum to keep must be above 0 and at most 1, got {wrong[0]}")
+    if few := [rows for rows in cap.values() if rows < 1]:
+        raise ValueError(f"the most rows of a stratum to keep in a block must be at least 1, got {few[0]}")
 
 
 class FileRecord(Config):
@@ -151,9 +179,51 @@ class PackingCounts(Config):
     tokens_read: int
     """Tokens of the documents that were read, separators included, BOS excluded."""
     tokens_kept: int
+    """In training windows, BOS excluded."""
     tokens_held_out: int
     tokens_left_over: int
     """Read, but not enough for another whole block, or past a held-out block's end."""
+
+
+class RowCounts(Config):
+    """Where the rows of one stratum of a segment's training blocks go: natural = special + over_norm + rest.
+
+    Of the rest, `stored - repeated` distinct rows are stored and the others dropped.
+    """
+
+    natural: int
+    """Computed by the model."""
+    special: int
+    """Excluded: at special tokens."""
+    over_norm: int
+    """Excluded: source norm above the quantile."""
+    stored: int
+    repeated: int
+    """Of those stored, copies of others: a later segment's block has fewer rows than every block stores."""
+
+
+class StratumPlan(Config):
+    """The rows of one stratum."""
+
+    start: int = Field(ge=0)
+    stop: int = Field(ge=1)
+    rows: int = Field(ge=0)
+    """Per block; fixed with the first segment. A stratum without rows is not in the store."""
+    segments: tuple[RowCounts, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of its group."""
+        return stratum_name(self.start, self.stop)
+
+    def total(self, kind: str) -> int:
+        """Rows of a kind of `RowCounts` over all segments."""
+        return sum(getattr(counts, kind) for counts in self.segments)
+
+    @property
+    def represented(self) -> int:
+        """Training rows that the stored ones stand for: `represented / stored` restores natural frequencies."""
+        return self.total("natural") - self.total("special") - self.total("over_norm")
 
 
 class StorePlan(Config):
@@ -165,8 +235,12 @@ class StorePlan(Config):
     """Training blocks per segment; each segment's windows were permuted on their own. Held-out blocks come first."""
     packing: tuple[PackingCounts, ...]
     """One entry per segment."""
+    strata: tuple[StratumPlan, ...]
+    """In order of position, those without rows included."""
+    special_tokens: tuple[int, ...] = ()
+    """The tokens whose rows are excluded."""
     token_files: dict[FileName, FileRecord]
-    """The shard files of `tokens`, by path below the Zarr root."""
+    """The shard files of `tokens` and `documents`, by path below the Zarr root."""
     exhausted: bool = False
     """Whether the corpus is known to hold no further whole block: asking for more tokens gives this same store."""
 
@@ -175,11 +249,23 @@ class StorePlan(Config):
         """Blocks that are not held out."""
         return sum(self.segments)
 
+    @property
+    def stored_strata(self) -> tuple[Stratum, ...]:
+        """The strata that are in the store, in order of position."""
+        blocks = max(1, self.training_blocks)
+        return tuple(
+            Stratum(start=s.start, stop=s.stop, rows=s.rows, natural_rows=s.represented / blocks)
+            for s in self.strata
+            if s.rows
+        )
+
 
 class LedgerRecord(Config):
     """One committed block."""
 
     block: int
+    batch_sequences: int = Field(ge=1)
+    """Windows per forward pass that it was computed with; the same for all blocks."""
     d_in: int = Field(ge=1)
     d_out: int = Field(ge=1)
     files: dict[FileName, FileRecord]
@@ -197,7 +283,7 @@ class NormSummary(Config):
     mean_to_deviation: float
     """Norm of the mean over root of the summed variance: above 1, the mean dominates."""
     outlier_rows: int
-    """Rows with a norm above 10 times the median."""
+    """Stored rows with a norm above 10 times the overall median."""
 
 
 class StratumSummary(Config):
@@ -207,7 +293,7 @@ class StratumSummary(Config):
     stop: int
     rows: int
     natural_rows: int
-    """Rows the model computed; natural_rows / rows is the weight that restores natural frequencies."""
+    """Rows the model computed, less those excluded; natural_rows / rows is the weight that restores frequencies."""
     source: NormSummary
     target: NormSummary
 
@@ -357,17 +443,29 @@ def group_metadata() -> dict[str, Any]:
 
 def tokens_spec(request: StoreRequest) -> ArraySpec:
     """The array of token windows [sequences, context]."""
+    return _windows_spec(request, TOKENS)
+
+
+def documents_spec(request: StoreRequest) -> ArraySpec:
+    """The array of the document that each token belongs to, counted from 0 in order of packing [sequences, context].
+
+    A BOS belongs to the document that follows it.
+    """
+    return _windows_spec(request, DOCUMENTS)
+
+
+def _windows_spec(request: StoreRequest, path: str) -> ArraySpec:
     return ArraySpec(
-        path=TOKENS,
+        path=path,
         dtype="int32",
         width=request.context_size,
         rows_per_block=request.block_sequences,
-        dimension_names=("sequence", "position"),
+        dimension_names=("sequence", "offset"),
     )
 
 
 def stratum_specs(request: StoreRequest, stratum: Stratum, d_in: int, d_out: int) -> dict[str, ArraySpec]:
-    """The four arrays of a stratum, by name."""
+    """The arrays of a stratum, by name: rows, and for each the position the model saw and the place of its token."""
     kind = STORAGE_DTYPES[request.storage]
     marks = (("torch_dtype", request.storage),)
 
@@ -388,17 +486,22 @@ def stratum_specs(request: StoreRequest, stratum: Stratum, d_in: int, d_out: int
         "target": spec("target", kind, d_out, (*marks, ("hook_name", request.target_hook))),
         "position": spec("position", "uint16"),
         "sequence": spec("sequence", "uint32"),
+        "offset": spec("offset", "uint16"),
     }
 
 
-def store_specs(request: StoreRequest, d_in: int, d_out: int) -> list[ArraySpec]:
-    """All arrays that blocks write, in order of stratum."""
-    return [spec for s in request.strata for spec in stratum_specs(request, s, d_in, d_out).values()]
+def row_specs(request: StoreRequest, strata: Sequence[Stratum], d_in: int, d_out: int) -> list[ArraySpec]:
+    """The arrays of all strata, in order of position."""
+    return [spec for s in strata for spec in stratum_specs(request, s, d_in, d_out).values()]
 
 
-def block_bytes(request: StoreRequest, d_in: int, d_out: int) -> int:
-    """Exact bytes of one block's shard files, its tokens included."""
-    specs = [tokens_spec(request), *store_specs(request, d_in, d_out)]
+def store_specs(request: StoreRequest, strata: Sequence[Stratum], d_in: int, d_out: int) -> list[ArraySpec]:
+    """All arrays: tokens, documents and rows."""
+    return [tokens_spec(request), documents_spec(request), *row_specs(request, strata, d_in, d_out)]
+
+
+def block_bytes(specs: Sequence[ArraySpec]) -> int:
+    """Exact bytes of one block's shard files."""
     return sum(spec.shards_per_block * spec.shard_bytes for spec in specs)
 
 

@@ -1,11 +1,13 @@
 """Moments and norm histograms of rows, gathered block by block and merged in order of block number.
 
-Two passes within a block and the pairwise update of Chan, Golub and LeVeque (1983) between blocks, in float64, so a
-dimension whose mean is a thousand times its deviation keeps its variance.
+Differences to a first mean within a block, and the pairwise update of Chan, Golub and LeVeque (1983) between blocks,
+so a dimension whose mean is a thousand times its deviation keeps its variance.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ _LOW, _HIGH = -32, 96
 BINS = (_HIGH - _LOW) * BINS_PER_OCTAVE
 OUTLIER_RATIO = 10.0
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 0.999)
-_CHUNK = 4096
+_VALUES_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +65,29 @@ class Moments:
         return Moments(rows=self.rows * weight, mean=self.mean, m2=self.m2 * weight, norms=self.norms * weight)
 
 
-def moments_of(rows: NDArray[np.float32]) -> Moments:
-    """Moments of `rows` [n, d]; n may be 0."""
+def _copy(rows: NDArray[Any]) -> NDArray[np.float32]:
+    return np.array(rows, np.float32)
+
+
+def moments_of(rows: NDArray[Any], decode: Callable[[NDArray[Any]], NDArray[np.float32]] = _copy) -> Moments:
+    """Moments of the numbers that `rows` [n, d] stand for; n may be 0. `decode` gives them for some rows, as a copy.
+
+    Sums are in float32 over some hundred rows, of differences to the first ones' mean, and in float64 beyond.
+    """
     n, d = rows.shape
-    chunks = [rows[i : i + _CHUNK].astype(np.float64) for i in range(0, n, _CHUNK)]
-    mean = sum((chunk.sum(axis=0) for chunk in chunks), np.zeros(d)) / max(n, 1)
-    m2 = sum((np.square(chunk - mean).sum(axis=0) for chunk in chunks), np.zeros(d))
-    norms = np.concatenate([np.sqrt(np.square(chunk).sum(axis=1)) for chunk in chunks] or [np.zeros(0)])
-    return Moments(rows=float(n), mean=mean, m2=m2, norms=np.bincount(_bin(norms), minlength=BINS).astype(np.float64))
+    step = min(1024, max(256, _VALUES_AT_ONCE // d))
+    shift = decode(rows[:step]).sum(axis=0) / np.float32(max(1, min(n, step)))
+    first, second, squares = np.zeros(d), np.zeros(d), np.empty(n)
+    for low in range(0, n, step):
+        values = decode(rows[low : low + step])
+        squares[low : low + step] = np.einsum("nd,nd->n", values, values)
+        values -= shift
+        first += values.sum(axis=0)
+        second += np.einsum("nd,nd->d", values, values)
+    mean = first / max(n, 1)
+    m2 = np.maximum(second - n * np.square(mean), 0.0)
+    norms = np.bincount(_bin(np.sqrt(squares)), minlength=BINS).astype(np.float64)
+    return Moments(rows=float(n), mean=shift + mean, m2=m2, norms=norms)
 
 
 def merge(parts: list[Moments]) -> Moments:
@@ -92,5 +109,5 @@ def _merge(a: Moments, b: Moments) -> Moments:
 
 
 def _bin(norms: NDArray[np.float64]) -> NDArray[np.int64]:
-    exponent = np.log2(np.maximum(norms, 2.0**_LOW))
+    exponent = np.log2(np.clip(norms, 2.0**_LOW, 2.0**_HIGH))
     return np.clip(((exponent - _LOW) * BINS_PER_OCTAVE).astype(np.int64), 0, BINS - 1)

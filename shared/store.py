@@ -4,7 +4,8 @@ Reads only what the records name, below the store's own folder. No torch here.
 """
 
 import mmap
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,19 +29,21 @@ from shared.layout import (
     STATISTICS,
     STORE,
     TOKENIZER,
-    TOKENS,
     ArraySpec,
     FileRecord,
     LedgerRecord,
     StorePlan,
     StoreRecord,
     StoreRequest,
+    documents_spec,
+    group_metadata,
     moments_path,
     record_path,
+    store_specs,
     stratum_specs,
     tokens_spec,
 )
-from shared.strata import Stratum
+from shared.strata import Stratum, stratum_ranges
 
 Rows = NDArray[Any]
 
@@ -107,13 +110,17 @@ class MappedArray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StratumRows:
-    """The rows of one stratum: four arrays over the same rows, block after block."""
+    """The rows of one stratum: arrays over the same rows, block after block."""
 
     stratum: Stratum
     source: MappedArray
     target: MappedArray
     position: MappedArray
+    """As the model counted."""
     sequence: MappedArray
+    """Row of `tokens`."""
+    offset: MappedArray
+    """Column of `tokens`."""
 
 
 class Store:
@@ -133,10 +140,12 @@ class Store:
         """
         store = cls(path, read_store_record(path))
         _check_records(path, store.record)
-        for _, spec, shard in store._shards():
-            check_shard(path / ARRAYS, spec, shard)
-        for array in [spec for spec, _ in store.arrays()]:
-            check_metadata(path / ARRAYS, array, store.record.blocks)
+        for spec in store.arrays():
+            for shard in range(store.record.blocks * spec.shards_per_block):
+                check_shard(path / ARRAYS, spec, shard)
+            check_metadata(path / ARRAYS, spec, store.record.blocks)
+        for group in ("", "strata", *(f"strata/{s.name}" for s in store.record.plan.stored_strata)):
+            check_group(path / ARRAYS / group / "zarr.json")
         for name, file in store.record.files.items():
             check_size(path / name, file)
         return store
@@ -153,13 +162,18 @@ class Store:
                     for name, spec in stratum_specs(self.request, s, record.d_in, record.d_out).items()
                 },
             )
-            for s in self.request.strata
+            for s in record.plan.stored_strata
         }
 
     @cached_property
     def tokens(self) -> MappedArray:
         """Token windows [sequences, context]."""
         return MappedArray(self.path / ARRAYS, tokens_spec(self.request), self.record.blocks)
+
+    @cached_property
+    def documents(self) -> MappedArray:
+        """The document of each token [sequences, context]."""
+        return MappedArray(self.path / ARRAYS, documents_spec(self.request), self.record.blocks)
 
     @property
     def tokenizer(self) -> Path:
@@ -173,7 +187,7 @@ class Store:
             tensors = load_file(self.path / STATISTICS)
         except SafetensorError as error:
             raise CorruptData(f"{self.path / STATISTICS}: {error}; run the same harvest again") from error
-        names = ["overall", *(s.name for s in self.request.strata)]
+        names = ["overall", *(s.name for s in self.record.plan.stored_strata)]
         try:
             return {
                 name: {
@@ -189,33 +203,28 @@ class Store:
                 f"{self.path / STATISTICS}: tensor {error} is missing; run the same harvest again"
             ) from error
 
-    def arrays(self) -> Iterator[tuple[ArraySpec, int]]:
-        """Every array and its number of blocks."""
-        yield tokens_spec(self.request), self.record.blocks
-        for stratum in self.request.strata:
-            for spec in stratum_specs(self.request, stratum, self.record.d_in, self.record.d_out).values():
-                yield spec, self.record.blocks
+    def arrays(self) -> list[ArraySpec]:
+        """Every array."""
+        return store_specs(self.request, self.record.plan.stored_strata, self.record.d_in, self.record.d_out)
 
-    def verify(self, workers: int = 2) -> Iterator[tuple[str, str | None]]:
-        """Read every file once and compare its crc32c with the record.
+    def verify(self) -> Iterator[tuple[str, str | None]]:
+        """Read every file once, on all cores, and compare its crc32c with the record.
 
         Yields (path below the store, what is wrong or None) for each.
         """
         ledger = dict(self.record.files)
         ledger |= {f"{ARRAYS}/{name}": file for name, file in self.record.plan.token_files.items()}
         for block in range(self.record.blocks):
-            record = read_ledger(self.path, block)
+            try:
+                record = read_ledger(self.path, block)
+            except CorruptData as error:
+                yield record_path(block), str(error)
+                continue
             ledger |= {f"{ARRAYS}/{name}": file for name, file in record.files.items()}
             ledger[moments_path(block)] = record.moments
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             faults = pool.map(lambda item: fault(self.path / item[0], item[1]), ledger.items())
             yield from zip(ledger, faults, strict=True)
-
-    def _shards(self) -> Iterator[tuple[int, ArraySpec, int]]:
-        for spec, blocks in self.arrays():
-            for block in range(blocks):
-                for shard in spec.block_shards(block):
-                    yield block, spec, shard
 
 
 def _check_records(path: Path, record: StoreRecord) -> None:
@@ -224,9 +233,14 @@ def _check_records(path: Path, record: StoreRecord) -> None:
     for what, found, expected in (
         ("the digest of its request", record.plan.request, record.request.digest),
         ("the number of blocks", record.blocks, planned),
+        ("the range of strata", [(s.start, s.stop) for s in record.plan.strata], _ranges(record.request)),
     ):
         if found != expected:
             raise CorruptData(f"{path / STORE}: {what} is {found}, its records say {expected}; restore the file")
+
+
+def _ranges(request: StoreRequest) -> list[tuple[int, int]]:
+    return stratum_ranges(request.edges, request.context_size)
 
 
 def read_store_record(path: Path) -> StoreRecord:
@@ -239,8 +253,9 @@ def read_store_record(path: Path) -> StoreRecord:
         raise UserError(f"{path} is not a store: it has no {STORE}; harvest one first, or pass --store FOLDER")
     data = read_json(path / STORE)
     version = data.get("format_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise UserError(f"{path}: written by format {version}, this reads <= {FORMAT_VERSION}; upgrade")
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        remedy = "upgrade" if version > FORMAT_VERSION else "harvest it again"
+        raise UserError(f"{path}: written by format {version}, this reads {FORMAT_VERSION}; {remedy}")
     return read_record(StoreRecord, data, path / STORE)
 
 
@@ -302,6 +317,12 @@ def check_metadata(root: Path, spec: ArraySpec, blocks: int) -> None:
         raise CorruptData(f"{path}: {wrong} is {got}, the store's records say {expected.get(wrong)}; restore the file")
 
 
+def check_group(path: Path) -> None:
+    """Raise `CorruptData` unless the group's `zarr.json` is there as it was written."""
+    if not path.is_file() or read_json(path) != group_metadata():
+        raise CorruptData(f"{path} is missing or changed; run the same harvest again to write it anew")
+
+
 def check_size(path: Path, record: FileRecord) -> None:
     """Raise `CorruptData` unless the file exists with its recorded size."""
     if not path.is_file() or path.is_symlink():
@@ -329,7 +350,12 @@ def file_crc32c(path: Path) -> str:
     return f"{value:08x}"
 
 
-def buffers_record(buffers: list[Any]) -> FileRecord:
+def file_record(path: Path) -> FileRecord:
+    """The record of a file as it is."""
+    return FileRecord(bytes=path.stat().st_size, crc32c=file_crc32c(path))
+
+
+def buffers_record(buffers: Sequence[Any]) -> FileRecord:
     """The record of a file that consists of `buffers`, one after the other."""
     value, size = 0, 0
     for part in buffers:
@@ -340,7 +366,4 @@ def buffers_record(buffers: list[Any]) -> FileRecord:
 
 
 def _remedy(spec: ArraySpec, shard: int) -> str:
-    if spec.path == TOKENS:
-        return "no token of the store can be trusted without it: remove the store and run the same harvest"
-    block = shard // spec.shards_per_block
-    return f"to harvest block {block} again, run the same harvest"
+    return f"repair block {shard // spec.shards_per_block}: harvest repair STORE"

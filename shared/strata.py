@@ -1,6 +1,6 @@
-"""Position strata: half-open ranges of positions in a window, and how many of their rows a block keeps."""
+"""Position strata: half-open ranges of positions in a document or window, and how many of their rows a block keeps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,51 +10,43 @@ QUANTUM = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stratum:
-    """Positions `start <= position < stop`, counted from the window's first token."""
+    """Positions `start <= position < stop`, as the model counts them."""
 
     start: int
     stop: int
-    natural_rows: int
-    """Rows per block that the model computed."""
     rows: int
-    """Rows per block that are stored: the first `rows` of the keyed permutation of `natural_rows`."""
+    """Rows per block that are stored."""
+    natural_rows: float
+    """Rows per training block that stored rows stand for, on average: those computed, less those excluded."""
 
     @property
     def name(self) -> str:
         """The name of the stratum's group in the store, for example `004-016`."""
-        return f"{self.start:03d}-{self.stop:03d}"
-
-    @property
-    def width(self) -> int:
-        """Positions per window."""
-        return self.stop - self.start
+        return stratum_name(self.start, self.stop)
 
 
-def make_strata(
-    edges: Sequence[int], keep: Mapping[int, float], context_size: int, block_sequences: int
-) -> tuple[Stratum, ...]:
-    """The strata of a store. `edges` start with 0 and rise; those at or past `context_size` are left out.
+def stratum_name(start: int, stop: int) -> str:
+    """The name of the group of positions `start` to `stop`."""
+    return f"{start:03d}-{stop:03d}"
 
-    `keep` maps a stratum's first position to the share of its rows to store; a stratum that is not named keeps all.
-    Raises `ValueError` on edges that do not rise from 0, an unknown key of `keep`, or a share outside (0, 1].
+
+def stratum_ranges(edges: Sequence[int], context_size: int) -> list[tuple[int, int]]:
+    """The strata's (start, stop). `edges` start with 0 and rise; those at or past `context_size` are left out.
+
+    Raises `ValueError` on edges that do not.
     """
     if not edges or edges[0] != 0 or any(a >= b for a, b in pairwise(edges)):
         raise ValueError(f"strata edges must start with 0 and rise, got {list(edges)}")
-    if unknown := sorted(set(keep) - set(edges)):
-        raise ValueError(f"keep names position {unknown[0]}, which starts no stratum; edges are {list(edges)}")
-    starts = [edge for edge in edges if edge < context_size]
-    strata = []
-    for start, stop in pairwise([*starts, context_size]):
-        natural = (stop - start) * block_sequences
-        strata.append(
-            Stratum(start=start, stop=stop, natural_rows=natural, rows=kept_rows(natural, keep.get(start, 1.0)))
-        )
-    return tuple(strata)
+    return list(pairwise([*(edge for edge in edges if edge < context_size), context_size]))
 
 
-def kept_rows(natural_rows: int, share: float) -> int:
-    """`share` of `natural_rows`: at least one row, and rounded down to a multiple of `QUANTUM` from there up."""
-    if not 0 < share <= 1:
-        raise ValueError(f"the share of a stratum to keep must be above 0 and at most 1, got {share}")
-    rows = max(1, round(share * natural_rows))
+def quota(candidates: int, share: float, cap: int | None) -> int:
+    """Rows of a stratum that every block stores, when each has at least `candidates` to choose from; 0 for none.
+
+    `share` of them and at most `cap`: at least one row, and rounded down to a multiple of `QUANTUM` from there up.
+    """
+    if not candidates:
+        return 0
+    rows = max(1, round(share * candidates))
+    rows = rows if cap is None else min(rows, cap)
     return rows if rows < QUANTUM else rows - rows % QUANTUM

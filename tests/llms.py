@@ -43,6 +43,68 @@ def make_gemma(folder: Path, **changes: Any) -> Path:
     return _save(folder, Gemma2ForCausalLM, Gemma2Config(**{**sizes, **changes}))
 
 
+def make_gemma3(folder: Path) -> Path:
+    """A Gemma-3 text model: five layers, of which the third and the last attend to all of the window."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        **_SMALL, head_dim=16, query_pre_attn_scalar=16, num_hidden_layers=5, layer_types=kinds, sliding_window=8
+    )
+    return _save(folder, Gemma3ForCausalLM, config)
+
+
+def make_llama(folder: Path) -> Path:
+    """A Llama model, its unembedding apart from its embedding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _save(folder, LlamaForCausalLM, LlamaConfig(**_SMALL, num_hidden_layers=4, tie_word_embeddings=False))
+
+
+def make_qwen(folder: Path) -> Path:
+    """A Qwen-2 model: biases in attention, and a tokenizer without BOS."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    _save(folder, Qwen2ForCausalLM, Qwen2Config(**_SMALL, num_hidden_layers=4))
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), "bos_token": None}))
+    return folder
+
+
+def make_gpt2(folder: Path) -> Path:
+    """A GPT-2 model: learned positions, layer norms with biases, and a tokenizer whose BOS is its EOS."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 32, "n_layer": 4, "n_head": 2, "n_positions": 1024}
+    _save(folder, GPT2LMHeadModel, GPT2Config(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=1, **sizes))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            edit_json(folder / name, bos_token="<eos>", eos_token="<eos>")
+    return folder
+
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 1024,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+}
+SHAPES = {
+    "gemma2": make_gemma,
+    "gemma3": make_gemma3,
+    "llama": make_llama,
+    "qwen2": make_qwen,
+    "gpt2": make_gpt2,
+}
+"""Makers of small models, by architecture."""
+
+
 def make_neox(folder: Path) -> Path:
     """A GPT-NeoX model: its attention and MLP run in parallel, so there is no residual between them."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM

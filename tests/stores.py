@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from shared import durable, keyed, layout, statistics
-from shared.strata import Stratum
+from shared.strata import Stratum, quota, stratum_ranges
 
 Array = NDArray[Any]
 SIDES = ("source", "target")
@@ -59,17 +59,34 @@ def make_request(
             name="synthetic", digest="ef" * 32, column=None, kind="text", order="shuffled", separator=None
         ),
         context_size=context_size,
+        bos=True,
+        documents="joined",
         layer=layer,
         source_hook=f"blocks.{layer}.hook_resid_mid",
         target_hook=f"blocks.{layer}.hook_mlp_out",
         edges=tuple(edges),
         keep=dict(keep or {}),
+        cap={},
+        exclude_special=False,
+        max_norm_quantile=1.0,
         storage=storage,
         block_sequences=block_sequences,
         held_out_blocks=held_out_blocks,
         batch_sequences=4,
+        unembedding=False,
         seed=seed,
     )
+
+
+def make_strata(request: layout.StoreRequest) -> tuple[Stratum, ...]:
+    """The strata of joined documents, none of whose rows are excluded."""
+    ranges = stratum_ranges(request.edges, request.context_size)
+    strata = []
+    for start, stop in ranges:
+        natural = (stop - start) * request.block_sequences
+        rows = quota(natural, request.keep.get(start, 1.0), request.cap.get(start))
+        strata.append(Stratum(start=start, stop=stop, rows=rows, natural_rows=natural))
+    return tuple(strata)
 
 
 def make_store(
@@ -101,13 +118,17 @@ def make_store(
     for block in range(blocks):
         tokens = rng.integers(BOS + 1, vocabulary, (wanted.block_sequences, wanted.context_size), dtype=np.int32)
         tokens[:, 0] = BOS
-        spec = layout.tokens_spec(wanted)
-        parts.setdefault(spec.path, []).append(tokens)
-        token_files |= _write_block(path, spec, block, tokens)
+        documents = np.cumsum(tokens % 8 == 1, axis=1, dtype=np.int32) + np.int32(block * tokens.size)
+        documents += np.arange(len(tokens), dtype=np.int32)[:, None] * wanted.context_size
+        for spec, rows in ((layout.tokens_spec(wanted), tokens), (layout.documents_spec(wanted), documents)):
+            parts.setdefault(spec.path, []).append(rows)
+            token_files |= _write_block(path, spec, block, rows)
         written, gathered = _write_strata(path, wanted, draw, block, tokens, parts)
         moments.append(gathered)
         raw = save({f"{stratum}/{side}/mean": every.mean for (stratum, side), (every, _) in gathered.items()})
-        done = layout.LedgerRecord(block=block, d_in=d_in, d_out=d_out, files=written, moments=_record(raw))
+        done = layout.LedgerRecord(
+            block=block, batch_sequences=4, d_in=d_in, d_out=d_out, files=written, moments=_record(raw)
+        )
         _write(path / layout.moments_path(block), raw)
         _write_json(path / layout.record_path(block), done.model_dump(mode="json"))
 
@@ -183,13 +204,15 @@ def _write_strata(
 ) -> tuple[dict[str, layout.FileRecord], _Gathered]:
     written: dict[str, layout.FileRecord] = {}
     gathered: _Gathered = {}
-    for stratum in request.strata:
-        order = keyed.permutation(stratum.natural_rows, request.seed, block, stratum.name)[: stratum.rows]
-        sequence, position = order // stratum.width, stratum.start + order % stratum.width
+    for stratum in make_strata(request):
+        width = stratum.stop - stratum.start
+        order = keyed.permutation(int(stratum.natural_rows), request.seed, block, stratum.name)[: stratum.rows]
+        sequence, position = order // width, stratum.start + order % width
         sides = draw(tokens[sequence, position], position)
         arrays = {side: encode(rows, request.storage) for side, rows in sides.items()}
         arrays["position"] = position.astype(np.uint16)
         arrays["sequence"] = (sequence + block * request.block_sequences).astype(np.uint32)
+        arrays["offset"] = arrays["position"]
         specs = layout.stratum_specs(request, stratum, sides["source"].shape[1], sides["target"].shape[1])
         for name, spec in specs.items():
             written |= _write_block(path, spec, block, arrays[name])
@@ -229,10 +252,10 @@ def _record(data: bytes) -> layout.FileRecord:
 
 def _write_metadata(path: Path, request: layout.StoreRequest, d_in: int, d_out: int, blocks: int) -> None:
     root = path / layout.ARRAYS
-    specs = [layout.tokens_spec(request), *layout.store_specs(request, d_in, d_out)]
-    for group in ("", "strata", *(f"strata/{stratum.name}" for stratum in request.strata)):
+    strata = make_strata(request)
+    for group in ("", "strata", *(f"strata/{stratum.name}" for stratum in strata)):
         _write_json(root / group / "zarr.json", layout.group_metadata())
-    for spec in specs:
+    for spec in layout.store_specs(request, strata, d_in, d_out):
         _write_json(root / spec.path / "zarr.json", spec.metadata(blocks))
 
 
@@ -249,8 +272,17 @@ def _plan(
         tokens_held_out=held_out,
         tokens_left_over=0,
     )
+    strata = []
+    for s in make_strata(request):
+        natural, stored = int(s.natural_rows) * training_blocks, s.rows * training_blocks
+        rows = layout.RowCounts(natural=natural, special=0, over_norm=0, stored=stored, repeated=0)
+        strata.append(layout.StratumPlan(start=s.start, stop=s.stop, rows=s.rows, segments=(rows,)))
     return layout.StorePlan(
-        request=request.digest, segments=(training_blocks,), packing=(counts,), token_files=token_files
+        request=request.digest,
+        segments=(training_blocks,),
+        packing=(counts,),
+        strata=tuple(strata),
+        token_files=token_files,
     )
 
 
@@ -270,9 +302,9 @@ def _summarise(
 
     strata = tuple(
         summary(s.name, rows(s), {side: statistics.merge([b[s.name, side][0] for b in blocks]) for side in SIDES})
-        for s in request.strata
+        for s in make_strata(request)
     )
-    later = [s for s in request.strata if s.stop > 1]
+    later = [s for s in make_strata(request) if s.stop > 1]
     whole = {side: statistics.merge([block[s.name, side][1] for s in later for block in blocks]) for side in SIDES}
     natural = (request.context_size - 1) * request.block_sequences * len(blocks)
     where = {"start": 1, "stop": request.context_size, "rows": sum(s.rows for s in later) * len(blocks)}

@@ -1,18 +1,22 @@
-"""Capture: the storage types, bad values, and independence of the number of workers."""
+"""Capture: the storage types, bad values, memory that runs out, and independence of the number of workers."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from harvest.capture import open_capture, to_storage
-from harvest.model import load_model
+from harvest.blocks import BlockLayout
+from harvest.capture import as_array, fitting_buffers, open_capture, to_storage
+from harvest.model import Model, load_model
+from harvest.packing import Windows
 from shared.errors import ProjectError
 from tests.llms import make_gemma
 from tests.stores import encode
 
 HOOKS = ["blocks.1.hook_resid_mid", "blocks.2.hook_mlp_out"]
+WIDTHS = dict.fromkeys(HOOKS, 32)
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +24,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_gemma(tmp_path_factory.mktemp("models") / "gemma")
 
 
+def windows(sequences: int) -> Windows:
+    tokens = np.random.default_rng(0).integers(4, 300, (sequences, 16), dtype=np.int32)
+    return Windows(tokens, np.zeros_like(tokens))
+
+
+def shuffled(sequences: int) -> BlockLayout:
+    """All rows of `sequences` windows of 16, in some order."""
+    rows = np.random.default_rng(1).permutation(sequences * 16)
+    positions = np.broadcast_to(np.arange(16), (sequences, 16))
+    return BlockLayout(rows=rows, places={}, positions=positions, order=np.argsort(rows))
+
+
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
 def test_storage_rounds_to_nearest_even(storage: str) -> None:
     values = np.random.default_rng(0).normal(0, 30, (3, 5, 7)).astype(np.float32)
     values[0, 0, :2] = 1 + 2**-8, 1 + 3 * 2**-8  # halfway in bfloat16: down and up
     found = to_storage(torch.from_numpy(values), storage, "hook", 0)
-    assert (found == encode(values.reshape(-1, 7), storage).reshape(3, 5, 7)).all()
-    assert found.dtype == {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}[storage]
+    assert (as_array(found) == encode(values.reshape(-1, 7), storage).reshape(3, 5, 7)).all()
+    assert as_array(found).dtype == {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}[storage]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -40,29 +56,78 @@ def test_values_that_are_not_finite_stop_with_their_place(bad: float) -> None:
 def test_overflow_of_the_storage_type_names_the_value() -> None:
     values = torch.zeros(1, 2, 3)
     values[0, 1, 2] = 70_000.0
-    with pytest.raises(ProjectError, match=r"position 1: .*float16: 70000.*storage=bfloat16"):
+    with pytest.raises(ProjectError, match=r"position 1: float16 cannot hold the value 70000; .*storage=bfloat16"):
         to_storage(values, "float16", "hook", 0)
     assert to_storage(values, "bfloat16", "hook", 0).any()
 
 
-def test_bytes_do_not_depend_on_the_number_of_workers(folder: Path) -> None:
-    tokens = np.random.default_rng(0).integers(4, 300, (22, 16), dtype=np.int32)
-    widths = dict.fromkeys(HOOKS, 32)
-    found, counted = [], []
+def test_rows_go_to_their_places_whatever_the_number_of_workers(folder: Path) -> None:
+    given, layout, found, counted = windows(22), shuffled(22), [], []
+    model = load_model(folder, "float32", "cpu", HOOKS)
     for workers in (1, 2, 3):
-        model = load_model(folder, "float32", "cpu", HOOKS)
-        with open_capture(model, workers, "cpu", "float32") as capture:
-            found.append(capture.block(tokens, 4, widths, counted.append))
+        buffers = fitting_buffers({}, WIDTHS, len(layout.rows), "float32")
+        with open_capture(model, workers, "cpu", "float32", "joined") as capture:
+            for future in capture.submit(given, layout, 4, buffers, counted.append):
+                future.result()
+        found.append(buffers)
+    with open_capture(model, 1, "cpu", "float32", "joined") as capture:
+        parts = [
+            capture.rows(Windows(*(p[i : i + 4] for p in given)), layout.positions[i : i + 4]) for i in range(0, 22, 4)
+        ]
     for name in HOOKS:
-        assert found[0][name].shape == (22, 16, 32) and found[0][name].any()
-        assert (found[0][name] == found[1][name]).all() and (found[0][name] == found[2][name]).all()
-    assert sum(counted) == 3 * tokens.size
+        expected = np.concatenate([part[name] for part in parts])[layout.rows]
+        assert expected.any()
+        assert all((buffers[name] == expected).all() for buffers in found)
+    assert sum(counted) == 3 * given.tokens.size
+
+
+def test_buffers_are_used_again_when_they_are_large_enough() -> None:
+    first = fitting_buffers({}, WIDTHS, 10, "bfloat16")
+    assert all(rows.shape == (10, 32) and rows.dtype == np.uint16 for rows in first.values())
+    assert fitting_buffers(first, WIDTHS, 9, "bfloat16") is first
+    assert len(fitting_buffers(first, WIDTHS, 11, "bfloat16")[HOOKS[0]]) == 11
 
 
 def test_an_error_in_a_worker_reaches_the_caller(folder: Path) -> None:
     model = load_model(folder, "float32", "cpu", HOOKS)
-    tokens = np.full((8, 16), 5, np.int32)
     with torch.no_grad():
         next(model._bridge.parameters()).fill_(float("nan"))
-    with open_capture(model, 2, "cpu", "float32") as capture, pytest.raises(ProjectError, match="position 0"):
-        capture.block(tokens, 2, dict.fromkeys(HOOKS, 32), lambda _: None)
+    layout = shuffled(8)
+    buffers = fitting_buffers({}, WIDTHS, len(layout.rows), "bfloat16")
+    with (
+        open_capture(model, 2, "cpu", "bfloat16", "joined") as capture,
+        pytest.raises(ProjectError, match="position 0: the value is nan"),
+    ):
+        for future in capture.submit(windows(8), layout, 2, buffers, lambda _: None):
+            future.result()
+
+
+class Narrow(Model):
+    """A model on a device with room for `most` windows."""
+
+    most = 3
+
+    def __call__(self, ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> dict[str, Any]:
+        if len(ids) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().__call__(ids, position_ids)
+
+
+@pytest.mark.parametrize(("asked", "fits"), [(16, 2), (3, 3), (1, 1)])
+def test_a_batch_is_halved_until_it_fits(folder: Path, asked: int, fits: int) -> None:
+    model, given, layout = load_model(folder, "float32", "cpu", HOOKS), windows(16), shuffled(16)
+    narrow = Narrow(model._bridge, model._hooks, model._forward)
+    with open_capture(narrow, 1, "cpu", "bfloat16", "joined") as capture:
+        assert capture.fitting_batch(given, layout.positions, asked) == fits
+
+
+def test_memory_that_runs_out_later_is_one_line(folder: Path) -> None:
+    model, given, layout = load_model(folder, "float32", "cpu", HOOKS), windows(16), shuffled(16)
+    narrow = Narrow(model._bridge, model._hooks, model._forward)
+    buffers = fitting_buffers({}, WIDTHS, len(layout.rows), "bfloat16")
+    with open_capture(narrow, 1, "cpu", "bfloat16", "joined") as capture:
+        with pytest.raises(ProjectError, match="4 windows per pass no longer fit"):
+            capture.submit(given, layout, 4, buffers, lambda _: None)[0].result()
+        narrow.most = 0
+        with pytest.raises(ProjectError, match="a single window of 16 tokens does not fit"):
+            capture.fitting_batch(given, layout.positions, 16)

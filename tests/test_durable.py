@@ -369,7 +369,9 @@ def test_a_second_process_is_told_at_once_and_a_killed_holder_lets_go(tmp_path):
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with (
-            pytest.raises(UserError, match=r"^the store is locked: another process is writing .*cache; wait"),
+            pytest.raises(
+                UserError, match=rf"^the store is locked: process {holder.pid} \(python\S*\) is using .*cache; wait"
+            ),
             durable.lock(path, "the store"),
         ):
             pass

@@ -120,8 +120,8 @@ def test_rows_that_are_not_one_block_are_refused(rows):
 def test_the_digest_is_pinned():
     """Stores are found by it: a change makes every store on disk unknown."""
     request = make_request()
-    assert request.digest == "59c1c687140e36470c6f7f2cb7d626bdf4d16df6bbdd1feeb07fc063e514486f"
-    assert request.folder == "synthetic-L3-59c1c6"
+    assert request.digest == "58c20cdc77eb2d1dcc3e09e9cff970ad9d4618a6c0def5d156c12a79870a43e3"
+    assert request.folder == "synthetic-L3-58c20c"
 
 
 def leaves(value: BaseModel, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -142,6 +142,12 @@ OTHER: dict[str, Any] = {
     "keep": {0: 0.5},
     "context_size": 31,
     "block_sequences": 32,
+    "bos": False,
+    "documents": "apart",
+    "cap": {0: 5},
+    "exclude_special": True,
+    "max_norm_quantile": 0.5,
+    "unembedding": True,
 }
 
 
@@ -198,7 +204,9 @@ def test_a_record_names_nothing_outside_its_store(name):
 def test_block_bytes_are_what_lies_on_disk(tmp_path):
     made = make_store(tmp_path / "s", training_blocks=1, held_out_blocks=0, keep={0: 0.5, 4: 0.3})
     files = [path for path in (made.path / layout.ARRAYS).rglob("*") if path.is_file() and path.name != "zarr.json"]
-    assert layout.block_bytes(made.record.request, 16, 24) == sum(path.stat().st_size for path in files)
+    assert layout.block_bytes(layout.store_specs(made.record.request, made.record.plan.stored_strata, 16, 24)) == sum(
+        path.stat().st_size for path in files
+    )
 
 
 def test_record_paths():
@@ -281,7 +289,7 @@ def test_zarr_notices_a_damaged_index(tmp_path):
     data[-10] ^= 1
     shard.write_bytes(data)
     array = zarr.open_group(made.path / layout.ARRAYS, mode="r")[name]
-    rows = made.record.request.strata[2].rows
+    rows = made.record.plan.stored_strata[2].rows
     assert np.asarray(array[:rows]).tobytes() == made.arrays[name][:rows].tobytes()
     with pytest.raises(Exception, match=r"(?i)checksum|crc32c"):
         array[rows : rows + 1]

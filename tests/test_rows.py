@@ -60,7 +60,7 @@ def test_a_stream_is_a_keyed_permutation_of_runs_per_epoch(rows: int, run: int) 
 def expected_batch(store: SyntheticStore, reader: BatchReader, step: int, run: int, seed: int) -> dict[str, np.ndarray]:
     parts: dict[str, list[np.ndarray]] = {"source": [], "target": []}
     first = store.record.request.held_out_blocks
-    for stratum, count in zip(store.record.request.strata, reader.counts, strict=True):
+    for stratum, count in zip(store.record.plan.stored_strata, reader.counts, strict=True):
         rows = 3 * stratum.rows
         epochs = (step + 1) * count // rows + 2
         stream = naive_stream(rows, min(run, rows), epochs, "rows", seed, stratum.name)[
@@ -99,7 +99,7 @@ def test_seeds_and_pinned_blocks_decide_the_rows(synthetic: SyntheticStore) -> N
     assert torch.equal(one, same) and not torch.equal(one, other)
     pinned = BatchReader(store, range(blocks.start, blocks.start + 1), config, 1, CPU)
     last = max(high for step in range(20) for _, _, high, _ in pinned._runs(step))
-    assert last == (blocks.start + 1) * max(s.rows for s in store.request.strata)
+    assert last == (blocks.start + 1) * max(s.rows for s in store.record.plan.stored_strata)
 
 
 def test_epochs_count_how_often_rows_were_seen(synthetic: SyntheticStore) -> None:

@@ -51,10 +51,10 @@ def test_every_row_is_read_as_it_was_written(tmp_path, storage):
     made = make_store(tmp_path / "s", storage=storage, keep={0: 0.5, 4: 0.5}, held_out_blocks=1)
     store = Store.open(made.path)
     assert list(store.strata) == ["000-001", "001-004", "004-016", "016-032"]
-    seen = {"tokens": store.tokens}
+    seen = {"tokens": store.tokens, "documents": store.documents}
     for name, rows in store.strata.items():
         assert rows.stratum.name == name
-        for part in ("source", "target", "position", "sequence"):
+        for part in ("source", "target", "position", "sequence", "offset"):
             seen[f"strata/{name}/{part}"] = getattr(rows, part)
     assert sorted(seen) == sorted(made.arrays)
     for name, array in seen.items():
@@ -142,18 +142,18 @@ def test_block_ranges(pristine):
 
 def test_statistics_are_those_of_the_training_rows(pristine):
     store = Store.open(pristine.path)
-    request, first = store.request, store.request.held_out_blocks
-    assert list(store.statistics) == ["overall", *(s.name for s in request.strata)]
-    for stratum in request.strata:
+    first = store.request.held_out_blocks
+    assert list(store.statistics) == ["overall", *(s.name for s in store.record.plan.stored_strata)]
+    for stratum in store.record.plan.stored_strata:
         for side in ("source", "target"):
             rows = pristine.values(f"strata/{stratum.name}/{side}")[first * stratum.rows :].astype(np.float64)
             found = store.statistics[stratum.name][side]
-            np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-9, atol=1e-12)
-            np.testing.assert_allclose(found.variance, rows.var(axis=0), rtol=1e-9, atol=1e-9)
-    parts = [pristine.values(f"strata/{s.name}/target")[first * s.rows :] for s in request.strata[1:]]
+            np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(found.variance, rows.var(axis=0), rtol=1e-6, atol=1e-6)
+    parts = [pristine.values(f"strata/{s.name}/target")[first * s.rows :] for s in store.record.plan.stored_strata[1:]]
     everything = np.concatenate(parts).astype(np.float64)  # nothing dropped: natural frequencies are the stored ones
-    np.testing.assert_allclose(store.statistics["overall"]["target"].mean, everything.mean(axis=0), rtol=1e-9)
-    np.testing.assert_allclose(store.statistics["overall"]["target"].variance, everything.var(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(store.statistics["overall"]["target"].mean, everything.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(store.statistics["overall"]["target"].variance, everything.var(axis=0), rtol=1e-5)
 
 
 def test_opening_does_not_read_rows_or_import_torch(pristine):
@@ -231,7 +231,7 @@ def test_open_catches_a_damaged_shard_and_names_it(synthetic, damage, message, n
 
 def test_the_error_says_which_block_to_harvest_again(synthetic):
     cut(synthetic.path / SHARD)
-    with pytest.raises(CorruptData, match="to harvest block 1 again, run the same harvest"):
+    with pytest.raises(CorruptData, match="repair block 1: harvest repair"):
         Store.open(synthetic.path)
 
 
@@ -271,16 +271,13 @@ def test_verify_names_several_faults_at_once_and_goes_on(synthetic):
     assert len(results) == len(dict(results)) > 80
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_verify_is_the_same_with_any_number_of_workers(synthetic, workers):
-    flip(synthetic.path / SHARD, 0)
-    assert list(Store.open(synthetic.path).verify(workers)) == list(Store.open(synthetic.path).verify())
-
-
 def test_verify_names_a_missing_ledger_record(synthetic):
     (synthetic.path / layout.record_path(2)).unlink()
-    with pytest.raises(CorruptData, match=r"ledger/000002\.json is missing; run the same harvest again"):
-        list(Store.open(synthetic.path).verify())
+    wrong = {name: why for name, why in Store.open(synthetic.path).verify() if why}
+    assert list(wrong) == [layout.record_path(2)]
+    assert wrong[layout.record_path(2)].endswith(
+        "000002.json is missing; run the same harvest again to make block 2 anew"
+    )
 
 
 # Damaged metadata and records
@@ -403,8 +400,11 @@ def test_records_cannot_reach_outside_the_store(synthetic, name):
     for path in (layout.STORE, layout.record_path(0)):
         whole = (synthetic.path / path).read_text()
         edit(synthetic.path / path, lambda data: data["files"].update({name: record}))
-        with pytest.raises(CorruptData, match="is not the path of a file below the store"):
-            list(Store.open(synthetic.path).verify())
+        try:
+            found = str([why for _, why in Store.open(synthetic.path).verify() if why])
+        except CorruptData as error:
+            found = str(error)
+        assert "is not the path of a file below the store" in found
         (synthetic.path / path).write_text(whole)
 
 
@@ -412,8 +412,25 @@ def test_records_cannot_reach_outside_the_store(synthetic, name):
 
 
 def test_a_newer_format_asks_for_an_upgrade(synthetic):
-    edit(synthetic.path / layout.STORE, lambda data: data.update(format_version=2, something_new=[1]))
-    with pytest.raises(UserError, match=r"written by format 2, this reads <= 1; upgrade"):
+    edit(synthetic.path / layout.STORE, lambda data: data.update(format_version=3, something_new=[1]))
+    with pytest.raises(UserError, match=r"written by format 3, this reads 2; upgrade"):
+        Store.open(synthetic.path)
+
+
+def test_an_older_format_is_to_be_harvested_again(synthetic):
+    edit(synthetic.path / layout.STORE, lambda data: data.update(format_version=1))
+    with pytest.raises(UserError, match=r"written by format 1, this reads 2; harvest it again"):
+        Store.open(synthetic.path)
+
+
+@pytest.mark.parametrize("group", ["", "strata", "strata/004-016"])
+def test_a_group_that_is_missing_or_changed_is_found(synthetic, group):
+    path = synthetic.path / layout.ARRAYS / group / "zarr.json"
+    edit(path, lambda data: data.update(attributes={"a": 1}))
+    with pytest.raises(CorruptData, match="missing or changed"):
+        Store.open(synthetic.path)
+    path.unlink()
+    with pytest.raises(CorruptData, match="missing or changed"):
         Store.open(synthetic.path)
 
 

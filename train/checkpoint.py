@@ -5,8 +5,6 @@ optimizer.safetensors    Adam's moments, dead counters, running threshold, the o
 state.json               step, and size and crc32c of the two files; "latest" is the highest step that verifies
 """
 
-import errno
-import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -79,13 +77,9 @@ def publish(run: Path, step: int, weights: dict[str, Tensor], optimizer: dict[st
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write from the tensors' own memory. safetensors reports a full disk as an error of its own, in words."""
-    try:
+    """Write from the tensors' own memory."""
+    with durable.saving_tensors(path):
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
-    path.chmod(0o644)
 
 
 def steps(run: Path) -> list[Path]:

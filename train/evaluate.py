@@ -206,7 +206,7 @@ def _weighted(store: Store, chunk_rows: int, device: torch.device) -> Iterator[t
 
 def natural_weights(store: Store) -> dict[str, float]:
     """How often a stored row of each stratum counts at natural frequencies; 0 for position 0, unless it is alone."""
-    strata = store.request.strata
+    strata = store.record.plan.stored_strata
     return {s.name: 0.0 if (s.start, s.stop) == (0, 1) and len(strata) > 1 else s.natural_rows / s.rows for s in strata}
 
 
@@ -234,7 +234,7 @@ def _by_training_rule(
     batch_rows = min(batch_rows, len(blocks) * store.request.block_sequences * store.request.context_size)
     reader = BatchReader(store, blocks, RowsConfig(batch_rows=batch_rows), seed, device)
     strata: dict[str, Sums] = {}
-    for step in range(-(-len(blocks) * sum(s.rows for s in store.request.strata) // batch_rows)):
+    for step in range(-(-len(blocks) * sum(s.rows for s in store.record.plan.stored_strata) // batch_rows)):
         batch = reader.batch(step)
         x, y = transcoder.normalised(batch.source, batch.target)
         pre_acts = transcoder.pre_acts(x)

@@ -90,7 +90,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
             f"{store.path} holds no held-out blocks to evaluate on; harvest with store.held_out_blocks >= 2"
         )
     blocks = record.training_blocks
-    rows = len(blocks) * sum(s.rows for s in store.request.strata)
+    rows = len(blocks) * sum(s.rows for s in store.record.plan.stored_strata)
     if settings.rows.batch_rows > rows:
         raise UserError(
             f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the store's {rows:,} training rows"

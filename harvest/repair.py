@@ -1,0 +1,128 @@
+"""Finds what is damaged in a store, and makes exactly that anew."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from harvest import finish, ledger, plan
+from harvest.corpus import open_corpus
+from harvest.describe import verify
+from harvest.model_files import ModelFiles, find_model, read_shape
+from harvest.pipeline import lock_store
+from harvest.plan import Target
+from harvest.ranks import Ranks
+from harvest.settings import ModelSettings, TextSettings
+from shared import durable
+from shared.errors import CorruptData, UserError
+from shared.layout import ARRAYS, DOCUMENTS, LEDGER, TOKENS, UNEMBEDDING, StoreRequest, row_specs
+from shared.store import read_store_record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """What is wrong with a store."""
+
+    blocks: tuple[int, ...]
+    """Blocks to compute again."""
+    token_files: tuple[str, ...]
+    """Shard files of `tokens` and `documents`, by path below the Zarr root."""
+    others: tuple[str, ...]
+    """Other files, by path below the store."""
+
+    def __bool__(self) -> bool:
+        """Whether anything is wrong."""
+        return bool(self.blocks or self.token_files or self.others)
+
+    def text(self) -> str:
+        """What was made anew, in one line."""
+        blocks = f"blocks {', '.join(map(str, self.blocks))}" if self.blocks else ""
+        parts = [part for part in (blocks, *self.token_files, *self.others) if part]
+        return f"made anew: {'; '.join(parts)}" if parts else "nothing is damaged"
+
+
+def find_damage(path: Path) -> Damage:
+    """Read every file of the store at `path`. Raises `UserError` when there is no store."""
+    record = read_store_record(path)
+    block_of = {
+        f"{ARRAYS}/{spec.shard_path(shard)}": block
+        for spec in row_specs(record.request, record.plan.stored_strata, record.d_in, record.d_out)
+        for block in range(record.blocks)
+        for shard in spec.block_shards(block)
+    }
+    blocks, token_files, others = set(), [], []
+    for name in verify(path).faults:
+        if name in block_of:
+            blocks.add(block_of[name])
+        elif name.startswith(f"{LEDGER}/"):
+            blocks.add(int(name.split("/")[1].split(".")[0]))
+        elif name.startswith((f"{ARRAYS}/{TOKENS}/c/", f"{ARRAYS}/{DOCUMENTS}/c/")):
+            token_files.append(name.removeprefix(f"{ARRAYS}/"))
+        else:
+            others.append(name)
+    return Damage(blocks=tuple(sorted(blocks)), token_files=tuple(token_files), others=tuple(others))
+
+
+def repair(path: Path, model: str | None, text: Sequence[str], workers: int) -> Damage:
+    """Make what is damaged anew, and nothing else; returns what it was.
+
+    `model` and `text` say where they lie, if that is not what the store names. Raises `UserError` when they are not
+    the store's own, and `CorruptData` when the store is still damaged at the end.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(lock_store(path))
+        durable.sweep(path)
+        damage = find_damage(path)
+        if not damage:
+            return damage
+        record = read_store_record(path)
+        target = Target(path=path, request=record.request, plan=record.plan)
+        files = own_model(record.request, model)
+        if damage.token_files:
+            _restore(target, damage.token_files, files, text)
+        if UNEMBEDDING in damage.others:
+            (path / UNEMBEDDING).unlink(missing_ok=True)
+        from harvest.runner import Runner
+
+        widths = {record.request.source_hook: record.d_in, record.request.target_hook: record.d_out}
+        ranks = Ranks()
+        runner = Runner(folder=files.folder, widths=widths, workers=workers or ranks.cores, ranks=ranks)
+        runner.capture([target], {path: set(damage.blocks)})
+        plan.publish_records(target)
+        ledger.grow_arrays(target, range(target.blocks))
+        finish.finish(target, files)
+        if left := find_damage(path):
+            raise CorruptData(f"{path} is still damaged: {left}; remove it and harvest it again")
+    return damage
+
+
+def own_model(request: StoreRequest, name: str | None) -> ModelFiles:
+    """The model that a store was made with, found by its own name or by the one given. Raises `UserError`."""
+    wanted = request.model
+    settings = ModelSettings(name=name or wanted.name, revision=None if name else wanted.revision)
+    files = find_model(settings)
+    if (found := files.weights_digest()) != wanted.weights:
+        raise UserError(
+            f"{files.folder} is not the model of the store: its weights are {found[:12]}, those of the store's "
+            f"{wanted.name} {wanted.weights[:12]}; pass --model FOLDER"
+        )
+    return files
+
+
+def _restore(target: Target, names: Sequence[str], files: ModelFiles, text: Sequence[str]) -> None:
+    from harvest.encoding import Encoder
+
+    wanted = target.request.corpus
+    settings = TextSettings(
+        name=tuple(text) or (wanted.name,),
+        column=wanted.column,
+        kind=wanted.kind,
+        streaming=wanted.order == "as_read",
+    )
+    corpus = open_corpus(settings, wanted.separator, target.request.seed)
+    if corpus.identity != wanted:
+        raise UserError(
+            f"{target.path}: its tokens are damaged, and {', '.join(settings.name)} is not the text it was made from; "
+            "pass --text, or run the harvest that made it again"
+        )
+    plan.restore(target, names, corpus, Encoder(files.folder, wanted, read_shape(files.folder).vocabulary))

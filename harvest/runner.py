@@ -1,0 +1,166 @@
+"""Captures and commits blocks: forward passes, the block before being written, and the next one begun side by side."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from harvest import ledger, plan, sinks
+from harvest.blocks import BlockLayout, Buffers, block_layout
+from harvest.capture import Capture, fitting_buffers, open_capture
+from harvest.model import Model, check_isolation, load_model
+from harvest.packing import Windows, model_positions
+from harvest.plan import Target
+from harvest.ranks import Ranks
+from harvest.unembedding import publish_unembedding
+from shared.layout import UNEMBEDDING
+from shared.progress import Progress
+from shared.statistics import Moments
+
+_BLOCKS_HELD = 2
+Missing = Mapping[Path, set[int]]
+"""Blocks that each target lacks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runner:
+    """Where the model lies, the width of each hook, the threads to use, and the processes that share the blocks."""
+
+    folder: Path
+    widths: Mapping[str, int]
+    workers: int
+    ranks: Ranks
+
+    def capture(self, targets: Sequence[Target], missing: Missing) -> None:
+        """Commit the blocks that are missing; targets, whose tokens are the same, take their rows from one pass.
+
+        The processes take turns with the blocks. Returns when all are committed.
+        """
+        todo = sorted(set().union(*missing.values()))
+        lacking = [t for t in targets if t.request.unembedding and not (t.path / UNEMBEDDING).is_file()]
+        if todo or lacking:
+            model = self._load(targets)
+            if self.ranks.first:
+                for target in lacking:
+                    publish_unembedding(model, target.path / UNEMBEDDING)
+            if todo:
+                self._run(model, [t for t in targets if missing[t.path]], missing, todo)
+        self.ranks.wait()
+
+    def _load(self, targets: Sequence[Target]) -> Model:
+        request = targets[0].request
+        hooks = sorted({name for t in targets for name in (t.request.source_hook, t.request.target_hook)})
+        return load_model(self.folder, request.model.dtype, self._device(request.model.device), hooks)
+
+    def _device(self, kind: str) -> str:
+        return f"cuda:{self.ranks.local_rank}" if kind == "cuda" else kind
+
+    def _run(self, model: Model, targets: Sequence[Target], missing: Missing, todo: Sequence[int]) -> None:
+        request, mine = targets[0].request, todo[self.ranks.rank :: self.ranks.size]
+        done = targets[0].blocks - len(todo) if self.ranks.size == 1 else 0
+        device = self._device(request.model.device)
+        if request.documents == "apart":
+            check_isolation(model, request.context_size, device)
+        name = "harvest" if self.ranks.size == 1 else f"harvest, process {self.ranks.rank} of {self.ranks.size}"
+        with (
+            ThreadPoolExecutor(1, "write") as writer,
+            open_capture(model, self.workers, device, request.storage, request.documents) as capture,
+        ):
+            batch = self._batch(capture, targets, mine)
+            size = request.block_tokens
+            with Progress(name, (done + len(mine)) * size, "tokens", done * size) as bar:
+                blocks = _Blocks(targets, missing, self.widths, batch, self.ranks.first)
+                blocks.run(mine, capture, writer, _counter(bar, done * size))
+
+    def _batch(self, capture: Capture, targets: Sequence[Target], mine: Sequence[int]) -> int:
+        """Windows per pass: those that committed blocks were made with, or the most that fit on every process."""
+        fixed, batch = ledger.fixed_batch(targets[0]), targets[0].request.batch_sequences
+        if fixed is None and mine:
+            windows = plan.read_block(targets[0], mine[0])
+            batch = capture.fitting_batch(windows, model_positions(windows, targets[0].request.documents), batch)
+        return self.ranks.least(fixed or batch)
+
+
+class _Blocks:
+    """The blocks of some targets on their way to disk."""
+
+    def __init__(
+        self, targets: Sequence[Target], missing: Missing, widths: Mapping[str, int], batch: int, first: bool
+    ) -> None:
+        self._targets, self._missing, self._batch, self._first = targets, missing, batch, first
+        self._widths = {name: widths[name] for t in targets for name in (t.request.source_hook, t.request.target_hook)}
+        self._warned = not first
+
+    def run(
+        self, blocks: Sequence[int], capture: Capture, writer: ThreadPoolExecutor, done: Callable[[int], None]
+    ) -> None:
+        """Capture and commit `blocks`; a block is begun when the one before the last is on disk."""
+        target, request = self._targets[0], self._targets[0].request
+        pending: deque[Future[Buffers]] = deque()
+        for block in blocks:
+            windows = plan.read_block(target, block)
+            layout = block_layout(request, target.strata, windows, block, target.special)
+            used = pending.popleft().result() if len(pending) == _BLOCKS_HELD else {}
+            buffers = fitting_buffers(used, self._widths, len(layout.rows), request.storage)
+            passes = capture.submit(windows, layout, self._batch, buffers, done)
+            pending.append(writer.submit(self._write, block, windows, layout, buffers, passes))
+        while pending:
+            pending.popleft().result()
+
+    def _write(
+        self, block: int, windows: Windows, layout: BlockLayout, buffers: Buffers, passes: Sequence[Future[None]]
+    ) -> Buffers:
+        """Commit a block when its passes are done; gives its buffers back."""
+        for future in passes:
+            future.result()
+        for target in self._targets:
+            if block in self._missing[target.path]:
+                moments = ledger.commit(target, block, layout, buffers, self._batch)
+                self._missing[target.path].discard(block)
+                if self._first:
+                    ledger.grow_arrays(target, set(range(target.blocks)) - self._missing[target.path])
+                self._warn(target, block, moments)
+        return buffers
+
+    def _warn(self, target: Target, block: int, moments: Mapping[str, Moments]) -> None:
+        """Tell of attention sinks as soon as a block to train on has been seen."""
+        if self._warned or block < target.request.held_out_blocks:
+            return
+        self._warned = target is self._targets[-1]
+        for line in sinks.warnings(target.strata, moments):
+            print(f"warning: layer {target.request.layer}: {line}", file=sys.stderr)
+
+
+def seconds_per_token(folder: Path, targets: Sequence[Target], vocabulary: int, workers: int) -> float:
+    """Seconds that a token takes on this machine, by two batches for each of `workers` threads."""
+    request = targets[0].request
+    hooks = sorted({name for t in targets for name in (t.request.source_hook, t.request.target_hook)})
+    model = load_model(folder, request.model.dtype, request.model.device, hooks)
+    ids = np.random.default_rng(0).integers(0, vocabulary, (request.batch_sequences, request.context_size))
+    windows = Windows(ids.astype(np.int32), np.zeros_like(ids, np.int32))
+    positions = model_positions(windows, "joined")
+    with open_capture(model, workers, request.model.device, request.storage, "joined") as capture:
+        batch = capture.fitting_batch(windows, positions, request.batch_sequences)
+        part, passes = Windows(*(rows[:batch] for rows in windows)), 2 * workers
+        began = time.monotonic()
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda _: capture.rows(part, positions[:batch]), range(passes)))
+        return (time.monotonic() - began) / (passes * part.tokens.size)
+
+
+def _counter(bar: Progress, done: int) -> Callable[[int], None]:
+    lock = Lock()
+
+    def count(tokens: int) -> None:
+        nonlocal done
+        with lock:
+            done += tokens
+            bar.update(done)
+
+    return count
