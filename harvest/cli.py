@@ -138,6 +138,41 @@ def repair(store: Path, model: str | None, text: tuple[str, ...], workers: int) 
     print(mend(store, model, text, workers).text())
 
 
+@group.command()
+@cache_option
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def ls(cache: Path, as_json: bool) -> None:
+    """List the stores of the cache: what they hold, how far they are, and who uses them."""
+    from harvest import cache as stores
+
+    found = stores.list_stores(cache)
+    if as_json:
+        print(json.dumps(stores.as_json(found, cache), indent=2))
+    else:
+        stores.show(found, cache)
+
+
+@group.command()
+@click.argument("store", nargs=-1, required=True)
+@cache_option
+@click.option("--yes", is_flag=True, help="Ask nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be removed.")
+def rm(store: tuple[str, ...], cache: Path, yes: bool, dry_run: bool) -> None:
+    """Remove stores, given by path or by name in the cache; refuses while one is trained from or written."""
+    from harvest import cache as stores
+
+    paths = [path if (path := Path(name)).is_dir() else cache / name for name in store]
+    for path in paths:
+        size = stores.check_removable(path)
+        if dry_run:
+            print(f"would remove {path}: {size:,} bytes")
+        elif yes or not sys.stdin.isatty() or click.confirm(f"remove {path} ({size:,} bytes)?"):
+            stores.remove(path)
+            print(f"removed {path}: {size:,} bytes")
+    if not dry_run:
+        stores.sweep(cache)
+
+
 def resolve(
     *,
     preset: str,

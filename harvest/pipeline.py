@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from harvest import finish, ledger, plan
+from harvest.cache import explain_new
 from harvest.corpus import Corpus, open_corpus
 from harvest.estimate import Estimate, estimate, require_space
 from harvest.model_files import (
@@ -205,6 +206,8 @@ def _prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, f
         return
     for target in targets:
         durable.sweep(target.path)
+        if target.plan is None and (line := explain_new(target.path, target.request)):
+            print(line, file=sys.stderr)
     widths = hook_widths(targets, inputs)
     if not force:
         require_space([estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets])

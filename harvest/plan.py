@@ -17,6 +17,7 @@ import numpy as np
 
 from harvest.ahead import ahead
 from harvest.blocks import block_counts, quotas
+from harvest.cache import differences
 from harvest.corpus import Corpus
 from harvest.encoding import Encoder
 from harvest.packing import Packed, Quota, TokenStream, Windows, model_positions, pack
@@ -80,9 +81,10 @@ def load_target(path: Path, request: StoreRequest) -> Target:
         return Target(path=path, request=request)
     found = read_request(path)
     if found != request:
+        name, (theirs, ours) = next(iter(differences(found, request).items()))
         raise UserError(
-            f"{path / REQUEST} is of another request: {_difference(found, request)}; choose another --cache, or "
-            "remove the folder"
+            f"{path / REQUEST} is of another request: {name} is {theirs} there and {ours} here; choose another "
+            "--cache, or remove the folder"
         )
     return Target(path=path, request=request, plan=read_plan(path) if (path / PLAN).is_file() else None)
 
@@ -368,17 +370,3 @@ def _check(packed: Packed, quota: Quota, blocks: int, wanted: int, request: Stor
             f"{wanted * per_block:,} were asked for; taking what there is",
             file=sys.stderr,
         )
-
-
-def _difference(found: StoreRequest, asked: StoreRequest) -> str:
-    """The first field that differs, by dotted name, with both values."""
-    theirs, ours = _flat(found.model_dump(mode="json")), _flat(asked.model_dump(mode="json"))
-    name = next(key for key in [*ours, *theirs] if theirs.get(key) != ours.get(key))
-    return f"{name} is {theirs.get(name)} there and {ours.get(name)} here"
-
-
-def _flat(value: dict[str, object], prefix: str = "") -> dict[str, object]:
-    result: dict[str, object] = {}
-    for key, item in value.items():
-        result |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
-    return result

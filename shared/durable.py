@@ -107,6 +107,12 @@ def publish_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def move(path: Path, target: Path) -> None:
+    """Rename a file or folder within its folder, durably."""
+    os.rename(path, target)
+    fsync_folder(target.parent)
+
+
 def json_bytes(value: Any) -> bytes:
     """Canonical JSON: sorted keys, two-space indent, no NaN, a newline at the end."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()

@@ -36,7 +36,7 @@ MAX_SHARD_BYTES = 128 * 2**20
 
 REQUEST, PLAN, STORE = "request.json", "plan.json", "store.json"
 ARRAYS, LEDGER, TOKENIZER, STATISTICS = "activations.zarr", "ledger", "tokenizer", "statistics.safetensors"
-UNEMBEDDING = "unembedding.safetensors"
+UNEMBEDDING, PACKED = "unembedding.safetensors", "packed.json"
 TOKENS, DOCUMENTS = "tokens", "documents"
 
 StorageType = Literal["bfloat16", "float16", "float32"]

@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from shared.config import read_record
-from shared.durable import read_json
+from shared.durable import Lock, lock, read_json
 from shared.errors import CorruptData, UserError
 from shared.layout import (
     ARRAYS,
@@ -149,6 +150,10 @@ class Store:
         for name, file in store.record.files.items():
             check_size(path / name, file)
         return store
+
+    def reading(self) -> AbstractContextManager[Lock]:
+        """The readers' lock: the store is not removed while any process holds it. It may be extended."""
+        return lock(self.path / REQUEST, f"store {self.path.name}", shared=True)
 
     @cached_property
     def strata(self) -> dict[str, StratumRows]:

@@ -267,7 +267,7 @@ def test_names_and_attributes_reach_zarr(tmp_path):
     assert dict(source.attrs) == {"torch_dtype": "bfloat16", "hook_name": "blocks.3.hook_resid_mid"}
     assert dict(group["strata/004-016/target"].attrs)["hook_name"] == "blocks.3.hook_mlp_out"
     assert source.metadata.dimension_names == ("row", "source_dimension")
-    assert group["tokens"].metadata.dimension_names == ("sequence", "position")
+    assert group["tokens"].metadata.dimension_names == ("sequence", "offset")
     assert group["strata/004-016/position"].metadata.dimension_names == ("row",)
 
 

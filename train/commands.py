@@ -25,7 +25,7 @@ def start(store: Store, settings: Settings, run: Path, init_from: Path | None, f
     source = find_initial(init_from, config) if init_from else None
     if not force:
         durable.require_space(run.parent, checkpoint_bytes(config) * (settings.checkpoint.keep_last + 1), "checkpoints")
-    with durable.lock(run / ".lock", f"run {run}"):
+    with store.reading(), durable.lock(run / ".lock", f"run {run}"):
         new = Run(store, config, run, initial=source)  # raises what is wrong before anything is written
         durable.publish_json(run / CONFIG, config.model_dump(mode="json"))
         new.train()
@@ -40,7 +40,7 @@ def resume(run: Path, store_path: Path | None) -> Path:
         raise UserError(
             f"{run} was trained on request {config.request[:6]}, {store.path} is {store.request.digest[:6]}"
         )
-    with durable.lock(run / ".lock", f"run {run}"):
+    with store.reading(), durable.lock(run / ".lock", f"run {run}"):
         durable.sweep(run)
         warnings: list[str] = []
         found = checkpoint.find(run, warn=warnings) if checkpoint.steps(run) else None
@@ -63,12 +63,13 @@ def evaluate_run(
             f"{store.path} has d_in {store.record.d_in} and d_out {store.record.d_out}, "
             f"{run} was trained with {config.d_in} and {config.d_out}; pass the --store of the same model and hooks"
         )
-    transcoder = build_transcoder(config, store)
-    load_weights(transcoder, found.path)
-    chunk = config.settings.evaluation.chunk_rows
-    threshold = calibrate(transcoder, store, chunk)
-    evaluation = evaluate(transcoder, store, threshold, chunk, config.settings.seed)
-    return found, evaluation, linear_map_fvu(store, chunk, threshold.device) if linear else None
+    with store.reading():
+        transcoder = build_transcoder(config, store)
+        load_weights(transcoder, found.path)
+        chunk = config.settings.evaluation.chunk_rows
+        threshold = calibrate(transcoder, store, chunk)
+        evaluation = evaluate(transcoder, store, threshold, chunk, config.settings.seed)
+        return found, evaluation, linear_map_fvu(store, chunk, threshold.device) if linear else None
 
 
 def find_initial(run: Path, config: RunConfig) -> Checkpoint:

@@ -1,0 +1,200 @@
+"""The folder that stores are made in: what is there, what is nearest to a request, and removing what is not used."""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from shared import durable
+from shared.errors import ProjectError, UserError
+from shared.layout import LEDGER, PACKED, PLAN, REQUEST, STORE, StoreRequest
+from shared.store import progress, read_plan, read_request
+
+_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A store in the cache, whole or not."""
+
+    name: str
+    state: str
+    """`complete`, `packed`, `12 of 40 blocks`, `packing`, or `damaged: ...`"""
+    bytes: int
+    """On disk, all files."""
+    age_seconds: float
+    """Since a file of the store was last published."""
+    used_by: list[str]
+    """Processes that train from it, and those that write it."""
+    model: str = ""
+    layer: int | None = None
+    hooks: str = ""
+    context_size: int | None = None
+    tokens: int | None = None
+    """To train on."""
+    rows: int | None = None
+    """To train on, stored."""
+
+
+def list_stores(cache: Path) -> list[Entry]:
+    """Every store in the folder `cache`, by name; no shard is opened."""
+    if not cache.is_dir():
+        return []
+    found = [path for path in sorted(cache.iterdir()) if (path / REQUEST).is_file()]
+    return [_entry(path) for path in found if path.suffix != durable.TEMPORARY]
+
+
+def show(entries: Sequence[Entry], cache: Path) -> None:
+    """Print the stores as a table on stdout."""
+    console = Console(width=None if Console().is_terminal else 160)
+    if not entries:
+        console.print(f"no stores in {cache}", highlight=False)
+        return
+    table = Table("store", "model", "layer", "hooks", "context", "tokens", "rows", "size", "age", "state", "used by")
+    table.columns[0].no_wrap = True
+    for entry in entries:
+        numbers = [f"{n:,}" if n is not None else "" for n in (entry.context_size, entry.tokens, entry.rows)]
+        layer = "" if entry.layer is None else str(entry.layer)
+        size, age, users = _size(entry.bytes), _age(entry.age_seconds), ", ".join(entry.used_by)
+        table.add_row(entry.name, entry.model, layer, entry.hooks, *numbers, size, age, entry.state, users)
+    console.print(table)
+    total, free = sum(entry.bytes for entry in entries), durable.free_bytes(cache)
+    console.print(f"{len(entries)} stores, {_size(total)}; {_size(free)} free", highlight=False)
+
+
+def as_json(entries: Sequence[Entry], cache: Path) -> dict[str, Any]:
+    """Plain values."""
+    free = durable.free_bytes(cache) if cache.is_dir() else None
+    return {"cache": str(cache), "free_bytes": free, "stores": [asdict(entry) for entry in entries]}
+
+
+def check_removable(path: Path) -> int:
+    """The size of the store at `path`, in bytes. Raises `UserError` when it is none, or is used or written."""
+    with _alone(path):
+        return size_of(path)
+
+
+def remove(path: Path) -> None:
+    """Remove the store at `path`. Raises `UserError` when it is none, or when a process uses or writes it.
+
+    It is renamed first: a kill leaves litter, which `sweep` removes, and never a part of a store.
+    """
+    doomed = path.with_name(path.name + durable.TEMPORARY)
+    with _alone(path) as lock:
+        shutil.rmtree(doomed, ignore_errors=True)  # of an earlier store, left by a kill
+        durable.move(path, doomed)
+        shutil.rmtree(doomed)
+        lock.unlink()
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """Hold the writers' and the readers' lock of the store at `path`; gives the writers' lock file."""
+    if not (path / REQUEST).is_file():
+        raise UserError(f"{path} is not a store: it has no {REQUEST}")
+    path = path.resolve()
+    lock = path.with_name(f"{path.name}.lock")
+    with durable.lock(lock, f"store {path.name}"), durable.lock(path / REQUEST, f"store {path.name}"):
+        yield lock
+
+
+def sweep(cache: Path) -> None:
+    """Remove what a killed `remove` or harvest left of stores that nobody writes."""
+    for litter in cache.glob(f"*{durable.TEMPORARY}"):
+        store = litter.name.removesuffix(durable.TEMPORARY).removesuffix(".spool")
+        if not durable.holders(cache / f"{store}.lock"):
+            shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of all files below `path`."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def differences(theirs: StoreRequest, ours: StoreRequest) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ, by dotted name, with both values."""
+    a, b = _flat(theirs.model_dump(mode="json")), _flat(ours.model_dump(mode="json"))
+    return {name: (a.get(name), b.get(name)) for name in {**b, **a} if a.get(name) != b.get(name)}
+
+
+def explain_new(path: Path, request: StoreRequest) -> str | None:
+    """In what the store to be made at `path` differs from the nearest one in its cache; None if there is no other."""
+    found: list[tuple[int, str, dict[str, tuple[Any, Any]]]] = []
+    for other in path.parent.iterdir() if path.parent.is_dir() else ():
+        if other != path and (other / REQUEST).is_file():
+            try:
+                unlike = differences(read_request(other), request)
+            except ProjectError:
+                continue  # of another format, or damaged: `ls` says so
+            found.append((len(unlike), other.name, unlike))
+    if not found:
+        return None
+    _, name, unlike = min(found, key=lambda one: one[:2])
+    parts = [f"{field} {_short(a)} there, {_short(b)} here" for field, (a, b) in list(unlike.items())[:_NAMED]]
+    more = f"; and {len(unlike) - _NAMED} more" if len(unlike) > _NAMED else ""
+    return f"new store {path.name}; the nearest in the cache is {name}: {'; '.join(parts)}{more}"
+
+
+def _entry(path: Path) -> Entry:
+    users = durable.holders(path / REQUEST)
+    writers = [f"{who}, harvesting" for who in durable.holders(path.with_name(f"{path.name}.lock"))]
+    newest = max(
+        (file.stat().st_mtime for file in (path / STORE, path / PLAN, path / REQUEST, path / LEDGER) if file.exists()),
+        default=time.time(),
+    )
+    common: dict[str, Any] = {"name": path.name, "bytes": size_of(path), "age_seconds": max(0.0, time.time() - newest)}
+    try:
+        request = read_request(path)
+        plan = read_plan(path) if (path / PLAN).is_file() else None
+        state = "packed" if (path / PACKED).is_file() else "complete" if (path / STORE).is_file() else progress(path)
+    except ProjectError as error:
+        return Entry(**common, state=f"damaged: {error}", used_by=[*users, *writers])
+    return Entry(
+        **common,
+        state=state,
+        used_by=[*users, *writers],
+        model=request.model.name,
+        layer=request.layer,
+        hooks=" -> ".join(hook.removeprefix(f"blocks.{request.layer}.") for hook in _hooks(request)),
+        context_size=request.context_size,
+        tokens=plan.training_blocks * request.block_tokens if plan else None,
+        rows=sum(stratum.total("stored") for stratum in plan.strata) if plan else None,
+    )
+
+
+def _hooks(request: StoreRequest) -> tuple[str, str]:
+    return request.source_hook, request.target_hook
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, item in value.items():
+        result |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+    return result
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:,.4g} {unit}"
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,186 @@
+"""The cache of stores through its commands: listing, removing, and the store that is nearest to a new one."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from harvest import cache as stores
+from shared import durable
+from shared.layout import PLAN, REQUEST, STORE, record_path
+from tests.llms import ROOT, command, edit_json
+from tests.stores import make_request, make_store
+
+BLOCKS = 5
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A cache with one finished store, `whole`."""
+    make_store(tmp_path / "cache" / "whole")
+    return tmp_path / "cache"
+
+
+def listed(cache: Path) -> dict[str, dict]:
+    done = command("ls", "--cache", cache, "--json")
+    assert done.code == 0, done.err
+    return {entry["name"]: entry for entry in json.loads(done.out)["stores"]}
+
+
+@contextmanager
+def holding(path: Path, shared: bool) -> Iterator[int]:
+    """Another process that holds the lock of `path`; gives its number."""
+    code = """
+        import sys
+        from pathlib import Path
+        from shared.durable import lock
+        with lock(Path(sys.argv[1]), "it", shared=sys.argv[2] == "True"):
+            print("held", flush=True)
+            sys.stdin.read()
+    """
+    line = [sys.executable, "-c", textwrap.dedent(code), str(path), str(shared)]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process.pid
+        process.kill()
+
+
+def test_ls_says_what_is_there(cache: Path) -> None:
+    shutil.copytree(cache / "whole", cache / "begun")
+    for name in (STORE, record_path(3), record_path(4)):
+        (cache / "begun" / name).unlink()
+    shutil.copytree(cache / "begun", cache / "packing")
+    (cache / "packing" / PLAN).unlink()
+    shutil.copytree(cache / "whole", cache / "broken")
+    (cache / "broken" / REQUEST).write_text("{")
+    (cache / "notes.txt").write_text("no store")
+    found = listed(cache)
+    assert list(found) == ["begun", "broken", "packing", "whole"]
+    assert found["whole"]["state"] == "complete"
+    assert found["begun"]["state"] == f"3 of {BLOCKS} blocks"
+    assert found["packing"]["state"] == "packing"
+    assert found["broken"]["state"].startswith("damaged: ") and "not valid JSON" in found["broken"]["state"]
+    whole = found["whole"]
+    assert (whole["model"], whole["layer"], whole["context_size"]) == ("synthetic", 3, 32)
+    assert whole["hooks"] == "hook_resid_mid -> hook_mlp_out"
+    assert whole["tokens"] == whole["rows"] == 3 * 16 * 32
+    assert whole["bytes"] == sum(path.stat().st_size for path in (cache / "whole").rglob("*") if path.is_file())
+    assert whole["used_by"] == [] and 0 <= whole["age_seconds"] < 600
+    table = command("ls", "--cache", cache).out
+    assert "4 stores" in table and "3 of 5 blocks" in table
+
+
+def test_an_empty_or_missing_cache_is_one_line(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        done = command("ls", "--cache", folder)
+        assert done.code == 0 and done.out == f"no stores in {folder}\n"
+        assert json.loads(command("ls", "--cache", folder, "--json").out)["stores"] == []
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="only Linux tells who holds a lock")
+def test_ls_says_who_uses_a_store(cache: Path) -> None:
+    with holding(cache / "whole" / REQUEST, shared=True) as reader, holding(cache / "whole.lock", False) as writer:
+        used = listed(cache)["whole"]["used_by"]
+    assert [f"process {reader} " in used[0], f"process {writer} " in used[1], "harvesting" in used[1]] == [True] * 3
+    assert listed(cache)["whole"]["used_by"] == []
+
+
+def test_rm_refuses_a_store_in_use_and_then_removes_it(cache: Path) -> None:
+    with holding(cache / "whole" / REQUEST, shared=True) as reader:
+        for more in ([], ["--dry-run"]):
+            done = command("rm", "whole", "--cache", cache, *more)
+            assert done.code == 2 and f"store whole is locked: process {reader} " in done.err
+    with holding(cache / "whole.lock", shared=False) as writer:
+        done = command("rm", cache / "whole")
+        assert done.code == 2 and f"process {writer} " in done.err
+    assert listed(cache)["whole"]["state"] == "complete"
+    size = listed(cache)["whole"]["bytes"]
+    assert (
+        command("rm", "whole", "--cache", cache, "--dry-run").out == f"would remove {cache / 'whole'}: {size:,} bytes\n"
+    )
+    assert (cache / "whole" / STORE).exists()
+    assert command("rm", "whole", "--cache", cache).out == f"removed {cache / 'whole'}: {size:,} bytes\n"
+    assert list(cache.iterdir()) == []
+
+
+def test_rm_refuses_what_is_no_store(cache: Path) -> None:
+    (cache / "mine").mkdir()
+    for name in ("mine", "nothing"):
+        done = command("rm", name, "--cache", cache)
+        assert done.code == 2 and f"{name} is not a store" in done.err
+    assert (cache / "mine").is_dir()
+
+
+def test_a_removal_that_was_killed_leaves_no_part_of_a_store(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(folder: Path, **_: object) -> None:
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stores.shutil, "rmtree", killed)
+        assert command("rm", "whole", "--cache", cache).code == 3
+    assert listed(cache) == {}
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == ["whole.tmp"]
+    make_store(cache / "other")
+    (cache / "other.spool.tmp").write_bytes(b"of a harvest that runs")
+    with holding(cache / "other.lock", shared=False):
+        stores.sweep(cache)
+    assert sorted(path.name for path in cache.iterdir()) == ["other", "other.lock", "other.spool.tmp", "whole.lock"]
+
+
+def test_the_nearest_store_and_what_differs(cache: Path) -> None:
+    assert stores.explain_new(cache / "none" / "new", make_request()) is None
+    make_store(cache / "far", seed=3, context_size=16, storage="float32")
+    line = stores.explain_new(cache / "new", make_request(seed=4))
+    assert line == "new store new; the nearest in the cache is whole: seed 0 there, 4 here"
+    edit_json(cache / "whole" / REQUEST, seed="x")  # a store that cannot be read is passed over
+    line = stores.explain_new(cache / "new", make_request(seed=4))
+    assert line is not None and "is far: " in line
+    assert "context_size 16 there, 32 here" in line and "storage float32 there, bfloat16 here" in line
+    many = make_request().model_copy(
+        update={f"{name}_hook": "x" for name in ("source", "target")} | {"label": "a" * 50}
+    )
+    assert stores.differences(make_request(), many)["label"] == ("synthetic", "a" * 50)
+    assert "aaaaaaaaaaaa... here" in str(stores.explain_new(cache / "new", many))
+
+
+def test_a_lock_file_that_was_removed_meanwhile_is_not_mistaken_for_the_lock(tmp_path: Path) -> None:
+    path, opened = tmp_path / "lock", durable._open_to_lock
+
+    def removed_after_opening(given: Path) -> int:
+        descriptor = opened(given)
+        if not swapped:
+            swapped.append(given)
+            given.unlink()
+            given.touch()
+        return descriptor
+
+    swapped: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "_open_to_lock", removed_after_opening)
+        with durable.lock(path, "it"):
+            patch.undo()
+            with pytest.raises(durable.UserError, match="locked"), durable.lock(path, "it"):
+                pass
+    assert swapped
+
+
+def test_an_exclusive_lock_can_be_shared(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with durable.lock(path, "it") as first:
+        with pytest.raises(durable.UserError, match="locked"), durable.lock(path, "it", shared=True):
+            pass
+        first.share()
+        with durable.lock(path, "it", shared=True):
+            pass
+        with pytest.raises(durable.UserError, match="locked"), durable.lock(path, "it"):
+            pass
+    with durable.lock(path, "it"):
+        pass
