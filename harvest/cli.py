@@ -92,12 +92,13 @@ def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> No
 
 @group.command()
 @click.argument("store", type=click.Path(path_type=Path))
+@click.option("--shuffle", is_flag=True, help="Measure how well rows are shuffled, too, on batches of training.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def info(store: Path, as_json: bool) -> None:
+def info(store: Path, shuffle: bool, as_json: bool) -> None:
     """Describe the finished store at STORE: request, strata, blocks, packing, size."""
     from harvest.describe import describe, show
 
-    facts = describe(store)
+    facts = describe(store, shuffle=shuffle)
     if as_json:
         print(json.dumps(facts, indent=2))
     else:

@@ -8,6 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from harvest.blocks import SIDES
+from harvest.cache import size_of
+from harvest.shuffle import BATCH_ROWS, LIMIT, as_json, measure
 from shared.errors import CorruptData
 from shared.layout import StratumSummary
 from shared.progress import Progress
@@ -16,13 +19,18 @@ from shared.store import Store, read_store_record
 Facts = dict[str, Any]
 
 
-def describe(path: Path) -> Facts:
-    """The store's record, with its size on disk in bytes. Raises `UserError` when there is no finished store."""
-    record = Store.open(path).record
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+def describe(path: Path, *, shuffle: bool = False) -> Facts:
+    """The store's record, with its size on disk in bytes, and its shuffle, if that is to be measured.
+
+    Raises `UserError` when there is no finished store.
+    """
+    store = Store.open(path)
+    record = store.record
     facts = record.model_dump(mode="json")
     del facts["plan"]["token_files"]
-    return {"path": str(path), "bytes": size, "training_blocks": len(record.training_blocks), **facts}
+    if shuffle:
+        facts["shuffle"] = [as_json(measure(store, rows)) for rows in BATCH_ROWS]
+    return {"path": str(path), "bytes": size_of(path), "training_blocks": len(record.training_blocks), **facts}
 
 
 def show(facts: Facts) -> None:
@@ -36,6 +44,11 @@ def show(facts: Facts) -> None:
         f"rows of {facts['d_in']} -> {facts['d_out']} values",
         highlight=False,
     )
+    if "shuffle" in facts:
+        console.print(_shuffle_table(facts["shuffle"]))
+        worst = max(max(found["ratio"].values()) for found in facts["shuffle"])
+        verdict = "yes" if worst <= LIMIT else "NO"
+        console.print(f"variance at most {LIMIT:.2f} times that of independent rows: {verdict}, {worst:.3f} at worst")
 
 
 def _request_table(facts: Facts) -> Table:
@@ -49,23 +62,38 @@ def _request_table(facts: Facts) -> Table:
 
 
 def _strata_table(facts: Facts) -> Table:
-    columns = ["positions", "rows", "natural rows"]
+    columns = ["positions", "rows", "stand for", "special", "over norm", "repeated"]
     for side in ("source", "target"):
         columns += [f"{side} norm 1%", "50%", "99.9%", "mean/dev", "outliers"]
     table = Table(*columns, title="strata, training blocks")
     table.columns[0].no_wrap = True
+    plans = {plan["start"]: plan["segments"] for plan in facts["plan"]["strata"]}
     for summary in [*facts["strata"], facts["overall"]]:
-        found = StratumSummary.model_validate(summary)
-        table.add_row(*_stratum_cells(found, "overall " if summary is facts["overall"] else ""))
+        found, whole = StratumSummary.model_validate(summary), summary is facts["overall"]
+        segments = [] if whole else plans[found.start]
+        table.add_row(*_stratum_cells(found, "overall " if whole else "", segments))
     return table
 
 
-def _stratum_cells(summary: StratumSummary, prefix: str) -> list[str]:
+def _stratum_cells(summary: StratumSummary, prefix: str, segments: list[Facts]) -> list[str]:
     cells = [f"{prefix}{summary.start}-{summary.stop - 1}", f"{summary.rows:,}", f"{summary.natural_rows:,}"]
+    for kind in ("special", "over_norm", "repeated"):
+        cells.append(f"{sum(counts[kind] for counts in segments):,}" if segments else "")
     for side in (summary.source, summary.target):
         cells += [f"{side.norm_quantiles[share]:.3g}" for share in ("0.01", "0.5", "0.999")]
         cells += [f"{side.mean_to_deviation:.3g}", f"{side.outlier_rows:,}"]
     return cells
+
+
+def _shuffle_table(shuffle: list[Facts]) -> Table:
+    table = Table(
+        "batch", "batches", "neighbours of one document", "in random order", *SIDES, title="variance of batch means"
+    )
+    for found in shuffle:
+        ratios = [f"{found['ratio'][side]:.3f} ± {found['error'][side]:.3f}" for side in SIDES]
+        shares = [f"{found[name]:.3%}" for name in ("neighbours", "neighbours_expected")]
+        table.add_row(f"{found['batch_rows']:,}", f"{found['batches']:,}", *shares, *ratios)
+    return table
 
 
 def _packing_table(facts: Facts) -> Table:

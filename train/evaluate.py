@@ -15,9 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from shared.config import Config
+from shared.reader import RowsConfig
 from shared.store import Store
 from train import sparsity
-from train.rows import BatchReader, HeldOutChunk, RowsConfig, held_out_rows
+from train.rows import BatchReader, HeldOutChunk, held_out_rows
 from train.sparsity import Active
 from train.transcoder import BatchTopK, JumpReLU, TopK, Transcoder
 

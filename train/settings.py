@@ -11,12 +11,12 @@ from pydantic import Field
 from shared import durable
 from shared.config import Config, load_preset, override, read_record
 from shared.errors import UserError
+from shared.reader import RowsConfig
 from shared.store import Store
 from train.checkpoint import CheckpointConfig
 from train.evaluate import EvaluationConfig
 from train.losses import AuxKConfig
 from train.optimizer import OptimizerConfig
-from train.rows import RowsConfig
 from train.transcoder import Activation, BatchTopK, TranscoderConfig
 
 PRESETS = Path(__file__).parent / "presets"

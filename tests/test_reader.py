@@ -1,0 +1,65 @@
+"""The order of rows against a naive stream, and the mixture's counts."""
+
+import numpy as np
+import pytest
+
+from shared.errors import UserError
+from shared.keyed import permutation
+from shared.reader import RowReader, RowsConfig, RowStream, rows_per_stratum
+from shared.store import Store
+from shared.strata import Stratum
+from tests.stores import SyntheticStore
+
+
+def strata(*natural: int) -> list[Stratum]:
+    return [Stratum(start=i, stop=i + 1, natural_rows=n, rows=n) for i, n in enumerate(natural)]
+
+
+@pytest.mark.parametrize(
+    ("natural", "settings", "expected"),
+    [
+        ((256, 768, 3072, 12288, 49152), {"batch_rows": 1024}, [4, 12, 48, 192, 768]),
+        ((256, 768, 3072, 12288, 49152), {"batch_rows": 1024, "max_bos_batch_share": 0.001}, [1, 12, 48, 193, 770]),
+        ((256, 768, 3072, 12288, 49152), {"batch_rows": 1024, "max_bos_batch_share": 0}, [0, 12, 48, 193, 771]),
+        ((100, 100, 100), {"batch_rows": 10, "alpha": 0, "max_bos_batch_share": 1}, [4, 3, 3]),
+        ((100, 900), {"batch_rows": 10, "alpha": 0.5, "max_bos_batch_share": 0.2}, [2, 8]),
+        ((100,), {"batch_rows": 7, "max_bos_batch_share": 1}, [7]),
+    ],
+)
+def test_a_batch_has_exact_counts_per_stratum(natural: tuple[int, ...], settings: dict, expected: list[int]) -> None:
+    assert rows_per_stratum(strata(*natural), RowsConfig(**settings)) == expected
+
+
+def test_a_cap_on_the_only_stratum_is_a_users_error() -> None:
+    with pytest.raises(UserError, match="max_bos_batch_share"):
+        rows_per_stratum(strata(100), RowsConfig(batch_rows=10, max_bos_batch_share=0.5))
+
+
+def naive_stream(rows: int, run: int, epochs: int, *key: int | str) -> list[int]:
+    """All rows of the first epochs, one by one."""
+    runs = [list(range(low, min(low + run, rows))) for low in range(0, rows, run)]
+    return [row for epoch in range(epochs) for i in permutation(len(runs), *key, epoch) for row in runs[i]]
+
+
+@pytest.mark.parametrize(("rows", "run"), [(64, 8), (61, 8), (5, 64), (1, 1), (129, 64), (7, 1)])
+def test_a_stream_is_a_keyed_permutation_of_runs_per_epoch(rows: int, run: int) -> None:
+    stream, expected = RowStream(rows, run, "k", 1), naive_stream(rows, min(run, rows), 4, "k", 1)
+    found = [row for low, high in stream.runs(0, 3 * rows) for row in range(low, high)]
+    assert found == expected[: 3 * rows]
+    assert sorted(found[:rows]) == sorted(found[rows : 2 * rows]) == list(range(rows))
+    for start in range(2 * rows):  # every position, in any order of asking
+        count = min(11, rows)
+        assert [r for a, b in stream.runs(start, count) for r in range(a, b)] == expected[start : start + count]
+
+
+def test_every_array_of_a_batch_is_of_the_same_rows(synthetic: SyntheticStore) -> None:
+    store = Store.open(synthetic.path)
+    reader = RowReader(store, store.record.training_blocks, RowsConfig(batch_rows=40, run_rows=8), seed=3)
+    kinds = {"source": (np.uint16, 16), "position": (np.uint16,), "sequence": (np.uint32,), "offset": (np.uint16,)}
+    for step in (0, 9):
+        for name, (kind, *width) in kinds.items():
+            found = reader.read(step, name, np.zeros((40, *width), kind))
+            rows = [
+                synthetic.arrays[f"strata/{s.stratum.name}/{name}"][low:high] for s, low, high, _ in reader.runs(step)
+            ]
+            assert (found == np.concatenate(rows)).all()
