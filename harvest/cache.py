@@ -132,7 +132,8 @@ def explain_new(path: Path, request: StoreRequest) -> str | None:
                 unlike = differences(read_request(other), request)
             except ProjectError:
                 continue  # of another format, or damaged: `ls` says so
-            found.append((len(unlike), other.name, unlike))
+            if unlike:  # else a copy under another name
+                found.append((len(unlike), other.name, unlike))
     if not found:
         return None
     _, name, unlike = min(found, key=lambda one: one[:2])

@@ -29,7 +29,7 @@ class Capture:
     def __init__(
         self, models: list[Model], pool: ThreadPoolExecutor, device: str, storage: StorageType, documents: Documents
     ) -> None:
-        self._pool, self._device, self._storage, self._documents = pool, device, storage, documents
+        self.pool, self._device, self._storage, self._documents = pool, device, storage, documents
         self._idle: SimpleQueue[Model] = SimpleQueue()
         for model in models:
             self._idle.put(model)
@@ -41,7 +41,7 @@ class Capture:
         """
         while True:
             try:
-                self._forward(windows.tokens[:most], positions[:most])
+                self.forward(windows.tokens[:most], positions[:most])
                 return most
             except torch.OutOfMemoryError as error:
                 if most == 1:
@@ -70,7 +70,7 @@ class Capture:
                 as_tensor(buffers[name]).index_copy_(0, places, stored.flatten(0, 1).index_select(0, rows))
             done(windows.tokens[start:stop].size)
 
-        return [self._pool.submit(run, start) for start in range(0, len(windows.tokens), batch)]
+        return [self.pool.submit(run, start) for start in range(0, len(windows.tokens), batch)]
 
     def rows(self, windows: Windows, positions: NDArray[np.int64]) -> Buffers:
         """All rows [S * T, width] of some windows in one pass, by hook, in order."""
@@ -81,14 +81,15 @@ class Capture:
 
     def _values(self, tokens: NDArray[np.int32], positions: NDArray[np.int64]) -> dict[str, Tensor]:
         try:
-            return self._forward(tokens, positions)
+            return self.forward(tokens, positions)
         except torch.OutOfMemoryError as error:
             raise ProjectError(
                 f"{len(tokens)} windows per pass no longer fit on the device, and the store's blocks are made with as "
                 "many; free the device's memory and run the same command again"
             ) from error
 
-    def _forward(self, tokens: NDArray[np.int32], positions: NDArray[np.int64]) -> dict[str, Tensor]:
+    def forward(self, tokens: NDArray[np.int32], positions: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The activations [S, T, width] of some windows, by hook, on the model's device and in its type."""
         ids, places = (torch.from_numpy(np.array(part, np.int64)).to(self._device) for part in (tokens, positions))
         model = self._idle.get()
         try:

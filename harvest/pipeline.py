@@ -53,7 +53,7 @@ def harvest(settings: Settings, cache: Path, *, force: bool = False) -> list[Pat
         if ranks.first:
             with ranks.leading():
                 held = [locks.enter_context(lock_store(path)) for path, _ in _unfinished(paths, inputs)]
-                _prepare(_targets(paths, inputs), inputs, settings, force=force)
+                prepare(_targets(paths, inputs), inputs, settings, force=force)
                 for lock in held:
                     lock.share()
         else:
@@ -200,7 +200,7 @@ def _check_sizes(settings: Settings, shape: ModelShape) -> None:
         )
 
 
-def _prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, force: bool) -> None:
+def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, force: bool) -> None:
     """Plan the tokens of stores whose locks are held, once it is known that the model and the disk will do."""
     if not targets:
         return

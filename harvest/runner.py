@@ -75,7 +75,7 @@ class Runner:
             batch = self._batch(capture, targets, mine)
             size = request.block_tokens
             with Progress(name, (done + len(mine)) * size, "tokens", done * size) as bar:
-                blocks = _Blocks(targets, missing, self.widths, batch, self.ranks.first)
+                blocks = Blocks(targets, missing, self.widths, batch, self.ranks.first)
                 blocks.run(mine, capture, writer, _counter(bar, done * size))
 
     def _batch(self, capture: Capture, targets: Sequence[Target], mine: Sequence[int]) -> int:
@@ -87,7 +87,7 @@ class Runner:
         return self.ranks.least(fixed or batch)
 
 
-class _Blocks:
+class Blocks:
     """The blocks of some targets on their way to disk."""
 
     def __init__(
