@@ -140,6 +140,32 @@ def repair(store: Path, model: str | None, text: tuple[str, ...], workers: int) 
 
 
 @group.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
+def pack(store: Path, folder: Path, force: bool) -> None:
+    """Write STORE compressed to FOLDER, for archives and uploads; prints the folder last."""
+    from harvest.archive import pack as write
+    from shared.store import Store
+
+    size, packed = Store.open(store).shard_bytes, write(store, folder, force=force)
+    print(f"{size:,} bytes of rows packed into {packed:,}: {size / packed:.2f} to 1", file=sys.stderr)
+    print(folder)
+
+
+@group.command()
+@click.argument("packed", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
+def unpack(packed: Path, folder: Path, force: bool) -> None:
+    """Write the packed store PACKED to FOLDER as it was before, byte for byte; prints the folder last."""
+    from harvest.archive import unpack as write
+
+    write(packed, folder, force=force)
+    print(folder)
+
+
+@group.command()
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def ls(cache: Path, as_json: bool) -> None:

@@ -30,7 +30,9 @@ def describe(path: Path, *, shuffle: bool = False) -> Facts:
     del facts["plan"]["token_files"]
     if shuffle:
         facts["shuffle"] = [as_json(measure(store, rows)) for rows in BATCH_ROWS]
-    return {"path": str(path), "bytes": size_of(path), "training_blocks": len(record.training_blocks), **facts}
+    packed = sum(file.bytes for file in store.packed.files.values()) if store.packed else None
+    sizes = {"bytes": size_of(path), "shard_bytes": store.shard_bytes, "packed_shard_bytes": packed}
+    return {"path": str(path), **sizes, "training_blocks": len(record.training_blocks), **facts}
 
 
 def show(facts: Facts) -> None:
@@ -44,6 +46,11 @@ def show(facts: Facts) -> None:
         f"rows of {facts['d_in']} -> {facts['d_out']} values",
         highlight=False,
     )
+    if packed := facts["packed_shard_bytes"]:
+        ratio = facts["shard_bytes"] / packed
+        console.print(
+            f"packed: {facts['shard_bytes']:,} bytes of rows in {packed:,}, {ratio:.2f} to 1", highlight=False
+        )
     if "shuffle" in facts:
         console.print(_shuffle_table(facts["shuffle"]))
         worst = max(max(found["ratio"].values()) for found in facts["shuffle"])

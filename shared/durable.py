@@ -59,7 +59,7 @@ def publish_changed(files: Mapping[Path, bytes]) -> None:
     publish_files({p: data for p, data in files.items() if not (p.is_file() and p.read_bytes() == data)})
 
 
-def publish_file(path: Path, write: Callable[[Path], None]) -> None:
+def publish_file(path: Path, write: Callable[[Path], object]) -> None:
     """Publish the file that `write` makes at the path it is given: for content that is not to be copied in memory."""
     temporary = path.with_name(path.name + TEMPORARY)
     make_folder(path.parent)
@@ -105,6 +105,25 @@ def publish_folder(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise explain(error, [path]) from error
         raise
+
+
+def make_sparse(path: Path, size: int) -> None:
+    """An empty file of `size` bytes that takes no room yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.truncate(size)
+
+
+def write_at(path: Path, offset: int, data: bytes) -> None:
+    """Write into a file that need not outlive the process. Raises `DiskFull` when there is no room."""
+    try:
+        with open(path, "r+b", buffering=0) as file:
+            file.seek(offset)
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+    except OSError as error:
+        raise explain(error, {path: data}) from error
 
 
 def move(path: Path, target: Path) -> None:

@@ -25,6 +25,7 @@ from shared.errors import CorruptData, UserError
 from shared.layout import (
     ARRAYS,
     FORMAT_VERSION,
+    PACKED,
     PLAN,
     REQUEST,
     STATISTICS,
@@ -36,6 +37,7 @@ from shared.layout import (
     StorePlan,
     StoreRecord,
     StoreRequest,
+    block_bytes,
     documents_spec,
     group_metadata,
     moments_path,
@@ -44,6 +46,7 @@ from shared.layout import (
     stratum_specs,
     tokens_spec,
 )
+from shared.packed import LOCAL_BYTES, LocalFolder, PackedRecord, packed_metadata
 from shared.strata import Stratum, stratum_ranges
 
 Rows = NDArray[Any]
@@ -57,35 +60,49 @@ class SideStatistics:
     variance: NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Local:
+    """Where a packed store is decoded while it is read."""
+
+    folder: Path | None = None
+    """The system's folder for temporary files, if not given."""
+    bytes: int = LOCAL_BYTES
+    """At most."""
+
+
 class MappedArray:
     """One array of the store as memory maps, one per shard file, opened at first use.
 
-    Maps are private and advised `MADV_RANDOM`, so that a run of rows is read and nothing beside it.
+    Maps are private and advised `MADV_RANDOM`, so that a run of rows is read and nothing beside it. Those of a packed
+    store are of files in a local folder, into which rows are decoded before they are read.
     """
 
-    def __init__(self, root: Path, spec: ArraySpec, blocks: int) -> None:
+    def __init__(self, root: Path, spec: ArraySpec, blocks: int, local: LocalFolder | None = None) -> None:
         self.spec = spec
         self.rows = blocks * spec.rows_per_block
-        self._root = root
+        self._root, self._local = root, local
         self._maps: dict[int, tuple[mmap.mmap, Rows]] = {}
 
     def shard(self, number: int) -> Rows:
         """The rows of one shard file, a read-only view."""
-        return self._map(number)[1]
+        return self._rows(number, 0, self.spec.rows_per_shard)
 
     def read(self, start: int, stop: int, out: Rows) -> None:
         """Copy rows `start:stop` into `out`; they may lie in several shard files."""
         filled = 0
         for number, low, high in self._spans(start, stop):
-            out[filled : filled + high - low] = self.shard(number)[low:high]
+            out[filled : filled + high - low] = self._rows(number, low, high)[low:high]
             filled += high - low
 
     def will_need(self, start: int, stop: int) -> None:
-        """Ask the kernel to read rows `start:stop` ahead."""
+        """Ask the kernel to read rows `start:stop` ahead; does nothing for a packed store."""
+        if self._local:
+            return
         page = mmap.PAGESIZE
         for number, low, high in self._spans(start, stop):
             first = low * self.spec.row_bytes // page * page
-            self._map(number)[0].madvise(mmap.MADV_WILLNEED, first, high * self.spec.row_bytes - first)
+            mapped, _ = self._map(number, self._root / self.spec.shard_path(number))
+            mapped.madvise(mmap.MADV_WILLNEED, first, high * self.spec.row_bytes - first)
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         size = self.spec.rows_per_shard
@@ -95,9 +112,16 @@ class MappedArray:
             yield number, low, high
             start += high - low
 
-    def _map(self, number: int) -> tuple[mmap.mmap, Rows]:
+    def _rows(self, number: int, low: int, high: int) -> Rows:
+        """A shard of which rows `low:high` can be read."""
+        path = self._root / self.spec.shard_path(number)
+        if self._local:
+            path = self._local.rows(self.spec, number, low, high, lambda: self._maps.pop(number, None))
+        return self._map(number, path)[1]
+
+    def _map(self, number: int, path: Path) -> tuple[mmap.mmap, Rows]:
         if number not in self._maps:
-            with open(self._root / self.spec.shard_path(number), "rb") as file:
+            with open(path, "rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
             mapped.madvise(mmap.MADV_RANDOM)
             rows = np.frombuffer(mapped, dtype=self.spec.dtype, count=self.spec.payload_bytes // self._item)
@@ -127,24 +151,31 @@ class StratumRows:
 class Store:
     """A finished store, checked and mapped."""
 
-    def __init__(self, path: Path, record: StoreRecord) -> None:
-        self.path = path
-        self.record = record
-        self.request = record.request
+    def __init__(self, path: Path, record: StoreRecord, local: Local | None = None) -> None:
+        self.path, self.record, self.request = path, record, record.request
+        self.packed = _read_packed(path, self.arrays(), record.blocks) if (path / PACKED).is_file() else None
+        """The packed shard files, of a packed store."""
+        self._local_given = local or Local()
 
     @classmethod
-    def open(cls, path: Path) -> "Store":
+    def open(cls, path: Path, local: Local | None = None) -> "Store":
         """Open the store at `path`; checks its records, and the size and index of every shard file.
+
+        `local` says where the rows of a packed store are decoded.
 
         Raises `UserError` when `path` is no finished store of a format this version reads, and `CorruptData` when a
         file is not what the records say.
         """
-        store = cls(path, read_store_record(path))
+        store = cls(path, read_store_record(path), local)
         _check_records(path, store.record)
         for spec in store.arrays():
             for shard in range(store.record.blocks * spec.shards_per_block):
-                check_shard(path / ARRAYS, spec, shard)
-            check_metadata(path / ARRAYS, spec, store.record.blocks)
+                if store.packed:
+                    check_size(path / ARRAYS / spec.shard_path(shard), store.packed.files[spec.shard_path(shard)])
+                else:
+                    check_shard(path / ARRAYS, spec, shard)
+            expected = (packed_metadata if store.packed else ArraySpec.metadata)(spec, store.record.blocks)
+            check_metadata(path / ARRAYS, spec, expected)
         for group in ("", "strata", *(f"strata/{s.name}" for s in store.record.plan.stored_strata)):
             check_group(path / ARRAYS / group / "zarr.json")
         for name, file in store.record.files.items():
@@ -156,6 +187,11 @@ class Store:
         return lock(self.path / REQUEST, f"store {self.path.name}", shared=True)
 
     @cached_property
+    def _local(self) -> LocalFolder | None:
+        given = self._local_given
+        return LocalFolder(self.path / ARRAYS, given.folder, given.bytes) if self.packed else None
+
+    @cached_property
     def strata(self) -> dict[str, StratumRows]:
         """Mapped rows by stratum name, in order of position."""
         record, root = self.record, self.path / ARRAYS
@@ -163,7 +199,7 @@ class Store:
             s.name: StratumRows(
                 stratum=s,
                 **{
-                    name: MappedArray(root, spec, record.blocks)
+                    name: MappedArray(root, spec, record.blocks, self._local)
                     for name, spec in stratum_specs(self.request, s, record.d_in, record.d_out).items()
                 },
             )
@@ -173,12 +209,12 @@ class Store:
     @cached_property
     def tokens(self) -> MappedArray:
         """Token windows [sequences, context]."""
-        return MappedArray(self.path / ARRAYS, tokens_spec(self.request), self.record.blocks)
+        return MappedArray(self.path / ARRAYS, tokens_spec(self.request), self.record.blocks, self._local)
 
     @cached_property
     def documents(self) -> MappedArray:
         """The document of each token [sequences, context]."""
-        return MappedArray(self.path / ARRAYS, documents_spec(self.request), self.record.blocks)
+        return MappedArray(self.path / ARRAYS, documents_spec(self.request), self.record.blocks, self._local)
 
     @property
     def tokenizer(self) -> Path:
@@ -212,6 +248,11 @@ class Store:
         """Every array."""
         return store_specs(self.request, self.record.plan.stored_strata, self.record.d_in, self.record.d_out)
 
+    @property
+    def shard_bytes(self) -> int:
+        """Of all shard files, unpacked."""
+        return self.record.blocks * block_bytes(self.arrays())
+
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """Read every file once, on all cores, and compare its crc32c with the record.
 
@@ -227,6 +268,8 @@ class Store:
                 continue
             ledger |= {f"{ARRAYS}/{name}": file for name, file in record.files.items()}
             ledger[moments_path(block)] = record.moments
+        if self.packed:
+            ledger |= {f"{ARRAYS}/{name}": file for name, file in self.packed.files.items()}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             faults = pool.map(lambda item: fault(self.path / item[0], item[1]), ledger.items())
             yield from zip(ledger, faults, strict=True)
@@ -242,6 +285,15 @@ def _check_records(path: Path, record: StoreRecord) -> None:
     ):
         if found != expected:
             raise CorruptData(f"{path / STORE}: {what} is {found}, its records say {expected}; restore the file")
+
+
+def _read_packed(path: Path, arrays: list[ArraySpec], blocks: int) -> PackedRecord:
+    """`packed.json`, which names every shard file and no other."""
+    record = read_record(PackedRecord, read_json(path / PACKED), path / PACKED)
+    known = {spec.shard_path(shard) for spec in arrays for shard in range(blocks * spec.shards_per_block)}
+    if unlike := known ^ set(record.files):
+        raise CorruptData(f"{path / PACKED}: {min(unlike)} is not on both sides; pack the store again")
+    return record
 
 
 def _ranges(request: StoreRequest) -> list[tuple[int, int]]:
@@ -307,12 +359,12 @@ def check_shard(root: Path, spec: ArraySpec, shard: int) -> None:
         raise CorruptData(f"{path} is missing; {_remedy(spec, shard)}") from error
 
 
-def check_metadata(root: Path, spec: ArraySpec, blocks: int) -> None:
-    """Raise `CorruptData` unless the array's `zarr.json` says what the records say; a longer `shape` is allowed."""
+def check_metadata(root: Path, spec: ArraySpec, expected: dict[str, Any]) -> None:
+    """Raise `CorruptData` unless the array's `zarr.json` is as `expected`; a longer `shape` is allowed."""
     path = root / spec.path / "zarr.json"
     if not path.is_file():
         raise CorruptData(f"{path} is missing; run the same harvest again to write it anew")
-    found, expected = read_json(path), spec.metadata(blocks)
+    found = read_json(path)
     shape = found.get("shape") if isinstance(found, dict) else None
     if isinstance(shape, list) and shape and isinstance(shape[0], int) and shape[0] >= expected["shape"][0]:
         expected["shape"][0] = shape[0]

@@ -1,16 +1,39 @@
 """`python -m train run|resume|evaluate`: parses, builds, runs."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from shared.config import build
+from shared.packed import LOCAL_BYTES
+from shared.store import Local, Store
 
 
 @click.group(name="python -m train")
 def main() -> None:
     """Train transcoders from a store of activations, with no LLM in memory."""
+
+
+def local_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Where a packed store is decoded: options that become the argument `local`."""
+
+    @click.option("--local-folder", type=click.Path(path_type=Path), help="Where a packed store is decoded.")
+    @click.option(
+        "--local-bytes",
+        type=click.IntRange(1),
+        default=LOCAL_BYTES,
+        show_default=True,
+        help="Most bytes that a packed store takes there.",
+    )
+    @functools.wraps(command)
+    def wrapped(*, local_folder: Path | None, local_bytes: int, **given: Any) -> None:
+        command(**given, local=Local(folder=local_folder, bytes=local_bytes))
+
+    return wrapped
 
 
 @main.command()
@@ -24,6 +47,7 @@ def main() -> None:
 @click.option("--init-from", type=click.Path(path_type=Path), help="A run whose newest weights to start from.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
 @click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
+@local_options
 def run(
     preset: str,
     store: Path,
@@ -35,6 +59,7 @@ def run(
     init_from: Path | None,
     assignments: tuple[str, ...],
     force: bool,
+    local: Local,
 ) -> None:
     """Train a transcoder. Prints the run's path as its last line."""
     from train.settings import Settings, load_settings
@@ -42,10 +67,9 @@ def run(
     short = [f"{key}={value}" for key, value in (("steps", steps), ("seed", seed)) if value is not None]
     raw = load_settings(preset, file, [*assignments, *short])
     settings = build(Settings, raw, str(file) if file else f"preset {preset}")
-    from shared.store import Store
     from train.commands import start
 
-    opened = Store.open(store)
+    opened = Store.open(store, local)
     path = runs / (name or _free_name(runs, file.stem if file else preset))
     start(opened, settings, path, init_from, force)
     _summarise(path)
@@ -55,11 +79,12 @@ def run(
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
-def resume(run: Path, store: Path | None) -> None:
+@local_options
+def resume(run: Path, store: Path | None, local: Local) -> None:
     """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit."""
     from train.commands import resume as resume_run
 
-    resume_run(run, store)
+    resume_run(run, store, local)
     _summarise(run)
     click.echo(run)
 
@@ -70,12 +95,13 @@ def resume(run: Path, store: Path | None) -> None:
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool) -> None:
+@local_options
+def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool, local: Local) -> None:
     """Held-out figures of a checkpoint, by stratum and prefix. Changes nothing."""
     from train.commands import evaluate_run
     from train.tables import print_evaluation
 
-    found, evaluation, map_fvu = evaluate_run(run, store, step, linear)
+    found, evaluation, map_fvu = evaluate_run(run, store, local, step, linear)
     if as_json:
         extra = {"linear_fvu": map_fvu} if linear else {}
         click.echo(json.dumps({"step": found.step} | evaluation.model_dump(mode="json") | extra, indent=2))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from shared import durable
 from shared.errors import UserError
-from shared.store import Store
+from shared.store import Local, Store
 from train import checkpoint
 from train.checkpoint import Checkpoint
 from train.evaluate import Evaluation, calibrate, evaluate
@@ -32,10 +32,10 @@ def start(store: Store, settings: Settings, run: Path, init_from: Path | None, f
     return run
 
 
-def resume(run: Path, store_path: Path | None) -> Path:
+def resume(run: Path, store_path: Path | None, local: Local) -> Path:
     """Continue `run` from its newest valid checkpoint, or from step 0 when it has none. Returns `run`."""
     config = read_config(run)
-    store = Store.open(store_path or config.store)
+    store = Store.open(store_path or config.store, local)
     if store.request.digest != config.request:
         raise UserError(
             f"{run} was trained on request {config.request[:6]}, {store.path} is {store.request.digest[:6]}"
@@ -52,12 +52,12 @@ def resume(run: Path, store_path: Path | None) -> Path:
 
 
 def evaluate_run(
-    run: Path, store_path: Path | None, step: int | None, linear: bool
+    run: Path, store_path: Path | None, local: Local, step: int | None, linear: bool
 ) -> tuple[Checkpoint, Evaluation, float | None]:
     """Evaluate a checkpoint of `run` with thresholds calibrated on the store, and the best linear map if asked for."""
     config = read_config(run)
     found = checkpoint.find(run, step)
-    store = Store.open(store_path or config.store)
+    store = Store.open(store_path or config.store, local)
     if (store.record.d_in, store.record.d_out) != (config.d_in, config.d_out):
         raise UserError(
             f"{store.path} has d_in {store.record.d_in} and d_out {store.record.d_out}, "

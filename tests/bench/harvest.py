@@ -38,7 +38,7 @@ LINE = "python -m tests.bench.harvest"
 def main() -> None:
     """Measure what is named on the command line, and record."""
     wanted = sys.argv[1:] or ["speed", "writing", "memory"]
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for name in wanted:
             {"speed": speed, "writing": writing, "memory": memory}[name](Path(folder))
 

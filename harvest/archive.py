@@ -1,0 +1,138 @@
+"""`pack` and `unpack`: a store with compressed chunks, and back, bit for bit."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from threading import Lock
+
+from harvest.pipeline import lock_store
+from shared import durable
+from shared.errors import CorruptData, UserError
+from shared.layout import ARRAYS, PACKED, STORE, ArraySpec, FileRecord
+from shared.packed import PackedRecord, pack_shard, packed_metadata, unpack_shard
+from shared.progress import Progress
+from shared.store import Store, buffers_record, fault, read_ledger
+
+Shard = tuple[str, ArraySpec]
+
+
+def pack(path: Path, target: Path, *, force: bool = False) -> int:
+    """Write the store at `path` as a packed one at `target`; returns its shard files' bytes.
+
+    Raises `UserError` when `target` holds something else, and `CorruptData` on a shard that is not what was written.
+    A rerun after a kill finishes.
+    """
+    store = Store.open(path)
+    if store.packed:
+        raise UserError(f"{path} is packed already")
+    raw, size = _raw_records(store), store.shard_bytes
+    with _target(target, size, force):
+        files: dict[str, FileRecord] = {}
+
+        def one(shard: Shard) -> int:
+            name, spec = shard
+            source = path / ARRAYS / name
+            if wrong := fault(source, raw[name]):
+                raise CorruptData(f"{source}: {wrong}; repair it with: harvest repair {path}")
+            packed = pack_shard(spec, source.read_bytes())
+            durable.publish_bytes(target / ARRAYS / name, packed)
+            files[name] = buffers_record([packed])
+            return spec.shard_bytes
+
+        _for_each_shard("pack", store, size, one)
+        blocks = store.record.blocks
+        metadata = {spec.path: packed_metadata(spec, blocks) for spec in store.arrays()}
+        record = PackedRecord(files=dict(sorted(files.items())), unpacked_bytes=size)
+        _finish(store, target, metadata, {PACKED: durable.json_bytes(record.model_dump(mode="json"))})
+    return sum(file.bytes for file in files.values())
+
+
+def unpack(path: Path, target: Path, *, force: bool = False) -> int:
+    """Write the packed store at `path` as it was before at `target`; returns its shard files' bytes.
+
+    Raises as `pack` does.
+    """
+    store = Store.open(path)
+    if not store.packed:
+        raise UserError(f"{path} is not packed: it has no {PACKED}")
+    records, raw, size = store.packed.files, _raw_records(store), store.shard_bytes
+    with _target(target, size, force):
+
+        def one(shard: Shard) -> int:
+            name, spec = shard
+            source = path / ARRAYS / name
+            if wrong := fault(source, records[name]):
+                raise CorruptData(f"{source}: {wrong}; pack the store again, or take another copy")
+            data = unpack_shard(spec, source.read_bytes(), source)
+            if buffers_record([data]) != raw[name]:
+                raise CorruptData(f"{source}: it does not unpack to what the store's records say; take another copy")
+            durable.publish_bytes(target / ARRAYS / name, data)
+            return spec.shard_bytes
+
+        _for_each_shard("unpack", store, size, one)
+        metadata = {spec.path: spec.metadata(store.record.blocks) for spec in store.arrays()}
+        _finish(store, target, metadata, {})
+    return size
+
+
+@contextmanager
+def _target(target: Path, size: int, force: bool) -> Iterator[None]:
+    """Hold the lock of a folder that is new, or was left by a kill; there is room for `size` bytes."""
+    with lock_store(target):
+        if (target / STORE).exists() or (target.exists() and not (target / ARRAYS).is_dir() and any(target.iterdir())):
+            raise UserError(f"{target} exists; choose another folder")
+        if not force:
+            durable.require_space(target.parent, size, "the shard files (--force to try all the same)")
+        if target.exists():
+            durable.sweep(target)
+        yield
+
+
+def _finish(store: Store, target: Path, metadata: Mapping[str, object], more: Mapping[str, bytes]) -> None:
+    """Everything but shard files, `store.json` last: without it there is no store."""
+    files = {target / ARRAYS / array / "zarr.json": durable.json_bytes(value) for array, value in metadata.items()}
+    files |= {target / name: data for name, data in more.items()}
+    durable.publish_files(files)
+    for source in sorted(store.path.rglob("*")):
+        name = source.relative_to(store.path)
+        copied = target / name
+        if source.is_file() and not copied.exists() and name.as_posix() not in (PACKED, STORE):
+            durable.publish_file(copied, partial(shutil.copyfile, source))
+    durable.publish_bytes(target / STORE, (store.path / STORE).read_bytes())
+
+
+def _for_each_shard(name: str, store: Store, size: int, one: Callable[[Shard], int]) -> None:
+    """Call `one`, which returns the raw bytes it dealt with, for every shard, on all cores."""
+    lock, done = Lock(), 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(name, size, "bytes") as bar:
+
+        def counted(shard: Shard) -> None:
+            nonlocal done
+            count = one(shard)
+            with lock:
+                done += count
+                bar.update(done)
+
+        futures = [pool.submit(counted, shard) for shard in _shards(store)]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _shards(store: Store) -> list[Shard]:
+    blocks = store.record.blocks
+    return [(spec.shard_path(n), spec) for spec in store.arrays() for n in range(blocks * spec.shards_per_block)]
+
+
+def _raw_records(store: Store) -> dict[str, FileRecord]:
+    """What every raw shard file is, by path below the Zarr root."""
+    files = dict(store.record.plan.token_files)
+    for block in range(store.record.blocks):
+        files |= read_ledger(store.path, block).files
+    return files

@@ -1,0 +1,191 @@
+"""The packed form of a store: the same hierarchy with compressed chunks, for archives and uploads.
+
+Every shard file is still `chunks | index | crc32c of the index`, its chunks coded by Zarr v3's `blosc` (byte shuffle,
+then zstd), so stock readers open a packed store as well. Training reads it through a bounded local folder.
+"""
+
+import atexit
+import shutil
+import sys
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs import Blosc, blosc
+from numpy.typing import NDArray
+from pydantic import Field
+
+from shared import durable
+from shared.config import Config
+from shared.errors import CorruptData, UserError
+from shared.layout import ArraySpec, FileName, FileRecord
+
+LEVEL = 5
+LOCAL_BYTES = 16 * 2**30
+_PREFIX = "unpacked-store-"
+_ENTRY = 16
+"""Bytes of a chunk's entry in the index: offset and size."""
+
+blosc.use_threads = False  # the same bytes always, and threads of our own
+
+
+class PackedRecord(Config):
+    """`packed.json`: the shard files as they are, by path below the Zarr root."""
+
+    format_version: int = 1
+    files: dict[FileName, FileRecord]
+    unpacked_bytes: int = Field(ge=0)
+    """Of all shard files before packing."""
+
+
+def pack_shard(spec: ArraySpec, data: bytes) -> bytes:
+    """A packed shard file from a raw one's bytes."""
+    codec, size = _codec(spec), spec.inner_rows * spec.row_bytes
+    chunks = [codec.encode(data[i : i + size]) for i in range(0, spec.payload_bytes, size)]
+    sizes = np.array([len(chunk) for chunk in chunks], "<u8")
+    index = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).astype("<u8").tobytes()
+    return b"".join([*chunks, index, google_crc32c.value(index).to_bytes(4, "little")])
+
+
+def unpack_shard(spec: ArraySpec, data: bytes, path: Path) -> bytes:
+    """The raw shard file from a packed one's bytes. Raises `CorruptData` naming `path`."""
+    index = read_index(spec, data[-footer_bytes(spec) :], len(data), path)
+    chunks = [unpack_chunk(spec, data[offset : offset + size], path) for offset, size in index.tolist()]
+    return b"".join([*chunks, spec.footer()])
+
+
+def unpack_chunk(spec: ArraySpec, chunk: bytes, path: Path) -> bytes:
+    """The rows of one inner chunk. Raises `CorruptData` naming `path`."""
+    wanted = spec.inner_rows * spec.row_bytes
+    size = int.from_bytes(chunk[4:8], "little")  # of Blosc's header: checked before anything is allocated
+    if size != wanted:
+        raise CorruptData(f"{path}: a chunk decodes to {size:,} bytes, expected {wanted:,}; pack the store again")
+    try:
+        return bytes(_codec(spec).decode(chunk))
+    except (RuntimeError, ValueError) as error:
+        raise CorruptData(f"{path}: a chunk does not decode ({error}); pack the store again") from error
+
+
+def read_index(spec: ArraySpec, footer: bytes, size: int, path: Path) -> NDArray[np.uint64]:
+    """Offset and size of each chunk [chunks, 2] from the end of a packed shard file of `size` bytes."""
+    index = footer[:-4]
+    whole = len(footer) == footer_bytes(spec)
+    entries = np.frombuffer(index if whole else b"", "<u8").reshape(-1, 2)
+    end = size - footer_bytes(spec)
+    expected = np.concatenate([np.zeros(1, "<u8"), np.cumsum(entries[:, 1])])
+    right = whole and (entries[:, 0] == expected[:-1]).all() and int(expected[-1]) == end
+    if not right or google_crc32c.value(index).to_bytes(4, "little") != footer[-4:]:
+        raise CorruptData(f"{path}: its index does not match its layout; pack the store again")
+    return entries
+
+
+def footer_bytes(spec: ArraySpec) -> int:
+    """Size of the index and its checksum."""
+    return spec.rows_per_shard // spec.inner_rows * _ENTRY + 4
+
+
+def packed_metadata(spec: ArraySpec, blocks: int) -> dict[str, Any]:
+    """The array's `zarr.json` in a packed store."""
+    metadata = spec.metadata(blocks)
+    configuration = {"cname": "zstd", "clevel": LEVEL, "shuffle": "shuffle", "typesize": _item(spec), "blocksize": 0}
+    sharding = metadata["codecs"][0]["configuration"]
+    sharding["codecs"] = [*sharding["codecs"], {"name": "blosc", "configuration": configuration}]
+    return metadata
+
+
+class LocalFolder:
+    """Raw rows of a packed store in a folder of this process, of at most `most` bytes; removed when it ends.
+
+    A shard gets a sparse file of its raw size, into which chunks are decoded when they are first asked for. When the
+    bytes decoded exceed the bound, the files that were not used for longest are removed.
+    """
+
+    def __init__(self, root: Path, parent: Path | None = None, most: int = LOCAL_BYTES) -> None:
+        self._root, self._most, parent = root, most, parent or Path(tempfile.gettempdir())
+        durable.make_folder(parent)
+        _sweep(parent)
+        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        stack = ExitStack()
+        stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        stack.enter_context(durable.lock(self.folder / "lock", f"folder {self.folder}"))
+        atexit.register(stack.close)
+        self._shards: OrderedDict[str, _Shard] = OrderedDict()
+        self.bytes = self.evicted = 0
+
+    def rows(self, spec: ArraySpec, number: int, low: int, high: int, forget: Callable[[], object]) -> Path:
+        """The file that holds rows `low:high` of a shard; `forget` is called when it is removed."""
+        name = spec.shard_path(number)
+        if name not in self._shards:
+            self._shards[name] = _Shard(spec, self._root / name, self.folder / name, forget)
+        shard = self._shards[name]
+        self._shards.move_to_end(name)
+        self.bytes += shard.decode(low // spec.inner_rows, -(-high // spec.inner_rows))
+        while self.bytes > self._most and len(self._shards) > 1:
+            self._evict()
+        return shard.local
+
+    def _evict(self) -> None:
+        _, oldest = self._shards.popitem(last=False)
+        oldest.forget()
+        oldest.local.unlink()
+        self.bytes -= oldest.bytes
+        self.evicted += 1
+        if self.evicted == 1:
+            print(
+                f"note: the packed store {self._root.parent} needs more than {self._most:,} bytes unpacked, so parts "
+                "of it are decoded again and again: raise --local-bytes, or unpack it",
+                file=sys.stderr,
+            )
+
+
+class _Shard:
+    """One shard: which of its chunks are decoded."""
+
+    def __init__(self, spec: ArraySpec, path: Path, local: Path, forget: Callable[[], object]) -> None:
+        self._spec, self._path, self.local, self.forget = spec, path, local, forget
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            file.seek(max(0, size - footer_bytes(spec)))
+            self._index = read_index(spec, file.read(), size, path)
+        self._done = np.zeros(len(self._index), bool)
+        self._chunk = spec.inner_rows * spec.row_bytes
+        durable.make_sparse(local, spec.payload_bytes)
+
+    @property
+    def bytes(self) -> int:
+        """Decoded."""
+        return int(self._done.sum()) * self._chunk
+
+    def decode(self, low: int, high: int) -> int:
+        """Decode chunks `low:high`; returns the bytes that were added."""
+        wanted = [i for i in range(low, high) if not self._done[i]]
+        if not wanted:
+            return 0
+        with open(self._path, "rb", buffering=0) as file:
+            for i in wanted:
+                offset, size = (int(value) for value in self._index[i])
+                file.seek(offset)
+                rows = unpack_chunk(self._spec, file.read(size), self._path)
+                durable.write_at(self.local, i * self._chunk, rows)
+                self._done[i] = True
+        return len(wanted) * self._chunk
+
+
+def _sweep(parent: Path) -> None:
+    """Remove folders of processes that were killed."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with suppress(UserError), durable.lock(folder / "lock", str(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _codec(spec: ArraySpec) -> Blosc:
+    return Blosc("zstd", LEVEL, Blosc.SHUFFLE, 0, typesize=_item(spec))
+
+
+def _item(spec: ArraySpec) -> int:
+    return int(np.dtype(spec.dtype).itemsize)

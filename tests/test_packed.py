@@ -1,0 +1,209 @@
+"""Packed stores: bit for bit both ways, read by stock zarr and by training, and what damage comes to."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from shared import packed
+from shared.errors import CorruptData
+from shared.layout import ARRAYS, PACKED, STORE
+from shared.packed import LocalFolder, pack_shard, unpack_shard
+from shared.store import Local, Store
+from tests.llms import ROOT, command, contents, edit_json, start
+from tests.stores import SyntheticStore, make_store
+
+SHARD = f"{ARRAYS}/strata/004-016/source/c/3/0"
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> SyntheticStore:
+    path = tmp_path_factory.mktemp("raw") / "store"
+    return make_store(path, block_sequences=64, context_size=32, tokenizer=True)
+
+
+@pytest.fixture
+def pair(raw: SyntheticStore, tmp_path: Path) -> tuple[Path, Path]:
+    """A raw store and it packed."""
+    assert command("pack", raw.path, tmp_path / "packed").out == f"{tmp_path / 'packed'}\n"
+    return raw.path, tmp_path / "packed"
+
+
+def test_unpacking_gives_back_every_byte(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    raw_path, path = pair
+    assert command("unpack", path, tmp_path / "again").out == f"{tmp_path / 'again'}\n"
+    assert contents(tmp_path / "again") == contents(raw_path)
+    assert sum(map(len, contents(path).values())) < sum(map(len, contents(raw_path).values()))
+    command("pack", raw_path, tmp_path / "twice")
+    assert contents(tmp_path / "twice") == contents(path)
+
+
+def test_stock_zarr_reads_a_packed_store(raw: SyntheticStore, pair: tuple[Path, Path]) -> None:
+    root = zarr.open_group(pair[1] / ARRAYS, mode="r")
+    for name, rows in raw.arrays.items():
+        assert (root[name][:] == rows).all()
+    assert json.loads(command("verify", pair[1], "--json").out)["faults"] == []
+    assert "packed: " in command("info", pair[1]).out
+
+
+@pytest.mark.parametrize("most", [1, 200_000, 2**30])
+def test_rows_are_those_of_the_raw_store_whatever_the_bound(pair: tuple[Path, Path], tmp_path: Path, most: int) -> None:
+    theirs, ours = Store.open(pair[0]), Store.open(pair[1], Local(folder=tmp_path / "local", bytes=most))
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        name = rng.choice(list(theirs.strata))
+        side = rng.choice(["source", "target", "position"])
+        a, b = (getattr(store.strata[name], side) for store in (theirs, ours))
+        low = int(rng.integers(0, a.rows - 1))
+        high = min(a.rows, low + int(rng.integers(1, 200)))
+        shape = (high - low, *([a.spec.width] if a.spec.width else []))
+        found, expected = np.zeros(shape, a.spec.dtype), np.zeros(shape, a.spec.dtype)
+        a.read(low, high, expected)
+        b.read(low, high, found)
+        assert (found == expected).all()
+    local = ours._local
+    assert isinstance(local, LocalFolder)
+    assert (local.evicted > 0) == (most < 2**30)
+    largest = max(spec.payload_bytes for spec in ours.arrays())
+    assert local.bytes <= max(most, largest)
+    on_disk = sum(file.stat().st_blocks * 512 for file in local.folder.rglob("*") if file.is_file())
+    assert on_disk <= local.bytes + 4096 * 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--local-bytes", "100000")])
+def test_training_gives_the_same_bytes(pair: tuple[Path, Path], tmp_path: Path, more: tuple[str, ...]) -> None:
+    found = []
+    sizes = ("transcoder.d_sae=64", "activation.k=4", "activation.k_start=4", "rows.batch_rows=64")
+    options = [part for size in (*sizes, "checkpoint.every=10") for part in ("--set", size)]
+    for path, extra in ((pair[0], ()), (pair[1], ("--local-folder", tmp_path / "local", *more))):
+        runs = tmp_path / f"runs{len(found)}"
+        line = [sys.executable, "-m", "train", "run", "--store", path, "--runs", runs, "--steps", "20"]
+        command_ = [str(part) for part in (*line, *options, *extra)]
+        done = subprocess.run(command_, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        run = runs / "tiny-001"
+        files = [run / "metrics.jsonl", *sorted(run.glob("checkpoints/*/*.safetensors"))]
+        found.append({file.relative_to(run): file.read_bytes() for file in files})
+        if extra:
+            assert ("decoded again and again" in done.stderr) == bool(more)
+            assert list((tmp_path / "local").iterdir()) == []
+    assert len(found[0]) > 2 and found[0] == found[1]
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a bit": (lambda path: flip(path, 40), "crc32c"),
+    "the index": (lambda path: flip(path, path.stat().st_size - 6), "crc32c"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "ledger says"),
+    "missing": (lambda path: path.unlink(), "missing"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_never_unpacked(pair: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+    harm, cause = DAMAGE[kind]
+    harm(pair[1] / SHARD)
+    done = command("verify", pair[1])
+    assert done.code == 1 and len(done.out.splitlines()) == 1
+    assert SHARD in done.out and cause in done.out
+    done = command("unpack", pair[1], tmp_path / "again")
+    assert done.code == 1 and SHARD in done.err and len(done.err.splitlines()[-1:]) == 1
+    assert not (tmp_path / "again" / STORE).exists()
+
+
+@pytest.mark.parametrize("at", [40, -6, -30])
+def test_damage_that_reading_meets_names_the_file(pair: tuple[Path, Path], tmp_path: Path, at: int) -> None:
+    flip(pair[1] / SHARD, at)
+    store = Store.open(pair[1], Local(folder=tmp_path / "local"))
+    spec = store.strata["004-016"].source.spec
+    try:
+        rows = store.strata["004-016"].source.shard(3)
+    except CorruptData as error:
+        assert SHARD in str(error)
+    else:  # Blosc keeps no checksum: what decodes has the right size, and verify finds it
+        assert at == 40 and rows.shape == (spec.rows_per_shard, spec.width)
+
+
+def test_a_chunk_of_another_size_is_refused_before_it_is_decoded(raw: SyntheticStore) -> None:
+    spec = Store.open(raw.path).strata["004-016"].source.spec
+    data = bytearray(pack_shard(spec, (raw.path / SHARD).read_bytes()))
+    data[4:8] = (2**31).to_bytes(4, "little")
+    with pytest.raises(CorruptData, match="a chunk decodes to 2,147,483,648 bytes, expected 8,192"):
+        unpack_shard(spec, bytes(data), Path("shard"))
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda value: value["files"].update({"../x": {"bytes": 1, "crc32c": "00000000"}}), "path of a file below"),
+        (lambda value: value["files"].update({"tokens/c/99/0": {"bytes": 1, "crc32c": "00000000"}}), "tokens/c/99/0"),
+        (lambda value: value["files"].pop("tokens/c/0/0"), "tokens/c/0/0"),
+        (lambda value: value.update(unpacked_bytes=-1), "unpacked_bytes"),
+        (lambda value: value.update(more=1), "unknown option 'more'"),
+    ],
+)
+def test_a_hostile_record_is_refused(pair: tuple[Path, Path], change: Callable[[dict], object], cause: str) -> None:
+    value = json.loads((pair[1] / PACKED).read_text())
+    change(value)
+    edit_json(pair[1] / PACKED, **value)
+    done = command("info", pair[1])
+    assert done.code == 1 and cause in done.err and len(done.err.splitlines()) == 1
+
+
+def test_what_cannot_be_packed_or_unpacked(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for line, cause in (
+        (("pack", pair[1], tmp_path / "x"), "is packed already"),
+        (("unpack", pair[0], tmp_path / "x"), "is not packed"),
+        (("pack", pair[0], pair[1]), "exists; choose another folder"),
+        (("pack", pair[0], tmp_path / "mine"), "exists; choose another folder"),
+        (("pack", tmp_path / "none", tmp_path / "x"), "no such folder"),
+    ):
+        done = command(*line)
+        assert done.code == 2 and cause in done.err.splitlines()[-1]
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pack", "unpack"])
+def test_a_killed_command_leaves_no_store_and_a_rerun_finishes(
+    pair: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    source, other = pair if name == "pack" else pair[::-1]
+    process = start(name, source, tmp_path / "out")
+    began = time.monotonic()
+    while not list(tmp_path.glob(f"out/{ARRAYS}/strata/*/target/c/2*")):
+        assert process.poll() is None and time.monotonic() - began < 60
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "out" / STORE).exists()
+    assert command("info", tmp_path / "out").code == 2
+    assert command(name, source, tmp_path / "out").code == 0
+    assert contents(tmp_path / "out") == contents(other)
+
+
+def test_folders_of_killed_processes_are_swept(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    litter = tmp_path / "local" / f"{packed._PREFIX}litter"
+    litter.mkdir(parents=True)
+    (litter / "lock").touch()
+    first = Store.open(pair[1], Local(folder=tmp_path / "local"))
+    first.strata["004-016"].source.shard(0)
+    second = Store.open(pair[1], Local(folder=tmp_path / "local"))
+    second.strata["004-016"].source.shard(0)
+    assert first._local is not None and second._local is not None
+    assert sorted((tmp_path / "local").iterdir()) == sorted([first._local.folder, second._local.folder])
