@@ -65,35 +65,48 @@ class Capture:
         def run(start: int) -> None:
             stop = min(start + batch, len(windows.tokens))
             places, rows = (torch.from_numpy(found) for found in layout.batch(start, stop))
-            for name, values in self._values(windows.tokens[start:stop], layout.positions[start:stop]).items():
+
+            def take(name: str, values: Tensor) -> None:
                 stored = to_storage(values, self._storage, name, start)
                 as_tensor(buffers[name]).index_copy_(0, places, stored.flatten(0, 1).index_select(0, rows))
+
+            self._visit(windows.tokens[start:stop], layout.positions[start:stop], take)
             done(windows.tokens[start:stop].size)
 
         return [self.pool.submit(run, start) for start in range(0, len(windows.tokens), batch)]
 
     def rows(self, windows: Windows, positions: NDArray[np.int64]) -> Buffers:
         """All rows [S * T, width] of some windows in one pass, by hook, in order."""
-        return {
-            name: as_array(to_storage(values, self._storage, name, 0).flatten(0, 1))
-            for name, values in self._values(windows.tokens, positions).items()
-        }
+        found: Buffers = {}
 
-    def _values(self, tokens: NDArray[np.int32], positions: NDArray[np.int64]) -> dict[str, Tensor]:
+        def take(name: str, values: Tensor) -> None:
+            found[name] = as_array(to_storage(values, self._storage, name, 0).flatten(0, 1).clone())
+
+        self._visit(windows.tokens, positions, take)
+        return found
+
+    def _visit(
+        self, tokens: NDArray[np.int32], positions: NDArray[np.int64], take: Callable[[str, Tensor], None]
+    ) -> None:
         try:
-            return self.forward(tokens, positions)
+            self.forward(tokens, positions, take)
         except torch.OutOfMemoryError as error:
             raise ProjectError(
                 f"{len(tokens)} windows per pass no longer fit on the device, and the store's blocks are made with as "
                 "many; free the device's memory and run the same command again"
             ) from error
 
-    def forward(self, tokens: NDArray[np.int32], positions: NDArray[np.int64]) -> dict[str, Tensor]:
-        """The activations [S, T, width] of some windows, by hook, on the model's device and in its type."""
+    def forward(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int64],
+        take: Callable[[str, Tensor], None] = lambda _, __: None,
+    ) -> None:
+        """Run some windows; `take` is called with the name and the activations [S, T, width] of each hook."""
         ids, places = (torch.from_numpy(np.array(part, np.int64)).to(self._device) for part in (tokens, positions))
         model = self._idle.get()
         try:
-            return model(ids, places if self._documents == "apart" else None)
+            model.visit(ids, places if self._documents == "apart" else None, take)
         finally:
             self._idle.put(model)
 

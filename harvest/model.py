@@ -4,8 +4,9 @@ import copy
 import difflib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,20 +32,28 @@ class Model:
         return list(self._bridge.hook_dict)
 
     def __call__(self, ids: Tensor, position_ids: Tensor | None = None) -> dict[str, Tensor]:
-        """The activations of each hook for windows `ids` [S, T].
+        """The activations of each hook for windows `ids` [S, T]; `position_ids` as in `visit`."""
+        found: dict[str, Tensor] = {}
+        self.visit(ids, position_ids, lambda name, values: found.update({name: values.clone()}))
+        return {name: found[name] for name in self._hooks}
+
+    def visit(self, ids: Tensor, position_ids: Tensor | None, take: Callable[[str, Tensor], None]) -> None:
+        """Run windows `ids` [S, T] and call `take` with each hook's name and activations, which it must not keep.
 
         Positions count from 0, or are `position_ids` [S, T], which start again at 0 with every document: attention
         does not cross from one document to the next then (only without a key-value cache, which is off).
         """
         positions = {} if position_ids is None else {"position_ids": position_ids}
+        seen = set()
+
+        def hook(name: str, values: Tensor, hook: Any) -> None:
+            seen.add(name)
+            take(name, values)
+
         with torch.inference_mode():
-            _, cache = self._bridge.run_with_cache(
-                ids, names_filter=self._hooks, return_cache_object=False, **positions, **self._forward
-            )
-        # A name that is not there is dropped in silence, and aliases come along: take exactly what was asked for.
-        missing = [name for name in self._hooks if name not in cache]
-        assert not missing, f"hooks {missing} gave nothing"
-        return {name: cache[name] for name in self._hooks}
+            hooks = [(name, partial(hook, name)) for name in self._hooks]
+            self._bridge.run_with_hooks(ids, fwd_hooks=hooks, **positions, **self._forward)
+        assert seen == set(self._hooks), f"hooks {set(self._hooks) - seen} gave nothing"
 
     @property
     def final_norm(self) -> Any:

@@ -28,6 +28,9 @@ from shared.errors import CorruptData, UserError
 from shared.layout import INNER_ROWS, STORE, ModelIdentity, StoreRequest
 from shared.store import Store
 
+_CUDA_TOKENS, _CPU_TOKENS, _CPU_VALUES = 8192, 4096, 2**22
+"""Tokens per forward pass, and on CPU the values of one activation."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
@@ -100,6 +103,7 @@ def identify(settings: Settings) -> Inputs:
         "corpus": corpus.identity,
         "bos": bos,
         "block_sequences": block_sequences(settings, shape),
+        "batch_sequences": batch_sequences(settings, shape),
     }
     requests = tuple(_request(settings, layer, common) for layer in settings.capture.layers)
     blocks = -(-settings.tokens // requests[0].block_tokens)
@@ -120,6 +124,16 @@ def block_sequences(settings: Settings, shape: ModelShape) -> int:
         sequences //= 2
         sequences -= sequences % INNER_ROWS if sequences > INNER_ROWS else 0
     return sequences
+
+
+def batch_sequences(settings: Settings, shape: ModelShape) -> int:
+    """Windows per forward pass: as set, or as many as keep a processor busy and its temporary tensors small."""
+    if settings.capture.batch_sequences != "auto":
+        return settings.capture.batch_sequences
+    context = settings.windows.context_size
+    if resolve_device(settings.model.device) == "cuda":
+        return max(1, _CUDA_TOKENS // context)
+    return max(1, min(_CPU_TOKENS, _CPU_VALUES // shape.d_model) // context)
 
 
 def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool:
@@ -181,7 +195,6 @@ def _request(settings: Settings, layer: int, common: Mapping[str, object]) -> St
             "max_norm_quantile": store.max_norm_quantile,
             "storage": store.storage,
             "held_out_blocks": store.held_out_blocks,
-            "batch_sequences": settings.capture.batch_sequences,
             "unembedding": store.unembedding,
             "seed": settings.seed,
         }

@@ -69,8 +69,8 @@ class CaptureSettings(Config):
     """The transcoder's input: a hook of the layer's block, or a full name such as `blocks.7.hook_out`."""
     target: str = "hook_mlp_out"
     """The transcoder's target, named likewise."""
-    batch_sequences: int = Field(default=16, ge=1)
-    """Windows per forward pass."""
+    batch_sequences: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Windows per forward pass; `auto` is some thousand tokens, fewer for wide models on CPU."""
 
     @field_validator("layers")
     @classmethod

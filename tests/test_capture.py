@@ -107,10 +107,10 @@ class Narrow(Model):
 
     most = 3
 
-    def __call__(self, ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> dict[str, Any]:
+    def visit(self, ids: torch.Tensor, position_ids: torch.Tensor | None, take: Any) -> None:
         if len(ids) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().__call__(ids, position_ids)
+        super().visit(ids, position_ids, take)
 
 
 @pytest.mark.parametrize(("asked", "fits"), [(16, 2), (3, 3), (1, 1)])

@@ -502,3 +502,210 @@ def test_an_unfinished_plan_is_not_made_smaller(small: Line, finished: Path, tmp
 def test_help_says_everything() -> None:
     assert all(option in command("run", "--help").out for option in ("--layer", "--tokens", "--set", "--force"))
     assert all(name in command("--help").out for name in ("run", "info", "verify"))
+
+
+@pytest.mark.parametrize("kind", ["joined", "apart"])
+def test_what_is_left_out_is_counted_and_the_rest_is_the_models(
+    small: Line, model: Path, tmp_path: Path, kind: str
+) -> None:
+    """Special tokens, norms over a quantile, a cap, documents apart: counts are exact before any row is computed."""
+    more = ("exclude_special=true", "max_norm_quantile=0.9", "cap={16 = 64}")
+    options = [part for one in more for part in ("--set", f"store.{one}")]
+    path = command(*small(tmp_path, *options, "--set", f"windows.documents={kind}", "--set", "store.keep={}")).store
+    store = Store.open(path)
+    tokens, documents = (np.empty((5 * 16, 32), np.int32) for _ in range(2))
+    store.tokens.read(0, 80, tokens)
+    store.documents.read(0, 80, documents)
+    starts = np.diff(documents, axis=1, prepend=-1) != 0 if kind == "apart" else np.arange(32) == np.zeros((80, 1))
+    offsets = np.arange(32)
+    positions = offsets - np.maximum.accumulate(np.where(starts, offsets, 0), axis=1)
+    assert (tokens[positions == 0] == BOS_ID).all() and (tokens[positions > 0] != BOS_ID).all()
+    special = np.isin(tokens, store.record.plan.special_tokens)
+    assert {BOS_ID, EOS_ID} <= set(store.record.plan.special_tokens)
+    for plan in store.record.plan.strata:
+        inside = (positions >= plan.start) & (positions < plan.stop)
+        assert plan.total("natural") == inside[32:].sum()
+        assert plan.total("special") == (inside & special)[32:].sum()
+        allowed = (inside & ~special)[32:].reshape(3, -1).sum(1)
+        assert plan.total("over_norm") == sum(int(n * 0.1 + 1e-9) for n in allowed)
+        assert plan.total("stored") == 3 * plan.rows
+    assert list(store.strata) == ["001-004", "004-016", "016-032"]
+    assert store.strata["016-032"].stratum.rows == 64
+    for rows in store.strata.values():
+        count = rows.source.rows
+        tags = {name: np.empty(count, getattr(rows, name).spec.dtype) for name in ("sequence", "offset", "position")}
+        for name, found in tags.items():
+            getattr(rows, name).read(0, count, found)
+        place = tags["sequence"], tags["offset"]
+        assert (positions[place] == tags["position"]).all() and not special[place].any()
+        norms = np.empty((count, 32), np.uint16)
+        rows.source.read(0, count, norms)
+        found_norms = np.linalg.norm(decode(norms, "bfloat16"), axis=1).reshape(5, -1)
+        assert (found_norms.max(1) < 10 * np.median(found_norms)).all()
+    assert json.loads(command("verify", path, "--against-model", 20, "--model", model, "--json").out)[
+        "against_model"
+    ] == {
+        "rows": 20,
+        "equal": 20,
+        "largest": 0.0,
+        "wrong": [],
+    }
+
+
+def test_plan_is_what_lies_on_disk_in_the_end(small: Line, tmp_path: Path) -> None:
+    line = small(tmp_path)
+    planned = json.loads(command("plan", *line[1:], "--json").out)["stores"][0]
+    assert not tmp_path.joinpath("tiny").exists() and list(tmp_path.iterdir()) == []
+    path = command(*line).store
+    assert planned["path"] == str(path)
+    files = [file for file in path.rglob("*") if file.is_file()]
+    shards = [file for file in files if "/c/" in file.as_posix()]
+    assert (planned["shards"], planned["shard_bytes"]) == (len(shards), sum(file.stat().st_size for file in shards))
+    assert planned["rows"] == {name: rows.source.rows for name, rows in Store.open(path).strata.items()}
+    assert sum(file.stat().st_size for file in set(files) - set(shards)) <= planned["other_bytes_at_most"]
+    assert planned["exact"] and planned["present_bytes"] == 0
+    after = json.loads(command("plan", *line[1:], "--json").out)["stores"][0]
+    assert after["present_bytes"] == planned["shard_bytes"]
+    large = command("plan", *line[1:], "--tokens", 10**15)
+    assert large.code == 2 and "no room" in large.err and "--force" in large.err
+    assert command("plan", *line[1:], "--tokens", 10**15, "--force").code == 0
+    assert "about 0:00:" in command("plan", *line[1:], "--eta").out
+
+
+@pytest.mark.slow
+def test_kills_at_random_points_do_not_show(small: Line, longer: Path, tmp_path: Path) -> None:
+    """Killed again and again, anywhere in packing, capturing and finishing; the last run finishes."""
+    line, rng, kills = small(tmp_path, tokens=8 * BLOCK_TOKENS), np.random.default_rng(0), 0
+    folder = tmp_path / longer.name
+    for _ in range(6):
+        process = start(*line)
+        wait_for(tmp_path, "*/request.json", process)
+        time.sleep(float(rng.uniform(0, 1.5)))
+        process.kill()
+        process.communicate()
+        kills += 1
+        for late in (folder / STORE, folder / "ledger/000004.json"):
+            late.unlink(missing_ok=True)  # however far it came, there is work left
+    assert command(*line).store == folder and kills == 6
+    assert contents(folder) == contents(longer)
+    assert not [path for path in tmp_path.rglob("*.tmp")]
+
+
+def swap(a: Path, b: Path) -> None:
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+
+
+@pytest.mark.parametrize("kind", ["flipped", "cut", "deleted", "swapped", "tokens", "zarr.json", "ledger", "side-car"])
+def test_repair_makes_only_what_is_damaged_anew(
+    small: Line, model: Path, text: Path, finished: Path, tmp_path: Path, kind: str
+) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(finished, copy)
+    source = copy / ARRAYS / "strata/004-016/source/c"
+    blocks = {"flipped": "3", "cut": "3", "deleted": "3", "swapped": "2, 3", "ledger": "3"}
+    if kind in ("flipped", "tokens"):
+        path = source / "3/0" if kind == "flipped" else copy / ARRAYS / "tokens/c/1/0"
+        data = bytearray(path.read_bytes())
+        data[77] ^= 1
+        path.write_bytes(data)
+    elif kind == "cut":
+        (source / "3/0").write_bytes((source / "3/0").read_bytes()[:-1])
+    elif kind == "swapped":
+        swap(source / "2/0", source / "3/0")
+    else:
+        gone = {"zarr.json": f"{ARRAYS}/strata/004-016/zarr.json", "ledger": "ledger/000003.json"}
+        gone |= {"side-car": "unembedding.safetensors", "deleted": f"{ARRAYS}/strata/004-016/source/c/3/0"}
+        (copy / gone[kind]).unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in (copy / ARRAYS).rglob("c/[014]*") if path.is_file()}
+    assert command("verify", copy).code == 1
+    done = command("repair", copy, "--model", model, "--text", text)
+    assert done.code == 0, done.err
+    assert done.out.startswith("made anew: ")
+    if kind in blocks:
+        assert done.out == f"made anew: blocks {blocks[kind]}\n"
+    assert contents(copy) == contents(finished)
+    changed = {path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
+    assert changed == ({copy / ARRAYS / "tokens/c/1/0"} if kind == "tokens" else set())
+    assert command("repair", copy).out == "nothing is damaged\n"
+
+
+def test_repair_and_recomputing_want_the_stores_own_model_and_text(
+    finished: Path, text: Path, model: Path, tmp_path: Path
+) -> None:
+    other = make_gemma(tmp_path / "other", intermediate_size=52)
+    copy = tmp_path / "store"
+    shutil.copytree(finished, copy)
+    refused(command("verify", copy, "--against-model", 5, "--model", other), "is not the model of the store")
+    (copy / ARRAYS / "tokens/c/1/0").unlink()
+    wrong = write_jsonl(tmp_path / "text.jsonl", [{"text": "another"}])
+    done = command("repair", copy, "--model", model, "--text", wrong)
+    assert done.code == 2 and "is not the text it was made from" in done.err.splitlines()[-1]
+
+
+def test_a_row_that_is_not_the_models_is_found(finished: Path, model: Path, tmp_path: Path) -> None:
+    """Checksums that agree with wrong rows: only the model can tell."""
+    copy = tmp_path / "store"
+    shutil.copytree(finished, copy)
+    path = copy / ARRAYS / "strata/016-032/target/c/2/0"
+    data = np.frombuffer(path.read_bytes(), np.uint16).copy()
+    data[: 32 * 16 * 8] ^= 0x8000  # half the rows of the block change sign
+    path.write_bytes(data.tobytes())
+    from shared.store import file_crc32c
+
+    record = json.loads((copy / "ledger/000002.json").read_text())
+    record["files"]["strata/016-032/target/c/2/0"]["crc32c"] = file_crc32c(path)
+    edit_json(copy / "ledger/000002.json", **record)
+    done = command("verify", copy, "--against-model", 200, "--model", model)
+    assert done.code == 1 and "strata/016-032 row 5" in done.out
+    assert "200 rows recomputed" in done.out
+
+
+def test_nan_in_a_layer_stops_with_its_place(small: Line, model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    done = command(*small(tmp_path / "cache", model=folder))
+    assert done.code == 1
+    assert "blocks.2.hook_resid_mid, sequence 0 of the block, position 0: the value is nan" in done.err
+
+
+@pytest.mark.parametrize("shape", ["gemma3", "llama", "qwen2", "gpt2"])
+def test_other_models(small: Line, tmp_path: Path, shape: str) -> None:
+    from tests.llms import SHAPES
+
+    folder = SHAPES[shape](tmp_path / "model")
+    path = command(*small(tmp_path / "cache", model=folder, tokens=1)).store
+    request = Store.open(path).request
+    assert (request.bos, request.corpus.separator) == {
+        "qwen2": (False, "<eos>"),
+        "gpt2": (True, None),
+    }.get(shape, (True, "<eos>"))
+    found = json.loads(command("verify", path, "--against-model", 10, "--model", folder, "--json").out)
+    assert found["against_model"]["equal"] == 10
+    assert (path / "unembedding.safetensors").is_file()
+
+
+def test_sinks_are_told_with_what_to_do(small: Line, tmp_path: Path) -> None:
+    """A model whose BOS embedding is enormous: its row at position 0 dwarfs all others."""
+    from safetensors.torch import load_file, save_file
+
+    folder = make_gemma(tmp_path / "model", tie_word_embeddings=False)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][BOS_ID] *= 1000
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    done = command(*small(tmp_path / "cache", model=folder))
+    assert "warning: layer 2: position 0 is an attention sink" in done.err and "store.cap.0=16" in done.err
+    assert Store.open(done.store).record.strata[0].source.outlier_rows > 0
+
+
+def test_many_layers_get_smaller_blocks(small: Line, tmp_path: Path) -> None:
+    line = small(tmp_path, "--set", "store.max_block_bytes=200000", layers=(0, 1, 2, 3), tokens=1)
+    paths = [Path(name) for name in command(*line).out.splitlines()]
+    assert [Store.open(path).request.block_sequences for path in paths] == [8, 8, 8, 8]
+    assert 16 * 32 * 32 * 2 * 8 > 200000 >= 8 * 32 * 32 * 2 * 8

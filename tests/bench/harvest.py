@@ -161,14 +161,14 @@ def timed(part: Callable[[], object]) -> float:
 def memory(folder: Path) -> None:
     """Peak memory at the width of Gemma 2 2B, of one layer and of 26 at once, beyond two blocks and the model."""
     text = write_jsonl(folder / "text.jsonl", [{"text": one} for one in texts(8_000)])
-    for layers, windows in ((1, 32), (26, 256)):
+    for layers, windows, tokens in ((1, 32, 98_304), (26, 256, 12_288)):
         sizes = {"hidden_size": 2304, "num_hidden_layers": layers + 1, "sliding_window": 512}
         model = make_gemma(folder / f"model{layers}", **sizes)
         base = run(sys.executable, "-c", LOAD, model, layers).peak_mib
         names = [f"--layer={layer}" for layer in range(1, layers + 1)]
         options = ["--model", model, "--text", text, "--cache", folder / f"cache{layers}", *names]
         settings = [part for one in (*SETTINGS, f"store.block_sequences={windows}") for part in ("--set", one)]
-        line = ["-m", "harvest", "run", "gemma-2-2b", *options, "--tokens", TOKENS, *settings]
+        line = ["-m", "harvest", "run", "gemma-2-2b", *options, "--tokens", tokens, *settings]
         done = run(sys.executable, *line)
         records = [read_store_record(Path(path)) for path in done.out.split()]
         specs = [store_specs(r.request, r.plan.stored_strata, r.d_in, r.d_out) for r in records]
@@ -183,7 +183,6 @@ def memory(folder: Path) -> None:
         record(f"harvest memory at d 2,304, {layers} of {layers + 1} layers", f"{LINE} memory", figures)
 
 
-TOKENS = 98_304
 SETTINGS = (
     "model.dtype=float32",
     "store.held_out_blocks=0",
