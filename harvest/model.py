@@ -56,6 +56,11 @@ class Model:
         assert seen == set(self._hooks), f"hooks {set(self._hooks) - seen} gave nothing"
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self._bridge.parameters()).device
+
+    @property
     def final_norm(self) -> Any:
         """The norm before the unembedding, a module."""
         return self._bridge.ln_final
@@ -137,23 +142,31 @@ def probe(folder: Path, hooks: Sequence[str], context_size: int) -> dict[str, in
 
     Also refuses hooks that do not give one row per position: [S, T, width].
     """
-    layers = layers_needed(hooks)
     with _quiet(), _explained(folder):
-        with torch.device("meta"):
-            network = transformers.AutoModelForCausalLM.from_config(
-                _cut_config(folder, layers), attn_implementation="eager", trust_remote_code=False
-            )
-        # Not use_cache=False, as in a harvest: it looks at values, and there are none.
-        model = Model(_bridge(folder, network, "meta", torch.float32), hooks, _few_logits(network))
+        try:
+            model = _without_weights(folder, hooks, "meta")
+        except NotImplementedError:  # GPT-2: the bridge cuts a fused matrix up, for which it needs values
+            model = _without_weights(folder, hooks, "cpu")
     _check_names(model.hook_names, hooks)
     with _quiet(), _explained(folder):
         found = {
-            name: tuple(value.shape) for name, value in model(torch.zeros(2, context_size).long().to("meta")).items()
+            name: tuple(value.shape)
+            for name, value in model(torch.zeros(2, context_size).long().to(model.device)).items()
         }
     for name, shape in found.items():
         if len(shape) != 3 or shape[:2] != (2, context_size):
             raise UserError(f"hook {name} has no rows per position: shape {shape} for 2 windows of {context_size}")
     return {name: shape[2] for name, shape in found.items()}
+
+
+def _without_weights(folder: Path, hooks: Sequence[str], device: str) -> Model:
+    """The cut model as its configuration makes it: nothing on `meta`, random numbers on a real device."""
+    with torch.device(device):
+        network = transformers.AutoModelForCausalLM.from_config(
+            _cut_config(folder, layers_needed(hooks)), attn_implementation="eager", trust_remote_code=False
+        )
+    # Not use_cache=False, as in a harvest: it looks at values, and on `meta` there are none.
+    return Model(_bridge(folder, network, device, torch.float32), hooks, _few_logits(network))
 
 
 def _check_names(known: Sequence[str], hooks: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.layout import STORE
 from tests.llms import ROOT, command, contents, make_gemma, texts, write_jsonl
 
 BLOCK_TOKENS = 16 * 32
@@ -54,6 +55,7 @@ def test_processes_share_a_harvest_and_others_carry_it_on(tmp_path: Path) -> Non
     pair.communicate()
     for name in list(store.glob("ledger/*.json"))[2:]:
         name.unlink()  # however far it came, there is work left
+    (store / STORE).unlink(missing_ok=True)
     three = launch(3, [*line, "--cache", tmp_path / "many"])
     out, err = three.communicate(timeout=200)
     assert three.returncode == 0, err
