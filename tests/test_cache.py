@@ -184,3 +184,30 @@ def test_an_exclusive_lock_can_be_shared(tmp_path: Path) -> None:
             pass
     with durable.lock(path, "it"):
         pass
+
+
+@pytest.mark.slow
+def test_a_store_is_not_removed_under_a_training_run(cache: Path, tmp_path: Path) -> None:
+    sizes = ("transcoder.d_sae=64", "activation.k=4", "activation.k_start=4", "rows.batch_rows=64")
+    options = [part for size in sizes for part in ("--set", size)]
+    line = [
+        sys.executable,
+        "-m",
+        "train",
+        "run",
+        "--store",
+        cache / "whole",
+        "--runs",
+        tmp_path / "runs",
+        "--steps",
+        400,
+    ]
+    with subprocess.Popen([str(part) for part in (*line, *options)], cwd=ROOT, stdout=-1, stderr=-1, text=True) as run:
+        while not (tmp_path / "runs/tiny-001/config.json").exists():
+            assert run.poll() is None
+        done = command("rm", "whole", "--cache", cache)
+        assert done.code == 2 and f"process {run.pid} " in done.err
+        out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    assert out.splitlines()[-1] == str(tmp_path / "runs/tiny-001")
+    assert command("rm", "whole", "--cache", cache).code == 0
