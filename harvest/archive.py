@@ -18,6 +18,9 @@ from shared.progress import Progress
 from shared.store import Store, buffers_record, fault, read_ledger
 
 Shard = tuple[str, ArraySpec]
+_MARKER = "unfinished.json"
+_MOST_WORKERS = 8
+"""A worker holds a shard of up to 128 MiB a few times over."""
 
 
 def pack(path: Path, target: Path, *, force: bool = False) -> int:
@@ -30,7 +33,7 @@ def pack(path: Path, target: Path, *, force: bool = False) -> int:
     if store.packed:
         raise UserError(f"{path} is packed already")
     raw, size = _raw_records(store), store.shard_bytes
-    with _target(target, size, force):
+    with store.reading(), _target(store, target, size, force):
         files: dict[str, FileRecord] = {}
 
         def one(shard: Shard) -> int:
@@ -60,7 +63,7 @@ def unpack(path: Path, target: Path, *, force: bool = False) -> int:
     if not store.packed:
         raise UserError(f"{path} is not packed: it has no {PACKED}")
     records, raw, size = store.packed.files, _raw_records(store), store.shard_bytes
-    with _target(target, size, force):
+    with store.reading(), _target(store, target, size, force):
 
         def one(shard: Shard) -> int:
             name, spec = shard
@@ -80,16 +83,25 @@ def unpack(path: Path, target: Path, *, force: bool = False) -> int:
 
 
 @contextmanager
-def _target(target: Path, size: int, force: bool) -> Iterator[None]:
-    """Hold the lock of a folder that is new, or was left by a kill; there is room for `size` bytes."""
+def _target(store: Store, target: Path, size: int, force: bool) -> Iterator[None]:
+    """Hold the lock of a folder that is new, or was left by a kill of the same command; there is room for `size` bytes.
+
+    A marker, there from the first file to the last, says what is being written.
+    """
+    what = {"packed": not store.packed, "store": store.record.model_dump(mode="json")}
+    marker, data = target / _MARKER, durable.json_bytes(what)
     with lock_store(target):
-        if (target / STORE).exists() or (target.exists() and not (target / ARRAYS).is_dir() and any(target.iterdir())):
+        ours = marker.is_file() and marker.read_bytes() == data
+        if not ours and target.exists() and any(target.iterdir()):
             raise UserError(f"{target} exists; choose another folder")
         if not force:
             durable.require_space(target.parent, size, "the shard files (--force to try all the same)")
-        if target.exists():
+        if ours:
             durable.sweep(target)
+            (target / STORE).unlink(missing_ok=True)
+        durable.publish_bytes(marker, data)
         yield
+        marker.unlink()
 
 
 def _finish(store: Store, target: Path, metadata: Mapping[str, object], more: Mapping[str, bytes]) -> None:
@@ -97,18 +109,18 @@ def _finish(store: Store, target: Path, metadata: Mapping[str, object], more: Ma
     files = {target / ARRAYS / array / "zarr.json": durable.json_bytes(value) for array, value in metadata.items()}
     files |= {target / name: data for name, data in more.items()}
     durable.publish_files(files)
-    for source in sorted(store.path.rglob("*")):
-        name = source.relative_to(store.path)
-        copied = target / name
-        if source.is_file() and not copied.exists() and name.as_posix() not in (PACKED, STORE):
-            durable.publish_file(copied, partial(shutil.copyfile, source))
+    written = {f"{ARRAYS}/{array}/zarr.json" for array in metadata} | {f"{ARRAYS}/{name}" for name, _ in _shards(store)}
+    for source in sorted(path for path in store.path.rglob("*") if path.is_file()):
+        name = source.relative_to(store.path).as_posix()
+        if name not in {PACKED, STORE, *written}:
+            durable.publish_file(target / name, partial(shutil.copyfile, source))
     durable.publish_bytes(target / STORE, (store.path / STORE).read_bytes())
 
 
 def _for_each_shard(name: str, store: Store, size: int, one: Callable[[Shard], int]) -> None:
     """Call `one`, which returns the raw bytes it dealt with, for every shard, on all cores."""
     lock, done = Lock(), 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(name, size, "bytes") as bar:
+    with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as pool, Progress(name, size, "bytes") as bar:
 
         def counted(shard: Shard) -> None:
             nonlocal done

@@ -14,9 +14,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shared.errors import UserError
 from shared.layout import StorageType
+
+_NESTED = {r"^language_model\.lm_head\.": "lm_head.", r"^(model\.language_model|language_model\.model)\.": "model."}
+"""Names of the text part's weights in models that also see, old and new, to those of the text model alone."""
 
 
 class Model:
@@ -56,14 +60,9 @@ class Model:
         assert seen == set(self._hooks), f"hooks {set(self._hooks) - seen} gave nothing"
 
     @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self._bridge.parameters()).device
-
-    @property
-    def final_norm(self) -> Any:
-        """The norm before the unembedding, a module."""
-        return self._bridge.ln_final
+    def final_norm(self) -> nn.Module:
+        """The norm before the unembedding, without hooks."""
+        return self._bridge.ln_final.original_component
 
     @property
     def unembedding(self) -> tuple[Tensor, Tensor]:
@@ -123,6 +122,7 @@ def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[st
             folder,
             output_loading_info=True,
             config=_cut_config(folder, layers),
+            key_mapping=_NESTED,
             dtype=kind,
             attn_implementation="eager",
             trust_remote_code=False,
@@ -142,31 +142,20 @@ def probe(folder: Path, hooks: Sequence[str], context_size: int) -> dict[str, in
 
     Also refuses hooks that do not give one row per position: [S, T, width].
     """
-    with _quiet(), _explained(folder):
-        try:
-            model = _without_weights(folder, hooks, "meta")
-        except NotImplementedError:  # GPT-2: the bridge cuts a fused matrix up, for which it needs values
-            model = _without_weights(folder, hooks, "cpu")
+    # Tensors with a shape only. Not the device `meta`: the bridge refuses to split GPT-2's joined projection there.
+    with _quiet(), _explained(folder), FakeTensorMode(allow_non_fake_inputs=True):
+        network = transformers.AutoModelForCausalLM.from_config(
+            _cut_config(folder, layers_needed(hooks)), attn_implementation="eager", trust_remote_code=False
+        )
+        # Not use_cache=False, as in a harvest: it looks at values, and there are none.
+        model = Model(_bridge(folder, network, "cpu", torch.float32), hooks, _few_logits(network))
     _check_names(model.hook_names, hooks)
-    with _quiet(), _explained(folder):
-        found = {
-            name: tuple(value.shape)
-            for name, value in model(torch.zeros(2, context_size).long().to(model.device)).items()
-        }
+    with _quiet(), _explained(folder), FakeTensorMode(allow_non_fake_inputs=True):
+        found = {name: tuple(value.shape) for name, value in model(torch.zeros(2, context_size).long()).items()}
     for name, shape in found.items():
         if len(shape) != 3 or shape[:2] != (2, context_size):
             raise UserError(f"hook {name} has no rows per position: shape {shape} for 2 windows of {context_size}")
     return {name: shape[2] for name, shape in found.items()}
-
-
-def _without_weights(folder: Path, hooks: Sequence[str], device: str) -> Model:
-    """The cut model as its configuration makes it: nothing on `meta`, random numbers on a real device."""
-    with torch.device(device):
-        network = transformers.AutoModelForCausalLM.from_config(
-            _cut_config(folder, layers_needed(hooks)), attn_implementation="eager", trust_remote_code=False
-        )
-    # Not use_cache=False, as in a harvest: it looks at values, and on `meta` there are none.
-    return Model(_bridge(folder, network, device, torch.float32), hooks, _few_logits(network))
 
 
 def _check_names(known: Sequence[str], hooks: Sequence[str]) -> None:
@@ -179,6 +168,7 @@ def _check_names(known: Sequence[str], hooks: Sequence[str]) -> None:
 def _cut_config(folder: Path, layers: int) -> Any:
     """The model's configuration with `layers` layers; lists with one entry per layer are cut too."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = config.get_text_config()  # of a model that also sees, the part that reads
     whole = config.num_hidden_layers
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == whole:
@@ -195,9 +185,11 @@ def _few_logits(network: nn.Module) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(network.forward).parameters else {}
 
 
-def _bridge(folder: Path, network: nn.Module, device: str, dtype: torch.dtype) -> Any:
+def _bridge(folder: Path, network: Any, device: str, dtype: torch.dtype) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
+    # A nested configuration does not name its class, and the bridge goes by that name.
+    network.config.architectures = [type(network).__name__]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     bridge = TransformerBridge.boot_transformers(
         str(folder), hf_model=network.eval(), tokenizer=tokenizer, device=device, dtype=dtype

@@ -1,4 +1,11 @@
-"""How well a store's rows are shuffled, measured on the batches that training would read."""
+"""How well a store's rows are shuffled, measured on the batches that training would read.
+
+The measure is the variance of batch means, summed over dimensions, over what it would be if every epoch of every
+stratum were a uniform permutation of its rows. Within one epoch of N rows that is the variance of independent rows
+times N / (N - 1): batches that share no rows vary less about the population's mean, and repel each other by as much.
+Where a stratum is read several times over, epochs are independent of each other, and that is in the expectation too.
+So a good shuffle gives 1 on a store of any size.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harvest.blocks import SIDES, decode
-from shared.errors import UserError
 from shared.layout import STORAGE_DTYPES
 from shared.progress import Progress
 from shared.reader import RowReader, RowsConfig
 from shared.store import Store
 
 BATCH_ROWS = (1024, 4096)
-MOST_BATCHES = 512
+FEWEST_BATCHES, MOST_BATCHES = 128, 512
 LIMIT = 1.10
 
 
@@ -30,9 +36,9 @@ class Shuffle:
     neighbours_expected: float
     """The same share if the rows read were in random order."""
     ratio: dict[str, float]
-    """By side: variance of batch means over that of independent rows with the same counts per stratum."""
+    """By side: variance of batch means over that of uniformly shuffled rows with the same counts per stratum."""
     error: dict[str, float]
-    """Standard error of each ratio."""
+    """Standard error of each ratio, as if batches were independent: too small where few rows are read many times."""
 
     @property
     def good(self) -> bool:
@@ -41,16 +47,10 @@ class Shuffle:
 
 
 def measure(store: Store, batch_rows: int, seed: int = 0) -> Shuffle:
-    """Measure the batches of the largest stratum's first epoch, at most `MOST_BATCHES` of them.
-
-    Raises `UserError` when there are fewer than two.
-    """
-    blocks = store.record.training_blocks
-    reader = RowReader(store, blocks, RowsConfig(batch_rows=batch_rows), seed)
+    """Measure the first batches: an epoch of the stratum with most rows in them, but 128 to 512."""
+    reader = RowReader(store, store.record.training_blocks, RowsConfig(batch_rows=batch_rows), seed)
     largest = max(reader.slices(), key=lambda name: reader.slices()[name].stop - reader.slices()[name].start)
-    batches = min(MOST_BATCHES, int(1 / reader.epochs(1)[largest]))
-    if batches < 2:
-        raise UserError(f"{store.path} holds fewer than two batches of {batch_rows} training rows")
+    batches = min(MOST_BATCHES, max(FEWEST_BATCHES, int(1 / reader.epochs(1)[largest])))
     documents, dtype = _Documents(store, reader, batch_rows), STORAGE_DTYPES[store.request.storage]
     widths = {"source": store.record.d_in, "target": store.record.d_out}
     means = {side: np.zeros((batches, width)) for side, width in widths.items()}
@@ -64,7 +64,7 @@ def measure(store: Store, batch_rows: int, seed: int = 0) -> Shuffle:
             bar.update(step + 1)
     ratio, error = {}, {}
     for side in SIDES:
-        ratio[side], error[side] = variance_ratio(means[side], independent_variance(store, reader, side))
+        ratio[side], error[side] = variance_ratio(means[side], shuffled_variance(store, reader, side, batches))
     neighbours, expected = documents.shares()
     return Shuffle(
         batch_rows=batch_rows,
@@ -76,25 +76,42 @@ def measure(store: Store, batch_rows: int, seed: int = 0) -> Shuffle:
     )
 
 
-def independent_variance(store: Store, reader: RowReader, side: str) -> float:
-    """The variance, summed over dimensions, of the mean of a batch of independent rows: sum of c_s sigma_s^2 / B^2."""
-    total = sum(reader.counts)
+def shuffled_variance(store: Store, reader: RowReader, side: str, batches: int) -> float:
+    """The sample variance of the means of the first batches, on average over all shuffles, summed over dimensions."""
+    total, rows = sum(reader.counts), len(reader.blocks)
     return sum(
-        count * float(store.statistics[name][side].variance.sum()) / total**2
-        for name, count in zip(store.strata, reader.counts, strict=True)
+        (count / total) ** 2
+        * float(store.statistics[name][side].variance.sum())
+        * shuffled_share(count, rows * stratum.stratum.rows, batches)
+        for (name, stratum), count in zip(store.strata.items(), reader.counts, strict=True)
     )
 
 
-def variance_ratio(means: NDArray[np.float64], independent: float) -> tuple[float, float]:
-    """The variance of batch means [batches, d] over that of independent rows, and its standard error.
+def shuffled_share(count: int, rows: int, batches: int) -> float:
+    """The sample variance over `batches` batches, on average, of the mean of `count` rows of variance 1.
 
-    Batches of one epoch share no rows: that makes their means vary less about the population's, and repel each other
-    by as much. So their variance about their own mean is what independent rows give, but for a factor N / (N - 1).
+    They follow each other in a stream of independent uniform permutations of `rows` rows. Two rows of one permutation
+    have the covariance -1 / (rows - 1), and two of different ones have none.
     """
+    if not count or rows == 1:
+        return 0.0
+    edges, borders = count * np.arange(batches + 1), rows * np.arange(-(-count * batches // rows) + 1)
+    low = np.maximum(edges[:-1, None], borders[:-1])
+    parts = np.maximum(np.minimum(edges[1:, None], borders[1:]) - low, 0)  # rows of a batch from an epoch
+    within = (parts * (parts - 1)).sum() / batches
+    between = (parts.sum(axis=0) ** 2 - (parts**2).sum(axis=0)).sum() / (batches * (batches - 1))
+    return float((count - (within - between) / (rows - 1)) / count**2)
+
+
+def variance_ratio(means: NDArray[np.float64], shuffled: float) -> tuple[float, float]:
+    """The sample variance of batch means [batches, d] over `shuffled`, and its standard error.
+
+    Batches that cannot differ, because each is a whole epoch or all rows are the same, have the ratio 1.
+    """
+    if not shuffled:
+        return 1.0, 0.0
     squares = np.square(means - means.mean(axis=0)).sum(axis=1) * len(means) / (len(means) - 1)
-    if not independent:
-        return (1.0 if not squares.any() else float("inf")), 0.0
-    return float(squares.mean() / independent), float(squares.std(ddof=1) / np.sqrt(len(means)) / independent)
+    return float(squares.mean() / shuffled), float(squares.std(ddof=1) / np.sqrt(len(means)) / shuffled)
 
 
 class _Documents:
@@ -104,7 +121,7 @@ class _Documents:
         self._store, self._reader = store, reader
         self._sequence, self._offset = np.empty(batch_rows, np.uint32), np.empty(batch_rows, np.uint16)
         self._same, self._pairs = 0, 0
-        self._seen: dict[str, list[NDArray[np.int32]]] = {name: [] for name in reader.slices()}
+        self._seen: dict[str, list[NDArray[np.int64]]] = {name: [] for name in reader.slices()}
 
     def add(self, step: int) -> None:
         """Read the documents of the rows of `step`."""
@@ -116,20 +133,22 @@ class _Documents:
         for number in np.unique(shard):
             chosen = shard == number
             found[chosen] = array.shard(int(number))[row[chosen], offset[chosen]]
+        rows = sequence.astype(np.int64) * self._store.request.context_size + offset
         for name, place in self._reader.slices().items():
             part = found[place]
             self._same += int((part[1:] == part[:-1]).sum())
-            self._pairs += max(0, len(part) - 1)
-            self._seen[name].append(part)
+            self._pairs += len(part) - 1
+            self._seen[name].append(np.stack([rows[place], part]))
 
     def shares(self) -> tuple[float, float]:
         """Share of neighbours from one document, and what it would be in random order."""
         expected = 0.0
         for parts in self._seen.values():
-            _, counts = np.unique(np.concatenate(parts), return_counts=True)
-            rows = counts.sum()
-            collision = float((counts * (counts - 1.0)).sum() / max(rows * (rows - 1.0), 1.0))
-            expected += collision * sum(max(0, len(part) - 1) for part in parts)
+            rows, owners = np.concatenate(parts, axis=1)
+            _, first = np.unique(rows, return_index=True)  # a row that was read again is no neighbour of its own
+            _, counts = np.unique(owners[first], return_counts=True)
+            collision = float((counts * (counts - 1.0)).sum() / max(len(first) * (len(first) - 1.0), 1.0))
+            expected += collision * sum(part.shape[1] - 1 for part in parts)
         return self._same / max(self._pairs, 1), expected / max(self._pairs, 1)
 
 

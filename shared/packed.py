@@ -5,6 +5,8 @@ then zstd), so stock readers open a packed store as well. Training reads it thro
 """
 
 import atexit
+import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from shared.config import Config
 from shared.errors import CorruptData, UserError
 from shared.layout import ArraySpec, FileName, FileRecord
 
-LEVEL = 5
+LEVEL = 4
 LOCAL_BYTES = 16 * 2**30
 _PREFIX = "unpacked-store-"
 _ENTRY = 16
@@ -78,7 +80,8 @@ def read_index(spec: ArraySpec, footer: bytes, size: int, path: Path) -> NDArray
     entries = np.frombuffer(index if whole else b"", "<u8").reshape(-1, 2)
     end = size - footer_bytes(spec)
     expected = np.concatenate([np.zeros(1, "<u8"), np.cumsum(entries[:, 1])])
-    right = whole and (entries[:, 0] == expected[:-1]).all() and int(expected[-1]) == end
+    small = bool((entries[:, 1] <= max(end, 0)).all())  # so that no sum can wrap around
+    right = whole and small and (entries[:, 0] == expected[:-1]).all() and int(expected[-1]) == end
     if not right or google_crc32c.value(index).to_bytes(4, "little") != footer[-4:]:
         raise CorruptData(f"{path}: its index does not match its layout; pack the store again")
     return entries
@@ -109,10 +112,13 @@ class LocalFolder:
         self._root, self._most, parent = root, most, parent or Path(tempfile.gettempdir())
         durable.make_folder(parent)
         _sweep(parent)
-        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        stack = ExitStack()
+        # The lock lies beside the folder and is held before the folder exists: no sweep can come in between.
+        name = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+        self.folder, stack, lock = parent / name, ExitStack(), parent / f"{name}.lock"
+        stack.callback(lock.unlink, missing_ok=True)
+        stack.enter_context(durable.lock(lock, f"folder {self.folder}"))
         stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
-        stack.enter_context(durable.lock(self.folder / "lock", f"folder {self.folder}"))
+        self.folder.mkdir()
         atexit.register(stack.close)
         self._shards: OrderedDict[str, _Shard] = OrderedDict()
         self.bytes = self.evicted = 0
@@ -178,9 +184,10 @@ class _Shard:
 
 def _sweep(parent: Path) -> None:
     """Remove folders of processes that were killed."""
-    for folder in parent.glob(f"{_PREFIX}*"):
-        with suppress(UserError), durable.lock(folder / "lock", str(folder)):
-            shutil.rmtree(folder, ignore_errors=True)
+    for lock in parent.glob(f"{_PREFIX}*.lock"):
+        with suppress(UserError), durable.lock(lock, str(lock)):
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def _codec(spec: ArraySpec) -> Blosc:

@@ -85,6 +85,37 @@ def make_gpt2(folder: Path) -> Path:
     return folder
 
 
+def make_gemma3_multimodal(folder: Path) -> Path:
+    """A Gemma-3 model that also sees: its text part is nested, in the configuration and in the weights' names."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
+
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    text = Gemma3TextConfig(
+        **_SMALL, head_dim=16, query_pre_attn_scalar=16, num_hidden_layers=4, layer_types=kinds, sliding_window=8
+    )
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sight, "image_size": 28, "patch_size": 14}
+    return _save(
+        folder,
+        Gemma3ForConditionalGeneration,
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4),
+    )
+
+
+def make_granite(folder: Path) -> Path:
+    """A Granite model, which divides its logits."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    return _save(folder, GraniteForCausalLM, GraniteConfig(**_SMALL, num_hidden_layers=3, logits_scaling=8.0))
+
+
+def make_cohere(folder: Path) -> Path:
+    """A Cohere model: layer norms without bias, and logits that are multiplied."""
+    from transformers import CohereConfig, CohereForCausalLM
+
+    return _save(folder, CohereForCausalLM, CohereConfig(**_SMALL, num_hidden_layers=3, logit_scale=0.25))
+
+
 _SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

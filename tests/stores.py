@@ -25,6 +25,30 @@ BOS = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentLayout:
+    """Documents of one length, and how much of its rows each decides."""
+
+    tokens: int
+    deviation: float
+    """Of the vector that a document adds to its rows; a token's own has 1.04."""
+    shuffled: bool
+    """Whether windows are permuted over the store and rows within their block, or all lie in order of documents."""
+
+    def owners(self, block: int, blocks: int, request: layout.StoreRequest) -> Array:
+        """The document of each token of a block's windows [S, T]."""
+        windows = blocks * request.block_sequences
+        place = keyed.permutation(windows, request.seed, "windows") if self.shuffled else np.arange(windows)
+        first = place.reshape(blocks, -1, 1)[block] * request.context_size
+        return ((first + np.arange(request.context_size)) // self.tokens).astype(np.int32)
+
+    def vectors(self, owners: Array, like: Array) -> Array:
+        """What each row has of its document [n, D]."""
+        numbers, places = np.unique(owners, return_inverse=True)
+        drawn = [np.random.default_rng(int(number)).normal(size=like.shape) for number in numbers]
+        return self.deviation * np.array(drawn)[places]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SyntheticStore:
     """A store on disk and what it must contain."""
 
@@ -99,12 +123,13 @@ def make_store(
     noise: float = 0.05,
     bos_norm: float = 20.0,
     tokenizer: bool = False,
+    documents: DocumentLayout | None = None,
     **request: Any,
 ) -> SyntheticStore:
     """Write a finished store at `path`; further options are those of `make_request`.
 
     `noise` is the share of the target's deviation that the source does not explain; `bos_norm` the norm of the row at
-    position 0 over that of other rows.
+    position 0 over that of other rows. Without `documents`, they are short and have no part in the rows.
     """
     wanted = make_request(**request)
     rng = np.random.default_rng(wanted.seed)
@@ -118,12 +143,13 @@ def make_store(
     for block in range(blocks):
         tokens = rng.integers(BOS + 1, vocabulary, (wanted.block_sequences, wanted.context_size), dtype=np.int32)
         tokens[:, 0] = BOS
-        documents = np.cumsum(tokens % 8 == 1, axis=1, dtype=np.int32) + np.int32(block * tokens.size)
-        documents += np.arange(len(tokens), dtype=np.int32)[:, None] * wanted.context_size
-        for spec, rows in ((layout.tokens_spec(wanted), tokens), (layout.documents_spec(wanted), documents)):
+        owners = _short_documents(block, tokens)
+        if documents:
+            owners = documents.owners(block, blocks, wanted)
+        for spec, rows in ((layout.tokens_spec(wanted), tokens), (layout.documents_spec(wanted), owners)):
             parts.setdefault(spec.path, []).append(rows)
             token_files |= _write_block(path, spec, block, rows)
-        written, gathered = _write_strata(path, wanted, draw, block, tokens, parts)
+        written, gathered = _write_strata(path, wanted, draw, block, tokens, owners, documents, parts)
         moments.append(gathered)
         raw = save({f"{stratum}/{side}/mean": every.mean for (stratum, side), (every, _) in gathered.items()})
         done = layout.LedgerRecord(
@@ -187,12 +213,17 @@ class _Rows:
         bos = rng.normal(size=d_in)
         self.bos = bos * (bos_norm * np.sqrt(d_in) / np.linalg.norm(bos))
 
-    def __call__(self, tokens: Array, position: Array) -> dict[str, NDArray[np.float32]]:
-        source = self.vectors[tokens] + self.mean + 0.3 * self.rng.normal(size=(len(tokens), len(self.mean)))
+    def __call__(self, tokens: Array, position: Array, shared: Array | float) -> dict[str, NDArray[np.float32]]:
+        source = self.vectors[tokens] + self.mean + 0.3 * self.rng.normal(size=(len(tokens), len(self.mean))) + shared
         source[position == 0] = self.bos
         target = np.maximum(source @ self.up, 0) @ self.down + self.offset
         target[position > 0] += self.noise * self.rng.normal(size=target[position > 0].shape)
         return {"source": source.astype(np.float32), "target": target.astype(np.float32)}
+
+
+def _short_documents(block: int, tokens: Array) -> Array:
+    owners = np.cumsum(tokens % 8 == 1, axis=1, dtype=np.int32) + np.int32(block * tokens.size)
+    return owners + np.arange(len(tokens), dtype=np.int32)[:, None] * tokens.shape[1]
 
 
 _Gathered = dict[tuple[str, str], tuple[statistics.Moments, statistics.Moments]]
@@ -200,15 +231,24 @@ _Gathered = dict[tuple[str, str], tuple[statistics.Moments, statistics.Moments]]
 
 
 def _write_strata(
-    path: Path, request: layout.StoreRequest, draw: _Rows, block: int, tokens: Array, parts: dict[str, list[Array]]
+    path: Path,
+    request: layout.StoreRequest,
+    draw: _Rows,
+    block: int,
+    tokens: Array,
+    owners: Array,
+    documents: DocumentLayout | None,
+    parts: dict[str, list[Array]],
 ) -> tuple[dict[str, layout.FileRecord], _Gathered]:
     written: dict[str, layout.FileRecord] = {}
     gathered: _Gathered = {}
     for stratum in make_strata(request):
         width = stratum.stop - stratum.start
-        order = keyed.permutation(int(stratum.natural_rows), request.seed, block, stratum.name)[: stratum.rows]
+        order = keyed.permutation(int(stratum.natural_rows), request.seed, block, stratum.name)
+        order = (order if documents is None or documents.shuffled else np.sort(order))[: stratum.rows]
         sequence, position = order // width, stratum.start + order % width
-        sides = draw(tokens[sequence, position], position)
+        owner = owners[sequence, position]
+        sides = draw(tokens[sequence, position], position, documents.vectors(owner, draw.mean) if documents else 0.0)
         arrays = {side: encode(rows, request.storage) for side, rows in sides.items()}
         arrays["position"] = position.astype(np.uint16)
         arrays["sequence"] = (sequence + block * request.block_sequences).astype(np.uint32)

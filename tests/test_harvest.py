@@ -191,7 +191,7 @@ def test_the_gemma_preset_at_its_width(tmp_path: Path) -> None:
     assert path.name.startswith("gemma-2-2b-L8-")
     assert (store.record.d_in, store.record.d_out, store.record.blocks) == (2304, 2304, 3)
     assert [stratum.name for stratum in store.record.plan.stored_strata][-1] == "256-1024"
-    assert store.request.corpus.order == "as_read" and store.request.batch_sequences == 8
+    assert store.request.corpus.order == "as_read" and store.request.batch_sequences == 1
     check_store(path, model, rows=50)
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from harvest.model import check_isolation, load_model
+from harvest.model import check_isolation, load_model, probe
 from shared.errors import UserError
-from tests.llms import SHAPES
+from shared.store import Store
+from tests.llms import SHAPES, command, make_gemma3_multimodal, texts, write_jsonl
 
 LAYER = 2
 HOOKS = [f"blocks.{LAYER}.hook_resid_mid", f"blocks.{LAYER}.hook_mlp_out"]
@@ -57,6 +58,13 @@ def test_hooks_equal_plain_transformers(folders: dict[str, Path], shape: str, dt
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_probe_gives_the_widths_that_the_model_gives(folders: dict[str, Path], shape: str) -> None:
+    hooks = [*HOOKS, f"blocks.{LAYER}.ln2.hook_normalized", f"blocks.{LAYER}.mlp.hook_pre"]
+    rows = load_model(folders[shape], "float32", "cpu", hooks)(torch.randint(4, 300, (2, 16)))
+    assert probe(folders[shape], hooks, 16) == {name: values.shape[2] for name, values in rows.items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_documents_apart_equal_documents_alone(folders: dict[str, Path], shape: str) -> None:
     model = load_model(folders[shape], "float32", "cpu", HOOKS)
     lengths = [[5, 20, 1, 14], [40], [17, 23]]
@@ -78,3 +86,37 @@ def test_a_model_that_mixes_documents_is_refused(folders: dict[str, Path]) -> No
     model._forward = {**model._forward, "use_cache": True}  # the trap: with a cache, documents see each other
     with pytest.raises(UserError, match=r"does not keep the documents of a window apart.*documents=joined"):
         check_isolation(model, 40, "cpu")
+
+
+def test_the_text_part_of_a_model_that_also_sees(tmp_path: Path) -> None:
+    from transformers import Gemma3ForConditionalGeneration
+
+    folder = make_gemma3_multimodal(tmp_path / "model")
+    ids = torch.randint(4, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    whole = Gemma3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    block, kept = whole.model.language_model.layers[LAYER], []
+    block.pre_feedforward_layernorm.register_forward_pre_hook(lambda _, given: kept.append(given[0].clone()))
+    block.post_feedforward_layernorm.register_forward_hook(lambda _, given, result: kept.append(result.clone()))
+    with torch.inference_mode():
+        whole(input_ids=ids, use_cache=False)
+    found = load_model(folder, "float32", "cpu", HOOKS)(ids)
+    assert all(torch.equal(found[name], expected) for name, expected in zip(HOOKS, kept, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_command_harvests_every_architecture(folders: dict[str, Path], shape: str, tmp_path: Path) -> None:
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": one} for one in texts(60)])
+    small = ["windows.context_size=32", "store.edges=[0, 1, 8]", "store.block_sequences=8", "store.held_out_blocks=1"]
+    settings = [part for one in (*small, "capture.batch_sequences=4") for part in ("--set", one)]
+    given = ["--model", folders[shape], "--text", text, "--cache", tmp_path / "cache", "--layer", LAYER]
+    path = command("run", *given, "--tokens", 512, *settings).store
+    checked = command("verify", path)
+    assert checked.code == 0, checked.err
+    store = Store.open(path)
+    tokens = np.empty((store.tokens.rows, 32), np.int32)
+    store.tokens.read(0, len(tokens), tokens)
+    first = {"qwen2": None, "gpt2": 1}.get(shape, 2)
+    assert store.request.bos == (first is not None)
+    assert store.request.corpus.separator == (None if shape == "gpt2" else "<eos>")
+    assert first is None or (tokens[:, 0] == first).all()
+    assert first is not None or len(set(tokens[:, 0].tolist())) > 1

@@ -63,3 +63,27 @@ def test_every_array_of_a_batch_is_of_the_same_rows(synthetic: SyntheticStore) -
                 synthetic.arrays[f"strata/{s.stratum.name}/{name}"][low:high] for s, low, high, _ in reader.runs(step)
             ]
             assert (found == np.concatenate(rows)).all()
+
+
+def test_the_rows_of_a_step_stay_what_they_are(synthetic: SyntheticStore) -> None:
+    """Recorded: a change here would make every finished run's `batch(step)` another."""
+    store = Store.open(synthetic.path)
+    reader = RowReader(store, store.record.training_blocks, RowsConfig(batch_rows=24, run_rows=8), seed=5)
+    assert reader.counts == [0, 2, 9, 13]
+    found = {step: [(s.stratum.name, low, high, at) for s, low, high, at in reader.runs(step)] for step in (0, 40)}
+    assert found == {
+        0: [
+            ("001-004", 152, 154, 0),
+            ("004-016", 944, 952, 2),
+            ("004-016", 448, 449, 10),
+            ("016-032", 1144, 1152, 11),
+            ("016-032", 648, 653, 19),
+        ],
+        40: [
+            ("001-004", 184, 186, 0),
+            ("004-016", 632, 640, 2),
+            ("004-016", 552, 553, 10),
+            ("016-032", 1096, 1104, 11),
+            ("016-032", 624, 629, 19),
+        ],
+    }

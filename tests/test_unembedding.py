@@ -3,13 +3,19 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
+import shared.unembedding
 from harvest.model import load_model
-from harvest.unembedding import publish_unembedding
-from tests.llms import SHAPES, make_gemma
+from harvest.unembedding import norm_effect, publish_unembedding
+from shared.errors import CorruptData, UserError
+from shared.unembedding import Unembedding
+from tests.llms import SHAPES, make_cohere, make_gemma, make_granite
+
+MAKERS = {**SHAPES, "granite": make_granite, "cohere": make_cohere}
 
 
 def logits(path: Path, x: torch.Tensor) -> torch.Tensor:
@@ -25,11 +31,11 @@ def logits(path: Path, x: torch.Tensor) -> torch.Tensor:
     return found if not told["softcap"] else told["softcap"] * torch.tanh(found / told["softcap"])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", MAKERS)
 def test_logits_are_those_of_the_model(shape: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = SHAPES[shape](tmp_path / "model")
+    folder = MAKERS[shape](tmp_path / "model")
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():  # a norm that does nothing proves nothing
         norm = whole.transformer.ln_f if shape == "gpt2" else whole.model.norm
@@ -51,3 +57,60 @@ def test_the_file_has_the_models_type_and_equal_bytes_each_time(tmp_path: Path) 
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with safe_open(tmp_path / "a", "pt") as file:
         assert file.get_tensor("W_U").dtype == torch.bfloat16 and file.get_tensor("W_U").shape == (320, 32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_layer_norm_is_told_apart_in_every_type(dtype: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(32, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
+    layer, rms = torch.nn.LayerNorm(32), torch.nn.RMSNorm(32, eps=1e-5)
+    with torch.no_grad():
+        layer.weight.copy_(weight), layer.bias.copy_(bias), rms.weight.copy_(weight)
+    for norm, kind, wanted in ((layer, "layer", bias), (rms, "rms", torch.zeros(32))):
+        gain, found, told = norm_effect(norm.to(getattr(torch, dtype)), 32, torch.device("cpu"))
+        assert told == kind
+        torch.testing.assert_close(gain, weight.float(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found, wanted.float(), rtol=1e-6, atol=1e-6)
+        assert next(norm.parameters()).dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("block_values", [2**24, 32 * 7, 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_promoted_tokens_equal_a_dense_reference(
+    dtype: str, block_values: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared.unembedding, "_BLOCK_VALUES", block_values)
+    model = load_model(make_gemma(tmp_path / "model"), dtype, "cpu", ["blocks.1.hook_mlp_out"])
+    publish_unembedding(model, tmp_path / "u")
+    with safe_open(tmp_path / "u", "pt") as file:
+        weight, gain = (file.get_tensor(name).double().numpy() for name in ("W_U", "final_norm.gain"))
+    directions = np.random.default_rng(0).normal(size=(9, 32)).astype(np.float32)
+    dense = (directions * gain) @ weight.T
+    dense -= dense.mean(1, keepdims=True)
+    found, order = Unembedding(tmp_path / "u").effects(directions, 5), np.argsort(dense, axis=1)
+    assert (found.promoted == order[:, :-6:-1]).all() and (found.suppressed == order[:, :5]).all()
+    for ids, effects in ((found.promoted, found.promoted_effects), (found.suppressed, found.suppressed_effects)):
+        np.testing.assert_allclose(effects, np.take_along_axis(dense, ids, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_more_tokens_than_there_are_and_no_directions(tmp_path: Path) -> None:
+    model = load_model(make_gemma(tmp_path / "model"), "float32", "cpu", ["blocks.1.hook_mlp_out"])
+    publish_unembedding(model, tmp_path / "u")
+    whole = Unembedding(tmp_path / "u").effects(np.eye(2, 32, dtype=np.float32), 1000)
+    assert (np.sort(whole.promoted, axis=1) == np.arange(320)).all()
+    assert (whole.promoted_effects == whole.suppressed_effects[:, ::-1]).all()
+    assert Unembedding(tmp_path / "u").effects(np.zeros((0, 32), np.float32), 5).promoted.shape == (0, 5)
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    model = load_model(make_gemma(tmp_path / "model"), "float32", "cpu", ["blocks.1.hook_mlp_out"])
+    publish_unembedding(model, tmp_path / "u")
+    with pytest.raises(UserError, match=r"no unembedding at .*store\.unembedding=true"):
+        Unembedding(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"directions are \[3, 48\], .* unembeds 32 values"):
+        Unembedding(tmp_path / "u").effects(np.zeros((3, 48), np.float32), 5)
+    data = (tmp_path / "u").read_bytes()
+    for name, part in (("empty", b""), ("cut", data[:-100_000]), ("head", data[:40]), ("noise", b"\x09" * 500)):
+        (tmp_path / name).write_bytes(part)
+        with pytest.raises(CorruptData, match="not a readable unembedding"):
+            Unembedding(tmp_path / name)

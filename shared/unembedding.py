@@ -1,0 +1,98 @@
+"""Reads `unembedding.safetensors` and lists the tokens that directions promote. No torch here."""
+
+import json
+import mmap
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import CorruptData, UserError
+
+_BLOCK_VALUES = 2**24
+"""Most values of a block of effects, and of a block of `W_U`: 64 MiB in float32 each."""
+_DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+
+
+class TokenEffects(NamedTuple):
+    """Tokens of n directions and their logits, each [n, count], the strongest first."""
+
+    promoted: NDArray[np.int64]
+    promoted_effects: NDArray[np.float32]
+    suppressed: NDArray[np.int64]
+    suppressed_effects: NDArray[np.float32]
+
+
+class Unembedding:
+    """`W_U` [vocabulary, d_model], mapped, and the gain [d_model] of the norm before it."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file. Raises `UserError` when there is none, and `CorruptData` when it is not one."""
+        self._path = path
+        try:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            (length,) = struct.unpack_from("<Q", self._map)
+            self._header, self._data = json.loads(self._map[8 : 8 + length]), 8 + length
+            self._weight, self._gain = self._tensor("W_U", 2), _float32(self._tensor("final_norm.gain", 1))
+        except FileNotFoundError as error:
+            raise UserError(f"no unembedding at {path}; harvest with --set store.unembedding=true") from error
+        except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
+            raise CorruptData(f"{path}: not a readable unembedding ({error}); run the same harvest again") from error
+        if self._gain.shape != self._weight.shape[1:]:
+            raise CorruptData(f"{path}: final_norm.gain is {self._gain.shape}, and W_U is {self._weight.shape}")
+
+    def effects(self, directions: NDArray[np.float32], count: int) -> TokenEffects:
+        """The `count` tokens that each row of `directions` [n, d_model] promotes and suppresses most.
+
+        The effect is `(w * gain) @ W_U.T` less its mean over the vocabulary: what adding `w` to the residual stream
+        does to the logits directly, up to the norm's scale and before any softcap. Raises `UserError` when the
+        directions are not as wide as the residual stream.
+        """
+        vocabulary, width = self._weight.shape
+        if directions.ndim != 2 or directions.shape[1] != width:
+            raise UserError(
+                f"directions are {list(directions.shape)}, and {self._path} unembeds {width} values; the tokens that a "
+                "latent promotes are known only where the target is part of the residual stream"
+            )
+        rows = max(1, _BLOCK_VALUES // max(vocabulary, width))
+        starts = range(0, max(1, len(directions)), rows)  # no directions are one empty block
+        parts = [self._some(directions[i : i + rows] * self._gain, min(count, vocabulary)) for i in starts]
+        return TokenEffects(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def _some(self, scaled: NDArray[np.float32], count: int) -> TokenEffects:
+        vocabulary, width = self._weight.shape
+        effects = np.empty((len(scaled), vocabulary), np.float32)
+        step = max(1, _BLOCK_VALUES // width)
+        for i in range(0, vocabulary, step):
+            effects[:, i : i + step] = scaled @ _float32(self._weight[i : i + step]).T
+        effects -= effects.mean(1, keepdims=True, dtype=np.float64).astype(np.float32)
+        return TokenEffects(*_largest(effects, count, 1), *_largest(effects, count, -1))
+
+    def _tensor(self, name: str, dimensions: int) -> NDArray[Any]:
+        told = self._header[name]
+        (start, stop), dtype = told["data_offsets"], np.dtype(_DTYPES[told["dtype"]])
+        if len(told["shape"]) != dimensions or not 0 <= start <= stop <= len(self._map) - self._data:
+            raise ValueError(f"{name} does not fit into the file")
+        flat = np.frombuffer(self._map, dtype, (stop - start) // dtype.itemsize, self._data + start)
+        return flat.reshape(told["shape"])
+
+
+def _largest(effects: NDArray[np.float32], count: int, sign: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Columns of the `count` largest of `sign * effects` in each row, the largest first, and their effects."""
+    last = effects.shape[1] - 1
+    place = last + 1 - count if sign > 0 else count - 1
+    order = np.argpartition(effects, min(max(place, 0), last), axis=1)
+    columns = np.sort(order[:, last + 1 - count :] if sign > 0 else order[:, :count], axis=1)
+    found = np.take_along_axis(effects, columns, 1)
+    ranked = np.argsort(-sign * found, axis=1, kind="stable")
+    return np.take_along_axis(columns, ranked, 1), np.take_along_axis(found, ranked, 1)
+
+
+def _float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Values as float32; uint16 are the bits of bfloat16."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
