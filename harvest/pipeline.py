@@ -140,7 +140,7 @@ def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool
     """Whether the store at `path` holds what is asked for; one that is damaged does not, and is made whole again."""
     if not (path / STORE).is_file():
         return False
-    plan.load_target(path, request)
+    plan.check_request(path, request)
     try:
         record = Store.open(path).record
     except CorruptData as error:

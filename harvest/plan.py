@@ -27,6 +27,7 @@ from shared.keyed import permutation
 from shared.layout import (
     ARRAYS,
     DOCUMENTS,
+    PACKED,
     PLAN,
     REQUEST,
     TOKENS,
@@ -76,9 +77,16 @@ class Target:
 
 
 def load_target(path: Path, request: StoreRequest) -> Target:
-    """What is at `path` already. Raises `UserError` when it was made for another request."""
+    """What is at `path` already. Raises `UserError` when it was made for another request, and when it is packed."""
     if not (path / REQUEST).is_file():
         return Target(path=path, request=request)
+    refuse_packed(path)
+    check_request(path, request)
+    return Target(path=path, request=request, plan=read_plan(path) if (path / PLAN).is_file() else None)
+
+
+def check_request(path: Path, request: StoreRequest) -> None:
+    """Raise `UserError` when the store at `path` was made for another request."""
     found = read_request(path)
     if found != request:
         name, (theirs, ours) = next(iter(differences(found, request).items()))
@@ -86,7 +94,12 @@ def load_target(path: Path, request: StoreRequest) -> Target:
             f"{path / REQUEST} is of another request: {name} is {theirs} there and {ours} here; choose another "
             "--cache, or remove the folder"
         )
-    return Target(path=path, request=request, plan=read_plan(path) if (path / PLAN).is_file() else None)
+
+
+def refuse_packed(path: Path) -> None:
+    """Raise `UserError` for a packed store, which is only read."""
+    if (path / PACKED).is_file():
+        raise UserError(f"{path} is a packed store, which is only read; unpack it: harvest unpack {path} FOLDER")
 
 
 def needs_packing(target: Target, training_blocks: int) -> bool:

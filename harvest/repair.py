@@ -69,6 +69,7 @@ def repair(path: Path, model: str | None, text: Sequence[str], workers: int) -> 
     `model` and `text` say where they lie, if that is not what the store names. Raises `UserError` when they are not
     the store's own, and `CorruptData` when the store is still damaged at the end.
     """
+    plan.refuse_packed(path)
     with ExitStack() as stack:
         stack.enter_context(lock_store(path))
         durable.sweep(path)

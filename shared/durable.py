@@ -109,9 +109,12 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 def make_sparse(path: Path, size: int) -> None:
     """An empty file of `size` bytes that takes no room yet."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        file.truncate(size)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            file.truncate(size)
+    except OSError as error:
+        raise explain(error, [path]) from error
 
 
 def write_at(path: Path, offset: int, data: bytes) -> None:
@@ -227,9 +230,12 @@ def lock(path: Path, what: str, *, shared: bool = False) -> Iterator[Lock]:
 def holders(path: Path) -> list[str]:
     """Who holds a lock of the file `path`, such as `process 4711 (python)`; told by Linux only."""
     table, found = Path("/proc/locks"), []
-    if not (table.exists() and path.exists()):
+    try:
+        status = path.stat()
+    except OSError:  # removed by its holder
         return []
-    status = path.stat()
+    if not table.exists():
+        return []
     place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     for line in table.read_text().splitlines():
         fields = line.split()

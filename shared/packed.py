@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
@@ -30,6 +30,7 @@ from shared.layout import ArraySpec, FileName, FileRecord
 LEVEL = 4
 LOCAL_BYTES = 16 * 2**30
 _PREFIX = "unpacked-store-"
+_HEADER, _STORED_AS_IS = 16, 0x02
 _ENTRY = 16
 """Bytes of a chunk's entry in the index: offset and size."""
 
@@ -39,7 +40,7 @@ blosc.use_threads = False  # the same bytes always, and threads of our own
 class PackedRecord(Config):
     """`packed.json`: the shard files as they are, by path below the Zarr root."""
 
-    format_version: int = 1
+    format_version: Literal[1] = 1
     files: dict[FileName, FileRecord]
     unpacked_bytes: int = Field(ge=0)
     """Of all shard files before packing."""
@@ -64,9 +65,15 @@ def unpack_shard(spec: ArraySpec, data: bytes, path: Path) -> bytes:
 def unpack_chunk(spec: ArraySpec, chunk: bytes, path: Path) -> bytes:
     """The rows of one inner chunk. Raises `CorruptData` naming `path`."""
     wanted = spec.inner_rows * spec.row_bytes
-    size = int.from_bytes(chunk[4:8], "little")  # of Blosc's header: checked before anything is allocated
+    # Blosc's header is checked first: the decoder believes it. Bytes: version, version, flags, item size, then sizes
+    # of the rows, of a block and of the chunk, four bytes each.
+    size, packed = int.from_bytes(chunk[4:8], "little"), int.from_bytes(chunk[12:16], "little")
     if size != wanted:
         raise CorruptData(f"{path}: a chunk decodes to {size:,} bytes, expected {wanted:,}; pack the store again")
+    if len(chunk) < _HEADER or packed != len(chunk) or chunk[3] != _item(spec):
+        raise CorruptData(f"{path}: a chunk's header does not match its layout; pack the store again")
+    if chunk[2] & _STORED_AS_IS and len(chunk) != _HEADER + wanted:
+        raise CorruptData(f"{path}: a chunk stored as it is has {len(chunk):,} bytes; pack the store again")
     try:
         return bytes(_codec(spec).decode(chunk))
     except (RuntimeError, ValueError) as error:
@@ -185,7 +192,7 @@ class _Shard:
 def _sweep(parent: Path) -> None:
     """Remove folders of processes that were killed."""
     for lock in parent.glob(f"{_PREFIX}*.lock"):
-        with suppress(UserError), durable.lock(lock, str(lock)):
+        with suppress(UserError, OSError), durable.lock(lock, str(lock)):  # in use, or another user's
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             lock.unlink(missing_ok=True)
 

@@ -291,6 +291,9 @@ def _read_packed(path: Path, arrays: list[ArraySpec], blocks: int) -> PackedReco
     """`packed.json`, which names every shard file and no other."""
     record = read_record(PackedRecord, read_json(path / PACKED), path / PACKED)
     known = {spec.shard_path(shard) for spec in arrays for shard in range(blocks * spec.shards_per_block)}
+    size = blocks * block_bytes(arrays)
+    if record.unpacked_bytes != size:
+        raise CorruptData(f"{path / PACKED}: unpacked_bytes is {record.unpacked_bytes}, the store's records say {size}")
     if unlike := known ^ set(record.files):
         raise CorruptData(f"{path / PACKED}: {min(unlike)} is not on both sides; pack the store again")
     return record

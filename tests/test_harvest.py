@@ -591,6 +591,21 @@ def test_kills_at_random_points_do_not_show(small: Line, longer: Path, tmp_path:
     assert not [path for path in tmp_path.rglob("*.tmp")]
 
 
+def test_a_packed_store_is_found_and_never_written(small: Line, finished: Path, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / finished.name
+    assert command("pack", finished, path).code == 0
+    before = contents(path)
+    assert command(*small(tmp_path)).store == path
+    refused(command(*small(tmp_path, tokens=5 * BLOCK_TOKENS)), "is a packed store", "harvest unpack")
+    shard = path / ARRAYS / "strata/004-016/source/c/3/0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    done = command(*small(tmp_path))
+    assert done.code == 2 and "is a packed store" in done.err.splitlines()[-1]
+    refused(command("repair", path, "--model", model), "is a packed store")
+    shard.write_bytes(before[shard.relative_to(path).as_posix()])
+    assert contents(path) == before
+
+
 def swap(a: Path, b: Path) -> None:
     first, second = a.read_bytes(), b.read_bytes()
     a.write_bytes(second)

@@ -153,6 +153,8 @@ def test_a_chunk_of_another_size_is_refused_before_it_is_decoded(raw: SyntheticS
         (lambda value: value["files"].update({"tokens/c/99/0": {"bytes": 1, "crc32c": "00000000"}}), "tokens/c/99/0"),
         (lambda value: value["files"].pop("tokens/c/0/0"), "tokens/c/0/0"),
         (lambda value: value.update(unpacked_bytes=-1), "unpacked_bytes"),
+        (lambda value: value.update(unpacked_bytes=5), "unpacked_bytes is 5"),
+        (lambda value: value.update(format_version=7), "format_version"),
         (lambda value: value.update(more=1), "unknown option 'more'"),
     ],
 )
@@ -232,6 +234,42 @@ def test_what_another_command_left_is_not_written_over(
     assert contents(tmp_path / "out") == before and contents(other) == begun
     assert command("pack", pair[0], tmp_path / "out").code == 0
     assert contents(tmp_path / "out") == contents(pair[1])
+
+
+@pytest.mark.parametrize(("at", "value"), [(3, 4), (12, 200), (2, 0x33)])
+def test_a_chunk_whose_header_lies_is_refused(raw: SyntheticStore, at: int, value: int) -> None:
+    """Item size, size of the chunk, and a flag that says the rows lie there as they are."""
+    spec = Store.open(raw.path).strata["004-016"].source.spec
+    data = bytearray(pack_shard(spec, (raw.path / SHARD).read_bytes()))
+    assert data[at] != value
+    data[at] = value
+    with pytest.raises(CorruptData, match=r"a chunk's header|a chunk stored as it is"):
+        unpack_shard(spec, bytes(data), Path("shard"))
+
+
+def test_rows_that_do_not_compress_come_back(raw: SyntheticStore) -> None:
+    spec = Store.open(raw.path).strata["004-016"].source.spec
+    noise = np.random.default_rng(0).integers(0, 2**16, spec.payload_bytes // 2, dtype=np.uint16).tobytes()
+    data = noise + spec.footer()
+    assert unpack_shard(spec, pack_shard(spec, data), Path("shard")) == data
+
+
+def test_what_another_user_left_is_passed_over(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "local"
+    folder.mkdir()
+    (folder / f"{packed._PREFIX}theirs.lock").touch()
+    unlink = Path.unlink
+
+    def only_ours(path: Path, **given: bool) -> None:
+        if "theirs" in path.name:
+            raise PermissionError(1, "Operation not permitted")
+        unlink(path, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", only_ours)
+        rows = Store.open(pair[1], Local(folder=folder)).strata["004-016"].source.shard(0)
+    assert (folder / f"{packed._PREFIX}theirs.lock").exists()
+    assert rows.any()
 
 
 def test_an_index_whose_sums_wrap_around_is_refused(raw: SyntheticStore) -> None:
