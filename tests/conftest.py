@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 THREADS = "1"
 for pool in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA"):
@@ -29,6 +30,9 @@ os.environ |= {
 import pytest  # noqa: E402
 
 from tests.stores import SyntheticStore, make_store  # noqa: E402
+
+if TYPE_CHECKING:
+    from tests.llms import Line
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,3 +55,41 @@ def synthetic(tmp_path: Path, pristine: SyntheticStore) -> SyntheticStore:
     """A copy of `pristine` for one test, to change at will."""
     shutil.copytree(pristine.path, tmp_path / "store")
     return replace(pristine, path=tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.llms import make_gemma
+
+    return make_gemma(tmp_path_factory.mktemp("models") / "gemma")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.llms import texts, write_jsonl
+
+    return write_jsonl(tmp_path_factory.mktemp("texts") / "text.jsonl", [{"text": one} for one in texts(80)])
+
+
+@pytest.fixture(scope="session")
+def small(model: Path, text: Path) -> "Line":
+    """The arguments of a harvest of one second."""
+    from tests.llms import Line
+
+    return Line(model, text)
+
+
+@pytest.fixture(scope="session")
+def finished(small: "Line", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store that tests only read."""
+    from tests.llms import command
+
+    return command(*small(tmp_path_factory.mktemp("cache"))).store
+
+
+@pytest.fixture(scope="session")
+def longer(small: "Line", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store of ten blocks, made without a stop."""
+    from tests.llms import BLOCK_TOKENS, command
+
+    return command(*small(tmp_path_factory.mktemp("cache"), tokens=8 * BLOCK_TOKENS)).store

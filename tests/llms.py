@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +214,55 @@ def start(*arguments: object, options: Iterable[str] = ()) -> "subprocess.Popen[
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a store and its bytes."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+SMALL = [
+    *("--set", "windows.context_size=32"),
+    *("--set", "store.edges=[0, 1, 4, 16]"),
+    *("--set", "store.keep={0 = 0.25}"),
+    *("--set", "store.block_sequences=16"),
+    *("--set", "store.held_out_blocks=2"),
+    *("--set", "capture.batch_sequences=4"),
+]
+BLOCK_TOKENS = 16 * 32
+
+
+class Line:
+    """The arguments of a harvest that takes a second: by default two held-out blocks and three training blocks."""
+
+    def __init__(self, model: Path, text: Path) -> None:
+        self.model, self.text = model, text
+
+    def __call__(
+        self,
+        cache: Path,
+        *more: object,
+        model: Path | None = None,
+        text: Path | None = None,
+        layers: tuple[int, ...] = (2,),
+        tokens: int = 3 * BLOCK_TOKENS,
+    ) -> list[object]:
+        given = ["--model", model or self.model, "--text", text or self.text, "--cache", cache, "--tokens", tokens]
+        return ["run", *given, *SMALL, *(part for layer in layers for part in ("--layer", layer)), *more]
+
+
+def refused(outcome: Any, *parts: str, folder: Path | None = None) -> None:
+    """Exit code 2, one line on stderr with all of `parts`, and no store begun in `folder`."""
+    assert outcome.code == 2, (outcome.out, outcome.err)
+    assert len(outcome.err.splitlines()) == 1 and outcome.err.startswith("error: ")
+    for part in parts:
+        assert part in outcome.err
+    assert outcome.out == ""
+    if folder is not None:
+        assert not [path for path in folder.rglob("*") if path.is_dir() or path.suffix != ".lock"]
+
+
+def wait_for(cache: Path, pattern: str, process: Any) -> None:
+    began = time.monotonic()
+    while not list(cache.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - began < 120
+        time.sleep(0.005)
 
 
 def _save(folder: Path, kind: Any, config: Any) -> Path:

@@ -1,11 +1,10 @@
-"""The whole stage through its command: what a store holds, resuming, extending, and what a user can get wrong."""
+"""The whole stage through its command: what a store holds, resuming, extending, and what is left out."""
 
 import json
 import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,74 +15,20 @@ from shared.keyed import permutation
 from shared.layout import ARRAYS, STORE
 from shared.store import Store
 from tests.llms import (
+    BLOCK_TOKENS,
     BOS_ID,
     EOS_ID,
+    Line,
     command,
     contents,
     edit_json,
     make_gemma,
-    make_neox,
     start,
     texts,
+    wait_for,
     write_jsonl,
 )
 from tests.stores import decode, encode
-
-SMALL = [
-    *("--set", "windows.context_size=32"),
-    *("--set", "store.edges=[0, 1, 4, 16]"),
-    *("--set", "store.keep={0 = 0.25}"),
-    *("--set", "store.block_sequences=16"),
-    *("--set", "store.held_out_blocks=2"),
-    *("--set", "capture.batch_sequences=4"),
-]
-BLOCK_TOKENS = 16 * 32
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_gemma(tmp_path_factory.mktemp("models") / "gemma")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("texts") / "text.jsonl", [{"text": one} for one in texts(80)])
-
-
-class Line:
-    """The arguments of a harvest that takes a second: by default two held-out blocks and three training blocks."""
-
-    def __init__(self, model: Path, text: Path) -> None:
-        self.model, self.text = model, text
-
-    def __call__(
-        self,
-        cache: Path,
-        *more: object,
-        model: Path | None = None,
-        text: Path | None = None,
-        layers: tuple[int, ...] = (2,),
-        tokens: int = 3 * BLOCK_TOKENS,
-    ) -> list[object]:
-        given = ["--model", model or self.model, "--text", text or self.text, "--cache", cache, "--tokens", tokens]
-        return ["run", *given, *SMALL, *(part for layer in layers for part in ("--layer", layer)), *more]
-
-
-@pytest.fixture(scope="module")
-def small(model: Path, text: Path) -> Line:
-    return Line(model, text)
-
-
-@pytest.fixture(scope="module")
-def finished(small: Line, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store that tests only read."""
-    return command(*small(tmp_path_factory.mktemp("cache"))).store
-
-
-@pytest.fixture(scope="module")
-def longer(small: Line, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store of ten blocks, made without a stop."""
-    return command(*small(tmp_path_factory.mktemp("cache"), tokens=8 * BLOCK_TOKENS)).store
 
 
 def plain_rows(model: Path, layer: int, tokens: np.ndarray, batch: int, dtype: str) -> dict[str, np.ndarray]:
@@ -253,14 +198,6 @@ def test_a_stopped_harvest_resumes_to_the_same_bytes(
     assert contents(folder) == contents(longer)
 
 
-def wait_for(cache: Path, pattern: str, process: Any) -> None:
-    began = time.monotonic()
-    while not list(cache.glob(pattern)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() - began < 120
-        time.sleep(0.005)
-
-
 def test_packing_that_was_cut_off_starts_again(small: Line, finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / finished.name
     shutil.copytree(finished, copy)
@@ -356,154 +293,6 @@ def test_chats_and_token_ids(small: Line, model: Path, tmp_path: Path, kind: str
     check_store(done.store, folder, rows=30)
 
 
-def test_info_and_verify(finished: Path, tmp_path: Path) -> None:
-    shown = command("info", finished)
-    assert shown.code == 0
-    for part in ("blocks.2.hook_mlp_out", "16-31", "overall 1-31", "tokens", "5 blocks, 2 of them held out"):
-        assert part in shown.out
-    facts = json.loads(command("info", finished, "--json").out)
-    assert facts["blocks"] == 5 and facts["bytes"] == sum(map(len, contents(finished).values()))
-    assert json.loads(command("verify", finished, "--json").out)["faults"] == []
-    assert "intact" in command("verify", finished).out
-
-
-def test_verify_lists_every_damaged_file_and_a_new_run_heals(small: Line, finished: Path, tmp_path: Path) -> None:
-    copy = tmp_path / finished.name
-    shutil.copytree(finished, copy)
-    flipped, short, gone = (copy / ARRAYS / f"strata/004-016/{name}/c/3" for name in ("source/", "position", "target/"))
-    flipped, gone = flipped / "0", gone / "0"
-    data = bytearray(flipped.read_bytes())
-    data[100] ^= 1
-    flipped.write_bytes(data)
-    found = command("verify", copy)
-    assert found.code == 1
-    assert "strata/004-016/source/c/3/0: crc32c" in found.out and len(found.out.splitlines()) == 1
-    flipped.write_bytes(contents(finished)[flipped.relative_to(copy).as_posix()])
-    short.write_bytes(short.read_bytes()[:-1])
-    gone.unlink()
-    found = command("verify", copy)
-    assert found.code == 1 and len(found.out.splitlines()) == 2
-    assert "target/c/3/0: missing" in found.out
-    healed = command(*small(tmp_path))
-    assert "warning" in healed.err and healed.store == copy
-    assert contents(copy) == contents(finished)
-
-
-def refused(outcome: Any, *parts: str, folder: Path | None = None) -> None:
-    """Exit code 2, one line on stderr with all of `parts`, and no store begun in `folder`."""
-    assert outcome.code == 2, (outcome.out, outcome.err)
-    assert len(outcome.err.splitlines()) == 1 and outcome.err.startswith("error: ")
-    for part in parts:
-        assert part in outcome.err
-    assert outcome.out == ""
-    if folder is not None:
-        assert not [path for path in folder.rglob("*") if path.is_dir() or path.suffix != ".lock"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["run", "tinny"], ["no preset 'tinny'", "tiny"]),
-        (["run", "--config", "/no/such.toml"], ["/no/such.toml"]),
-        (["run", "--bogus"], ["--bogus"]),
-        (["run", "--set", "capture.layer=3"], ["capture.layer", "layers"]),
-        (["run", "--set", "nonsense"], ["NAME=VALUE"]),
-        (["run", "--set", "store.keep={3=0.5}"], ["keep names position 3"]),
-        (["run", "--set", "store.edges=[1,2]"], ["edges must start with 0"]),
-        (["run", "--set", "windows.context_size=1"], ["context_size", "1"]),
-        (["run", "--tokens", "0"], ["tokens"]),
-        (["run", "--tokens", "many"], ["many"]),
-        (["run", "--layer", "-1"], ["layers"]),
-        (["run", "--model", "/no/such/model"], ["no model folder at /no/such/model"]),
-        (["run", "--model", "nobody/nothing"], ["model 'nobody/nothing'", "hub", "local folder"]),
-        (["info", "/no/such/store"], ["/no/such/store"]),
-        (["verify", "/no/such/store"], ["/no/such/store"]),
-    ],
-)
-def test_bad_input_is_one_line(tmp_path: Path, arguments: list[Any], parts: list[str]) -> None:
-    more = ["--cache", tmp_path / "cache"] if arguments[0] == "run" else []
-    refused(command(*arguments, *more), *parts, folder=tmp_path / "cache")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--layer", 4], ["no layer for hook blocks.4.hook_resid_mid", "4 layers"]),
-        (["--set", "capture.source=blocks.9.hook_out"], ["blocks.9.hook_out", "4 layers"]),
-        (["--set", "capture.target=hook_mlp_oot"], ["no hook 'blocks.2.hook_mlp_oot'", "blocks.2.hook_mlp_out"]),
-        (["--set", "capture.target=attn.hook_pattern"], ["no rows per position"]),
-        (["--set", "windows.context_size=4096"], ["4096", "1024 positions"]),
-        (["--set", "text.column=body"], ["no column 'body'", "text"]),
-        (["--tokens", 10**15], ["no room", "bytes", "--force"]),
-        (["--set", "store.held_out_blocks=99"], ["text.jsonl", "99 held-out blocks", "tokens"]),
-        (["--set", "model.device=cuda"], ["model.device"]),
-    ],
-)
-def test_what_model_or_text_cannot_give(small: Line, tmp_path: Path, arguments: list[Any], parts: list[str]) -> None:
-    if "model.device=cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    refused(command(*small(tmp_path / "cache", *arguments)), *parts, folder=tmp_path / "cache")
-
-
-def test_models_that_do_not_fit(small: Line, model: Path, tmp_path: Path) -> None:
-    def run(folder: Path, *more: Any) -> Any:
-        return command(*small(tmp_path / "cache", *more, model=folder, tokens=1))
-
-    refused(run(make_neox(tmp_path / "neox")), "no hook 'blocks.2.hook_resid_mid'", folder=tmp_path / "cache")
-    (tmp_path / "nothing").mkdir()
-    refused(run(tmp_path / "nothing"), "config.json", folder=tmp_path / "cache")
-    shutil.copytree(model, tmp_path / "nobos")
-    edit_json(tmp_path / "nobos/tokenizer_config.json", bos_token=None, eos_token="<bos>")
-    edit_json(tmp_path / "nobos/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    refused(run(tmp_path / "nobos", "--set", "windows.bos=true"), "no BOS token", folder=tmp_path / "cache")
-    edit_json(tmp_path / "nobos/tokenizer_config.json", bos_token="<bos>")
-    more = ("--set", "windows.separator=true")
-    refused(run(tmp_path / "nobos", *more), "windows.separator=auto", folder=tmp_path / "cache")
-    assert Store.open(run(tmp_path / "nobos").store).request.corpus.separator is None
-
-
-def test_a_text_without_any_text_leaves_no_store(small: Line, tmp_path: Path) -> None:
-    for name, rows in {"none": [], "empty": [{"text": ""}, {"text": ""}], "null": [{"text": None}]}.items():
-        text = write_jsonl(tmp_path / f"{name}.jsonl", rows)
-        found = command(*small(tmp_path / "cache", "--set", "text.column=text", text=text))
-        refused(found, f"{name}.jsonl", folder=tmp_path / "cache")
-
-
-def test_a_cache_that_cannot_be_written_is_refused_before_the_model(small: Line, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harvest.model.probe", lambda *_: pytest.fail("the model was touched"))
-        refused(command(*small(tmp_path / "file" / "cache")), "cannot write to")
-
-
-def test_an_edited_request_is_refused_by_field(small: Line, finished: Path, tmp_path: Path) -> None:
-    copy = tmp_path / finished.name
-    shutil.copytree(finished, copy)
-    edit_json(copy / "request.json", context_size=64)
-    refused(command(*small(tmp_path)), "context_size is 64 there and 32 here")
-
-
-def test_a_second_harvester_is_told_at_once(small: Line, finished: Path, tmp_path: Path) -> None:
-    from shared.durable import lock
-
-    with lock(tmp_path / f"{finished.name}.lock", "test"):
-        refused(command(*small(tmp_path)), "locked")
-
-
-def test_an_unfinished_plan_is_not_made_smaller(small: Line, finished: Path, tmp_path: Path) -> None:
-    copy = tmp_path / finished.name
-    shutil.copytree(finished, copy)
-    (copy / STORE).unlink()
-    found = command(*small(tmp_path, tokens=1))
-    refused(found, "planned with 3 training blocks", f"--tokens {3 * BLOCK_TOKENS}")
-    refused(command("info", copy), "is unfinished (5 of 5 blocks)")
-
-
-def test_help_says_everything() -> None:
-    assert all(option in command("run", "--help").out for option in ("--layer", "--tokens", "--set", "--force"))
-    assert all(name in command("--help").out for name in ("run", "info", "verify"))
-
-
 @pytest.mark.parametrize("kind", ["joined", "apart"])
 def test_what_is_left_out_is_counted_and_the_rest_is_the_models(
     small: Line, model: Path, tmp_path: Path, kind: str
@@ -589,107 +378,6 @@ def test_kills_at_random_points_do_not_show(small: Line, longer: Path, tmp_path:
     assert command(*line).store == folder and kills == 6
     assert contents(folder) == contents(longer)
     assert not [path for path in tmp_path.rglob("*.tmp")]
-
-
-def test_a_packed_store_is_found_and_never_written(small: Line, finished: Path, model: Path, tmp_path: Path) -> None:
-    path = tmp_path / finished.name
-    assert command("pack", finished, path).code == 0
-    before = contents(path)
-    assert command(*small(tmp_path)).store == path
-    refused(command(*small(tmp_path, tokens=5 * BLOCK_TOKENS)), "is a packed store", "harvest unpack")
-    shard = path / ARRAYS / "strata/004-016/source/c/3/0"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    done = command(*small(tmp_path))
-    assert done.code == 2 and "is a packed store" in done.err.splitlines()[-1]
-    refused(command("repair", path, "--model", model), "is a packed store")
-    shard.write_bytes(before[shard.relative_to(path).as_posix()])
-    assert contents(path) == before
-
-
-def swap(a: Path, b: Path) -> None:
-    first, second = a.read_bytes(), b.read_bytes()
-    a.write_bytes(second)
-    b.write_bytes(first)
-
-
-@pytest.mark.parametrize("kind", ["flipped", "cut", "deleted", "swapped", "tokens", "zarr.json", "ledger", "side-car"])
-def test_repair_makes_only_what_is_damaged_anew(
-    small: Line, model: Path, text: Path, finished: Path, tmp_path: Path, kind: str
-) -> None:
-    copy = tmp_path / "store"
-    shutil.copytree(finished, copy)
-    source = copy / ARRAYS / "strata/004-016/source/c"
-    blocks = {"flipped": "3", "cut": "3", "deleted": "3", "swapped": "2, 3", "ledger": "3"}
-    if kind in ("flipped", "tokens"):
-        path = source / "3/0" if kind == "flipped" else copy / ARRAYS / "tokens/c/1/0"
-        data = bytearray(path.read_bytes())
-        data[77] ^= 1
-        path.write_bytes(data)
-    elif kind == "cut":
-        (source / "3/0").write_bytes((source / "3/0").read_bytes()[:-1])
-    elif kind == "swapped":
-        swap(source / "2/0", source / "3/0")
-    else:
-        gone = {"zarr.json": f"{ARRAYS}/strata/004-016/zarr.json", "ledger": "ledger/000003.json"}
-        gone |= {"side-car": "unembedding.safetensors", "deleted": f"{ARRAYS}/strata/004-016/source/c/3/0"}
-        (copy / gone[kind]).unlink()
-    kept = [path for block in "014" for path in (copy / ARRAYS).rglob(f"c/{block}*/**/*") if path.is_file()]
-    stamps = {path: path.stat().st_mtime_ns for path in kept}
-    assert len(stamps) == 3 * 10
-    assert command("verify", copy).code == 1
-    done = command("repair", copy, "--model", model, "--text", text)
-    assert done.code == 0, done.err
-    assert done.out.startswith("made anew: ")
-    if kind in blocks:
-        assert done.out == f"made anew: blocks {blocks[kind]}\n"
-    assert contents(copy) == contents(finished)
-    changed = {path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
-    assert changed == ({copy / ARRAYS / "tokens/c/1/0"} if kind == "tokens" else set())
-    assert command("repair", copy).out == "nothing is damaged\n"
-
-
-def test_repair_and_recomputing_want_the_stores_own_model_and_text(
-    finished: Path, text: Path, model: Path, tmp_path: Path
-) -> None:
-    other = make_gemma(tmp_path / "other", intermediate_size=52)
-    copy = tmp_path / "store"
-    shutil.copytree(finished, copy)
-    refused(command("verify", copy, "--against-model", 5, "--model", other), "is not the model of the store")
-    (copy / ARRAYS / "tokens/c/1/0").unlink()
-    wrong = write_jsonl(tmp_path / "text.jsonl", [{"text": "another"}])
-    done = command("repair", copy, "--model", model, "--text", wrong)
-    assert done.code == 2 and "is not the text it was made from" in done.err.splitlines()[-1]
-
-
-def test_a_row_that_is_not_the_models_is_found(finished: Path, model: Path, tmp_path: Path) -> None:
-    """Checksums that agree with wrong rows: only the model can tell."""
-    copy = tmp_path / "store"
-    shutil.copytree(finished, copy)
-    path = copy / ARRAYS / "strata/016-032/target/c/2/0"
-    data = np.frombuffer(path.read_bytes(), np.uint16).copy()
-    data[: 32 * 16 * 8] ^= 0x8000  # half the rows of the block change sign
-    path.write_bytes(data.tobytes())
-    from shared.store import file_crc32c
-
-    record = json.loads((copy / "ledger/000002.json").read_text())
-    record["files"]["strata/016-032/target/c/2/0"]["crc32c"] = file_crc32c(path)
-    edit_json(copy / "ledger/000002.json", **record)
-    done = command("verify", copy, "--against-model", 200, "--model", model)
-    assert done.code == 1 and "strata/016-032 row 5" in done.out
-    assert "200 rows recomputed" in done.out
-
-
-def test_nan_in_a_layer_stops_with_its_place(small: Line, model: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path / "model"
-    shutil.copytree(model, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.down_proj.weight"][3] = float("nan")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    done = command(*small(tmp_path / "cache", model=folder))
-    assert done.code == 1
-    assert "blocks.2.hook_resid_mid, sequence 0 of the block, position 0: the value is nan" in done.err
 
 
 @pytest.mark.parametrize("shape", ["gemma3", "llama", "qwen2", "gpt2"])

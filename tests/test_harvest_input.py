@@ -1,0 +1,137 @@
+"""What a user can get wrong in a harvest: one line, and nothing lost."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.layout import STORE
+from shared.store import Store
+from tests.llms import (
+    BLOCK_TOKENS,
+    Line,
+    command,
+    edit_json,
+    make_neox,
+    refused,
+    write_jsonl,
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["run", "tinny"], ["no preset 'tinny'", "tiny"]),
+        (["run", "--config", "/no/such.toml"], ["/no/such.toml"]),
+        (["run", "--bogus"], ["--bogus"]),
+        (["run", "--set", "capture.layer=3"], ["capture.layer", "layers"]),
+        (["run", "--set", "nonsense"], ["NAME=VALUE"]),
+        (["run", "--set", "store.keep={3=0.5}"], ["keep names position 3"]),
+        (["run", "--set", "store.edges=[1,2]"], ["edges must start with 0"]),
+        (["run", "--set", "windows.context_size=1"], ["context_size", "1"]),
+        (["run", "--tokens", "0"], ["tokens"]),
+        (["run", "--tokens", "many"], ["many"]),
+        (["run", "--layer", "-1"], ["layers"]),
+        (["run", "--model", "/no/such/model"], ["no model folder at /no/such/model"]),
+        (["run", "--model", "nobody/nothing"], ["model 'nobody/nothing'", "hub", "local folder"]),
+        (["info", "/no/such/store"], ["/no/such/store"]),
+        (["verify", "/no/such/store"], ["/no/such/store"]),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: list[Any], parts: list[str]) -> None:
+    more = ["--cache", tmp_path / "cache"] if arguments[0] == "run" else []
+    refused(command(*arguments, *more), *parts, folder=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--layer", 4], ["no layer for hook blocks.4.hook_resid_mid", "4 layers"]),
+        (["--set", "capture.source=blocks.9.hook_out"], ["blocks.9.hook_out", "4 layers"]),
+        (["--set", "capture.target=hook_mlp_oot"], ["no hook 'blocks.2.hook_mlp_oot'", "blocks.2.hook_mlp_out"]),
+        (["--set", "capture.target=attn.hook_pattern"], ["no rows per position"]),
+        (["--set", "windows.context_size=4096"], ["4096", "1024 positions"]),
+        (["--set", "text.column=body"], ["no column 'body'", "text"]),
+        (["--tokens", 10**15], ["no room", "bytes", "--force"]),
+        (["--set", "store.held_out_blocks=99"], ["text.jsonl", "99 held-out blocks", "tokens"]),
+        (["--set", "model.device=cuda"], ["model.device"]),
+    ],
+)
+def test_what_model_or_text_cannot_give(small: Line, tmp_path: Path, arguments: list[Any], parts: list[str]) -> None:
+    if "model.device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    refused(command(*small(tmp_path / "cache", *arguments)), *parts, folder=tmp_path / "cache")
+
+
+def test_models_that_do_not_fit(small: Line, model: Path, tmp_path: Path) -> None:
+    def run(folder: Path, *more: Any) -> Any:
+        return command(*small(tmp_path / "cache", *more, model=folder, tokens=1))
+
+    refused(run(make_neox(tmp_path / "neox")), "no hook 'blocks.2.hook_resid_mid'", folder=tmp_path / "cache")
+    (tmp_path / "nothing").mkdir()
+    refused(run(tmp_path / "nothing"), "config.json", folder=tmp_path / "cache")
+    shutil.copytree(model, tmp_path / "nobos")
+    edit_json(tmp_path / "nobos/tokenizer_config.json", bos_token=None, eos_token="<bos>")
+    edit_json(tmp_path / "nobos/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    refused(run(tmp_path / "nobos", "--set", "windows.bos=true"), "no BOS token", folder=tmp_path / "cache")
+    edit_json(tmp_path / "nobos/tokenizer_config.json", bos_token="<bos>")
+    more = ("--set", "windows.separator=true")
+    refused(run(tmp_path / "nobos", *more), "windows.separator=auto", folder=tmp_path / "cache")
+    assert Store.open(run(tmp_path / "nobos").store).request.corpus.separator is None
+
+
+def test_a_text_without_any_text_leaves_no_store(small: Line, tmp_path: Path) -> None:
+    for name, rows in {"none": [], "empty": [{"text": ""}, {"text": ""}], "null": [{"text": None}]}.items():
+        text = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        found = command(*small(tmp_path / "cache", "--set", "text.column=text", text=text))
+        refused(found, f"{name}.jsonl", folder=tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_the_model(small: Line, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harvest.model.probe", lambda *_: pytest.fail("the model was touched"))
+        refused(command(*small(tmp_path / "file" / "cache")), "cannot write to")
+
+
+def test_an_edited_request_is_refused_by_field(small: Line, finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / finished.name
+    shutil.copytree(finished, copy)
+    edit_json(copy / "request.json", context_size=64)
+    refused(command(*small(tmp_path)), "context_size is 64 there and 32 here")
+
+
+def test_a_second_harvester_is_told_at_once(small: Line, finished: Path, tmp_path: Path) -> None:
+    from shared.durable import lock
+
+    with lock(tmp_path / f"{finished.name}.lock", "test"):
+        refused(command(*small(tmp_path)), "locked")
+
+
+def test_an_unfinished_plan_is_not_made_smaller(small: Line, finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / finished.name
+    shutil.copytree(finished, copy)
+    (copy / STORE).unlink()
+    found = command(*small(tmp_path, tokens=1))
+    refused(found, "planned with 3 training blocks", f"--tokens {3 * BLOCK_TOKENS}")
+    refused(command("info", copy), "is unfinished (5 of 5 blocks)")
+
+
+def test_help_says_everything() -> None:
+    assert all(option in command("run", "--help").out for option in ("--layer", "--tokens", "--set", "--force"))
+    assert all(name in command("--help").out for name in ("run", "info", "verify"))
+
+
+def test_nan_in_a_layer_stops_with_its_place(small: Line, model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    done = command(*small(tmp_path / "cache", model=folder))
+    assert done.code == 1
+    assert "blocks.2.hook_resid_mid, sequence 0 of the block, position 0: the value is nan" in done.err
