@@ -11,8 +11,9 @@ from threading import Lock
 
 from harvest.pipeline import lock_store
 from shared import durable
+from shared.arrays import ArraySpec
 from shared.errors import CorruptData, UserError
-from shared.layout import ARRAYS, PACKED, STORE, ArraySpec, FileRecord
+from shared.layout import ARRAYS, PACKED, STORE, FileRecord
 from shared.packed import PackedRecord, pack_shard, packed_metadata, unpack_shard
 from shared.progress import Progress
 from shared.store import Store, buffers_record, fault, read_ledger

@@ -24,8 +24,9 @@ from harvest.plan import Target
 from harvest.ranks import Ranks
 from harvest.settings import Settings
 from shared import durable
+from shared.arrays import INNER_ROWS
 from shared.errors import CorruptData, UserError
-from shared.layout import INNER_ROWS, STORE, ModelIdentity, StoreRequest
+from shared.layout import STORE, ModelIdentity, StoreRequest
 from shared.store import Store
 
 _CUDA_TOKENS, _CPU_TOKENS, _CPU_VALUES = 8192, 4096, 2**22

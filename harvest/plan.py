@@ -22,6 +22,7 @@ from harvest.corpus import Corpus
 from harvest.encoding import Encoder
 from harvest.packing import Packed, Quota, TokenStream, Windows, model_positions, pack
 from shared import durable
+from shared.arrays import group_metadata
 from shared.errors import CorruptData, UserError
 from shared.keyed import permutation
 from shared.layout import (
@@ -37,7 +38,6 @@ from shared.layout import (
     StoreRequest,
     StratumPlan,
     documents_spec,
-    group_metadata,
     tokens_spec,
 )
 from shared.progress import Progress

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from shared import durable
+from shared.arrays import ArraySpec
 from shared.config import Config
 from shared.errors import CorruptData, UserError
-from shared.layout import ArraySpec, FileName, FileRecord
+from shared.layout import FileName, FileRecord
 
 LEVEL = 4
 LOCAL_BYTES = 16 * 2**30

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from shared.arrays import ArraySpec, group_metadata
 from shared.config import read_record
 from shared.durable import Lock, lock, read_json
 from shared.errors import CorruptData, UserError
@@ -31,7 +32,6 @@ from shared.layout import (
     STATISTICS,
     STORE,
     TOKENIZER,
-    ArraySpec,
     FileRecord,
     LedgerRecord,
     StorePlan,
@@ -39,7 +39,6 @@ from shared.layout import (
     StoreRequest,
     block_bytes,
     documents_spec,
-    group_metadata,
     moments_path,
     record_path,
     store_specs,

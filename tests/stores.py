@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from shared import durable, keyed, layout, statistics
+from shared import arrays, durable, keyed, layout, statistics
 from shared.strata import Stratum, quota, stratum_ranges
 
 Array = NDArray[Any]
@@ -264,7 +264,7 @@ def _write_strata(
     return written, gathered
 
 
-def _write_block(path: Path, spec: layout.ArraySpec, block: int, rows: Array) -> dict[str, layout.FileRecord]:
+def _write_block(path: Path, spec: arrays.ArraySpec, block: int, rows: Array) -> dict[str, layout.FileRecord]:
     written = {}
     for shard, buffers in zip(spec.block_shards(block), spec.shard_buffers(rows), strict=True):
         name = spec.shard_path(shard)
@@ -294,7 +294,7 @@ def _write_metadata(path: Path, request: layout.StoreRequest, d_in: int, d_out: 
     root = path / layout.ARRAYS
     strata = make_strata(request)
     for group in ("", "strata", *(f"strata/{stratum.name}" for stratum in strata)):
-        _write_json(root / group / "zarr.json", layout.group_metadata())
+        _write_json(root / group / "zarr.json", arrays.group_metadata())
     for spec in layout.store_specs(request, strata, d_in, d_out):
         _write_json(root / spec.path / "zarr.json", spec.metadata(blocks))
 

@@ -8,8 +8,9 @@ import pytest
 import zarr
 from pydantic import BaseModel, ValidationError
 
-from shared import durable, layout
-from shared.layout import ArraySpec, FileRecord, StoreRequest
+from shared import arrays, durable, layout
+from shared.arrays import ArraySpec
+from shared.layout import FileRecord, StoreRequest
 from tests.stores import decode, encode, make_request, make_store
 
 
@@ -23,7 +24,7 @@ def spec(rows: int, width: int | None = 8, dtype: str = "uint16") -> ArraySpec:
 
 @pytest.mark.parametrize("limit", [4096, 100_000, 2**20])
 def test_shards_against_brute_force(monkeypatch, limit):
-    monkeypatch.setattr(layout, "MAX_SHARD_BYTES", limit)
+    monkeypatch.setattr(arrays, "MAX_SHARD_BYTES", limit)
     for rows in [1, 5, 255, 256, 512, 768, 1024, 1280, 256 * 12, 256 * 17, 256 * 60]:
         for width, dtype in [(None, "uint16"), (None, "uint32"), (3, "uint16"), (64, "uint16"), (700, "float32")]:
             array = spec(rows, width, dtype)
@@ -54,7 +55,7 @@ def test_shards_of_real_sizes_stay_within_128_mib(rows, width, dtype, rows_per_s
 
 
 def test_blocks_follow_each_other_without_gaps(monkeypatch):
-    monkeypatch.setattr(layout, "MAX_SHARD_BYTES", 8192)
+    monkeypatch.setattr(arrays, "MAX_SHARD_BYTES", 8192)
     array = spec(1536, 8)
     assert (array.rows_per_shard, array.shards_per_block) == (512, 3)
     assert [n for block in range(4) for n in array.block_shards(block)] == list(range(12))
@@ -82,7 +83,7 @@ def test_crc32c_is_castagnoli():
 
 
 def test_shard_files_are_the_rows_in_order_then_the_footer(monkeypatch):
-    monkeypatch.setattr(layout, "MAX_SHARD_BYTES", 8192)
+    monkeypatch.setattr(arrays, "MAX_SHARD_BYTES", 8192)
     array = spec(1536, 8)
     rows = np.arange(1536 * 8).astype(np.uint16).reshape(1536, 8)
     files = [b"".join(bytes(part) for part in buffers) for buffers in array.shard_buffers(rows)]
@@ -225,7 +226,7 @@ SHAPES = {
 }
 
 
-ONE_SHARD, SEVERAL_SHARDS = layout.MAX_SHARD_BYTES, 2**13
+ONE_SHARD, SEVERAL_SHARDS = arrays.MAX_SHARD_BYTES, 2**13
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ ONE_SHARD, SEVERAL_SHARDS = layout.MAX_SHARD_BYTES, 2**13
     ],
 )
 def test_stock_zarr_reads_every_array_exactly(tmp_path, monkeypatch, storage, shape, limit):
-    monkeypatch.setattr(layout, "MAX_SHARD_BYTES", limit)
+    monkeypatch.setattr(arrays, "MAX_SHARD_BYTES", limit)
     made = make_store(tmp_path / "s", storage=storage, training_blocks=2, held_out_blocks=1, **SHAPES[shape])
     group = zarr.open_group(made.path / layout.ARRAYS, mode="r")
     found = {name: array for name, array in group.members(max_depth=None) if isinstance(array, zarr.Array)}
@@ -254,7 +255,7 @@ def test_stock_zarr_reads_every_array_exactly(tmp_path, monkeypatch, storage, sh
 
 
 def test_several_shards_per_block_really_occur(tmp_path, monkeypatch):
-    monkeypatch.setattr(layout, "MAX_SHARD_BYTES", 2**15)
+    monkeypatch.setattr(arrays, "MAX_SHARD_BYTES", 2**15)
     made = make_store(tmp_path / "s", training_blocks=2, held_out_blocks=1, context_size=20, block_sequences=256)
     files = list((made.path / layout.ARRAYS / "strata/004-016/source/c").glob("*/0"))
     assert len(files) == 3 * 3  # 3,072 rows of 32 bytes per block, 1,024 per file
@@ -311,5 +312,5 @@ def test_a_grown_shape_is_all_that_changes_between_blocks():
 
 
 def test_group_metadata_is_a_zarr_group(tmp_path: Path):
-    durable.publish_json(tmp_path / "zarr.json", layout.group_metadata())
+    durable.publish_json(tmp_path / "zarr.json", arrays.group_metadata())
     assert list(zarr.open_group(tmp_path, mode="r").members()) == []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared import durable, layout
+from shared import arrays, durable, layout
 from shared.errors import CorruptData, UserError
 from shared.store import MappedArray, Store, buffers_record, fault, file_crc32c, progress
 from tests.stores import SyntheticStore, make_store
@@ -77,7 +77,7 @@ def test_rows_belong_to_their_tokens(pristine):
 @pytest.fixture(scope="module")
 def cut_store(tmp_path_factory) -> SyntheticStore:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "MAX_SHARD_BYTES", 2**13)
+        patch.setattr(arrays, "MAX_SHARD_BYTES", 2**13)
         path = tmp_path_factory.mktemp("cut") / "s"
         return make_store(path, context_size=19, edges=(0, 1, 4, 16), block_sequences=256, training_blocks=2)
 
@@ -85,7 +85,7 @@ def cut_store(tmp_path_factory) -> SyntheticStore:
 @pytest.fixture
 def small_shards(cut_store, monkeypatch) -> SyntheticStore:
     """Three shard files per block of the last stratum's source."""
-    monkeypatch.setattr(layout, "MAX_SHARD_BYTES", 2**13)
+    monkeypatch.setattr(arrays, "MAX_SHARD_BYTES", 2**13)
     return cut_store
 
 
