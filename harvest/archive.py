@@ -24,8 +24,8 @@ _MOST_WORKERS = 8
 """A worker holds a shard of up to 128 MiB a few times over."""
 
 
-def pack(path: Path, target: Path, *, force: bool = False) -> int:
-    """Write the store at `path` as a packed one at `target`; returns its shard files' bytes.
+def pack(path: Path, target: Path, *, force: bool = False) -> tuple[int, int]:
+    """Write the store at `path` as a packed one at `target`; returns the bytes of shard files before and after.
 
     Raises `UserError` when `target` holds something else, and `CorruptData` on a shard that is not what was written.
     A rerun after a kill finishes.
@@ -52,7 +52,7 @@ def pack(path: Path, target: Path, *, force: bool = False) -> int:
         metadata = {spec.path: packed_metadata(spec, blocks) for spec in store.arrays()}
         record = PackedRecord(files=dict(sorted(files.items())), unpacked_bytes=size)
         _finish(store, target, metadata, {PACKED: durable.json_bytes(record.model_dump(mode="json"))})
-    return sum(file.bytes for file in files.values())
+    return size, sum(file.bytes for file in files.values())
 
 
 def unpack(path: Path, target: Path, *, force: bool = False) -> int:

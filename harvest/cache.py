@@ -13,8 +13,8 @@ from rich.table import Table
 
 from shared import durable
 from shared.errors import ProjectError, UserError
-from shared.layout import LEDGER, PACKED, PLAN, REQUEST, STORE, StoreRequest
-from shared.store import progress, read_plan, read_request
+from shared.layout import LEDGER, PLAN, REQUEST, STORE, StoreRequest
+from shared.store import is_packed, progress, read_plan, read_request
 
 _NAMED = 5
 
@@ -153,7 +153,7 @@ def _entry(path: Path) -> Entry:
     try:
         request = read_request(path)
         plan = read_plan(path) if (path / PLAN).is_file() else None
-        state = "packed" if (path / PACKED).is_file() else "complete" if (path / STORE).is_file() else progress(path)
+        state = "packed" if is_packed(path) else "complete" if (path / STORE).is_file() else progress(path)
     except ProjectError as error:
         return Entry(**common, state=f"damaged: {error}", used_by=[*users, *writers])
     return Entry(

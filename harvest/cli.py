@@ -93,12 +93,15 @@ def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> No
 @group.command()
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--shuffle", is_flag=True, help="Measure how well rows are shuffled, too, on batches of training.")
+@click.option("--run-rows", type=click.IntRange(1), help="With --shuffle: as rows.run_rows of training.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def info(store: Path, shuffle: bool, as_json: bool) -> None:
+def info(store: Path, shuffle: bool, run_rows: int | None, as_json: bool) -> None:
     """Describe the finished store at STORE: request, strata, blocks, packing, size."""
     from harvest.describe import describe, show
 
-    facts = describe(store, shuffle=shuffle)
+    if run_rows and not shuffle:
+        raise UserError("--run-rows says how --shuffle reads; add --shuffle")
+    facts = describe(store, shuffle=shuffle, run_rows=run_rows)
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
@@ -132,37 +135,43 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
 @click.option("--model", help="Where the store's model lies, if not where the store says.")
 @click.option("--text", multiple=True, help="Where the store's text lies, if its tokens are damaged (repeatable).")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads that run batches; 0 is one per core.")
-def repair(store: Path, model: str | None, text: tuple[str, ...], workers: int) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def repair(store: Path, model: str | None, text: tuple[str, ...], workers: int, as_json: bool) -> None:
     """Verify STORE and make what is damaged anew: the blocks concerned, and no others."""
     from harvest.repair import repair as mend
 
-    print(mend(store, model, text, workers).text())
+    damage = mend(store, model, text, workers)
+    print(json.dumps(asdict(damage), indent=2) if as_json else damage.text())
 
 
 @group.command()
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
-def pack(store: Path, folder: Path, force: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
     """Write STORE compressed to FOLDER, for archives and uploads; prints the folder last."""
     from harvest.archive import pack as write
-    from shared.store import Store
 
-    size, packed = Store.open(store).shard_bytes, write(store, folder, force=force)
-    print(f"{size:,} bytes of rows packed into {packed:,}: {size / packed:.2f} to 1", file=sys.stderr)
-    print(folder)
+    size, packed = write(store, folder, force=force)
+    if as_json:
+        print(json.dumps({"path": str(folder), "shard_bytes": size, "packed_shard_bytes": packed}, indent=2))
+    else:
+        print(f"{size:,} bytes of rows packed into {packed:,}: {size / packed:.2f} to 1", file=sys.stderr)
+        print(folder)
 
 
 @group.command()
 @click.argument("packed", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
-def unpack(packed: Path, folder: Path, force: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def unpack(packed: Path, folder: Path, force: bool, as_json: bool) -> None:
     """Write the packed store PACKED to FOLDER as it was before, byte for byte; prints the folder last."""
     from harvest.archive import unpack as write
 
-    write(packed, folder, force=force)
-    print(folder)
+    size = write(packed, folder, force=force)
+    print(json.dumps({"path": str(folder), "shard_bytes": size}, indent=2) if as_json else folder)
 
 
 @group.command()

@@ -19,9 +19,10 @@ from shared.store import Store, read_store_record
 Facts = dict[str, Any]
 
 
-def describe(path: Path, *, shuffle: bool = False) -> Facts:
+def describe(path: Path, *, shuffle: bool = False, run_rows: int | None = None) -> Facts:
     """The store's record, with its size on disk in bytes, and its shuffle, if that is to be measured.
 
+    `run_rows` as in `harvest.shuffle.measure`.
     Raises `UserError` when there is no finished store.
     """
     store = Store.open(path)
@@ -29,7 +30,7 @@ def describe(path: Path, *, shuffle: bool = False) -> Facts:
     facts = record.model_dump(mode="json")
     del facts["plan"]["token_files"]
     if shuffle:
-        facts["shuffle"] = [as_json(measure(store, rows)) for rows in BATCH_ROWS]
+        facts["shuffle"] = [as_json(measure(store, rows, run_rows)) for rows in BATCH_ROWS]
     packed = sum(file.bytes for file in store.packed.files.values()) if store.packed else None
     sizes = {"bytes": size_of(path), "shard_bytes": store.shard_bytes, "packed_shard_bytes": packed}
     return {"path": str(path), **sizes, "training_blocks": len(record.training_blocks), **facts}
@@ -56,6 +57,12 @@ def show(facts: Facts) -> None:
         worst = max(max(found["ratio"].values()) for found in facts["shuffle"])
         verdict = "yes" if worst <= LIMIT else "NO"
         console.print(f"variance at most {LIMIT:.2f} times that of independent rows: {verdict}, {worst:.3f} at worst")
+        if worst > LIMIT:
+            better = min(found["better_run_rows"] for found in facts["shuffle"])
+            console.print(
+                f"train with --set rows.run_rows={better}, and check it here with --run-rows {better}; or harvest with "
+                "larger blocks (store.block_sequences, store.max_block_bytes)"
+            )
 
 
 def _request_table(facts: Facts) -> Table:
@@ -93,13 +100,12 @@ def _stratum_cells(summary: StratumSummary, prefix: str, segments: list[Facts]) 
 
 
 def _shuffle_table(shuffle: list[Facts]) -> Table:
-    table = Table(
-        "batch", "batches", "neighbours of one document", "in random order", *SIDES, title="variance of batch means"
-    )
+    columns = ("batch", "batches", "run", "neighbours of one document", "in random order", *SIDES)
+    table = Table(*columns, title="variance of batch means")
     for found in shuffle:
         ratios = [f"{found['ratio'][side]:.3f} ± {found['error'][side]:.3f}" for side in SIDES]
         shares = [f"{found[name]:.3%}" for name in ("neighbours", "neighbours_expected")]
-        table.add_row(f"{found['batch_rows']:,}", f"{found['batches']:,}", *shares, *ratios)
+        table.add_row(f"{found['batch_rows']:,}", f"{found['batches']:,}", f"{found['run_rows']:,}", *shares, *ratios)
     return table
 
 

@@ -16,6 +16,7 @@ from harvest.model_files import ModelFiles, read_shape
 from harvest.plan import Target
 from shared import durable
 from shared.layout import StoreRequest, block_bytes, row_specs, store_specs
+from shared.reader import MOST_RUN_ROWS, RowsConfig
 from shared.statistics import BINS
 from shared.strata import Stratum, stratum_ranges
 
@@ -40,7 +41,9 @@ class Estimate:
     """Shard files by stratum, and those of tokens and documents as `tokens`."""
     shards: int
     other_bytes: int
-    """At most: records, statistics, tokenizer, unembedding."""
+    """At most: records, statistics, tokenizer, and the unembedding."""
+    unembedding_bytes: int
+    """Of `other_bytes`; stores that are made together hold one between them."""
     spool_bytes: int
     """At most, beside the store, and only while tokens are packed."""
     present_bytes: int
@@ -72,6 +75,7 @@ class Estimate:
             "shards": self.shards,
             "shard_bytes": self.shard_bytes,
             "other_bytes_at_most": self.other_bytes,
+            "unembedding_bytes_at_most": self.unembedding_bytes,
             "spool_bytes_at_most": self.spool_bytes,
             "present_bytes": self.present_bytes,
             "free_bytes": durable.free_bytes(self.path.parent),
@@ -106,6 +110,7 @@ def estimate(target: Target, training_blocks: int, widths: Mapping[str, int], mo
         rows[stratum.name] = blocks * stratum.rows
         sizes[stratum.name] = blocks * block_bytes(row_specs(request, [stratum], d_in, d_out))
     done = target.blocks - len(ledger.missing_blocks(target)) if target.plan else 0
+    unembedding = _unembedding_bytes(request, model)
     to_pack = max(0, training_blocks - planned)
     return Estimate(
         path=target.path,
@@ -115,7 +120,8 @@ def estimate(target: Target, training_blocks: int, widths: Mapping[str, int], mo
         rows=rows,
         stratum_bytes=sizes,
         shards=blocks * sum(spec.shards_per_block for spec in specs),
-        other_bytes=_other_bytes(request, strata, blocks, d_in + d_out, model),
+        other_bytes=_record_bytes(request, strata, blocks, d_in + d_out, model) + unembedding,
+        unembedding_bytes=unembedding,
         spool_bytes=2 * 4 * to_pack * request.block_tokens,
         present_bytes=done * block_bytes(specs),
     )
@@ -133,23 +139,28 @@ def expected_strata(request: StoreRequest) -> tuple[Stratum, ...]:
     )
 
 
-def _other_bytes(request: StoreRequest, strata: Sequence[Stratum], blocks: int, width: int, model: ModelFiles) -> int:
-    """A bound on records, statistics, tokenizer and unembedding; `width` is that of source and target together."""
+def _record_bytes(request: StoreRequest, strata: Sequence[Stratum], blocks: int, width: int, model: ModelFiles) -> int:
+    """A bound on records, statistics and tokenizer; `width` is that of source and target together."""
     per_block = sum(
         2 * (5 * _TENSOR_BYTES + 12 * min(BINS, stratum.rows)) + 16 * width for stratum in strata
     ) + _RECORD_BYTES * sum(spec.shards_per_block for spec in store_specs(request, strata, width, width))
     statistics = (len(strata) + 1) * (4 * _TENSOR_BYTES + 16 * width)
     metadata = _METADATA_BYTES * (4 + 6 * len(strata)) + 2**16
     tokenizer = sum(path.stat().st_size for path in model.tokenizer_files)
-    shape, item = read_shape(model.folder), 4 if request.model.dtype == "float32" else 2
-    unembedding = shape.vocabulary * (item * shape.d_model + 4) + 8 * shape.d_model + 4096 if request.unembedding else 0
     plans = 2 * _RECORD_BYTES * blocks * math.ceil(2 * request.block_tokens * 4 / 2**27 + 2)
-    return blocks * per_block + statistics + metadata + tokenizer + unembedding + plans
+    return blocks * per_block + statistics + metadata + tokenizer + plans
+
+
+def _unembedding_bytes(request: StoreRequest, model: ModelFiles) -> int:
+    """A bound on the unembedding and the final norm."""
+    shape, item = read_shape(model.folder), 4 if request.model.dtype == "float32" else 2
+    return shape.vocabulary * (item * shape.d_model + 4) + 8 * shape.d_model + 4096 if request.unembedding else 0
 
 
 def needed(estimates: Sequence[Estimate]) -> int:
     """Bytes that all stores together still need."""
-    return sum(one.needed_bytes for one in estimates)
+    unembeddings = [one.unembedding_bytes for one in estimates]
+    return sum(one.needed_bytes for one in estimates) - sum(unembeddings) + max(unembeddings)
 
 
 def require_space(estimates: Sequence[Estimate]) -> None:
@@ -169,6 +180,12 @@ def show(estimates: Sequence[Estimate], seconds: float | None) -> None:
         f"windows of {first.request.context_size:,}, {held_out} of them held out",
         f"{needed(estimates):,} bytes needed, {durable.free_bytes(first.path.parent):,} free",
     ]
+    run = RowsConfig().resolve(first.request.block_sequences).run_rows
+    if run != MOST_RUN_ROWS:
+        lines.append(
+            f"blocks are small: training reads runs of {run} rows instead of {MOST_RUN_ROWS}, slower from a cold disk; "
+            "with memory to spare raise store.max_block_bytes, of which two are held"
+        )
     if seconds is not None:
         lines.append(f"about {timedelta(seconds=round(seconds))} at the speed of a few batches")
     for line in lines:

@@ -29,7 +29,7 @@ from shared.errors import CorruptData, UserError
 from shared.layout import STORE, ModelIdentity, StoreRequest
 from shared.store import Store
 
-_CUDA_TOKENS, _CPU_TOKENS, _CPU_VALUES = 8192, 4096, 2**22
+_CUDA_TOKENS, _CPU_TOKENS, _CPU_VALUES = 8192, 2048, 2**22
 """Tokens per forward pass, and on CPU the values of one activation."""
 
 

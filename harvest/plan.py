@@ -28,7 +28,6 @@ from shared.keyed import permutation
 from shared.layout import (
     ARRAYS,
     DOCUMENTS,
-    PACKED,
     PLAN,
     REQUEST,
     TOKENS,
@@ -41,7 +40,7 @@ from shared.layout import (
     tokens_spec,
 )
 from shared.progress import Progress
-from shared.store import buffers_record, check_shard, fault, read_plan, read_request
+from shared.store import buffers_record, check_shard, fault, is_packed, read_plan, read_request
 from shared.strata import Stratum, stratum_ranges
 
 _DOCUMENTS_AHEAD = 256
@@ -98,7 +97,7 @@ def check_request(path: Path, request: StoreRequest) -> None:
 
 def refuse_packed(path: Path) -> None:
     """Raise `UserError` for a packed store, which is only read."""
-    if (path / PACKED).is_file():
+    if is_packed(path):
         raise UserError(f"{path} is a packed store, which is only read; unpack it: harvest unpack {path} FOLDER")
 
 

@@ -19,6 +19,7 @@ from harvest.packing import Windows, model_positions
 from harvest.plan import Target
 from harvest.ranks import Ranks
 from harvest.unembedding import publish_unembedding
+from shared import durable
 from shared.layout import UNEMBEDDING
 from shared.progress import Progress
 from shared.statistics import Moments
@@ -47,8 +48,10 @@ class Runner:
         if todo or lacking:
             model = self._load(targets)
             if self.ranks.first:
-                for target in lacking:
+                for target in lacking[:1]:
                     publish_unembedding(model, target.path / UNEMBEDDING)
+                for target in lacking[1:]:  # a gigabyte for a large vocabulary, the same for every layer
+                    durable.publish_link(target.path / UNEMBEDDING, lacking[0].path / UNEMBEDDING)
             if todo:
                 self._run(model, [t for t in targets if missing[t.path]], missing, todo)
         self.ranks.wait()

@@ -29,6 +29,8 @@ class Shuffle:
     """The shuffle at one batch size."""
 
     batch_rows: int
+    run_rows: int
+    """Neighbouring rows that are read together."""
     batches: int
     """Batches read."""
     neighbours: float
@@ -45,10 +47,24 @@ class Shuffle:
         """Whether no ratio is above the limit."""
         return max(self.ratio.values()) <= LIMIT
 
+    @property
+    def better_run_rows(self) -> int:
+        """Rows per run that keep every ratio within the limit; `run_rows` if they are.
 
-def measure(store: Store, batch_rows: int, seed: int = 0) -> Shuffle:
-    """Measure the first batches: an epoch of the stratum with most rows in them, but 128 to 512."""
-    reader = RowReader(store, store.record.training_blocks, RowsConfig(batch_rows=batch_rows), seed)
+        A ratio's excess over 1 grows with the run's length less 1, and somewhat less, as batches end within runs: aims
+        at two thirds of the limit.
+        """
+        excess = max(self.ratio.values()) - 1
+        return self.run_rows if self.good else 1 + int((self.run_rows - 1) * (LIMIT - 1) * 2 / 3 / excess)
+
+
+def measure(store: Store, batch_rows: int, run_rows: int | None = None, seed: int = 0) -> Shuffle:
+    """Measure the first batches: an epoch of the stratum with most rows in them, but 128 to 512.
+
+    `run_rows` as training is told, or its default.
+    """
+    config = RowsConfig(batch_rows=batch_rows, run_rows=run_rows or "auto")
+    reader = RowReader(store, store.record.training_blocks, config, seed)
     largest = max(reader.slices(), key=lambda name: reader.slices()[name].stop - reader.slices()[name].start)
     batches = min(MOST_BATCHES, max(FEWEST_BATCHES, int(1 / reader.epochs(1)[largest])))
     documents, dtype = _Documents(store, reader, batch_rows), STORAGE_DTYPES[store.request.storage]
@@ -68,6 +84,7 @@ def measure(store: Store, batch_rows: int, seed: int = 0) -> Shuffle:
     neighbours, expected = documents.shares()
     return Shuffle(
         batch_rows=batch_rows,
+        run_rows=reader.run_rows,
         batches=batches,
         neighbours=neighbours,
         neighbours_expected=expected,
@@ -155,4 +172,4 @@ class _Documents:
 def as_json(found: Shuffle) -> dict[str, Any]:
     """Plain values."""
     values = {name: getattr(found, name) for name in Shuffle.__slots__}
-    return {**values, "good": found.good}
+    return {**values, "good": found.good, "better_run_rows": found.better_run_rows}

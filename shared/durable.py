@@ -74,6 +74,19 @@ def publish_file(path: Path, write: Callable[[Path], object]) -> None:
         raise explain(error, [path]) from error
 
 
+def publish_link(path: Path, source: Path) -> None:
+    """Publish `source` under a second name: a hard link, or a copy where there can be none."""
+
+    def link(temporary: Path) -> None:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, temporary)
+
+    publish_file(path, link)
+
+
 @contextmanager
 def saving_tensors(path: Path) -> Iterator[None]:
     """Around safetensors' `save_file`: a full disk, which it reports in words, becomes the `OSError` it is."""

@@ -112,12 +112,16 @@ def packed_metadata(spec: ArraySpec, blocks: int) -> dict[str, Any]:
 class LocalFolder:
     """Raw rows of a packed store in a folder of this process, of at most `most` bytes; removed when it ends.
 
-    A shard gets a sparse file of its raw size, into which chunks are decoded when they are first asked for. When the
-    bytes decoded exceed the bound, the files that were not used for longest are removed.
+    A shard gets a sparse file of its raw size, into which chunks are decoded when they are first asked for. Before the
+    bytes decoded would exceed the bound, the files that were not used for longest are removed; one shard's rows always
+    have room. `whole` is what the store takes unpacked, in bytes.
+
+    Raises `UserError` when the disk has no room for as much as this folder may come to hold.
     """
 
-    def __init__(self, root: Path, parent: Path | None = None, most: int = LOCAL_BYTES) -> None:
+    def __init__(self, root: Path, whole: int, parent: Path | None = None, most: int = LOCAL_BYTES) -> None:
         self._root, self._most, parent = root, most, parent or Path(tempfile.gettempdir())
+        durable.require_space(parent, min(most, whole), "unpacked rows (--local-folder, --local-bytes)")
         durable.make_folder(parent)
         _sweep(parent)
         # The lock lies beside the folder and is held before the folder exists: no sweep can come in between.
@@ -138,9 +142,12 @@ class LocalFolder:
             self._shards[name] = _Shard(spec, self._root / name, self.folder / name, forget)
         shard = self._shards[name]
         self._shards.move_to_end(name)
-        self.bytes += shard.decode(low // spec.inner_rows, -(-high // spec.inner_rows))
-        while self.bytes > self._most and len(self._shards) > 1:
+        chunks = shard.missing(low // spec.inner_rows, -(-high // spec.inner_rows))
+        size = len(chunks) * spec.inner_rows * spec.row_bytes
+        while self.bytes + size > self._most and len(self._shards) > 1:
             self._evict()
+        shard.decode(chunks)
+        self.bytes += size
         return shard.local
 
     def _evict(self) -> None:
@@ -175,19 +182,21 @@ class _Shard:
         """Decoded."""
         return int(self._done.sum()) * self._chunk
 
-    def decode(self, low: int, high: int) -> int:
-        """Decode chunks `low:high`; returns the bytes that were added."""
-        wanted = [i for i in range(low, high) if not self._done[i]]
-        if not wanted:
-            return 0
+    def missing(self, low: int, high: int) -> list[int]:
+        """Those of the chunks `low:high` that are not decoded."""
+        return [i for i in range(low, high) if not self._done[i]]
+
+    def decode(self, chunks: list[int]) -> None:
+        """Decode some chunks."""
+        if not chunks:
+            return
         with open(self._path, "rb", buffering=0) as file:
-            for i in wanted:
+            for i in chunks:
                 offset, size = (int(value) for value in self._index[i])
                 file.seek(offset)
                 rows = unpack_chunk(self._spec, file.read(size), self._path)
                 durable.write_at(self.local, i * self._chunk, rows)
                 self._done[i] = True
-        return len(wanted) * self._chunk
 
 
 def _sweep(parent: Path) -> None:

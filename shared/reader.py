@@ -5,7 +5,7 @@ Resuming needs the step alone, and two experiments with one seed see the same ro
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from shared.keyed import permutation
 from shared.store import Store, StratumRows
 from shared.strata import Stratum
 
+MOST_RUN_ROWS = 64
 AHEAD = 2
 """Steps whose rows the kernel is asked to read before they are needed."""
 
@@ -30,8 +31,18 @@ class RowsConfig(Config):
     """A stratum's share of a batch is proportional to (rows the model computed)^alpha: 1 natural, 0 uniform."""
     max_bos_batch_share: float = Field(1 / 256, ge=0, le=1)
     """Most of a batch that may come from position 0."""
-    run_rows: int = Field(64, ge=1)
-    """Neighbouring rows that are read together: 64 keep a cold disk as fast as reading in order."""
+    run_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Neighbouring rows that are read together. 64 keep a cold disk as fast as reading in order; `auto` is fewer where
+    blocks hold fewer than 252 windows, so that a run's rows still come from enough of them."""
+
+    def resolve(self, block_sequences: int) -> "RowsConfig":
+        """With a number of `run_rows` for a store whose blocks hold `block_sequences` windows.
+
+        Runs of r rows from blocks of W windows raise the variance of batch means by (r - 1) rho / W, rho being the
+        share of variance that a window decides: by 0.1 at most where rho is at most 0.4.
+        """
+        found = min(MOST_RUN_ROWS, 1 + block_sequences // 4) if self.run_rows == "auto" else self.run_rows
+        return self.model_copy(update={"run_rows": found})
 
 
 def rows_per_stratum(strata: Sequence[Stratum], config: RowsConfig) -> list[int]:
@@ -69,7 +80,7 @@ class RowStream:
         self.rows = rows
         self._run = min(run_rows, rows)
         self._key = key
-        self._epochs: dict[int, NDArray[np.int64]] = {}
+        self._epochs: dict[int, tuple[NDArray[np.int64], int]] = {}
 
     def runs(self, start: int, count: int) -> Iterator[tuple[int, int]]:
         """Half-open row ranges that make up positions `start : start + count` of the stream."""
@@ -82,19 +93,19 @@ class RowStream:
 
     def _run_at(self, epoch: int, offset: int) -> tuple[int, int]:
         """The rest of the run in which the epoch's `offset` falls. Only the last run of the rows can be short."""
-        order = self._order(epoch)
-        full, short = divmod(self.rows, self._run)
-        short_slot = int(np.flatnonzero(order == full)[0]) if short else len(order)
+        (order, short_slot), short = self._order(epoch), self.rows % self._run
         after = offset >= short_slot * self._run + short
         slot, skip = divmod(offset + (self._run - short if after and short else 0), self._run)
         low = int(order[slot]) * self._run
         return low + skip, min(low + self._run, self.rows)
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
+    def _order(self, epoch: int) -> tuple[NDArray[np.int64], int]:
+        """The epoch's runs in their order, and where the short one is among them; their number where none is."""
         if epoch not in self._epochs:
-            runs = -(-self.rows // self._run)
-            self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = permutation(runs, *self._key, epoch)
+            full, short = divmod(self.rows, self._run)
+            order = permutation(full + bool(short), *self._key, epoch)
+            self._epochs = {e: found for e, found in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = order, int(np.flatnonzero(order == full)[0]) if short else len(order)
         return self._epochs[epoch]
 
 
@@ -103,10 +114,13 @@ class RowReader:
 
     def __init__(self, store: Store, blocks: range, config: RowsConfig, seed: int) -> None:
         self.store, self.blocks = store, blocks
+        found = config.resolve(store.request.block_sequences).run_rows
+        assert isinstance(found, int)
+        self.run_rows = found
         self._strata = list(store.strata.values())
         self.counts = rows_per_stratum([s.stratum for s in self._strata], config)
         self._streams = [
-            RowStream(len(blocks) * s.stratum.rows, config.run_rows, "rows", seed, s.stratum.name) for s in self._strata
+            RowStream(len(blocks) * s.stratum.rows, self.run_rows, "rows", seed, s.stratum.name) for s in self._strata
         ]
 
     def read(self, step: int, array: str, out: NDArray[Any]) -> NDArray[Any]:

@@ -32,6 +32,7 @@ from shared.layout import (
     STATISTICS,
     STORE,
     TOKENIZER,
+    TOKENS,
     FileRecord,
     LedgerRecord,
     StorePlan,
@@ -152,7 +153,7 @@ class Store:
 
     def __init__(self, path: Path, record: StoreRecord, local: Local | None = None) -> None:
         self.path, self.record, self.request = path, record, record.request
-        self.packed = _read_packed(path, self.arrays(), record.blocks) if (path / PACKED).is_file() else None
+        self.packed = _read_packed(path, self.arrays(), record.blocks) if is_packed(path) else None
         """The packed shard files, of a packed store."""
         self._local_given = local or Local()
 
@@ -160,12 +161,14 @@ class Store:
     def open(cls, path: Path, local: Local | None = None) -> "Store":
         """Open the store at `path`; checks its records, and the size and index of every shard file.
 
-        `local` says where the rows of a packed store are decoded.
+        `local` says where the rows of a packed store are decoded; the default `Local()` if not given.
 
-        Raises `UserError` when `path` is no finished store of a format this version reads, and `CorruptData` when a
-        file is not what the records say.
+        Raises `UserError` when `path` is no finished store of a format this version reads, or `local` is given for one
+        that is not packed, and `CorruptData` when a file is not what the records say.
         """
         store = cls(path, read_store_record(path), local)
+        if local and not store.packed:
+            raise UserError(f"{path} is not packed, so nothing is decoded; leave out --local-folder and --local-bytes")
         _check_records(path, store.record)
         for spec in store.arrays():
             for shard in range(store.record.blocks * spec.shards_per_block):
@@ -179,6 +182,10 @@ class Store:
             check_group(path / ARRAYS / group / "zarr.json")
         for name, file in store.record.files.items():
             check_size(path / name, file)
+        for block in range(store.record.blocks):
+            for name in (record_path(block), moments_path(block)):
+                if not (path / name).is_file():
+                    raise CorruptData(f"{path / name} is missing; repair block {block}: harvest repair {path}")
         return store
 
     def reading(self) -> AbstractContextManager[Lock]:
@@ -188,7 +195,7 @@ class Store:
     @cached_property
     def _local(self) -> LocalFolder | None:
         given = self._local_given
-        return LocalFolder(self.path / ARRAYS, given.folder, given.bytes) if self.packed else None
+        return LocalFolder(self.path / ARRAYS, self.shard_bytes, given.folder, given.bytes) if self.packed else None
 
     @cached_property
     def strata(self) -> dict[str, StratumRows]:
@@ -288,6 +295,8 @@ def _check_records(path: Path, record: StoreRecord) -> None:
 
 def _read_packed(path: Path, arrays: list[ArraySpec], blocks: int) -> PackedRecord:
     """`packed.json`, which names every shard file and no other."""
+    if not (path / PACKED).is_file():
+        raise CorruptData(f"{path / PACKED} is missing, and the shard files are packed; take another copy of it")
     record = read_record(PackedRecord, read_json(path / PACKED), path / PACKED)
     known = {spec.shard_path(shard) for spec in arrays for shard in range(blocks * spec.shards_per_block)}
     size = blocks * block_bytes(arrays)
@@ -296,6 +305,12 @@ def _read_packed(path: Path, arrays: list[ArraySpec], blocks: int) -> PackedReco
     if unlike := known ^ set(record.files):
         raise CorruptData(f"{path / PACKED}: {min(unlike)} is not on both sides; pack the store again")
     return record
+
+
+def is_packed(path: Path) -> bool:
+    """Whether the store at `path` is packed: its record says so, or, if that is lost, the codec of its tokens."""
+    metadata = path / ARRAYS / TOKENS / "zarr.json"
+    return (path / PACKED).is_file() or (metadata.is_file() and b'"blosc"' in metadata.read_bytes())
 
 
 def _ranges(request: StoreRequest) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ import torch
 import zarr
 
 from shared.keyed import permutation
-from shared.layout import ARRAYS, STORE
+from shared.layout import ARRAYS, STORE, UNEMBEDDING
 from shared.store import Store
 from tests.llms import (
     BLOCK_TOKENS,
@@ -253,6 +253,17 @@ def test_layers_from_one_pass_equal_single_ones(small: Line, finished: Path, tmp
     assert Store.open(first).request.layer == 1
     assert contents(second) == contents(finished)
     assert contents(first) == contents(command(*small(tmp_path / "alone", layers=(1,))).store)
+    assert (first / UNEMBEDDING).samefile(second / UNEMBEDDING)  # one of them on disk
+
+
+def test_a_plan_counts_one_unembedding_for_all_layers(small: Line, tmp_path: Path) -> None:
+    lines = [small(tmp_path, layers=layers)[1:] for layers in ((1,), (1, 2))]
+    one, two = (json.loads(command("plan", *line, "--json").out) for line in lines)
+    shared = one["stores"][0]["unembedding_bytes_at_most"]
+    assert two["needed_bytes"] == 2 * one["needed_bytes"] - shared
+    command(*small(tmp_path, layers=(1,)))
+    written = next(tmp_path.glob(f"*/{UNEMBEDDING}")).stat().st_size
+    assert written <= shared < written + 10_000
 
 
 def test_a_layer_that_lacks_a_block_shares_the_pass(small: Line, finished: Path, tmp_path: Path) -> None:
@@ -362,21 +373,30 @@ def test_plan_is_what_lies_on_disk_in_the_end(small: Line, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_kills_at_random_points_do_not_show(small: Line, longer: Path, tmp_path: Path) -> None:
-    """Killed again and again, anywhere in packing, capturing and finishing; the last run finishes."""
-    line, rng, kills = small(tmp_path, tokens=8 * BLOCK_TOKENS), np.random.default_rng(0), 0
-    folder = tmp_path / longer.name
-    for _ in range(6):
-        process = start(*line)
-        wait_for(tmp_path, "*/request.json", process)
-        time.sleep(float(rng.uniform(0, 1.5)))
+@pytest.mark.timeout(600)
+def test_twenty_kills_do_not_show(small: Line, tmp_path: Path) -> None:
+    """Killed from start-up on at any time, and most often while blocks are made; the last run finishes."""
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": one} for one in texts(1500)])
+    line, whole = (small(tmp_path / name, text=text, tokens=160 * BLOCK_TOKENS) for name in ("killed", "whole"))
+    expected, rng, inside = command(*whole).store, np.random.default_rng(0), 0
+    folder = tmp_path / "killed" / expected.name
+
+    def records() -> int:
+        return len(list(folder.glob("ledger/*.json")))
+
+    for number in range(20):
+        before, process = records(), start(*line)
+        began = time.monotonic()
+        while number % 4 and records() == before:
+            assert process.poll() is None and time.monotonic() - began < 60
+            time.sleep(0.002)
+        time.sleep(float(rng.uniform(0, 0.2 if number % 4 else 8)))
         process.kill()
         process.communicate()
-        kills += 1
-        for late in (folder / STORE, folder / "ledger/000004.json"):
-            late.unlink(missing_ok=True)  # however far it came, there is work left
-    assert command(*line).store == folder and kills == 6
-    assert contents(folder) == contents(longer)
+        inside += before < records() < 162
+    assert not (folder / STORE).exists() and inside >= 15
+    assert command(*line).store == folder
+    assert contents(folder) == contents(expected)
     assert not [path for path in tmp_path.rglob("*.tmp")]
 
 

@@ -14,7 +14,7 @@ import pytest
 import zarr
 
 from shared import packed
-from shared.errors import CorruptData
+from shared.errors import CorruptData, UserError
 from shared.layout import ARRAYS, PACKED, STORE
 from shared.packed import LocalFolder, pack_shard, unpack_shard
 from shared.store import Local, Store
@@ -57,6 +57,7 @@ def test_stock_zarr_reads_a_packed_store(raw: SyntheticStore, pair: tuple[Path, 
 @pytest.mark.parametrize("most", [1, 200_000, 2**30])
 def test_rows_are_those_of_the_raw_store_whatever_the_bound(pair: tuple[Path, Path], tmp_path: Path, most: int) -> None:
     theirs, ours = Store.open(pair[0]), Store.open(pair[1], Local(folder=tmp_path / "local", bytes=most))
+    largest = max(spec.payload_bytes for spec in ours.arrays())
     rng = np.random.default_rng(0)
     for _ in range(300):
         name = rng.choice(list(theirs.strata))
@@ -69,13 +70,51 @@ def test_rows_are_those_of_the_raw_store_whatever_the_bound(pair: tuple[Path, Pa
         a.read(low, high, expected)
         b.read(low, high, found)
         assert (found == expected).all()
-    local = ours._local
-    assert isinstance(local, LocalFolder)
+        local = ours._local
+        assert isinstance(local, LocalFolder)
+        assert local.bytes <= max(most, largest)
+        files = [file for file in local.folder.rglob("*") if file.is_file()]
+        assert sum(file.stat().st_blocks * 512 for file in files) <= local.bytes + 4096 * len(files)
     assert (local.evicted > 0) == (most < 2**30)
-    largest = max(spec.payload_bytes for spec in ours.arrays())
-    assert local.bytes <= max(most, largest)
-    on_disk = sum(file.stat().st_blocks * 512 for file in local.folder.rglob("*") if file.is_file())
-    assert on_disk <= local.bytes + 4096 * 100
+
+
+def test_a_disk_without_room_for_unpacked_rows_is_named_before_any_is_read(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.durable.free_bytes", lambda _: 99_999)
+    small = Store.open(pair[1], Local(folder=tmp_path / "local", bytes=90_000))
+    assert small.strata["004-016"].source.shard(0).any()
+    with pytest.raises(
+        UserError, match=r"no room for unpacked rows \(--local-folder, --local-bytes\).* 99,999 are free"
+    ):
+        _ = Store.open(pair[1], Local(folder=tmp_path / "local", bytes=10**6)).strata
+
+
+def test_where_to_decode_is_asked_of_packed_stores_only(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not packed, so nothing is decoded; leave out --local-folder"):
+        Store.open(pair[0], Local(folder=tmp_path))
+
+
+def test_a_packed_store_that_lost_its_record_is_told_from_a_damaged_raw_one(pair: tuple[Path, Path]) -> None:
+    (pair[1] / PACKED).unlink()
+    before = contents(pair[1])
+    for line, code in ((("info", pair[1]), 1), (("verify", pair[1]), 1), (("repair", pair[1]), 2)):
+        done = command(*line)
+        assert done.code == code and "packed" in done.err and len(done.err.splitlines()) == 1
+    assert contents(pair[1]) == before
+
+
+def test_sizes_as_json(raw: SyntheticStore, tmp_path: Path) -> None:
+    packed_, again = tmp_path / "packed", tmp_path / "again"
+    done = json.loads(command("pack", raw.path, packed_, "--json").out)
+    size = Store.open(raw.path).shard_bytes
+    shards = [path for path in packed_.rglob("*") if path.is_file() and "/c/" in path.as_posix()]
+    assert done == {
+        "path": str(packed_),
+        "shard_bytes": size,
+        "packed_shard_bytes": sum(path.stat().st_size for path in shards),
+    }
+    assert json.loads(command("unpack", packed_, again, "--json").out) == {"path": str(again), "shard_bytes": size}
 
 
 @pytest.mark.slow

@@ -35,6 +35,15 @@ def test_a_cap_on_the_only_stratum_is_a_users_error() -> None:
         rows_per_stratum(strata(100), RowsConfig(batch_rows=10, max_bos_batch_share=0.5))
 
 
+@pytest.mark.parametrize(
+    ("windows", "given", "expected"),
+    [(256, "auto", 64), (252, "auto", 64), (16, "auto", 5), (1, "auto", 1), (4, 64, 64)],
+)
+def test_runs_are_as_long_as_blocks_allow(windows: int, given: int | str, expected: int) -> None:
+    resolved = RowsConfig(run_rows=given).resolve(windows)
+    assert resolved.run_rows == expected and resolved.resolve(10**6) == resolved
+
+
 def naive_stream(rows: int, run: int, epochs: int, *key: int | str) -> list[int]:
     """All rows of the first epochs, one by one."""
     runs = [list(range(low, min(low + run, rows))) for low in range(0, rows, run)]

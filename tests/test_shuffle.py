@@ -96,6 +96,24 @@ def test_the_same_documents_shuffled_are_within_the_limit(tmp_path: Path) -> Non
     assert found.neighbours < 0.01 and found.good
 
 
+def test_runs_are_shorter_where_blocks_are_small(tmp_path: Path) -> None:
+    """Blocks of 16 windows, as of many layers at once: 64 rows of a run come from 16 windows, 5 rows from nearly 5.
+
+    The expectation is an upper bound: rows of a block are drawn without replacement, and batches end within runs.
+    """
+    layout = DocumentLayout(tokens=160, deviation=0.7, shuffled=True)
+    sizes = {"d_in": 64, "d_out": 64, "block_sequences": 16, "training_blocks": 384, "held_out_blocks": 0}
+    store = Store.open(make_store(tmp_path / "store", **sizes, documents=layout).path)
+    decided = 0.7**2 / (0.7**2 + 1.04**2)
+    long, short = measure(store, 1024, run_rows=64), measure(store, 1024)
+    assert (long.run_rows, short.run_rows) == (64, 5)
+    assert long.ratio["source"] == pytest.approx(1 + decided * 63 / 16, rel=0.15)
+    assert short.ratio["source"] == pytest.approx(1 + decided * 4 / 16, rel=0.05)
+    assert not long.good and short.good
+    assert 3 <= long.better_run_rows <= 6 and short.better_run_rows == 5
+    assert measure(store, 1024, run_rows=long.better_run_rows).good
+
+
 @pytest.mark.parametrize(
     ("count", "rows", "batches"),
     [(10, 60, 6), (10, 60, 4), (7, 20, 9), (30, 20, 5), (1, 2, 7)],
@@ -154,3 +172,4 @@ def test_a_corpus_that_drifts_is_shuffled_all_the_same(tmp_path: Path) -> None:
         assert found["good"] and max(found["ratio"].values()) <= 1.10
         assert found["neighbours"] < 0.05
     assert "variance at most 1.10 times that of independent rows: yes" in command("info", path, "--shuffle").out
+    assert command("info", path, "--run-rows", 8).code == 2

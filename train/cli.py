@@ -25,13 +25,12 @@ def local_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--local-bytes",
         type=click.IntRange(1),
-        default=LOCAL_BYTES,
-        show_default=True,
-        help="Most bytes that a packed store takes there.",
+        help=f"Most bytes that a packed store takes there.  [default: {LOCAL_BYTES}]",
     )
     @functools.wraps(command)
-    def wrapped(*, local_folder: Path | None, local_bytes: int, **given: Any) -> None:
-        command(**given, local=Local(folder=local_folder, bytes=local_bytes))
+    def wrapped(*, local_folder: Path | None, local_bytes: int | None, **given: Any) -> None:
+        local = Local(folder=local_folder, bytes=local_bytes or LOCAL_BYTES) if local_folder or local_bytes else None
+        command(**given, local=local)
 
     return wrapped
 
@@ -59,7 +58,7 @@ def run(
     init_from: Path | None,
     assignments: tuple[str, ...],
     force: bool,
-    local: Local,
+    local: Local | None,
 ) -> None:
     """Train a transcoder. Prints the run's path as its last line."""
     from train.settings import Settings, load_settings
@@ -80,7 +79,7 @@ def run(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
 @local_options
-def resume(run: Path, store: Path | None, local: Local) -> None:
+def resume(run: Path, store: Path | None, local: Local | None) -> None:
     """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit."""
     from train.commands import resume as resume_run
 
@@ -96,7 +95,7 @@ def resume(run: Path, store: Path | None, local: Local) -> None:
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @local_options
-def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool, local: Local) -> None:
+def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool, local: Local | None) -> None:
     """Held-out figures of a checkpoint, by stratum and prefix. Changes nothing."""
     from train.commands import evaluate_run
     from train.tables import print_evaluation

@@ -32,7 +32,7 @@ def start(store: Store, settings: Settings, run: Path, init_from: Path | None, f
     return run
 
 
-def resume(run: Path, store_path: Path | None, local: Local) -> Path:
+def resume(run: Path, store_path: Path | None, local: Local | None) -> Path:
     """Continue `run` from its newest valid checkpoint, or from step 0 when it has none. Returns `run`."""
     config = read_config(run)
     store = Store.open(store_path or config.store, local)
@@ -52,7 +52,7 @@ def resume(run: Path, store_path: Path | None, local: Local) -> Path:
 
 
 def evaluate_run(
-    run: Path, store_path: Path | None, local: Local, step: int | None, linear: bool
+    run: Path, store_path: Path | None, local: Local | None, step: int | None, linear: bool
 ) -> tuple[Checkpoint, Evaluation, float | None]:
     """Evaluate a checkpoint of `run` with thresholds calibrated on the store, and the best linear map if asked for."""
     config = read_config(run)

@@ -97,7 +97,12 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
         )
     return RunConfig(
         settings=settings.model_copy(
-            update={"transcoder": shape, "device": device, "threads": settings.threads or torch.get_num_threads()}
+            update={
+                "transcoder": shape,
+                "device": device,
+                "threads": settings.threads or torch.get_num_threads(),
+                "rows": settings.rows.resolve(store.request.block_sequences),
+            }
         ),
         store=store.path.resolve(),
         request=store.request.digest,

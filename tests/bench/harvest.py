@@ -1,6 +1,6 @@
-"""The harvest against the model's forward pass alone, and its writing against plain writes; then its peak memory.
+"""The harvest against the model's forward pass alone, its writing against plain writes, packing, and peak memory.
 
-python -m tests.bench.harvest [speed] [writing] [memory]: all when none is named.
+python -m tests.bench.harvest [speed] [writing] [packing] [memory]: all when none is named.
 """
 
 import os
@@ -14,6 +14,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from numcodecs import Blosc
 
 from harvest import ledger, pipeline, plan
 from harvest.blocks import block_layout
@@ -26,21 +27,24 @@ from harvest.runner import Blocks
 from harvest.settings import Settings
 from shared.config import build, load_preset, override
 from shared.layout import block_bytes, store_specs
-from shared.store import read_store_record
+from shared.packed import LEVEL
+from shared.store import Store, read_store_record
 from tests.bench.record import record, run
 from tests.llms import make_gemma, texts, write_jsonl
 
 REPEATS = 3
-SPEED_BLOCKS = 3
+SPEED_REPEATS, SPEED_BLOCKS, NAIVE_BATCH = 8, 2, 32
+BARE = "forward only"
 LINE = "python -m tests.bench.harvest"
 
 
 def main() -> None:
     """Measure what is named on the command line, and record."""
-    wanted = sys.argv[1:] or ["speed", "writing", "memory"]
+    parts = {"speed": speed, "writing": writing, "packing": packing, "memory": memory}
+    wanted = sys.argv[1:] or list(parts)
     with tempfile.TemporaryDirectory() as folder:
         for name in wanted:
-            {"speed": speed, "writing": writing, "memory": memory}[name](Path(folder))
+            parts[name](Path(folder))
 
 
 def planned(folder: Path, name: str, *assignments: str) -> tuple[Target, pipeline.Inputs, Settings]:
@@ -54,7 +58,10 @@ def planned(folder: Path, name: str, *assignments: str) -> tuple[Target, pipelin
 
 
 def speed(folder: Path) -> None:
-    """The embedded model: tokens/s of passes alone, of passes with rows put in place, and of the whole harvest."""
+    """The embedded model: tokens/s of a naive loop, of passes alone, of passes with rows put in place, of the whole.
+
+    The parts take turns, each time in another order; a ratio is of two parts of one round.
+    """
     tokens = f"tokens={SPEED_BLOCKS * 256 * 256}"
     target, inputs, _ = planned(folder, "0", tokens)
     request, cores = target.request, Ranks().cores
@@ -63,8 +70,16 @@ def speed(folder: Path) -> None:
     layouts = [block_layout(request, target.strata, rows, i, ()) for i, rows in enumerate(blocks)]
     network = load_model(inputs.model.folder, "float32", "cpu", list(widths))
     batch = request.batch_sequences
-    found: dict[str, list[float]] = {"forward only": [], "forward and copy": [], "whole harvest": []}
+    rates: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
     with open_capture(network, cores, "cpu", request.storage, "joined") as capture:
+
+        def naive() -> None:
+            torch.set_num_threads(cores)
+            for rows in blocks:
+                for i in range(0, len(rows.tokens), NAIVE_BATCH):
+                    network(torch.from_numpy(rows.tokens[i : i + NAIVE_BATCH].astype(np.int64)))
+            torch.set_num_threads(1)
 
         def forward() -> None:
             parts = [
@@ -77,29 +92,37 @@ def speed(folder: Path) -> None:
         buffers = [fitting_buffers({}, widths, len(layout.rows), request.storage) for layout in layouts]
 
         def copy() -> None:
+            passes = []
             for rows, layout, into in zip(blocks, layouts, buffers, strict=True):
-                passes = capture.submit(rows, layout, batch, into, lambda _: None)
+                passes += capture.submit(rows, layout, batch, into, lambda _: None)
             for future in passes:
                 future.result()
 
         forward()
-        for repeat in range(REPEATS):
+        for repeat in range(SPEED_REPEATS):
             fresh, _, _ = planned(folder, f"{repeat + 1}", tokens)
-            for name, part in (
-                ("forward only", forward),
+            parts: list[tuple[str, Callable[[], object]]] = [
+                ("naive loop", naive),
+                (BARE, forward),
                 ("forward and copy", copy),
                 ("whole harvest", lambda: whole(fresh, capture, widths, batch)),  # noqa: B023
-            ):
+            ]
+            for name, part in parts[repeat % len(parts) :] + parts[: repeat % len(parts)]:
+                used = time.process_time()
                 seconds = timed(part)
-                found[name].append(target.blocks * request.block_tokens / seconds)
-                print(f"{name}: {found[name][-1]:,.0f} tokens/s", file=sys.stderr)
-    bare = found["forward only"]
+                rates.setdefault(name, []).append(target.blocks * request.block_tokens / seconds)
+                cpu.setdefault(name, []).append(time.process_time() - used)
+                print(f"{name}: {rates[name][-1]:,.0f} tokens/s, {cpu[name][-1]:.2f} CPU-s", file=sys.stderr)
     figures: dict[str, tuple[float, str]] = {
-        f"{name}, median": (median(rates), "tokens/s") for name, rates in found.items()
+        f"{name}, median": (median(found), "tokens/s") for name, found in rates.items()
     }
-    for name in ("forward and copy", "whole harvest"):
-        ratios = [rate / base for rate, base in zip(found[name], bare, strict=True)]
-        figures[f"{name} over forward only, median of {REPEATS}"] = (median(ratios), "ratio")
+    for name in ("naive loop", "forward and copy", "whole harvest"):
+        ratios = [rate / base for rate, base in zip(rates[name], rates[BARE], strict=True)]
+        figures[f"{name} over {BARE}, median of {SPEED_REPEATS}"] = (median(ratios), "ratio")
+        for which, value in (("lowest", min(ratios)), ("highest", max(ratios))):
+            figures[f"{name} over {BARE}, {which}"] = (value, "ratio")
+        used = [base / own for own, base in zip(cpu[name], cpu[BARE], strict=True)]
+        figures[f"{name} over {BARE}, tokens per CPU-second, median"] = (median(used), "ratio")
     record(f"harvest speed: embedded model, {cores} threads, {SPEED_BLOCKS} blocks", f"{LINE} speed", figures)
 
 
@@ -149,6 +172,30 @@ def plain_writes(folder: Path, target: Target, buffers: dict[str, np.ndarray]) -
                     view = view[file.write(view) :]
                 os.fsync(file.fileno())
         first += stratum.rows
+
+
+def packing(folder: Path) -> None:
+    """Blosc on the activations of a block of the embedded model: the codec of `pack` beside other settings of it."""
+    target, _, settings = planned(folder, "p", "tokens=65536", "store.unembedding=false")
+    pipeline.harvest(settings, folder / "cache")
+    store = Store.open(folder / "cache" / target.request.folder)
+    rows = store.strata["064-256"]
+    size = rows.source.spec.inner_rows * rows.source.spec.row_bytes
+    data = b"".join(array.shard(0).tobytes() for array in (rows.source, rows.target))
+    chunks = [data[i : i + size] for i in range(0, len(data), size)]
+    figures: dict[str, tuple[float, str]] = {"bytes": (len(data), "B")}
+    for shuffle, level in ((Blosc.SHUFFLE, 1), (Blosc.SHUFFLE, LEVEL), (Blosc.SHUFFLE, 9), (Blosc.BITSHUFFLE, LEVEL)):
+        codec = Blosc("zstd", level, shuffle, 0, typesize=2)
+        coded: list[bytes] = []
+        times: dict[str, list[float]] = {"packing": [], "unpacking": []}
+        for _ in range(REPEATS):
+            times["packing"].append(timed(lambda: coded.__setitem__(slice(None), map(codec.encode, chunks))))  # noqa: B023
+            times["unpacking"].append(timed(lambda: [codec.decode(chunk) for chunk in coded]))  # noqa: B023
+        name = f"{'byte' if shuffle == Blosc.SHUFFLE else 'bit'} shuffle, level {level}"
+        figures[f"{name}: bytes before over after"] = (len(data) / sum(map(len, coded)), "ratio")
+        for what, seconds in times.items():
+            figures[f"{name}: {what}, one thread, median"] = (len(data) / median(seconds) / 1e6, "MB/s")
+    record(f"packing: bfloat16 rows of the embedded model; level {LEVEL} is used", f"{LINE} packing", figures)
 
 
 def timed(part: Callable[[], object]) -> float:
