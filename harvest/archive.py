@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 
+from harvest.cache import size_of
 from harvest.pipeline import lock_store
 from shared import durable
-from shared.arrays import ArraySpec
+from shared.arrays import ArraySpec, group_metadata
 from shared.errors import CorruptData, UserError
-from shared.layout import ARRAYS, PACKED, STORE, FileRecord
+from shared.layout import ARRAYS, PACKED, PLAN, REQUEST, STORE, FileRecord, moments_path, record_path
 from shared.packed import PackedRecord, pack_shard, packed_metadata, unpack_shard
 from shared.progress import Progress
 from shared.store import Store, buffers_record, fault, read_ledger
@@ -34,7 +35,7 @@ def pack(path: Path, target: Path, *, force: bool = False) -> tuple[int, int]:
     if store.packed:
         raise UserError(f"{path} is packed already")
     raw, size = _raw_records(store), store.shard_bytes
-    with store.reading(), _target(store, target, size, force):
+    with store.reading(), _target(store, target, force):
         files: dict[str, FileRecord] = {}
 
         def one(shard: Shard) -> int:
@@ -64,7 +65,7 @@ def unpack(path: Path, target: Path, *, force: bool = False) -> int:
     if not store.packed:
         raise UserError(f"{path} is not packed: it has no {PACKED}")
     records, raw, size = store.packed.files, _raw_records(store), store.shard_bytes
-    with store.reading(), _target(store, target, size, force):
+    with store.reading(), _target(store, target, force):
 
         def one(shard: Shard) -> int:
             name, spec = shard
@@ -84,11 +85,13 @@ def unpack(path: Path, target: Path, *, force: bool = False) -> int:
 
 
 @contextmanager
-def _target(store: Store, target: Path, size: int, force: bool) -> Iterator[None]:
-    """Hold the lock of a folder that is new, or was left by a kill of the same command; there is room for `size` bytes.
+def _target(store: Store, target: Path, force: bool) -> Iterator[None]:
+    """Hold the lock of a folder that is new, or was left by a kill of the same command; it has room for a raw store.
 
     A marker, there from the first file to the last, says what is being written.
     """
+    if store.path.resolve() in target.resolve().parents:
+        raise UserError(f"{target} lies inside the store; choose another folder")
     what = {"packed": not store.packed, "store": store.record.model_dump(mode="json")}
     marker, data = target / _MARKER, durable.json_bytes(what)
     with lock_store(target):
@@ -96,7 +99,9 @@ def _target(store: Store, target: Path, size: int, force: bool) -> Iterator[None
         if not ours and target.exists() and any(target.iterdir()):
             raise UserError(f"{target} exists; choose another folder")
         if not force:
-            durable.require_space(target.parent, size, "the shard files (--force to try all the same)")
+            needed = store.shard_bytes + sum((store.path / name).stat().st_size for name in _copied(store))
+            there = size_of(target) if ours else 0
+            durable.require_space(target.parent, max(0, needed - there), "the store (--force to try all the same)")
         if ours:
             durable.sweep(target)
             (target / STORE).unlink(missing_ok=True)
@@ -106,16 +111,27 @@ def _target(store: Store, target: Path, size: int, force: bool) -> Iterator[None
 
 
 def _finish(store: Store, target: Path, metadata: Mapping[str, object], more: Mapping[str, bytes]) -> None:
-    """Everything but shard files, `store.json` last: without it there is no store."""
-    files = {target / ARRAYS / array / "zarr.json": durable.json_bytes(value) for array, value in metadata.items()}
-    files |= {target / name: data for name, data in more.items()}
-    durable.publish_files(files)
-    written = {f"{ARRAYS}/{array}/zarr.json" for array in metadata} | {f"{ARRAYS}/{name}" for name, _ in _shards(store)}
-    for source in sorted(path for path in store.path.rglob("*") if path.is_file()):
-        name = source.relative_to(store.path).as_posix()
-        if name not in {PACKED, STORE, *written}:
-            durable.publish_file(target / name, partial(shutil.copyfile, source))
-    durable.publish_bytes(target / STORE, (store.path / STORE).read_bytes())
+    """Everything but shard files, `store.json` last: without it there is no store.
+
+    Only what the record that was opened names: the store may be extended meanwhile.
+    """
+    record, root = store.record, target / ARRAYS
+    groups = ["", "strata", *(f"strata/{stratum.name}" for stratum in record.plan.stored_strata)]
+    values: dict[Path, object] = {root / group / "zarr.json": group_metadata() for group in groups}
+    values |= {root / array / "zarr.json": value for array, value in metadata.items()}
+    values |= {target / REQUEST: record.request.model_dump(mode="json")}
+    values |= {target / PLAN: record.plan.model_dump(mode="json")}
+    files = {path: durable.json_bytes(value) for path, value in values.items()}
+    durable.publish_files(files | {target / name: data for name, data in more.items()})
+    for name in _copied(store):
+        durable.publish_file(target / name, partial(shutil.copyfile, store.path / name))
+    durable.publish_json(target / STORE, record.model_dump(mode="json"))
+
+
+def _copied(store: Store) -> list[str]:
+    """Files that both forms of a store have as they are, by path below it."""
+    ledger = [path(block) for block in range(store.record.blocks) for path in (record_path, moments_path)]
+    return sorted([*store.record.files, *ledger])
 
 
 def _for_each_shard(name: str, store: Store, size: int, one: Callable[[Shard], int]) -> None:

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.table import Table
 from shared import durable
 from shared.errors import ProjectError, UserError
 from shared.layout import LEDGER, PLAN, REQUEST, STORE, StoreRequest
-from shared.store import is_packed, progress, read_plan, read_request
+from shared.store import is_packed, progress, read_plan, read_request, read_store_record
 
 _NAMED = 5
 
@@ -25,7 +25,7 @@ class Entry:
 
     name: str
     state: str
-    """`complete`, `packed`, `12 of 40 blocks`, `packing`, or `damaged: ...`"""
+    """`complete`, `packed`, `12 of 40 blocks`, `complete; extended: 12 of 40 blocks`, `packing`, or `damaged: ...`"""
     bytes: int
     """On disk, all files."""
     age_seconds: float
@@ -85,8 +85,9 @@ def remove(path: Path) -> None:
 
     It is renamed first: a kill leaves litter, which `sweep` removes, and never a part of a store.
     """
-    doomed = path.with_name(path.name + durable.TEMPORARY)
     with _alone(path) as lock:
+        path = lock.with_suffix("")
+        doomed = path.with_name(path.name + durable.TEMPORARY)
         shutil.rmtree(doomed, ignore_errors=True)  # of an earlier store, left by a kill
         durable.move(path, doomed)
         shutil.rmtree(doomed)
@@ -98,6 +99,8 @@ def _alone(path: Path) -> Iterator[Path]:
     """Hold the writers' and the readers' lock of the store at `path`; gives the writers' lock file."""
     if not (path / REQUEST).is_file():
         raise UserError(f"{path} is not a store: it has no {REQUEST}")
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link to {path.resolve()}; remove that, or the link with rm")
     path = path.resolve()
     lock = path.with_name(f"{path.name}.lock")
     with durable.lock(lock, f"store {path.name}"), durable.lock(path / REQUEST, f"store {path.name}"):
@@ -105,16 +108,25 @@ def _alone(path: Path) -> Iterator[Path]:
 
 
 def sweep(cache: Path) -> None:
-    """Remove what a killed `remove` or harvest left of stores that nobody writes."""
-    for litter in cache.glob(f"*{durable.TEMPORARY}"):
-        store = litter.name.removesuffix(durable.TEMPORARY).removesuffix(".spool")
-        if not durable.holders(cache / f"{store}.lock"):
-            shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
+    """Remove what a killed `remove` or harvest left of stores that nobody writes; nothing without a store's lock."""
+    for lock in cache.glob("*.lock"):
+        store = lock.with_suffix("")
+        litter = [cache / f"{store.name}{end}{durable.TEMPORARY}" for end in ("", ".spool")]
+        if any(path.exists() for path in litter):
+            with suppress(UserError), durable.lock(lock, f"store {store.name}"):  # in use: its writer sweeps
+                shutil.rmtree(litter[0], ignore_errors=True)
+                litter[1].unlink(missing_ok=True)
+                if not store.exists():
+                    lock.unlink()
 
 
 def size_of(path: Path) -> int:
-    """Bytes of all files below `path`."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """Bytes of all files below `path`; those that a writer renames meanwhile may be left out."""
+    size = 0
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):
+            size += file.stat().st_size if file.is_file() else 0
+    return size
 
 
 def differences(theirs: StoreRequest, ours: StoreRequest) -> dict[str, tuple[Any, Any]]:
@@ -153,7 +165,12 @@ def _entry(path: Path) -> Entry:
     try:
         request = read_request(path)
         plan = read_plan(path) if (path / PLAN).is_file() else None
-        state = "packed" if is_packed(path) else "complete" if (path / STORE).is_file() else progress(path)
+        state = progress(path)
+        if (path / STORE).is_file():
+            record = read_store_record(path)
+            growing = plan is not None and plan.training_blocks > record.plan.training_blocks
+            state = "packed" if is_packed(path) else f"complete; extended: {state}" if growing else "complete"
+            plan = record.plan
     except ProjectError as error:
         return Entry(**common, state=f"damaged: {error}", used_by=[*users, *writers])
     return Entry(

@@ -5,7 +5,6 @@ order whatever the number of workers, and two passes on one core each beat one p
 block start while the last ones of a block run and while it is written.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,13 +34,17 @@ class Capture:
             self._idle.put(model)
 
     def fitting_batch(self, windows: Windows, positions: NDArray[np.int64], most: int) -> int:
-        """The most windows per pass that fit on the device: `most`, or half of it, and so on.
+        """The most windows per pass that fit on the device, their rows' rounding included: `most`, or half, and so on.
 
         Raises `ProjectError` when a single one does not.
         """
+
+        def take(name: str, values: Tensor) -> None:
+            to_storage(values, self._storage, name, 0)
+
         while True:
             try:
-                self.forward(windows.tokens[:most], positions[:most])
+                self.forward(windows.tokens[:most], positions[:most], take)
                 return most
             except torch.OutOfMemoryError as error:
                 if most == 1:
@@ -50,7 +53,7 @@ class Capture:
                         "windows.context_size, or choose --set model.dtype=bfloat16"
                     ) from error
             most //= 2
-            if self._device == "cuda":
+            if self._device.startswith("cuda"):
                 torch.cuda.empty_cache()
 
     def submit(
@@ -124,8 +127,6 @@ def open_capture(
 ) -> Iterator[Capture]:
     """A capture with `workers` threads on CPU, and one on CUDA."""
     if device.startswith("cuda"):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
         workers = 1
     models = [model, *(model.replica() for _ in range(workers - 1))]
     before = torch.get_num_threads()

@@ -230,9 +230,15 @@ def resolve(
         "seed": seed,
     }
     settings = {"label": name, **load_preset(PRESETS, preset, config)}
+    for group, other in (("text", text), ("model", model)):
+        if other and isinstance(settings.get(group), dict):  # what says where in the preset's own text or model
+            settings[group] = {key: value for key, value in settings[group].items() if key not in _OF_A_NAME}
     for key, value in given.items():
         settings = _put(settings, key, value)
     return build(Settings, override(settings, assignments), f"settings of {name}")
+
+
+_OF_A_NAME = ("revision", "subset", "split", "column", "kind")
 
 
 def _put(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -5,11 +5,12 @@ passed on as None and counted as empty where windows are packed.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from harvest.digests import file_sha256
 from harvest.embedded.corpus import corpus_digest, documents
 from harvest.hub import dataset_commit
 from harvest.rows import LineRows, Row, Rows, hub_rows, parquet_rows
@@ -35,11 +36,20 @@ class Corpus:
 def open_corpus(settings: TextSettings, separator: str | None, seed: int) -> Corpus:
     """Find the text and identify it; reads no more than that takes. Raises `UserError`."""
     if settings.name == (EMBEDDED,):
+        _refuse(settings, "the embedded text", "column", "kind", "streaming", "subset", "split", "revision")
         return _embedded(separator, seed)
     files = [Path(name).expanduser() for name in settings.name]
     if len(files) > 1 or files[0].suffix in _SUFFIXES or files[0].exists():
+        _refuse(settings, "local text files", "subset", "split", "revision")
         return _local(settings, files, separator, seed)
     return _hub(settings, settings.name[0], separator, seed)
+
+
+def _refuse(settings: TextSettings, what: str, *names: str) -> None:
+    """Raise `UserError` when a setting that means nothing for this text was given."""
+    for name in names:
+        if getattr(settings, name) != TextSettings.model_fields[name].default:
+            raise UserError(f"text.{name} = {getattr(settings, name)} means nothing for {what}; leave it out")
 
 
 def _embedded(separator: str | None, seed: int) -> Corpus:
@@ -63,20 +73,31 @@ def _local(settings: TextSettings, files: list[Path], separator: str | None, see
 
 def _hub(settings: TextSettings, name: str, separator: str | None, seed: int) -> Corpus:
     commit = dataset_commit(name, settings.revision)
-    parts = (name, commit, settings.subset or "", settings.split, settings.column or "")
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join((name, commit, settings.subset or "", settings.split)).encode()).hexdigest()
     rows = hub_rows(name, settings.subset, settings.split, commit)
-    return _rows_corpus(settings, name, rows, digest, separator, seed)
+    place = {"revision": commit, "subset": settings.subset, "split": settings.split}
+    return _rows_corpus(settings, name, rows, digest, separator, seed, **place)
 
 
 def _rows_corpus(
-    settings: TextSettings, name: str, rows: Rows, digest: str, separator: str | None, seed: int
+    settings: TextSettings,
+    name: str,
+    rows: Rows,
+    digest: str,
+    separator: str | None,
+    seed: int,
+    **place: str | None,
 ) -> Corpus:
     column, kind = _column(settings, name, rows)
     order: Order = "as_read" if settings.streaming else "shuffled"
-    identity = CorpusIdentity(name=name, digest=digest, column=column, kind=kind, order=order, separator=separator)
+    identity = CorpusIdentity(
+        name=name, digest=digest, column=column, kind=kind, order=order, separator=separator, **place
+    )
 
     def read() -> Iterator[Any]:
+        head = _head(name, rows)
+        if not any(column in row for row in head):
+            raise _no_column(name, column, dict.fromkeys(key for row in head for key in row))
         for row in rows.as_read() if settings.streaming else rows.shuffled(seed):
             yield row.get(column)
 
@@ -87,17 +108,25 @@ def _column(settings: TextSettings, name: str, rows: Rows) -> tuple[str, Kind]:
     """The column to read and what it holds, by the settings or else by the first rows."""
     if settings.column is not None and settings.kind != "auto":
         return settings.column, settings.kind
-    head = rows.head()
-    if not head:
-        raise UserError(f"{name}: no rows; there is no text to harvest")
+    head = _head(name, rows)
     kinds = {column: _kind(head, column) for row in head for column in row}
     column = settings.column or _default_column(kinds, settings.kind)
     if column is None or column not in kinds:
-        raise UserError(f"{name}: no column {column or 'text'!r}; its columns: {', '.join(kinds)} (--set text.column=)")
+        raise _no_column(name, column or "text", kinds)
     kind = kinds[column] if settings.kind == "auto" else settings.kind
     if kind is None:
         raise UserError(f"{name}: column {column!r} holds no text, chat messages or token ids; columns: {list(kinds)}")
     return column, kind
+
+
+def _head(name: str, rows: Rows) -> list[Row]:
+    if head := rows.head():
+        return head
+    raise UserError(f"{name}: no rows; there is no text to harvest")
+
+
+def _no_column(name: str, column: str, known: Iterable[str]) -> UserError:
+    return UserError(f"{name}: no column {column!r}; its columns: {', '.join(known)} (--set text.column=)")
 
 
 def _default_column(kinds: dict[str, Kind | None], wanted: str) -> str | None:
@@ -125,6 +154,5 @@ def _kind(head: list[Row], column: str) -> Kind | None:
 def _files_digest(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()

@@ -59,7 +59,7 @@ class Encoder:
         if not messages:
             return np.zeros(0, np.int32)
         try:
-            chat = [{key: clean(value) for key, value in message.items() if value} for message in messages]
+            chat = [{key: clean(value) for key, value in message.items() if value is not None} for message in messages]
             text = self._tokenizer.apply_chat_template(chat, tokenize=False)
             return np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
         except Exception as error:  # templates raise whatever they like

@@ -15,7 +15,7 @@ from harvest.blocks import over_norm, quotas
 from harvest.model_files import ModelFiles, read_shape
 from harvest.plan import Target
 from shared import durable
-from shared.layout import StoreRequest, block_bytes, row_specs, store_specs
+from shared.layout import UNEMBEDDING, StoreRequest, block_bytes, row_specs, store_specs
 from shared.reader import MOST_RUN_ROWS, RowsConfig
 from shared.statistics import BINS
 from shared.strata import Stratum, stratum_ranges
@@ -39,6 +39,8 @@ class Estimate:
     """Stored rows by stratum, held-out ones included."""
     stratum_bytes: dict[str, int]
     """Shard files by stratum, and those of tokens and documents as `tokens`."""
+    shard_bytes: int
+    """All shard files: less than the sum over strata where each has a bound of its own."""
     shards: int
     other_bytes: int
     """At most: records, statistics, tokenizer, and the unembedding."""
@@ -48,11 +50,6 @@ class Estimate:
     """At most, beside the store, and only while tokens are packed."""
     present_bytes: int
     """Of the shard files, those of blocks that are there already."""
-
-    @property
-    def shard_bytes(self) -> int:
-        """All shard files."""
-        return sum(self.stratum_bytes.values())
 
     @property
     def needed_bytes(self) -> int:
@@ -100,7 +97,8 @@ def estimate(target: Target, training_blocks: int, widths: Mapping[str, int], mo
     request = target.request
     d_in, d_out = widths[request.source_hook], widths[request.target_hook]
     planned = sum(target.segments)
-    blocks = request.held_out_blocks + max(planned, training_blocks)
+    exhausted = target.plan is not None and target.plan.exhausted
+    blocks = request.held_out_blocks + (planned if exhausted else max(planned, training_blocks))
     strata = target.strata or expected_strata(request)
     exact = bool(target.plan) or (request.documents == "joined" and not request.exclude_special)
     specs = store_specs(request, strata, d_in, d_out)
@@ -109,9 +107,14 @@ def estimate(target: Target, training_blocks: int, widths: Mapping[str, int], mo
     for stratum in strata:
         rows[stratum.name] = blocks * stratum.rows
         sizes[stratum.name] = blocks * block_bytes(row_specs(request, [stratum], d_in, d_out))
+    shard_bytes = sum(sizes.values())
+    if not exact:  # however the tokens fall into strata, there are no more rows than tokens
+        row = sum(spec.row_bytes for spec in row_specs(request, strata[:1], d_in, d_out))
+        indices = sum(len(s.footer()) * s.shards_per_block for s in row_specs(request, strata, d_in, d_out))
+        shard_bytes = min(shard_bytes, sizes["tokens"] + blocks * (request.block_tokens * row + indices))
     done = target.blocks - len(ledger.missing_blocks(target)) if target.plan else 0
-    unembedding = _unembedding_bytes(request, model)
-    to_pack = max(0, training_blocks - planned)
+    unembedding = 0 if (target.path / UNEMBEDDING).is_file() else _unembedding_bytes(request, model)
+    to_pack = 0 if exhausted else max(0, training_blocks - planned)
     return Estimate(
         path=target.path,
         request=request,
@@ -119,6 +122,7 @@ def estimate(target: Target, training_blocks: int, widths: Mapping[str, int], mo
         exact=exact,
         rows=rows,
         stratum_bytes=sizes,
+        shard_bytes=shard_bytes,
         shards=blocks * sum(spec.shards_per_block for spec in specs),
         other_bytes=_record_bytes(request, strata, blocks, d_in + d_out, model) + unembedding,
         unembedding_bytes=unembedding,
@@ -158,9 +162,9 @@ def _unembedding_bytes(request: StoreRequest, model: ModelFiles) -> int:
 
 
 def needed(estimates: Sequence[Estimate]) -> int:
-    """Bytes that all stores together still need."""
-    unembeddings = [one.unembedding_bytes for one in estimates]
-    return sum(one.needed_bytes for one in estimates) - sum(unembeddings) + max(unembeddings)
+    """Bytes that all stores together still need: one unembedding, and one spool at a time."""
+    shared = [[one.unembedding_bytes for one in estimates], [one.spool_bytes for one in estimates]]
+    return sum(one.needed_bytes for one in estimates) - sum(sum(sizes) - max(sizes) for sizes in shared)
 
 
 def require_space(estimates: Sequence[Estimate]) -> None:

@@ -9,13 +9,12 @@ from safetensors.numpy import load, save
 
 from harvest.blocks import SIDES, Array, unpack_moments
 from harvest.model_files import ModelFiles
-from harvest.plan import Target
+from harvest.plan import Target, finished_record
 from harvest.sinks import overall
 from shared import durable
 from shared.errors import CorruptData
 from shared.layout import (
     FORMAT_VERSION,
-    STATISTICS,
     STORE,
     TOKENIZER,
     UNEMBEDDING,
@@ -26,6 +25,7 @@ from shared.layout import (
     StratumSummary,
     moments_path,
     record_path,
+    statistics_path,
 )
 from shared.statistics import OUTLIER_RATIO, QUANTILES, Moments, merge
 from shared.store import buffers_record, fault, file_record, read_ledger
@@ -36,13 +36,14 @@ _PACKAGES = ("torch", "transformers", "transformer-lens", "numpy")
 def finish(target: Target, model: ModelFiles) -> None:
     """Publish what makes the store a finished one. All its blocks are committed.
 
-    Until the last file, `store.json`, is replaced, the record of a shorter store stays in force.
+    Until `store.json` is replaced, the record of a shorter store stays in force, and so do its statistics.
     """
     assert target.plan is not None
+    statistics = statistics_path(target.blocks)
     training = range(target.request.held_out_blocks, target.blocks)
     moments = training_moments(target, training)
     summaries, overall_, tensors = summarise(target.plan, moments)
-    files = {STATISTICS: save(tensors)}
+    files = {statistics: save(tensors)}
     files |= {f"{TOKENIZER}/{path.name}": path.read_bytes() for path in model.tokenizer_files}
     records = {name: buffers_record([data]) for name, data in files.items()}
     if target.request.unembedding:
@@ -62,6 +63,17 @@ def finish(target: Target, model: ModelFiles) -> None:
     )
     durable.publish_files({target.path / name: data for name, data in files.items()})
     durable.publish_json(target.path / STORE, record.model_dump(mode="json"))
+    for path in target.path.glob("statistics-*.safetensors"):
+        if path.name != statistics:
+            path.unlink()
+
+
+def drop_damaged(target: Target) -> None:
+    """Remove an unembedding that is not what the finished store at `target` says: it is written anew."""
+    record = finished_record(target.path)
+    files = record.files if record else {}
+    if UNEMBEDDING in files and fault(target.path / UNEMBEDDING, files[UNEMBEDDING]):
+        (target.path / UNEMBEDDING).unlink(missing_ok=True)
 
 
 def training_moments(target: Target, blocks: Iterable[int]) -> dict[str, Moments]:
@@ -78,7 +90,7 @@ def training_moments(target: Target, blocks: Iterable[int]) -> dict[str, Moments
 def summarise(
     plan: StorePlan, moments: dict[str, Moments]
 ) -> tuple[tuple[StratumSummary, ...], StratumSummary, dict[str, Array]]:
-    """Summaries by stratum, the overall one, and the tensors of `statistics.safetensors`."""
+    """Summaries by stratum, the overall one, and the tensors of the statistics' file."""
     strata = plan.stored_strata
     whole = {f"overall/{side}": overall(strata, moments, side) for side in SIDES}
     medians = {side: whole[f"overall/{side}"].norm_quantile(0.5) for side in SIDES}

@@ -13,6 +13,7 @@ from shared.layout import (
     ARRAYS,
     FileRecord,
     LedgerRecord,
+    block_token_files,
     moments_path,
     record_path,
     row_specs,
@@ -50,8 +51,15 @@ def commit(target: Target, block: int, layout: BlockLayout, buffers: Buffers, ba
             moments |= {f"{stratum.name}/{side}": found.result() for side, found in gathered.items()}
     saved = save(pack_moments(moments))
     durable.publish_bytes(target.path / moments_path(block), saved)
+    assert target.plan is not None
     record = LedgerRecord(
-        block=block, batch_sequences=batch, d_in=d_in, d_out=d_out, files=files, moments=buffers_record([saved])
+        block=block,
+        batch_sequences=batch,
+        d_in=d_in,
+        d_out=d_out,
+        files=files,
+        tokens=block_token_files(target.plan, request, block),
+        moments=buffers_record([saved]),
     )
     durable.publish_json(target.path / record_path(block), record.model_dump(mode="json"))
     return moments
@@ -59,8 +67,8 @@ def commit(target: Target, block: int, layout: BlockLayout, buffers: Buffers, ba
 
 def fixed_batch(target: Target) -> int | None:
     """Windows per forward pass that the committed blocks were made with, or None when there are none."""
-    found = next((b for b in range(target.blocks) if (target.path / record_path(b)).is_file()), None)
-    return None if found is None else read_ledger(target.path, found).batch_sequences
+    records = (_readable(target, block) for block in range(target.blocks))
+    return next((record.batch_sequences for record in records if record), None)
 
 
 def grow_arrays(target: Target, committed: Iterable[int]) -> None:
@@ -78,9 +86,9 @@ def grow_arrays(target: Target, committed: Iterable[int]) -> None:
 
 
 def _is_committed(target: Target, block: int) -> bool:
-    if not (target.path / record_path(block)).is_file():
+    record = _readable(target, block)
+    if record is None or target.plan is None or record.tokens != block_token_files(target.plan, target.request, block):
         return False
-    record = read_ledger(target.path, block)
     try:
         for name, file in record.files.items():
             check_size(target.path / ARRAYS / name, file)
@@ -88,3 +96,11 @@ def _is_committed(target: Target, block: int) -> bool:
     except CorruptData:
         return False
     return True
+
+
+def _readable(target: Target, block: int) -> LedgerRecord | None:
+    """A block's record, if it is there and whole; else the block is made again."""
+    try:
+        return read_ledger(target.path, block)
+    except CorruptData:
+        return None

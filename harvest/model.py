@@ -4,11 +4,12 @@ import copy
 import difflib
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -108,14 +109,24 @@ def check_isolation(model: Model, context_size: int, device: str) -> None:
             )
 
 
-def check_device(device: Literal["cpu", "cuda"]) -> None:
-    """Raise `UserError` when the device is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("model.device is cuda, and this torch sees no CUDA device; pass --set model.device=cpu")
+def check_device(device: str) -> None:
+    """Raise `UserError` when the device, such as `cpu` or `cuda:1`, is not there."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "the model's device is cuda, and this torch sees no CUDA device; harvest with --set model.device=cpu "
+            "(another store), or use a machine with one"
+        )
 
 
 def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[str]) -> Model:
-    """Load the model in `folder`, only the layers that `hooks` need. Raises `UserError`."""
+    """Load the model in `folder`, only the layers that `hooks` need. Raises `UserError`.
+
+    On CUDA the process computes deterministically from here on: cuBLAS reads its setting at its first call.
+    """
+    check_device(device)
+    if torch.device(device).type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     layers, kind = layers_needed(hooks), getattr(torch, dtype)
     with _quiet(), _explained(folder):
         network, loaded = transformers.AutoModelForCausalLM.from_pretrained(

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from harvest.digests import file_sha256
 from harvest.embedded import MODEL_FOLDER
 from harvest.hub import model_snapshot
 from harvest.settings import EMBEDDED, ModelSettings, WindowSettings
@@ -26,6 +27,10 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_MOST_HEADER_BYTES = 100 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +84,11 @@ class SpecialTokens:
 
 def find_model(settings: ModelSettings) -> ModelFiles:
     """Locate the model: the embedded one, a local folder, or the hub. Raises `UserError`."""
+    folder = Path(settings.name).expanduser()
+    if settings.revision is not None and (settings.name == EMBEDDED or folder.is_dir()):
+        raise UserError(f"model.revision = {settings.revision} means nothing for a local model; leave it out")
     if settings.name == EMBEDDED:
         return _local(MODEL_FOLDER, EMBEDDED)
-    folder = Path(settings.name).expanduser()
     if folder.is_dir():
         return _local(folder, folder.resolve().name)
     if re.match(r"[./~]", settings.name) or settings.name.count("/") > 1:
@@ -105,11 +112,26 @@ def read_shape(folder: Path) -> ModelShape:
         return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
     layers, d_model = first("num_hidden_layers", "n_layer", "num_layers"), first("hidden_size", "n_embd", "d_model")
-    vocabulary = first("vocab_size")
+    vocabulary = first("vocab_size") or _embedding_rows(folder)  # Gemma 3's leave it out where it is the class's own
     if layers is None or d_model is None or vocabulary is None:
         raise UserError(f"{folder / 'config.json'} names no number of layers, hidden size or vocabulary size")
     longest = first("max_position_embeddings", "n_positions", "n_ctx")
     return ModelShape(layers=layers, d_model=d_model, vocabulary=vocabulary, max_context=longest)
+
+
+def _embedding_rows(folder: Path) -> int | None:
+    """The rows of the token embedding, by the headers of the weight files."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            size = min(int.from_bytes(file.read(8), "little"), _MOST_HEADER_BYTES)
+            try:
+                header = json.loads(file.read(size))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: not a safetensors file ({error})") from error
+        for name, tensor in header.items():
+            if name.endswith(_EMBEDDINGS):
+                return int(tensor["shape"][0])
+    return None
 
 
 def read_special_tokens(files: ModelFiles) -> SpecialTokens:
@@ -157,7 +179,10 @@ def _defaults(folder: Path) -> dict[str, str | None]:
     """The tokenizer class's own special tokens, for folders that do not name them (gpt2)."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the library raises whatever a file's content led to
+        raise UserError(f"{folder}: its tokenizer does not load: {error}") from error
     return {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
 
 
@@ -175,8 +200,7 @@ def _file_sha256(path: Path) -> str:
     blob = path.resolve().name
     if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
         return blob
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

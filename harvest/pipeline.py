@@ -164,6 +164,7 @@ def _targets(paths: Sequence[Path], inputs: Inputs) -> list[Target]:
 
 def lock_store(path: Path, *, shared: bool = False) -> AbstractContextManager[durable.Lock]:
     """The writers' lock of the store at `path`."""
+    path = path.resolve()
     return durable.lock(path.with_name(f"{path.name}.lock"), f"store {path.name}", shared=shared)
 
 
@@ -220,7 +221,10 @@ def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, fo
         return
     for target in targets:
         durable.sweep(target.path)
-        if target.plan is None and (line := explain_new(target.path, target.request)):
+        if target.plan:
+            plan.publish_records(target)
+            finish.drop_damaged(target)
+        elif line := explain_new(target.path, target.request):
             print(line, file=sys.stderr)
     widths = hook_widths(targets, inputs)
     if not force:
@@ -236,6 +240,9 @@ def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, fo
                 plan.restore(target, damaged[target.path], inputs.corpus, encoder)
         for group in _alike(needing):
             plan.extend(group, inputs.training_blocks, inputs.corpus, encoder)
+        if not force:  # now that rows are counted where they depend on the tokens
+            planned = [plan.load_target(target.path, target.request) for target in targets]
+            require_space([estimate(target, inputs.training_blocks, widths, inputs.model) for target in planned])
 
 
 def hook_widths(targets: Sequence[Target], inputs: Inputs) -> dict[str, int]:

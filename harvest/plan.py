@@ -28,19 +28,22 @@ from shared.keyed import permutation
 from shared.layout import (
     ARRAYS,
     DOCUMENTS,
+    LEDGER,
     PLAN,
     REQUEST,
+    STORE,
     TOKENS,
     FileRecord,
     RowCounts,
     StorePlan,
+    StoreRecord,
     StoreRequest,
     StratumPlan,
     documents_spec,
     tokens_spec,
 )
 from shared.progress import Progress
-from shared.store import buffers_record, check_shard, fault, is_packed, read_plan, read_request
+from shared.store import buffers_record, check_shard, fault, is_packed, read_plan, read_request, read_store_record
 from shared.strata import Stratum, stratum_ranges
 
 _DOCUMENTS_AHEAD = 256
@@ -77,17 +80,46 @@ class Target:
 
 def load_target(path: Path, request: StoreRequest) -> Target:
     """What is at `path` already. Raises `UserError` when it was made for another request, and when it is packed."""
-    if not (path / REQUEST).is_file():
-        return Target(path=path, request=request)
     refuse_packed(path)
     check_request(path, request)
-    return Target(path=path, request=request, plan=read_plan(path) if (path / PLAN).is_file() else None)
+    return Target(path=path, request=request, plan=current_plan(path))
+
+
+def finished_record(path: Path) -> StoreRecord | None:
+    """The record of the finished store at `path`, if it is there and whole."""
+    try:
+        return read_store_record(path) if (path / STORE).is_file() else None
+    except CorruptData:
+        return None
+
+
+def current_plan(path: Path) -> StorePlan | None:
+    """What is planned at `path`: by plan.json or, where that is lost or falls behind, by store.json."""
+    record = finished_record(path)
+    try:
+        found = read_plan(path) if (path / PLAN).is_file() else None
+    except CorruptData:
+        if record is None:
+            raise
+        found = None
+    if record and (found is None or not found.continues(record.plan)):
+        return record.plan
+    return found
 
 
 def check_request(path: Path, request: StoreRequest) -> None:
-    """Raise `UserError` when the store at `path` was made for another request."""
-    found = read_request(path)
-    if found != request:
+    """Raise `UserError` when the store at `path` was made for another request, by request.json or by store.json."""
+    record = finished_record(path)
+    try:
+        found = read_request(path) if (path / REQUEST).is_file() else None
+    except CorruptData:
+        if record is None:
+            raise
+        found = None
+    if found is None and record:
+        found = record.request
+    if found not in (None, request):
+        assert found is not None
         name, (theirs, ours) = next(iter(differences(found, request).items()))
         raise UserError(
             f"{path / REQUEST} is of another request: {name} is {theirs} there and {ours} here; choose another "
@@ -271,6 +303,8 @@ def _publish(
         _begin(target, strata)
     files = dict(target.plan.token_files) if target.plan else {}
     _remove_unplanned(root, files)
+    if target.plan:
+        _remove_uncounted(target)
     for block, windows in segment:
         shards = _window_shards(request, block, windows)
         durable.publish_files({root / name: data for name, data in shards.items()})
@@ -308,7 +342,14 @@ def _payload(request: StoreRequest, windows: Windows) -> int:
 
 
 def publish_records(target: Target) -> None:
-    """Request, plan, groups and the windows' metadata of a planned target, as far as they are not there as they are."""
+    """Request, plan, groups and the windows' metadata of a planned target, as far as they are not there as they are.
+
+    A plan that is there and goes further stays.
+    """
+    assert target.plan is not None
+    begun = current_plan(target.path)
+    if begun and begun.continues(target.plan):  # an extension, perhaps
+        target = replace(target, plan=begun)
     assert target.plan is not None
     specs = (tokens_spec(target.request), documents_spec(target.request))
     files = {target.path / ARRAYS / spec.path / "zarr.json": spec.metadata(target.blocks) for spec in specs}
@@ -343,6 +384,13 @@ def _remove_unplanned(root: Path, planned: Mapping[str, FileRecord]) -> None:
         if path.relative_to(root).as_posix() not in planned:
             path.unlink()
             path.parent.rmdir()
+
+
+def _remove_uncounted(target: Target) -> None:
+    """Ledger records of blocks that are not planned: of a longer plan that was lost."""
+    for path in (target.path / LEDGER).glob("[0-9]*"):
+        if int(path.name.split(".")[0]) >= target.blocks:
+            path.unlink()
 
 
 @contextmanager

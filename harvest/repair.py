@@ -15,7 +15,7 @@ from harvest.ranks import Ranks
 from harvest.settings import ModelSettings, TextSettings
 from shared import durable
 from shared.errors import CorruptData, UserError
-from shared.layout import ARRAYS, DOCUMENTS, LEDGER, TOKENS, UNEMBEDDING, StoreRequest, row_specs
+from shared.layout import ARRAYS, DOCUMENTS, LEDGER, TOKENS, StoreRequest, row_specs
 from shared.store import read_store_record
 
 
@@ -81,8 +81,7 @@ def repair(path: Path, model: str | None, text: Sequence[str], workers: int) -> 
         files = own_model(record.request, model)
         if damage.token_files:
             _restore(target, damage.token_files, files, text)
-        if UNEMBEDDING in damage.others:
-            (path / UNEMBEDDING).unlink(missing_ok=True)
+        finish.drop_damaged(target)
         from harvest.runner import Runner
 
         widths = {record.request.source_hook: record.d_in, record.request.target_hook: record.d_out}
@@ -102,11 +101,15 @@ def own_model(request: StoreRequest, name: str | None) -> ModelFiles:
     wanted = request.model
     settings = ModelSettings(name=name or wanted.name, revision=None if name else wanted.revision)
     files = find_model(settings)
-    if (found := files.weights_digest()) != wanted.weights:
-        raise UserError(
-            f"{files.folder} is not the model of the store: its weights are {found[:12]}, those of the store's "
-            f"{wanted.name} {wanted.weights[:12]}; pass --model FOLDER"
-        )
+    for what, found, expected in (
+        ("weights", files.weights_digest(), wanted.weights),
+        ("tokenizer", files.tokenizer_digest(), request.tokenizer),
+    ):
+        if found != expected:
+            raise UserError(
+                f"{files.folder} is not the model of the store: its {what} has the digest {found[:12]}, that of the "
+                f"store's {wanted.name} {expected[:12]}; pass --model FOLDER"
+            )
     return files
 
 
@@ -116,6 +119,9 @@ def _restore(target: Target, names: Sequence[str], files: ModelFiles, text: Sequ
     wanted = target.request.corpus
     settings = TextSettings(
         name=tuple(text) or (wanted.name,),
+        revision=wanted.revision,
+        subset=wanted.subset,
+        split=wanted.split or "train",
         column=wanted.column,
         kind=wanted.kind,
         streaming=wanted.order == "as_read",

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
@@ -37,6 +37,8 @@ class Runner:
     widths: Mapping[str, int]
     workers: int
     ranks: Ranks
+    unembeddings: list[Path] = field(default_factory=list)
+    """Those written so far: a gigabyte for a large vocabulary, the same for every layer."""
 
     def capture(self, targets: Sequence[Target], missing: Missing) -> None:
         """Commit the blocks that are missing; targets, whose tokens are the same, take their rows from one pass.
@@ -48,10 +50,12 @@ class Runner:
         if todo or lacking:
             model = self._load(targets)
             if self.ranks.first:
-                for target in lacking[:1]:
-                    publish_unembedding(model, target.path / UNEMBEDDING)
-                for target in lacking[1:]:  # a gigabyte for a large vocabulary, the same for every layer
-                    durable.publish_link(target.path / UNEMBEDDING, lacking[0].path / UNEMBEDDING)
+                for path in [target.path / UNEMBEDDING for target in lacking]:
+                    if self.unembeddings:
+                        durable.publish_link(path, self.unembeddings[0])
+                    else:
+                        publish_unembedding(model, path)
+                    self.unembeddings.append(path)
             if todo:
                 self._run(model, [t for t in targets if missing[t.path]], missing, todo)
         self.ranks.wait()

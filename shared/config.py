@@ -5,7 +5,7 @@ A field that does not exist is an error, and the message names the nearest one t
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,10 +55,10 @@ def load_preset(presets: Path, name: str, file: Path | None) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from error
 
 
-def override(settings: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+def override(settings: dict[str, Any], assignments: Iterable[str], *, variants: Container[str] = ()) -> dict[str, Any]:
     """`settings` with each `a.b=value` put in; values are TOML, and what is not TOML is a string.
 
-    Setting a group's `kind` to another one drops the group's other settings: they belong to the kind it had.
+    `variants` are groups whose `kind` decides which settings they have: another kind drops those of the kind before.
     """
     result = _copy(settings)
     for assignment in assignments:
@@ -72,7 +72,7 @@ def override(settings: dict[str, Any], assignments: Iterable[str]) -> dict[str, 
             if not isinstance(table, dict):
                 raise UserError(f"--set {assignment}: {parent} is a value, not a group of settings")
         value = _parse(text.strip())
-        if last == "kind" and table.get(last) != value:
+        if last == "kind" and ".".join(parents) in variants and table.get(last) != value:
             table.clear()
         table[last] = value
     return result

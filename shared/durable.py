@@ -213,26 +213,28 @@ class Lock:
 
 
 @contextmanager
-def lock(path: Path, what: str, *, shared: bool = False) -> Iterator[Lock]:
-    """Hold the lock of the file `path`, made if it is missing; the kernel releases it when the holder dies.
+def lock(path: Path, what: str, *, shared: bool = False, make: bool = True) -> Iterator[Lock]:
+    """Hold the lock of the file `path`; the kernel releases it when the holder dies.
 
-    Any number of processes can hold it `shared`, or one alone. Raises `UserError` at once when another process holds
-    it, and when the file is missing and its folder cannot be written.
+    Any number of processes can hold it `shared`, or one alone. A missing file is made if `make` says so. Raises
+    `UserError` at once when another process holds it, and when the file is missing and is not or cannot be made.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        descriptor = _open_to_lock(path)
+        descriptor = _open_to_lock(path, make)
         while True:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break  # and not a file that its holder has removed since it was opened
             os.close(descriptor)
-            descriptor = _open_to_lock(path)
+            descriptor = _open_to_lock(path, make)
     except BlockingIOError as error:
         os.close(descriptor)
         users = ", ".join(holders(path)) or "another process"
         raise UserError(f"{what} is locked: {users} is using {path.parent}; wait for it or stop it") from error
     except OSError as error:
+        if not make:
+            raise UserError(f"{what} is gone: {path} cannot be opened ({error.strerror})") from error
         raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error
     try:
         yield Lock(descriptor)
@@ -259,8 +261,8 @@ def holders(path: Path) -> list[str]:
     return found
 
 
-def _open_to_lock(path: Path) -> int:
-    if path.exists():
+def _open_to_lock(path: Path, make: bool) -> int:
+    if path.exists() or not make:
         return os.open(path, os.O_RDONLY)
     make_folder(path.parent)
     return os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)

@@ -7,7 +7,7 @@ store.json               the finished store: widths, blocks, statistics; written
 activations.zarr/        Zarr v3: tokens, documents,
 strata/<start>-<stop>/{source,target,position,sequence,offset}
 ledger/000000.json       one record per committed block: size and crc32c of every shard file
-statistics.safetensors   means and variances per dimension
+statistics-000019.safetensors   means and variances per dimension of a store of so many blocks
 tokenizer/
 """
 
@@ -22,10 +22,10 @@ from shared.arrays import INNER_ROWS, ArraySpec
 from shared.config import Config
 from shared.strata import Stratum, stratum_name, stratum_ranges
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 REQUEST, PLAN, STORE = "request.json", "plan.json", "store.json"
-ARRAYS, LEDGER, TOKENIZER, STATISTICS = "activations.zarr", "ledger", "tokenizer", "statistics.safetensors"
+ARRAYS, LEDGER, TOKENIZER = "activations.zarr", "ledger", "tokenizer"
 UNEMBEDDING, PACKED = "unembedding.safetensors", "packed.json"
 TOKENS, DOCUMENTS = "tokens", "documents"
 
@@ -70,7 +70,13 @@ class CorpusIdentity(Config):
     name: str
     """`embedded`, a hub name, or the names of local files."""
     digest: str
-    """SHA-256 over the documents, or over the files, or over a hub data set's name, revision, split and column."""
+    """SHA-256 over the documents, or over the files, or over a hub data set's name, commit, subset and split."""
+    revision: str | None = None
+    """The commit of a hub data set."""
+    subset: str | None = None
+    """The configuration of a hub data set."""
+    split: str | None = None
+    """The split of a hub data set."""
     column: str | None
     """The column of text, chat messages or token ids; none for the embedded corpus."""
     kind: Literal["text", "messages", "input_ids"]
@@ -239,6 +245,17 @@ class StorePlan(Config):
         """Blocks that are not held out."""
         return sum(self.segments)
 
+    def continues(self, other: "StorePlan") -> bool:
+        """Whether this is `other`, or `other` with more segments."""
+        count = len(other.segments)
+        mine = (self.request, self.segments[:count], self.packing[:count], self.special_tokens)
+        rows = [(s.rows, s.segments[:count]) for s in self.strata]
+        return (
+            mine == (other.request, other.segments, other.packing, other.special_tokens)
+            and rows == [(s.rows, s.segments) for s in other.strata]
+            and other.token_files.items() <= self.token_files.items()
+        )
+
     @property
     def stored_strata(self) -> tuple[Stratum, ...]:
         """The strata that are in the store, in order of position."""
@@ -260,6 +277,8 @@ class LedgerRecord(Config):
     d_out: int = Field(ge=1)
     files: dict[FileName, FileRecord]
     """Shard files by path below the Zarr root."""
+    tokens: dict[FileName, FileRecord]
+    """The shard files of `tokens` and `documents` that it was computed from: rows of other tokens are not its rows."""
     moments: FileRecord
     """The block's statistics, `ledger/<block>.moments.safetensors`."""
 
@@ -384,6 +403,18 @@ def store_specs(request: StoreRequest, strata: Sequence[Stratum], d_in: int, d_o
 def block_bytes(specs: Sequence[ArraySpec]) -> int:
     """Exact bytes of one block's shard files."""
     return sum(spec.shards_per_block * spec.shard_bytes for spec in specs)
+
+
+def statistics_path(blocks: int) -> str:
+    """The path of the statistics of a store of `blocks` blocks: extending it leaves those of the shorter one alone."""
+    return f"statistics-{blocks:06d}.safetensors"
+
+
+def block_token_files(plan: StorePlan, request: StoreRequest, block: int) -> dict[str, FileRecord]:
+    """The shard files of a block's tokens and documents, as planned, by path below the Zarr root."""
+    specs = (tokens_spec(request), documents_spec(request))
+    names = [spec.shard_path(shard) for spec in specs for shard in spec.block_shards(block)]
+    return {name: plan.token_files[name] for name in names if name in plan.token_files}
 
 
 def record_path(block: int) -> str:

@@ -17,7 +17,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from shared.arrays import ArraySpec, group_metadata
 from shared.config import read_record
@@ -29,7 +29,6 @@ from shared.layout import (
     PACKED,
     PLAN,
     REQUEST,
-    STATISTICS,
     STORE,
     TOKENIZER,
     TOKENS,
@@ -39,9 +38,11 @@ from shared.layout import (
     StoreRecord,
     StoreRequest,
     block_bytes,
+    block_token_files,
     documents_spec,
     moments_path,
     record_path,
+    statistics_path,
     store_specs,
     stratum_specs,
     tokens_spec,
@@ -169,6 +170,7 @@ class Store:
         store = cls(path, read_store_record(path), local)
         if local and not store.packed:
             raise UserError(f"{path} is not packed, so nothing is decoded; leave out --local-folder and --local-bytes")
+        _ = store.statistics  # at once: those of a shorter store go when a longer one is finished
         _check_records(path, store.record)
         for spec in store.arrays():
             for shard in range(store.record.blocks * spec.shards_per_block):
@@ -190,7 +192,7 @@ class Store:
 
     def reading(self) -> AbstractContextManager[Lock]:
         """The readers' lock: the store is not removed while any process holds it. It may be extended."""
-        return lock(self.path / REQUEST, f"store {self.path.name}", shared=True)
+        return lock(self.path / REQUEST, f"store {self.path.name}", shared=True, make=False)
 
     @cached_property
     def _local(self) -> LocalFolder | None:
@@ -230,10 +232,16 @@ class Store:
     @cached_property
     def statistics(self) -> dict[str, dict[str, SideStatistics]]:
         """By stratum name (or `overall`) and side (`source`, `target`), over the training blocks."""
+        name = statistics_path(self.record.blocks)
+        path, remedy = self.path / name, f"repair it with: harvest repair {self.path}"
+        if name not in self.record.files:
+            raise CorruptData(f"{self.path / STORE}: it names no {name}; restore the file")
+        if wrong := fault(path, self.record.files[name]):
+            raise CorruptData(f"{path}: {wrong}; {remedy}")
         try:
-            tensors = load_file(self.path / STATISTICS)
+            tensors = load(path.read_bytes())
         except SafetensorError as error:
-            raise CorruptData(f"{self.path / STATISTICS}: {error}; run the same harvest again") from error
+            raise CorruptData(f"{path}: {error}; {remedy}") from error
         names = ["overall", *(s.name for s in self.record.plan.stored_strata)]
         try:
             return {
@@ -246,9 +254,7 @@ class Store:
                 for name in names
             }
         except KeyError as error:
-            raise CorruptData(
-                f"{self.path / STATISTICS}: tensor {error} is missing; run the same harvest again"
-            ) from error
+            raise CorruptData(f"{path}: tensor {error} is missing; {remedy}") from error
 
     def arrays(self) -> list[ArraySpec]:
         """Every array."""
@@ -272,6 +278,8 @@ class Store:
             except CorruptData as error:
                 yield record_path(block), str(error)
                 continue
+            if record.tokens != block_token_files(self.record.plan, self.request, block):
+                yield record_path(block), "the block was made from other tokens than the store holds"
             ledger |= {f"{ARRAYS}/{name}": file for name, file in record.files.items()}
             ledger[moments_path(block)] = record.moments
         if self.packed:
@@ -282,7 +290,13 @@ class Store:
 
 
 def _check_records(path: Path, record: StoreRecord) -> None:
-    """Raise `CorruptData` unless the store's records agree with each other."""
+    """Raise `CorruptData` unless the store's records agree with each other; a longer plan is of an extension begun."""
+    for name, good in (
+        (REQUEST, lambda: read_request(path) == record.request),
+        (PLAN, lambda: read_plan(path).continues(record.plan)),
+    ):
+        if not (path / name).is_file() or not good():
+            raise CorruptData(f"{path / name} is missing or of another store; repair it with: harvest repair {path}")
     planned = record.request.held_out_blocks + record.plan.training_blocks
     for what, found, expected in (
         ("the digest of its request", record.plan.request, record.request.digest),

@@ -153,14 +153,20 @@ def make_store(
         moments.append(gathered)
         raw = save({f"{stratum}/{side}/mean": every.mean for (stratum, side), (every, _) in gathered.items()})
         done = layout.LedgerRecord(
-            block=block, batch_sequences=4, d_in=d_in, d_out=d_out, files=written, moments=_record(raw)
+            block=block,
+            batch_sequences=4,
+            d_in=d_in,
+            d_out=d_out,
+            files=written,
+            tokens={name: record for name, record in token_files.items() if f"/c/{block}/" in name},
+            moments=_record(raw),
         )
         _write(path / layout.moments_path(block), raw)
         _write_json(path / layout.record_path(block), done.model_dump(mode="json"))
 
     _write_metadata(path, wanted, d_in, d_out, blocks)
     summaries, overall, tensors = _summarise(wanted, moments[wanted.held_out_blocks :])
-    _write_file(path, layout.STATISTICS, save(tensors), files)
+    _write_file(path, layout.statistics_path(blocks), save(tensors), files)
     if tokenizer:
         _write_file(path, f"{layout.TOKENIZER}/tokenizer.json", _tokenizer(vocabulary), files)
     record = layout.StoreRecord(

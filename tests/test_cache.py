@@ -132,7 +132,7 @@ def test_a_removal_that_was_killed_leaves_no_part_of_a_store(cache: Path, monkey
     (cache / "other.spool.tmp").write_bytes(b"of a harvest that runs")
     with holding(cache / "other.lock", shared=False):
         stores.sweep(cache)
-    assert sorted(path.name for path in cache.iterdir()) == ["other", "other.lock", "other.spool.tmp", "whole.lock"]
+    assert sorted(path.name for path in cache.iterdir()) == ["other", "other.lock", "other.spool.tmp"]
 
 
 def test_the_nearest_store_and_what_differs(cache: Path) -> None:
@@ -154,8 +154,8 @@ def test_the_nearest_store_and_what_differs(cache: Path) -> None:
 def test_a_lock_file_that_was_removed_meanwhile_is_not_mistaken_for_the_lock(tmp_path: Path) -> None:
     path, opened = tmp_path / "lock", durable._open_to_lock
 
-    def removed_after_opening(given: Path) -> int:
-        descriptor = opened(given)
+    def removed_after_opening(given: Path, make: bool) -> int:
+        descriptor = opened(given, make)
         if not swapped:
             swapped.append(given)
             given.unlink()

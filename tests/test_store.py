@@ -15,6 +15,7 @@ from shared.store import MappedArray, Store, buffers_record, fault, file_crc32c,
 from tests.stores import SyntheticStore, make_store
 
 SOURCE = "strata/004-016/source"
+STATISTICS = layout.statistics_path(5)
 SHARD = f"{layout.ARRAYS}/{SOURCE}/c/1/0"
 SHARDS = [SHARD, "activations.zarr/tokens/c/4/0", "activations.zarr/strata/000-001/position/c/0"]
 
@@ -251,8 +252,8 @@ def test_only_verify_catches_swapped_shards(synthetic):
     assert sorted(faults(synthetic.path)) == [SHARD, SHARD.replace("/1/0", "/3/0")]
 
 
-def test_only_verify_catches_flipped_tokens_moments_and_statistics(synthetic):
-    names = ["activations.zarr/tokens/c/2/0", layout.moments_path(3), layout.STATISTICS]
+def test_only_verify_catches_flipped_tokens_and_moments(synthetic):
+    names = ["activations.zarr/tokens/c/2/0", layout.moments_path(3)]
     for name in names:
         flip(synthetic.path / name, (synthetic.path / name).stat().st_size // 2)
     assert sorted(faults(synthetic.path)) == sorted(names)
@@ -335,18 +336,62 @@ def test_open_catches_deleted_metadata(synthetic, name):
 
 
 def test_open_catches_cut_or_missing_statistics(synthetic):
-    cut(synthetic.path / layout.STATISTICS)
-    with pytest.raises(CorruptData, match=r"statistics\.safetensors: [\d,]+ bytes, expected"):
+    cut(synthetic.path / STATISTICS)
+    with pytest.raises(CorruptData, match=r"statistics-000005\.safetensors: [\d,]+ bytes, ledger says"):
         Store.open(synthetic.path)
-    (synthetic.path / layout.STATISTICS).unlink()
-    with pytest.raises(CorruptData, match=r"statistics\.safetensors is missing"):
+    (synthetic.path / STATISTICS).unlink()
+    with pytest.raises(CorruptData, match=r"statistics-000005\.safetensors: missing"):
         Store.open(synthetic.path)
 
 
-def test_a_damaged_header_of_the_statistics_is_corrupt_data(synthetic):
-    flip(synthetic.path / layout.STATISTICS, 0)
-    with pytest.raises(CorruptData, match=r"statistics\.safetensors: .*; run the same harvest again"):
-        _ = Store.open(synthetic.path).statistics
+def test_open_catches_a_flipped_bit_in_the_statistics(synthetic):
+    """They are small, and every row of a training is shifted by them."""
+    flip(synthetic.path / STATISTICS, 3000)
+    with pytest.raises(CorruptData, match=r"statistics-000005\.safetensors: crc32c .*; repair it with"):
+        Store.open(synthetic.path)
+
+
+def test_statistics_that_no_record_names_are_not_read(synthetic):
+    edit(synthetic.path / layout.STORE, lambda data: data["files"].pop(STATISTICS))
+    with pytest.raises(CorruptData, match=r"store\.json: it names no statistics-000005"):
+        Store.open(synthetic.path)
+
+
+@pytest.mark.parametrize("name", [layout.REQUEST, layout.PLAN])
+@pytest.mark.parametrize("change", ["missing", "another"])
+def test_open_compares_the_other_records(synthetic, name, change):
+    if change == "missing":
+        (synthetic.path / name).unlink()
+    else:
+        edit(synthetic.path / name, lambda data: data.update({"seed": 9} if "seed" in data else {"segments": [2]}))
+    with pytest.raises(CorruptData, match=rf"{name} is missing or of another store; repair it with"):
+        Store.open(synthetic.path)
+
+
+def test_a_plan_that_goes_further_is_an_extension_begun(synthetic):
+    def longer(data):
+        data["segments"].append(2)
+        data["packing"].append(data["packing"][0])
+        for stratum in data["strata"]:
+            stratum["segments"].append(stratum["segments"][0])
+
+    edit(synthetic.path / layout.PLAN, longer)
+    assert Store.open(synthetic.path).record.blocks == 5
+
+
+def test_verify_tells_of_a_block_that_was_made_from_other_tokens(synthetic):
+    edit(synthetic.path / layout.record_path(2), lambda data: data["tokens"].popitem())
+    assert faults(synthetic.path) == {
+        layout.record_path(2): "the block was made from other tokens than the store holds"
+    }
+
+
+def test_a_store_that_was_removed_is_not_begun_again_by_its_readers(synthetic):
+    store = Store.open(synthetic.path)
+    shutil.rmtree(synthetic.path)
+    with pytest.raises(UserError, match=r"store store is gone: .*request\.json cannot be opened"), store.reading():
+        pass
+    assert not synthetic.path.exists()
 
 
 def test_the_tokenizers_files_are_recorded(tmp_path):
@@ -370,8 +415,8 @@ def test_the_tokenizers_files_are_recorded(tmp_path):
         lambda data: data["request"].update(edges=[1, 4]),
         lambda data: data["request"].update(keep={"3": 0.5}),
         lambda data: data["request"].update(storage="int8"),
-        lambda data: data["files"][layout.STATISTICS].update(crc32c="nonsense"),
-        lambda data: data["files"][layout.STATISTICS].update(bytes=-1),
+        lambda data: data["files"][STATISTICS].update(crc32c="nonsense"),
+        lambda data: data["files"][STATISTICS].update(bytes=-1),
         lambda data: data.clear(),
     ],
 )
@@ -415,14 +460,14 @@ def test_records_cannot_reach_outside_the_store(synthetic, name):
 
 
 def test_a_newer_format_asks_for_an_upgrade(synthetic):
-    edit(synthetic.path / layout.STORE, lambda data: data.update(format_version=3, something_new=[1]))
-    with pytest.raises(UserError, match=r"written by format 3, this reads 2; upgrade"):
+    edit(synthetic.path / layout.STORE, lambda data: data.update(format_version=4, something_new=[1]))
+    with pytest.raises(UserError, match=r"written by format 4, this reads 3; upgrade"):
         Store.open(synthetic.path)
 
 
 def test_an_older_format_is_to_be_harvested_again(synthetic):
     edit(synthetic.path / layout.STORE, lambda data: data.update(format_version=1))
-    with pytest.raises(UserError, match=r"written by format 1, this reads 2; harvest it again"):
+    with pytest.raises(UserError, match=r"written by format 1, this reads 3; harvest it again"):
         Store.open(synthetic.path)
 
 

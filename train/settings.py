@@ -66,7 +66,7 @@ class RunConfig(Config):
 
 def load_settings(preset: str, file: Path | None, assignments: list[str]) -> dict[str, object]:
     """The raw settings of a preset or file, with `--set` put in."""
-    return override(load_preset(PRESETS, preset, file), assignments)
+    return override(load_preset(PRESETS, preset, file), assignments, variants=("activation",))
 
 
 def read_config(run: Path) -> RunConfig:

@@ -1,0 +1,51 @@
+"""SHA-256 of files. Those of large files are remembered: hashing weights takes longer than finding their store."""
+
+import hashlib
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from shared import durable
+from shared.errors import CorruptData, DiskFull
+
+SMALLEST = 64 * 2**20
+"""Bytes from which on a file's digest is remembered."""
+_SETTLED = 2.0
+"""Seconds after which a change of a file shows in its time stamps for certain."""
+
+
+def file_sha256(path: Path) -> str:
+    """The digest of a file, in hexadecimal digits.
+
+    A large file that has the size, times and inode it had when it was last hashed is not read again.
+    """
+    status = path.stat()
+    if status.st_size < SMALLEST:
+        return _hash(path)
+    name, state = str(path.resolve()), [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    known = _known().get(name)
+    if isinstance(known, list) and known[:-1] == state:
+        return str(known[-1])
+    digest = _hash(path)
+    if time.time() - status.st_ctime > _SETTLED:
+        with suppress(OSError, DiskFull):  # no room or no right to write there costs the next call some seconds
+            durable.publish_json(_place(), {**_known(), name: [*state, digest]})
+    return digest
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _place() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "transcoder-cache", "digests.json")
+
+
+def _known() -> dict[str, object]:
+    try:
+        found = durable.read_json(_place())
+    except (OSError, CorruptData):
+        return {}
+    return found if isinstance(found, dict) else {}
