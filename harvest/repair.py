@@ -12,10 +12,10 @@ from harvest.model_files import ModelFiles, find_model, read_shape
 from harvest.pipeline import lock_store
 from harvest.plan import Target
 from harvest.ranks import Ranks
-from harvest.settings import ModelSettings, TextSettings
+from harvest.settings import EMBEDDED, ModelSettings, TextSettings
 from shared import durable
 from shared.errors import CorruptData, UserError
-from shared.layout import ARRAYS, DOCUMENTS, LEDGER, TOKENS, StoreRequest, row_specs
+from shared.layout import ARRAYS, DOCUMENTS, LEDGER, TOKENS, CorpusIdentity, StoreRequest, row_specs
 from shared.store import read_store_record
 
 
@@ -113,19 +113,26 @@ def own_model(request: StoreRequest, name: str | None) -> ModelFiles:
     return files
 
 
+def own_text(corpus: CorpusIdentity, names: Sequence[str]) -> TextSettings:
+    """The settings that find a store's text again, by its own name or at the places given."""
+    if corpus.name == EMBEDDED:
+        return TextSettings()
+    return TextSettings(
+        name=tuple(names) or (corpus.name,),
+        revision=corpus.revision,
+        subset=corpus.subset,
+        split=corpus.split or "train",
+        column=corpus.column,
+        kind=corpus.kind,
+        streaming=corpus.order == "as_read",
+    )
+
+
 def _restore(target: Target, names: Sequence[str], files: ModelFiles, text: Sequence[str]) -> None:
     from harvest.encoding import Encoder
 
     wanted = target.request.corpus
-    settings = TextSettings(
-        name=tuple(text) or (wanted.name,),
-        revision=wanted.revision,
-        subset=wanted.subset,
-        split=wanted.split or "train",
-        column=wanted.column,
-        kind=wanted.kind,
-        streaming=wanted.order == "as_read",
-    )
+    settings = own_text(wanted, text)
     corpus = open_corpus(settings, wanted.separator, target.request.seed)
     if corpus.identity != wanted:
         raise UserError(

@@ -63,6 +63,14 @@ def test_set_keeps_what_it_does_not_name_and_the_later_one_wins():
     assert before == {"seed": 1, "loss": {"auxk_weight": 0.1, "prefixes": [1]}}
 
 
+def test_another_kind_drops_the_settings_of_the_one_before_only_where_kinds_are_variants():
+    before = {"activation": {"kind": "topk", "k": 3}, "text": {"name": "a.jsonl", "kind": "text"}}
+    lines = ["activation.kind=relu", "text.kind=messages"]
+    after = override(before, lines, variants=("activation",))
+    assert after == {"activation": {"kind": "relu"}, "text": {"name": "a.jsonl", "kind": "messages"}}
+    assert override(before, ["activation.kind=topk"], variants=("activation",)) == before
+
+
 @pytest.mark.parametrize("assignment", ["seed", "=1", " =1", ""])
 def test_set_without_a_name_or_a_value_is_refused(assignment):
     with pytest.raises(UserError, match="expected NAME=VALUE"):

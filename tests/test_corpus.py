@@ -12,6 +12,8 @@ from harvest.corpus import open_corpus
 from harvest.embedded.corpus import documents
 from harvest.encoding import Encoder, clean, split_at
 from harvest.hub import explain
+from harvest.repair import own_text
+from harvest.rows import LineRows
 from harvest.settings import TextSettings
 from shared.errors import UserError
 from shared.keyed import permutation
@@ -197,6 +199,36 @@ def test_messages_go_through_the_chat_template_without_its_bos(folder: Path, tmp
     assert all(BOS_ID not in piece for piece in found) and empty.size == 0
     parquet = write_parquet(tmp_path / "m.parquet", {"messages": CHAT})
     assert [piece.tolist() for piece in encoder(folder, parquet)[1]] == [piece.tolist() for piece in found]
+
+
+def test_a_message_may_say_nothing(tmp_path: Path) -> None:
+    folder = make_gemma(tmp_path / "gemma", num_hidden_layers=1)
+    edit_json(
+        folder / "tokenizer_config.json", chat_template="{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    )
+    chat = [{"role": "system", "content": ""}, {"role": "user", "content": "value"}]
+    made, ids = encoder(folder, write_jsonl(tmp_path / "m.jsonl", [{"messages": chat}]))
+    assert made._tokenizer.decode(next(ids)) == "systemuservalue"
+
+
+def test_a_hub_text_is_one_whether_its_column_was_named_or_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And repair finds it by its identity alone."""
+    rows = LineRows([write_jsonl(tmp_path / "x.jsonl", [{"id": 1, "story": "one"}])])
+    monkeypatch.setattr("harvest.corpus.dataset_commit", lambda name, revision: revision or "c0ffee")
+    monkeypatch.setattr("harvest.corpus.hub_rows", lambda name, subset, split, commit: rows)
+    found = open_corpus(settings("some/stories", subset="en", split="test"), None, 0).identity
+    named = open_corpus(
+        settings("some/stories", subset="en", split="test", column="story", kind="text"), None, 0
+    ).identity
+    assert found == named
+    assert (found.revision, found.subset, found.split, found.column) == ("c0ffee", "en", "test", "story")
+    assert own_text(found, ()) == settings(
+        "some/stories", revision="c0ffee", subset="en", split="test", column="story", kind="text"
+    )
+    other = open_corpus(settings("some/stories", subset="en"), None, 0).identity
+    assert other.digest != found.digest
 
 
 def test_messages_need_a_template(tmp_path: Path) -> None:

@@ -374,6 +374,27 @@ def test_plan_is_what_lies_on_disk_in_the_end(small: Line, tmp_path: Path) -> No
     assert "about 0:00:" in command("plan", *line[1:], "--eta").out
 
 
+def test_plans_ask_for_no_more_room_than_there_can_be_need_of(small: Line, tmp_path: Path) -> None:
+    """A corpus that is known to end; documents apart, whose rows are counted by their tokens; an extension."""
+
+    def planned(line: list[object]) -> dict:
+        return json.loads(command("plan", *line[1:], "--json").out)
+
+    text = write_jsonl(tmp_path / "short.jsonl", [{"text": one} for one in texts(16)])
+    line = small(tmp_path / "short", "--force", text=text, tokens=900 * BLOCK_TOKENS)
+    store = command(*line).store
+    (store / STORE).unlink()
+    after = planned(line)
+    assert after["stores"][0]["shard_bytes"] == after["stores"][0]["present_bytes"]
+    assert after["needed_bytes"] < 10**6
+    apart = planned(small(tmp_path, "--set", "windows.documents=apart", "--set", "store.keep={}"))["stores"][0]
+    joined = planned(small(tmp_path, "--set", "store.keep={}"))["stores"][0]
+    assert not apart["exact"] and joined["shard_bytes"] <= apart["shard_bytes"] < 1.1 * joined["shard_bytes"]
+    path = command(*small(tmp_path)).store
+    assert planned(small(tmp_path, tokens=5 * BLOCK_TOKENS))["stores"][0]["unembedding_bytes_at_most"] == 0
+    assert (path / UNEMBEDDING).is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_twenty_kills_do_not_show(small: Line, tmp_path: Path) -> None:

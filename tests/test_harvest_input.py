@@ -54,6 +54,10 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[Any], parts: list
         (["--set", "capture.target=attn.hook_pattern"], ["no rows per position"]),
         (["--set", "windows.context_size=4096"], ["4096", "1024 positions"]),
         (["--set", "text.column=body"], ["no column 'body'", "text"]),
+        (["--set", "text.column=body", "--set", "text.kind=text"], ["no column 'body'", "its columns: text"]),
+        (["--set", "text.split=test"], ["text.split = test means nothing for local text files"]),
+        (["--set", "text.name=embedded", "--set", "text.kind=text"], ["text.kind", "nothing for the embedded text"]),
+        (["--set", "model.revision=main"], ["model.revision = main means nothing for a local model"]),
         (["--tokens", 10**15], ["no room", "bytes", "--force"]),
         (["--set", "store.held_out_blocks=99"], ["text.jsonl", "99 held-out blocks", "tokens"]),
         (["--set", "model.device=cuda"], ["model.device"]),
@@ -63,6 +67,37 @@ def test_what_model_or_text_cannot_give(small: Line, tmp_path: Path, arguments: 
     if "model.device=cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     refused(command(*small(tmp_path / "cache", *arguments)), *parts, folder=tmp_path / "cache")
+
+
+def test_text_and_model_by_option_leave_the_presets_columns_and_revisions_behind(tmp_path: Path) -> None:
+    from harvest.cli import resolve
+
+    nothing = {"config": None, "model": None, "text": (), "layers": (), "tokens": None, "seed": None}
+    given = {**nothing, "preset": "gemma-2-2b", "text": ("chats.jsonl",), "model": "folder"}
+    found = resolve(**given, assignments=("text.kind=messages",))
+    assert (found.text.name, found.text.column, found.text.kind) == (("chats.jsonl",), None, "messages")
+    assert found.text.streaming and found.model.dtype == "bfloat16"
+    whole = resolve(**{**nothing, "preset": "gemma-2-2b"}, assignments=("text.kind=messages",)).text
+    assert (whole.name, whole.column, whole.kind) == (("monology/pile-uncopyrighted",), "text", "messages")
+
+
+def test_a_store_of_another_device_is_not_recomputed_here(finished: Path, model: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    from harvest.model import load_model
+    from shared.errors import UserError
+
+    with pytest.raises(UserError, match="this torch sees no CUDA device"):
+        load_model(model, "float32", "cuda:0", ["blocks.2.hook_mlp_out"])
+
+
+def test_a_tokenizer_that_does_not_parse_is_one_line(small: Line, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    (folder / "tokenizer.json").write_text("{")
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    refused(command(*small(tmp_path / "cache", model=folder)), "its tokenizer does not load", folder=tmp_path / "cache")
 
 
 def test_models_that_do_not_fit(small: Line, model: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every architecture: the cut model against plain transformers, and documents that share a window."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from harvest.model import check_isolation, load_model, probe
+from harvest.model_files import read_shape
 from shared.errors import UserError
 from shared.store import Store
-from tests.llms import SHAPES, command, make_gemma3_multimodal, texts, write_jsonl
+from tests.llms import SHAPES, VOCABULARY, command, make_gemma3_multimodal, texts, write_jsonl
 
 LAYER = 2
 HOOKS = [f"blocks.{LAYER}.hook_resid_mid", f"blocks.{LAYER}.hook_mlp_out"]
@@ -101,6 +103,18 @@ def test_the_text_part_of_a_model_that_also_sees(tmp_path: Path) -> None:
         whole(input_ids=ids, use_cache=False)
     found = load_model(folder, "float32", "cpu", HOOKS)(ids)
     assert all(torch.equal(found[name], expected) for name, expected in zip(HOOKS, kept, strict=True))
+
+
+def test_a_configuration_may_leave_out_the_vocabulary(tmp_path: Path) -> None:
+    """As Gemma 3's do, where it is their class's own: the embedding says it."""
+    folder = make_gemma3_multimodal(tmp_path / "model")
+    shape, config = read_shape(folder), json.loads((folder / "config.json").read_text())
+    del config["text_config"]["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read_shape(folder) == shape and shape.vocabulary == VOCABULARY
+    (folder / "model.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0{nope")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        read_shape(folder)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
