@@ -97,7 +97,8 @@ def _target(store: Store, target: Path, force: bool) -> Iterator[None]:
     with lock_store(target):
         ours = marker.is_file() and marker.read_bytes() == data
         if not ours and target.exists() and any(target.iterdir()):
-            raise UserError(f"{target} exists; choose another folder")
+            left = ", left unfinished by another store, or by this one before it was extended" * marker.is_file()
+            raise UserError(f"{target} exists{left}; choose another folder, or remove it")
         if not force:
             needed = store.shard_bytes + sum((store.path / name).stat().st_size for name in _copied(store))
             there = size_of(target) if ours else 0
@@ -106,12 +107,14 @@ def _target(store: Store, target: Path, force: bool) -> Iterator[None]:
             durable.sweep(target)
             (target / STORE).unlink(missing_ok=True)
         durable.publish_bytes(marker, data)
+        for name in _copied(store):  # first: an extension that finishes meanwhile removes the statistics
+            durable.publish_file(target / name, partial(shutil.copyfile, store.path / name))
         yield
         marker.unlink()
 
 
 def _finish(store: Store, target: Path, metadata: Mapping[str, object], more: Mapping[str, bytes]) -> None:
-    """Everything but shard files, `store.json` last: without it there is no store.
+    """The records that differ between the two forms, `store.json` last: without it there is no store.
 
     Only what the record that was opened names: the store may be extended meanwhile.
     """
@@ -123,8 +126,6 @@ def _finish(store: Store, target: Path, metadata: Mapping[str, object], more: Ma
     values |= {target / PLAN: record.plan.model_dump(mode="json")}
     files = {path: durable.json_bytes(value) for path, value in values.items()}
     durable.publish_files(files | {target / name: data for name, data in more.items()})
-    for name in _copied(store):
-        durable.publish_file(target / name, partial(shutil.copyfile, store.path / name))
     durable.publish_json(target / STORE, record.model_dump(mode="json"))
 
 

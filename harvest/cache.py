@@ -64,7 +64,7 @@ def show(entries: Sequence[Entry], cache: Path) -> None:
         size, age, users = _size(entry.bytes), _age(entry.age_seconds), ", ".join(entry.used_by)
         table.add_row(entry.name, entry.model, layer, entry.hooks, *numbers, size, age, entry.state, users)
     console.print(table)
-    total, free = sum(entry.bytes for entry in entries), durable.free_bytes(cache)
+    total, free = size_of(*(cache / entry.name for entry in entries)), durable.free_bytes(cache)
     console.print(f"{len(entries)} stores, {_size(total)}; {_size(free)} free", highlight=False)
 
 
@@ -120,13 +120,14 @@ def sweep(cache: Path) -> None:
                     lock.unlink()
 
 
-def size_of(path: Path) -> int:
-    """Bytes of all files below `path`; those that a writer renames meanwhile may be left out."""
-    size = 0
-    for file in path.rglob("*"):
+def size_of(*paths: Path) -> int:
+    """Bytes of all files below `paths`, one with several names once, and perhaps not what is renamed meanwhile."""
+    sizes = {}
+    for file in (file for path in paths for file in path.rglob("*")):
         with suppress(FileNotFoundError):
-            size += file.stat().st_size if file.is_file() else 0
-    return size
+            status = file.stat()
+            sizes[status.st_dev, status.st_ino] = status.st_size if file.is_file() else 0
+    return sum(sizes.values())
 
 
 def differences(theirs: StoreRequest, ours: StoreRequest) -> dict[str, tuple[Any, Any]]:

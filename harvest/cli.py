@@ -11,9 +11,10 @@ from typing import Any
 import click
 
 import shared.cli
-from harvest.settings import Settings
+from harvest.settings import EMBEDDED, Settings
 from shared.config import build, load_preset, override
 from shared.errors import UserError
+from shared.store import Local
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "tiny"
@@ -95,13 +96,16 @@ def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> No
 @click.option("--shuffle", is_flag=True, help="Measure how well rows are shuffled, too, on batches of training.")
 @click.option("--run-rows", type=click.IntRange(1), help="With --shuffle: as rows.run_rows of training.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def info(store: Path, shuffle: bool, run_rows: int | None, as_json: bool) -> None:
+@shared.cli.local_options
+def info(store: Path, shuffle: bool, run_rows: int | None, as_json: bool, local: Local | None) -> None:
     """Describe the finished store at STORE: request, strata, blocks, packing, size."""
     from harvest.describe import describe, show
 
     if run_rows and not shuffle:
         raise UserError("--run-rows says how --shuffle reads; add --shuffle")
-    facts = describe(store, shuffle=shuffle, run_rows=run_rows)
+    if local and not shuffle:
+        raise UserError("--local-folder and --local-bytes say where --shuffle decodes rows; add --shuffle")
+    facts = describe(store, local, shuffle=shuffle, run_rows=run_rows)
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
@@ -114,16 +118,19 @@ def info(store: Path, shuffle: bool, run_rows: int | None, as_json: bool) -> Non
 @click.option("--model", help="Where the store's model lies, if not where the store says.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which rows are recomputed.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json: bool) -> None:
+@shared.cli.local_options
+def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json: bool, local: Local | None) -> None:
     """Read every file of STORE and compare it with its checksum; fails with the list of damaged files."""
     from harvest.describe import verify as check
 
+    if local and not rows:
+        raise UserError("--local-folder and --local-bytes say where --against-model decodes rows; add it")
     report = check(store)
     facts, lines, wrong = report.as_json(), [report.text()], bool(report.faults)
     if rows and not wrong:
         from harvest.recompute import against_model
 
-        found = against_model(store, rows, model, seed)
+        found = against_model(store, rows, model, seed, local)
         facts["against_model"], lines, wrong = asdict(found), [*lines, found.text()], bool(found.wrong)
     print(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
     if wrong:
@@ -231,8 +238,10 @@ def resolve(
     }
     settings = {"label": name, **load_preset(PRESETS, preset, config)}
     for group, other in (("text", text), ("model", model)):
-        if other and isinstance(settings.get(group), dict):  # what says where in the preset's own text or model
-            settings[group] = {key: value for key, value in settings[group].items() if key not in _OF_A_NAME}
+        table = settings.get(group)
+        if other and isinstance(table, dict) and "name" in table:  # what else it says is said of that name
+            dropped = (*_OF_A_NAME, "streaming") if other == (EMBEDDED,) else _OF_A_NAME
+            settings[group] = {key: value for key, value in table.items() if key not in dropped}
     for key, value in given.items():
         settings = _put(settings, key, value)
     return build(Settings, override(settings, assignments), f"settings of {name}")

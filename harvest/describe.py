@@ -14,18 +14,18 @@ from harvest.shuffle import BATCH_ROWS, LIMIT, as_json, measure
 from shared.errors import CorruptData
 from shared.layout import StratumSummary
 from shared.progress import Progress
-from shared.store import Store, read_store_record
+from shared.store import Local, Store, read_store_record
 
 Facts = dict[str, Any]
 
 
-def describe(path: Path, *, shuffle: bool = False, run_rows: int | None = None) -> Facts:
+def describe(path: Path, local: Local | None = None, *, shuffle: bool = False, run_rows: int | None = None) -> Facts:
     """The store's record, with its size on disk in bytes, and its shuffle, if that is to be measured.
 
     `run_rows` as in `harvest.shuffle.measure`.
     Raises `UserError` when there is no finished store.
     """
-    store = Store.open(path)
+    store = Store.open(path, local)
     record = store.record
     facts = record.model_dump(mode="json")
     del facts["plan"]["token_files"]
@@ -59,9 +59,10 @@ def show(facts: Facts) -> None:
         console.print(f"variance at most {LIMIT:.2f} times that of independent rows: {verdict}, {worst:.3f} at worst")
         if worst > LIMIT:
             better = min(found["better_run_rows"] for found in facts["shuffle"])
+            shorter = f"train with --set rows.run_rows={better}, and check it here with --run-rows {better}; or "
             console.print(
-                f"train with --set rows.run_rows={better}, and check it here with --run-rows {better}; or harvest with "
-                "larger blocks (store.block_sequences, store.max_block_bytes)"
+                f"{shorter if better < facts['shuffle'][0]['run_rows'] else ''}harvest with larger blocks "
+                "(store.block_sequences, store.max_block_bytes)"
             )
 
 
@@ -144,7 +145,14 @@ class Verification:
 
 def verify(path: Path) -> Verification:
     """Check the records, and every file's size and checksum; all faults are found, not only the first."""
-    store, faults = Store(path, read_store_record(path)), {}
+    record = read_store_record(path)
+    found = _verify(Store(path, record))
+    changed = found.faults and read_store_record(path) != record
+    return verify(path) if changed else found  # extended meanwhile: statistics of the shorter store are gone
+
+
+def _verify(store: Store) -> Verification:
+    path, faults = store.path, {}
     began, files, size = time.monotonic(), 0, 0
     total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     with Progress("verify", total, "bytes") as bar:

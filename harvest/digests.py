@@ -40,7 +40,8 @@ def _hash(path: Path) -> str:
 
 
 def _place() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "transcoder-cache", "digests.json")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # as it stands for a user without a home
+    return Path(home, "transcoder-cache", "digests.json")
 
 
 def _known() -> dict[str, object]:

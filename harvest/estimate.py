@@ -188,7 +188,7 @@ def show(estimates: Sequence[Estimate], seconds: float | None) -> None:
     if run != MOST_RUN_ROWS:
         lines.append(
             f"blocks are small: training reads runs of {run} rows instead of {MOST_RUN_ROWS}, slower from a cold disk; "
-            "with memory to spare raise store.max_block_bytes, of which two are held"
+            "with memory for two of them make blocks larger (store.block_sequences, store.max_block_bytes)"
         )
     if seconds is not None:
         lines.append(f"about {timedelta(seconds=round(seconds))} at the speed of a few batches")

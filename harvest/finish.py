@@ -9,12 +9,14 @@ from safetensors.numpy import load, save
 
 from harvest.blocks import SIDES, Array, unpack_moments
 from harvest.model_files import ModelFiles
-from harvest.plan import Target, finished_record
+from harvest.plan import Target
+from harvest.records import read_records
 from harvest.sinks import overall
 from shared import durable
 from shared.errors import CorruptData
 from shared.layout import (
     FORMAT_VERSION,
+    STATISTICS,
     STORE,
     TOKENIZER,
     UNEMBEDDING,
@@ -63,14 +65,14 @@ def finish(target: Target, model: ModelFiles) -> None:
     )
     durable.publish_files({target.path / name: data for name, data in files.items()})
     durable.publish_json(target.path / STORE, record.model_dump(mode="json"))
-    for path in target.path.glob("statistics-*.safetensors"):
+    for path in target.path.glob(STATISTICS):
         if path.name != statistics:
             path.unlink()
 
 
 def drop_damaged(target: Target) -> None:
     """Remove an unembedding that is not what the finished store at `target` says: it is written anew."""
-    record = finished_record(target.path)
+    record = read_records(target.path).finished
     files = record.files if record else {}
     if UNEMBEDDING in files and fault(target.path / UNEMBEDDING, files[UNEMBEDDING]):
         (target.path / UNEMBEDDING).unlink(missing_ok=True)

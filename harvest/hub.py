@@ -1,5 +1,6 @@
 """Finds models and data sets on the Hugging Face hub; every failure becomes one line that says what to do."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def dataset_commit(name: str, revision: str | None) -> str:
         return str(HfApi().dataset_info(name, revision=revision).sha)
     except Exception as error:
         folder = "datasets--" + name.replace("/", "--")
+        if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and not _refused(error):
+            return revision
         known = Path(constants.HF_HUB_CACHE, folder, "refs", revision or "main")
         if not _refused(error) and known.is_file():
             return known.read_text().strip()

@@ -20,7 +20,7 @@ from shared.layout import (
     stratum_specs,
 )
 from shared.statistics import Moments
-from shared.store import buffers_record, check_size, read_ledger
+from shared.store import belongs, buffers_record, check_size, read_ledger
 
 
 def missing_blocks(target: Target) -> list[int]:
@@ -87,7 +87,7 @@ def grow_arrays(target: Target, committed: Iterable[int]) -> None:
 
 def _is_committed(target: Target, block: int) -> bool:
     record = _readable(target, block)
-    if record is None or target.plan is None or record.tokens != block_token_files(target.plan, target.request, block):
+    if record is None or target.plan is None or not belongs(record, target.request, target.plan):
         return False
     try:
         for name, file in record.files.items():

@@ -22,11 +22,12 @@ from harvest.model_files import (
 )
 from harvest.plan import Target
 from harvest.ranks import Ranks
+from harvest.records import check_request, read_records
 from harvest.settings import Settings
 from shared import durable
 from shared.arrays import INNER_ROWS
 from shared.errors import CorruptData, UserError
-from shared.layout import STORE, ModelIdentity, StoreRequest
+from shared.layout import STATISTICS, STORE, ModelIdentity, StoreRequest
 from shared.store import Store
 
 _CUDA_TOKENS, _CPU_TOKENS, _CPU_VALUES = 8192, 2048, 2**22
@@ -141,12 +142,14 @@ def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool
     """Whether the store at `path` holds what is asked for; one that is damaged does not, and is made whole again."""
     if not (path / STORE).is_file():
         return False
-    plan.check_request(path, request)
+    check_request(path, read_records(path).request, request)
     try:
         record = Store.open(path).record
     except CorruptData as error:
         print(f"warning: {error}", file=sys.stderr)
         return False
+    if len(list(path.glob(STATISTICS))) > 1:
+        return False  # killed in its last step
     return record.plan.exhausted or len(record.training_blocks) >= training_blocks
 
 

@@ -7,7 +7,7 @@ that exist.
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,10 +17,10 @@ import numpy as np
 
 from harvest.ahead import ahead
 from harvest.blocks import block_counts, quotas
-from harvest.cache import differences
 from harvest.corpus import Corpus
 from harvest.encoding import Encoder
 from harvest.packing import Packed, Quota, TokenStream, Windows, model_positions, pack
+from harvest.records import check_request, read_records, refuse_packed
 from shared import durable
 from shared.arrays import group_metadata
 from shared.errors import CorruptData, UserError
@@ -31,19 +31,18 @@ from shared.layout import (
     LEDGER,
     PLAN,
     REQUEST,
-    STORE,
     TOKENS,
     FileRecord,
     RowCounts,
     StorePlan,
-    StoreRecord,
     StoreRequest,
     StratumPlan,
     documents_spec,
+    moments_path,
     tokens_spec,
 )
 from shared.progress import Progress
-from shared.store import buffers_record, check_shard, fault, is_packed, read_plan, read_request, read_store_record
+from shared.store import buffers_record, check_shard, fault, read_ledger
 from shared.strata import Stratum, stratum_ranges
 
 _DOCUMENTS_AHEAD = 256
@@ -81,56 +80,9 @@ class Target:
 def load_target(path: Path, request: StoreRequest) -> Target:
     """What is at `path` already. Raises `UserError` when it was made for another request, and when it is packed."""
     refuse_packed(path)
-    check_request(path, request)
-    return Target(path=path, request=request, plan=current_plan(path))
-
-
-def finished_record(path: Path) -> StoreRecord | None:
-    """The record of the finished store at `path`, if it is there and whole."""
-    try:
-        return read_store_record(path) if (path / STORE).is_file() else None
-    except CorruptData:
-        return None
-
-
-def current_plan(path: Path) -> StorePlan | None:
-    """What is planned at `path`: by plan.json or, where that is lost or falls behind, by store.json."""
-    record = finished_record(path)
-    try:
-        found = read_plan(path) if (path / PLAN).is_file() else None
-    except CorruptData:
-        if record is None:
-            raise
-        found = None
-    if record and (found is None or not found.continues(record.plan)):
-        return record.plan
-    return found
-
-
-def check_request(path: Path, request: StoreRequest) -> None:
-    """Raise `UserError` when the store at `path` was made for another request, by request.json or by store.json."""
-    record = finished_record(path)
-    try:
-        found = read_request(path) if (path / REQUEST).is_file() else None
-    except CorruptData:
-        if record is None:
-            raise
-        found = None
-    if found is None and record:
-        found = record.request
-    if found not in (None, request):
-        assert found is not None
-        name, (theirs, ours) = next(iter(differences(found, request).items()))
-        raise UserError(
-            f"{path / REQUEST} is of another request: {name} is {theirs} there and {ours} here; choose another "
-            "--cache, or remove the folder"
-        )
-
-
-def refuse_packed(path: Path) -> None:
-    """Raise `UserError` for a packed store, which is only read."""
-    if is_packed(path):
-        raise UserError(f"{path} is a packed store, which is only read; unpack it: harvest unpack {path} FOLDER")
+    found = read_records(path)
+    check_request(path, found.request, request)
+    return Target(path=path, request=request, plan=found.plan)
 
 
 def needs_packing(target: Target, training_blocks: int) -> bool:
@@ -303,8 +255,7 @@ def _publish(
         _begin(target, strata)
     files = dict(target.plan.token_files) if target.plan else {}
     _remove_unplanned(root, files)
-    if target.plan:
-        _remove_uncounted(target)
+    _remove_beyond(target.path, target.blocks + segment.blocks)
     for block, windows in segment:
         shards = _window_shards(request, block, windows)
         durable.publish_files({root / name: data for name, data in shards.items()})
@@ -347,9 +298,8 @@ def publish_records(target: Target) -> None:
     A plan that is there and goes further stays.
     """
     assert target.plan is not None
-    begun = current_plan(target.path)
-    if begun and begun.continues(target.plan):  # an extension, perhaps
-        target = replace(target, plan=begun)
+    begun = read_records(target.path).plan
+    target = replace(target, plan=begun if begun and begun.continues(target.plan) else target.plan)
     assert target.plan is not None
     specs = (tokens_spec(target.request), documents_spec(target.request))
     files = {target.path / ARRAYS / spec.path / "zarr.json": spec.metadata(target.blocks) for spec in specs}
@@ -386,11 +336,17 @@ def _remove_unplanned(root: Path, planned: Mapping[str, FileRecord]) -> None:
             path.parent.rmdir()
 
 
-def _remove_uncounted(target: Target) -> None:
-    """Ledger records of blocks that are not planned: of a longer plan that was lost."""
-    for path in (target.path / LEDGER).glob("[0-9]*"):
-        if int(path.name.split(".")[0]) >= target.blocks:
-            path.unlink()
+def _remove_beyond(path: Path, blocks: int) -> None:
+    """Blocks of a longer plan that was lost: their records, and the files that those name."""
+    for record in sorted((path / LEDGER).glob("[0-9]*.json")):
+        block = int(record.stem)
+        if block < blocks:
+            continue
+        with suppress(CorruptData):
+            for name in read_ledger(path, block).files:
+                (path / ARRAYS / name).unlink(missing_ok=True)
+        (path / moments_path(block)).unlink(missing_ok=True)
+        record.unlink()
 
 
 @contextmanager

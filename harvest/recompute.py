@@ -18,7 +18,7 @@ from harvest.ranks import Ranks
 from harvest.repair import own_model
 from shared.keyed import hash_integers
 from shared.progress import Progress
-from shared.store import MappedArray, Store, read_ledger
+from shared.store import Local, MappedArray, Store, read_ledger
 
 ROUNDING = 0.02
 """The relative difference of a row that rounding explains: five units in the last place of bfloat16."""
@@ -52,12 +52,12 @@ class Comparison:
         return "\n".join([line, *self.wrong])
 
 
-def against_model(path: Path, count: int, model: str | None, seed: int) -> Comparison:
+def against_model(path: Path, count: int, model: str | None, seed: int, local: Local | None) -> Comparison:
     """Recompute `count` random rows of the store at `path`, in passes of the shape that they were made with.
 
     Software and processor of another kind may round differently; more than that is an error in the store.
     """
-    store = Store.open(path)
+    store = Store.open(path, local)
     request, files = store.request, own_model(store.request, model)
     batch = read_ledger(path, 0).batch_sequences
     by_pass: dict[int, list[Place]] = defaultdict(list)

@@ -12,6 +12,7 @@ from harvest.model_files import ModelFiles, find_model, read_shape
 from harvest.pipeline import lock_store
 from harvest.plan import Target
 from harvest.ranks import Ranks
+from harvest.records import refuse_packed
 from harvest.settings import EMBEDDED, ModelSettings, TextSettings
 from shared import durable
 from shared.errors import CorruptData, UserError
@@ -69,7 +70,7 @@ def repair(path: Path, model: str | None, text: Sequence[str], workers: int) -> 
     `model` and `text` say where they lie, if that is not what the store names. Raises `UserError` when they are not
     the store's own, and `CorruptData` when the store is still damaged at the end.
     """
-    plan.refuse_packed(path)
+    refuse_packed(path)
     with ExitStack() as stack:
         stack.enter_context(lock_store(path))
         durable.sweep(path)
@@ -117,14 +118,13 @@ def own_text(corpus: CorpusIdentity, names: Sequence[str]) -> TextSettings:
     """The settings that find a store's text again, by its own name or at the places given."""
     if corpus.name == EMBEDDED:
         return TextSettings()
+    hub = {"revision": corpus.revision, "subset": corpus.subset, "split": corpus.split or "train"}
     return TextSettings(
         name=tuple(names) or (corpus.name,),
-        revision=corpus.revision,
-        subset=corpus.subset,
-        split=corpus.split or "train",
         column=corpus.column,
         kind=corpus.kind,
         streaming=corpus.order == "as_read",
+        **({} if names else hub),
     )
 
 

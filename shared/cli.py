@@ -1,11 +1,17 @@
-"""Runs a click group and maps every error a user can meet to one line on stderr and an exit code."""
+"""Runs a click group and maps every error a user can meet to one line on stderr and an exit code; shared options."""
 
+import functools
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import click
 
 from shared.errors import ProjectError, Stopped
+from shared.packed import LOCAL_BYTES
 from shared.process import let_idle_threads_sleep
+from shared.store import Local
 
 
 def run(group: click.Group) -> None:
@@ -27,3 +33,20 @@ def run(group: click.Group) -> None:
 def _fail(message: str, code: int) -> None:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def local_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Where a packed store is decoded: options that become the argument `local`."""
+
+    @click.option("--local-folder", type=click.Path(path_type=Path), help="Where a packed store is decoded.")
+    @click.option(
+        "--local-bytes",
+        type=click.IntRange(1),
+        help=f"Most bytes that a packed store takes there.  [default: {LOCAL_BYTES}]",
+    )
+    @functools.wraps(command)
+    def wrapped(*, local_folder: Path | None, local_bytes: int | None, **given: Any) -> None:
+        local = Local(folder=local_folder, bytes=local_bytes or LOCAL_BYTES) if local_folder or local_bytes else None
+        command(**given, local=local)
+
+    return wrapped

@@ -27,6 +27,7 @@ FORMAT_VERSION = 3
 REQUEST, PLAN, STORE = "request.json", "plan.json", "store.json"
 ARRAYS, LEDGER, TOKENIZER = "activations.zarr", "ledger", "tokenizer"
 UNEMBEDDING, PACKED = "unembedding.safetensors", "packed.json"
+STATISTICS = "statistics-*.safetensors"
 TOKENS, DOCUMENTS = "tokens", "documents"
 
 StorageType = Literal["bfloat16", "float16", "float32"]
@@ -407,7 +408,15 @@ def block_bytes(specs: Sequence[ArraySpec]) -> int:
 
 def statistics_path(blocks: int) -> str:
     """The path of the statistics of a store of `blocks` blocks: extending it leaves those of the shorter one alone."""
-    return f"statistics-{blocks:06d}.safetensors"
+    return STATISTICS.replace("*", f"{blocks:06d}")
+
+
+def block_row_files(
+    request: StoreRequest, strata: Sequence[Stratum], d_in: int, d_out: int, block: int
+) -> dict[str, int]:
+    """The size of every shard file of a block's rows, by path below the Zarr root."""
+    specs = row_specs(request, strata, d_in, d_out)
+    return {spec.shard_path(shard): spec.shard_bytes for spec in specs for shard in spec.block_shards(block)}
 
 
 def block_token_files(plan: StorePlan, request: StoreRequest, block: int) -> dict[str, FileRecord]:

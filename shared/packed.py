@@ -121,9 +121,9 @@ class LocalFolder:
 
     def __init__(self, root: Path, whole: int, parent: Path | None = None, most: int = LOCAL_BYTES) -> None:
         self._root, self._most, parent = root, most, parent or Path(tempfile.gettempdir())
-        durable.require_space(parent, min(most, whole), "unpacked rows (--local-folder, --local-bytes)")
         durable.make_folder(parent)
-        _sweep(parent)
+        _sweep(parent)  # first: what a killed process left may be the room that is needed
+        durable.require_space(parent, min(most, whole), "unpacked rows (--local-folder, --local-bytes)")
         # The lock lies beside the folder and is held before the folder exists: no sweep can come in between.
         name = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
         self.folder, stack, lock = parent / name, ExitStack(), parent / f"{name}.lock"

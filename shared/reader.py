@@ -80,7 +80,7 @@ class RowStream:
         self.rows = rows
         self._run = min(run_rows, rows)
         self._key = key
-        self._epochs: dict[int, tuple[NDArray[np.int64], int]] = {}
+        self._epochs: dict[int, tuple[NDArray[Any], int]] = {}
 
     def runs(self, start: int, count: int) -> Iterator[tuple[int, int]]:
         """Half-open row ranges that make up positions `start : start + count` of the stream."""
@@ -99,11 +99,12 @@ class RowStream:
         low = int(order[slot]) * self._run
         return low + skip, min(low + self._run, self.rows)
 
-    def _order(self, epoch: int) -> tuple[NDArray[np.int64], int]:
+    def _order(self, epoch: int) -> tuple[NDArray[Any], int]:
         """The epoch's runs in their order, and where the short one is among them; their number where none is."""
         if epoch not in self._epochs:
             full, short = divmod(self.rows, self._run)
             order = permutation(full + bool(short), *self._key, epoch)
+            order = order.astype(np.uint32) if len(order) < 2**32 else order  # short runs of a large store are many
             self._epochs = {e: found for e, found in self._epochs.items() if e == epoch - 1}
             self._epochs[epoch] = order, int(np.flatnonzero(order == full)[0]) if short else len(order)
         return self._epochs[epoch]

@@ -38,6 +38,7 @@ from shared.layout import (
     StoreRecord,
     StoreRequest,
     block_bytes,
+    block_row_files,
     block_token_files,
     documents_spec,
     moments_path,
@@ -167,10 +168,20 @@ class Store:
         Raises `UserError` when `path` is no finished store of a format this version reads, or `local` is given for one
         that is not packed, and `CorruptData` when a file is not what the records say.
         """
-        store = cls(path, read_store_record(path), local)
+        while True:
+            record = read_store_record(path)
+            try:
+                return cls._checked(path, record, local)
+            except CorruptData:
+                if read_store_record(path) == record:
+                    raise  # else it was extended meanwhile, and statistics of the shorter store are gone
+
+    @classmethod
+    def _checked(cls, path: Path, record: StoreRecord, local: Local | None) -> "Store":
+        store = cls(path, record, local)
         if local and not store.packed:
             raise UserError(f"{path} is not packed, so nothing is decoded; leave out --local-folder and --local-bytes")
-        _ = store.statistics  # at once: those of a shorter store go when a longer one is finished
+        _ = store.statistics  # at once: an extension that finishes later removes the file
         _check_records(path, store.record)
         for spec in store.arrays():
             for shard in range(store.record.blocks * spec.shards_per_block):
@@ -270,6 +281,7 @@ class Store:
 
         Yields (path below the store, what is wrong or None) for each.
         """
+        yield from _record_faults(self.path, self.record)
         ledger = dict(self.record.files)
         ledger |= {f"{ARRAYS}/{name}": file for name, file in self.record.plan.token_files.items()}
         for block in range(self.record.blocks):
@@ -278,8 +290,8 @@ class Store:
             except CorruptData as error:
                 yield record_path(block), str(error)
                 continue
-            if record.tokens != block_token_files(self.record.plan, self.request, block):
-                yield record_path(block), "the block was made from other tokens than the store holds"
+            if not belongs(record, self.request, self.record.plan):
+                yield record_path(block), "the block is of another plan: of other tokens, or other numbers of rows"
             ledger |= {f"{ARRAYS}/{name}": file for name, file in record.files.items()}
             ledger[moments_path(block)] = record.moments
         if self.packed:
@@ -291,12 +303,8 @@ class Store:
 
 def _check_records(path: Path, record: StoreRecord) -> None:
     """Raise `CorruptData` unless the store's records agree with each other; a longer plan is of an extension begun."""
-    for name, good in (
-        (REQUEST, lambda: read_request(path) == record.request),
-        (PLAN, lambda: read_plan(path).continues(record.plan)),
-    ):
-        if not (path / name).is_file() or not good():
-            raise CorruptData(f"{path / name} is missing or of another store; repair it with: harvest repair {path}")
+    for name, wrong in _record_faults(path, record):
+        raise CorruptData(f"{path / name}: {wrong}; repair it with: harvest repair {path}")
     planned = record.request.held_out_blocks + record.plan.training_blocks
     for what, found, expected in (
         ("the digest of its request", record.plan.request, record.request.digest),
@@ -305,6 +313,26 @@ def _check_records(path: Path, record: StoreRecord) -> None:
     ):
         if found != expected:
             raise CorruptData(f"{path / STORE}: {what} is {found}, its records say {expected}; restore the file")
+
+
+def _record_faults(path: Path, record: StoreRecord) -> Iterator[tuple[str, str]]:
+    """Which of the records beside `store.json` are not there as they should be."""
+    for name, good in (
+        (REQUEST, lambda: read_request(path) == record.request),
+        (PLAN, lambda: read_plan(path).continues(record.plan)),
+    ):
+        try:
+            if not (path / name).is_file() or not good():
+                yield name, "missing or of another store"
+        except CorruptData as error:
+            yield name, str(error)
+
+
+def belongs(record: LedgerRecord, request: StoreRequest, plan: StorePlan) -> bool:
+    """Whether a block was made from the tokens of `plan`, with as many rows of each stratum."""
+    sizes = {name: file.bytes for name, file in record.files.items()}
+    rows = block_row_files(request, plan.stored_strata, record.d_in, record.d_out, record.block)
+    return sizes == rows and record.tokens == block_token_files(plan, request, record.block)
 
 
 def _read_packed(path: Path, arrays: list[ArraySpec], blocks: int) -> PackedRecord:

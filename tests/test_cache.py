@@ -135,6 +135,15 @@ def test_a_removal_that_was_killed_leaves_no_part_of_a_store(cache: Path, monkey
     assert sorted(path.name for path in cache.iterdir()) == ["other", "other.lock", "other.spool.tmp"]
 
 
+def test_a_file_with_two_names_counts_once(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "file").write_bytes(b"x" * 1000)
+    (tmp_path / "b" / "file").hardlink_to(tmp_path / "a" / "file")
+    (tmp_path / "b" / "own").write_bytes(b"x" * 10)
+    assert stores.size_of(tmp_path / "b") == 1010 == stores.size_of(tmp_path / "a", tmp_path / "b")
+
+
 def test_the_nearest_store_and_what_differs(cache: Path) -> None:
     assert stores.explain_new(cache / "none" / "new", make_request()) is None
     make_store(cache / "far", seed=3, context_size=16, storage="float32")

@@ -11,7 +11,7 @@ import pytest
 from harvest.corpus import open_corpus
 from harvest.embedded.corpus import documents
 from harvest.encoding import Encoder, clean, split_at
-from harvest.hub import explain
+from harvest.hub import dataset_commit, explain
 from harvest.repair import own_text
 from harvest.rows import LineRows
 from harvest.settings import TextSettings
@@ -229,6 +229,14 @@ def test_a_hub_text_is_one_whether_its_column_was_named_or_found(
     )
     other = open_corpus(settings("some/stories", subset="en"), None, 0).identity
     assert other.digest != found.digest
+    assert own_text(found, ("x.jsonl",)) == settings("x.jsonl", column="story", kind="text")
+
+
+def test_a_commit_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789" * 4
+    assert dataset_commit("some/stories", commit) == commit  # the tests are offline
+    with pytest.raises(UserError, match="check the network"):
+        dataset_commit("some/stories", "v1")
 
 
 def test_messages_need_a_template(tmp_path: Path) -> None:

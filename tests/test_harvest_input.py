@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from harvest.corpus import open_corpus
 from shared.layout import STORE
 from shared.store import Store
 from tests.llms import (
@@ -79,6 +80,11 @@ def test_text_and_model_by_option_leave_the_presets_columns_and_revisions_behind
     assert found.text.streaming and found.model.dtype == "bfloat16"
     whole = resolve(**{**nothing, "preset": "gemma-2-2b"}, assignments=("text.kind=messages",)).text
     assert (whole.name, whole.column, whole.kind) == (("monology/pile-uncopyrighted",), "text", "messages")
+    embedded = resolve(**{**nothing, "preset": "gemma-2-2b", "text": ("embedded",)}, assignments=()).text
+    assert open_corpus(embedded, None, 0).identity.name == "embedded"
+    (tmp_path / "mine.toml").write_text('tokens = 1\n[text]\ncolumn = "body"\n[model]\nrevision = "v1"\n')
+    mine = resolve(**{**given, "preset": "tiny", "config": tmp_path / "mine.toml"}, assignments=())
+    assert (mine.text.column, mine.model.revision) == ("body", "v1")  # said of no other text, and of no other model
 
 
 def test_a_store_of_another_device_is_not_recomputed_here(finished: Path, model: Path, tmp_path: Path) -> None:

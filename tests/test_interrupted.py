@@ -11,9 +11,10 @@ import pytest
 
 from harvest import archive, finish
 from shared import durable
+from shared import store as store_module
 from shared.layout import ARRAYS, PLAN, REQUEST, STORE
 from shared.store import Store
-from tests.llms import BLOCK_TOKENS, Line, command, contents, edit_json, refused
+from tests.llms import BLOCK_TOKENS, Line, command, contents, edit_json, refused, texts, write_jsonl
 
 
 def flip(path: Path, at: int = 3) -> None:
@@ -85,7 +86,7 @@ def test_a_plan_that_was_lost_is_found_in_store_json(line: Line, store: Path, mo
     (store / PLAN).unlink()
     assert command("verify", store).code == 1
     done = command(*line(blocks=5))
-    assert done.store == store and "plan.json is missing" in done.err
+    assert done.store == store and "plan.json: missing" in done.err
     check(store, model, 5)
     assert all((store / name).read_bytes() == data for name, data in before.items() if "/c/" in name)
 
@@ -136,6 +137,62 @@ def test_repair_with_another_tokenizer_is_refused(store: Path, model: Path, tmp_
     assert done.code == 2 and "its tokenizer has the digest" in done.err
 
 
+@pytest.mark.parametrize("kept", [PLAN, "nothing"])
+def test_rows_in_other_numbers_than_a_new_plan_has_are_made_again(
+    small: Line, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    """Documents apart: rows of a block depend on the poorest block, and held-out blocks are the same in any plan."""
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": one} for one in texts(400)])
+
+    def line(blocks: int) -> list[object]:
+        more = ("--set", "windows.documents=apart", "--set", "store.keep={}")
+        return small(tmp_path / "cache", *more, text=text, tokens=blocks * BLOCK_TOKENS)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "finish", killed)
+        assert command(*line(12)).code == 3
+    path = next((tmp_path / "cache").glob("*/plan.json")).parent
+    if kept == PLAN:
+        refused(command(*line(1)), "was planned with 12 training blocks")
+        assert command(*line(12)).store == path
+        return check(path, model, 12)
+    (path / PLAN).unlink()
+    assert command(*line(1)).store == path
+    check(path, model, 1)
+    assert contents(path) == contents(command(*small(tmp_path / "new", *line(1)[-4:], text=text, tokens=1)).store)
+
+
+def test_opening_a_store_while_an_extension_finishes_gives_one_or_the_other(
+    line: Line, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_shard, extended = store_module.check_shard, []
+
+    def slow(*given: object) -> None:
+        if not extended:
+            extended.append(True)
+            assert command(*line(blocks=4)).code == 0
+        check_shard(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store_module, "check_shard", slow)
+    assert Store.open(store).record.blocks == 6
+
+
+def test_a_kill_in_the_last_step_of_an_extension_leaves_no_litter_behind(
+    line: Line, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = store / "statistics-000005.safetensors"
+    data = old.read_bytes()
+    assert command(*line(blocks=4)).store == store
+    whole = contents(store)
+    old.write_bytes(data)
+    assert Store.open(store).record.blocks == 6
+    assert command(*line(blocks=4)).store == store
+    assert contents(store) == whole
+
+
 def test_packing_a_store_that_is_extended_meanwhile_gives_the_one_that_was_opened(
     line: Line, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,11 +200,12 @@ def test_packing_a_store_that_is_extended_meanwhile_gives_the_one_that_was_opene
 
     def extended_behind(*given: object) -> None:
         each(*given)  # type: ignore[arg-type]
-        cut_off(line, 4, "before finishing")
+        assert command(*line(blocks=4)).code == 0
 
     with monkeypatch.context() as patch:
         patch.setattr(archive, "_for_each_shard", extended_behind)
         assert command("pack", store, tmp_path / "packed").code == 0
+    assert len(Store.open(store).record.training_blocks) == 4
     assert command("verify", tmp_path / "packed").code == 0
     assert command("unpack", tmp_path / "packed", tmp_path / "again").code == 0
     assert contents(tmp_path / "again") == before

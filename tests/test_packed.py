@@ -90,6 +90,24 @@ def test_a_disk_without_room_for_unpacked_rows_is_named_before_any_is_read(
         _ = Store.open(pair[1], Local(folder=tmp_path / "local", bytes=10**6)).strata
 
 
+def test_what_a_killed_process_left_is_removed_before_room_is_measured(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    litter = tmp_path / "local" / f"{packed._PREFIX}litter"
+    litter.mkdir(parents=True)
+    litter.with_name(f"{litter.name}.lock").touch()
+    whole = Store.open(pair[0]).shard_bytes
+    monkeypatch.setattr("shared.durable.free_bytes", lambda _: whole - 10**6 * litter.exists())
+    assert Store.open(pair[1], Local(folder=tmp_path / "local")).strata["004-016"].source.shard(0).any()
+
+
+def test_inspecting_a_packed_store_takes_a_folder_too(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    place = ("--local-folder", tmp_path / "local", "--local-bytes", 10**7)
+    found = json.loads(command("info", pair[1], "--shuffle", "--json", *place).out)
+    assert len(found["shuffle"]) == 2 and (tmp_path / "local").is_dir()
+    assert command("info", pair[1], *place).code == command("verify", pair[1], *place).code == 2
+
+
 def test_where_to_decode_is_asked_of_packed_stores_only(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not packed, so nothing is decoded; leave out --local-folder"):
         Store.open(pair[0], Local(folder=tmp_path))
@@ -269,7 +287,7 @@ def test_what_another_command_left_is_not_written_over(
     begun = contents(other)
     for line in (("unpack", pair[1], tmp_path / "out"), ("pack", pair[0], other)):
         done = command(*line)
-        assert done.code == 2 and "exists; choose another folder" in done.err
+        assert done.code == 2 and "choose another folder" in done.err
     assert contents(tmp_path / "out") == before and contents(other) == begun
     assert command("pack", pair[0], tmp_path / "out").code == 0
     assert contents(tmp_path / "out") == contents(pair[1])

@@ -364,7 +364,7 @@ def test_open_compares_the_other_records(synthetic, name, change):
         (synthetic.path / name).unlink()
     else:
         edit(synthetic.path / name, lambda data: data.update({"seed": 9} if "seed" in data else {"segments": [2]}))
-    with pytest.raises(CorruptData, match=rf"{name} is missing or of another store; repair it with"):
+    with pytest.raises(CorruptData, match=rf"{name}: missing or of another store; repair it with"):
         Store.open(synthetic.path)
 
 
@@ -382,7 +382,7 @@ def test_a_plan_that_goes_further_is_an_extension_begun(synthetic):
 def test_verify_tells_of_a_block_that_was_made_from_other_tokens(synthetic):
     edit(synthetic.path / layout.record_path(2), lambda data: data["tokens"].popitem())
     assert faults(synthetic.path) == {
-        layout.record_path(2): "the block was made from other tokens than the store holds"
+        layout.record_path(2): "the block is of another plan: of other tokens, or other numbers of rows"
     }
 
 

@@ -1,38 +1,18 @@
 """`python -m train run|resume|evaluate`: parses, builds, runs."""
 
-import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
+import shared.cli
 from shared.config import build
-from shared.packed import LOCAL_BYTES
 from shared.store import Local, Store
 
 
 @click.group(name="python -m train")
 def main() -> None:
     """Train transcoders from a store of activations, with no LLM in memory."""
-
-
-def local_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Where a packed store is decoded: options that become the argument `local`."""
-
-    @click.option("--local-folder", type=click.Path(path_type=Path), help="Where a packed store is decoded.")
-    @click.option(
-        "--local-bytes",
-        type=click.IntRange(1),
-        help=f"Most bytes that a packed store takes there.  [default: {LOCAL_BYTES}]",
-    )
-    @functools.wraps(command)
-    def wrapped(*, local_folder: Path | None, local_bytes: int | None, **given: Any) -> None:
-        local = Local(folder=local_folder, bytes=local_bytes or LOCAL_BYTES) if local_folder or local_bytes else None
-        command(**given, local=local)
-
-    return wrapped
 
 
 @main.command()
@@ -46,7 +26,7 @@ def local_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--init-from", type=click.Path(path_type=Path), help="A run whose newest weights to start from.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
 @click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
-@local_options
+@shared.cli.local_options
 def run(
     preset: str,
     store: Path,
@@ -78,7 +58,7 @@ def run(
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
-@local_options
+@shared.cli.local_options
 def resume(run: Path, store: Path | None, local: Local | None) -> None:
     """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit."""
     from train.commands import resume as resume_run
@@ -94,7 +74,7 @@ def resume(run: Path, store: Path | None, local: Local | None) -> None:
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@local_options
+@shared.cli.local_options
 def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool, local: Local | None) -> None:
     """Held-out figures of a checkpoint, by stratum and prefix. Changes nothing."""
     from train.commands import evaluate_run
