@@ -57,17 +57,19 @@ def harvest(settings: Settings, cache: Path, *, force: bool = False) -> list[Pat
     with Ranks() as ranks, ExitStack() as locks:
         if ranks.first:
             with ranks.leading():
-                held = [locks.enter_context(lock_store(path)) for path, _ in _unfinished(paths, inputs)]
-                prepare(_targets(paths, inputs), inputs, settings, force=force)
+                unfinished = _unfinished(paths, inputs)
+                held = [locks.enter_context(lock_store(path)) for path, _ in unfinished]
+                if held:
+                    prepare(_targets(paths, inputs), inputs, settings, force=force)
                 for lock in held:
                     lock.share()
         else:
             ranks.follow()
-            for path, _ in _unfinished(paths, inputs):
+            unfinished = _unfinished(paths, inputs)
+            for path, _ in unfinished:
                 locks.enter_context(lock_store(path, shared=True))
-        targets = _targets(paths, inputs)
-        if targets:
-            _make(targets, inputs, settings, ranks)
+        if unfinished:
+            _make(_targets(paths, inputs), inputs, settings, ranks)
     return paths if ranks.first else []
 
 
@@ -269,6 +271,8 @@ def _alike(targets: Sequence[Target]) -> Iterator[list[Target]]:
 
 def _make(targets: Sequence[Target], inputs: Inputs, settings: Settings, ranks: Ranks) -> None:
     """Commit what planned stores lack, and finish them."""
+    if not targets:  # finished by another harvest before their locks were had
+        return
     missing = {target.path: set(ledger.missing_blocks(target)) for target in targets}
     groups = list(_alike(targets))
     ranks.wait()

@@ -7,6 +7,7 @@ chunk after the other: a memory map at offset 0 is exact, and stock readers get 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import google_crc32c
@@ -82,10 +83,7 @@ class ArraySpec:
 
     def footer(self) -> bytes:
         """The index of a shard file (offset and size of every inner chunk, uint64) and its crc32c."""
-        chunk = self.inner_rows * self.row_bytes
-        offsets = np.arange(self.rows_per_shard // self.inner_rows, dtype="<u8") * np.uint64(chunk)
-        index = np.stack([offsets, np.full_like(offsets, chunk)], axis=1).tobytes()
-        return index + google_crc32c.value(index).to_bytes(4, "little")
+        return _footer(self.rows_per_shard // self.inner_rows, self.inner_rows * self.row_bytes)
 
     def shard_buffers(self, rows: NDArray[Any]) -> list[list[Any]]:
         """The buffers of each shard file that together hold one block's `rows`.
@@ -121,6 +119,13 @@ class ArraySpec:
             "dimension_names": list(self.dimension_names),
             "attributes": dict(self.attributes),
         }
+
+
+@lru_cache
+def _footer(chunks: int, size: int) -> bytes:
+    offsets = np.arange(chunks, dtype="<u8") * np.uint64(size)
+    index = np.stack([offsets, np.full_like(offsets, size)], axis=1).tobytes()
+    return index + google_crc32c.value(index).to_bytes(4, "little")
 
 
 def group_metadata() -> dict[str, Any]:
