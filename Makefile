@@ -52,9 +52,10 @@ ifneq ($(filter harvest,$(MAKECMDGOALS)),)
 train: harvest
 endif
 
-bench: $(STAMP) ## Measure kernels, threads, harvest and the two commands; rewrites docs/benchmarks.md
+bench: $(STAMP) ## Measure kernels, threads, a step, harvest and the two commands; rewrites docs/benchmarks.md
 	@$(BIN)/python -m tests.bench.kernels
 	@$(BIN)/python -m tests.bench.threads
+	@$(BIN)/python -m tests.bench.step
 	@$(BIN)/python -m tests.bench.harvest
 	@$(BIN)/python -m tests.bench.pipeline
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from train.metrics import METRICS, TIMING, Counters, Log, Window
 from train.optimizer import Optimizer
 from train.rows import BatchReader
 from train.settings import RunConfig
+from train.sparse_step import loops
 from train.transcoder import Normalisation, Step, Transcoder
 
 
@@ -40,6 +42,7 @@ class Run:
         self._store, self._config, self._path = store, config, path
         self._settings = config.settings
         torch.set_num_threads(self._settings.threads)
+        numba.set_num_threads(min(self._settings.threads, numba.config.NUMBA_NUM_THREADS))
         device = torch.device(self._settings.device)
         blocks = range(config.first_block, config.last_block)
         self._reader = BatchReader(store, blocks, self._settings.rows, self._settings.seed, device)
@@ -56,6 +59,8 @@ class Run:
     def train(self) -> None:
         """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
         settings, self._began, note = self._settings, time.monotonic(), ""
+        if settings.device == "cpu" and not loops.compiled_before():
+            print("compiling the loops of the first step: some twenty seconds, once on this machine", file=sys.stderr)
         with _stop_signals() as stop, Progress("train", settings.steps, "steps", done=self._first) as progress:
             for step in range(self._first, settings.steps):
                 output, lr = self._step(step)
@@ -188,6 +193,7 @@ def build_transcoder(config: RunConfig, store: Store) -> Transcoder:
     )
     settings = config.settings
     model = Transcoder(config.d_in, config.d_out, settings.transcoder, settings.activation, normalisation)
+    model.blas = "numpy" if settings.blas == "numpy" else "torch"  # `auto` only in runs from before there was a choice
     return model.to(settings.device)
 
 

@@ -46,12 +46,11 @@ def matryoshka_loss(
 
 
 def auxk_loss(
-    predicted: Tensor,  # [B, O] decoded from dead latents, without bias
+    errors: Tensor,  # squared errors of predicting the residual from dead latents, without bias
     residual: Tensor,  # [B, O] target - reconstruction, detached
 ) -> Tensor:  # []
     """Squared error of predicting the residual, relative to the residual; 0 when there is no residual left."""
-    total = residual.square().sum()
-    return (predicted - residual).square().sum() / total.clamp_min(torch.finfo(residual.dtype).tiny)
+    return errors.sum() / residual.square().sum().clamp_min(torch.finfo(residual.dtype).tiny)
 
 
 def l1_loss(

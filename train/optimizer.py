@@ -1,10 +1,15 @@
 """Adam on float32 master weights, the learning rate's schedule, and what happens around a step."""
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
 from shared.config import Config
+from train.sparse_step import loops
 from train.transcoder import Transcoder
 
 
@@ -38,36 +43,114 @@ class Optimizer:
 
     def __init__(self, transcoder: Transcoder, config: OptimizerConfig, steps: int) -> None:
         self._transcoder, self._config, self._steps = transcoder, config, steps
-        self.adam = torch.optim.Adam(
-            transcoder.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-        )
+        kind = CompiledAdam if transcoder.W_dec.device.type == "cpu" else TorchAdam
+        self._adam = kind(transcoder, config)
 
     def step(self, loss: Tensor, step: int) -> tuple[float, Tensor]:
         """Backward and update. Returns the learning rate and the gradients' norm before clipping."""
-        self.adam.zero_grad(set_to_none=True)
+        self._transcoder.zero_grad(set_to_none=True)
         loss.backward()
-        self._transcoder.remove_parallel_gradient()
-        limit = self._config.max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self._transcoder.parameters(), limit)
         lr = self._config.lr_at(step, self._steps)
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
-        self._transcoder.normalise_decoder()  # after the step: what is saved has unit norm
-        return lr, norm
+        return lr, self._adam.update(lr, self._config.max_grad_norm or float("inf"))
 
     def state(self) -> dict[str, Tensor]:
         """Adam's state by `<parameter>.<name>`."""
-        return {
-            f"{name}.{key}": value
-            for name, parameter in self._transcoder.named_parameters()
-            for key, value in self.adam.state[parameter].items()
-        }
+        return self._adam.state()
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""
+        self._adam.load(tensors)
+
+
+class TorchAdam:
+    """Adam in torch's fused kernel."""
+
+    def __init__(self, transcoder: Transcoder, config: OptimizerConfig) -> None:
+        self._transcoder = transcoder
+        self._adam = torch.optim.Adam(
+            transcoder.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        )
+
+    def update(self, lr: float, limit: float) -> Tensor:
+        """Move the parameters by their gradients; returns the gradients' norm, which is scaled down to `limit`."""
+        self._transcoder.remove_parallel_gradient()
+        norm = nn.utils.clip_grad_norm_(self._transcoder.parameters(), limit)
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._adam.step()
+        self._transcoder.normalise_decoder()  # after the step: what is saved has unit norm
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """As `Optimizer.state`."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self._transcoder.named_parameters()
+            for key, value in self._adam.state[parameter].items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """As `Optimizer.load`."""
         for name, parameter in self._transcoder.named_parameters():
-            state = self.adam.state[parameter]
+            state = self._adam.state[parameter]
             state["step"] = tensors[f"{name}.step"].to(parameter.device, copy=True)
             for key in ("exp_avg", "exp_avg_sq"):  # as the parameter lies in memory, which a file does not keep
                 state[key] = torch.empty_like(parameter).copy_(tensors[f"{name}.{key}"])
+
+
+class CompiledAdam:
+    """The same in two passes over the rows of each parameter: norms, then everything else."""
+
+    def __init__(self, transcoder: Transcoder, config: OptimizerConfig) -> None:
+        self._transcoder, self._config, self._count = transcoder, config, 0
+        self._moments = {
+            name: (torch.zeros_like(parameter), torch.zeros_like(parameter))
+            for name, parameter in transcoder.named_parameters()
+        }
+
+    @torch.no_grad()
+    def update(self, lr: float, limit: float) -> Tensor:
+        """As `TorchAdam.update`."""
+        self._count += 1
+        parts, square = [], 0.0
+        for name, parameter in self._transcoder.named_parameters():
+            assert parameter.grad is not None
+            rows = [_rows(tensor) for tensor in (parameter, parameter.grad, *self._moments[name])]
+            unit = name == "W_dec"
+            along, squares = np.empty(len(rows[0]), rows[0].dtype), np.empty(len(rows[0]), np.float64)
+            loops.row_squares(rows[1], rows[0], unit, along, squares)
+            square += float(squares.sum())
+            parts.append((rows, along, unit))
+        norm = square**0.5
+        c = self._config
+        for rows, along, unit in parts:
+            scale = min(1.0, limit / (norm + 1e-6))
+            corrections = 1 - c.beta1**self._count, 1 - c.beta2**self._count
+            loops.adam(*rows, along, unit, scale, lr, c.beta1, c.beta2, c.eps, *corrections)
+        return torch.tensor(norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """As `Optimizer.state`."""
+        found: dict[str, Tensor] = {}
+        for name, (first, second) in self._moments.items():
+            step = torch.tensor(float(self._count))
+            found |= {f"{name}.exp_avg": first, f"{name}.exp_avg_sq": second, f"{name}.step": step}
+        return found
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """As `Optimizer.load`."""
+        for name, (first, second) in self._moments.items():
+            first.copy_(tensors[f"{name}.exp_avg"])
+            second.copy_(tensors[f"{name}.exp_avg_sq"])
+            self._count = int(tensors[f"{name}.step"])
+
+
+def _rows(tensor: Tensor) -> NDArray[Any]:
+    """A parameter, its gradient or a moment as rows that lie one after the other in memory."""
+    tensor = tensor.detach()
+    if tensor.dim() == 1:
+        tensor = tensor.unsqueeze(0)
+    elif not tensor.is_contiguous():
+        tensor = tensor.T
+    assert tensor.is_contiguous()
+    return tensor.numpy()

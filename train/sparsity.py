@@ -7,8 +7,14 @@ Legend: B rows, F latents, N active pairs.
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from train.sparse_step import loops
+
+_PARTS = 64
+"""Of a batch's pre-activations, searched side by side on CPU."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,10 @@ class Active:
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
         """The pairs grouped by latent: their order [N], and where each latent's begin [d_sae + 1]."""
+        if self.latents.device.type == "cpu":
+            order, starts = torch.empty_like(self.latents), torch.empty(self.d_sae + 1, dtype=torch.int64)
+            loops.group(self.latents.numpy(), order.numpy(), starts.numpy())
+            return order, starts
         return self.latents.argsort(stable=True), offsets(self.latents, self.d_sae)
 
     def where(self, kept: Tensor) -> "Active":
@@ -51,7 +61,7 @@ def batch_topk(
     """
     flat = pre_acts.view(-1)
     for floor in (guess, 0.0) if guess > 0 else (0.0,):
-        candidates = _flat_true(flat > floor)
+        candidates = _flat_above(flat, floor)
         if len(candidates) >= n:
             values = flat[candidates]
             smallest = values.topk(n, sorted=False).values.min()
@@ -87,7 +97,12 @@ def dead_topk(
 
     Taken before the ReLU: a dead latent is dead because its pre-activations are negative, and must get a gradient.
     """
-    columns = pre_acts.index_select(1, dead).topk(min(k, len(dead)), dim=1, sorted=False).indices.sort(dim=1).values
+    k = min(k, len(dead))
+    if pre_acts.device.type == "cpu":
+        columns = torch.zeros(len(pre_acts), k, dtype=torch.int64)
+        loops.largest_of_rows(pre_acts.numpy(), dead.numpy(), columns.numpy())
+    else:
+        columns = pre_acts.index_select(1, dead).topk(k, dim=1, sorted=False).indices.sort(dim=1).values
     return _where(torch.ones_like(columns, dtype=torch.bool), dead[columns], pre_acts.shape[1])
 
 
@@ -107,6 +122,17 @@ def _where(kept: Tensor, latents: Tensor, d_sae: int) -> Active:
 
 def _pairs(flat: Tensor, d_sae: int) -> Active:
     return Active(flat // d_sae, flat % d_sae, d_sae)
+
+
+def _flat_above(flat: Tensor, floor: float) -> Tensor:
+    """Where `flat` is above `floor`, rising."""
+    if flat.device.type != "cpu":
+        return (flat > floor).nonzero().squeeze(1)
+    values, counts = flat.numpy(), np.empty(_PARTS, np.int64)
+    found = np.empty(len(values), np.int64)  # pages that are not written to take no room
+    loops.find_above(values, values.dtype.type(floor), counts, found)
+    size = -(-len(values) // _PARTS)
+    return torch.from_numpy(np.concatenate([found[i * size : i * size + n] for i, n in enumerate(counts.tolist())]))
 
 
 def _flat_true(mask: Tensor) -> Tensor:

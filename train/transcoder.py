@@ -9,6 +9,7 @@ Legend: B rows, D d_in, O d_out, F d_sae, P prefixes, N active pairs.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from types import ModuleType
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from shared.config import Config
 from shared.errors import UserError
 from shared.keyed import key_bits
-from train import sparsity
-from train.losses import AuxKConfig, auxk_loss, jumprelu, l0_loss, l1_loss, matryoshka_loss, squared_errors
-from train.sparse_step import decode_prefixes, gather_pre_acts
+from train import blas, sparsity
+from train.losses import AuxKConfig, auxk_loss, jumprelu, l0_loss, l1_loss, matryoshka_loss
+from train.sparse_step import compiled, plain
 from train.sparsity import Active
 
 
@@ -170,6 +171,7 @@ class Transcoder(nn.Module):
         self.source_scale = nn.Buffer(torch.tensor(normalisation.source_scale, dtype=torch.float32))
         self.target_scale = nn.Buffer(torch.tensor(normalisation.target_scale, dtype=torch.float32))
         edges = torch.tensor(self.prefixes)
+        self.blas: blas.Blas = "torch"
         self.segment = nn.Buffer(torch.bucketize(torch.arange(self.d_sae), edges, right=True), persistent=False)
         self._guess = 0.0
 
@@ -205,22 +207,22 @@ class Transcoder(nn.Module):
     @torch.no_grad()
     def pre_acts(self, x: Tensor) -> Tensor:
         """[B, F] from normalised rows [B, D]: the only dense product of a step."""
-        return torch.addmm(self.b_enc, x, self.W_enc)
+        return blas.addmm(self.blas, self.b_enc, x, self.W_enc)
 
     def step(self, source: Tensor, target: Tensor, dead: Tensor, auxk: AuxKConfig, step: int) -> Step:
         """The loss of one batch. `dead` [n] are the latents that aux-k may use, rising."""
         x, y = self.normalised(source, target)
         pre_acts = self.pre_acts(x)
         active, smallest = self.select(pre_acts, step)
-        gathered = gather_pre_acts(x, self.W_enc, self.b_enc, pre_acts, active)
+        gathered = self._ops.gather_pre_acts(x, self.W_enc, self.b_enc, pre_acts, active)
         values = self.activate(gathered, active)
-        reconstructions = self.reconstruct(values, active, x)
-        errors = squared_errors(reconstructions, y)
+        errors, residual = self._ops.prefix_errors(
+            values, self.W_dec, self._base(x), y, active, self.segment, len(self.prefixes)
+        )
         terms = {"reconstruction": matryoshka_loss(errors, y.shape[1])} | self._penalty(
             gathered, values, active, len(x), step
         )
         if auxk.coefficient and len(dead):
-            residual = (y - reconstructions[:, -1]).detach()
             rows = slice(step % auxk.row_stride, None, auxk.row_stride)
             terms["auxk"] = auxk.coefficient * self._auxk(x[rows], pre_acts[rows], residual[rows], dead, auxk.k)
         return Step(
@@ -272,9 +274,16 @@ class Transcoder(nn.Module):
 
     def reconstruct(self, values: Tensor, active: Active, x: Tensor) -> Tensor:
         """[B, P, O]: every prefix's reconstruction of the normalised targets."""
-        decoded = decode_prefixes(values, self.W_dec, active, self.segment, len(x), len(self.prefixes))
-        linear = self.b_dec if self.W_skip is None else (x @ self.W_skip + self.b_dec).unsqueeze(1)
-        return decoded + linear
+        decoded = plain.decode_prefixes(values, self.W_dec, active, self.segment, len(x), len(self.prefixes))
+        return decoded + self._base(x).unsqueeze(1)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """What every prefix's reconstruction starts from: [1, O], or [B, O] with a skip connection."""
+        return self.b_dec.unsqueeze(0) if self.W_skip is None else x @ self.W_skip + self.b_dec
+
+    @property
+    def _ops(self) -> ModuleType:
+        return compiled if self.W_dec.device.type == "cpu" else plain
 
     def threshold(self) -> Tensor:
         """[F] the learned thresholds of a JumpReLU."""
@@ -294,9 +303,10 @@ class Transcoder(nn.Module):
 
     def _auxk(self, x: Tensor, pre_acts: Tensor, residual: Tensor, dead: Tensor, k: int) -> Tensor:
         active = sparsity.dead_topk(pre_acts, dead, k)
-        values = gather_pre_acts(x, self.W_enc, self.b_enc, pre_acts, active)
-        whole = torch.zeros_like(self.segment)
-        return auxk_loss(decode_prefixes(values, self.W_dec, active, whole, len(x), 1)[:, 0], residual)
+        values = self._ops.gather_pre_acts(x, self.W_enc, self.b_enc, pre_acts, active)
+        whole, nothing = torch.zeros_like(self.segment), torch.zeros_like(residual[:1])
+        errors, _ = self._ops.prefix_errors(values, self.W_dec, nothing, residual, active, whole, 1)
+        return auxk_loss(errors, residual)
 
 
 def _ramp(step: int, steps: int) -> float:

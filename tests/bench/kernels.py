@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 
 from tests.bench.record import record
-from train import sparse_step, sparsity
+from train import sparsity
+from train.sparse_step import plain
 
 B, D, F, K, PREFIXES = 1024, 128, 4096, 32, (256, 512, 1024, 2048, 4096)
 REPEATS = 15
@@ -37,13 +38,13 @@ def main() -> None:
         return (grad[group] * W_dec[active.latents]).sum(1)
 
     def values_by_sampled_product() -> torch.Tensor:
-        return sparse_step._sampled_product(grad, W_dec, starts, active.latents)
+        return plain._sampled_product(grad, W_dec, starts, active.latents)
 
     def weights_by_index_add() -> torch.Tensor:
         return torch.zeros(F, D).index_add_(0, active.latents, grad[group] * values.unsqueeze(1))
 
     def weights_by_sorted_bag() -> torch.Tensor:
-        return sparse_step._bag(group[order], grad, by_latent, values[order])
+        return plain._bag(group[order], grad, by_latent, values[order])
 
     def select_by_sort() -> torch.Tensor:
         return pre_acts.view(-1).topk(K * B, sorted=False).indices

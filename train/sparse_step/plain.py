@@ -1,8 +1,7 @@
-"""The sparse half of a step: differentiable operations on (row, latent, value) triples.
+"""The operations in torch's own kernels, on any device.
 
-With k of d_sae latents active, decode and every gradient cost the active pairs. Sums over pairs run as
-`embedding_bag` over pairs sorted by what they are summed into, which is deterministic and many times faster than
-`index_add`; the gradient of the values is a sampled dense-dense product.
+Sums over pairs run as `embedding_bag` over pairs sorted by what they are summed into, which is deterministic and many
+times faster than `index_add`; the gradient of the values is a sampled dense-dense product.
 Legend: B rows, D d_in, O d_out, F latents, P prefixes, N active pairs.
 """
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from train.losses import squared_errors
 from train.sparsity import Active, offsets
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
@@ -45,6 +45,20 @@ def decode_prefixes(
     group = active.rows * prefixes + segment[active.latents]
     segments = _SparseDecode.apply(values, W_dec, active, group, rows * prefixes)
     return segments.view(rows, prefixes, -1).cumsum(dim=1)
+
+
+def prefix_errors(
+    values: Tensor,  # [N]
+    W_dec: Tensor,  # [F, O]
+    base: Tensor,  # [1, O] or [B, O]: what is added to every reconstruction
+    y: Tensor,  # [B, O]
+    active: Active,
+    segment: Tensor,  # [F]
+    prefixes: int,
+) -> tuple[Tensor, Tensor]:  # [B, P], [B, O]
+    """Squared error of every row under every prefix, and what the last prefix leaves of `y`, without gradient."""
+    reconstructions = decode_prefixes(values, W_dec, active, segment, len(y), prefixes) + base.unsqueeze(1)
+    return squared_errors(reconstructions, y), (y - reconstructions[:, -1]).detach()
 
 
 class _GatherPreActs(torch.autograd.Function):

@@ -1,0 +1,186 @@
+"""One trainer's optimiser step, in that trainer's own environment: a step for every line read, its CPU time printed.
+
+python peer_worker.py NAME D D_SAE K B      run by tests.bench.peers; imports nothing of this project but for `ours`
+"""
+
+import itertools
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def prefixes(d_sae: int) -> list[int]:
+    """Rising sizes: n/16, n/8, n/4, n/2, n."""
+    return [d_sae // n for n in (16, 8, 4, 2, 1)]
+
+
+def batches(d: int, rows: int) -> Any:
+    """Sixteen batches, over and over."""
+    generator = torch.Generator().manual_seed(0)
+    return itertools.cycle([torch.randn(rows, d, generator=generator) for _ in range(16)])
+
+
+def sae_lens_matryoshka(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
+    """SAELens' Matryoshka BatchTopK, a quarter of whose latents are dead."""
+    from sae_lens.saes.matryoshka_batchtopk_sae import (
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+    )
+
+    config = MatryoshkaBatchTopKTrainingSAEConfig(d_in=d, d_sae=d_sae, k=k, matryoshka_widths=prefixes(d_sae))
+    return _sae_lens(MatryoshkaBatchTopKTrainingSAE(config), d, d_sae, rows)
+
+
+def sae_lens_topk(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
+    """SAELens' TopK: no prefixes."""
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    return _sae_lens(TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=d_sae, k=k)), d, d_sae, rows)
+
+
+def _sae_lens(sae: Any, d: int, d_sae: int, rows: int) -> Callable[[], None]:
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    data = batches(d, rows)
+    config = SAETrainerConfig(
+        n_checkpoints=0,
+        checkpoint_path=None,
+        save_final_checkpoint=False,
+        total_training_samples=10**9,
+        device="cpu",
+        autocast=False,
+        lr=3e-4,
+        lr_end=3e-4,
+        lr_scheduler_name="constant",
+        lr_warm_up_steps=0,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        lr_decay_steps=0,
+        n_restart_cycles=1,
+        train_batch_size_samples=rows,
+        dead_feature_window=10**6,
+        feature_sampling_window=10**6,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    trainer = SAETrainer(cfg=config, sae=sae, data_provider=data)
+
+    def step() -> None:
+        trainer.n_forward_passes_since_fired[::4] = 10**7
+        trainer._train_step(sae=sae, sae_in=next(data))
+        trainer.n_training_steps += 1
+
+    return step
+
+
+def dictionary_learning(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
+    """dictionary_learning's Matryoshka BatchTopK."""
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+
+    sizes = prefixes(d_sae)
+    parts = [sizes[0], *(b - a for a, b in itertools.pairwise(sizes))]
+    trainer = MatryoshkaBatchTopKTrainer(
+        steps=10**6,
+        activation_dim=d,
+        dict_size=d_sae,
+        k=k,
+        layer=0,
+        lm_name="none",
+        group_fractions=[part / d_sae for part in parts],
+        lr=3e-4,
+        warmup_steps=0,
+        device="cpu",
+        seed=0,
+    )
+    data, numbers = batches(d, rows), itertools.count(1)
+
+    def step() -> None:
+        trainer.num_tokens_since_fired[::4] = 10**9
+        trainer.update(next(numbers), next(data))
+
+    return step
+
+
+def sparsify(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
+    """sparsify's TopK transcoder with Adam: per-row TopK, no prefixes, decoder rows not normalised."""
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    coder = SparseCoder(d, SparseCoderConfig(num_latents=d_sae, k=k, transcode=True), device="cpu")
+    optimizer, data = torch.optim.Adam(coder.parameters(), lr=3e-4), batches(d, rows)
+    dead = torch.zeros(d_sae, dtype=torch.bool)
+    dead[::4] = True
+
+    def step() -> None:
+        x = next(data)
+        out = coder(x, x.roll(1, 1), dead_mask=dead)
+        (out.fvu + out.auxk_loss / 32).backward()
+        torch.nn.utils.clip_grad_norm_(coder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
+    """This project's step, rows' counters and figures included."""
+    import numba
+
+    from tests.bench.step import AUXK
+    from train.blas import faster_here
+    from train.metrics import Counters, Window
+    from train.optimizer import Optimizer, OptimizerConfig
+    from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
+
+    numba.set_num_threads(torch.get_num_threads())
+    activation = BatchTopK(k=k)
+    config = TranscoderConfig(d_sae=d_sae).resolve(d, activation)
+    model = Transcoder(d, d, config, activation, Normalisation(torch.zeros(d), 1.0, torch.zeros(d), 1.0))
+    model.initialise(0)
+    model.blas = faster_here()
+    optimizer, data = Optimizer(model, OptimizerConfig(lr=3e-4), 10**6), batches(d, rows)
+    counters = Counters(d_sae, torch.device("cpu"))
+    window = Window({"001-256": slice(0, rows)}, model.prefixes, d, torch.device("cpu"))
+    dead, numbers = torch.arange(0, d_sae, 4), itertools.count()
+
+    def step() -> None:
+        x, number = next(data), next(numbers)
+        output = model.step(x, x.roll(1, 1), dead, AUXK, number)
+        _, norm = optimizer.step(output.loss, number)
+        counters.update(output)
+        window.add(output, norm)
+
+    return step
+
+
+STEPS = {
+    "ours": ours,
+    "SAELens Matryoshka BatchTopK": sae_lens_matryoshka,
+    "SAELens TopK": sae_lens_topk,
+    "dictionary_learning Matryoshka BatchTopK": dictionary_learning,
+    "sparsify TopK transcoder": sparsify,
+}
+
+
+def main() -> None:
+    """Answer every line on stdin with the CPU seconds of a step and the process's peak memory in MiB."""
+    torch.set_num_threads(1)
+    name, *sizes = sys.argv[1:]
+    if name == "ours":
+        from shared.process import keep_freed_memory
+
+        keep_freed_memory()
+    step = STEPS[name](*map(int, sizes))
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        began = time.process_time()
+        step()
+        seconds = time.process_time() - began
+        print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+
+
+if __name__ == "__main__":
+    main()

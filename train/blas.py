@@ -1,0 +1,59 @@
+"""The one dense product of a step, in the faster of the two libraries that are there."""
+
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from train.sparse_step import loops
+
+Blas = Literal["torch", "numpy"]
+
+
+def faster_here() -> Blas:
+    """The library to take on this processor: the same at every call, since sums differ in their last bits.
+
+    torch's wheels for x86 bring MKL, which is slow on processors of another maker; numpy's bring OpenBLAS, which is not
+    (docs/benchmarks.md, "step").
+    """
+    other = torch.backends.mkl.is_available() and platform.machine() == "x86_64" and "GenuineIntel" not in _vendor()
+    return "numpy" if other else "torch"
+
+
+def addmm(blas: Blas, bias: Tensor, x: Tensor, W: Tensor) -> Tensor:
+    """Bias [F] + x [B, D] @ W [D, F], without gradient; by `numpy`, on CPU, each thread takes a part of the rows."""
+    if blas == "torch":
+        return torch.addmm(bias, x, W)
+    out = x.new_empty(len(x), W.shape[1])
+    threads = min(torch.get_num_threads(), len(x))
+    size = -(-len(x) // threads)
+    rows, columns, found = (tensor.detach().numpy() for tensor in (x, W, out))
+
+    def part(low: int) -> None:
+        with np.errstate(all="ignore"):  # as torch: a NaN is the run's to refuse
+            np.matmul(rows[low : low + size], columns, out=found[low : low + size])
+
+    with threadpool_limits(1, "blas"):
+        if threads == 1:
+            part(0)
+        else:
+            list(_pool(threads).map(part, range(0, len(x), size)))
+    loops.add_to_rows(found, bias.detach().numpy())
+    return out
+
+
+@lru_cache(1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "product")
+
+
+def _vendor() -> str:
+    place = Path("/proc/cpuinfo")
+    lines = place.read_text().splitlines() if place.exists() else []
+    return next((line for line in lines if line.startswith("vendor_id")), platform.processor())
