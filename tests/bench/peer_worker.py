@@ -4,7 +4,6 @@ python peer_worker.py NAME D D_SAE K B      run by tests.bench.peers; imports no
 """
 
 import itertools
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -156,6 +155,13 @@ def ours(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
     return step
 
 
+def peak_mib() -> float:
+    """This program's peak memory: not that of the process that started it, as `getrusage` may say."""
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
 STEPS = {
     "ours": ours,
     "SAELens Matryoshka BatchTopK": sae_lens_matryoshka,
@@ -179,7 +185,7 @@ def main() -> None:
         began = time.process_time()
         step()
         seconds = time.process_time() - began
-        print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+        print(seconds, peak_mib(), flush=True)
 
 
 if __name__ == "__main__":

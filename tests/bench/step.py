@@ -14,6 +14,7 @@ import torch
 
 from shared.process import keep_freed_memory
 from tests import reference
+from tests.bench.peer_worker import peak_mib
 from tests.bench.record import record, run
 from train.blas import addmm, faster_here
 from train.losses import AuxKConfig
@@ -115,9 +116,6 @@ def measure(shape: str) -> None:
     pre_acts = model.pre_acts(ours.source)
     low = (ours.source.bfloat16(), model.W_enc.detach().bfloat16())
 
-    def backward() -> None:
-        model.step(ours.source, ours.target, ours.dead, AUXK, 0).loss.backward()
-
     taken = interleaved(
         {
             "step": ours.ours,
@@ -127,7 +125,6 @@ def measure(shape: str) -> None:
             "encoder's product by torch": lambda: torch.addmm(model.b_enc.detach(), ours.source, model.W_enc.detach()),
             "encoder's product in bfloat16": lambda: low[0] @ low[1],
             "selection": lambda: model.select(pre_acts, 0),
-            "forward and backward": backward,
             "update": lambda: ours.optimizer._adam.update(1e-4, 1.0),
         }
     )
@@ -139,10 +136,8 @@ def measure(shape: str) -> None:
     figures["step over encoder's product"] = (taken["step"] / taken["encoder's product"], "times the time")
     figures["loss beside the dense reference, relative difference"] = (difference, "")
     for name in ("ours", "dense"):
-        figures[f"peak memory, {name}"] = (
-            run(sys.executable, "-m", "tests.bench.step", "peak", shape, name).peak_mib,
-            "MiB",
-        )
+        done = run(sys.executable, "-m", "tests.bench.step", "peak", shape, name)
+        figures[f"peak memory, {name}"] = (float(done.out), "MiB")
     d, d_sae, k = SHAPES[shape]
     record(f"step {shape}: d {d}, d_sae {d_sae}, k {k}, B {B}, one thread", f"{LINE} {shape}", figures)
 
@@ -156,6 +151,7 @@ def peak(shape: str, name: str) -> None:
         else:
             loss = dense_loss(made.model, made.source, made.target, made.dead)
             made.optimizer.step(loss, 0)
+    print(peak_mib())
 
 
 def interleaved(parts: dict[str, Callable[[], object]]) -> dict[str, float]:
