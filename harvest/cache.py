@@ -166,12 +166,13 @@ def _entry(path: Path) -> Entry:
     try:
         request = read_request(path)
         plan = read_plan(path) if (path / PLAN).is_file() else None
-        state = progress(path)
         if (path / STORE).is_file():
             record = read_store_record(path)
             growing = plan is not None and plan.training_blocks > record.plan.training_blocks
-            state = "packed" if is_packed(path) else f"complete; extended: {state}" if growing else "complete"
-            plan = record.plan
+            state = "packed" if is_packed(path) else "complete"
+            state, plan = f"{state}; extended: {progress(path)}" if growing else state, record.plan
+        else:
+            state = progress(path)
     except ProjectError as error:
         return Entry(**common, state=f"damaged: {error}", used_by=[*users, *writers])
     return Entry(

@@ -5,8 +5,9 @@ vector plus noise around a mean far from zero, the target a fixed two-layer map 
 holds one and the same row of large norm, as a BOS does in a real model.
 """
 
+import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from shared import arrays, durable, keyed, layout, statistics
+from shared.store import Store
 from shared.strata import Stratum, quota, stratum_ranges
 
 Array = NDArray[Any]
@@ -201,6 +203,27 @@ def decode(stored: Array, storage: str) -> NDArray[np.float32]:
     if storage != "bfloat16":
         return stored.astype(np.float32)
     return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    """Change a JSON file in place; `change` edits what it is given."""
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def faults(path: Path) -> dict[str, str]:
+    return {name: wrong for name, wrong in Store.open(path).verify() if wrong}
 
 
 class _Rows:

@@ -107,6 +107,32 @@ def test_errors_and_gradients_equal_dense_autograd(ops: ModuleType, prefixes: tu
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-12, atol=1e-12)
 
 
+def test_gradients_are_added_to_those_of_terms_before() -> None:
+    """Of terms on any of the parameters, by autograd and by these operations."""
+    x, y, pre_acts = draw(B, D, seed=0), draw(B, O, seed=5), draw(B, F, seed=4)
+    active, _ = batch_topk(pre_acts, 4 * B, 0.0)
+    segment = torch.bucketize(torch.arange(F), torch.tensor(PREFIXES), right=True)
+
+    def gradients(*terms: str) -> list[torch.Tensor]:
+        W_enc, b_enc, W_dec = (draw(*s, seed=i).requires_grad_() for i, s in enumerate(((D, F), (F,), (F, O)), 1))
+        for term in terms:
+            if term == "step":
+                values = compiled.gather_pre_acts(x, W_enc, b_enc, pre_acts, active)
+                compiled.prefix_errors(values, W_dec, torch.zeros(1, O).double(), y, active, segment, 4)[
+                    0
+                ].sum().backward()
+            else:
+                {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec}[term].square().sum().backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in (W_enc, b_enc, W_dec)]
+
+    alone = gradients("step")
+    for others in (("W_enc",), ("b_enc",), ("W_dec",), ("step",), ("b_enc", "W_dec")):
+        expected = [a + b for a, b in zip(alone, gradients(*others), strict=True)]
+        for found in (gradients("step", *others), gradients(*others, "step")):
+            for mine, wanted in zip(found, expected, strict=True):
+                torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
+
+
 @OPERATIONS
 def test_no_active_pairs_leave_the_target(ops: ModuleType) -> None:
     x, y, W_enc = draw(B, D, seed=0), draw(B, O, seed=5), draw(D, F, seed=1).requires_grad_()

@@ -121,11 +121,10 @@ class CompiledAdam:
             loops.row_squares(rows[1], rows[0], unit, along, squares)
             square += float(squares.sum())
             parts.append((rows, along, unit))
-        norm = square**0.5
-        c = self._config
+        norm, c = square**0.5, self._config
+        scale = min(1.0, limit / (norm + 1e-6))
+        corrections = 1 - c.beta1**self._count, 1 - c.beta2**self._count
         for rows, along, unit in parts:
-            scale = min(1.0, limit / (norm + 1e-6))
-            corrections = 1 - c.beta1**self._count, 1 - c.beta2**self._count
             loops.adam(*rows, along, unit, scale, lr, c.beta1, c.beta2, c.eps, *corrections)
         return torch.tensor(norm)
 

@@ -49,10 +49,10 @@ class _GatherPreActs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,), (grad,) = ctx.saved_tensors, grads
-        fresh = ctx.W_enc.grad is None
-        if fresh:
-            ctx.W_enc.grad, ctx.b_enc.grad = torch.empty_like(ctx.W_enc), torch.empty_like(ctx.b_enc)
-        _sums_by_latent(ctx.active, grad, ctx.active.rows, x, ctx.W_enc.grad.T, ctx.b_enc.grad, add=not fresh)
+        if ctx.b_enc.grad is None:
+            ctx.b_enc.grad = torch.zeros_like(ctx.b_enc)
+        add = _has_gradient(ctx.W_enc)
+        _sums_by_latent(ctx.active, grad, ctx.active.rows, x, ctx.W_enc.grad.T, ctx.b_enc.grad, add=add)
         return (None,) * 5
 
 
@@ -80,11 +80,9 @@ class _PrefixErrors(torch.autograd.Function):
         loops.suffix_sums(_array(residual), _array(grad.contiguous()), _array(meet))
         grad_values = torch.empty_like(values)
         loops.products(*map(_array, (active.latents, starts, segment, W_dec, meet, grad_values)))
-        fresh = W_dec.grad is None
-        if fresh:
-            W_dec.grad = torch.empty_like(W_dec)
+        add = _has_gradient(W_dec)
         groups, unused = active.rows * prefixes + segment[active.latents], values.new_zeros(active.d_sae)
-        _sums_by_latent(active, values, groups, meet.view(-1, width), W_dec.grad, unused, add=not fresh)
+        _sums_by_latent(active, values, groups, meet.view(-1, width), W_dec.grad, unused, add=add)
         grad_base = None
         if ctx.needs_input_grad[2]:
             grad_base = meet[:, 0] if ctx.every_row else meet[:, 0].sum(0, keepdim=True)
@@ -101,9 +99,20 @@ def _sums_by_latent(
     *,
     add: bool,
 ) -> None:
-    """For every latent, the weighted sum of the table's rows over its pairs, and the sum of their weights."""
+    """For every latent, the weighted sum of the table's rows over its pairs; that of their weights is added to `alone`.
+
+    `add`: added to what `out` holds, which is else written over.
+    """
     order, starts = active.by_latent
     loops.sums_by_latent(*map(_array, (order, starts, weights.contiguous(), rows, table, out, alone)), add)
+
+
+def _has_gradient(parameter: Tensor) -> bool:
+    """Whether a term before has left a gradient to add to; makes room for one, not cleared, if not."""
+    if parameter.grad is not None:
+        return True
+    parameter.grad = torch.empty_like(parameter)
+    return False
 
 
 def _array(tensor: Tensor) -> Any:

@@ -163,16 +163,15 @@ def products(latents: Ints, starts: Ints, segment: Ints, W_dec: Floats, meet: Fl
 def sums_by_latent(
     order: Ints, starts: Ints, weights: Floats, rows: Ints, table: Floats, out: Floats, bias: Floats, add: bool
 ) -> None:
-    """out[f] = sum over the latent's pairs of weight * table[row], and bias[f] = sum of weights; out [F, O].
+    """out[f] = sum over the latent's pairs of weight * table[row]; out [F, O], `add`: added to what is there.
 
-    `add` adds them to what is there.
+    The sum of the weights is added to bias[f].
     """
     width = out.shape[1]
     for f in prange(len(out)):
         total, alone = out[f], bias[f]
         if not add:
             total[:] = 0
-            alone = out.dtype.type(0)
         for j in range(starts[f], starts[f + 1]):
             weight, row = weights[order[j]], table[rows[order[j]]]
             alone += weight
