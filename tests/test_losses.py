@@ -11,20 +11,20 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_matryoshka_loss_is_the_mean_of_the_prefix_losses() -> None:
+def test_the_matryoshka_loss_is_the_mean_of_the_prefix_losses() -> None:
     parts, target = draw(6, 3, 4, seed=0), draw(6, 4, seed=1)
     expected = sum(reference.prefix_loss(parts[:, p], target) for p in range(3)) / 3
-    found = losses.matryoshka_loss(losses.squared_errors(parts, target), 4)
+    found = losses.matryoshka_weight(6, 3, 4) * (parts - target[:, None]).square().sum()
     assert float(found) == pytest.approx(float(expected), rel=1e-13)
 
 
-def test_auxk_loss_is_relative_to_the_residual_and_defined_without_one() -> None:
-    predicted, residual = draw(6, 4, seed=0), draw(6, 4, seed=1)
+def test_the_auxk_loss_is_relative_to_the_residual_and_defined_without_one() -> None:
+    predicted, residual, dead = draw(6, 4, seed=0), draw(6, 4, seed=1), torch.tensor([False, True])
     expected = ((predicted - residual) ** 2).sum() / (residual**2).sum()
-    assert float(losses.auxk_loss((predicted - residual).square().sum(1), residual)) == pytest.approx(
-        float(expected), rel=1e-13
-    )
-    assert float(losses.auxk_loss(torch.zeros(6), torch.zeros(6, 4))) == 0.0
+    found = losses.auxk_weight(residual, dead) * (predicted - residual).square().sum()
+    assert float(found) == pytest.approx(float(expected), rel=1e-13)
+    assert float(losses.auxk_weight(torch.zeros(6, 4), dead) * torch.zeros(())) == 0.0
+    assert float(losses.auxk_weight(residual, torch.tensor([False, False]))) == 0.0
 
 
 def test_jumprelu_gradients_are_the_papers_pseudo_derivatives() -> None:

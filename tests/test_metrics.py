@@ -18,8 +18,9 @@ PREFIXES = (2, 8)
 def make_step(seed: int, latents: list[int] | None = None) -> tuple[Step, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     target, guess = torch.randn(10, 3, generator=generator) + 2, torch.randn(10, 2, 3, generator=generator) + 2
-    rows = torch.tensor([0, 0, 0, 3, 5])
-    active = Active(rows, torch.tensor(latents or [1, 2, 3, 2, 6]), 8)
+    rows = torch.tensor([0, 0, 0, 3, 5, 5])
+    values = torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0, 0.0])  # the last is not active
+    active = Active.of(rows, torch.tensor([*(latents or [1, 2, 3, 2, 6]), 5]), values, torch.Size((10, 8)))
     step = Step(
         loss=torch.tensor(3.0),
         terms={"reconstruction": torch.tensor(2.0 + seed), "auxk": torch.tensor(1.0)},
@@ -72,11 +73,11 @@ def test_latents_are_dead_by_rows_since_they_fired() -> None:
     counters.update(make_step(0, [0, 1, 2, 3, 4])[0])
     counters.update(make_step(1, [0, 1, 2, 3, 3])[0])
     assert counters.rows_since_fired.tolist() == [0, 0, 0, 0, 10, 20, 20, 20]
-    assert counters.dead(10).tolist() == [4, 5, 6, 7]
-    assert counters.dead(11).tolist() == [5, 6, 7]
+    assert counters.dead(10).nonzero().flatten().tolist() == [4, 5, 6, 7]
+    assert counters.dead(11).nonzero().flatten().tolist() == [5, 6, 7]
     restored = Counters(8, torch.device("cpu"))
     restored.load(counters.state())
-    assert restored.dead(11).tolist() == [5, 6, 7]
+    assert restored.dead(11).nonzero().flatten().tolist() == [5, 6, 7]
 
 
 def test_the_running_threshold_is_a_float32_moving_average_from_the_first_value() -> None:

@@ -9,7 +9,7 @@ from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderCon
 
 KINDS = pytest.mark.parametrize("kind", [TorchAdam, CompiledAdam])
 D, O, F = 6, 5, 24
-NO_DEAD = torch.zeros(0, dtype=torch.int64)
+NO_DEAD = torch.zeros(F, dtype=torch.bool)
 
 
 def make() -> Transcoder:
@@ -21,10 +21,10 @@ def make() -> Transcoder:
 
 
 def optimizer_of(kind: type, model: Transcoder, config: OptimizerConfig, steps: int) -> Optimizer:
-    """With the one kind of Adam or the other; by itself it takes the one of the device."""
+    """With the one kind of Adam or the other: the one of the model's kernels."""
+    model.kernels = "compiled" if kind is CompiledAdam else "plain"
     optimizer = Optimizer(model, config, steps)
-    assert isinstance(optimizer._adam, CompiledAdam)
-    optimizer._adam = kind(model, config)
+    assert isinstance(optimizer._adam, kind)
     return optimizer
 
 

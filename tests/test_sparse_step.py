@@ -1,4 +1,4 @@
-"""The sparse operations and their gradients against dense float64 autograd: torch's own kernels, and compiled loops."""
+"""The sparse operations and their gradients against dense float64 autograd, by every kind of kernels."""
 
 import os
 import subprocess
@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from tests import reference
-from train.sparse_step import compiled, loops, plain
-from train.sparse_step.plain import decode_prefixes, gather_pre_acts
-from train.sparsity import _flat_above, batch_topk
+from train.sparse_step import compiled, dense, loops, plain
+from train.sparsity import Active
 
 ROOT = Path(__file__).parents[1]
-OPERATIONS = pytest.mark.parametrize("ops", [plain, compiled], ids=["plain", "compiled"])
+KERNELS = pytest.mark.parametrize("ops", [plain, compiled, dense], ids=["plain", "compiled", "dense"])
 B, D, O, F, PREFIXES = 13, 7, 5, 24, (3, 6, 12, 24)
 
 
@@ -24,103 +23,89 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_values_and_gradients_equal_dense_autograd() -> None:
-    x = draw(B, D, seed=0)
-    W_enc, b_enc, W_dec = (draw(*s, seed=i).requires_grad_() for i, s in enumerate(((D, F), (F,), (F, O)), 1))
-    weights = draw(B, len(PREFIXES), O, seed=9)
+def select(pre_acts: torch.Tensor, n: int) -> Active:
+    return compiled.batch_topk(pre_acts, n, torch.zeros(()))[0]
+
+
+def test_decoding_equals_dense_autograd() -> None:
+    W_dec, weights = draw(F, O, seed=3).requires_grad_(), draw(B, len(PREFIXES), O, seed=9)
     segment = torch.bucketize(torch.arange(F), torch.tensor(PREFIXES), right=True)
+    pre_acts = draw(B, F, seed=1)
+    active = select(pre_acts, 4 * B)
+    values = active.values.clone().requires_grad_()
+    sparse = plain.decode_prefixes(values, W_dec, active, segment, len(PREFIXES))
+    found = torch.autograd.grad((sparse * weights).sum(), (values, W_dec))
 
-    pre_acts = (x @ W_enc + b_enc).detach()
-    active, _ = batch_topk(pre_acts, 4 * B, 0.0)
-    values = gather_pre_acts(x, W_enc, b_enc, pre_acts, active)
-    sparse = decode_prefixes(values, W_dec, active, segment, B, len(PREFIXES))
-    (sparse * weights).sum().backward()
-    found = [p.grad for p in (W_enc, b_enc, W_dec)]
-
-    for p in (W_enc, b_enc, W_dec):
-        p.grad = None
-    dense_pre_acts = x @ W_enc + b_enc
-    latents = dense_pre_acts * reference.top_of_batch(dense_pre_acts.detach(), 4 * B)
-    dense = torch.stack(reference.reconstructions(latents, W_dec, torch.zeros(O), PREFIXES), dim=1)
-    (dense * weights).sum().backward()
-
-    torch.testing.assert_close(sparse, dense, rtol=1e-12, atol=1e-12)
-    for mine, parameter in zip(found, (W_enc, b_enc, W_dec), strict=True):
-        torch.testing.assert_close(mine, parameter.grad, rtol=1e-12, atol=1e-12)
+    latents = (pre_acts * reference.top_of_batch(pre_acts, 4 * B)).requires_grad_()
+    expected = torch.stack(reference.reconstructions(latents, W_dec, torch.zeros(O), PREFIXES), dim=1)
+    grads = torch.autograd.grad((expected * weights).sum(), (latents, W_dec))
+    torch.testing.assert_close(sparse, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[0], grads[0][active.rows, active.latents], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[1], grads[1], rtol=1e-12, atol=1e-12)
 
 
-def test_a_batch_without_active_pairs_decodes_to_zero_with_zero_gradients() -> None:
-    x, W_enc, b_enc = draw(B, D, seed=0), draw(D, F, seed=1).requires_grad_(), torch.full((F,), -1e3).double()
-    W_dec = draw(F, O, seed=2).requires_grad_()
-    pre_acts = (x @ W_enc + b_enc).detach()
-    active, _ = batch_topk(pre_acts, 4 * B, 0.0)
-    values = gather_pre_acts(x, W_enc, b_enc.requires_grad_(), pre_acts, active)
-    decoded = decode_prefixes(values, W_dec, active, torch.zeros(F, dtype=torch.int64), B, 1)
-    assert torch.equal(decoded, torch.zeros(B, 1, O).double())
-    decoded.sum().backward()
-    assert not W_enc.grad.any() and not W_dec.grad.any()
-
-
-def test_float32_results_repeat_bit_for_bit() -> None:
+@KERNELS
+def test_float32_results_repeat_bit_for_bit(ops: ModuleType) -> None:
     def once() -> list[torch.Tensor]:
-        W_dec, values_of = draw(F, O, seed=3).float().requires_grad_(), draw(B, F, seed=4).float()
-        active, _ = batch_topk(values_of, 5 * B, 0.0)
-        values = values_of[active.rows, active.latents].requires_grad_()
-        out = decode_prefixes(values, W_dec, active, torch.zeros(F, dtype=torch.int64), B, 1)
-        out.square().sum().backward()
-        return [out.detach(), W_dec.grad, values.grad]
+        W_dec, pre_acts, y = (draw(*s, seed=3).float() for s in ((F, O), (B, F), (B, O)))
+        active, values = select(pre_acts, 5 * B), select(pre_acts, 5 * B).values.requires_grad_()
+        W_dec.requires_grad_()
+        whole = torch.zeros(F, dtype=torch.int64)
+        loss, *rest = ops.prefix_loss(values, W_dec, torch.zeros(1, O), y, active, whole, 1, 0.1)
+        loss.backward()
+        return [loss.detach(), *rest, W_dec.grad, values.grad]
 
     for a, b in zip(once(), once(), strict=True):
         assert torch.equal(a, b)
 
 
-@OPERATIONS
+@KERNELS
 @pytest.mark.parametrize("every_row", [False, True])
 @pytest.mark.parametrize("prefixes", [PREFIXES, (F,)])
-def test_errors_and_gradients_equal_dense_autograd(ops: ModuleType, prefixes: tuple[int, ...], every_row: bool) -> None:
+@pytest.mark.parametrize("per_row", [4, 20])
+def test_loss_and_gradients_equal_dense_autograd(
+    ops: ModuleType, prefixes: tuple[int, ...], every_row: bool, per_row: int
+) -> None:
     x, y = draw(B, D, seed=0), draw(B, O, seed=5)
     W_enc, b_enc, W_dec = (draw(*s, seed=i).requires_grad_() for i, s in enumerate(((D, F), (F,), (F, O)), 1))
     base = draw(B if every_row else 1, O, seed=6).requires_grad_()
-    weights = draw(B, len(prefixes), seed=9)
     segment = torch.bucketize(torch.arange(F), torch.tensor(prefixes), right=True)
     parameters = (W_enc, b_enc, W_dec, base)
 
-    pre_acts = (x @ W_enc + b_enc).detach()
-    active, _ = batch_topk(pre_acts, 4 * B, 0.0)
-    values = ops.gather_pre_acts(x, W_enc, b_enc, pre_acts, active)
-    errors, residual = ops.prefix_errors(values, W_dec, base, y, active, segment, len(prefixes))
-    (errors * weights).sum().backward()
+    active = select((x @ W_enc + b_enc).detach(), per_row * B)
+    values = ops.encode(x, W_enc, b_enc, active)
+    loss, errors, left = ops.prefix_loss(values, W_dec, base, y, active, segment, len(prefixes), 0.3)
+    (7 * loss).backward()
     found = [p.grad for p in parameters]
 
     for p in parameters:
         p.grad = None
-    dense_pre_acts = x @ W_enc + b_enc
-    latents = dense_pre_acts * reference.top_of_batch(dense_pre_acts.detach(), 4 * B)
-    dense = torch.stack(reference.reconstructions(latents, W_dec, torch.zeros(O), prefixes), dim=1) + base[:, None]
-    expected = (dense - y[:, None]).square().sum(2)
-    (expected * weights).sum().backward()
+    pre_acts = x @ W_enc + b_enc
+    latents = pre_acts * reference.top_of_batch(pre_acts.detach(), per_row * B)
+    parts = torch.stack(reference.reconstructions(latents, W_dec, torch.zeros(O), prefixes), dim=1) + base[:, None]
+    expected = (parts - y[:, None]).square().sum(2)
+    (7 * 0.3 * expected.sum()).backward()
 
-    torch.testing.assert_close(errors, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(residual, (y - dense[:, -1]).detach(), rtol=1e-12, atol=1e-12)
-    assert not residual.requires_grad
+    torch.testing.assert_close(values, pre_acts[active.rows, active.latents], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, 0.3 * expected.sum(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(errors, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(left, (y - parts[:, -1]).detach(), rtol=1e-12, atol=1e-12)
+    assert not errors.requires_grad and not left.requires_grad
     for mine, parameter in zip(found, parameters, strict=True):
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_are_added_to_those_of_terms_before() -> None:
     """Of terms on any of the parameters, by autograd and by these operations."""
-    x, y, pre_acts = draw(B, D, seed=0), draw(B, O, seed=5), draw(B, F, seed=4)
-    active, _ = batch_topk(pre_acts, 4 * B, 0.0)
+    x, y, active = draw(B, D, seed=0), draw(B, O, seed=5), select(draw(B, F, seed=4), 4 * B)
     segment = torch.bucketize(torch.arange(F), torch.tensor(PREFIXES), right=True)
 
     def gradients(*terms: str) -> list[torch.Tensor]:
         W_enc, b_enc, W_dec = (draw(*s, seed=i).requires_grad_() for i, s in enumerate(((D, F), (F,), (F, O)), 1))
         for term in terms:
             if term == "step":
-                values = compiled.gather_pre_acts(x, W_enc, b_enc, pre_acts, active)
-                compiled.prefix_errors(values, W_dec, torch.zeros(1, O).double(), y, active, segment, 4)[
-                    0
-                ].sum().backward()
+                values, nothing = compiled.encode(x, W_enc, b_enc, active), torch.zeros(1, O).double()
+                compiled.prefix_loss(values, W_dec, nothing, y, active, segment, 4, 0.3)[0].backward()
             else:
                 {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec}[term].square().sum().backward()
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in (W_enc, b_enc, W_dec)]
@@ -133,27 +118,31 @@ def test_gradients_are_added_to_those_of_terms_before() -> None:
                 torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
 
 
-@OPERATIONS
+@KERNELS
 def test_no_active_pairs_leave_the_target(ops: ModuleType) -> None:
     x, y, W_enc = draw(B, D, seed=0), draw(B, O, seed=5), draw(D, F, seed=1).requires_grad_()
     b_enc, W_dec = torch.full((F,), -1e3).double().requires_grad_(), draw(F, O, seed=2).requires_grad_()
-    pre_acts = (x @ W_enc + b_enc).detach()
-    active, _ = batch_topk(pre_acts, 4 * B, 0.0)
-    values = ops.gather_pre_acts(x, W_enc, b_enc, pre_acts, active)
-    nothing = torch.zeros(1, O).double()
-    errors, residual = ops.prefix_errors(values, W_dec, nothing, y, active, torch.zeros(F, dtype=torch.int64), 1)
+    active = select((x @ W_enc + b_enc).detach(), 4 * B)
+    assert len(active.rows) == 0
+    values, nothing = ops.encode(x, W_enc, b_enc, active), torch.zeros(1, O).double()
+    loss, errors, left = ops.prefix_loss(values, W_dec, nothing, y, active, torch.zeros(F, dtype=torch.int64), 1, 1.0)
     torch.testing.assert_close(errors[:, 0], y.square().sum(1))
-    errors.sum().backward()
-    assert torch.equal(residual, y) and not W_enc.grad.any() and not W_dec.grad.any()
+    loss.backward()
+    assert torch.equal(left, y) and not W_enc.grad.any() and not W_dec.grad.any()
 
 
-@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000, 64 * 64 + 1])
-def test_places_above_a_floor(size: int) -> None:
-    flat = np.random.default_rng(size).normal(size=size).astype(np.float32)
-    flat[::7] = 0.5
-    for floor in (-10.0, 0.5, 1.0, 10.0):
-        found = _flat_above(torch.from_numpy(flat), floor)
-        assert found.tolist() == np.flatnonzero(flat > np.float32(floor)).tolist()
+@KERNELS
+def test_values_of_pairs_found_in_lower_precision_are_computed_again(ops: ModuleType) -> None:
+    x, W_enc, b_enc = draw(B, D, seed=0).float(), draw(D, F, seed=1).float(), draw(F, seed=2).float()
+    pre_acts = x @ W_enc + b_enc
+    low = pre_acts.bfloat16()
+    active, smallest = ops.batch_topk(low, 4 * B, torch.zeros(()))
+    assert active.values.dtype == torch.bfloat16 and len(active.rows) == 4 * B
+    assert smallest == active.values.min()
+    values = ops.encode(x, W_enc.T.contiguous().T, b_enc, active)
+    torch.testing.assert_close(values, pre_acts[active.rows, active.latents], rtol=1e-5, atol=1e-5)
+    assert not torch.equal(values, active.values.float())
+    assert ops.row_topk(low, 3, torch.arange(F) > 3).values.dtype == torch.bfloat16
 
 
 def test_pairs_are_grouped_in_the_order_they_come() -> None:
@@ -181,11 +170,13 @@ def step_of_loops() -> list[torch.Tensor]:
     x, y, pre_acts = (draw(rows, n, seed=i).float() for i, n in enumerate((width, width, latents)))
     W_enc, W_dec = (draw(*s, seed=7).float().requires_grad_() for s in ((width, latents), (latents, width)))
     segment = torch.bucketize(torch.arange(latents), torch.tensor([24, 48, 96]), right=True)
-    active, _ = batch_topk(pre_acts, 8 * rows, 0.0)
-    values = compiled.gather_pre_acts(x, W_enc, torch.zeros(latents), pre_acts, active)
-    errors, _ = compiled.prefix_errors(values, W_dec, torch.zeros(1, width), y, active, segment, 3)
-    errors.square().sum().backward()
-    return [errors.detach(), W_enc.grad, W_dec.grad]
+    found = []
+    for active in (select(pre_acts, 8 * rows), compiled.row_topk(pre_acts, 9)):
+        values = compiled.encode(x, W_enc, torch.zeros(latents), active)
+        loss, errors, left = compiled.prefix_loss(values, W_dec, torch.zeros(1, width), y, active, segment, 3, 0.1)
+        loss.backward()
+        found += [active.rows, active.latents, active.values, errors, left]
+    return [*found, W_enc.grad, W_dec.grad]
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:

@@ -1,68 +1,142 @@
-"""Selection against sorting everything."""
+"""Selection against sorting everything, by every kind of kernels."""
+
+from types import ModuleType
 
 import pytest
 import torch
 
 from tests import reference
-from train import sparsity
+from train.sparse_step import compiled, dense, plain
+from train.sparsity import Active, offsets
+
+KERNELS = pytest.mark.parametrize("ops", [plain, compiled, dense], ids=["plain", "compiled", "dense"])
 
 
-def mask_of(active: sparsity.Active, shape: torch.Size) -> torch.Tensor:
+def mask_of(active: Active, shape: torch.Size) -> torch.Tensor:
+    """The pairs that are active."""
     mask = torch.zeros(shape, dtype=torch.bool)
-    mask[active.rows, active.latents] = True
+    mask[active.rows, active.latents] = active.values > 0
     return mask
 
 
-def assert_sorted(active: sparsity.Active) -> None:
+def assert_well_formed(active: Active, pre_acts: torch.Tensor) -> None:
+    """Pairs in order, their values, and where rows begin."""
     flat = active.rows * active.d_sae + active.latents
     assert (flat.diff() > 0).all()
+    assert torch.equal(active.values, pre_acts[active.rows, active.latents])
+    assert active.starts.tolist() == [int((active.rows < row).sum()) for row in range(len(pre_acts) + 1)]
 
 
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@KERNELS
+@pytest.mark.parametrize("rows", [1, 9, 200])
 @pytest.mark.parametrize("guess", [0.0, 0.5, 1.5, 99.0])
 @pytest.mark.parametrize("n", [1, 17, 60, 10_000])
-def test_batch_topk_keeps_the_largest_whatever_the_guess(guess: float, n: int) -> None:
-    pre_acts = torch.randn(9, 21, generator=torch.Generator().manual_seed(n))
-    active, smallest = sparsity.batch_topk(pre_acts, n, guess)
+def test_batch_topk_keeps_the_largest_whatever_the_guess(ops: ModuleType, rows: int, guess: float, n: int) -> None:
+    pre_acts = draw(n, rows, 21)
+    active, smallest = ops.batch_topk(pre_acts, n, torch.tensor(guess))
     expected = reference.top_of_batch(pre_acts, n)
     assert torch.equal(mask_of(active, pre_acts.shape), expected)
     assert smallest == pre_acts[expected].min()
-    assert_sorted(active)
+    assert_well_formed(active, pre_acts)
 
 
-def test_batch_topk_breaks_ties_by_row_order_and_keeps_exactly_n() -> None:
+def test_compiled_batch_topk_breaks_ties_by_row_order_and_keeps_exactly_n() -> None:
     pre_acts = torch.tensor([[1.0, 2.0, 1.0], [1.0, 3.0, 1.0]])
-    active, smallest = sparsity.batch_topk(pre_acts, 4, 0.0)
+    active, smallest = compiled.batch_topk(pre_acts, 4, torch.tensor(0.0))
     assert list(zip(active.rows.tolist(), active.latents.tolist(), strict=True)) == [(0, 0), (0, 1), (0, 2), (1, 1)]
     assert smallest == 1.0
 
 
-def test_batch_topk_of_a_batch_without_positive_entries_is_empty() -> None:
-    active, smallest = sparsity.batch_topk(-torch.ones(3, 4), 5, 0.0)
-    assert len(active.rows) == 0 and smallest == 0
+@KERNELS
+def test_batch_topk_keeps_exactly_n_of_many_ties(ops: ModuleType) -> None:
+    pre_acts = draw(0, 30, 40).bfloat16().float().round(decimals=1)
+    active, _ = ops.batch_topk(pre_acts, 123, torch.tensor(0.0))
+    kept, least = mask_of(active, pre_acts.shape), active.values.min()
+    assert int(kept.sum()) == 123 and not (pre_acts[~kept] > least).any()
 
 
+@KERNELS
+def test_batch_topk_of_a_batch_without_positive_entries_has_no_active_pair(ops: ModuleType) -> None:
+    active, smallest = ops.batch_topk(-torch.ones(3, 4), 5, torch.tensor(0.0))
+    assert not (active.values > 0).any() and smallest == 0
+
+
+@KERNELS
 @pytest.mark.parametrize("k", [1, 4, 21])
-def test_topk_keeps_the_largest_of_each_row(k: int) -> None:
-    pre_acts = torch.randn(9, 21, generator=torch.Generator().manual_seed(k))
-    active = sparsity.topk(pre_acts, k)
+@pytest.mark.parametrize("rows", [1, 9, 200])
+def test_row_topk_keeps_the_largest_of_each_row(ops: ModuleType, rows: int, k: int) -> None:
+    pre_acts = draw(k, rows, 21)
+    active = ops.row_topk(pre_acts, k)
     assert torch.equal(mask_of(active, pre_acts.shape), reference.top_of_rows(pre_acts, k))
-    assert_sorted(active)
+    assert_well_formed(active, pre_acts)
+    assert (active.starts.diff() == k).all()
 
 
-def test_above_is_strict_and_per_latent() -> None:
-    pre_acts = torch.tensor([[0.5, 0.5, 0.7], [0.6, 0.4, 0.9]])
-    active = sparsity.above(pre_acts, torch.tensor([0.5, 0.4, 0.8]))
-    assert torch.equal(mask_of(active, pre_acts.shape), torch.tensor([[False, True, False], [True, False, True]]))
+@KERNELS
+def test_row_topk_of_ties_keeps_k(ops: ModuleType) -> None:
+    active = ops.row_topk(torch.ones(70, 8), 3)
+    assert (active.starts.diff() == 3).all()
 
 
-def test_dead_topk_takes_negative_pre_activations_of_dead_latents_only() -> None:
+@KERNELS
+def test_row_topk_among_some_takes_negative_pre_activations_of_these_only(ops: ModuleType) -> None:
     pre_acts = torch.tensor([[9.0, -3.0, -1.0, -2.0], [9.0, -1.0, -5.0, 4.0]])
-    active = sparsity.dead_topk(pre_acts, torch.tensor([1, 2, 3]), 2)
+    active = ops.row_topk(pre_acts, 2, torch.tensor([False, True, True, True]))
     assert list(zip(active.rows.tolist(), active.latents.tolist(), strict=True)) == [(0, 2), (0, 3), (1, 1), (1, 3)]
 
 
+@KERNELS
+@pytest.mark.parametrize("among", [[], [2], [0, 3]])
+def test_row_topk_among_fewer_than_k_takes_all_of_them(ops: ModuleType, among: list[int]) -> None:
+    pre_acts, mask = draw(0, 5, 4), torch.zeros(4, dtype=torch.bool)
+    mask[among] = True
+    active = ops.row_topk(pre_acts, 3, mask)
+    for row in range(5):
+        assert set(among) <= set(active.latents[active.rows == row].tolist())
+
+
+@KERNELS
+@pytest.mark.parametrize(("rows", "latents"), [(2, 3), (70, 33), (3, 16)])
+def test_above_is_strict_and_per_latent(ops: ModuleType, rows: int, latents: int) -> None:
+    pre_acts, thresholds = draw(0, rows, latents), draw(1, latents)
+    pre_acts[0] = thresholds
+    active = ops.above(pre_acts, thresholds)
+    assert list(zip(active.rows.tolist(), active.latents.tolist(), strict=True)) == [
+        (row, latent) for row in range(rows) for latent in range(latents) if pre_acts[row, latent] > thresholds[latent]
+    ]
+    assert_well_formed(active.positive(), pre_acts)
+
+
+@KERNELS
+def test_values_that_are_not_numbers_are_not_above(ops: ModuleType) -> None:
+    pre_acts = torch.full((3, 20), torch.nan)
+    pre_acts[1, 2] = 1
+    active = ops.above(pre_acts, torch.zeros(20))
+    assert (active.rows.tolist(), active.latents.tolist()) == ([1], [2])
+
+
 def test_grouping_by_latent_is_a_stable_sort_with_offsets() -> None:
-    active = sparsity.Active(torch.tensor([0, 0, 1, 2]), torch.tensor([2, 3, 0, 2]), 5)
+    rows, latents = torch.tensor([0, 0, 1, 2]), torch.tensor([2, 3, 0, 2])
+    active = Active.of(rows, latents, torch.ones(4), torch.Size((3, 5)))
     order, starts = active.by_latent
     assert order.tolist() == [2, 0, 3, 1]
     assert starts.tolist() == [0, 1, 1, 3, 4, 4]
+
+
+def test_parts_of_the_pairs() -> None:
+    pre_acts = draw(3, 12, 10)
+    active = plain.batch_topk(pre_acts, 80, torch.tensor(0.0))[0]
+    part, expected = active.slice(slice(3, 9)), mask_of(active, pre_acts.shape)[3:9]
+    assert torch.equal(mask_of(part, expected.shape), expected)
+    assert_well_formed(part, pre_acts[3:9])
+    positive = active.positive()
+    assert len(positive.rows) < len(active.rows) and (positive.values > 0).all()
+    assert_well_formed(positive, pre_acts)
+
+
+def test_offsets_count_empty_groups() -> None:
+    assert offsets(torch.tensor([1, 1, 4]), 6).tolist() == [0, 0, 2, 2, 2, 3, 3]

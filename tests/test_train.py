@@ -141,6 +141,41 @@ def test_every_activation_trains_with_any_prefixes_and_skip(
     assert ("W_skip" in load_file(checkpoint.folder(done.path, 120) / checkpoint.WEIGHTS)) == (skip == "true")
 
 
+def test_every_kind_of_kernels_gives_the_same_answer_and_is_recorded(
+    command, store: SyntheticStore, tmp_path: Path
+) -> None:
+    common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 60, *SMALL, "--set", "log_every=10")
+    found = {}
+    for kernels in ("auto", "compiled", "plain", "dense"):
+        done = command(*common, "--set", f"kernels={kernels}")
+        assert done.code == 0, done.err
+        found[kernels] = done.path
+        recorded = json.loads((done.path / "config.json").read_text())["settings"]["kernels"]
+        assert recorded == ("compiled" if kernels == "auto" else kernels)
+    assert_same_run(found["auto"], found["compiled"])
+    dense = rows(found["dense"])
+    for kernels in ("compiled", "plain"):
+        mine = rows(found[kernels])
+        for row, expected in zip(mine, dense, strict=True):
+            assert row["fvu"] == pytest.approx(expected["fvu"], rel=1e-3)
+            assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
+        assert mine[0]["loss"] == pytest.approx(dense[0]["loss"], rel=1e-5)
+        assert mine[-1]["held_out"]["fvu"] == pytest.approx(dense[-1]["held_out"]["fvu"], rel=5e-3)
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "plain"])
+def test_a_product_in_bfloat16_trains_float32_weights(
+    command, store: SyntheticStore, tmp_path: Path, kernels: str
+) -> None:
+    common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 60, *SMALL, "--set", f"kernels={kernels}")
+    full, low = command(*common), command(*common, "--set", "product_dtype=bfloat16")
+    assert low.code == 0, low.err
+    weights = load_file(checkpoint.folder(low.path, 60) / checkpoint.WEIGHTS)
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert rows(low.path)[-1]["held_out"]["fvu"] == pytest.approx(rows(full.path)[-1]["held_out"]["fvu"], rel=0.05)
+    assert rows(low.path)[0]["loss"] != rows(full.path)[0]["loss"]
+
+
 def test_one_seed_gives_one_result_and_another_seed_another(command, store: SyntheticStore, tmp_path: Path) -> None:
     common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 25, *SMALL, *CADENCE)
     a, b, c = (command(*common, "--seed", seed).path for seed in (1, 1, 2))
@@ -259,6 +294,7 @@ BAD = {
     "prefixes": (["--set", "transcoder.prefixes=[64, 128]"], "must end at d_sae = 4096, got [64, 128]"),
     "batch above the store": (["--set", "rows.batch_rows=10_000_000"], "is more than the store's"),
     "no cuda": (["--set", "device=cuda"], "finds no CUDA device"),
+    "no such kernels": (["--set", "kernels=fast"], "kernels: Input should be 'auto', 'compiled', 'plain' or 'dense'"),
     "no such device": (["--set", "device=tpu"], "device must be auto, cpu or cuda, got tpu"),
     "config file": (["--config", "/nowhere.toml"], "no configuration file at /nowhere.toml"),
     "init from": (["--init-from", "/nowhere"], "no run at /nowhere"),

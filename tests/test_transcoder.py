@@ -12,6 +12,7 @@ from train.transcoder import (
     Activation,
     BatchTopK,
     JumpReLU,
+    Kernels,
     Normalisation,
     ReLU,
     TopK,
@@ -27,20 +28,28 @@ ACTIVATIONS: dict[str, Activation] = {
     "jumprelu": JumpReLU(l0_coefficient=0.01, bandwidth=0.3, initial_threshold=0.4),
     "relu": ReLU(l1_coefficient=0.02),
 }
-NO_DEAD, NO_AUXK = torch.zeros(0, dtype=torch.int64), AuxKConfig()
+NO_DEAD, NO_AUXK = torch.zeros(F, dtype=torch.bool), AuxKConfig()
+KERNELS = pytest.mark.parametrize("kernels", ["compiled", "plain", "dense"])
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def make(activation: Activation, prefixes: tuple[int, ...] = PREFIXES, skip: bool = False) -> Transcoder:
+def mask_of(*latents: int) -> torch.Tensor:
+    return torch.isin(torch.arange(F), torch.tensor(latents))
+
+
+def make(
+    activation: Activation, prefixes: tuple[int, ...] = PREFIXES, skip: bool = False, kernels: Kernels = "compiled"
+) -> Transcoder:
     config = TranscoderConfig(d_sae=F, prefixes=prefixes, skip=skip).resolve(D, activation)
     model = Transcoder(
         D, O, config, activation, Normalisation(draw(D, seed=70).float(), 2.0, draw(O, seed=71).float(), 0.5)
     )
     model.initialise(seed=3)
     model = model.double()
+    model.kernels = kernels
     model.normalise_decoder()
     with torch.no_grad():
         model.b_enc.copy_(0.1 * draw(F, seed=72))
@@ -69,10 +78,10 @@ def reference_loss(model: Transcoder, source: torch.Tensor, target: torch.Tensor
     linear = 0.0 if model.W_skip is None else x @ model.W_skip
     parts = reference.reconstructions(latents, model.W_dec, model.b_dec, model.prefixes, linear)
     loss = sum(reference.prefix_loss(part, y) for part in parts) / len(parts) + penalty
-    if len(dead):
-        rows = slice(0, None, auxk.row_stride)
+    if dead.any():
+        rows, latents = slice(0, None, auxk.row_stride), dead.nonzero().squeeze(1)
         loss = loss + auxk.coefficient * reference.auxk_term(
-            x[rows], model.W_enc, model.b_enc, model.W_dec, (y - parts[-1])[rows], dead, auxk.k
+            x[rows], model.W_enc, model.b_enc, model.W_dec, (y - parts[-1])[rows], latents, auxk.k
         )
     return loss
 
@@ -83,11 +92,14 @@ def gradients(model: Transcoder, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@KERNELS
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("prefixes", [(F,), PREFIXES])
 @pytest.mark.parametrize("kind", list(ACTIVATIONS))
-def test_loss_and_gradients_equal_the_float64_reference(kind: str, prefixes: tuple[int, ...], skip: bool) -> None:
-    model = make(ACTIVATIONS[kind], prefixes, skip)
+def test_loss_and_gradients_equal_the_float64_reference(
+    kind: str, prefixes: tuple[int, ...], skip: bool, kernels: Kernels
+) -> None:
+    model = make(ACTIVATIONS[kind], prefixes, skip, kernels)
     source, target = draw(B, D, seed=1) * 2, draw(B, O, seed=2)
     found = model.step(source, target, NO_DEAD, NO_AUXK, 0)
     expected = reference_loss(model, source, target, NO_DEAD, NO_AUXK)
@@ -98,9 +110,14 @@ def test_loss_and_gradients_equal_the_float64_reference(kind: str, prefixes: tup
         torch.testing.assert_close(mine[name], gradient, rtol=1e-10, atol=1e-13, msg=name)
 
 
+@KERNELS
 @pytest.mark.parametrize("stride", [1, 4])
-def test_auxk_equals_the_reference_and_reaches_dead_latents_with_negative_pre_activations(stride: int) -> None:
-    model, dead = make(BatchTopK(k=K)), torch.tensor([1, 5, 9, 20, 31])
+@pytest.mark.parametrize("latents", [(1, 5, 9, 20, 31), (5,)])
+def test_auxk_equals_the_reference_and_reaches_dead_latents_with_negative_pre_activations(
+    latents: tuple[int, ...], stride: int, kernels: Kernels
+) -> None:
+    """Also when fewer are dead than aux-k may use."""
+    model, dead = make(BatchTopK(k=K), kernels=kernels), mask_of(*latents)
     with torch.no_grad():
         model.b_enc[dead] = -50.0
     auxk = AuxKConfig(coefficient=0.5, k=3, row_stride=stride)
@@ -114,17 +131,42 @@ def test_auxk_equals_the_reference_and_reaches_dead_latents_with_negative_pre_ac
     assert mine["b_enc"][dead].abs().max() > 0
 
 
-def test_auxk_moves_only_dead_latents() -> None:
-    model, dead = make(BatchTopK(k=K)), torch.tensor([1, 5, 9])
+@KERNELS
+@pytest.mark.parametrize("latents", [(1, 5, 9), (5,)])
+def test_auxk_moves_only_dead_latents(latents: tuple[int, ...], kernels: Kernels) -> None:
+    model, dead = make(BatchTopK(k=K), kernels=kernels), mask_of(*latents)
     with torch.no_grad():
         model.b_enc[dead] = -50.0
     source, target = draw(B, D, seed=1), draw(B, O, seed=2)
     with_aux = gradients(model, model.step(source, target, dead, AuxKConfig(row_stride=1), 0).loss)
     without = gradients(model, model.step(source, target, NO_DEAD, AuxKConfig(row_stride=1), 0).loss)
-    alive = torch.ones(F, dtype=torch.bool)
-    alive[dead] = False
+    alive = ~dead
     for name, pick in (("W_enc", (slice(None), alive)), ("b_enc", alive), ("W_dec", alive), ("b_dec", slice(None))):
         torch.testing.assert_close(with_aux[name][pick], without[name][pick], rtol=0, atol=1e-15)
+
+
+@KERNELS
+def test_auxk_without_a_dead_latent_is_zero(kernels: Kernels) -> None:
+    model = make(BatchTopK(k=K), kernels=kernels)
+    step = model.step(draw(B, D, seed=1), draw(B, O, seed=2), NO_DEAD, AuxKConfig(coefficient=1.0), 0)
+    assert float(step.terms["auxk"]) == 0 and float(step.loss) == float(step.terms["reconstruction"])
+
+
+@KERNELS
+def test_a_step_with_a_product_in_bfloat16_keeps_values_and_gradients_exact(kernels: Kernels) -> None:
+    model = make(BatchTopK(k=K), kernels=kernels).float()
+    model.product_dtype = torch.bfloat16
+    source, target = draw(B, D, seed=1).float(), draw(B, O, seed=2).float()
+    found = model.step(source, target, NO_DEAD, NO_AUXK, 0)
+    mine = gradients(model, found.loss)
+    x, y = model.normalised(source, target)
+    mask = torch.zeros(B, F).index_put((found.active.rows, found.active.latents), torch.tensor(1.0))
+    latents = (x @ model.W_enc + model.b_enc).relu() * mask
+    parts = reference.reconstructions(latents, model.W_dec, model.b_dec, PREFIXES)
+    expected = sum(reference.prefix_loss(part, y) for part in parts) / len(parts)
+    assert float(found.loss) == pytest.approx(float(expected), rel=1e-5)
+    for name, gradient in gradients(model, expected).items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_every_prefix_has_its_own_term_in_the_loss() -> None:
@@ -188,7 +230,8 @@ def test_the_final_selection_is_what_a_late_step_activates(kind: str) -> None:
     source, target = draw(B, D, seed=1), draw(B, O, seed=2)
     step = model.step(source, target, NO_DEAD, NO_AUXK, 10**6)
     final = model.select_final(step.pre_acts)
-    assert torch.equal(final.rows, step.active.rows) and torch.equal(final.latents, step.active.latents)
+    active = step.active.positive()
+    assert torch.equal(final.rows, active.rows) and torch.equal(final.latents, active.latents)
 
 
 def test_k_warms_up_linearly() -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from train.sparse_step import loops
@@ -39,13 +39,18 @@ def addmm(blas: Blas, bias: Tensor, x: Tensor, W: Tensor) -> Tensor:
         with np.errstate(all="ignore"):  # as torch: a NaN is the run's to refuse
             np.matmul(rows[low : low + size], columns, out=found[low : low + size])
 
-    with threadpool_limits(1, "blas"):
+    with _libraries().limit(limits=1, user_api="blas"):
         if threads == 1:
             part(0)
         else:
             list(_pool(threads).map(part, range(0, len(x), size)))
     loops.add_to_rows(found, bias.detach().numpy())
     return out
+
+
+@lru_cache(1)
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()  # finding them takes milliseconds
 
 
 @lru_cache(1)

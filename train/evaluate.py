@@ -17,7 +17,6 @@ from torch import Tensor
 from shared.config import Config
 from shared.reader import RowsConfig
 from shared.store import Store
-from train import sparsity
 from train.rows import BatchReader, HeldOutChunk, held_out_rows
 from train.sparsity import Active
 from train.transcoder import BatchTopK, JumpReLU, TopK, Transcoder
@@ -219,10 +218,9 @@ def _by_threshold(
     fired = torch.zeros(transcoder.d_sae, dtype=torch.bool, device=device)
     for chunk in held_out_rows(store, store.record.report_blocks, chunk_rows, device):
         x, y = transcoder.normalised(chunk.source, chunk.target)
-        pre_acts = transcoder.pre_acts(x)
-        active = sparsity.above(pre_acts, threshold)
+        active = transcoder.select_above(transcoder.pre_acts(x), threshold)
         fired[active.latents] = True
-        sums = _sums(transcoder, x, y, active, pre_acts)
+        sums = _sums(transcoder, x, y, active)
         strata[chunk.stratum] = strata[chunk.stratum].plus(sums) if chunk.stratum in strata else sums
     return strata, fired
 
@@ -238,19 +236,15 @@ def _by_training_rule(
     for step in range(-(-len(blocks) * sum(s.rows for s in store.record.plan.stored_strata) // batch_rows)):
         batch = reader.batch(step)
         x, y = transcoder.normalised(batch.source, batch.target)
-        pre_acts = transcoder.pre_acts(x)
-        active = transcoder.select_final(pre_acts)
+        active = transcoder.select_final(transcoder.pre_acts(x))
         for name, rows in batch.strata.items():
-            within = (active.rows >= rows.start) & (active.rows < rows.stop)
-            kept = active.where(within)
-            part = Active(kept.rows - rows.start, kept.latents, active.d_sae)
-            sums = _sums(transcoder, x[rows], y[rows], part, pre_acts[rows])
+            sums = _sums(transcoder, x[rows], y[rows], active.slice(rows))
             strata[name] = strata[name].plus(sums) if name in strata else sums
     return strata
 
 
-def _sums(transcoder: Transcoder, x: Tensor, y: Tensor, active: Active, pre_acts: Tensor) -> Sums:
-    reconstructions = transcoder.reconstruct(pre_acts[active.rows, active.latents], active, x)
+def _sums(transcoder: Transcoder, x: Tensor, y: Tensor, active: Active) -> Sums:
+    reconstructions = transcoder.reconstruct(active.values, active, x)
     counts = torch.bincount(transcoder.segment[active.latents], minlength=len(transcoder.prefixes)).cumsum(0)
     return Sums.of(y, reconstructions, counts)
 

@@ -23,9 +23,12 @@ from train.evaluate import Evaluation, calibrate, evaluate
 from train.metrics import METRICS, TIMING, Counters, Log, Window
 from train.optimizer import Optimizer
 from train.rows import BatchReader
-from train.settings import RunConfig
+from train.settings import RunConfig, default_kernels
 from train.sparse_step import loops
 from train.transcoder import Normalisation, Step, Transcoder
+
+_NEVER = 2**62
+"""No step."""
 
 
 class Run:
@@ -52,6 +55,8 @@ class Run:
         self._window = Window(self._reader.slices(), self._transcoder.prefixes, config.d_out, device)
         self._metrics, self._timing = Log(path / METRICS), Log(path / TIMING)
         self._dead_after = self._settings.auxk.dead_after(self._settings.steps * self._settings.rows.batch_rows)
+        self._cadences = self._settings.log_every, self._settings.evaluation.every, self._settings.checkpoint.every
+        self._first_bad = torch.tensor(_NEVER, device=device)
         self._calibrated: tuple[int, Tensor] | None = None
         self._first = 0
         self._initialise(initial, resumed)
@@ -65,6 +70,8 @@ class Run:
             for step in range(self._first, settings.steps):
                 output, lr = self._step(step)
                 done = step + 1
+                if stop or any(self._due(done, every) for every in self._cadences):
+                    self._refuse_nan()
                 held_out = self._evaluate(done) if self._due(done, settings.evaluation.every) else None
                 if held_out or self._due(done, settings.log_every):
                     note = self._log(done, output, lr, held_out)
@@ -83,7 +90,7 @@ class Run:
         batch = self._reader.batch(step)
         dead = self._counters.dead(self._dead_after)
         output = self._transcoder.step(batch.source, batch.target, dead, self._settings.auxk, step)
-        self._refuse_nan(output.loss, batch.source, step)
+        self._note_nan(output.loss, batch.source, step)
         lr, grad_norm = self._optimizer.step(output.loss, step)
         self._counters.update(output)
         self._window.add(output, grad_norm)
@@ -94,7 +101,7 @@ class Run:
         head = {"step": done, "rows": done * self._settings.rows.batch_rows}
         row = self._window.row() | {
             "lr": lr,
-            "dead_share": len(self._counters.dead(self._dead_after)) / self._transcoder.d_sae,
+            "dead_share": int(self._counters.dead(self._dead_after).sum()) / self._transcoder.d_sae,
             "running_threshold": float(self._counters.threshold),
             "l0_threshold": self._l0_by_running_threshold(output.pre_acts),
             "epochs": self._reader.epochs(done),
@@ -150,12 +157,17 @@ class Run:
         rows = [counts[s] for name, s in strata.items() if name != "000-001" or len(strata) == 1]
         return float(torch.cat(rows).double().mean())
 
-    def _refuse_nan(self, loss: Tensor, source: Tensor, step: int) -> None:
+    def _note_nan(self, loss: Tensor, source: Tensor, step: int) -> None:
         """A source that is not finite need not show in the loss: no comparison selects a NaN."""
-        if not torch.isfinite(loss) or not torch.isfinite(source.sum()):
+        finite = torch.isfinite(loss) & torch.isfinite(source.sum())
+        self._first_bad = torch.where(finite, self._first_bad, self._first_bad.clamp_max(step))
+
+    def _refuse_nan(self) -> None:
+        """Raise `ProjectError` if any step so far was not finite. Waits for the device."""
+        if (step := int(self._first_bad)) < _NEVER:
             raise ProjectError(
-                f"the loss or a source row is not finite at step {step + 1} of {self._path} (loss {loss.item()}, rows "
-                f"{self._reader.describe(step)}); nothing was published; check the store with: python -m harvest "
+                f"the loss or a source row is not finite at step {step + 1} of {self._path} (rows "
+                f"{self._reader.describe(step)}); nothing was published since; check the store with: python -m harvest "
                 f"verify {self._store.path}, or lower optimizer.lr"
             )
 
@@ -194,6 +206,8 @@ def build_transcoder(config: RunConfig, store: Store) -> Transcoder:
     settings = config.settings
     model = Transcoder(config.d_in, config.d_out, settings.transcoder, settings.activation, normalisation)
     model.blas = "numpy" if settings.blas == "numpy" else "torch"  # `auto` only in runs from before there was a choice
+    model.kernels = default_kernels(settings.device) if settings.kernels == "auto" else settings.kernels
+    model.product_dtype = getattr(torch, settings.product_dtype)
     return model.to(settings.device)
 
 

@@ -1,6 +1,6 @@
 """The terms of the loss. Pure: tensors in, scalars out; all on normalised targets, so 1 is the targets' variance.
 
-Legend: B rows, P prefixes, O d_out, N active pairs.
+Legend: B rows, O d_out, F latents, N pairs.
 """
 
 import torch
@@ -29,28 +29,23 @@ class AuxKConfig(Config):
         return self.dead_after_tokens or max(1, min(10_000_000, round(self.dead_after_share * run_rows)))
 
 
-def squared_errors(
-    reconstructions: Tensor,  # [B, P, O]
-    target: Tensor,  # [B, O]
-) -> Tensor:  # [B, P]
-    """Summed squared error of every row under every prefix's reconstruction."""
-    return (reconstructions - target.unsqueeze(1)).square().sum(dim=2)
+def matryoshka_weight(rows: int, prefixes: int, d_out: int) -> float:
+    """What a squared error weighs in the loss.
+
+    The loss is the mean squared error per value over rows and prefixes: every prefix is in it (Bussmann et al. 2025).
+    """
+    return 1 / (rows * prefixes * d_out)
 
 
-def matryoshka_loss(
-    errors: Tensor,  # [B, P] of `squared_errors`
-    d_out: int,
-) -> Tensor:  # []
-    """Mean squared error per value over rows and prefixes: every prefix is in the loss (Bussmann et al. 2025)."""
-    return errors.mean() / d_out
-
-
-def auxk_loss(
-    errors: Tensor,  # squared errors of predicting the residual from dead latents, without bias
+def auxk_weight(
     residual: Tensor,  # [B, O] target - reconstruction, detached
+    dead: Tensor,  # [F] bool
 ) -> Tensor:  # []
-    """Squared error of predicting the residual, relative to the residual; 0 when there is no residual left."""
-    return errors.sum() / residual.square().sum().clamp_min(torch.finfo(residual.dtype).tiny)
+    """What a squared error of predicting the residual from dead latents weighs in the auxiliary loss.
+
+    The loss is that error relative to the residual; 0 when no latent is dead.
+    """
+    return dead.any() / residual.square().sum().clamp_min(torch.finfo(residual.dtype).tiny)
 
 
 def l1_loss(

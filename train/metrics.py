@@ -25,7 +25,11 @@ class Window:
 
     def __init__(self, strata: dict[str, slice], prefixes: tuple[int, ...], d_out: int, device: torch.device) -> None:
         self._strata, self._prefixes = strata, prefixes
-        s = len(strata)
+        s, rows = len(strata), max(part.stop for part in strata.values())
+        self._member = torch.zeros(s, rows, device=device)
+        """[S, B] which stratum a row of a batch is of"""
+        for i, part in enumerate(strata.values()):
+            self._member[i, part] = 1
         self._sums = {
             "steps": torch.zeros((), dtype=torch.float64, device=device),
             "errors": torch.zeros(s, len(prefixes), dtype=torch.float64, device=device),
@@ -38,12 +42,15 @@ class Window:
 
     def add(self, step: Step, grad_norm: Tensor) -> None:
         """Add one step."""
-        counts = torch.bincount(step.active.rows, minlength=len(step.target))
-        for i, rows in enumerate(self._strata.values()):
-            self._sums["errors"][i] += step.errors[rows].sum(0, dtype=torch.float64)
-            self._sums["target"][i] += step.target[rows].sum(0, dtype=torch.float64)
-            self._sums["squares"][i] += step.target[rows].double().square().sum()
-            self._sums["active"][i] += counts[rows].sum()
+        active = (step.active.values > 0).to(torch.float32)
+        counts = torch.zeros_like(self._member[0]).index_add_(0, step.active.rows, active)
+        for name, rows in (
+            ("errors", step.errors),
+            ("target", step.target),
+            ("squares", torch.linalg.vector_norm(step.target, dim=1).square()),
+            ("active", counts),
+        ):
+            self._sums[name] += self._member @ rows  # in float32 within a batch
         self._sums["steps"] += 1
         self._sums["grad_norm"] += grad_norm
         for name, term in step.terms.items():
@@ -114,14 +121,15 @@ class Counters:
     def update(self, step: Step) -> None:
         """Count one step."""
         self.rows_since_fired += len(step.target)
-        self.rows_since_fired[step.active.latents] = 0
+        since = torch.where(step.active.values > 0, 0, torch.iinfo(torch.int64).max)
+        self.rows_since_fired.scatter_reduce_(0, step.active.latents, since, "amin")
         fresh = self.threshold == 0
         decay = torch.where(fresh, 0.0, _THRESHOLD_DECAY)
         self.threshold.copy_(decay * self.threshold + (1 - decay) * step.threshold)
 
     def dead(self, after_rows: int) -> Tensor:
-        """Latents [n] that have not fired for `after_rows` rows, rising."""
-        return (self.rows_since_fired >= after_rows).nonzero().squeeze(1)
+        """Which latents [F] have not fired for `after_rows` rows, bool."""
+        return self.rows_since_fired >= after_rows
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint."""

@@ -43,7 +43,7 @@ class Optimizer:
 
     def __init__(self, transcoder: Transcoder, config: OptimizerConfig, steps: int) -> None:
         self._transcoder, self._config, self._steps = transcoder, config, steps
-        kind = CompiledAdam if transcoder.W_dec.device.type == "cpu" else TorchAdam
+        kind = CompiledAdam if transcoder.kernels == "compiled" else TorchAdam
         self._adam = kind(transcoder, config)
 
     def step(self, loss: Tensor, step: int) -> tuple[float, Tensor]:

@@ -19,7 +19,7 @@ from train.checkpoint import CheckpointConfig
 from train.evaluate import EvaluationConfig
 from train.losses import AuxKConfig
 from train.optimizer import OptimizerConfig
-from train.transcoder import Activation, BatchTopK, TranscoderConfig
+from train.transcoder import Activation, BatchTopK, Kernels, TranscoderConfig
 
 PRESETS = Path(__file__).parent / "presets"
 CONFIG = "config.json"
@@ -39,6 +39,12 @@ class Settings(Config):
     blas: Literal["auto", "torch", "numpy"] = "auto"
     """The library of the encoder's product on CPU; `auto`: the one that is faster on this maker's processors. Recorded
     in the run, like `threads`."""
+    kernels: Literal["auto", Kernels] = "auto"
+    """What the sparse half of a step runs on: `compiled` loops on CPU, `plain` torch on any device, or `dense`, the
+    slow reference. `auto`: `compiled` on CPU, else `plain`."""
+    product_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the encoder's product in training, among whose values latents are selected. The values of those that are, and
+    all gradients and weights, are float32 either way."""
     log_every: int = Field(50, ge=1)
     """Steps between rows of metrics.jsonl."""
     transcoder: TranscoderConfig = TranscoderConfig()
@@ -107,6 +113,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
                 "device": device,
                 "threads": settings.threads or torch.get_num_threads(),
                 "blas": _blas(settings.blas, device),
+                "kernels": _kernels(settings.kernels, device),
                 "rows": settings.rows.resolve(store.request.block_sequences),
             }
         ),
@@ -132,6 +139,17 @@ def _blas(wanted: Literal["auto", "torch", "numpy"], device: str) -> Blas:
     if wanted == "auto":
         return faster_here() if device == "cpu" else "torch"
     return wanted
+
+
+def default_kernels(device: str) -> Kernels:
+    """What `auto` takes on a device."""
+    return "compiled" if device == "cpu" else "plain"
+
+
+def _kernels(wanted: Literal["auto", Kernels], device: str) -> Kernels:
+    if wanted == "compiled" and device != "cpu":
+        raise UserError(f"kernels = compiled is for the CPU, and the device is {device}; use kernels=plain")
+    return default_kernels(device) if wanted == "auto" else wanted
 
 
 def checkpoint_bytes(config: RunConfig) -> int:

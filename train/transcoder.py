@@ -1,10 +1,10 @@
 """The transcoder: parameters, normalisation, and the step from rows to the terms of the loss.
 
     pre_acts = (x - mean_x) / scale_x @ W_enc + b_enc          [B, F]
-    latents  = select(ReLU(pre_acts))                          (row, latent, value) triples
+    latents  = ReLU(select(pre_acts))                          (row, latent, value) triples
     prefix p: (y - mean_y) / scale_y ~ latents[:, :p] @ W_dec[:p] + b_dec [+ x_normalised @ W_skip]
 
-Legend: B rows, D d_in, O d_out, F d_sae, P prefixes, N active pairs.
+Legend: B rows, D d_in, O d_out, F d_sae, P prefixes, N pairs.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from shared.config import Config
 from shared.errors import UserError
 from shared.keyed import key_bits
-from train import blas, sparsity
-from train.losses import AuxKConfig, auxk_loss, jumprelu, l0_loss, l1_loss, matryoshka_loss
-from train.sparse_step import compiled, plain
+from train import blas
+from train.losses import AuxKConfig, auxk_weight, jumprelu, l0_loss, l1_loss, matryoshka_weight
+from train.sparse_step import compiled, dense, plain
 from train.sparsity import Active
 
 
@@ -77,6 +77,9 @@ class ReLU(Config):
     penalty_warmup_steps: int = Field(0, ge=0)
     """Steps over which the penalty rises linearly to its weight."""
 
+
+Kernels = Literal["compiled", "plain", "dense"]
+_KERNELS: dict[Kernels, ModuleType] = {"compiled": compiled, "plain": plain, "dense": dense}
 
 Activation = Annotated[BatchTopK | TopK | JumpReLU | ReLU, Field(discriminator="kind")]
 
@@ -142,9 +145,9 @@ class Step:
     target: Tensor
     """[B, O] normalised"""
     active: Active
-    """Pairs with a value above 0"""
+    """Selected pairs with their latents' values, detached"""
     threshold: Tensor
-    """Smallest selected pre-activation of the batch."""
+    """Smallest pre-activation of the batch that is selected and positive."""
     pre_acts: Tensor
     """[B, F] without gradient"""
 
@@ -172,8 +175,10 @@ class Transcoder(nn.Module):
         self.target_scale = nn.Buffer(torch.tensor(normalisation.target_scale, dtype=torch.float32))
         edges = torch.tensor(self.prefixes)
         self.blas: blas.Blas = "torch"
+        self.kernels: Kernels = "plain"
+        self.product_dtype = torch.float32
         self.segment = nn.Buffer(torch.bucketize(torch.arange(self.d_sae), edges, right=True), persistent=False)
-        self._guess = 0.0
+        self._guess = torch.zeros(())
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -202,79 +207,82 @@ class Transcoder(nn.Module):
 
     def normalised(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B, D] and [B, O] shifted and scaled by the store's statistics."""
-        return (source - self.source_mean) / self.source_scale, (target - self.target_mean) / self.target_scale
+        x, y = source - self.source_mean, target - self.target_mean
+        return x.div_(self.source_scale), y.div_(self.target_scale)
 
     @torch.no_grad()
     def pre_acts(self, x: Tensor) -> Tensor:
-        """[B, F] from normalised rows [B, D]: the only dense product of a step."""
+        """[B, F] from normalised rows [B, D]."""
         return blas.addmm(self.blas, self.b_enc, x, self.W_enc)
 
     def step(self, source: Tensor, target: Tensor, dead: Tensor, auxk: AuxKConfig, step: int) -> Step:
-        """The loss of one batch. `dead` [n] are the latents that aux-k may use, rising."""
+        """The loss of one batch. `dead` [F] bool are the latents that aux-k may use."""
         x, y = self.normalised(source, target)
-        pre_acts = self.pre_acts(x)
+        pre_acts = self._searched(x)
         active, smallest = self.select(pre_acts, step)
-        gathered = self._ops.gather_pre_acts(x, self.W_enc, self.b_enc, pre_acts, active)
+        gathered = self._ops.encode(x, self.W_enc, self.b_enc, active)
         values = self.activate(gathered, active)
-        errors, residual = self._ops.prefix_errors(
-            values, self.W_dec, self._base(x), y, active, self.segment, len(self.prefixes)
+        weight = matryoshka_weight(len(y), len(self.prefixes), y.shape[1])
+        loss, errors, residual = self._ops.prefix_loss(
+            values, self.W_dec, self._base(x), y, active, self.segment, len(self.prefixes), weight
         )
-        terms = {"reconstruction": matryoshka_loss(errors, y.shape[1])} | self._penalty(
-            gathered, values, active, len(x), step
-        )
-        if auxk.coefficient and len(dead):
+        terms = {"reconstruction": loss} | self._penalty(gathered, values, active, len(x), step)
+        if auxk.coefficient:
             rows = slice(step % auxk.row_stride, None, auxk.row_stride)
-            terms["auxk"] = auxk.coefficient * self._auxk(x[rows], pre_acts[rows], residual[rows], dead, auxk.k)
+            terms["auxk"] = self._auxk(x[rows].contiguous(), pre_acts[rows], residual[rows].contiguous(), dead, auxk)
         return Step(
             loss=torch.stack(list(terms.values())).sum(),
             terms={name: term.detach() for name, term in terms.items()},
-            errors=errors.detach(),
+            errors=errors,
             target=y,
-            active=active.where(values > 0) if isinstance(self.activation, JumpReLU) else active,
+            active=active.with_values(values.detach()),
             threshold=smallest,
             pre_acts=pre_acts,
         )
 
     def select(self, pre_acts: Tensor, step: int) -> tuple[Active, Tensor]:
-        """The pairs that take part in the training step `step`, and the smallest selected pre-activation.
+        """The pairs that take part in the training step `step`, and the smallest of their positive pre-activations.
 
         A JumpReLU's pairs reach below its thresholds by half a bandwidth, since those move the thresholds.
         """
         match self.activation:
             case BatchTopK() as a:
-                active, smallest = sparsity.batch_topk(pre_acts, a.k_at(step) * len(pre_acts), self._guess)
-                self._guess = 0.95 * smallest.item()
+                active, smallest = self._ops.batch_topk(pre_acts, a.k_at(step) * len(pre_acts), self._guess)
+                self._guess = 0.95 * smallest
                 return active, smallest
             case TopK() as a:
-                active = sparsity.topk(pre_acts, a.k_at(step))
+                active = self._ops.row_topk(pre_acts, a.k_at(step))
             case JumpReLU() as a:
-                active = sparsity.above(pre_acts, self.threshold() - a.bandwidth / 2)
+                active = self._ops.above(pre_acts, self.threshold() - a.bandwidth / 2)
             case ReLU():
-                active = sparsity.above(pre_acts, pre_acts.new_zeros(()))
-        values = pre_acts[active.rows, active.latents]
-        return active, values.min() if len(values) else pre_acts.new_zeros(())
+                active = self._ops.above(pre_acts, torch.zeros_like(self.b_enc))
+        return active, plain.smallest_positive(active.values)
 
     def select_final(self, pre_acts: Tensor) -> Active:
         """The pairs that the rule of training activates after all warm-ups; changes nothing."""
         match self.activation:
             case BatchTopK(k=k):
-                return sparsity.batch_topk(pre_acts, k * len(pre_acts), self._guess)[0]
+                return self._ops.batch_topk(pre_acts, k * len(pre_acts), self._guess)[0].positive()
             case TopK(k=k):
-                return sparsity.topk(pre_acts, k)
+                return self._ops.row_topk(pre_acts, k).positive()
             case JumpReLU():
-                return sparsity.above(pre_acts, self.threshold())
+                return self.select_above(pre_acts, self.threshold())
             case _:
-                return sparsity.above(pre_acts, pre_acts.new_zeros(()))
+                return self.select_above(pre_acts, torch.zeros_like(self.b_enc))
+
+    def select_above(self, pre_acts: Tensor, thresholds: Tensor) -> Active:
+        """The pairs above `thresholds` [F]: the rule of inference."""
+        return self._ops.above(pre_acts, thresholds)
 
     def activate(self, gathered: Tensor, active: Active) -> Tensor:
         """Latent values [N] from the pre-activations of the selected pairs."""
         if isinstance(self.activation, JumpReLU):
             return jumprelu(gathered, self.threshold()[active.latents], self.activation.bandwidth)
-        return gathered
+        return gathered.relu()
 
     def reconstruct(self, values: Tensor, active: Active, x: Tensor) -> Tensor:
         """[B, P, O]: every prefix's reconstruction of the normalised targets."""
-        decoded = plain.decode_prefixes(values, self.W_dec, active, self.segment, len(x), len(self.prefixes))
+        decoded = plain.decode_prefixes(values, self.W_dec, active, self.segment, len(self.prefixes))
         return decoded + self._base(x).unsqueeze(1)
 
     def _base(self, x: Tensor) -> Tensor:
@@ -283,7 +291,15 @@ class Transcoder(nn.Module):
 
     @property
     def _ops(self) -> ModuleType:
-        return compiled if self.W_dec.device.type == "cpu" else plain
+        return _KERNELS[self.kernels]
+
+    @torch.no_grad()
+    def _searched(self, x: Tensor) -> Tensor:
+        """[B, F] the pre-activations among which a step selects."""
+        if self.product_dtype == torch.float32:
+            return self.pre_acts(x)
+        low = [tensor.to(self.product_dtype) for tensor in (self.b_enc, x, self.W_enc)]
+        return torch.addmm(*low)
 
     def threshold(self) -> Tensor:
         """[F] the learned thresholds of a JumpReLU."""
@@ -301,12 +317,13 @@ class Transcoder(nn.Module):
             case _:
                 return {}
 
-    def _auxk(self, x: Tensor, pre_acts: Tensor, residual: Tensor, dead: Tensor, k: int) -> Tensor:
-        active = sparsity.dead_topk(pre_acts, dead, k)
-        values = self._ops.gather_pre_acts(x, self.W_enc, self.b_enc, pre_acts, active)
+    def _auxk(self, x: Tensor, pre_acts: Tensor, residual: Tensor, dead: Tensor, config: AuxKConfig) -> Tensor:
+        """Dead latents are dead because their pre-activations are negative: they are taken before the ReLU."""
+        active = self._ops.row_topk(pre_acts, config.k, dead)
+        values = self._ops.encode(x, self.W_enc, self.b_enc, active).where(dead[active.latents], 0.0)
         whole, nothing = torch.zeros_like(self.segment), torch.zeros_like(residual[:1])
-        errors, _ = self._ops.prefix_errors(values, self.W_dec, nothing, residual, active, whole, 1)
-        return auxk_loss(errors, residual)
+        weight = config.coefficient * auxk_weight(residual, dead)
+        return self._ops.prefix_loss(values, self.W_dec, nothing, residual, active, whole, 1, weight)[0]
 
 
 def _ramp(step: int, steps: int) -> float:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 
 from tests.bench.record import record
-from train import sparsity
-from train.sparse_step import plain
+from train.sparse_step import compiled, plain
+from train.sparsity import offsets
 
 B, D, F, K, PREFIXES = 1024, 128, 4096, 32, (256, 512, 1024, 2048, 4096)
 REPEATS = 15
@@ -22,12 +22,12 @@ def main() -> None:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     x, W_enc, W_dec = (torch.randn(*shape, generator=generator) for shape in ((B, D), (D, F), (F, D)))
-    pre_acts, threshold = x @ W_enc, torch.zeros(())
-    active, threshold = sparsity.batch_topk(pre_acts, K * B, 0.0)
-    values = pre_acts[active.rows, active.latents]
+    pre_acts = x @ W_enc
+    active, threshold = compiled.batch_topk(pre_acts, K * B, torch.zeros(()))
+    values = active.values
     segment = torch.bucketize(torch.arange(F), torch.tensor(PREFIXES), right=True)
     group = active.rows * len(PREFIXES) + segment[active.latents]
-    starts = sparsity.offsets(group, B * len(PREFIXES))
+    starts = offsets(group, B * len(PREFIXES))
     grad = torch.randn(B * len(PREFIXES), D, generator=generator)
     order, by_latent = active.by_latent
 
@@ -50,7 +50,7 @@ def main() -> None:
         return pre_acts.view(-1).topk(K * B, sorted=False).indices
 
     def select_by_threshold() -> torch.Tensor:
-        return sparsity.batch_topk(pre_acts, K * B, 0.95 * float(threshold))[0].rows
+        return compiled.batch_topk(pre_acts, K * B, 0.95 * threshold)[0].rows
 
     torch.testing.assert_close(values_by_gather(), values_by_sampled_product(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(weights_by_index_add(), weights_by_sorted_bag(), rtol=1e-3, atol=1e-3)

@@ -57,9 +57,10 @@ def setup(shape: str) -> Setup:
     still = Normalisation(torch.zeros(d), 1.0, torch.zeros(d), 1.0)
     model = Transcoder(d, d, config, activation, still)
     model.initialise(0)
-    model.blas = faster_here()
+    model.blas, model.kernels = faster_here(), "compiled"
     optimizer = Optimizer(model, OptimizerConfig(lr=1e-4), 10**6)
-    return Setup(model, optimizer, torch.randn(B, d), torch.randn(B, d), torch.arange(0, d_sae, DEAD))
+    dead = torch.arange(d_sae) % DEAD == 0
+    return Setup(model, optimizer, torch.randn(B, d), torch.randn(B, d), dead)
 
 
 def dense_loss(model: Transcoder, x: torch.Tensor, y: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
@@ -112,7 +113,7 @@ def measure(shape: str) -> None:
         adam.step()
         dense.model.normalise_decoder()
 
-    model, parts = ours.model, Setup(ours.model, ours.optimizer, ours.source, ours.target, ours.dead[:0])
+    model, parts = ours.model, Setup(ours.model, ours.optimizer, ours.source, ours.target, torch.zeros_like(ours.dead))
     pre_acts = model.pre_acts(ours.source)
     low = (ours.source.bfloat16(), model.W_enc.detach().bfloat16())
 

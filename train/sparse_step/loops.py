@@ -27,55 +27,104 @@ def compiled_before() -> bool:
 
 
 @njit(**_COMPILED)
-def find_above(flat: Floats, floor: float, counts: Ints, out: Ints) -> None:
-    """Where `flat` [n] is above `floor`, a number of its type, in as many equal parts as `counts` has.
+def find_above(pre_acts: Floats, floors: Floats, counts: Ints, flat: Ints, values: Floats) -> None:
+    """Where `pre_acts` [B, F] is above `floors` [F], and what it is there; in as many parts of rows as `counts` has.
 
-    Those of a part lie in `out` [n], rising, from the part's own place on, and `counts` says how many they are. Few
-    entries are above, so lanes without any are passed over.
+    Those of a part lie in `flat` and `values` [B * F], rising, from the part's own place on, and `counts` says how many
+    they are. Few entries are above, so lanes without any are passed over.
     """
-    size = -(-len(flat) // len(counts))
+    width = pre_acts.shape[1]
+    size, whole = -(-len(pre_acts) // len(counts)), width // _LANE * _LANE
     for part in prange(len(counts)):
-        low = np.int64(min(np.int64(part) * size, np.int64(len(flat))))
-        high = np.int64(min(low + size, np.int64(len(flat))))
-        at, whole = low, low + (high - low) // _LANE * _LANE
-        for lane in range(low, whole, _LANE):
-            some = np.int32(0)
-            for i in range(lane, lane + _LANE):
-                some |= np.int32(flat[i] > floor)
-            if some:
-                for i in range(lane, lane + _LANE):
-                    if flat[i] > floor:
-                        out[at] = i
-                        at += 1
-        for i in range(whole, high):
-            if flat[i] > floor:
-                out[at] = i
+        low = np.int64(min(np.int64(part) * size, np.int64(len(pre_acts))))
+        high, at = np.int64(min(low + size, np.int64(len(pre_acts)))), low * width
+        for b in range(low, high):
+            row = pre_acts[b]
+            for lane in range(0, whole, _LANE):
+                some = np.int32(0)
+                for f in range(lane, lane + _LANE):
+                    some |= np.int32(row[f] > floors[f])
+                if some:
+                    for f in range(lane, lane + _LANE):
+                        if row[f] > floors[f]:
+                            flat[at], values[at] = b * width + f, row[f]
+                            at += 1
+            for f in range(whole, width):
+                if row[f] > floors[f]:
+                    flat[at], values[at] = b * width + f, row[f]
+                    at += 1
+        counts[part] = at - low * width
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def keep_pairs(
+    flat: Ints,
+    values: Floats,
+    counts: Ints,
+    size: int,
+    width: int,
+    least: float,
+    rows: Ints,
+    latents: Ints,
+    kept: Floats,
+    starts: Ints,
+) -> None:
+    """The first len(rows) pairs of what `find_above` found, of those above `least` all, of those equal to it the first.
+
+    `kept` gets their values, and `starts` [B + 1] where each row's begin.
+    """
+    ties = len(rows)
+    for part in range(len(counts)):
+        for i in range(part * size, part * size + counts[part]):
+            ties -= values[i] > least
+    at, row = 0, 0
+    for part in range(len(counts)):
+        for i in range(part * size, part * size + counts[part]):
+            if values[i] > least or (values[i] == least and ties > 0):
+                ties -= values[i] == least
+                here = flat[i] // width
+                while row <= here:
+                    starts[row] = at
+                    row += 1
+                rows[at], latents[at], kept[at] = here, flat[i] - here * width, values[i]
                 at += 1
-        counts[part] = at - low
+    starts[row:] = at
 
 
 @njit(**_COMPILED)
-def largest_of_rows(pre_acts: Floats, dead: Ints, latents: Ints) -> None:
-    """The places in `dead` [n], rising, of the largest pre-activations among `dead` latents of each row [B, F].
+def largest_of_rows(pre_acts: Floats, among: Ints, parts: int, latents: Ints, values: Floats) -> None:
+    """The largest pre-activations of each row [B, F] among the latents `among` [n], rising, and where they are.
 
-    As many as `latents` [B, k] is wide, at most n; of equal ones the first.
+    As many as `latents` [B, k] is wide, at most n; of equal ones the first. A row's k-th largest says about where to
+    look in the next, so that few are compared; when they are too few, all are.
     """
-    wanted = latents.shape[1]
-    for b in prange(len(pre_acts)):
-        values = np.empty(len(dead), pre_acts.dtype)
-        for j in range(len(dead)):
-            values[j] = pre_acts[b, dead[j]]
-        least = np.partition(values, len(dead) - wanted)[len(dead) - wanted]
-        equal = wanted
-        for value in values:
-            equal -= value > least
-        at = 0
-        for j in range(len(dead)):
-            if values[j] > least or (values[j] == least and equal > 0):
-                equal -= values[j] == least
-                if at < wanted:
-                    latents[b, at] = j
-                at += 1
+    wanted, size = latents.shape[1], -(-len(pre_acts) // parts)
+    for part in prange(parts):
+        low = np.int64(min(np.int64(part) * size, np.int64(len(pre_acts))))
+        high = np.int64(min(low + size, np.int64(len(pre_acts))))
+        found, places = np.empty(len(among), pre_acts.dtype), np.empty(len(among), np.int64)
+        floor = pre_acts.dtype.type(-np.inf)
+        for b in range(low, high):
+            count = 0
+            for latent in among:
+                found[count], places[count] = pre_acts[b, latent], latent
+                count += pre_acts[b, latent] > floor
+            if count < wanted:
+                count = len(among)
+                for j in range(count):
+                    found[j], places[j] = pre_acts[b, among[j]], among[j]
+            least = np.partition(found[:count], count - wanted)[count - wanted]
+            ties = wanted
+            for j in range(count):
+                ties -= found[j] > least
+            at = 0
+            for j in range(count):
+                if found[j] > least or (found[j] == least and ties > 0):
+                    ties -= found[j] == least
+                    if at < wanted:
+                        latents[b, at], values[b, at] = places[j], found[j]
+                    at += 1
+            floor = least - pre_acts.dtype.type(0.15) * abs(least)
 
 
 @njit(**_COMPILED)
@@ -101,62 +150,78 @@ def group(keys: Ints, order: Ints, starts: Ints) -> None:
 
 
 @njit(fastmath=_SUMS, **_COMPILED)
-def residuals(
-    values: Floats, latents: Ints, starts: Ints, segment: Ints, W_dec: Floats, base: Floats, y: Floats, out: Floats
+def products(rows: Ints, latents: Ints, left: Floats, right: Floats, bias: Floats, out: Floats) -> None:
+    """out[i] = <left[row], right[latent]> + bias[latent] for every pair."""
+    for i in prange(len(out)):
+        one, other = left[rows[i]], right[latents[i]]
+        total = bias[latents[i]]
+        for d in range(len(one)):
+            total += one[d] * other[d]
+        out[i] = total
+
+
+@njit(fastmath=_SUMS, **_COMPILED)
+def prefix_loss(
+    values: Floats,
+    latents: Ints,
+    starts: Ints,
+    segment: Ints,
+    W_dec: Floats,
+    base: Floats,
+    y: Floats,
+    weight: float,
+    meet: Floats,
+    errors: Floats,
+    left: Floats,
+    grad: Floats,
 ) -> None:
-    """out[b, p] = base[b] + sum over the row's latents of prefix p of value * W_dec[latent] - y[b]; out [B, P, O]."""
-    prefixes, width = out.shape[1], out.shape[2]
-    for b in prange(out.shape[0]):
-        first = base[np.int64(b) if len(base) > 1 else np.int64(0)]
+    """Errors of every row under every prefix, what is left of `y`, and gradients of `weight` times all errors.
+
+    With residual[b, p] = base[b] + sum over the row's latents of prefix p of value * W_dec[latent] - y[b]:
+    errors[b, p] = |residual[b, p]|^2; left[b] = -residual[b, last]; meet[b, p] = sum over q >= p of
+    2 * weight * residual[b, q], which is the gradient at latents of segment p [B, P, O]; and of every pair
+    grad[i] = <W_dec[latent], meet[b, segment of latent]>. Four pairs at a time: sums are loaded and stored less often.
+    """
+    prefixes, width = meet.shape[1], meet.shape[2]
+    twice = meet.dtype.type(2 * weight)
+    for b in prange(len(meet)):
+        first, i, end = base[np.int64(b) if len(base) > 1 else np.int64(0)], starts[b], starts[b + 1]
         for o in range(width):
-            out[b, 0, o] = first[o] - y[b, o]
-        i = starts[b]
+            meet[b, 0, o] = first[o] - y[b, o]
         for p in range(prefixes):
             if p:
-                out[b, p] = out[b, p - 1]
-            row = out[b, p]
-            while i < starts[b + 1] and segment[latents[i]] == p:
-                value, direction = values[i], W_dec[latents[i]]
                 for o in range(width):
-                    row[o] += value * direction[o]
+                    meet[b, p, o] = meet[b, p - 1, o]
+            row, stop = meet[b, p], i
+            while stop < end and segment[latents[stop]] == p:
+                stop += 1
+            while i + 4 <= stop:
+                v0, v1, v2, v3 = values[i], values[i + 1], values[i + 2], values[i + 3]
+                w0, w1, w2, w3 = W_dec[latents[i]], W_dec[latents[i + 1]], W_dec[latents[i + 2]], W_dec[latents[i + 3]]
+                for o in range(width):
+                    row[o] += (v0 * w0[o] + v1 * w1[o]) + (v2 * w2[o] + v3 * w3[o])
+                i += 4
+            while i < stop:
+                v0, w0 = values[i], W_dec[latents[i]]
+                for o in range(width):
+                    row[o] += v0 * w0[o]
                 i += 1
-
-
-@njit(fastmath=_SUMS, **_COMPILED)
-def squares(rows: Floats, out: Floats) -> None:
-    """Squared norm of each row [n, O]."""
-    for b in prange(len(rows)):
-        total = rows.dtype.type(0)
-        for o in range(rows.shape[1]):
-            total += rows[b, o] * rows[b, o]
-        out[b] = total
-
-
-@njit(fastmath=_SUMS, **_COMPILED)
-def suffix_sums(residual: Floats, weights: Floats, out: Floats) -> None:
-    """out[b, p] = sum over q >= p of 2 * weights[b, q] * residual[b, q]: the gradient at latents of segment p."""
-    prefixes, width = out.shape[1], out.shape[2]
-    for b in prange(out.shape[0]):
-        last = 2 * weights[b, prefixes - 1]
-        for o in range(width):
-            out[b, prefixes - 1, o] = last * residual[b, prefixes - 1, o]
-        for p in range(prefixes - 2, -1, -1):
-            weight = 2 * weights[b, p]
+            total = meet.dtype.type(0)
             for o in range(width):
-                out[b, p, o] = out[b, p + 1, o] + weight * residual[b, p, o]
-
-
-@njit(fastmath=_SUMS, **_COMPILED)
-def products(latents: Ints, starts: Ints, segment: Ints, W_dec: Floats, meet: Floats, out: Floats) -> None:
-    """out[i] = <W_dec[latent], meet[b, segment of latent]> for every pair; meet [B, P, O]."""
-    width = W_dec.shape[1]
-    for b in prange(len(starts) - 1):
-        for i in range(starts[b], starts[b + 1]):
-            direction, other = W_dec[latents[i]], meet[b, segment[latents[i]]]
-            total = W_dec.dtype.type(0)
+                total += row[o] * row[o]
+            errors[b, p] = total
+        for o in range(width):
+            left[b, o] = -meet[b, prefixes - 1, o]
+            meet[b, prefixes - 1, o] *= twice
+        for p in range(prefixes - 2, -1, -1):
+            for o in range(width):
+                meet[b, p, o] = meet[b, p + 1, o] + twice * meet[b, p, o]
+        for j in range(starts[b], end):
+            direction, other = W_dec[latents[j]], meet[b, segment[latents[j]]]
+            total = meet.dtype.type(0)
             for o in range(width):
                 total += direction[o] * other[o]
-            out[i] = total
+            grad[j] = total
 
 
 @njit(fastmath=_SUMS, **_COMPILED)
@@ -169,14 +234,23 @@ def sums_by_latent(
     """
     width = out.shape[1]
     for f in prange(len(out)):
-        total, alone = out[f], bias[f]
+        total, alone, j, end = out[f], bias[f], starts[f], starts[f + 1]
         if not add:
             total[:] = 0
-        for j in range(starts[f], starts[f + 1]):
-            weight, row = weights[order[j]], table[rows[order[j]]]
-            alone += weight
+        while j + 4 <= end:
+            i0, i1, i2, i3 = order[j], order[j + 1], order[j + 2], order[j + 3]
+            v0, v1, v2, v3 = weights[i0], weights[i1], weights[i2], weights[i3]
+            r0, r1, r2, r3 = table[rows[i0]], table[rows[i1]], table[rows[i2]], table[rows[i3]]
+            alone += (v0 + v1) + (v2 + v3)
             for o in range(width):
-                total[o] += weight * row[o]
+                total[o] += (v0 * r0[o] + v1 * r1[o]) + (v2 * r2[o] + v3 * r3[o])
+            j += 4
+        while j < end:
+            v0, r0 = weights[order[j]], table[rows[order[j]]]
+            alone += v0
+            for o in range(width):
+                total[o] += v0 * r0[o]
+            j += 1
         bias[f] = alone
 
 

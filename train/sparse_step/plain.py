@@ -1,8 +1,8 @@
-"""The operations in torch's own kernels, on any device.
+"""The operations in torch's own kernels, on any device; on CUDA, nothing but `above` waits for the device.
 
 Sums over pairs run as `embedding_bag` over pairs sorted by what they are summed into, which is deterministic and many
 times faster than `index_add`; the gradient of the values is a sampled dense-dense product.
-Legend: B rows, D d_in, O d_out, F latents, P prefixes, N active pairs.
+Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
 """
 
 import warnings
@@ -12,29 +12,87 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from train.losses import squared_errors
 from train.sparsity import Active, offsets
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
-def gather_pre_acts(
+def batch_topk(
+    pre_acts: Tensor,  # [B, F]
+    n: int,
+    guess: Tensor,  # scalar
+) -> tuple[Active, Tensor]:
+    """The `n` largest of the whole batch (BatchTopK, Bussmann et al. 2024), and the smallest positive of them, or 0.
+
+    `guess`, somewhat below the threshold of the step before, only saves time, where it is used. Which of several that
+    are equal to the smallest are kept is the kernel's choice.
+    """
+    flat = pre_acts.view(-1)
+    found = flat.topk(min(n, len(flat)), sorted=False).indices.sort().values
+    active = _pairs(found, pre_acts)
+    return active, smallest_positive(active.values)
+
+
+def row_topk(
+    pre_acts: Tensor,  # [B, F]
+    k: int,
+    among: Tensor | None = None,  # [F] bool
+) -> Active:
+    """The `k` largest of every row (Gao et al. 2024), negative ones too.
+
+    Of the latents `among`, if given; when these are fewer than `k`, others may follow.
+    """
+    looked_at = pre_acts if among is None else pre_acts.masked_fill(~among, -torch.inf)
+    latents = looked_at.topk(min(k, pre_acts.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
+    rows = torch.arange(len(pre_acts), device=pre_acts.device).unsqueeze(1).expand_as(latents)
+    return Active.of(rows.flatten(), latents.flatten(), pre_acts.gather(1, latents).flatten(), pre_acts.shape)
+
+
+def above(
+    pre_acts: Tensor,  # [B, F]
+    thresholds: Tensor,  # [F]
+) -> Active:
+    """Every pre-activation strictly above its latent's threshold."""
+    return _pairs((pre_acts > thresholds).view(-1).nonzero().squeeze(1), pre_acts)
+
+
+def encode(
     x: Tensor,  # [B, D] without gradient
     W_enc: Tensor,  # [D, F]
     b_enc: Tensor,  # [F]
-    pre_acts: Tensor,  # [B, F], x @ W_enc + b_enc without gradient
     active: Active,
 ) -> Tensor:  # [N]
-    """The pre-activations of the active pairs; their gradient reaches `W_enc` and `b_enc` through the pairs alone."""
-    return _GatherPreActs.apply(x, W_enc, b_enc, pre_acts, active)
+    """The pre-activations of the pairs; their gradient reaches `W_enc` and `b_enc` through the pairs alone.
+
+    They are `active.values`, if these have the type of `x`, and are else computed again.
+    """
+    return _Encode.apply(x, W_enc, b_enc, active)
+
+
+def prefix_loss(
+    values: Tensor,  # [N]
+    W_dec: Tensor,  # [F, O]
+    base: Tensor,  # [1, O] or [B, O]: what is added to every reconstruction
+    y: Tensor,  # [B, O]
+    active: Active,
+    segment: Tensor,  # [F] int64: the first prefix that holds the latent; rises with the latent
+    prefixes: int,
+    weight: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor]:  # [], [B, P], [B, O]
+    """`weight` times the squared error of all rows under all prefixes.
+
+    And, without gradient, the squared error of every row under every prefix, and what the last prefix leaves of `y`.
+    """
+    reconstructions = decode_prefixes(values, W_dec, active, segment, prefixes) + base.unsqueeze(1)
+    errors = (reconstructions - y.unsqueeze(1)).square().sum(dim=2)
+    return weight * errors.sum(), errors.detach(), (y - reconstructions[:, -1]).detach()
 
 
 def decode_prefixes(
     values: Tensor,  # [N]
     W_dec: Tensor,  # [F, O]
     active: Active,
-    segment: Tensor,  # [F] int64: the first prefix that holds the latent; rises with the latent
-    rows: int,
+    segment: Tensor,  # [F]
     prefixes: int,
 ) -> Tensor:  # [B, P, O]
     """The reconstruction of every prefix without bias, for the price of one.
@@ -42,40 +100,41 @@ def decode_prefixes(
     Each (row, prefix segment) is a row of its own in one sparse product; running sums over segments give the
     prefixes, and the backward's suffix sums their gradients.
     """
+    rows = len(active.starts) - 1
     group = active.rows * prefixes + segment[active.latents]
     segments = _SparseDecode.apply(values, W_dec, active, group, rows * prefixes)
     return segments.view(rows, prefixes, -1).cumsum(dim=1)
 
 
-def prefix_errors(
-    values: Tensor,  # [N]
-    W_dec: Tensor,  # [F, O]
-    base: Tensor,  # [1, O] or [B, O]: what is added to every reconstruction
-    y: Tensor,  # [B, O]
-    active: Active,
-    segment: Tensor,  # [F]
-    prefixes: int,
-) -> tuple[Tensor, Tensor]:  # [B, P], [B, O]
-    """Squared error of every row under every prefix, and what the last prefix leaves of `y`, without gradient."""
-    reconstructions = decode_prefixes(values, W_dec, active, segment, len(y), prefixes) + base.unsqueeze(1)
-    return squared_errors(reconstructions, y), (y - reconstructions[:, -1]).detach()
+def smallest_positive(values: Tensor) -> Tensor:
+    """The smallest value above 0, or 0."""
+    if not len(values):
+        return values.new_zeros(())
+    least = values.masked_fill(values <= 0, torch.inf).min()
+    return least.where(least.isfinite(), 0.0)
 
 
-class _GatherPreActs(torch.autograd.Function):
+def _pairs(flat: Tensor, pre_acts: Tensor) -> Active:
+    width = pre_acts.shape[1]
+    return Active.of(flat // width, flat % width, pre_acts.view(-1)[flat], pre_acts.shape)
+
+
+class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, pre_acts: Tensor, active: Active) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: Active) -> Tensor:
         ctx.save_for_backward(x)
         ctx.active = active
-        return pre_acts[active.rows, active.latents]
+        if active.values.dtype == x.dtype:
+            return active.values.clone()
+        return _sampled_product(x, W_enc.T, active.starts, active.latents) + b_enc[active.latents]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,), (grad,) = ctx.saved_tensors, grads
         order, starts = ctx.active.by_latent
         W_enc = _bag(ctx.active.rows[order], x, starts, grad[order])
-        b_enc = torch.zeros(ctx.active.d_sae, dtype=grad.dtype, device=grad.device)
-        b_enc.index_add_(0, ctx.active.latents, grad)
-        return None, W_enc.T, b_enc, None, None
+        b_enc = torch.segment_reduce(grad[order], "sum", offsets=starts, initial=0)
+        return None, W_enc.T, b_enc, None
 
 
 class _SparseDecode(torch.autograd.Function):
