@@ -7,11 +7,13 @@ start several processes keep their cores: on two busy cores a second OpenMP thre
 times slower (it waits by spinning) and a 2,048 x 256 one 2 times.
 """
 
+import importlib
 import os
 import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 THREADS = "1"
@@ -25,6 +27,7 @@ os.environ |= {
     "HF_DATASETS_CACHE": os.path.join(_SCRATCH, "datasets"),
     "TOKENIZERS_PARALLELISM": "false",
     "WANDB_MODE": "disabled",
+    "TRITON_INTERPRET": "1",
 }
 
 import pytest  # noqa: E402
@@ -42,6 +45,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture
+def ops(request: pytest.FixtureRequest) -> ModuleType:
+    """A module of `train.sparse_step` by the name of its kernels; Triton's run in its interpreter."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="triton is not installed: there is none for this platform")
+        return importlib.import_module("train.sparse_step.triton_kernels")
+    return importlib.import_module(f"train.sparse_step.{request.param}")
 
 
 @pytest.fixture(scope="session")

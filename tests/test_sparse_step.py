@@ -11,16 +11,22 @@ import pytest
 import torch
 
 from tests import reference
-from train.sparse_step import compiled, dense, loops, plain
+from train.sparse_step import compiled, loops, plain
 from train.sparsity import Active
 
 ROOT = Path(__file__).parents[1]
-KERNELS = pytest.mark.parametrize("ops", [plain, compiled, dense], ids=["plain", "compiled", "dense"])
+KERNELS = pytest.mark.parametrize("ops", ["plain", "compiled", "dense", "triton"], indirect=True)
 B, D, O, F, PREFIXES = 13, 7, 5, 24, (3, 6, 12, 24)
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def parameters_of_a_step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`W_enc` [D, F], latent by latent in memory, `b_enc` [F] and `W_dec` [F, O]."""
+    W_enc, b_enc, W_dec = draw(F, D, seed=1).T, draw(F, seed=2), draw(F, O, seed=3)
+    return W_enc.requires_grad_(), b_enc.requires_grad_(), W_dec.requires_grad_()
 
 
 def select(pre_acts: torch.Tensor, n: int) -> Active:
@@ -67,7 +73,7 @@ def test_loss_and_gradients_equal_dense_autograd(
     ops: ModuleType, prefixes: tuple[int, ...], every_row: bool, per_row: int
 ) -> None:
     x, y = draw(B, D, seed=0), draw(B, O, seed=5)
-    W_enc, b_enc, W_dec = (draw(*s, seed=i).requires_grad_() for i, s in enumerate(((D, F), (F,), (F, O)), 1))
+    W_enc, b_enc, W_dec = parameters_of_a_step()
     base = draw(B if every_row else 1, O, seed=6).requires_grad_()
     segment = torch.bucketize(torch.arange(F), torch.tensor(prefixes), right=True)
     parameters = (W_enc, b_enc, W_dec, base)
@@ -101,7 +107,7 @@ def test_gradients_are_added_to_those_of_terms_before() -> None:
     segment = torch.bucketize(torch.arange(F), torch.tensor(PREFIXES), right=True)
 
     def gradients(*terms: str) -> list[torch.Tensor]:
-        W_enc, b_enc, W_dec = (draw(*s, seed=i).requires_grad_() for i, s in enumerate(((D, F), (F,), (F, O)), 1))
+        W_enc, b_enc, W_dec = parameters_of_a_step()
         for term in terms:
             if term == "step":
                 values, nothing = compiled.encode(x, W_enc, b_enc, active), torch.zeros(1, O).double()
@@ -120,8 +126,8 @@ def test_gradients_are_added_to_those_of_terms_before() -> None:
 
 @KERNELS
 def test_no_active_pairs_leave_the_target(ops: ModuleType) -> None:
-    x, y, W_enc = draw(B, D, seed=0), draw(B, O, seed=5), draw(D, F, seed=1).requires_grad_()
-    b_enc, W_dec = torch.full((F,), -1e3).double().requires_grad_(), draw(F, O, seed=2).requires_grad_()
+    x, y, (W_enc, b_enc, W_dec) = draw(B, D, seed=0), draw(B, O, seed=5), parameters_of_a_step()
+    b_enc.data.fill_(-1e3)
     active = select((x @ W_enc + b_enc).detach(), 4 * B)
     assert len(active.rows) == 0
     values, nothing = ops.encode(x, W_enc, b_enc, active), torch.zeros(1, O).double()
@@ -168,7 +174,8 @@ print("equal")
 def step_of_loops() -> list[torch.Tensor]:
     rows, latents, width = 200, 96, 24
     x, y, pre_acts = (draw(rows, n, seed=i).float() for i, n in enumerate((width, width, latents)))
-    W_enc, W_dec = (draw(*s, seed=7).float().requires_grad_() for s in ((width, latents), (latents, width)))
+    W_enc, W_dec = draw(latents, width, seed=7).float().T.requires_grad_(), draw(latents, width, seed=8).float()
+    W_dec.requires_grad_()
     segment = torch.bucketize(torch.arange(latents), torch.tensor([24, 48, 96]), right=True)
     found = []
     for active in (select(pre_acts, 8 * rows), compiled.row_topk(pre_acts, 9)):

@@ -163,6 +163,26 @@ def test_every_kind_of_kernels_gives_the_same_answer_and_is_recorded(
         assert mine[-1]["held_out"]["fvu"] == pytest.approx(dense[-1]["held_out"]["fvu"], rel=5e-3)
 
 
+@pytest.mark.slow
+def test_triton_kernels_give_the_same_answer(command, store: SyntheticStore, tmp_path: Path) -> None:
+    """In Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed: there is none for this platform")
+    common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 2, *SMALL, "--set", "log_every=1")
+    found = [rows(command(*common, "--set", f"kernels={kernels}").path) for kernels in ("triton", "dense")]
+    for row, expected in zip(*found, strict=True):
+        assert row["fvu"] == pytest.approx(expected["fvu"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+def test_triton_kernels_are_refused_without_cuda(
+    command, store: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    done = command("run", "--store", store.path, "--runs", tmp_path / "runs", "--set", "kernels=triton")
+    assert done.code == 2 and "kernels = triton is for CUDA, and the device is cpu; use kernels=auto" in done.err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("kernels", ["compiled", "plain"])
 def test_a_product_in_bfloat16_trains_float32_weights(
     command, store: SyntheticStore, tmp_path: Path, kernels: str
@@ -294,7 +314,7 @@ BAD = {
     "prefixes": (["--set", "transcoder.prefixes=[64, 128]"], "must end at d_sae = 4096, got [64, 128]"),
     "batch above the store": (["--set", "rows.batch_rows=10_000_000"], "is more than the store's"),
     "no cuda": (["--set", "device=cuda"], "finds no CUDA device"),
-    "no such kernels": (["--set", "kernels=fast"], "kernels: Input should be 'auto', 'compiled', 'plain' or 'dense'"),
+    "no such kernels": (["--set", "kernels=fast"], "kernels: Input should be 'auto', 'compiled', 'triton'"),
     "no such device": (["--set", "device=tpu"], "device must be auto, cpu or cuda, got tpu"),
     "config file": (["--config", "/nowhere.toml"], "no configuration file at /nowhere.toml"),
     "init from": (["--init-from", "/nowhere"], "no run at /nowhere"),

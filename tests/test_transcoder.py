@@ -4,10 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shared.errors import UserError
 from tests import reference
 from train.losses import AuxKConfig
+from train.metrics import Counters, Window
+from train.optimizer import Optimizer, OptimizerConfig
 from train.transcoder import (
     Activation,
     BatchTopK,
@@ -200,6 +204,44 @@ def test_no_intermediate_of_the_size_of_the_latents_is_kept_for_the_backward() -
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model.step(draw(B, D, seed=1), draw(B, O, seed=2), NO_DEAD, NO_AUXK, 0)
     assert kept and all(shape[-2:] != (B, F) for shape in kept)
+
+
+class _Waits(TorchDispatchMode):
+    """Notes operations for which a CUDA device is waited for: their result decides what the program does next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = [t for t in tree_leaves(args[1:2]) if isinstance(t, torch.Tensor) and t.dtype == torch.bool]
+        if name in ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique", "equal") or (
+            name in ("index", "index_put", "index_put_") and masks
+        ):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["batchtopk", "topk"])
+def test_a_whole_step_on_a_device_waits_for_nothing(kind: str, product_dtype: torch.dtype) -> None:
+    model = make(ACTIVATIONS[kind], kernels="plain").float()
+    model.product_dtype = product_dtype
+    device = torch.device("cpu")
+    optimizer, counters = Optimizer(model, OptimizerConfig(), 10), Counters(F, device)
+    window = Window({"000-001": slice(0, 2), "001-004": slice(2, B)}, PREFIXES, O, device)
+    source, target = draw(B, D, seed=1).float(), draw(B, O, seed=2).float()
+    with _Waits() as waits:
+        for step in range(2):
+            output = model.step(source, target, counters.dead(B), AuxKConfig(k=3), step)
+            _, norm = optimizer.step(output.loss, step)
+            counters.update(output)
+            window.add(output, norm)
+    assert waits.found == []
+    with waits:
+        window.row()
+    assert waits.found
 
 
 def test_decoder_rows_start_with_unit_norm_and_the_encoder_as_their_scaled_transpose() -> None:

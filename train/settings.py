@@ -1,6 +1,8 @@
 """The settings of a run: one model per component, each beside its component, put together and resolved here."""
 
+import os
 import platform
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -40,8 +42,8 @@ class Settings(Config):
     """The library of the encoder's product on CPU; `auto`: the one that is faster on this maker's processors. Recorded
     in the run, like `threads`."""
     kernels: Literal["auto", Kernels] = "auto"
-    """What the sparse half of a step runs on: `compiled` loops on CPU, `plain` torch on any device, or `dense`, the
-    slow reference. `auto`: `compiled` on CPU, else `plain`."""
+    """What the sparse half of a step runs on: `compiled` loops on CPU, `triton` kernels on CUDA, `plain` torch on any
+    device, or `dense`, the slow reference. `auto`: `compiled` on CPU, else `plain`. Recorded in the run."""
     product_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the encoder's product in training, among whose values latents are selected. The values of those that are, and
     all gradients and weights, are float32 either way."""
@@ -149,6 +151,11 @@ def default_kernels(device: str) -> Kernels:
 def _kernels(wanted: Literal["auto", Kernels], device: str) -> Kernels:
     if wanted == "compiled" and device != "cpu":
         raise UserError(f"kernels = compiled is for the CPU, and the device is {device}; use kernels=plain")
+    if wanted == "triton":
+        if device != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+            raise UserError(f"kernels = triton is for CUDA, and the device is {device}; use kernels=auto")
+        if find_spec("triton") is None:
+            raise UserError("kernels = triton needs the package triton: pip install triton, or use kernels=plain")
     return default_kernels(device) if wanted == "auto" else wanted
 
 

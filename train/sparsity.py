@@ -16,7 +16,8 @@ from train.sparse_step import loops
 class Active:
     """Selected pairs of a row and a latent: rows rising, latents rising within a row.
 
-    A pair whose value is not above 0 is there to fill a fixed number of pairs: it is not active.
+    A pair whose value is not above 0 is there to fill a fixed number of pairs: it is not active, and with a value of 0
+    it may stand beside an active one of the same row and latent.
     """
 
     rows: Tensor

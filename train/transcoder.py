@@ -78,8 +78,7 @@ class ReLU(Config):
     """Steps over which the penalty rises linearly to its weight."""
 
 
-Kernels = Literal["compiled", "plain", "dense"]
-_KERNELS: dict[Kernels, ModuleType] = {"compiled": compiled, "plain": plain, "dense": dense}
+Kernels = Literal["compiled", "triton", "plain", "dense"]
 
 Activation = Annotated[BatchTopK | TopK | JumpReLU | ReLU, Field(discriminator="kind")]
 
@@ -291,7 +290,17 @@ class Transcoder(nn.Module):
 
     @property
     def _ops(self) -> ModuleType:
-        return _KERNELS[self.kernels]
+        match self.kernels:
+            case "compiled":
+                return compiled
+            case "triton":
+                from train.sparse_step import triton_kernels  # not there without CUDA
+
+                return triton_kernels
+            case "plain":
+                return plain
+            case _:
+                return dense
 
     @torch.no_grad()
     def _searched(self, x: Tensor) -> Tensor:

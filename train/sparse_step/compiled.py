@@ -1,8 +1,5 @@
 """The operations on CPU, on compiled loops.
 
-Gradients of `W_enc`, `b_enc` and `W_dec` are written straight into `.grad` of these parameters, or added to what a term
-before has put there: a second term costs its pairs, and no other copy of a matrix is made. So they come from
-`backward`, and not from `torch.autograd.grad`.
 Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
 """
 
@@ -12,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.sparse_step import loops
+from train.sparse_step import fused, loops
 from train.sparsity import Active
 
 _PARTS = 64
@@ -71,7 +68,7 @@ def encode(
     active: Active,
 ) -> Tensor:  # [N]
     """As `plain.encode`."""
-    return _Encode.apply(x, W_enc, b_enc, active)
+    return fused.encode(_Arrays(), x, W_enc, b_enc, active)
 
 
 def prefix_loss(
@@ -85,7 +82,7 @@ def prefix_loss(
     weight: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [], [B, P], [B, O]
     """As `plain.prefix_loss`."""
-    return _PrefixLoss.apply(values, W_dec, base, y, active, segment, prefixes, float(weight))
+    return fused.prefix_loss(_Arrays(), values, W_dec, base, y, active, segment, prefixes, weight)
 
 
 class _Found:
@@ -117,88 +114,36 @@ class _Found:
         return [self._values[i * self._size : i * self._size + count] for i, count in enumerate(counts)]
 
 
-class _Encode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: Active) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.active, ctx.W_enc, ctx.b_enc = active, W_enc, b_enc
-        if active.values.dtype == x.dtype:
-            return active.values.clone()
-        values = x.new_empty(len(active.rows))
-        loops.products(*map(_array, (active.rows, active.latents, x, W_enc.T, b_enc, values)))
-        return values
+class _Arrays:
+    """`fused.Loops` on the memory of CPU tensors."""
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), (grad,) = ctx.saved_tensors, grads
-        if ctx.b_enc.grad is None:
-            ctx.b_enc.grad = torch.zeros_like(ctx.b_enc)
-        add = _has_gradient(ctx.W_enc)
-        _sums_by_latent(ctx.active, grad, ctx.active.rows, x, ctx.W_enc.grad.T, ctx.b_enc.grad, add=add)
-        return (None,) * 4
+    def products(self, active: Active, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
+        out = left.new_empty(len(active.rows))
+        loops.products(*map(_array, (active.rows, active.latents, left, right, bias, out)))
+        return out
 
-
-class _PrefixLoss(torch.autograd.Function):
-    """The loss is linear in the errors, so its gradient is made in the forward, row by row, while all is in reach."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
+    def prefix_loss(
+        self,
         values: Tensor,
+        active: Active,
+        segment: Tensor,
         W_dec: Tensor,
         base: Tensor,
         y: Tensor,
-        active: Active,
-        segment: Tensor,
+        weight: Tensor | float,
         prefixes: int,
-        weight: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        meet = y.new_empty(len(y), prefixes, y.shape[1])  # the gradient that latents of each segment meet
-        errors, left, grad = y.new_empty(len(y), prefixes), torch.empty_like(y), torch.empty_like(values)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        errors, meet = y.new_empty(len(y), prefixes), y.new_empty(len(y), prefixes, y.shape[1])
+        left, grad = torch.empty_like(y), torch.empty_like(values)
         tensors = (values, active.latents, active.starts, segment, W_dec, base, y)
-        loops.prefix_loss(*map(_array, tensors), weight, *map(_array, (meet, errors, left, grad)))
-        ctx.save_for_backward(values, segment, meet, grad)
-        ctx.active, ctx.W_dec, ctx.every_row = active, W_dec, len(base) > 1
-        ctx.mark_non_differentiable(errors, left)
-        return weight * errors.sum(), errors, left
+        loops.prefix_loss(*map(_array, tensors), float(weight), *map(_array, (meet, errors, left, grad)))
+        return errors, left, meet, grad
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (values, segment, meet, grad), (times, *_) = ctx.saved_tensors, grads
-        active, W_dec, (_, prefixes, width) = ctx.active, ctx.W_dec, meet.shape
-        add = _has_gradient(W_dec)
-        groups, unused = active.rows * prefixes + segment[active.latents], values.new_zeros(active.d_sae)
-        _sums_by_latent(active, values * times, groups, meet.view(-1, width), W_dec.grad, unused, add=add)
-        grad_base = None
-        if ctx.needs_input_grad[2]:
-            grad_base = times * (meet[:, 0] if ctx.every_row else meet[:, 0].sum(0, keepdim=True))
-        return grad * times, None, grad_base, *(None,) * 5
-
-
-def _sums_by_latent(
-    active: Active,
-    weights: Tensor,  # [N]
-    rows: Tensor,  # [N] rows of `table`
-    table: Tensor,  # [T, d]
-    out: Tensor,  # [F, d]
-    alone: Tensor,  # [F]
-    *,
-    add: bool,
-) -> None:
-    """For every latent, the weighted sum of the table's rows over its pairs; that of their weights is added to `alone`.
-
-    `add`: added to what `out` holds, which is else written over.
-    """
-    order, starts = active.by_latent
-    loops.sums_by_latent(*map(_array, (order, starts, weights.contiguous(), rows, table, out, alone)), add)
-
-
-def _has_gradient(parameter: Tensor) -> bool:
-    """Whether a term before has left a gradient to add to; makes room for one, not cleared, if not."""
-    if parameter.grad is not None:
-        return True
-    parameter.grad = torch.empty_like(parameter)
-    return False
+    def sums_by_latent(
+        self, active: Active, weights: Tensor, rows: Tensor, table: Tensor, out: Tensor, alone: Tensor, add: bool
+    ) -> None:
+        order, starts = active.by_latent
+        loops.sums_by_latent(*map(_array, (order, starts, weights, rows, table, out, alone)), add)
 
 
 def _searched(pre_acts: Tensor) -> Tensor:

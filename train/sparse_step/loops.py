@@ -175,13 +175,7 @@ def prefix_loss(
     left: Floats,
     grad: Floats,
 ) -> None:
-    """Errors of every row under every prefix, what is left of `y`, and gradients of `weight` times all errors.
-
-    With residual[b, p] = base[b] + sum over the row's latents of prefix p of value * W_dec[latent] - y[b]:
-    errors[b, p] = |residual[b, p]|^2; left[b] = -residual[b, last]; meet[b, p] = sum over q >= p of
-    2 * weight * residual[b, q], which is the gradient at latents of segment p [B, P, O]; and of every pair
-    grad[i] = <W_dec[latent], meet[b, segment of latent]>. Four pairs at a time: sums are loaded and stored less often.
-    """
+    """As `fused.Loops.prefix_loss`. Four pairs at a time: sums are loaded and stored less often."""
     prefixes, width = meet.shape[1], meet.shape[2]
     twice = meet.dtype.type(2 * weight)
     for b in prange(len(meet)):
