@@ -111,10 +111,20 @@ class RowStream:
 
 
 class RowReader:
-    """The batches of a store's pinned range of training blocks, as rows of its arrays."""
+    """The batches of a store's pinned range of training blocks, as rows of its arrays.
 
-    def __init__(self, store: Store, blocks: range, config: RowsConfig, seed: int) -> None:
-        self.store, self.blocks = store, blocks
+    `arrays` are those that `will_need` asks for.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        blocks: range,
+        config: RowsConfig,
+        seed: int,
+        arrays: Sequence[str] = ("source", "target"),
+    ) -> None:
+        self.store, self.blocks, self.arrays = store, blocks, arrays
         found = config.resolve(store.request.block_sequences).run_rows
         assert isinstance(found, int)
         self.run_rows = found
@@ -131,10 +141,10 @@ class RowReader:
         return out
 
     def will_need(self, step: int) -> None:
-        """Ask the kernel to read the activations of `step` ahead."""
+        """Ask the kernel to read the rows of `step` ahead."""
         for stratum, low, high, _ in self.runs(step):
-            stratum.source.will_need(low, high)
-            stratum.target.will_need(low, high)
+            for array in self.arrays:
+                getattr(stratum, array).will_need(low, high)
 
     def slices(self) -> dict[str, slice]:
         """Where each stratum's rows lie in every batch."""

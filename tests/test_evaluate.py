@@ -82,6 +82,26 @@ def test_fvu_explained_variance_and_l0_equal_the_formulas_at_natural_frequencies
     assert found.rows == sum(len(x) for x, _ in rows.values())
 
 
+def test_an_autoencoder_of_the_targets_is_measured_on_targets_alone(store: Store) -> None:
+    activation = BatchTopK(k=K)
+    mean = torch.from_numpy(store.statistics["overall"]["target"].mean).float()
+    config = TranscoderConfig(d_sae=F, prefixes=PREFIXES).resolve(24, activation)
+    model = Transcoder(24, 24, config, activation, Normalisation(mean, 0.7, mean, 0.7))
+    model.initialise(1)
+    threshold = calibrate(model, store, 37, "target")
+    found = evaluate(model, store, threshold, 37, 0, "target")
+    weights, error, total, blocks = natural_weights(store), 0.0, 0.0, store.record.report_blocks
+    rows = {c.stratum: ((c.target - mean) / 0.7).double() for c in held_out_rows(store, blocks, 10**9, CPU)}
+    n = sum(weights[name] * len(y) for name, y in rows.items())
+    mean_y = sum(weights[name] * y.sum(0) for name, y in rows.items()) / n
+    for name, y in rows.items():
+        error += weights[name] * float((y - dense(model, y, threshold, F)[0]).square().sum())
+        total += weights[name] * float((y - mean_y).square().sum())
+    assert found.fvu == pytest.approx(error / total, rel=1e-5)
+    assert found.l0_training_rule == pytest.approx(K, rel=0.15)
+    assert linear.linear_map_fvu(store, 50, CPU, "target") == pytest.approx(0, abs=1e-9)
+
+
 def test_the_calibrated_threshold_gives_k_active_latents_on_the_calibration_blocks(store: Store) -> None:
     for activation in (BatchTopK(k=K), TopK(k=K)):
         model = make_model(store, activation)

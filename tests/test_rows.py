@@ -1,5 +1,6 @@
 """`batch(step)` as tensors against a naive stream."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,22 @@ def test_epochs_count_how_often_rows_were_seen(synthetic: SyntheticStore) -> Non
     rows = {name: 3 * s.stratum.rows for name, s in store.strata.items()}
     counts = dict(zip(rows, reader.counts, strict=True))
     assert reader.epochs(30) == {name: 30 * counts[name] / rows[name] for name in rows}
+
+
+def test_with_the_target_as_source_the_source_is_never_read(synthetic: SyntheticStore) -> None:
+    store, config = Store.open(synthetic.path), RowsConfig(batch_rows=50, run_rows=8)
+    for stratum in store.strata:
+        shutil.rmtree(synthetic.path / f"activations.zarr/strata/{stratum}/source/c")
+    reader = BatchReader(store, store.record.training_blocks, config, 5, CPU, "target")
+    for step in (0, 7):
+        batch = reader.batch(step)
+        assert torch.equal(batch.source, torch.from_numpy(expected_batch(synthetic, reader, step, 8, 5)["target"]))
+        assert torch.equal(batch.target, batch.source)
+    blocks = store.record.report_blocks
+    for chunk in held_out_rows(store, blocks, 10**9, CPU, "target"):
+        rows = store.strata[chunk.stratum].stratum.rows
+        expected = synthetic.values(f"strata/{chunk.stratum}/target")[blocks.start * rows : blocks.stop * rows]
+        assert torch.equal(chunk.source, torch.from_numpy(expected)) and torch.equal(chunk.target, chunk.source)
 
 
 def test_held_out_rows_are_all_rows_of_their_blocks_in_order(synthetic: SyntheticStore) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from shared import cli, durable
 from tests.stores import SyntheticStore, make_store
 from train import checkpoint
 from train.cli import main
+from train.settings import checkpoint_bytes, read_config
 
 SMALL = [
     "--set",
@@ -194,6 +196,30 @@ def test_a_product_in_bfloat16_trains_float32_weights(
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     assert rows(low.path)[-1]["held_out"]["fvu"] == pytest.approx(rows(full.path)[-1]["held_out"]["fvu"], rel=0.05)
     assert rows(low.path)[0]["loss"] != rows(full.path)[0]["loss"]
+
+
+def test_with_the_target_as_source_an_autoencoder_of_the_targets_is_trained(
+    command, store: SyntheticStore, tmp_path: Path
+) -> None:
+    common = ("run", "--store", store.path, "--runs", tmp_path, *SMALL, *CADENCE, "--set", "optimizer.lr=0.01")
+    target = ("--set", "source=target", "--set", "transcoder.skip=true")
+    whole, stopped = (command(*common, *target, "--steps", 200).path for _ in range(2))
+    config = read_config(whole)
+    assert (config.settings.source, config.d_in, config.d_out) == ("target", 24, 24)
+    weights = load_file(checkpoint.folder(whole, 200) / checkpoint.WEIGHTS)
+    assert weights["W_enc"].shape == (24, 64) and weights["W_skip"].shape == (24, 24)
+    assert torch.equal(weights["source_mean"], weights["target_mean"])
+    assert torch.equal(weights["source_scale"], weights["target_scale"])
+    size = sum(file.stat().st_size for file in checkpoint.folder(whole, 200).iterdir())
+    assert size < checkpoint_bytes(config) < size + 2**21
+    assert rows(whole)[-1]["held_out"]["fvu"] < 0.3  # the linear part alone can copy its rows
+    shutil.rmtree(checkpoint.folder(stopped, 200))
+    assert command("resume", stopped).code == 0
+    assert_same_run(whole, stopped)
+    found = json.loads(command("evaluate", whole, "--json", "--linear").out)
+    assert found["fvu"] == rows(whole)[-1]["held_out"]["fvu"] and abs(found["linear_fvu"]) < 1e-6
+    other = command(*common, "--steps", 1, "--init-from", whole, "--set", "transcoder.skip=true")
+    assert other.code == 2 and "its source is target, this run's is source" in other.err
 
 
 def test_one_seed_gives_one_result_and_another_seed_another(command, store: SyntheticStore, tmp_path: Path) -> None:

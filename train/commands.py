@@ -11,6 +11,7 @@ from train.checkpoint import Checkpoint
 from train.evaluate import Evaluation, calibrate, evaluate
 from train.linear import linear_map_fvu
 from train.loop import Run, build_transcoder, load_weights
+from train.rows import source_width
 from train.settings import CONFIG, RunConfig, Settings, checkpoint_bytes, read_config, resolve
 
 
@@ -58,18 +59,20 @@ def evaluate_run(
     config = read_config(run)
     found = checkpoint.find(run, step)
     store = Store.open(store_path or config.store, local)
-    if (store.record.d_in, store.record.d_out) != (config.d_in, config.d_out):
+    source = config.settings.source
+    d_in, d_out = source_width(store, source), store.record.d_out
+    if (d_in, d_out) != (config.d_in, config.d_out):
         raise UserError(
-            f"{store.path} has d_in {store.record.d_in} and d_out {store.record.d_out}, "
+            f"{store.path} has d_in {d_in} and d_out {d_out}, "
             f"{run} was trained with {config.d_in} and {config.d_out}; pass the --store of the same model and hooks"
         )
     with store.reading():
         transcoder = build_transcoder(config, store)
         load_weights(transcoder, found.path)
         chunk = config.settings.evaluation.chunk_rows
-        threshold = calibrate(transcoder, store, chunk)
-        evaluation = evaluate(transcoder, store, threshold, chunk, config.settings.seed)
-        return found, evaluation, linear_map_fvu(store, chunk, threshold.device) if linear else None
+        threshold = calibrate(transcoder, store, chunk, source)
+        evaluation = evaluate(transcoder, store, threshold, chunk, config.settings.seed, source)
+        return found, evaluation, linear_map_fvu(store, chunk, threshold.device, source) if linear else None
 
 
 def find_initial(run: Path, config: RunConfig) -> Checkpoint:
@@ -87,6 +90,7 @@ def find_initial(run: Path, config: RunConfig) -> Checkpoint:
 def _shape(config: RunConfig) -> dict[str, object]:
     settings = config.settings
     return {
+        "source": config.settings.source,
         "d_in": config.d_in,
         "d_out": config.d_out,
         "transcoder.d_sae": settings.transcoder.d_sae,

@@ -17,7 +17,7 @@ from torch import Tensor
 from shared.config import Config
 from shared.reader import RowsConfig
 from shared.store import Store
-from train.rows import BatchReader, HeldOutChunk, held_out_rows
+from train.rows import BatchReader, HeldOutChunk, Side, held_out_rows
 from train.sparsity import Active
 from train.transcoder import BatchTopK, JumpReLU, TopK, Transcoder
 
@@ -124,11 +124,13 @@ def ratio(error: float, total: float, scale: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(transcoder: Transcoder, store: Store, threshold: Tensor, chunk_rows: int, seed: int) -> Evaluation:
-    """Figures on the store's report blocks under `threshold` [F] of `calibrate`."""
+def evaluate(
+    transcoder: Transcoder, store: Store, threshold: Tensor, chunk_rows: int, seed: int, source: Side = "source"
+) -> Evaluation:
+    """Figures on the store's report blocks under `threshold` [F] of `calibrate`; `source` is the side it reads."""
     device = transcoder.W_enc.device
-    strata, fired = _by_threshold(transcoder, store, threshold, chunk_rows, device)
-    drawn = _by_training_rule(transcoder, store, chunk_rows, seed, device)
+    strata, fired = _by_threshold(transcoder, store, threshold, chunk_rows, device, source)
+    drawn = _by_training_rule(transcoder, store, chunk_rows, seed, device, source)
     whole, drawn_whole = _natural(strata, store), _natural(drawn, store)
     last = len(transcoder.prefixes) - 1
     head = whole.part(last)
@@ -154,7 +156,7 @@ def evaluate(transcoder: Transcoder, store: Store, threshold: Tensor, chunk_rows
 
 
 @torch.no_grad()
-def calibrate(transcoder: Transcoder, store: Store, chunk_rows: int) -> Tensor:
+def calibrate(transcoder: Transcoder, store: Store, chunk_rows: int, source: Side = "source") -> Tensor:
     """The thresholds [F] of inference, float32.
 
     For a fixed k: the one value at which the calibration blocks' natural-frequency rows, without position 0, have k
@@ -164,18 +166,18 @@ def calibrate(transcoder: Transcoder, store: Store, chunk_rows: int) -> Tensor:
         case JumpReLU():
             return transcoder.threshold().detach()
         case BatchTopK(k=k) | TopK(k=k):
-            value = _threshold_at(transcoder, store, k, chunk_rows)
+            value = _threshold_at(transcoder, store, k, chunk_rows, source)
             return torch.full_like(transcoder.b_enc, value)
         case _:
             return torch.zeros_like(transcoder.b_enc)
 
 
-def _threshold_at(transcoder: Transcoder, store: Store, k: int, chunk_rows: int) -> float:
+def _threshold_at(transcoder: Transcoder, store: Store, k: int, chunk_rows: int, source: Side) -> float:
     """Each chunk gives its largest values; when a chunk could have hidden one above the result, it gives more."""
     slack = 4
     while True:
         values, weights, rows, hidden = [], [], 0.0, 0.0
-        for chunk, weight in _weighted(store, chunk_rows, transcoder.W_enc.device):
+        for chunk, weight in _weighted(store, chunk_rows, transcoder.W_enc.device, source):
             x, _ = transcoder.normalised(chunk.source, chunk.target)
             flat = transcoder.pre_acts(x).view(-1)
             top = flat.topk(min(slack * k * len(x), flat.numel()), sorted=False).values
@@ -197,9 +199,11 @@ def _weighted_cut(values: Tensor, weights: Tensor, total: float) -> float:
     return float(values[index]) if index < len(values) else 0.0
 
 
-def _weighted(store: Store, chunk_rows: int, device: torch.device) -> Iterator[tuple[HeldOutChunk, float]]:
+def _weighted(
+    store: Store, chunk_rows: int, device: torch.device, source: Side
+) -> Iterator[tuple[HeldOutChunk, float]]:
     blocks = store.record.calibration_blocks or store.record.report_blocks
-    for chunk in held_out_rows(store, blocks, chunk_rows, device):
+    for chunk in held_out_rows(store, blocks, chunk_rows, device, source):
         if weight := natural_weights(store)[chunk.stratum]:
             yield chunk, weight
 
@@ -211,12 +215,12 @@ def natural_weights(store: Store) -> dict[str, float]:
 
 
 def _by_threshold(
-    transcoder: Transcoder, store: Store, threshold: Tensor, chunk_rows: int, device: torch.device
+    transcoder: Transcoder, store: Store, threshold: Tensor, chunk_rows: int, device: torch.device, source: Side
 ) -> tuple[dict[str, Sums], Tensor]:
     """Sums by stratum over all report rows, and which latents fired [F]."""
     strata: dict[str, Sums] = {}
     fired = torch.zeros(transcoder.d_sae, dtype=torch.bool, device=device)
-    for chunk in held_out_rows(store, store.record.report_blocks, chunk_rows, device):
+    for chunk in held_out_rows(store, store.record.report_blocks, chunk_rows, device, source):
         x, y = transcoder.normalised(chunk.source, chunk.target)
         active = transcoder.select_above(transcoder.pre_acts(x), threshold)
         fired[active.latents] = True
@@ -226,12 +230,12 @@ def _by_threshold(
 
 
 def _by_training_rule(
-    transcoder: Transcoder, store: Store, batch_rows: int, seed: int, device: torch.device
+    transcoder: Transcoder, store: Store, batch_rows: int, seed: int, device: torch.device, source: Side
 ) -> dict[str, Sums]:
     """Sums by stratum over batches of the natural mixture, as many as cover the report rows once."""
     blocks = store.record.report_blocks
     batch_rows = min(batch_rows, len(blocks) * store.request.block_sequences * store.request.context_size)
-    reader = BatchReader(store, blocks, RowsConfig(batch_rows=batch_rows), seed, device)
+    reader = BatchReader(store, blocks, RowsConfig(batch_rows=batch_rows), seed, device, source)
     strata: dict[str, Sums] = {}
     for step in range(-(-len(blocks) * sum(s.rows for s in store.record.plan.stored_strata) // batch_rows)):
         batch = reader.batch(step)

@@ -5,14 +5,14 @@ from torch import Tensor
 
 from shared.store import Store
 from train.evaluate import natural_weights, ratio
-from train.rows import held_out_rows
+from train.rows import Side, held_out_rows, source_width
 
 
 @torch.no_grad()
-def linear_map_fvu(store: Store, chunk_rows: int, device: torch.device) -> float:
+def linear_map_fvu(store: Store, chunk_rows: int, device: torch.device, source: Side = "source") -> float:
     """Fvu on the report blocks of the least-squares map fitted on all training blocks, headline weights for both."""
-    moments = _moments(store, store.record.training_blocks, chunk_rows, device)
-    held_out = _moments(store, store.record.report_blocks, chunk_rows, device)
+    moments = _moments(store, store.record.training_blocks, chunk_rows, device, source)
+    held_out = _moments(store, store.record.report_blocks, chunk_rows, device, source)
     # Minimum norm on CPU: directions without variance, and fewer rows than dimensions, are no error.
     fit = torch.linalg.lstsq(moments.source_source.cpu(), moments.source_target.cpu(), driver="gelsd").solution.to(
         device
@@ -43,10 +43,10 @@ class _Moments:
         self.target_squares += weight * y.square().sum()
 
 
-def _moments(store: Store, blocks: range, chunk_rows: int, device: torch.device) -> _Moments:
+def _moments(store: Store, blocks: range, chunk_rows: int, device: torch.device, source: Side) -> _Moments:
     weights = natural_weights(store)
-    moments = _Moments(store.record.d_in, store.record.d_out, device)
-    for chunk in held_out_rows(store, blocks, chunk_rows, device):
+    moments = _Moments(source_width(store, source), store.record.d_out, device)
+    for chunk in held_out_rows(store, blocks, chunk_rows, device, source):
         if weights[chunk.stratum]:
             moments.add(chunk.source, chunk.target, weights[chunk.stratum])
     return moments

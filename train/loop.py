@@ -48,7 +48,9 @@ class Run:
         numba.set_num_threads(min(self._settings.threads, numba.config.NUMBA_NUM_THREADS))
         device = torch.device(self._settings.device)
         blocks = range(config.first_block, config.last_block)
-        self._reader = BatchReader(store, blocks, self._settings.rows, self._settings.seed, device)
+        self._reader = BatchReader(
+            store, blocks, self._settings.rows, self._settings.seed, device, self._settings.source
+        )
         self._transcoder = build_transcoder(config, store)
         self._optimizer = Optimizer(self._transcoder, self._settings.optimizer, self._settings.steps)
         self._counters = Counters(self._transcoder.d_sae, device)
@@ -117,14 +119,15 @@ class Run:
         return note
 
     def _evaluate(self, done: int) -> Evaluation:
-        chunk = self._settings.evaluation.chunk_rows
-        return evaluate(self._transcoder, self._store, self._threshold(done), chunk, self._settings.seed)
+        settings, threshold = self._settings, self._threshold(done)
+        chunk = settings.evaluation.chunk_rows
+        return evaluate(self._transcoder, self._store, threshold, chunk, settings.seed, settings.source)
 
     def _threshold(self, done: int) -> Tensor:
         """Calibrated inference thresholds [F] of the present weights; a step that needs them twice calibrates once."""
         if self._calibrated is None or self._calibrated[0] != done:
             chunk = self._settings.evaluation.chunk_rows
-            self._calibrated = done, calibrate(self._transcoder, self._store, chunk)
+            self._calibrated = done, calibrate(self._transcoder, self._store, chunk, self._settings.source)
         return self._calibrated[1]
 
     def _checkpoint(self, done: int) -> None:
@@ -192,18 +195,18 @@ def _stop_signals() -> Iterator[list[int]]:
 
 def build_transcoder(config: RunConfig, store: Store) -> Transcoder:
     """The transcoder of a run with its store's normalisation, not initialised."""
-    overall = store.statistics["overall"]
+    overall, settings = store.statistics["overall"], config.settings
+    source, target = overall[settings.source], overall["target"]
 
     def scale(variance: np.ndarray[Any, Any]) -> float:
         return float(np.sqrt(variance.mean())) or 1.0  # a constant side is shifted only
 
     normalisation = Normalisation(
-        torch.from_numpy(overall["source"].mean).float(),
-        scale(overall["source"].variance),
-        torch.from_numpy(overall["target"].mean).float(),
-        scale(overall["target"].variance),
+        torch.from_numpy(source.mean).float(),
+        scale(source.variance),
+        torch.from_numpy(target.mean).float(),
+        scale(target.variance),
     )
-    settings = config.settings
     model = Transcoder(config.d_in, config.d_out, settings.transcoder, settings.activation, normalisation)
     model.blas = "numpy" if settings.blas == "numpy" else "torch"  # `auto` only in runs from before there was a choice
     model.kernels = default_kernels(settings.device) if settings.kernels == "auto" else settings.kernels

@@ -21,6 +21,7 @@ from train.checkpoint import CheckpointConfig
 from train.evaluate import EvaluationConfig
 from train.losses import AuxKConfig
 from train.optimizer import OptimizerConfig
+from train.rows import Side, source_width
 from train.transcoder import Activation, BatchTopK, Kernels, TranscoderConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -34,6 +35,8 @@ class Settings(Config):
     """Optimiser steps."""
     seed: int = Field(0, ge=0)
     """Of the initial weights and the order of rows."""
+    source: Side = "source"
+    """Which side of the pairs the transcoder reads; `target` trains an autoencoder of the targets."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
     threads: int = Field(0, ge=0)
@@ -97,7 +100,8 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, and torch finds no CUDA device; use device=cpu")
-    shape = settings.transcoder.resolve(record.d_in, settings.activation)
+    d_in = source_width(store, settings.source)
+    shape = settings.transcoder.resolve(d_in, settings.activation)
     if not record.report_blocks:
         raise UserError(
             f"{store.path} holds no held-out blocks to evaluate on; harvest with store.held_out_blocks >= 2"
@@ -123,7 +127,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
         request=store.request.digest,
         first_block=blocks.start,
         last_block=blocks.stop,
-        d_in=record.d_in,
+        d_in=d_in,
         d_out=record.d_out,
         init_from=init_from.resolve() if init_from else None,
         software={
