@@ -10,6 +10,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -114,7 +115,7 @@ class LocalFolder:
 
     A shard gets a sparse file of its raw size, into which chunks are decoded when they are first asked for. Before the
     bytes decoded would exceed the bound, the files that were not used for longest are removed; one shard's rows always
-    have room. `whole` is what the store takes unpacked, in bytes.
+    have room. `whole` is what the store takes unpacked, in bytes. `lock` keeps other threads from removing a file.
 
     Raises `UserError` when the disk has no room for as much as this folder may come to hold.
     """
@@ -134,9 +135,10 @@ class LocalFolder:
         atexit.register(stack.close)
         self._shards: OrderedDict[str, _Shard] = OrderedDict()
         self.bytes = self.evicted = 0
+        self.lock = threading.Lock()
 
-    def rows(self, spec: ArraySpec, number: int, low: int, high: int, forget: Callable[[], object]) -> Path:
-        """The file that holds rows `low:high` of a shard; `forget` is called when it is removed."""
+    def decode(self, spec: ArraySpec, number: int, low: int, high: int, forget: Callable[[], object]) -> None:
+        """Have rows `low:high` in the shard's file; `forget` is called when that is removed. Hold `lock` around it."""
         name = spec.shard_path(number)
         if name not in self._shards:
             self._shards[name] = _Shard(spec, self._root / name, self.folder / name, forget)
@@ -148,7 +150,6 @@ class LocalFolder:
             self._evict()
         shard.decode(chunks)
         self.bytes += size
-        return shard.local
 
     def _evict(self) -> None:
         _, oldest = self._shards.popitem(last=False)

@@ -14,12 +14,12 @@ from pydantic import Field
 from shared.config import Config
 from shared.errors import UserError
 from shared.keyed import permutation
-from shared.store import Store, StratumRows
+from shared.store import Run, Store, StratumRows
 from shared.strata import Stratum
 
 MOST_RUN_ROWS = 64
 AHEAD = 2
-"""Steps whose rows the kernel is asked to read before they are needed."""
+"""Steps whose rows are read before they are needed; the kernel is asked for theirs as many steps earlier."""
 
 
 class RowsConfig(Config):
@@ -82,32 +82,44 @@ class RowStream:
         self._key = key
         self._epochs: dict[int, tuple[NDArray[Any], int]] = {}
 
-    def runs(self, start: int, count: int) -> Iterator[tuple[int, int]]:
-        """Half-open row ranges that make up positions `start : start + count` of the stream."""
+    def runs(self, start: int, count: int, base: int = 0) -> list[Run]:
+        """The rows that make up positions `start : start + count` of the stream, whose first row is `base`."""
+        found: list[Run] = []
         while count:
             epoch, offset = divmod(start, self.rows)
-            low, high = self._run_at(epoch, offset)
-            high = min(high, low + count)
-            yield low, high
-            start, count = start + high - low, count - (high - low)
+            taken = min(count, self.rows - offset)
+            found += self._runs_of_epoch(epoch, offset, offset + taken, base)
+            start, count = start + taken, count - taken
+        return found
 
-    def _run_at(self, epoch: int, offset: int) -> tuple[int, int]:
-        """The rest of the run in which the epoch's `offset` falls. Only the last run of the rows can be short."""
-        (order, short_slot), short = self._order(epoch), self.rows % self._run
+    def _runs_of_epoch(self, epoch: int, start: int, stop: int, base: int) -> Iterator[Run]:
+        order, short_slot = self._order(epoch)
+        (first, skipped), (last, place) = self._slot(start, short_slot), self._slot(stop - 1, short_slot)
+        lows = [base + run * self._run for run in order[first : last + 1].tolist()]
+        highs = [low + self._run for low in lows]
+        if first <= short_slot <= last:
+            highs[short_slot - first] = base + self.rows
+        highs[-1] = lows[-1] + place + 1
+        lows[0] += skipped
+        return zip(lows, highs, strict=True)
+
+    def _slot(self, offset: int, short_slot: int) -> tuple[int, int]:
+        """The run in which an epoch's `offset` falls, and its place there. Only the last of the rows can be short."""
+        short = self.rows % self._run
         after = offset >= short_slot * self._run + short
-        slot, skip = divmod(offset + (self._run - short if after and short else 0), self._run)
-        low = int(order[slot]) * self._run
-        return low + skip, min(low + self._run, self.rows)
+        return divmod(offset + (self._run - short if after and short else 0), self._run)
 
     def _order(self, epoch: int) -> tuple[NDArray[Any], int]:
         """The epoch's runs in their order, and where the short one is among them; their number where none is."""
-        if epoch not in self._epochs:
+        known = self._epochs
+        if epoch not in known:
             full, short = divmod(self.rows, self._run)
             order = permutation(full + bool(short), *self._key, epoch)
             order = order.astype(np.uint32) if len(order) < 2**32 else order  # short runs of a large store are many
-            self._epochs = {e: found for e, found in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = order, int(np.flatnonzero(order == full)[0]) if short else len(order)
-        return self._epochs[epoch]
+            known = {e: found for e, found in known.items() if e == epoch - 1}
+            known[epoch] = order, int(np.flatnonzero(order == full)[0]) if short else len(order)
+            self._epochs = known  # whole, at the end: two threads may ask
+        return known[epoch]
 
 
 class RowReader:
@@ -133,18 +145,19 @@ class RowReader:
         self._streams = [
             RowStream(len(blocks) * s.stratum.rows, self.run_rows, "rows", seed, s.stratum.name) for s in self._strata
         ]
+        self._found: dict[int, list[tuple[StratumRows, list[Run], int]]] = {}
 
     def read(self, step: int, array: str, out: NDArray[Any]) -> NDArray[Any]:
         """Fill `out` [B, ...] with the rows of `step`, counted from 0, of an array such as `source`, and return it."""
-        for stratum, low, high, at in self.runs(step):
-            getattr(stratum, array).read(low, high, out[at : at + high - low])
+        for stratum, runs, at in self._runs(step):
+            getattr(stratum, array).gather(runs, out[at:])
         return out
 
     def will_need(self, step: int) -> None:
         """Ask the kernel to read the rows of `step` ahead."""
-        for stratum, low, high, _ in self.runs(step):
+        for stratum, runs, _ in self._runs(step):
             for array in self.arrays:
-                getattr(stratum, array).will_need(low, high)
+                getattr(stratum, array).will_need(runs)
 
     def slices(self) -> dict[str, slice]:
         """Where each stratum's rows lie in every batch."""
@@ -166,9 +179,24 @@ class RowReader:
 
     def runs(self, step: int) -> Iterator[tuple[StratumRows, int, int, int]]:
         """(stratum, first row, past the last row, place in the batch) of every run of `step`."""
-        at = 0
-        for stratum, stream, count in zip(self._strata, self._streams, self.counts, strict=True):
-            base = self.blocks.start * stratum.stratum.rows
-            for low, high in stream.runs(step * count, count):
-                yield stratum, base + low, base + high, at
+        for stratum, runs, at in self._runs(step):
+            for low, high in runs:
+                yield stratum, low, high, at
                 at += high - low
+
+    def _runs(self, step: int) -> list[tuple[StratumRows, list[Run], int]]:
+        """The runs of every stratum, and the first one's place in the batch; asked for ahead and once per array."""
+        known = self._found
+        if step not in known:
+            known = {other: runs for other, runs in known.items() if abs(other - step) <= AHEAD}
+            known[step] = self._find_runs(step)
+            self._found = known  # whole, at the end: two threads may ask
+        return known[step]
+
+    def _find_runs(self, step: int) -> list[tuple[StratumRows, list[Run], int]]:
+        found, at = [], 0
+        for stratum, stream, count in zip(self._strata, self._streams, self.counts, strict=True):
+            runs = stream.runs(step * count, count, self.blocks.start * stratum.stratum.rows)
+            found.append((stratum, runs, at))
+            at += count
+        return found

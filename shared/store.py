@@ -3,11 +3,12 @@
 Reads only what the records name, below the store's own folder. No torch here.
 """
 
+import ctypes
 import mmap
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,10 @@ from shared.packed import LOCAL_BYTES, LocalFolder, PackedRecord, packed_metadat
 from shared.strata import Stratum, stratum_ranges
 
 Rows = NDArray[Any]
+Run = tuple[int, int]
+"""Neighbouring rows of an array, a half-open range."""
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,58 +81,81 @@ class MappedArray:
     """One array of the store as memory maps, one per shard file, opened at first use.
 
     Maps are private and advised `MADV_RANDOM`, so that a run of rows is read and nothing beside it. Those of a packed
-    store are of files in a local folder, into which rows are decoded before they are read.
+    store are of files in a local folder, into which rows are decoded before they are read. Several threads may read.
+
+    Reading raises `CorruptData` when a shard file became shorter than its rows, or a packed chunk does not decode.
     """
 
     def __init__(self, root: Path, spec: ArraySpec, blocks: int, local: LocalFolder | None = None) -> None:
         self.spec = spec
         self.rows = blocks * spec.rows_per_block
-        self._root, self._local = root, local
-        self._maps: dict[int, tuple[mmap.mmap, Rows]] = {}
+        self._folder, self._local = local.folder if local else root, local
+        self._rows_per_shard, self._row_bytes = spec.rows_per_shard, spec.row_bytes  # both take a search
+        self._maps: dict[int, tuple[Rows, int]] = {}  # with their addresses
 
     def shard(self, number: int) -> Rows:
         """The rows of one shard file, a read-only view."""
-        return self._rows(number, 0, self.spec.rows_per_shard)
+        return self._rows(number, 0, self._rows_per_shard)
 
     def read(self, start: int, stop: int, out: Rows) -> None:
-        """Copy rows `start:stop` into `out`; they may lie in several shard files."""
+        """Copy rows `start:stop` into the first rows of `out`; they may lie in several shard files."""
+        self.gather([(start, stop)], out)
+
+    def gather(self, runs: Sequence[Run], out: Rows) -> None:
+        """Copy `runs` one after the other into the first rows of `out`; the copies leave other threads the GIL."""
+        if not self._local:
+            parts = [self._map(number)[0][low:high] for number, low, high in self._spans(runs)]
+            if parts:  # one call: half the time where runs are short
+                np.concatenate(parts, out=out[: sum(map(len, parts))])
+            return
         filled = 0
-        for number, low, high in self._spans(start, stop):
+        for number, low, high in self._spans(runs):  # one by one: a shard takes disk space as long as a part is held
             out[filled : filled + high - low] = self._rows(number, low, high)[low:high]
             filled += high - low
 
-    def will_need(self, start: int, stop: int) -> None:
-        """Ask the kernel to read rows `start:stop` ahead; does nothing for a packed store."""
+    def will_need(self, runs: Sequence[Run]) -> None:
+        """Ask the kernel to read `runs` ahead; does nothing for a packed store. Raises nothing: reading does."""
         if self._local:
             return
-        page = mmap.PAGESIZE
-        for number, low, high in self._spans(start, stop):
-            first = low * self.spec.row_bytes // page * page
-            mapped, _ = self._map(number, self._root / self.spec.shard_path(number))
-            mapped.madvise(mmap.MADV_WILLNEED, first, high * self.spec.row_bytes - first)
+        with suppress(CorruptData, OSError):
+            for number, low, high in self._spans(runs):
+                first = low * self._row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+                # Not by mmap's own method: that holds the GIL while the kernel works.
+                _madvise(self._map(number)[1] + first, high * self._row_bytes - first, mmap.MADV_WILLNEED)
 
-    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        size = self.spec.rows_per_shard
-        while start < stop:
-            number, low = divmod(start, size)
-            high = min(size, low + stop - start)
-            yield number, low, high
-            start += high - low
+    def _spans(self, runs: Sequence[Run]) -> list[tuple[int, int, int]]:
+        """(shard, first row, past the last row) of the parts of `runs`."""
+        size, found = self._rows_per_shard, []
+        for start, stop in runs:
+            while start < stop:
+                number, low = divmod(start, size)
+                high = min(size, low + stop - start)
+                found.append((number, low, high))
+                start += high - low
+        return found
 
     def _rows(self, number: int, low: int, high: int) -> Rows:
         """A shard of which rows `low:high` can be read."""
-        path = self._root / self.spec.shard_path(number)
-        if self._local:
-            path = self._local.rows(self.spec, number, low, high, lambda: self._maps.pop(number, None))
-        return self._map(number, path)[1]
+        if not self._local:
+            return self._map(number)[0]
+        with self._local.lock:  # a shard is not evicted before it is mapped
+            self._local.decode(self.spec, number, low, high, lambda: self._maps.pop(number, None))
+            return self._map(number)[0]
 
-    def _map(self, number: int, path: Path) -> tuple[mmap.mmap, Rows]:
-        if number not in self._maps:
-            with open(path, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
-            mapped.madvise(mmap.MADV_RANDOM)
-            rows = np.frombuffer(mapped, dtype=self.spec.dtype, count=self.spec.payload_bytes // self._item)
-            self._maps[number] = mapped, rows if self.spec.width is None else rows.reshape(-1, self.spec.width)
+    def _map(self, number: int) -> tuple[Rows, int]:
+        if found := self._maps.get(number):
+            return found
+        path = self._folder / self.spec.shard_path(number)
+        with open(path, "rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) < self.spec.payload_bytes:
+                raise CorruptData(
+                    f"{path}: {size:,} bytes, its rows take {self.spec.payload_bytes:,}; {_remedy(self.spec, number)}"
+                )
+            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+        mapped.madvise(mmap.MADV_RANDOM)
+        rows = np.frombuffer(mapped, dtype=self.spec.dtype, count=self.spec.payload_bytes // self._item)
+        rows = rows if self.spec.width is None else rows.reshape(-1, self.spec.width)
+        self._maps[number] = rows, rows.ctypes.data
         return self._maps[number]
 
     @property

@@ -95,7 +95,7 @@ def test_reading_ahead_is_only_advice(small_shards):
     for rows in store.strata.values():
         for array in (rows.source, rows.position):
             for start, stop in [(0, 1), (0, array.rows), (array.rows - 1, array.rows), (3, min(900, array.rows))]:
-                array.will_need(start, stop)
+                array.will_need([(start, stop)])
 
 
 def test_mapped_rows_cannot_be_written(pristine):
