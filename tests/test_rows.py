@@ -1,17 +1,21 @@
 """`batch(step)` as tensors against a naive stream."""
 
 import shutil
+import threading
 from pathlib import Path
+from queue import Queue
 
 import numpy as np
 import pytest
 import torch
 
+from harvest.archive import pack
+from shared.errors import CorruptData
 from shared.reader import RowsConfig
-from shared.store import Store
-from tests.stores import SyntheticStore, make_store
+from shared.store import Local, Store
+from tests.stores import SyntheticStore, flip, make_store
 from tests.test_reader import naive_stream
-from train.rows import BatchReader, held_out_rows
+from train.rows import BatchReader, Side, held_out_rows
 
 CPU = torch.device("cpu")
 
@@ -67,6 +71,114 @@ def test_epochs_count_how_often_rows_were_seen(synthetic: SyntheticStore) -> Non
     rows = {name: 3 * s.stratum.rows for name, s in store.strata.items()}
     counts = dict(zip(rows, reader.counts, strict=True))
     assert reader.epochs(30) == {name: 30 * counts[name] / rows[name] for name in rows}
+
+
+def reading_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("rows")]
+
+
+@pytest.fixture(params=["raw", "packed"])
+def opened(request: pytest.FixtureRequest, synthetic: SyntheticStore, tmp_path: Path) -> Store:
+    """A store; the packed one is decoded again and again."""
+    if request.param == "raw":
+        return Store.open(synthetic.path)
+    pack(synthetic.path, tmp_path / "packed")
+    return Store.open(tmp_path / "packed", Local(folder=tmp_path / "local", bytes=20_000))
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_reading_ahead_gives_the_same_bits_in_any_order_of_steps(opened: Store, side: Side) -> None:
+    given = (opened, opened.record.training_blocks, RowsConfig(batch_rows=50, run_rows=8), 5, CPU, side)
+    plain = BatchReader(*given)
+    with BatchReader(*given) as reader:
+        for step in (*range(30), 7, 8, 9, 2, 1, 0, 29, 29, 500, 501):
+            found, expected = reader.batch(step), plain.batch(step)
+            assert torch.equal(found.source, expected.source) and torch.equal(found.target, expected.target)
+    with reader:  # again, from where a resumed run starts
+        assert torch.equal(reader.batch(12).source, plain.batch(12).source)
+
+
+def test_held_out_rows_are_read_while_the_thread_reads_ahead(opened: Store) -> None:
+    """Both decode into one small folder, and evict what the other needs."""
+    blocks = opened.record.report_blocks
+    expected = [chunk.source for chunk in held_out_rows(opened, blocks, 7, CPU)]
+    plain, reader = (BatchReader(opened, opened.record.training_blocks, RowsConfig(), 0, CPU) for _ in range(2))
+    with reader:
+        for step in range(8):
+            batch = reader.batch(step)
+            for found, chunk in zip(held_out_rows(opened, blocks, 7, CPU), expected, strict=True):
+                assert torch.equal(found.source, chunk)
+            assert torch.equal(batch.source, plain.batch(step).source)
+
+
+def test_batches_are_read_before_they_are_asked_for_by_one_thread_that_ends(
+    synthetic: SyntheticStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(synthetic.path)
+    reader = BatchReader(store, store.record.training_blocks, RowsConfig(batch_rows=32), 0, CPU)
+    read: Queue[tuple[int, str]] = Queue()
+    fill = reader._fill
+
+    def noted(step: int) -> object:
+        read.put((step, threading.current_thread().name))
+        return fill(step)
+
+    monkeypatch.setattr(reader, "_fill", noted)
+    with reader:
+        reader.batch(4)
+        assert [read.get(timeout=60) for _ in range(3)] == [(step, "rows_0") for step in (4, 5, 6)]
+        reader.batch(5)
+        assert read.get(timeout=60) == (7, "rows_0")
+        assert reading_threads() == ["rows_0"]
+    assert reading_threads() == []
+    with pytest.raises(KeyboardInterrupt), reader:
+        reader.batch(0)
+        raise KeyboardInterrupt
+    assert reading_threads() == []
+    assert 0 < reader.waited < 60
+
+
+def first_step(reader: BatchReader, stratum: str, block: int) -> int:
+    """The first step with rows of a stratum's block; some steps come before it."""
+    found = next(
+        step
+        for step in range(99)
+        if any(s.stratum.name == stratum and low // s.stratum.rows == block for s, low, _, _ in reader.runs(step))
+    )
+    assert found > 3
+    return found
+
+
+@pytest.mark.parametrize("kind", ["cut", "gone", "packed"])
+def test_what_goes_wrong_ahead_is_raised_at_its_step(synthetic: SyntheticStore, tmp_path: Path, kind: str) -> None:
+    """A shard that became too short for its rows, one that was removed, and a packed one that does not decode."""
+    path = tmp_path / "packed" if kind == "packed" else synthetic.path
+    if kind == "packed":
+        pack(synthetic.path, path)
+    store = Store.open(path, Local(folder=tmp_path / "local") if kind == "packed" else None)
+    shard = path / "activations.zarr/strata/001-004/target/c/4/0"
+    harm = {
+        "cut": lambda: shard.write_bytes(shard.read_bytes()[:2000]),
+        "gone": shard.unlink,
+        "packed": lambda: flip(shard, 4),
+    }
+    error, message = {
+        "cut": (CorruptData, f"{shard}: 2,000 bytes, its rows take 2,304; repair block 4"),
+        "gone": (FileNotFoundError, str(shard)),
+        "packed": (CorruptData, f"{shard}: a chunk"),
+    }[kind]
+    harm[kind]()
+    reader = BatchReader(store, store.record.training_blocks, RowsConfig(batch_rows=24, run_rows=8), 7, CPU)
+    bad = first_step(reader, "001-004", 4)
+    with pytest.raises(error, match=message), reader:
+        for step in range(bad + 1):
+            reader.batch(step)
+    assert step == bad and reading_threads() == []
+    with reader:  # again and again, and other steps are as they were
+        for _ in range(2):
+            with pytest.raises(error, match=message):
+                reader.batch(bad)
+            reader.batch(bad - 1)
 
 
 def test_with_the_target_as_source_the_source_is_never_read(synthetic: SyntheticStore) -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,11 @@ def test_the_cadence_of_rows_and_what_they_hold(command, store: SyntheticStore, 
         assert {"lr", "l0_threshold", "dead_share", "grad_norm", "fvu", "explained_variance"} <= set(row)
     timing = [json.loads(line) for line in (done.path / "timing.jsonl").read_text().splitlines()]
     assert [row["step"] for row in timing] == [7, 14, 20, 21, 28, 30]
+    for row, seconds in zip(timing, [0.0, *(row["seconds"] for row in timing)], strict=False):
+        assert row["data_wait"] > 0
+        assert row["data_wait_share"] == pytest.approx(row["data_wait"] / (row["seconds"] - seconds))
+        assert row["data_wait_share"] < 1
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rows")]
 
 
 @pytest.mark.parametrize("skip", ["true", "false"])

@@ -65,10 +65,11 @@ class Run:
 
     def train(self) -> None:
         """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
-        settings, self._began, note = self._settings, time.monotonic(), ""
+        settings, self._began, self._logged, note = self._settings, time.monotonic(), (0.0, 0.0), ""
         if settings.device == "cpu" and not loops.compiled_before():
             print("compiling the loops of the first step: some twenty seconds, once on this machine", file=sys.stderr)
-        with _stop_signals() as stop, Progress("train", settings.steps, "steps", done=self._first) as progress:
+        bar = Progress("train", settings.steps, "steps", done=self._first)
+        with _stop_signals() as stop, self._reader, bar as progress:
             for step in range(self._first, settings.steps):
                 output, lr = self._step(step)
                 done = step + 1
@@ -115,8 +116,14 @@ class Run:
         self._metrics.append(head | row)
         seconds = time.monotonic() - self._began
         rate = (done - self._first) * self._settings.rows.batch_rows / seconds
-        self._timing.append(head | {"seconds": seconds, "rows_per_second": rate})
+        self._timing.append(head | {"seconds": seconds, "rows_per_second": rate} | self._data_wait(seconds))
         return note
+
+    def _data_wait(self, seconds: float) -> dict[str, float]:
+        """Seconds that steps waited for rows since the last row of the logs, and their share of the time."""
+        (before, waited), self._logged = self._logged, (seconds, self._reader.waited)
+        wait = self._reader.waited - waited
+        return {"data_wait": wait, "data_wait_share": wait / (seconds - before)}
 
     def _evaluate(self, done: int) -> Evaluation:
         settings, threshold = self._settings, self._threshold(done)

@@ -1,9 +1,12 @@
 """The rows of a step on their way from the memory maps to tensors."""
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.layout import StorageType
@@ -38,7 +41,9 @@ class Batch(NamedTuple):
 class BatchReader(RowReader):
     """Reads the batches of a store's pinned range of training blocks.
 
-    `source` is the side of the pairs that is read as source; `target` is read once and is both.
+    `source` is the side of the pairs that is read as source; `target` is read once and is both. Inside `with reader:` a
+    thread reads the next `AHEAD` batches while one is used: the same rows, and what goes wrong with the rows of a step
+    is raised when that step asks for them. The thread has ended when the block is left.
     """
 
     def __init__(
@@ -51,17 +56,78 @@ class BatchReader(RowReader):
         source: Side = "source",
     ) -> None:
         super().__init__(store, blocks, config, seed, _sides(source))
-        first, self._device = next(iter(store.strata.values())), device
-        self._staging = {side: _staging(config.batch_rows, getattr(first, side), device) for side in self.arrays}
+        first = next(iter(store.strata.values()))
+        arrays = [getattr(first, side) for side in self.arrays]
+        self._stages = [_Stage(config.batch_rows, arrays, device) for _ in range(AHEAD + 1)]
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: dict[int, Future[_Stage]] = {}
+        self.waited = 0.0
+        """Seconds that callers of `batch` waited for it."""
+
+    def __enter__(self) -> Self:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._pool
+        pool, self._pool, self._ahead = self._pool, None, {}
+        pool.shutdown(cancel_futures=True)
 
     def batch(self, step: int) -> Batch:
-        """The rows of `step`, counted from 0."""
-        self.will_need(step + AHEAD)
-        rows = []
-        for side, staging in self._staging.items():
-            self.read(step, side, staging.numpy())
-            rows.append(to_float(staging, self.store.request.storage, self._device))
+        """The rows of `step`, counted from 0. Raises what reading them raised."""
+        began = time.monotonic()
+        rows = self._stage(step).to_float(self.store.request.storage)
+        self.waited += time.monotonic() - began
         return Batch(rows[0], rows[-1], self.slices())
+
+    def _stage(self, step: int) -> "_Stage":
+        if not self._pool:
+            return self._fill(step)
+        if step not in self._ahead:  # the first one, or out of turn: what was read ahead is of no use
+            for other in self._ahead.values():
+                other.cancel()
+            self._ahead = {}
+        for wanted in range(step, step + AHEAD + 1):
+            if wanted not in self._ahead:
+                self._ahead[wanted] = self._pool.submit(self._fill, wanted)
+        return self._ahead.pop(step).result()
+
+    def _fill(self, step: int) -> "_Stage":
+        """Read `step` into its place in the ring, which was used up when the step after it was asked for."""
+        stage = self._stages[step % len(self._stages)]
+        self.will_need(step + AHEAD)
+        for side, rows in zip(self.arrays, stage.to_fill(), strict=True):
+            self.read(step, side, rows)
+        return stage
+
+
+class _Stage:
+    """Rows as stored, of one step, on the host; in pinned memory for CUDA, copied on a stream of its own."""
+
+    def __init__(self, rows: int, arrays: Sequence[MappedArray], device: torch.device) -> None:
+        self._rows, self._device = [_staging(rows, array, device) for array in arrays], device
+        cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if cuda else None
+        self._copied = torch.cuda.Event() if cuda else None
+
+    def to_fill(self) -> list[NDArray[Any]]:
+        """The buffers, when the last copy out of them is done."""
+        if self._copied:
+            self._copied.synchronize()
+        return [rows.numpy() for rows in self._rows]
+
+    def to_float(self, storage: StorageType) -> list[Tensor]:
+        """The rows as float32 on the device; the device's other work neither waits nor is waited for."""
+        if not self._stream or not self._copied:
+            return [to_float(rows, storage, self._device) for rows in self._rows]
+        with torch.cuda.stream(self._stream):
+            copies = [rows.to(self._device, non_blocking=True) for rows in self._rows]
+            self._copied.record()
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._copied)
+        for copy in copies:
+            copy.record_stream(current)  # its memory is not given away before `current` has read it
+        return [to_float(copy, storage, self._device) for copy in copies]
 
 
 class HeldOutChunk(NamedTuple):
@@ -86,6 +152,7 @@ def held_out_rows(
             for side in _sides(source):
                 array: MappedArray = getattr(stratum, side)
                 out = _staging(high - low, array, torch.device("cpu"))
+                array.will_need([(low, min(low + 2 * chunk_rows, blocks.stop * rows))])  # this chunk and the next
                 array.read(low, high, out.numpy())
                 found.append(to_float(out, store.request.storage, device))
             yield HeldOutChunk(name, found[0], found[-1])
@@ -95,7 +162,7 @@ def to_float(rows: Tensor, storage: StorageType, device: torch.device) -> Tensor
     """Stored rows as float32 on `device`; bfloat16 arrives as its bits in uint16."""
     typed = rows.view(torch.bfloat16) if storage == "bfloat16" else rows
     assert typed.dtype == _TORCH[storage]
-    return typed.to(device).to(torch.float32, copy=True)  # waits: the staging buffer is filled again at once
+    return typed.to(device).to(torch.float32, copy=True)  # a copy always: buffers are filled again
 
 
 def _sides(source: Side) -> tuple[Side, ...]:
