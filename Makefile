@@ -14,11 +14,14 @@ TRAIN_ARGS ?= $(ARGS)
 # What pip is given for torch. On a host without a GPU its CPU build saves gigabytes:
 #   make harvest TORCH="torch==2.13.0 --index-url URL"     with the URL of torch's index of CPU builds
 TORCH ?= $(shell grep -m1 '^torch==' constraints.txt)
+# Builds of torch for CUDA bring the Triton that fits them; without one, the tests take this and run in its interpreter.
+TRITON ?= triton==3.9.0
 
 CODE := harvest train shared tests
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
+DEV := $(VENV)/developing.stamp
 LAST_STORE := cache/$(PRESET).store
 
 # One set of options for two commands is a mistake more often than not.
@@ -52,7 +55,7 @@ ifneq ($(filter harvest,$(MAKECMDGOALS)),)
 train: harvest
 endif
 
-bench: $(STAMP) ## Measure kernels, threads, a step, harvest and the two commands; rewrites docs/benchmarks.md
+bench: $(DEV) ## Measure kernels, threads, a step, harvest and the two commands; rewrites docs/benchmarks.md
 	@$(BIN)/python -m tests.bench.kernels
 	@$(BIN)/python -m tests.bench.threads
 	@$(BIN)/python -m tests.bench.step
@@ -62,7 +65,7 @@ bench: $(STAMP) ## Measure kernels, threads, a step, harvest and the two command
 test: lint ## Lint, type check and run all tests, the fast ones first
 	@$(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMP) ## Lint, format check and type check
+lint: $(DEV) ## Lint, format check and type check
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
 	@$(BIN)/mypy
@@ -79,5 +82,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt $(TORCH)
+	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[harvest]'
+	@touch $@
+
+# What tests and benches need beside that.
+$(DEV): $(STAMP)
+	@echo 'installing what the tests need into $(VENV) (once; a minute)'
 	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[harvest,dev]'
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON) || \
+		echo 'no $(TRITON) for this platform: tests of its kernels will be skipped' >&2
 	@touch $@

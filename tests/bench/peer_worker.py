@@ -128,9 +128,8 @@ def ours(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
     """This project's step, rows' counters and figures included."""
     import numba
 
-    from tests.bench.step import AUXK
+    from tests.bench.step import AUXK, figures_of
     from train.blas import faster_here
-    from train.metrics import Counters, Window
     from train.optimizer import Optimizer, OptimizerConfig
     from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
 
@@ -141,8 +140,7 @@ def ours(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
     model.initialise(0)
     model.blas, model.kernels = faster_here(), "compiled"
     optimizer, data = Optimizer(model, OptimizerConfig(lr=3e-4), 10**6), batches(d, rows)
-    counters = Counters(d_sae, torch.device("cpu"))
-    window = Window({"001-256": slice(0, rows)}, model.prefixes, d, torch.device("cpu"))
+    counters, window = figures_of(model)
     dead, numbers = torch.arange(d_sae) % 4 == 0, itertools.count()
 
     def step() -> None:

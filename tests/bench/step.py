@@ -1,6 +1,7 @@
 """One optimiser step on one thread: tokens/s beside the dense reference and the encoder's product alone, and its parts.
 
-python -m tests.bench.step [S] [M] [L]      all shapes when none is named
+python -m tests.bench.step [S] [M] [L]              all shapes when none is named
+python -m tests.bench.step threads [S] [M] [L]      two threads beside one, by wall time
 """
 
 import statistics
@@ -18,7 +19,9 @@ from tests.bench.peer_worker import peak_mib
 from tests.bench.record import record, run
 from train.blas import addmm, faster_here
 from train.losses import AuxKConfig
+from train.metrics import Counters, Window
 from train.optimizer import Optimizer, OptimizerConfig
+from train.sparse_step import compiled
 from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
 
 B = 1024
@@ -92,6 +95,10 @@ def main() -> None:
     if sys.argv[1:2] == ["peak"]:
         peak(sys.argv[2], sys.argv[3])
         return
+    if sys.argv[1:2] == ["threads"]:
+        for shape in sys.argv[2:] or list(SHAPES):
+            threads(shape)
+        return
     for shape in sys.argv[1:] or list(SHAPES):
         measure(shape)
 
@@ -113,34 +120,92 @@ def measure(shape: str) -> None:
         adam.step()
         dense.model.normalise_decoder()
 
-    model, parts = ours.model, Setup(ours.model, ours.optimizer, ours.source, ours.target, torch.zeros_like(ours.dead))
-    pre_acts = model.pre_acts(ours.source)
+    model, no_dead = ours.model, torch.zeros_like(ours.dead)
+    without = Setup(model, ours.optimizer, ours.source, ours.target, no_dead)
+    x, y = model.normalised(ours.source, ours.target)
+    pre_acts = model.pre_acts(x)
+    active, _ = model.select(pre_acts, 0)
+    counters, window = figures_of(model)
     low = (ours.source.bfloat16(), model.W_enc.detach().bfloat16())
+
+    def forward() -> torch.Tensor:
+        values = compiled.encode(x, model.W_enc, model.b_enc, active).relu()
+        base, prefixes = model.b_dec.unsqueeze(0), len(model.prefixes)
+        return compiled.prefix_loss(values, model.W_dec, base, y, active, model.segment, prefixes, 1e-6)[0]
+
+    def backward() -> None:
+        model.zero_grad(set_to_none=True)
+        forward().backward()
+
+    def figured() -> None:
+        counters.update(output)
+        window.add(output, torch.ones(()))
 
     taken = interleaved(
         {
             "step": ours.ours,
-            "step without aux-k": parts.ours,
+            "step without dead latents": without.ours,
             "dense reference": dense_step,
-            "encoder's product": lambda: addmm(model.blas, model.b_enc, ours.source, model.W_enc),
-            "encoder's product by torch": lambda: torch.addmm(model.b_enc.detach(), ours.source, model.W_enc.detach()),
+            "encoder's product": lambda: addmm(model.blas, model.b_enc, x, model.W_enc),
+            "encoder's product by torch": lambda: torch.addmm(model.b_enc.detach(), x, model.W_enc.detach()),
             "encoder's product in bfloat16": lambda: low[0] @ low[1],
             "selection": lambda: model.select(pre_acts, 0),
+            "loss of all prefixes": forward,
+            "loss and gradients": backward,
             "update": lambda: ours.optimizer._adam.update(1e-4, 1.0),
+            "figures": figured,
         }
     )
+    taken["gradients"] = taken.pop("loss and gradients") - taken["loss of all prefixes"]
+    taken["aux-k"] = taken["step"] - taken["step without dead latents"]
+    shares = ("encoder's product", "selection", "loss of all prefixes", "gradients", "aux-k", "update")
+    taken["the rest of the step"] = taken["step"] - sum(taken[name] for name in shares)
     figures: dict[str, tuple[float, str]] = {
-        f"{name}: tokens/s": (B / taken[name], "tokens/s") for name in ("step", "step without aux-k", "dense reference")
+        f"{name}: tokens/s": (B / taken[name], "tokens/s")
+        for name in ("step", "step without dead latents", "dense reference")
     }
     figures |= {name: (seconds * 1e3, "CPU-ms") for name, seconds in taken.items()}
+    for name in (*shares, "the rest of the step"):
+        figures[f"share of the step: {name}"] = (100 * taken[name] / taken["step"], "%")
     figures["step over dense reference"] = (taken["dense reference"] / taken["step"], "times as fast")
     figures["step over encoder's product"] = (taken["step"] / taken["encoder's product"], "times the time")
+    low_product = taken["encoder's product in bfloat16"]
+    figures["step over encoder's product in bfloat16"] = (taken["step"] / low_product, "times the time")
     figures["loss beside the dense reference, relative difference"] = (difference, "")
     for name in ("ours", "dense"):
         done = run(sys.executable, "-m", "tests.bench.step", "peak", shape, name)
         figures[f"peak memory, {name}"] = (float(done.out), "MiB")
     d, d_sae, k = SHAPES[shape]
     record(f"step {shape}: d {d}, d_sae {d_sae}, k {k}, B {B}, one thread", f"{LINE} {shape}", figures)
+
+
+def figures_of(model: Transcoder) -> tuple[Counters, Window]:
+    """What a run counts and sums after every step."""
+    device, width = torch.device("cpu"), model.W_dec.shape[1]
+    return Counters(model.d_sae, device), Window({"001-256": slice(0, B)}, model.prefixes, width, device)
+
+
+def threads(shape: str) -> None:
+    """A step with one thread and with two, taking turns, by wall time."""
+    made = setup(shape)
+    x, _ = made.model.normalised(made.source, made.target)
+
+    def on(number: int, part: Callable[[], object]) -> Callable[[], object]:
+        def call() -> None:
+            torch.set_num_threads(number)
+            numba.set_num_threads(number)
+            part()
+
+        return call
+
+    parts = {"step": made.ours, "encoder's product": lambda: made.model.pre_acts(x)}
+    wanted = {f"{name}, {n} thread{'s' * (n - 1)}": on(n, part) for name, part in parts.items() for n in (1, 2)}
+    taken = interleaved(wanted, time.perf_counter)
+    figures: dict[str, tuple[float, str]] = {name: (seconds * 1e3, "ms") for name, seconds in taken.items()}
+    for name in parts:
+        figures[f"{name}: two threads over one"] = (taken[f"{name}, 1 thread"] / taken[f"{name}, 2 threads"], "times")
+    d, d_sae, k = SHAPES[shape]
+    record(f"threads {shape}: d {d}, d_sae {d_sae}, k {k}, B {B}", f"{LINE} threads {shape}", figures)
 
 
 def peak(shape: str, name: str) -> None:
@@ -155,15 +220,17 @@ def peak(shape: str, name: str) -> None:
     print(peak_mib())
 
 
-def interleaved(parts: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median CPU seconds of each, taking turns."""
+def interleaved(
+    parts: dict[str, Callable[[], object]], clock: Callable[[], float] = time.process_time
+) -> dict[str, float]:
+    """Median seconds of each, CPU time if not said otherwise, taking turns."""
     taken: dict[str, list[float]] = {name: [] for name in parts}
     for repeat in range(REPEATS + 1):
         for name, part in parts.items():
-            began = time.process_time()
+            began = clock()
             part()
             if repeat:  # the first round warms up
-                taken[name].append(time.process_time() - began)
+                taken[name].append(clock() - began)
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
