@@ -67,7 +67,7 @@ class Run:
         """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
         settings, self._began, self._logged, note = self._settings, time.monotonic(), (0.0, 0.0), ""
         if settings.device == "cpu" and not loops.compiled_before():
-            print("compiling the loops of the first step: some twenty seconds, once on this machine", file=sys.stderr)
+            print("compiling the loops of the first step: half a minute, once on this machine", file=sys.stderr)
         bar = Progress("train", settings.steps, "steps", done=self._first)
         with _stop_signals() as stop, self._reader, bar as progress:
             for step in range(self._first, settings.steps):

@@ -22,7 +22,7 @@ _LANE = 16
 
 
 def compiled_before() -> bool:
-    """Whether this machine has the loops already: compiling them takes some twenty seconds."""
+    """Whether this machine has the loops already: compiling them takes half a minute."""
     return any(Path(adam.stats.cache_path).glob("loops.adam-*.nbi"))
 
 
