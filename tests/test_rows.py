@@ -138,6 +138,21 @@ def test_batches_are_read_before_they_are_asked_for_by_one_thread_that_ends(
     assert 0 < reader.waited < 60
 
 
+def test_the_kernel_is_asked_for_every_batch_before_it_is_read(
+    synthetic: SyntheticStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, done = Store.open(synthetic.path), []
+    reader = BatchReader(store, store.record.training_blocks, RowsConfig(batch_rows=32), 0, CPU)
+    read = reader.read
+    monkeypatch.setattr(reader, "will_need", lambda step: done.append(f"ask {step}"))
+    monkeypatch.setattr(reader, "read", lambda step, *rest: done.append(f"read {step}") or read(step, *rest))
+    for step in (0, 1, 7):
+        reader.batch(step)
+    twice = [[f"read {step}"] * 2 for step in (0, 1, 7)]
+    first, second = [f"ask {step}" for step in (0, 1, 2)], [f"ask {step}" for step in (7, 8, 9)]
+    assert done == [*first, *twice[0], "ask 3", *twice[1], *second, *twice[2]]
+
+
 def first_step(reader: BatchReader, stratum: str, block: int) -> int:
     """The first step with rows of a stratum's block; some steps come before it."""
     found = next(

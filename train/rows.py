@@ -61,6 +61,7 @@ class BatchReader(RowReader):
         self._stages = [_Stage(config.batch_rows, arrays, device) for _ in range(AHEAD + 1)]
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: dict[int, Future[_Stage]] = {}
+        self._filled = -2
         self.waited = 0.0
         """Seconds that callers of `batch` waited for it."""
 
@@ -95,7 +96,9 @@ class BatchReader(RowReader):
     def _fill(self, step: int) -> "_Stage":
         """Read `step` into its place in the ring, which was used up when the step after it was asked for."""
         stage = self._stages[step % len(self._stages)]
-        self.will_need(step + AHEAD)
+        for later in range(step + AHEAD if step == self._filled + 1 else step, step + AHEAD + 1):
+            self.will_need(later)
+        self._filled = step
         for side, rows in zip(self.arrays, stage.to_fill(), strict=True):
             self.read(step, side, rows)
         return stage
