@@ -55,10 +55,11 @@ ifneq ($(filter harvest,$(MAKECMDGOALS)),)
 train: harvest
 endif
 
-bench: $(DEV) ## Measure kernels, threads, a step, harvest and the two commands; rewrites docs/benchmarks.md
+bench: $(DEV) ## Measure kernels, threads, a step, reading, harvest and the two commands; rewrites docs/benchmarks.md
 	@$(BIN)/python -m tests.bench.kernels
 	@$(BIN)/python -m tests.bench.threads
 	@$(BIN)/python -m tests.bench.step
+	@$(BIN)/python -m tests.bench.reader
 	@$(BIN)/python -m tests.bench.harvest
 	@$(BIN)/python -m tests.bench.pipeline
 

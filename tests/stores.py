@@ -23,6 +23,8 @@ from shared.strata import Stratum, quota, stratum_ranges
 
 Array = NDArray[Any]
 SIDES = ("source", "target")
+Draw = Callable[[Array, Array, Array | float], dict[str, NDArray[np.float32]]]
+"""Rows by side, for the tokens and positions of a stratum and what each row has of its document."""
 BOS = 0
 
 
@@ -126,16 +128,18 @@ def make_store(
     bos_norm: float = 20.0,
     tokenizer: bool = False,
     documents: DocumentLayout | None = None,
+    draw: Draw | None = None,
     **request: Any,
 ) -> SyntheticStore:
     """Write a finished store at `path`; further options are those of `make_request`.
 
     `noise` is the share of the target's deviation that the source does not explain; `bos_norm` the norm of the row at
-    position 0 over that of other rows. Without `documents`, they are short and have no part in the rows.
+    position 0 over that of other rows. Without `documents`, they are short and have no part in the rows. `draw` makes
+    other rows, without documents.
     """
     wanted = make_request(**request)
     rng = np.random.default_rng(wanted.seed)
-    draw = _Rows(rng, d_in, d_out, vocabulary, noise, bos_norm)
+    draw = draw or _Rows(rng, d_in, d_out, vocabulary, noise, bos_norm)
     files: dict[str, layout.FileRecord] = {}
     blocks = wanted.held_out_blocks + training_blocks
 
@@ -262,7 +266,7 @@ _Gathered = dict[tuple[str, str], tuple[statistics.Moments, statistics.Moments]]
 def _write_strata(
     path: Path,
     request: layout.StoreRequest,
-    draw: _Rows,
+    draw: Draw,
     block: int,
     tokens: Array,
     owners: Array,
