@@ -20,6 +20,8 @@ class Finished:
 
     out: str
     seconds: float
+    cpu_seconds: float
+    """Of the process and the children that it waited for."""
     peak_mib: float
     """Largest resident set of the process or one of its children."""
 
@@ -36,7 +38,7 @@ def run(*command: object) -> Finished:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(text)} failed with exit code {process.returncode}")
-    return Finished(out, time.monotonic() - began, usage.ru_maxrss / 1024)
+    return Finished(out, time.monotonic() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def machine() -> str:

@@ -100,7 +100,7 @@ def train(store: Path, runs: Path, name: str, steps: int, *assignments: str) -> 
     settings = (*warmups, f"evaluation.every={steps}", *assignments)
     sets = [part for setting in settings for part in ("--set", setting)]
     command = ("train", "run", "tiny", "--store", store, "--runs", runs, "--name", name, "--steps", steps, *sets)
-    run(sys.executable, "-P", "-m", *command)
+    run(sys.executable, "-m", *command)
     return runs / name
 
 
