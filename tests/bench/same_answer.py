@@ -8,10 +8,11 @@ dense fp32 reference (`--kernels A B` compares others). Held-out fvu must agree 
 `peers`: two other trainers' Matryoshka BatchTopK autoencoders of the store's target, and this trainer with
 `source=target`, which is the same map. All see the same rows in the same order, shifted and scaled by the store's
 statistics, at the same width, prefixes and k. Every trainer is trained with each of `--rates`, peers with `--own` also
-with the rate that they recommend, and the best one of each counts. What a trainer hands over is one affine map, a threshold and another affine
-map; a plain dense evaluator, the same for all, gives their fvu on the report rows at natural frequencies without
-position 0: under the trainer's own threshold, and under the one at which these very rows have k active latents on
-average, so that no trainer gains by being less sparse. tests/bench/peer_training.py says what else peers are given.
+with the rate that they recommend, and the best one of each counts. What a trainer hands over is one affine map, a
+threshold and another affine map; a plain dense evaluator, the same for all, gives their fvu on the report rows at
+natural frequencies without position 0: under the trainer's own threshold, and under the one at which these very rows
+have k active latents on average, so that no trainer gains by being less sparse. tests/bench/peer_training.py says what
+else peers are given.
 """
 
 import argparse
