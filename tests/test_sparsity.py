@@ -96,6 +96,24 @@ def test_row_topk_keeps_the_largest_of_each_row(ops: ModuleType, rows: int, k: i
     assert (active.starts.diff() == k).all()
 
 
+def test_compiled_row_topk_hands_a_nan_on() -> None:
+    pre_acts = draw(0, 70, 12)
+    pre_acts[3, 4] = torch.nan
+    pre_acts[5] = torch.nan
+    active = compiled.row_topk(pre_acts, 5)
+    assert ((active.latents >= 0) & (active.latents < 12)).all()
+    rows_with_nan = active.rows[active.values.isnan()].unique().tolist()
+    assert 5 in rows_with_nan and set(rows_with_nan) <= {3, 5}
+
+
+@KERNELS
+def test_one_row(ops: ModuleType) -> None:
+    pre_acts = draw(1, 1, 30)
+    for active in (ops.row_topk(pre_acts, 6), ops.batch_topk(pre_acts, 6, torch.tensor(0.0))[0]):
+        assert torch.equal(mask_of(active, pre_acts.shape), reference.top_of_rows(pre_acts, 6))
+        assert active.rows.is_contiguous() and active.latents.is_contiguous()
+
+
 @KERNELS
 def test_row_topk_of_ties_keeps_k(ops: ModuleType) -> None:
     active = ops.row_topk(torch.ones(70, 8), 3)

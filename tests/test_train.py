@@ -393,13 +393,21 @@ def test_no_room_for_checkpoints_is_refused_before_the_run_and_force_goes_on(
     assert command(*args, "--force").code == 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [b"\x80\x7f", b"\xc0\x7f"], ids=["infinity", "nan"])
+@pytest.mark.parametrize("activation", ["batchtopk", "topk"])
+def test_a_source_that_is_not_finite_stops_the_run_and_names_its_rows(
+    command, tmp_path: Path, activation: str, bits: bytes
+) -> None:
     made = make_store(tmp_path / "store")
     for shard in (made.path / "activations.zarr/strata/016-032/source/c").glob("*/0"):
         data = bytearray(shard.read_bytes())
-        data[: 16 * 2 * 64] = b"\x80\x7f" * (16 * 64)  # bfloat16 infinity
+        data[: 16 * 2 * 64] = bits * (16 * 64)
         shard.write_bytes(data)
-    done = command("run", "--store", made.path, "--runs", tmp_path / "runs", "--steps", 50, *SMALL)
+    done = command(
+        "run", "--store", made.path, "--runs", tmp_path / "runs", "--steps", 50, "--set", "transcoder.d_sae=64",
+        "--set", f"activation.kind={activation}", "--set", "activation.k=6", "--set", "rows.batch_rows=48",
+        "--set", "auxk.dead_after_tokens=48",
+    )  # fmt: skip
     assert done.code == 1
     assert "is not finite at step" in done.err and "016-032 " in done.err
     assert not checkpoint.steps(tmp_path / "runs" / "tiny-001")

@@ -33,7 +33,7 @@ def prefix_loss(
     weight: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [], [B, P], [B, O]
     """As `plain.prefix_loss`, with one product for every prefix."""
-    latents = values.new_zeros(len(y), len(W_dec)).index_put((active.rows, active.latents), values)
+    latents = values.new_zeros(len(y), len(W_dec)).index_put((active.rows, active.latents), values, accumulate=True)
     parts = [latents * (segment <= p) @ W_dec + base for p in range(prefixes)]
     errors = torch.stack([(part - y).square().sum(dim=1) for part in parts], dim=1)
     return weight * errors.sum(), errors.detach(), (y - parts[-1]).detach()

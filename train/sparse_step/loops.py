@@ -96,7 +96,7 @@ def largest_of_rows(pre_acts: Floats, among: Ints, parts: int, latents: Ints, va
     """The largest pre-activations of each row [B, F] among the latents `among` [n], rising, and where they are.
 
     As many as `latents` [B, k] is wide, at most n; of equal ones the first. A row's k-th largest says about where to
-    look in the next, so that few are compared; when they are too few, all are.
+    look in the next, so that few are compared; when they are too few, all are. A NaN that is compared is the largest.
     """
     wanted, size = latents.shape[1], -(-len(pre_acts) // parts)
     for part in prange(parts):
@@ -116,10 +116,10 @@ def largest_of_rows(pre_acts: Floats, among: Ints, parts: int, latents: Ints, va
             least = np.partition(found[:count], count - wanted)[count - wanted]
             ties = wanted
             for j in range(count):
-                ties -= found[j] > least
+                ties -= found[j] > least or np.isnan(found[j])
             at = 0
             for j in range(count):
-                if found[j] > least or (found[j] == least and ties > 0):
+                if found[j] > least or np.isnan(found[j]) or (found[j] == least and ties > 0):
                     ties -= found[j] == least
                     if at < wanted:
                         latents[b, at], values[b, at] = places[j], found[j]

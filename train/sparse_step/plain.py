@@ -45,7 +45,9 @@ def row_topk(
     looked_at = pre_acts if among is None else pre_acts.masked_fill(~among, -torch.inf)
     latents = looked_at.topk(min(k, pre_acts.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
     rows = torch.arange(len(pre_acts), device=pre_acts.device).unsqueeze(1).expand_as(latents)
-    return Active.of(rows.flatten(), latents.flatten(), pre_acts.gather(1, latents).flatten(), pre_acts.shape)
+    return Active.of(
+        rows.flatten().contiguous(), latents.flatten(), pre_acts.gather(1, latents).flatten(), pre_acts.shape
+    )
 
 
 def above(
@@ -103,7 +105,7 @@ def decode_prefixes(
     rows = len(active.starts) - 1
     group = active.rows * prefixes + segment[active.latents]
     segments = _SparseDecode.apply(values, W_dec, active, group, rows * prefixes)
-    return segments.view(rows, prefixes, -1).cumsum(dim=1)
+    return segments.view(rows, prefixes, W_dec.shape[1]).cumsum(dim=1)
 
 
 def smallest_positive(values: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def prefix_loss(
     weight: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [], [B, P], [B, O]
     """As `plain.prefix_loss`."""
-    weight = torch.as_tensor(weight, dtype=y.dtype, device=y.device)
+    if not isinstance(weight, Tensor):
+        weight = torch.full((), weight, dtype=y.dtype, device=y.device)  # on the device, unlike a copied number
     return fused.prefix_loss(_Kernels(), values, W_dec, base, y, active, segment, prefixes, weight)
 
 
