@@ -405,7 +405,8 @@ def test_a_source_that_is_not_finite_stops_the_run_and_names_its_rows(
         shard.write_bytes(data)
     done = command(
         "run", "--store", made.path, "--runs", tmp_path / "runs", "--steps", 50, "--set", "transcoder.d_sae=64",
-        "--set", f"activation.kind={activation}", "--set", "activation.k=6", "--set", "rows.batch_rows=48",
+        "--set", f"activation.kind={activation}", "--set", "activation.k=6", "--set", "activation.k_start=6",
+        "--set", "rows.batch_rows=48",
         "--set", "auxk.dead_after_tokens=48",
     )  # fmt: skip
     assert done.code == 1
