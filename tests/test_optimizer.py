@@ -43,7 +43,7 @@ def test_three_steps_equal_adam_written_out(kind: type) -> None:
         name: (torch.zeros_like(p).double(), torch.zeros_like(p).double()) for name, p in plain.named_parameters()
     }
     for step in range(3):
-        optimizer.step(loss_of(model, step), step)
+        optimizer.step([loss_of(model, step)], step)
 
         plain.zero_grad(set_to_none=True)
         loss_of(plain, step).backward()
@@ -70,7 +70,7 @@ def test_decoder_rows_have_unit_norm_after_every_step(kind: type) -> None:
     model = make()
     optimizer = optimizer_of(kind, model, OptimizerConfig(lr=0.5), steps=10)
     for step in range(3):
-        optimizer.step(loss_of(model, step), step)
+        optimizer.step([loss_of(model, step)], step)
         torch.testing.assert_close(model.W_dec.norm(dim=1), torch.ones(F))
 
 
@@ -85,7 +85,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero() -> None:
 def test_the_reported_norm_is_the_one_before_clipping(kind: type, limit: float | None) -> None:
     model = make()
     optimizer = optimizer_of(kind, model, OptimizerConfig(max_grad_norm=limit, beta1=0.75), steps=1)
-    _, norm = optimizer.step(loss_of(model, 0), 0)
+    _, norm = optimizer.step([loss_of(model, 0)], 0)
     moments = [value / 0.25 for name, value in optimizer.state().items() if name.endswith("exp_avg")]
     after = torch.sqrt(sum((gradient**2).sum() for gradient in moments))
     assert float(norm) > 1e-2

@@ -235,7 +235,7 @@ def test_a_whole_step_on_a_device_waits_for_nothing(kind: str, product_dtype: to
     with _Waits() as waits:
         for step in range(2):
             output = model.step(source, target, counters.dead(B), AuxKConfig(k=3), step)
-            _, norm = optimizer.step(output.loss, step)
+            _, norm = optimizer.step([output.loss], step)
             counters.update(output)
             window.add(output, norm)
     assert waits.found == []

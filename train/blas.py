@@ -27,9 +27,18 @@ def faster_here() -> Blas:
 
 
 def addmm(blas: Blas, bias: Tensor, x: Tensor, W: Tensor) -> Tensor:
-    """Bias [F] + x [B, D] @ W [D, F], without gradient; by `numpy`, on CPU, each thread takes a part of the rows."""
+    """Bias [F] + x [B, D] @ W [D, F], without gradient."""
     if blas == "torch":
         return torch.addmm(bias, x, W)
+    found = product(blas, x, W)
+    loops.add_to_rows(found.numpy(), bias.detach().numpy())
+    return found
+
+
+def product(blas: Blas, x: Tensor, W: Tensor) -> Tensor:
+    """X [B, D] @ W [D, F], without gradient; by `numpy`, on CPU, each thread takes a part of the rows."""
+    if blas == "torch":
+        return x.detach() @ W.detach()
     out = x.new_empty(len(x), W.shape[1])
     threads = min(torch.get_num_threads(), len(x))
     size = -(-len(x) // threads)
@@ -44,7 +53,6 @@ def addmm(blas: Blas, bias: Tensor, x: Tensor, W: Tensor) -> Tensor:
             part(0)
         else:
             list(_pool(threads).map(part, range(0, len(x), size)))
-    loops.add_to_rows(found, bias.detach().numpy())
     return out
 
 

@@ -19,6 +19,8 @@ from shared.progress import Progress
 from shared.store import Store
 from train import checkpoint
 from train.checkpoint import Checkpoint
+from train.duplicates.diversity import Diversity
+from train.duplicates.monitor import POSITION_0, CorrelationMonitor
 from train.evaluate import Evaluation, calibrate, evaluate
 from train.metrics import METRICS, TIMING, Counters, Log, Window
 from train.optimizer import Optimizer
@@ -26,6 +28,7 @@ from train.rows import BatchReader
 from train.settings import RunConfig, default_kernels
 from train.sparse_step import loops
 from train.transcoder import Normalisation, Step, Transcoder
+from train.usage import Usage, prove
 
 _NEVER = 2**62
 """No step."""
@@ -53,11 +56,31 @@ class Run:
         )
         self._transcoder = build_transcoder(config, store)
         self._optimizer = Optimizer(self._transcoder, self._settings.optimizer, self._settings.steps)
+        strata = self._reader.slices()
+        weights = self._reader.natural_weights().to(device)
+        at_0 = strata.get(POSITION_0, slice(0, 0))
+        self._diversity = Diversity(self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed)
+        self._monitor = CorrelationMonitor(path, self._settings.monitor, self._transcoder, strata, self._settings.steps)
         self._counters = Counters(self._transcoder.d_sae, device)
         self._window = Window(self._reader.slices(), self._transcoder.prefixes, config.d_out, device)
+        self._usage = Usage(path, self._settings, self._reader.slices())
+        self._parts = (
+            self._optimizer,
+            self._counters,
+            self._window,
+            self._diversity,
+            self._monitor,
+            self._usage,
+        )
+        """What has state beside the weights."""
         self._metrics, self._timing = Log(path / METRICS), Log(path / TIMING)
         self._dead_after = self._settings.auxk.dead_after(self._settings.steps * self._settings.rows.batch_rows)
-        self._cadences = self._settings.log_every, self._settings.evaluation.every, self._settings.checkpoint.every
+        self._cadences = (
+            self._settings.log_every,
+            self._settings.monitor.every,
+            self._settings.evaluation.every,
+            self._settings.checkpoint.every,
+        )
         self._first_bad = torch.tensor(_NEVER, device=device)
         self._calibrated: tuple[int, Tensor] | None = None
         self._first = 0
@@ -68,6 +91,7 @@ class Run:
         settings, self._began, self._logged, note = self._settings, time.monotonic(), (0.0, 0.0), ""
         if settings.device == "cpu" and not loops.compiled_before():
             print("compiling the loops of the first step: half a minute, once on this machine", file=sys.stderr)
+        prove(settings)
         bar = Progress("train", settings.steps, "steps", done=self._first)
         with _stop_signals() as stop, self._reader, bar as progress:
             for step in range(self._first, settings.steps):
@@ -75,12 +99,20 @@ class Run:
                 done = step + 1
                 if stop or any(self._due(done, every) for every in self._cadences):
                     self._refuse_nan()
+                if self._monitor.due(done):
+                    report = self._monitor.report(done, self._counters.dead(self._dead_after))
+                    self._usage.call("monitor", effect=len(report.pairs))
+                    moved = self._diversity.follow(report, self._monitor.correlated)
+                    if settings.diversity.controller.on:
+                        self._usage.call("controller", effect=moved)
                 held_out = self._evaluate(done) if self._due(done, settings.evaluation.every) else None
                 if held_out or self._due(done, settings.log_every):
                     note = self._log(done, output, lr, held_out)
                 progress.update(done, note)
                 if stop or self._due(done, settings.checkpoint.every):
                     self._checkpoint(done)
+                if done == settings.steps:
+                    self._usage.finish(done)
                 if stop and done < settings.steps:
                     raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
         if settings.steps == self._first:
@@ -94,7 +126,11 @@ class Run:
         dead = self._counters.dead(self._dead_after)
         output = self._transcoder.step(batch.source, batch.target, dead, self._settings.auxk, step)
         self._note_nan(output.loss, batch.source, step)
-        lr, grad_norm = self._optimizer.step(output.loss, step)
+        whole, apart = self._diversity.value_terms(output), self._diversity.direction_terms(dead, step)
+        lr, grad_norm = self._optimizer.step([output.loss + sum(whole.values()), *apart.values()], step)
+        output = output.with_terms(whole | apart)
+        self._monitor.add(output, step + 1)
+        self._usage.call(*output.terms)
         self._counters.update(output)
         self._window.add(output, grad_norm)
         return output, lr
@@ -108,12 +144,15 @@ class Run:
             "running_threshold": float(self._counters.threshold),
             "l0_threshold": self._l0_by_running_threshold(output.pre_acts),
             "epochs": self._reader.epochs(done),
+            "weight_scales": self._diversity.scales,
         }
         note = f"fvu {row['fvu']:.4f}  dead {row['dead_share']:.1%}"
         if held_out:
             row["held_out"] = held_out.model_dump(mode="json")
             note += f"  held-out fvu {held_out.fvu:.4f}  l0 {held_out.l0:.1f}"
         self._metrics.append(head | row)
+        self._usage.effects(row["terms"], row["steps"])
+        self._usage.publish(done)
         seconds = time.monotonic() - self._began
         rate = (done - self._first) * self._settings.rows.batch_rows / seconds
         self._timing.append(head | {"seconds": seconds, "rows_per_second": rate} | self._data_wait(seconds))
@@ -128,7 +167,9 @@ class Run:
     def _evaluate(self, done: int) -> Evaluation:
         settings, threshold = self._settings, self._threshold(done)
         chunk = settings.evaluation.chunk_rows
-        return evaluate(self._transcoder, self._store, threshold, chunk, settings.seed, settings.source)
+        found = evaluate(self._transcoder, self._store, threshold, chunk, settings.seed, settings.source)
+        self._usage.call("evaluation", effect=found.rows)
+        return found
 
     def _threshold(self, done: int) -> Tensor:
         """Calibrated inference thresholds [F] of the present weights; a step that needs them twice calibrates once."""
@@ -138,8 +179,9 @@ class Run:
         return self._calibrated[1]
 
     def _checkpoint(self, done: int) -> None:
+        self._usage.call("checkpoint", effect=1)
         weights = self._transcoder.state_dict() | {"threshold": self._threshold(done)}
-        state = self._optimizer.state() | self._counters.state() | self._window.state()
+        state = {name: tensor for part in self._parts for name, tensor in part.state().items()}
         checkpoint.publish(self._path, done, weights, state, self._settings.checkpoint.keep_last)
 
     def _initialise(self, initial: Checkpoint | None, resumed: Checkpoint | None) -> None:
@@ -151,7 +193,7 @@ class Run:
                 )
             load_weights(self._transcoder, resumed.path)
             tensors = checkpoint.load_state(resumed.path / checkpoint.OPTIMIZER)
-            for part in (self._optimizer, self._counters, self._window):
+            for part in self._parts:
                 part.load(tensors)
             self._first = resumed.step
         elif initial:

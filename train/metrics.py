@@ -65,6 +65,7 @@ class Window:
         overall = _fvu(sums, counted, float(sizes[counted].sum()))
         terms = {name: float(value) / steps for name, value in sorted(self._terms.items())}
         row = {
+            "steps": int(steps),
             "loss": sum(terms.values()),
             "terms": terms,
             "grad_norm": float(sums["grad_norm"]) / steps,

@@ -1,5 +1,6 @@
 """Adam on float32 master weights, the learning rate's schedule, and what happens around a step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,15 @@ class Optimizer:
         kind = CompiledAdam if transcoder.kernels == "compiled" else TorchAdam
         self._adam = kind(transcoder, config)
 
-    def step(self, loss: Tensor, step: int) -> tuple[float, Tensor]:
-        """Backward and update. Returns the learning rate and the gradients' norm before clipping."""
+    def step(self, losses: Sequence[Tensor], step: int) -> tuple[float, Tensor]:
+        """Backward, one loss after the other, and update.
+
+        Returns the learning rate and the gradients' norm before clipping. The first loss should be the one that reaches
+        every latent: it writes gradients, and those after it add to them.
+        """
         self._transcoder.zero_grad(set_to_none=True)
-        loss.backward()
+        for loss in losses:
+            loss.backward()
         lr = self._config.lr_at(step, self._steps)
         return lr, self._adam.update(lr, self._config.max_grad_norm or float("inf"))
 

@@ -74,6 +74,13 @@ class BatchReader(RowReader):
         pool, self._pool, self._ahead = self._pool, None, {}
         pool.shutdown(cancel_futures=True)
 
+    def natural_weights(self) -> Tensor:
+        """How often each row of a batch counts at natural frequencies: [B] float32, 1 on average."""
+        natural = torch.tensor([float(s.stratum.natural_rows) for s in self.store.strata.values()])
+        counts = torch.tensor(self.counts)
+        weights = torch.where(counts > 0, natural / counts, 0.0).repeat_interleave(counts)
+        return weights / weights.mean()
+
     def batch(self, step: int) -> Batch:
         """The rows of `step`, counted from 0. Raises what reading them raised."""
         began = time.monotonic()

@@ -14,10 +14,12 @@ from pydantic import Field
 from shared import durable
 from shared.config import Config, load_preset, override, read_record
 from shared.errors import UserError
-from shared.reader import RowsConfig
+from shared.reader import RowsConfig, rows_per_stratum
 from shared.store import Store
 from train.blas import Blas, faster_here
 from train.checkpoint import CheckpointConfig
+from train.duplicates.diversity import DiversityConfig
+from train.duplicates.monitor import MonitorConfig
 from train.evaluate import EvaluationConfig
 from train.losses import AuxKConfig
 from train.optimizer import OptimizerConfig
@@ -56,6 +58,8 @@ class Settings(Config):
     activation: Activation = BatchTopK()
     rows: RowsConfig = RowsConfig()
     auxk: AuxKConfig = AuxKConfig()
+    diversity: DiversityConfig = DiversityConfig()
+    monitor: MonitorConfig = MonitorConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -111,6 +115,26 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     if settings.rows.batch_rows > rows:
         raise UserError(
             f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the store's {rows:,} training rows"
+        )
+    counts = rows_per_stratum(record.plan.stored_strata, settings.rows)
+    at_0 = [n for s, n in zip(record.plan.stored_strata, counts, strict=True) if (s.start, s.stop) == (0, 1)]
+    if settings.diversity.position.weight and not any(at_0):
+        raise UserError(
+            "diversity.position needs rows of position 0, and a batch has none: the store keeps none, or "
+            f"rows.max_bos_batch_share = {settings.rows.max_bos_batch_share:.4g} of {settings.rows.batch_rows} rows is "
+            "less than one"
+        )
+    goals, diversity = settings.diversity.controller, settings.diversity
+    for name, goal, weights in (
+        ("max_share_above_0_7", goals.max_share_above_0_7, (diversity.orthogonality.weight, diversity.mined.weight)),
+        ("max_pairs_above_0_8", goals.max_pairs_above_0_8, (diversity.co_activation.weight,)),
+    ):
+        if goal is not None and not any(weights):
+            raise UserError(f"diversity.controller.{name} has no weight to move: set one of the terms' weights above 0")
+    if settings.diversity.co_activation.weight and settings.monitor.every >= settings.steps:
+        raise UserError(
+            f"diversity.co_activation takes its pairs from the monitor's reports, and the first would come after the "
+            f"last step: monitor.every = {settings.monitor.every}, steps = {settings.steps}; lower monitor.every"
         )
     return RunConfig(
         settings=settings.model_copy(

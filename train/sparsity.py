@@ -49,6 +49,11 @@ class Active:
         """The same pairs with other values [N]."""
         return replace(self, values=values)
 
+    def cpu(self) -> "Active":
+        """The same on CPU."""
+        rows, latents, values, starts = (part.cpu() for part in (self.rows, self.latents, self.values, self.starts))
+        return Active(rows, latents, values, starts, self.d_sae)
+
     def positive(self) -> "Active":
         """The pairs that are active."""
         kept = self.values > 0

@@ -7,7 +7,7 @@
 Legend: B rows, D d_in, O d_out, F d_sae, P prefixes, N pairs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
 from typing import Annotated, Literal, NamedTuple
@@ -145,10 +145,16 @@ class Step:
     """[B, O] normalised"""
     active: Active
     """Selected pairs with their latents' values, detached"""
+    values: Tensor
+    """The same values with their gradient"""
     threshold: Tensor
     """Smallest pre-activation of the batch that is selected and positive."""
     pre_acts: Tensor
     """[B, F] without gradient"""
+
+    def with_terms(self, terms: dict[str, Tensor]) -> "Step":
+        """The same with further terms beside those of the loss."""
+        return replace(self, terms=self.terms | {name: term.detach() for name, term in terms.items()})
 
 
 class Transcoder(nn.Module):
@@ -235,6 +241,7 @@ class Transcoder(nn.Module):
             errors=errors,
             target=y,
             active=active.with_values(values.detach()),
+            values=values,
             threshold=smallest,
             pre_acts=pre_acts,
         )

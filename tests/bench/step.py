@@ -47,7 +47,7 @@ class Setup:
     def ours(self) -> None:
         """One whole step."""
         output = self.model.step(self.source, self.target, self.dead, AUXK, self.step)
-        self.optimizer.step(output.loss, self.step)
+        self.optimizer.step([output.loss], self.step)
         self.step += 1
 
 
@@ -216,7 +216,7 @@ def peak(shape: str, name: str) -> None:
             made.ours()
         else:
             loss = dense_loss(made.model, made.source, made.target, made.dead)
-            made.optimizer.step(loss, 0)
+            made.optimizer.step([loss], 0)
     print(peak_mib())
 
 

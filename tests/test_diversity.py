@@ -1,0 +1,77 @@
+"""The controller and the cadence of scans; the terms themselves are in test_duplicates and test_usage."""
+
+import pytest
+import torch
+
+from train.duplicates.diversity import ControllerConfig, Diversity, DiversityConfig
+from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
+
+
+def make(config: dict, d_sae: int = 64) -> Diversity:
+    shape = TranscoderConfig(d_sae=d_sae).resolve(8, BatchTopK(k=4))
+    model = Transcoder(8, 8, shape, BatchTopK(k=4), Normalisation(torch.zeros(8), 1.0, torch.zeros(8), 1.0))
+    model.initialise(0)
+    return Diversity(model, DiversityConfig.model_validate(config), torch.ones(32), slice(0, 2), 0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "found", "goal", "expected"),
+    [
+        (1.0, 0.3, 0.1, 2.0),
+        (1.0, 0.1, 0.1, 1.0),
+        (1.0, 0.05, 0.1, 1.0),
+        (1.0, 0.04, 0.1, 0.5),
+        (3.0, 0.3, 0.1, 4.0),
+        (0.3, 0.0, 0.1, 0.25),
+        (1.0, 0.3, None, 1.0),
+        (1.0, 0.0, 0.0, 1.0),
+    ],
+)
+def test_a_weight_moves_toward_its_goal_within_bounds(
+    scale: float, found: float, goal: float | None, expected: float
+) -> None:
+    assert ControllerConfig(gain=2.0, most=4.0).moved(scale, found, goal) == expected
+
+
+def test_the_cost_share_sets_the_steps_between_scans() -> None:
+    """A scan of 64 rows of 8 costs half of 2 * 64 * 64 * 8 operations, a step's product 2 * 32 * 8 * 64."""
+    assert make({"mined": {"weight": 1, "cost_share": 1.0}}).scan_every == 1
+    assert make({"mined": {"weight": 1, "cost_share": 0.05}}).scan_every == 20
+    assert make({"mined": {"weight": 1, "cost_share": 0.05}}, d_sae=128).scan_every == 40
+
+
+def test_terms_keep_to_their_cadence_and_scale() -> None:
+    alive = torch.zeros(64, dtype=torch.bool)
+    diversity = make({"orthogonality": {"weight": 1.0, "every": 3, "rows": 64}, "mined": {"weight": 1.0}})
+    assert [set(diversity.direction_terms(alive, step)) for step in (0, 1, 3)] == [
+        {"orthogonality", "mined"}, {"mined"}, {"orthogonality", "mined"}
+    ]  # fmt: skip
+    once = {name: float(term.detach()) for name, term in diversity.direction_terms(alive, 0).items()}
+    diversity.scales["direction"] = 2.0
+    for name, term in diversity.direction_terms(alive, 0).items():
+        assert float(term.detach()) == pytest.approx(2 * once[name]) and once[name] > 0
+
+
+def test_pairs_of_other_segments_have_a_margin_of_their_own() -> None:
+    alive = torch.zeros(64, dtype=torch.bool)
+    near, far = ({"mined": {"weight": 1.0}, "cross_margin": margin} for margin in (0.3, 0.99))
+    both, within = (make(config).direction_terms(alive, 0)["mined"] for config in (near, far))
+    assert 0 < float(within.detach()) < float(both.detach())
+
+
+def test_dead_latents_are_not_penalised() -> None:
+    dead = torch.ones(64, dtype=torch.bool)
+    diversity = make({"orthogonality": {"weight": 1.0}, "mined": {"weight": 1.0}})
+    assert all(float(term.detach()) == 0 for term in diversity.direction_terms(dead, 0).values())
+    diversity.direction_terms(~dead, 0)
+    assert len(diversity.mined.first) and float(diversity.direction_terms(dead, 1)["mined"].detach()) == 0
+
+
+def test_state_continues() -> None:
+    config = {"mined": {"weight": 1.0}, "co_activation": {"weight": 1.0}}
+    first, second = make(config), make(config)
+    first.direction_terms(torch.zeros(64, dtype=torch.bool), 0)
+    first.scales["direction"] = 1.5
+    second.load({name: tensor.clone() for name, tensor in first.state().items()})
+    assert second.scales == first.scales
+    assert all(torch.equal(a, b) for a, b in zip(first.mined, second.mined, strict=True))

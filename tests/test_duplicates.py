@@ -1,0 +1,164 @@
+"""Directions and activations that are the same, against dense float64 mathematics."""
+
+import numpy as np
+import pytest
+import torch
+
+from train.duplicates.activations import co_activation_loss, correlated_pairs, mass, measure, position_loss
+from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest
+from train.sparsity import Active
+
+F, O, R = 40, 6, 60
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def unit_rows(seed: int = 0) -> torch.Tensor:
+    rows = draw(F, O, seed=seed)
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1024])
+def test_close_pairs_are_all_above_the_floor_among_the_latents(block: int) -> None:
+    W_dec, latents = unit_rows(), torch.arange(3, F, 2)
+    pairs, cosines = close_pairs(W_dec, latents, 0.4, "torch", block)
+    dense = W_dec @ W_dec.T
+    expected = [(i, j) for i in range(F) for j in range(i + 1, F) if dense[i, j] > 0.4 and i % 2 and j % 2 and i > 2]
+    assert sorted(zip(*(side.tolist() for side in pairs), strict=True)) == expected and expected
+    torch.testing.assert_close(cosines, dense[pairs.first, pairs.second])
+
+
+def test_a_chunk_is_a_random_part_of_the_live_latents() -> None:
+    live = torch.arange(0, 100, 3)
+    one, same, other = (chunk(live, 10, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert len(one) == 10 and torch.isin(one, live).all() and (one.diff() > 0).all()
+    assert torch.equal(chunk(live, 1000, torch.Generator()), live)
+
+
+def test_the_direction_loss_and_its_gradient_are_the_formulas() -> None:
+    pairs, margins = Pairs(torch.tensor([0, 0, 3]), torch.tensor([1, 5, 8])), torch.tensor([-0.5, 0.0, -0.9]).double()
+    weights = torch.tensor([1.0, 2.0, 3.0]).double()
+    found, expected = unit_rows().requires_grad_(), unit_rows().requires_grad_()
+    loss = direction_loss(found, pairs, margins, weights)
+    before = draw(F, O, seed=5)
+    found.grad = before.clone()
+    loss.backward()
+    reference = sum(
+        w * torch.clamp(expected[i] @ expected[j] - m, min=0) ** 2
+        for i, j, m, w in zip(*pairs, margins, weights, strict=True)
+    )
+    reference.backward()
+    torch.testing.assert_close(loss, reference)
+    torch.testing.assert_close(found.grad - before, expected.grad)
+
+
+def test_a_pair_counts_for_the_latents_whose_closest_it_is() -> None:
+    pairs = Pairs(torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]))
+    assert nearest(pairs, torch.tensor([0.9, 0.5, 0.7]), 5).tolist() == [2.0, 1.0, 1.0]
+
+
+def planted() -> tuple[torch.Tensor, Active]:
+    """Activations of which 3 and 7 are the same but for their scale, and 11 and 12 never meet."""
+    dense = draw(R, F, seed=2).clamp_min(0) * (draw(R, F, seed=3) > 0.3)
+    dense[:, 7] = 2 * dense[:, 3]
+    dense[: R // 2, 11], dense[R // 2 :, 12] = 0, 0
+    rows, latents = dense.nonzero(as_tuple=True)
+    return dense, Active.of(rows, latents, dense[rows, latents], dense.shape)
+
+
+def dense_measures(dense: torch.Tensor) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    on = (dense > 0).double()
+    both = on.T @ on
+    return np.corrcoef(dense.numpy().T), both, both / (on.sum(0)[:, None] + on.sum(0)[None] - both)
+
+
+@pytest.mark.parametrize("least", [1, 5])
+def test_correlated_pairs_equal_the_dense_correlations(least: int) -> None:
+    dense, active = planted()
+    pairs, above = correlated_pairs(active, least, partners=F, levels=(0.0, 0.2, 0.9))
+    correlation, both, _ = dense_measures(dense)
+    expected = {
+        (i, j): correlation[i, j]
+        for i in range(F)
+        for j in range(i + 1, F)
+        if both[i, j] >= least and correlation[i, j] > 0
+    }
+    found = list(zip(*(side.tolist() for side in pairs), strict=True))
+    assert found == sorted(expected, key=lambda pair: -expected[pair]) and found[0] == (3, 7)
+    assert above == {level: sum(r > level for r in expected.values()) for level in (0.0, 0.2, 0.9)}
+
+
+def test_measures_of_any_pairs_equal_the_dense_ones() -> None:
+    dense, active = planted()
+    pairs = Pairs(*torch.triu_indices(F, F, 1))
+    correlation, both, jaccard = dense_measures(dense)
+    found = measure(active, pairs)
+    assert found.rows.tolist() == both[pairs].long().tolist()
+    np.testing.assert_allclose(found.correlation, correlation[pairs], atol=1e-12)
+    torch.testing.assert_close(found.jaccard, jaccard[pairs])
+
+
+def test_every_latent_keeps_its_largest_correlations() -> None:
+    _, active = planted()
+    (every, above), (few, same) = (correlated_pairs(active, 1, partners=n) for n in (F, 2))
+    for latent in range(F):
+        assert torch.equal(few.second[few.first == latent], every.second[every.first == latent][:2])
+    assert above == same
+
+
+def test_latents_that_are_never_active_have_no_partner() -> None:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    active = Active.of(nothing, nothing, torch.zeros(0), torch.Size((4, 9)))
+    pairs, above = correlated_pairs(active, 1)
+    assert len(pairs.first) == 0 and set(above.values()) == {0}
+    assert measure(active, Pairs(torch.tensor([0]), torch.tensor([3]))).correlation.tolist() == [0.0]
+
+
+def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_correlations() -> None:
+    dense, active = planted()
+    pairs = Pairs(torch.tensor([3, 3, 11, 0]), torch.tensor([7, 9, 12, 39]))
+    values = active.values.clone().requires_grad_()
+    loss = co_activation_loss(values, active, pairs, -0.5)
+    loss.backward()
+
+    columns = dense.clone().requires_grad_()
+    deviation = columns - columns.mean(0)
+    unit = deviation / deviation.norm(dim=0)
+    correlation = torch.stack([unit[:, i] @ unit[:, j] for i, j in zip(*pairs, strict=True)])
+    (correlation + 0.5).relu().square().sum().backward()
+    torch.testing.assert_close(loss, (correlation + 0.5).relu().square().sum())
+    torch.testing.assert_close(values.grad, columns.grad[active.rows, active.latents], rtol=1e-7, atol=1e-12)
+
+
+def test_a_latent_that_is_active_on_no_row_costs_nothing() -> None:
+    dense, _ = planted()
+    dense[:, 3] = 0
+    rows, latents = dense.nonzero(as_tuple=True)
+    values = dense[rows, latents].requires_grad_()
+    active = Active.of(rows, latents, values.detach(), dense.shape)
+    loss = co_activation_loss(values, active, Pairs(torch.tensor([3]), torch.tensor([7])), 0.1)
+    loss.backward()
+    assert float(loss) == 0 and torch.isfinite(values.grad).all() and not values.grad.any()
+
+
+def test_the_position_loss_is_the_excess_activation_at_rows_with_a_weight() -> None:
+    dense, active = planted()
+    weights, excess = torch.zeros(R).double(), draw(F, seed=9).clamp_min(0)
+    weights[:5] = 0.5
+    values = active.values.clone().requires_grad_()
+    loss = position_loss(values, active, weights, excess)
+    loss.backward()
+    columns = dense.clone().requires_grad_()
+    expected = (columns[:5] * 0.5 * excess).sum() / R
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(values.grad, columns.grad[active.rows, active.latents])
+
+
+def test_mass_is_summed_activation() -> None:
+    dense, active = planted()
+    weights = draw(R, seed=1).abs()
+    torch.testing.assert_close(mass(active, weights), (dense * weights[:, None]).sum(0))

@@ -1,0 +1,106 @@
+"""Proof of effect before a run, and what `usage.json` counts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.errors import ProjectError
+from train import usage
+from train.duplicates import diversity, monitor
+from train.settings import Settings
+from train.usage import Usage, components, prove
+
+ALL_ON = Settings.model_validate(
+    {
+        "diversity": {
+            "orthogonality": {"weight": 1.0},
+            "mined": {"weight": 1.0},
+            "co_activation": {"weight": 1.0},
+            "position": {"weight": 1.0},
+        }
+    }
+)
+OFF = Settings.model_validate({"auxk": {"coefficient": 0}})
+STRATA = {"000-001": slice(0, 2), "001-004": slice(2, 10)}
+
+
+def test_every_component_that_is_on_is_expected_and_no_other() -> None:
+    assert set(components(OFF)) == {"reconstruction", "monitor", "evaluation", "checkpoint"}
+    assert set(components(ALL_ON)) == set(components(OFF)) | {
+        "auxk", "orthogonality", "mined", "co_activation", "position"
+    }  # fmt: skip
+    jumprelu = Settings.model_validate({"activation": {"kind": "jumprelu"}})
+    assert "l0" in components(jumprelu) and "l1" not in components(jumprelu)
+
+
+@pytest.mark.parametrize("per_row", ["max", "mean"])
+@pytest.mark.parametrize("least", [2, 10, 50])
+def test_planted_latents_move_what_is_on(per_row: str, least: int) -> None:
+    settings = ALL_ON.model_dump()
+    settings["diversity"]["orthogonality"]["per_row"] = per_row
+    settings["monitor"]["least_together"] = least
+    prove(Settings.model_validate(settings))
+    prove(OFF)
+
+
+def no_loss(W_dec: torch.Tensor, *_: object) -> torch.Tensor:
+    return W_dec.sum() * 0
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "inert", "named"),
+    [
+        (diversity, "direction_loss", no_loss, "diversity.orthogonality"),
+        (diversity.Diversity, "_orthogonality", lambda self, *_: self._transcoder.W_dec.sum() * 0, "orthogonality"),
+        (diversity, "co_activation_loss", lambda values, *_: values.sum() * 0, "diversity.co_activation"),
+        (diversity, "position_loss", lambda values, *_: values.sum() * 0, "diversity.position"),
+        (monitor, "correlated_pairs", lambda *_, **__: (monitor.Pairs(*torch.zeros(2, 0).long()), {}), "monitor"),
+    ],
+)
+def test_a_component_patched_inert_is_named(
+    module: object, function: str, inert: object, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if module is monitor:
+        levels = dict.fromkeys(monitor.LEVELS, 0)
+        monkeypatch.setattr(module, function, lambda *_, **__: (inert()[0], levels))
+    else:
+        monkeypatch.setattr(module, function, inert)
+    with pytest.raises(ProjectError, match=f"{named}.* is on, and planted duplicates do not move it"):
+        prove(ALL_ON)
+
+
+def test_a_monitor_that_lists_latents_of_position_0_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "_rows_of", lambda active, _: active)
+    with pytest.raises(ProjectError, match="monitor is on"):
+        prove(OFF)
+
+
+def test_counts_are_written_and_continue_from_a_saved_state(tmp_path: Path) -> None:
+    whole, resumed = (Usage(tmp_path / name, ALL_ON, STRATA) for name in ("a", "b"))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    whole.call("reconstruction", "mined")
+    whole.effects({"reconstruction": 0.5, "mined": 0.25}, 4)
+    resumed.load({name: tensor.clone() for name, tensor in whole.state().items()})
+    for one in (whole, resumed):
+        one.call("monitor", effect=7)
+        one.publish(4)
+    record = json.loads((tmp_path / "a" / usage.USAGE).read_text())
+    assert (tmp_path / "b" / usage.USAGE).read_text() == (tmp_path / "a" / usage.USAGE).read_text()
+    assert record["components"]["mined"] | {"effect_counts": ""} == {"calls": 1, "effect": 1.0, "effect_counts": ""}
+    assert record["components"]["monitor"]["effect"] == 7 and record["components"]["auxk"]["calls"] == 0
+    assert record["rows"] == {"000-001": 8, "001-004": 32} and record["step"] == 4
+
+
+def test_a_component_that_never_ran_is_a_failure_and_one_without_effect_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = Usage(tmp_path, ALL_ON, STRATA)
+    counts.call(*(name for name in components(ALL_ON) if name != "mined"), effect=1)
+    with pytest.raises(ProjectError, match="configured, and never ran in 9 steps: mined"):
+        counts.finish(9)
+    counts.call("mined")
+    counts.finish(9)
+    assert "note: mined ran and found nothing to do" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""Latents that are active together: how much, from active pairs alone, and a loss that parts them. Pure.
+
+Legend: F latents, N pairs of a row and a latent, C pairs of latents.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.duplicates import loops
+from train.duplicates.directions import Pairs
+from train.sparsity import Active
+
+
+class Measures(NamedTuple):
+    """How pairs of latents are active together."""
+
+    rows: Tensor
+    """[C] int64, on which both are active"""
+    correlation: Tensor
+    """[C] float64, Pearson's over all rows, those on which a latent is not active as 0; 0 for a constant latent"""
+    jaccard: Tensor
+    """[C] float64, rows on which both are active by rows on which either is; 0 for none"""
+
+
+def correlated_pairs(
+    active: Active,
+    least_together: int,
+    partners: int = 8,
+    levels: tuple[float, ...] = (0.5, 0.8, 0.9),
+) -> tuple[Pairs, dict[float, int]]:
+    """Pairs of latents with at least `least_together` rows in common, by falling correlation.
+
+    Of every latent, the `partners` largest correlations above 0 with latents after it; and how many pairs there are
+    above each level, those that are not listed included. `active` is on CPU and holds active pairs alone
+    (`Active.positive`).
+    """
+    order, starts = active.by_latent
+    shape = (active.d_sae, partners)
+    found, correlation, over = (
+        np.empty(shape, np.int64),
+        np.empty(shape),
+        np.empty((active.d_sae, len(levels)), np.int64),
+    )
+    sides = (t.numpy() for t in (active.rows, active.latents, active.values, active.starts, order, starts))
+    total = len(active.starts) - 1
+    loops.partners(*sides, total, least_together, np.array(levels), over, found, correlation)
+    first, place = np.nonzero(found >= 0)
+    falling = np.argsort(-correlation[first, place], kind="stable")
+    pairs = Pairs(*map(torch.from_numpy, (first[falling], found[first, place][falling])))
+    return pairs, dict(zip(levels, over.sum(0).tolist(), strict=True))
+
+
+def measure(active: Active, pairs: Pairs) -> Measures:
+    """Of any pairs of latents; `active` as for `correlated_pairs`."""
+    order, starts = active.by_latent
+    rows, products = np.empty(len(pairs.first), np.int64), np.empty(len(pairs.first))
+    sides = (t.numpy() for t in (*pairs, active.rows, active.values, order, starts))
+    loops.meetings(*sides, rows, products)
+    total, counts = len(active.starts) - 1, starts.diff()
+    values, nothing = active.values.double(), torch.zeros(active.d_sae, dtype=torch.float64)
+    mean = nothing.index_add(0, active.latents, values) / total
+    spread = (nothing.index_add(0, active.latents, values.square()) / total - mean.square()).clamp_min(0).sqrt()
+    scale = spread[pairs.first] * spread[pairs.second]
+    both = torch.from_numpy(rows)
+    covariance = torch.from_numpy(products) / total - mean[pairs.first] * mean[pairs.second]
+    either = counts[pairs.first] + counts[pairs.second] - both
+    return Measures(both, torch.where(scale > 0, covariance / scale, 0.0), both / either.clamp_min(1).double())
+
+
+def position_loss(
+    values: Tensor,  # [N] of the latents, with gradient
+    active: Active,
+    weights: Tensor,  # [B] how often each row counts; 0 for those of other positions
+    excess: Tensor,  # [F]
+) -> Tensor:  # []
+    """Activation at rows with a weight, of every latent by its `excess`, per row of the batch."""
+    return (values * weights[active.rows] * excess[active.latents]).sum() / len(weights)
+
+
+def mass(
+    active: Active,
+    weights: Tensor,  # [B]
+) -> Tensor:  # [F]
+    """Summed activation of every latent, rows counting by their weights."""
+    total = active.values.new_zeros(active.d_sae)
+    return total.index_add_(0, active.latents, active.values.clamp_min(0) * weights[active.rows])
+
+
+def co_activation_loss(
+    values: Tensor,  # [N] of the latents, with gradient
+    active: Active,
+    pairs: Pairs,
+    margin: float,
+) -> Tensor:  # []
+    """Sum over pairs of latents of the squared excess of their correlation on these rows over `margin`.
+
+    A latent that is active on none of the rows has no correlation and gets no gradient.
+    """
+    latents = torch.unique(torch.cat(pairs))
+    column = torch.full((active.d_sae,), len(latents), device=values.device)
+    column[latents] = torch.arange(len(latents), device=values.device)
+    rows = len(active.starts) - 1
+    columns = values.new_zeros(rows, len(latents) + 1).index_put((active.rows, column[active.latents]), values)
+    deviation = columns[:, :-1] - columns[:, :-1].mean(0)
+    norms = deviation.square().sum(0).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    unit = deviation / norms
+    first, second = (torch.searchsorted(latents, side) for side in pairs)
+    correlation = (unit[:, first] * unit[:, second]).sum(0)
+    return (correlation - margin).relu().square().sum()

@@ -1,0 +1,112 @@
+"""Decoder rows that point the same way: found by a scan of all or of random chunks, penalised pair by pair. Pure.
+
+A scan costs a product of decoder rows with each other; a penalty costs its pairs alone.
+Legend: F latents, O d_out, N pairs.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from train import blas
+from train.blas import Blas
+
+
+class Pairs(NamedTuple):
+    """Pairs of latents, the first of each before the second."""
+
+    first: Tensor
+    """[N] int64"""
+    second: Tensor
+    """[N] int64"""
+
+
+def close_pairs(
+    W_dec: Tensor,  # [F, O] unit rows
+    latents: Tensor,  # [n] int64, rising
+    floor: float,
+    library: Blas,
+    block: int = 1024,
+) -> tuple[Pairs, Tensor]:  # cosines [N]
+    """All pairs of `latents` whose decoder rows have a cosine above `floor`, and the cosines.
+
+    In blocks of rows against those after them, so that no [n, n] is made and each cosine is computed once.
+    """
+    rows = W_dec.detach()[latents]
+    first, second, cosines = [latents[:0]], [latents[:0]], [rows.new_zeros(0)]
+    for low in range(0, len(rows), block):
+        part = rows[low : low + block]
+        found = blas.product(library, part, rows[low:].T)
+        i, j = torch.triu(found, 1).gt(floor).nonzero(as_tuple=True)
+        first.append(latents[low + i])
+        second.append(latents[low + j])
+        cosines.append(found[i, j])
+    return Pairs(torch.cat(first), torch.cat(second)), torch.cat(cosines)
+
+
+def steps_between_scans(
+    W_enc: Tensor,  # [D, F]
+    W_dec: Tensor,  # [F, O]
+    rows: int,
+    cost_share: float,
+) -> int:
+    """How often all decoder rows can be scanned for a share of what a step's product on `rows` rows costs.
+
+    Counted in operations: F * F * O, each cosine being computed once, and 2 * B * D * F. So it is the same on every
+    machine.
+    """
+    return math.ceil(W_dec.numel() / (cost_share * 2 * rows * W_enc.shape[0]))
+
+
+def chunk(
+    live: Tensor,  # [n] int64
+    size: int,
+    generator: torch.Generator,
+) -> Tensor:  # [min(size, n)] int64, rising
+    """A random chunk of the live latents (OrtSAE, arXiv 2509.22033)."""
+    return live[torch.randperm(len(live), generator=generator)[:size].to(live.device)].sort().values
+
+
+def nearest(
+    pairs: Pairs,
+    cosines: Tensor,  # [N]
+    d_sae: int,
+) -> Tensor:  # [N]
+    """For how many of its two latents a pair is the closest of all: 0, 1 or 2."""
+    best = cosines.new_full((d_sae,), -torch.inf)
+    for side in pairs:
+        best.scatter_reduce_(0, side, cosines, "amax")
+    return torch.stack([cosines == best[side] for side in pairs]).sum(0).to(cosines.dtype)
+
+
+def direction_loss(
+    W_dec: Tensor,  # [F, O] unit rows
+    pairs: Pairs,
+    margins: Tensor,  # [N]
+    weights: Tensor | float = 1.0,  # [N]
+) -> Tensor:  # []
+    """Weighted sum over pairs of the squared excess of their cosine over its margin; its gradient reaches both rows.
+
+    The gradient is added to `W_dec.grad`: so it comes from `backward`, and not from `torch.autograd.grad`.
+    """
+    return ((_Cosines.apply(W_dec, *pairs) - margins).relu().square() * weights).sum()
+
+
+class _Cosines(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W_dec: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        ctx.save_for_backward(first, second)
+        ctx.W_dec = W_dec
+        return torch.linalg.vecdot(W_dec[first], W_dec[second])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        (first, second), (grad,), W_dec = ctx.saved_tensors, grads, ctx.W_dec
+        if W_dec.grad is None:
+            W_dec.grad = torch.zeros_like(W_dec)
+        rows = W_dec.detach()
+        for one, other in ((first, second), (second, first)):
+            W_dec.grad.index_put_((one,), grad.unsqueeze(1) * rows[other], accumulate=True)  # repeats in one order
+        return None, None, None

@@ -1,0 +1,204 @@
+"""The diversity loss: terms that part latents which point the same way or are active together.
+
+Each has its own weight and cadence, and its own row in the metrics. A cadence of r steps counts r times, so that a
+weight means the same at every cadence.
+Legend: F latents, O d_out, N pairs.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from shared.config import Config
+from shared.keyed import key_bits
+from train.duplicates.activations import co_activation_loss, mass, position_loss
+from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest, steps_between_scans
+from train.duplicates.monitor import CorrelationReport
+from train.transcoder import Step, Transcoder
+
+_DECAY = 0.99
+
+
+class OrthogonalityConfig(Config):
+    """Random chunks of live decoder rows, every few steps (OrtSAE, arXiv 2509.22033)."""
+
+    weight: float = Field(0.0, ge=0)
+    """Weight of the term; 0 switches it off."""
+    every: int = Field(10, ge=1)
+    """Steps between chunks."""
+    rows: int = Field(1024, ge=2)
+    """Decoder rows of a chunk."""
+    per_row: Literal["max", "mean"] = "max"
+    """Whether a row's largest cosine counts, or the mean of the squared excess over all of the chunk."""
+
+
+class MinedConfig(Config):
+    """Nearest neighbours among all live decoder rows, found by a scan and penalised at every step until the next."""
+
+    weight: float = Field(0.0, ge=0)
+    """Weight of the term; 0 switches it off."""
+    cost_share: float = Field(0.02, gt=0, le=1)
+    """Share of a step's products that scans may take: it sets the steps between scans."""
+
+
+class CoActivationConfig(Config):
+    """Correlation on the batch of pairs that the monitor found correlated."""
+
+    weight: float = Field(0.0, ge=0)
+    """Weight of the term; 0 switches it off."""
+    margin: float = Field(0.5, ge=0, lt=1)
+    """Correlation that costs nothing."""
+    pairs: int = Field(256, ge=1)
+    """The most correlated pairs, at most this many."""
+
+
+class PositionConfig(Config):
+    """Activation at position 0 of latents that have too much of theirs there."""
+
+    weight: float = Field(0.0, ge=0)
+    """Weight of the term; 0 switches it off."""
+    max_bos_mass_share: float = Field(0.2, ge=0, le=1)
+    """Share of a latent's activation, at natural frequencies, that may lie at position 0."""
+
+
+class ControllerConfig(Config):
+    """Goals: after every report, weights rise while one is missed, and fall while it is more than met."""
+
+    max_share_above_0_7: float | None = Field(None, ge=0, le=1)
+    """Live latents that may have a neighbour with a cosine above 0.7, as a share; none: decoder weights stay."""
+    max_pairs_above_0_8: int | None = Field(None, ge=0)
+    """Pairs that may correlate above 0.8; none: the weight of co-activation stays."""
+    gain: float = Field(1.5, gt=1)
+    """What a weight is multiplied or divided by."""
+    most: float = Field(100.0, ge=1)
+    """How far a weight may move from its setting, as a factor either way."""
+
+    @property
+    def on(self) -> bool:
+        """Whether a goal is set."""
+        return self.max_share_above_0_7 is not None or self.max_pairs_above_0_8 is not None
+
+    def moved(self, scale: float, found: float, goal: float | None) -> float:
+        """A weight's factor after a report that `found` so much: up above the goal, down below half of it."""
+        if goal is None or goal / 2 <= found <= goal:
+            return scale
+        return min(scale * self.gain, self.most) if found > goal else max(scale / self.gain, 1 / self.most)
+
+
+class DiversityConfig(Config):
+    """What is penalised, and how much."""
+
+    margin: float = Field(0.3, ge=0, lt=1)
+    """Cosine that costs nothing: random directions already have about 1 / sqrt(d_out)."""
+    cross_margin: float = Field(0.5, ge=0, lt=1)
+    """The same between latents of different prefix segments: a parent may align with its child."""
+    orthogonality: OrthogonalityConfig = OrthogonalityConfig()
+    mined: MinedConfig = MinedConfig()
+    co_activation: CoActivationConfig = CoActivationConfig()
+    position: PositionConfig = PositionConfig()
+    controller: ControllerConfig = ControllerConfig()
+
+
+class Diversity:
+    """The diversity loss of a run, with what was mined: state that a resumed run continues from."""
+
+    def __init__(
+        self,
+        transcoder: Transcoder,
+        config: DiversityConfig,
+        weights: Tensor,  # [B] how often each row of a batch counts at natural frequencies
+        position_0: slice,  # its rows in every batch
+        seed: int,
+    ) -> None:
+        self._transcoder, self._config, self._seed = transcoder, config, seed
+        self._weights, self._at_0 = weights, torch.zeros_like(weights)
+        self._at_0[position_0] = weights[position_0]
+        self.scan_every = steps_between_scans(transcoder.W_enc, transcoder.W_dec, len(weights), config.mined.cost_share)
+        d_sae, nothing = transcoder.d_sae, torch.zeros(0, dtype=torch.int64, device=transcoder.W_dec.device)
+        self.mined, self.correlated = Pairs(nothing, nothing), Pairs(nothing, nothing)
+        self.scales = {"direction": 1.0, "co_activation": 1.0}
+        """What the controller multiplies weights by: those of decoder rows, and of co-activation."""
+        self._mass = weights.new_zeros(2, d_sae)
+        """Moving averages of every latent's activation: at position 0, and everywhere."""
+
+    def value_terms(self, output: Step) -> dict[str, Tensor]:
+        """Terms whose gradient reaches the latents' values; they belong into one backward with the step's loss."""
+        together, position, terms = self._config.co_activation, self._config.position, {}
+        if together.weight:
+            pairs = Pairs(*(side[: together.pairs] for side in self.correlated))
+            loss = co_activation_loss(output.values, output.active, pairs, together.margin)
+            weight = together.weight * self.scales["co_activation"]
+            terms["co_activation"] = weight * loss / self._transcoder.d_sae
+        if position.weight:
+            now = torch.stack([mass(output.active, weights) for weights in (self._at_0, self._weights)])
+            self._mass = _DECAY * self._mass + (1 - _DECAY) * now
+            share = self._mass[0] / self._mass[1].clamp_min(torch.finfo(now.dtype).tiny)
+            excess = (share - position.max_bos_mass_share).relu()
+            terms["position"] = position.weight * position_loss(output.values, output.active, self._at_0, excess)
+        return terms
+
+    def direction_terms(self, dead: Tensor, step: int) -> dict[str, Tensor]:
+        """Terms of decoder rows alone, at `step`; of latents that are not `dead` [F]."""
+        config, model, terms = self._config, self._transcoder, {}
+        scale = self.scales["direction"]
+        if config.orthogonality.weight and step % config.orthogonality.every == 0:
+            terms["orthogonality"] = scale * config.orthogonality.weight * self._orthogonality(dead, step)
+        if config.mined.weight:
+            if step % self.scan_every == 0:
+                self.mined = self._close((~dead).nonzero().squeeze(1))[0]
+            live = Pairs(*(side[~(dead[self.mined.first] | dead[self.mined.second])] for side in self.mined))
+            loss = direction_loss(model.W_dec, live, self._margins(live), 2.0)
+            terms["mined"] = scale * config.mined.weight * loss / model.d_sae
+        return terms
+
+    def follow(self, report: CorrelationReport, correlated: Pairs) -> bool:
+        """Take over what the monitor found; returns whether the controller moved a weight."""
+        self.correlated = Pairs(*(side.to(self._transcoder.W_dec.device) for side in correlated))
+        goals, before = self._config.controller, dict(self.scales)
+        share = report.directions.share_with_neighbour_above["0.7"]
+        pairs = report.without_position_0.pairs_above["0.8"]
+        self.scales = {
+            "direction": goals.moved(before["direction"], share, goals.max_share_above_0_7),
+            "co_activation": goals.moved(before["co_activation"], pairs, goals.max_pairs_above_0_8),
+        }
+        return self.scales != before
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {
+            f"diversity.{name}.{side}": latents
+            for name, pairs in (("mined", self.mined), ("correlated", self.correlated))
+            for side, latents in pairs._asdict().items()
+        } | {"diversity.mass": self._mass, "diversity.scales": torch.tensor([*self.scales.values()]).double()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over a saved state."""
+        device = self._transcoder.W_dec.device
+        for name in ("mined", "correlated"):
+            sides = (tensors[f"diversity.{name}.{side}"].to(device) for side in Pairs._fields)
+            setattr(self, name, Pairs(*sides))
+        self._mass = tensors["diversity.mass"].to(device)
+        self.scales = dict(zip(self.scales, tensors["diversity.scales"].tolist(), strict=True))
+
+    def _orthogonality(self, dead: Tensor, step: int) -> Tensor:
+        config, model = self._config.orthogonality, self._transcoder
+        generator = torch.Generator().manual_seed(key_bits("orthogonality", self._seed, step) % 2**63)
+        latents = chunk((~dead).nonzero().squeeze(1), config.rows, generator)
+        pairs, cosines = self._close(latents)
+        if config.per_row == "max":
+            weights = nearest(pairs, cosines, model.d_sae) / max(len(latents), 1)
+        else:
+            weights = torch.full_like(cosines, 2 / max(len(latents) * (len(latents) - 1), 1))
+        return config.every * direction_loss(model.W_dec, pairs, self._margins(pairs), weights)
+
+    def _close(self, latents: Tensor) -> tuple[Pairs, Tensor]:
+        model = self._transcoder
+        return close_pairs(model.W_dec, latents, self._config.margin, model.blas)
+
+    def _margins(self, pairs: Pairs) -> Tensor:
+        segment, config = self._transcoder.segment, self._config
+        within = segment[pairs.first] == segment[pairs.second]
+        rows = self._transcoder.W_dec
+        return torch.where(within, rows.new_tensor(config.margin), rows.new_tensor(config.cross_margin))

@@ -1,0 +1,107 @@
+"""Loops over pairs of latents that are active on the same row, compiled by numba; parallel over latents.
+
+Legend: R rows, F latents, N active pairs of a row and a latent, M partners kept of a latent.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+Floats = NDArray[Any]
+Ints = NDArray[np.int64]
+
+_PARTS = 16
+"""Of the latents, counted side by side: each needs memory for a count per latent."""
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def partners(
+    rows: Ints,
+    latents: Ints,
+    values: Floats,
+    starts: Ints,
+    order: Ints,
+    by_latent: Ints,
+    total: int,
+    least_together: int,
+    levels: Floats,
+    over: Ints,
+    found: Ints,
+    correlation: Floats,
+) -> None:
+    """Correlations above 0 of every latent with those after it that are active on a row with it, over `total` rows.
+
+    Of the pairs with at least `least_together` rows in common, over[f, i] is how many are above levels[i], and the M
+    largest are kept, largest first: found [F, M] which, -1 for none, and their correlation [F, M].
+    """
+    most = found.shape[1]
+    latent_count = len(by_latent) - 1
+    mean, spread = np.zeros(latent_count), np.zeros(latent_count)
+    for f in prange(latent_count):
+        one, square = 0.0, 0.0
+        for j in range(by_latent[f], by_latent[f + 1]):
+            value = np.float64(values[order[j]])
+            one += value
+            square += value * value
+        mean[f] = one / total
+        spread[f] = np.sqrt(max(square / total - mean[f] * mean[f], 0.0))
+    for part in prange(_PARTS):
+        counts, products = np.zeros(latent_count, np.int32), np.zeros(latent_count)
+        touched = np.empty(latent_count, np.int32)
+        for f in range(part, latent_count, _PARTS):  # in turn: early latents may fire more, and have more after them
+            found[f, :], correlation[f, :], over[f, :] = -1, 0.0, 0
+            if by_latent[f + 1] - by_latent[f] < least_together:
+                continue
+            size = 0
+            for j in range(by_latent[f], by_latent[f + 1]):
+                value = np.float64(values[order[j]])
+                for i in range(order[j] + 1, starts[rows[order[j]] + 1]):
+                    other = latents[i]
+                    if counts[other] == 0:
+                        touched[size] = other
+                        size += 1
+                    counts[other] += 1
+                    products[other] += value * values[i]
+            for t in range(size):
+                other = np.int64(touched[t])
+                count, product = counts[other], products[other]
+                counts[other], products[other] = 0, 0.0
+                scale = spread[f] * spread[other]
+                if count < least_together or not scale > 0:
+                    continue
+                r = (product / total - mean[f] * mean[other]) / scale
+                for level in range(len(levels)):
+                    over[f, level] += r > levels[level]
+                if r <= correlation[f, most - 1]:
+                    continue
+                place = most - 1
+                while place > 0 and correlation[f, place - 1] < r:
+                    correlation[f, place], found[f, place] = correlation[f, place - 1], found[f, place - 1]
+                    place -= 1
+                correlation[f, place], found[f, place] = r, other
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def meetings(
+    first: Ints,
+    second: Ints,
+    rows: Ints,
+    values: Floats,
+    order: Ints,
+    by_latent: Ints,
+    together: Ints,
+    products: Floats,
+) -> None:
+    """For each pair of latents, on how many rows both are active, and the sum of the products of their values there."""
+    for pair in prange(len(first)):
+        i, j, count, total = by_latent[first[pair]], by_latent[second[pair]], 0, 0.0
+        while i < by_latent[first[pair] + 1] and j < by_latent[second[pair] + 1]:
+            one, other = rows[order[i]], rows[order[j]]
+            if one == other:
+                count += 1
+                total += np.float64(values[order[i]]) * values[order[j]]
+            i += one <= other
+            j += other <= one
+        together[pair], products[pair] = count, total

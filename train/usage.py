@@ -1,0 +1,207 @@
+"""`usage.json`: what every component that is on has done, so that nothing configured goes unused.
+
+Before the first step, `prove` sends planted latents through the code that the run will use. While it runs, components
+are counted. After the last step, one that never ran is a failure, and one that found nothing to do is a note.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shared import durable
+from shared.config import Config
+from shared.errors import DiskFull, ProjectError
+from train.duplicates.diversity import Diversity
+from train.duplicates.monitor import POSITION_0, CorrelationMonitor
+from train.settings import Settings
+from train.sparsity import Active
+from train.transcoder import BatchTopK, JumpReLU, Normalisation, ReLU, Step, Transcoder, TranscoderConfig
+
+USAGE = "usage.json"
+
+
+class Component(Config):
+    """What one component has done."""
+
+    calls: int
+    """Steps of which it was part; or reports, evaluations or checkpoints that it made."""
+    effect: float
+    """What came of it, in total."""
+    effect_counts: str
+    """What `effect` counts."""
+
+
+class UsageRecord(Config):
+    """`usage.json`."""
+
+    schema_version: Literal[1] = 1
+    step: int
+    components: dict[str, Component]
+    rows: dict[str, int]
+    """Rows drawn from every stratum."""
+    notes: list[str]
+
+
+def components(settings: Settings) -> dict[str, str]:
+    """Which components the settings switch on, and what the effect of each counts."""
+    diversity, term = settings.diversity, "weighted loss, summed over steps"
+    wanted = {
+        "reconstruction": True,
+        "auxk": settings.auxk.coefficient > 0,
+        "l0": isinstance(settings.activation, JumpReLU),
+        "l1": isinstance(settings.activation, ReLU),
+        "orthogonality": diversity.orthogonality.weight > 0,
+        "mined": diversity.mined.weight > 0,
+        "co_activation": diversity.co_activation.weight > 0,
+        "position": diversity.position.weight > 0,
+    }
+    found = {name: term for name, on in wanted.items() if on}
+    return found | {
+        "monitor": "pairs listed in reports",
+        **({"controller": "reports that moved a weight"} if diversity.controller.on else {}),
+        "evaluation": "held-out rows",
+        "checkpoint": "checkpoints published",
+    }
+
+
+class Usage:
+    """The counts of a run: state that a resumed run continues from."""
+
+    def __init__(self, run: Path, settings: Settings, strata: dict[str, slice]) -> None:
+        self._path, self._strata, self._counted = run / USAGE, strata, components(settings)
+        self._calls, self._effect = dict.fromkeys(self._counted, 0), dict.fromkeys(self._counted, 0.0)
+        self.lost = 0
+
+    def call(self, *names: str, effect: float = 0.0) -> None:
+        """Count one call of each component, and its effect, if that is known already."""
+        for name in names:
+            self._calls[name] += 1
+            self._effect[name] += effect
+
+    def effects(self, terms: dict[str, float], steps: int) -> None:
+        """Add the terms of a row of the metrics, which are means over `steps`."""
+        for name, value in terms.items():
+            self._effect[name] += value * steps
+
+    def publish(self, step: int) -> UsageRecord:
+        """Write the file as of `step`. A full disk costs the file and one warning, never the run."""
+        record = UsageRecord(
+            step=step,
+            components={
+                name: Component(calls=self._calls[name], effect=self._effect[name], effect_counts=counts)
+                for name, counts in self._counted.items()
+            },
+            rows={name: step * (rows.stop - rows.start) for name, rows in self._strata.items()},
+            notes=[
+                f"{name} ran and found nothing to do: its effect ({counts}) is 0"
+                for name, counts in self._counted.items()
+                if self._calls[name] and not self._effect[name]
+            ],
+        )
+        try:
+            durable.publish_json(self._path, record.model_dump(mode="json"))
+        except DiskFull as error:
+            if not self.lost:
+                print(f"warning: {error}; training goes on, {USAGE} is not up to date", file=sys.stderr)
+            self.lost += 1
+        return record
+
+    def finish(self, step: int) -> None:
+        """Publish after the last step. Raises `ProjectError` when a component that is on never ran."""
+        record = self.publish(step)
+        for note in record.notes:
+            print(f"note: {note}", file=sys.stderr)
+        if unused := [name for name, component in record.components.items() if not component.calls]:
+            raise ProjectError(f"configured, and never ran in {step} steps: {', '.join(unused)} ({self._path})")
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {
+            "usage.calls": torch.tensor([self._calls[name] for name in self._counted]),
+            "usage.effect": torch.tensor([self._effect[name] for name in self._counted], dtype=torch.float64),
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over a saved state."""
+        self._calls = dict(zip(self._counted, tensors["usage.calls"].tolist(), strict=True))
+        self._effect = dict(zip(self._counted, tensors["usage.effect"].tolist(), strict=True))
+
+
+def prove(settings: Settings) -> None:
+    """Send planted latents through every component that is on, as the run will use it, and see that they move it.
+
+    Planted: two latents with one decoder row that are active on the same rows, and two that are active at position 0
+    alone. Raises `ProjectError` naming the component that is not moved.
+    """
+    rows = 4 * max(settings.monitor.least_together, 16)
+    model, step, strata = _planted(settings, rows)
+    alive = torch.zeros(model.d_sae, dtype=torch.bool)
+    with tempfile.TemporaryDirectory() as folder:
+        monitor = CorrelationMonitor(Path(folder), settings.monitor, model, strata, settings.monitor.every)
+        monitor.add(step, settings.monitor.every)
+        report = monitor.report(settings.monitor.every, alive)
+    keys = {pair.key for pair in report.pairs}
+    if _SAME not in keys or _BOS in keys or report.with_position_0.pairs_above["0.9"] < 2:
+        raise _inert("monitor")
+    diversity = Diversity(model, settings.diversity, torch.ones(rows), strata[POSITION_0], settings.seed)
+    diversity.follow(report, monitor.correlated)
+    terms = diversity.value_terms(step) | diversity.direction_terms(alive, 0)
+    for name in components(settings):
+        if name not in _PLANTED:
+            continue
+        model.zero_grad(set_to_none=True)
+        step.values.grad = None
+        if name in terms:
+            terms[name].backward()
+        of_values = name in ("co_activation", "position")
+        where = step.active.latents if of_values else torch.arange(model.d_sae)
+        grad = step.values.grad if of_values else model.W_dec.grad
+        if grad is None or not all(grad[where == latent].any() for latent in _PLANTED[name]):
+            raise _inert(f"diversity.{name}")
+
+
+_SAME, _BOS = (5, 6), (9, 10)
+"""The planted latents."""
+_PLANTED = {"orthogonality": _SAME, "mined": _SAME, "co_activation": _SAME, "position": _BOS}
+"""Which of them a component must move."""
+
+
+def _planted(settings: Settings, rows: int) -> tuple[Transcoder, Step, dict[str, slice]]:
+    generator, activation = torch.Generator().manual_seed(0), BatchTopK(k=4)
+    config = TranscoderConfig(d_sae=32, prefixes=(16, 32)).resolve(16, activation)
+    model = Transcoder(16, 16, config, activation, Normalisation(torch.zeros(16), 1.0, torch.zeros(16), 1.0))
+    model.initialise(0)
+    model.blas = "numpy" if settings.blas == "numpy" else "torch"
+    bos = max(2, rows // 4)
+    dense = torch.rand(rows, 32, generator=generator) * (torch.rand(rows, 32, generator=generator) > 0.5)
+    with torch.no_grad():
+        model.W_dec[_SAME[1]] = model.W_dec[_SAME[0]]
+    dense[bos:, _SAME[0]] = torch.rand(rows - bos, generator=generator)
+    dense[:, _SAME[1]] = dense[:, _SAME[0]]
+    dense[:, _BOS] = 0
+    dense[:bos, _BOS[0]] = 1
+    dense[:bos, _BOS[1]] = 1
+    at, latents = dense.nonzero(as_tuple=True)
+    values = dense[at, latents].requires_grad_()
+    active, nothing = Active.of(at, latents, values.detach(), dense.shape), torch.zeros(())
+    step = Step(
+        loss=nothing,
+        terms={},
+        errors=torch.zeros(rows, 2),
+        target=torch.zeros(rows, 16),
+        active=active,
+        values=values,
+        threshold=nothing,
+        pre_acts=dense,
+    )
+    return model, step, {POSITION_0: slice(0, bos), "001-004": slice(bos, rows)}
+
+
+def _inert(name: str) -> ProjectError:
+    return ProjectError(
+        f"{name} is on, and planted duplicates do not move it: the run would train without it, so it was not started"
+    )
