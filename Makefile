@@ -55,13 +55,11 @@ ifneq ($(filter harvest,$(MAKECMDGOALS)),)
 train: harvest
 endif
 
-bench: $(DEV) ## Measure kernels, threads, a step, reading, harvest and the two commands; rewrites docs/benchmarks.md
+bench: $(DEV) ## Measure kernels, a step and reading; rewrites docs/benchmarks.md (README names the longer benches)
 	@$(BIN)/python -m tests.bench.kernels
-	@$(BIN)/python -m tests.bench.threads
-	@$(BIN)/python -m tests.bench.step
-	@$(BIN)/python -m tests.bench.reader
-	@$(BIN)/python -m tests.bench.harvest
-	@$(BIN)/python -m tests.bench.pipeline
+	@$(BIN)/python -m tests.bench.step S M
+	@$(BIN)/python -m tests.bench.step threads S M
+	@$(BIN)/python -m tests.bench.reader 256
 
 test: lint ## Lint, type check and run all tests, the fast ones first
 	@$(BIN)/python -m pytest $(ARGS)
