@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.duplicates.activations import co_activation_loss, correlated_pairs, mass, measure, position_loss
+from train.duplicates.activations import co_activation_loss, columns_of, correlated_pairs, mass, measure, position_loss
 from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest
 from train.sparsity import Active
 
@@ -121,7 +121,7 @@ def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_correlations
     dense, active = planted()
     pairs = Pairs(torch.tensor([3, 3, 11, 0]), torch.tensor([7, 9, 12, 39]))
     values = active.values.clone().requires_grad_()
-    loss = co_activation_loss(values, active, pairs, -0.5)
+    loss = co_activation_loss(values, active, columns_of(pairs, F), -0.5)
     loss.backward()
 
     columns = dense.clone().requires_grad_()
@@ -139,7 +139,7 @@ def test_a_latent_that_is_active_on_no_row_costs_nothing() -> None:
     rows, latents = dense.nonzero(as_tuple=True)
     values = dense[rows, latents].requires_grad_()
     active = Active.of(rows, latents, values.detach(), dense.shape)
-    loss = co_activation_loss(values, active, Pairs(torch.tensor([3]), torch.tensor([7])), 0.1)
+    loss = co_activation_loss(values, active, columns_of(Pairs(torch.tensor([3]), torch.tensor([7])), F), 0.1)
     loss.backward()
     assert float(loss) == 0 and torch.isfinite(values.grad).all() and not values.grad.any()
 

@@ -5,7 +5,6 @@ python -m tests.bench.reader [256] [2304]      both widths when none is named; w
 A row is a pair. Readers take turns; a ratio is the median over rounds of two rates of one round. Warm: by CPU time of
 all threads. Cold: by wall time; a reader opens the files anew, their pages are dropped, and it reads a sixteenth of
 the rows: with more of them, large read-arounds would pay that do not in a store larger than memory.
-SAELens' cache is measured by another bench.
 """
 
 import gc

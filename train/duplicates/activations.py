@@ -89,24 +89,40 @@ def mass(
     return total.index_add_(0, active.latents, active.values.clamp_min(0) * weights[active.rows])
 
 
+class Columns(NamedTuple):
+    """The latents of some pairs, each with a column of its own."""
+
+    column: Tensor
+    """[F] int64, `size` for latents of no pair"""
+    first: Tensor
+    """[C] int64, the column of each pair's first latent"""
+    second: Tensor
+    """[C]"""
+    size: int
+
+
+def columns_of(pairs: Pairs, d_sae: int) -> Columns:
+    """Columns for the latents of `pairs`; waits for the device."""
+    latents = torch.unique(torch.cat(pairs))
+    column = torch.full((d_sae,), len(latents), device=latents.device)
+    column[latents] = torch.arange(len(latents), device=latents.device)
+    return Columns(column, column[pairs.first], column[pairs.second], len(latents))
+
+
 def co_activation_loss(
     values: Tensor,  # [N] of the latents, with gradient
     active: Active,
-    pairs: Pairs,
+    columns: Columns,
     margin: float,
 ) -> Tensor:  # []
     """Sum over pairs of latents of the squared excess of their correlation on these rows over `margin`.
 
     A latent that is active on none of the rows has no correlation and gets no gradient.
     """
-    latents = torch.unique(torch.cat(pairs))
-    column = torch.full((active.d_sae,), len(latents), device=values.device)
-    column[latents] = torch.arange(len(latents), device=values.device)
-    rows = len(active.starts) - 1
-    columns = values.new_zeros(rows, len(latents) + 1).index_put((active.rows, column[active.latents]), values)
-    deviation = columns[:, :-1] - columns[:, :-1].mean(0)
+    room = values.new_zeros(len(active.starts) - 1, columns.size + 1)
+    dense = room.index_put((active.rows, columns.column[active.latents]), values)[:, :-1]
+    deviation = dense - dense.mean(0)
     norms = deviation.square().sum(0).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
     unit = deviation / norms
-    first, second = (torch.searchsorted(latents, side) for side in pairs)
-    correlation = (unit[:, first] * unit[:, second]).sum(0)
+    correlation = (unit[:, columns.first] * unit[:, columns.second]).sum(0)
     return (correlation - margin).relu().square().sum()

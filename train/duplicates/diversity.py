@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shared.config import Config
 from shared.keyed import key_bits
-from train.duplicates.activations import co_activation_loss, mass, position_loss
+from train.duplicates.activations import co_activation_loss, columns_of, mass, position_loss
 from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest, steps_between_scans
 from train.duplicates.monitor import CorrelationReport
 from train.transcoder import Step, Transcoder
@@ -117,7 +117,8 @@ class Diversity:
         self._at_0[position_0] = weights[position_0]
         self.scan_every = steps_between_scans(transcoder.W_enc, transcoder.W_dec, len(weights), config.mined.cost_share)
         d_sae, nothing = transcoder.d_sae, torch.zeros(0, dtype=torch.int64, device=transcoder.W_dec.device)
-        self.mined, self.correlated = Pairs(nothing, nothing), Pairs(nothing, nothing)
+        self.mined = Pairs(nothing, nothing)
+        self._correlate(Pairs(nothing, nothing))
         self.scales = {"direction": 1.0, "co_activation": 1.0}
         """What the controller multiplies weights by: those of decoder rows, and of co-activation."""
         self._mass = weights.new_zeros(2, d_sae)
@@ -127,8 +128,7 @@ class Diversity:
         """Terms whose gradient reaches the latents' values; they belong into one backward with the step's loss."""
         together, position, terms = self._config.co_activation, self._config.position, {}
         if together.weight:
-            pairs = Pairs(*(side[: together.pairs] for side in self.correlated))
-            loss = co_activation_loss(output.values, output.active, pairs, together.margin)
+            loss = co_activation_loss(output.values, output.active, self._columns, together.margin)
             weight = together.weight * self.scales["co_activation"]
             terms["co_activation"] = weight * loss / self._transcoder.d_sae
         if position.weight:
@@ -148,14 +148,14 @@ class Diversity:
         if config.mined.weight:
             if step % self.scan_every == 0:
                 self.mined = self._close((~dead).nonzero().squeeze(1))[0]
-            live = Pairs(*(side[~(dead[self.mined.first] | dead[self.mined.second])] for side in self.mined))
-            loss = direction_loss(model.W_dec, live, self._margins(live), 2.0)
+            alive = ~(dead[self.mined.first] | dead[self.mined.second])
+            loss = direction_loss(model.W_dec, self.mined, self._margins(self.mined), 2.0 * alive)
             terms["mined"] = scale * config.mined.weight * loss / model.d_sae
         return terms
 
     def follow(self, report: CorrelationReport, correlated: Pairs) -> bool:
         """Take over what the monitor found; returns whether the controller moved a weight."""
-        self.correlated = Pairs(*(side.to(self._transcoder.W_dec.device) for side in correlated))
+        self._correlate(Pairs(*(side.to(self._transcoder.W_dec.device) for side in correlated)))
         goals, before = self._config.controller, dict(self.scales)
         share = report.directions.share_with_neighbour_above["0.7"]
         pairs = report.without_position_0.pairs_above["0.8"]
@@ -176,11 +176,19 @@ class Diversity:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""
         device = self._transcoder.W_dec.device
-        for name in ("mined", "correlated"):
-            sides = (tensors[f"diversity.{name}.{side}"].to(device) for side in Pairs._fields)
-            setattr(self, name, Pairs(*sides))
+        mined, correlated = (
+            Pairs(*(tensors[f"diversity.{name}.{side}"].to(device) for side in Pairs._fields))
+            for name in ("mined", "correlated")
+        )
+        self.mined = mined
+        self._correlate(correlated)
         self._mass = tensors["diversity.mass"].to(device)
         self.scales = dict(zip(self.scales, tensors["diversity.scales"].tolist(), strict=True))
+
+    def _correlate(self, pairs: Pairs) -> None:
+        """Take pairs by falling correlation; as many as are penalised are kept."""
+        self.correlated = Pairs(*(side[: self._config.co_activation.pairs] for side in pairs))
+        self._columns = columns_of(self.correlated, self._transcoder.d_sae)
 
     def _orthogonality(self, dead: Tensor, step: int) -> Tensor:
         config, model = self._config.orthogonality, self._transcoder
