@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from train.duplicates.diversity import ControllerConfig, Diversity, DiversityConfig
+from train.duplicates.monitor import CorrelationReport, Correlations, Directions, Sample
 from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
 
 
@@ -57,6 +58,48 @@ def test_pairs_of_other_segments_have_a_margin_of_their_own() -> None:
     near, far = ({"mined": {"weight": 1.0}, "cross_margin": margin} for margin in (0.3, 0.99))
     both, within = (make(config).direction_terms(alive, 0)["mined"] for config in (near, far))
     assert 0 < float(within.detach()) < float(both.detach())
+
+
+def test_pairs_between_two_margins_are_found_whichever_is_the_smaller() -> None:
+    alive = torch.zeros(64, dtype=torch.bool)
+    diversity = make({"mined": {"weight": 1.0}, "margin": 0.5, "cross_margin": 0.2})
+    diversity.direction_terms(alive, 0)
+    cosines = torch.linalg.vecdot(*(diversity._transcoder.W_dec.detach()[side] for side in diversity.mined))
+    segment = diversity._transcoder.segment
+    across = segment[diversity.mined.first] != segment[diversity.mined.second]
+    assert ((cosines < 0.5) & across).any()
+
+
+def test_only_the_closest_pairs_are_kept() -> None:
+    alive = torch.zeros(64, dtype=torch.bool)
+    few, every = (make({"mined": {"weight": 1.0, "pairs": pairs}, "cross_margin": 0.3}) for pairs in (5, 9999))
+    for diversity in (few, every):
+        diversity.direction_terms(alive, 0)
+    rows = every._transcoder.W_dec.detach()
+    cosines = torch.linalg.vecdot(rows[every.mined.first], rows[every.mined.second])
+    kept = torch.linalg.vecdot(rows[few.mined.first], rows[few.mined.second])
+    assert len(kept) == 5 and torch.equal(kept.sort().values, cosines.topk(5).values.sort().values)
+
+
+def report_of(step: int, scanned: int, share: float) -> CorrelationReport:
+    correlations = Correlations(rows=1, largest=0, pairs_above={"0.8": 0})
+    directions = Directions(
+        step=scanned, live=1, share_with_neighbour_above={"0.7": share}, share_within_segment_above={}, largest=1,
+        effective_number=1, effective_rank=1,
+    )  # fmt: skip
+    return CorrelationReport(
+        step=step, sample=Sample(first_step=1, last_step=step, strata={}), least_together=2,
+        without_position_0=correlations, with_position_0=correlations, directions=directions, pairs=[], clusters=[],
+        persisting_pairs=0, change=None,
+    )  # fmt: skip
+
+
+def test_a_weight_moves_once_for_every_scan() -> None:
+    diversity = make({"mined": {"weight": 1.0}, "controller": {"max_share_above_0_7": 0.1, "gain": 2.0}})
+    moved = [
+        diversity.follow(report_of(step, scanned, 0.5), diversity.mined) for step, scanned in ((4, 4), (8, 4), (12, 12))
+    ]
+    assert moved == [True, False, True] and diversity.scales["direction"] == 4.0
 
 
 def test_dead_latents_are_not_penalised() -> None:

@@ -101,6 +101,16 @@ def test_measures_of_any_pairs_equal_the_dense_ones() -> None:
     torch.testing.assert_close(found.jaccard, jaccard[pairs])
 
 
+def test_constant_latents_correlate_with_nothing() -> None:
+    dense = torch.full((1000, 4), 0.1)
+    dense[:, 1], dense[:, 2] = 0.17, torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    rows, latents = dense.nonzero(as_tuple=True)
+    active = Active.of(rows, latents, dense[rows, latents], dense.shape)
+    pairs, above = correlated_pairs(active, 2, levels=(0.5,))
+    assert above == {0.5: 0} and not len(pairs.first)
+    assert measure(active, Pairs(torch.tensor([0]), torch.tensor([1]))).correlation.tolist() == [0.0]
+
+
 def test_every_latent_keeps_its_largest_correlations() -> None:
     _, active = planted()
     (every, above), (few, same) = (correlated_pairs(active, 1, partners=n) for n in (F, 2))

@@ -140,6 +140,29 @@ def test_reports_between_scans_repeat_the_last_ones_directions(tmp_path: Path) -
     assert steps == [2, 2, 2, 8, 8]
 
 
+def test_where_many_latents_are_active_every_nth_row_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = make_step(4)
+    meetings = int(step.active.starts.diff().square().sum()) * 2
+    monkeypatch.setattr("train.duplicates.monitor._MOST_MEETINGS", meetings // 2 - 1)
+    monitor = make_monitor(tmp_path, least_together=2)
+    monitor.add(step, 4)
+    report = monitor.report(4, ALIVE)
+    assert report.sample.strata == {"000-001": 2, "001-004": 12} and report.pairs[0].key == (3, 20)
+    kept = step.pre_acts[::3][2:].double()
+    assert report.pairs[0].correlation == pytest.approx(float(torch.corrcoef(kept.T)[3, 20]))
+
+
+def test_large_clusters_are_joined() -> None:
+    from train.duplicates.directions import Pairs
+    from train.duplicates.monitor import _clusters
+
+    chain = Pairs(torch.arange(0, 1999), torch.arange(1, 2000))
+    found = _clusters(chain, torch.ones(1999), torch.ones(1999), MonitorConfig())
+    assert found == [list(range(2000))]
+
+
 def test_dead_latents_are_left_out_of_the_directions(tmp_path: Path) -> None:
     monitor, dead = make_monitor(tmp_path), ALIVE.clone()
     dead[[3, 6]] = True

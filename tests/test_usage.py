@@ -9,6 +9,8 @@ import torch
 from shared.errors import ProjectError
 from train import usage
 from train.duplicates import diversity, monitor
+from train.duplicates.activations import co_activation_loss
+from train.duplicates.directions import direction_loss
 from train.settings import Settings
 from train.usage import Usage, components, prove
 
@@ -35,11 +37,11 @@ def test_every_component_that_is_on_is_expected_and_no_other() -> None:
     assert "l0" in components(jumprelu) and "l1" not in components(jumprelu)
 
 
-@pytest.mark.parametrize("per_row", ["max", "mean"])
+@pytest.mark.parametrize(("per_row", "rows"), [("max", 2), ("mean", 1024)])
 @pytest.mark.parametrize("least", [2, 10, 50])
-def test_planted_latents_move_what_is_on(per_row: str, least: int) -> None:
+def test_planted_latents_move_what_is_on(per_row: str, rows: int, least: int) -> None:
     settings = ALL_ON.model_dump()
-    settings["diversity"]["orthogonality"]["per_row"] = per_row
+    settings["diversity"]["orthogonality"] |= {"per_row": per_row, "rows": rows}
     settings["monitor"]["least_together"] = least
     prove(Settings.model_validate(settings))
     prove(OFF)
@@ -55,6 +57,8 @@ def no_loss(W_dec: torch.Tensor, *_: object) -> torch.Tensor:
         (diversity, "direction_loss", no_loss, "diversity.orthogonality"),
         (diversity.Diversity, "_orthogonality", lambda self, *_: self._transcoder.W_dec.sum() * 0, "orthogonality"),
         (diversity, "co_activation_loss", lambda values, *_: values.sum() * 0, "diversity.co_activation"),
+        (diversity, "direction_loss", lambda *args: -direction_loss(*args), "diversity.orthogonality"),
+        (diversity, "co_activation_loss", lambda *args: -co_activation_loss(*args), "diversity.co_activation"),
         (diversity, "position_loss", lambda values, *_: values.sum() * 0, "diversity.position"),
         (monitor, "correlated_pairs", lambda *_, **__: (monitor.Pairs(*torch.zeros(2, 0).long()), {}), "monitor"),
     ],

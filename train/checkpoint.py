@@ -21,7 +21,7 @@ from shared.errors import CorruptData, UserError
 from shared.layout import FileRecord
 from shared.store import fault, file_crc32c
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -105,8 +105,9 @@ def read_state(path: Path) -> CheckpointState:
         raise UserError(f"{path} is not a checkpoint: it has no {STATE}")
     data = durable.read_json(path / STATE)
     version = data.get("format_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise UserError(f"{path}: written by format {version}, this reads <= {FORMAT_VERSION}; upgrade")
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        remedy = "upgrade" if version > FORMAT_VERSION else "train it again"
+        raise UserError(f"{path}: written by format {version}, this reads {FORMAT_VERSION}; {remedy}")
     return read_record(CheckpointState, data, path / STATE)
 
 

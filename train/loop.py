@@ -47,6 +47,7 @@ class Run:
     ) -> None:
         self._store, self._config, self._path = store, config, path
         self._settings = config.settings
+        prove(self._settings)
         torch.set_num_threads(self._settings.threads)
         numba.set_num_threads(min(self._settings.threads, numba.config.NUMBA_NUM_THREADS))
         device = torch.device(self._settings.device)
@@ -91,7 +92,6 @@ class Run:
         settings, self._began, self._logged, note = self._settings, time.monotonic(), (0.0, 0.0), ""
         if settings.device == "cpu" and not loops.compiled_before():
             print("compiling the loops of the first step: half a minute, once on this machine", file=sys.stderr)
-        prove(settings)
         bar = Progress("train", settings.steps, "steps", done=self._first)
         with _stop_signals() as stop, self._reader, bar as progress:
             for step in range(self._first, settings.steps):
@@ -179,7 +179,8 @@ class Run:
         return self._calibrated[1]
 
     def _checkpoint(self, done: int) -> None:
-        self._usage.call("checkpoint", effect=1)
+        if self._due(done, self._settings.checkpoint.every):  # one after a signal is not of the uninterrupted run
+            self._usage.call("checkpoint", effect=1)
         weights = self._transcoder.state_dict() | {"threshold": self._threshold(done)}
         state = {name: tensor for part in self._parts for name, tensor in part.state().items()}
         checkpoint.publish(self._path, done, weights, state, self._settings.checkpoint.keep_last)

@@ -131,10 +131,17 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     ):
         if goal is not None and not any(weights):
             raise UserError(f"diversity.controller.{name} has no weight to move: set one of the terms' weights above 0")
-    if settings.diversity.co_activation.weight and settings.monitor.every >= settings.steps:
+    monitor = settings.monitor
+    if (diversity.co_activation.weight or goals.on) and monitor.every >= settings.steps:
+        name = "controller acts" if goals.on else "co_activation takes its pairs"
         raise UserError(
-            f"diversity.co_activation takes its pairs from the monitor's reports, and the first would come after the "
-            f"last step: monitor.every = {settings.monitor.every}, steps = {settings.steps}; lower monitor.every"
+            f"diversity.{name} after the monitor's reports, and the first would come after the last step: "
+            f"monitor.every = {monitor.every}, steps = {settings.steps}; lower monitor.every"
+        )
+    if monitor.least_together > (sampled := max(monitor.rows, settings.rows.batch_rows)):
+        raise UserError(
+            f"monitor.least_together = {monitor.least_together} is more than the {sampled:,} rows of a sample "
+            "(monitor.rows), so no pair could be listed"
         )
     return RunConfig(
         settings=settings.model_copy(

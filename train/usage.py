@@ -15,6 +15,8 @@ from torch import Tensor
 from shared import durable
 from shared.config import Config
 from shared.errors import DiskFull, ProjectError
+from train.duplicates.activations import measure
+from train.duplicates.directions import Pairs
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import POSITION_0, CorrelationMonitor
 from train.settings import Settings
@@ -132,10 +134,12 @@ class Usage:
 
 
 def prove(settings: Settings) -> None:
-    """Send planted latents through every component that is on, as the run will use it, and see that they move it.
+    """Send planted latents through every component that is on, and see that they move it, and it them.
 
-    Planted: two latents with one decoder row that are active on the same rows, and two that are active at position 0
-    alone. Raises `ProjectError` naming the component that is not moved.
+    Planted: two latents with nearly one decoder row that are active on nearly the same rows, and two that are active at
+    position 0 alone. The monitor must list the first two and not the others; a small step down the gradient of each
+    term must make smaller what it is there to make smaller. In a small transcoder on CPU, by the code of the run.
+    Raises `ProjectError` naming the component.
     """
     rows = 4 * max(settings.monitor.least_together, 16)
     model, step, strata = _planted(settings, rows)
@@ -147,27 +151,48 @@ def prove(settings: Settings) -> None:
     keys = {pair.key for pair in report.pairs}
     if _SAME not in keys or _BOS in keys or report.with_position_0.pairs_above["0.9"] < 2:
         raise _inert("monitor")
-    diversity = Diversity(model, settings.diversity, torch.ones(rows), strata[POSITION_0], settings.seed)
+    whole = settings.diversity.orthogonality.model_copy(update={"rows": model.d_sae})  # a chunk that holds the planted
+    config = settings.diversity.model_copy(update={"orthogonality": whole})
+    diversity = Diversity(model, config, torch.ones(rows), strata[POSITION_0], settings.seed)
     diversity.follow(report, monitor.correlated)
     terms = diversity.value_terms(step) | diversity.direction_terms(alive, 0)
     for name in components(settings):
-        if name not in _PLANTED:
-            continue
-        model.zero_grad(set_to_none=True)
-        step.values.grad = None
-        if name in terms:
-            terms[name].backward()
-        of_values = name in ("co_activation", "position")
-        where = step.active.latents if of_values else torch.arange(model.d_sae)
-        grad = step.values.grad if of_values else model.W_dec.grad
-        if grad is None or not all(grad[where == latent].any() for latent in _PLANTED[name]):
-            raise _inert(f"diversity.{name}")
+        if name in ("orthogonality", "mined"):
+            moved, before = _moved(terms, name, model.W_dec), model.W_dec.detach()
+            if not _cosine(moved) < _cosine(before):
+                raise _inert(f"diversity.{name}")
+        elif name == "co_activation":
+            moved, before = _moved(terms, name, step.values), step.values.detach()
+            if not _correlation(step.active.with_values(moved)) < _correlation(step.active.with_values(before)):
+                raise _inert(f"diversity.{name}")
+        elif name == "position":
+            moved, at = _moved(terms, name, step.values), torch.isin(step.active.latents, torch.tensor(_BOS))
+            if not moved[at].sum() < step.values.detach()[at].sum():
+                raise _inert(f"diversity.{name}")
+
+
+def _moved(terms: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+    """`parameter` after a small step down the gradient of a term, as it is where the term gives none."""
+    if parameter.grad is not None:
+        parameter.grad.zero_()
+    if name in terms:
+        terms[name].backward()
+    value, grad = parameter.detach(), parameter.grad
+    if grad is None or not grad.norm() > 0:
+        return value
+    return value - 1e-3 * value.norm() / grad.norm() * grad
+
+
+def _cosine(W_dec: Tensor) -> float:
+    return float(torch.cosine_similarity(W_dec[_SAME[0]], W_dec[_SAME[1]], dim=0))
+
+
+def _correlation(active: Active) -> float:
+    return float(measure(active, Pairs(*(torch.tensor([latent]) for latent in _SAME))).correlation)
 
 
 _SAME, _BOS = (5, 6), (9, 10)
 """The planted latents."""
-_PLANTED = {"orthogonality": _SAME, "mined": _SAME, "co_activation": _SAME, "position": _BOS}
-"""Which of them a component must move."""
 
 
 def _planted(settings: Settings, rows: int) -> tuple[Transcoder, Step, dict[str, slice]]:
@@ -179,9 +204,10 @@ def _planted(settings: Settings, rows: int) -> tuple[Transcoder, Step, dict[str,
     bos = max(2, rows // 4)
     dense = torch.rand(rows, 32, generator=generator) * (torch.rand(rows, 32, generator=generator) > 0.5)
     with torch.no_grad():
-        model.W_dec[_SAME[1]] = model.W_dec[_SAME[0]]
+        model.W_dec[_SAME[1]] = model.W_dec[_SAME[0]] + 0.05 * torch.randn(16, generator=generator)
+        model.normalise_decoder()
     dense[bos:, _SAME[0]] = torch.rand(rows - bos, generator=generator)
-    dense[:, _SAME[1]] = dense[:, _SAME[0]]
+    dense[:, _SAME[1]] = dense[:, _SAME[0]] * (1 + 0.1 * torch.rand(rows, generator=generator))
     dense[:, _BOS] = 0
     dense[:bos, _BOS[0]] = 1
     dense[:bos, _BOS[1]] = 1

@@ -62,7 +62,9 @@ def measure(active: Active, pairs: Pairs) -> Measures:
     total, counts = len(active.starts) - 1, starts.diff()
     values, nothing = active.values.double(), torch.zeros(active.d_sae, dtype=torch.float64)
     mean = nothing.index_add(0, active.latents, values) / total
-    spread = (nothing.index_add(0, active.latents, values.square()) / total - mean.square()).clamp_min(0).sqrt()
+    square = nothing.index_add(0, active.latents, values.square()) / total
+    variance = square - mean.square()
+    spread = torch.where(variance > 1e-12 * square, variance, 0.0).sqrt()  # less is rounding
     scale = spread[pairs.first] * spread[pairs.second]
     both = torch.from_numpy(rows)
     covariance = torch.from_numpy(products) / total - mean[pairs.first] * mean[pairs.second]
@@ -85,8 +87,9 @@ def mass(
     weights: Tensor,  # [B]
 ) -> Tensor:  # [F]
     """Summed activation of every latent, rows counting by their weights."""
-    total = active.values.new_zeros(active.d_sae)
-    return total.index_add_(0, active.latents, active.values.clamp_min(0) * weights[active.rows])
+    order, starts = active.by_latent
+    weighted = active.values.clamp_min(0) * weights[active.rows]
+    return torch.segment_reduce(weighted[order], "sum", offsets=starts, initial=0)
 
 
 class Columns(NamedTuple):
@@ -120,7 +123,7 @@ def co_activation_loss(
     A latent that is active on none of the rows has no correlation and gets no gradient.
     """
     room = values.new_zeros(len(active.starts) - 1, columns.size + 1)
-    dense = room.index_put((active.rows, columns.column[active.latents]), values)[:, :-1]
+    dense = room.index_put((active.rows, columns.column[active.latents]), values, accumulate=True)[:, :-1]
     deviation = dense - dense.mean(0)
     norms = deviation.square().sum(0).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
     unit = deviation / norms

@@ -35,12 +35,14 @@ class OrthogonalityConfig(Config):
 
 
 class MinedConfig(Config):
-    """Nearest neighbours among all live decoder rows, found by a scan and penalised at every step until the next."""
+    """The closest pairs of all live decoder rows, found by a scan and penalised at every step until the next."""
 
     weight: float = Field(0.0, ge=0)
     """Weight of the term; 0 switches it off."""
     cost_share: float = Field(0.02, gt=0, le=1)
     """Share of a step's products that scans may take: it sets the steps between scans."""
+    pairs: int = Field(8192, ge=1)
+    """The closest pairs above their margins, at most this many."""
 
 
 class CoActivationConfig(Config):
@@ -59,7 +61,7 @@ class PositionConfig(Config):
 
     weight: float = Field(0.0, ge=0)
     """Weight of the term; 0 switches it off."""
-    max_bos_mass_share: float = Field(0.2, ge=0, le=1)
+    max_bos_mass_share: float = Field(0.2, ge=0, lt=1)
     """Share of a latent's activation, at natural frequencies, that may lie at position 0."""
 
 
@@ -147,7 +149,7 @@ class Diversity:
             terms["orthogonality"] = scale * config.orthogonality.weight * self._orthogonality(dead, step)
         if config.mined.weight:
             if step % self.scan_every == 0:
-                self.mined = self._close((~dead).nonzero().squeeze(1))[0]
+                self.mined = self._closest((~dead).nonzero().squeeze(1))
             alive = ~(dead[self.mined.first] | dead[self.mined.second])
             loss = direction_loss(model.W_dec, self.mined, self._margins(self.mined), 2.0 * alive)
             terms["mined"] = scale * config.mined.weight * loss / model.d_sae
@@ -158,9 +160,10 @@ class Diversity:
         self._correlate(Pairs(*(side.to(self._transcoder.W_dec.device) for side in correlated)))
         goals, before = self._config.controller, dict(self.scales)
         share = report.directions.share_with_neighbour_above["0.7"]
+        goal = goals.max_share_above_0_7 if report.directions.step == report.step else None  # once per scan
         pairs = report.without_position_0.pairs_above["0.8"]
         self.scales = {
-            "direction": goals.moved(before["direction"], share, goals.max_share_above_0_7),
+            "direction": goals.moved(before["direction"], share, goal),
             "co_activation": goals.moved(before["co_activation"], pairs, goals.max_pairs_above_0_8),
         }
         return self.scales != before
@@ -197,16 +200,22 @@ class Diversity:
         pairs, cosines = self._close(latents)
         if config.per_row == "max":
             weights = nearest(pairs, cosines, model.d_sae) / max(len(latents), 1)
+            pairs, weights = Pairs(*(side[weights > 0] for side in pairs)), weights[weights > 0]
         else:
             weights = torch.full_like(cosines, 2 / max(len(latents) * (len(latents) - 1), 1))
         return config.every * direction_loss(model.W_dec, pairs, self._margins(pairs), weights)
 
+    def _closest(self, latents: Tensor) -> Pairs:
+        pairs, cosines = self._close(latents)
+        found = (cosines - self._margins(pairs)).topk(min(self._config.mined.pairs, len(cosines))).indices
+        return Pairs(*(side[found] for side in pairs))
+
     def _close(self, latents: Tensor) -> tuple[Pairs, Tensor]:
         model = self._transcoder
-        return close_pairs(model.W_dec, latents, self._config.margin, model.blas)
+        floor = min(self._config.margin, self._config.cross_margin)
+        return close_pairs(model.W_dec, latents, floor, model.blas)
 
     def _margins(self, pairs: Pairs) -> Tensor:
         segment, config = self._transcoder.segment, self._config
         within = segment[pairs.first] == segment[pairs.second]
-        rows = self._transcoder.W_dec
-        return torch.where(within, rows.new_tensor(config.margin), rows.new_tensor(config.cross_margin))
+        return torch.where(within, config.margin, config.cross_margin).to(self._transcoder.W_dec.dtype)

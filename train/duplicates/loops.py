@@ -46,7 +46,8 @@ def partners(
             one += value
             square += value * value
         mean[f] = one / total
-        spread[f] = np.sqrt(max(square / total - mean[f] * mean[f], 0.0))
+        variance = square / total - mean[f] * mean[f]
+        spread[f] = np.sqrt(variance) if variance > 1e-12 * square / total else 0.0  # less is rounding
     for part in prange(_PARTS):
         counts, products = np.zeros(latent_count, np.int32), np.zeros(latent_count)
         touched = np.empty(latent_count, np.int32)

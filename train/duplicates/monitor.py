@@ -25,6 +25,8 @@ from train.transcoder import Step, Transcoder
 FOLDER = "anti_duplication_logs"
 LEVELS = (0.5, 0.7, 0.8, 0.9)
 POSITION_0 = "000-001"
+_MOST_MEETINGS = 2**27
+"""Of two latents on a row, each pair of them twice, in a report: about a third of a second on one core."""
 
 
 class MonitorConfig(Config):
@@ -33,14 +35,15 @@ class MonitorConfig(Config):
     every: int = Field(100, ge=1)
     """Steps between reports; the last step always makes one."""
     rows: int = Field(8192, ge=1)
-    """Rows of the sample: those of the last steps before a report, whole batches."""
+    """Rows of the sample: those of the last steps before a report, whole batches; fewer where very many latents are
+    active. Reports say how many they looked at."""
     cost_share: float = Field(0.02, gt=0, le=1)
     """Share of a step's product that scans of all decoder rows may take; reports in between repeat the last scan's."""
     least_together: int = Field(10, ge=2)
     """Rows on which two latents must both be active to be listed."""
     listed: int = Field(50, ge=1)
     """Pairs of a report, at most."""
-    cluster_cosine: float = Field(0.7, gt=0, le=1)
+    cluster_cosine: float = Field(0.7, ge=0.5, le=1)
     """Two latents are of one cluster when their decoder rows have at least this cosine ..."""
     cluster_jaccard: float = Field(0.3, gt=0, le=1)
     """... and their firing sets at least this Jaccard index."""
@@ -133,6 +136,7 @@ class CorrelationReport(Config):
     sample: Sample
     least_together: int
     without_position_0: Correlations
+    """With it, if the store's first stratum holds more than position 0."""
     with_position_0: Correlations
     directions: Directions
     pairs: list[CorrelatedPair]
@@ -159,7 +163,8 @@ class CorrelationMonitor:
         sides = transcoder.W_enc, transcoder.W_dec
         self._scan_every = steps_between_scans(*sides, len(self._of_row), config.cost_share)
         self._window = -(-config.rows // len(self._of_row))
-        self._kept: list[Active] = []
+        self._kept: list[tuple[Active, Tensor]] = []
+        """The active pairs of each batch of the sample, and the stratum of each of their rows"""
         self.lost_reports = 0
         nothing = torch.zeros(0, dtype=torch.int64)
         self.correlated = Pairs(nothing, nothing)
@@ -170,9 +175,16 @@ class CorrelationMonitor:
         return done % self._config.every == 0 or done == self._steps
 
     def add(self, step: Step, done: int) -> None:
-        """Keep the pairs of step `done`, if a report will look at them."""
+        """Keep the pairs of step `done`, if a report will look at them.
+
+        Counting costs the square of a row's active latents: where these are so many that a report would take more than
+        `_MOST_MEETINGS`, every n-th row is kept.
+        """
         if self._report_after(done) - done < self._window:
-            self._kept.append(step.active.cpu())
+            active = step.active.cpu().positive()
+            meetings = int(active.starts.diff().square().sum()) * self._window
+            kept = torch.arange(len(self._of_row)) % max(1, -(-meetings // _MOST_MEETINGS)) == 0
+            self._kept.append((_rows_of(active, kept), self._of_row[kept]))
 
     def report(self, done: int, dead: Tensor) -> CorrelationReport:
         """Write the report after step `done`, counted from 1; `dead` [F] latents are left out of the directions.
@@ -195,9 +207,15 @@ class CorrelationMonitor:
     def state(self) -> dict[str, Tensor]:
         """The open sample, for a checkpoint."""
         return {
-            f"monitor.{i:04d}.{name}": getattr(active, name)
-            for i, active in enumerate(self._kept)
-            for name in ("rows", "latents", "values", "starts")
+            f"monitor.{i:04d}.{name}": tensor
+            for i, (active, stratum) in enumerate(self._kept)
+            for name, tensor in {
+                "rows": active.rows,
+                "latents": active.latents,
+                "values": active.values,
+                "starts": active.starts,
+                "stratum": stratum,
+            }.items()
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -205,7 +223,10 @@ class CorrelationMonitor:
         count = sum(name.startswith("monitor.") and name.endswith(".rows") for name in tensors)
         names = ("rows", "latents", "values", "starts")
         self._kept = [
-            Active(**{name: tensors[f"monitor.{i:04d}.{name}"] for name in names}, d_sae=self._transcoder.d_sae)
+            (
+                Active(**{name: tensors[f"monitor.{i:04d}.{name}"] for name in names}, d_sae=self._transcoder.d_sae),
+                tensors[f"monitor.{i:04d}.stratum"],
+            )
             for i in range(count)
         ]
 
@@ -223,14 +244,15 @@ class CorrelationMonitor:
 
     def _sample(self) -> tuple[Active, Tensor]:
         """The active pairs of all rows kept, and the stratum of every row."""
-        batches, rows = [active.positive() for active in self._kept], len(self._of_row)
+        sizes = [len(stratum) for _, stratum in self._kept]
+        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
         joined = Active.of(
-            torch.cat([active.rows + i * rows for i, active in enumerate(batches)]),
-            torch.cat([active.latents for active in batches]),
-            torch.cat([active.values for active in batches]),
-            torch.Size((rows * len(batches), self._transcoder.d_sae)),
+            torch.cat([active.rows + first for (active, _), first in zip(self._kept, firsts, strict=True)]),
+            torch.cat([active.latents for active, _ in self._kept]),
+            torch.cat([active.values for active, _ in self._kept]),
+            torch.Size((sum(sizes), self._transcoder.d_sae)),
         )
-        return joined, self._of_row.repeat(len(batches))
+        return joined, torch.cat([stratum for _, stratum in self._kept])
 
     def _make(
         self, done: int, every: Active, stratum: Tensor, dead: Tensor, before: CorrelationReport | None
@@ -357,11 +379,18 @@ def _effective_rank(rows: Tensor) -> float:
 def _clusters(close: Pairs, cosines: Tensor, jaccard: Tensor, config: MonitorConfig) -> list[list[int]]:
     """Connected latents, by pairs that are the same in direction and in firing."""
     same = (cosines.cpu() >= config.cluster_cosine) & (jaccard >= config.cluster_jaccard)
-    group: dict[int, set[int]] = {}
+    parent: dict[int, int] = {}
+
+    def root(latent: int) -> int:
+        while parent.setdefault(latent, latent) != latent:
+            parent[latent] = latent = parent[parent[latent]]
+        return latent
+
     for first, second in zip(*(side.cpu()[same].tolist() for side in close), strict=True):
-        joined = group.get(first, {first}) | group.get(second, {second})
-        group |= dict.fromkeys(joined, joined)
-    found = {id(latents): sorted(latents) for latents in group.values()}
+        parent[root(second)] = root(first)
+    found: dict[int, list[int]] = {}
+    for latent in sorted(parent):
+        found.setdefault(root(latent), []).append(latent)
     return sorted(found.values(), key=lambda latents: (-len(latents), latents))
 
 
