@@ -27,6 +27,7 @@ def make_step(seed: int, latents: list[int] | None = None) -> tuple[Step, torch.
         errors=(guess - target.unsqueeze(1)).square().sum(2),
         target=target,
         active=active,
+        values=active.values,
         threshold=torch.tensor(0.5 + seed),
         pre_acts=torch.zeros(10, 8),
     )

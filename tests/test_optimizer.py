@@ -97,16 +97,16 @@ def test_saved_moments_continue_bit_for_bit(kind: type) -> None:
     whole, first = make(), make()
     straight = optimizer_of(kind, whole, OptimizerConfig(), steps=6)
     for step in range(6):
-        straight.step(loss_of(whole, step), step)
+        straight.step([loss_of(whole, step)], step)
 
     before = optimizer_of(kind, first, OptimizerConfig(), steps=6)
     for step in range(3):
-        before.step(loss_of(first, step), step)
+        before.step([loss_of(first, step)], step)
     second = make()
     second.load_state_dict(first.state_dict())
     after = optimizer_of(kind, second, OptimizerConfig(), steps=6)
     after.load({name: tensor.contiguous() for name, tensor in before.state().items()})
     for step in range(3, 6):
-        after.step(loss_of(second, step), step)
+        after.step([loss_of(second, step)], step)
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
