@@ -19,7 +19,7 @@ from tests.bench.step import SHAPES, B
 PLACE = ROOT / ".venv-peers"
 PACKAGES = {"SAELens": "sae-lens==6.54.12", "dictionary_learning": "dictionary-learning", "sparsify": "eai-sparsify"}
 TORCH = "torch==2.13.0"
-ROUNDS = {"S": 12, "M": 8, "L": 5}
+ROUNDS = {"S": 12, "M": 8, "L": 3}
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_TOP_PAD_": str(2**26)}
 LINE = "python -m tests.bench.peers"
 
