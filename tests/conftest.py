@@ -10,6 +10,7 @@ times slower (it waits by spinning) and a 2,048 x 256 one 2 times.
 import importlib
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -105,3 +106,24 @@ def longer(small: "Line", tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.llms import BLOCK_TOKENS, command
 
     return command(*small(tmp_path_factory.mktemp("cache"), tokens=8 * BLOCK_TOKENS)).store
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs `python -m train ARGS` in this process."""
+
+    from shared import cli
+    from tests.runs import Outcome
+    from train.cli import main
+
+    def run(*args: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, args)])
+        code = 0
+        try:
+            cli.run(main)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run

@@ -8,61 +8,19 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared import cli, durable
+from shared import durable
+from tests.runs import SMALL, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
 from train import checkpoint
-from train.cli import main
-from train.duplicates.monitor import FOLDER
 from train.settings import checkpoint_bytes, read_config
 
-SMALL = [
-    "--set",
-    "transcoder.d_sae=64",
-    "--set",
-    "activation.k=6",
-    "--set",
-    "activation.k_start=6",
-    "--set",
-    "rows.batch_rows=48",
-    "--set",
-    "threads=1",
-]
 CADENCE = ["--set", "log_every=7", "--set", "evaluation.every=20", "--set", "checkpoint.every=10"]
-
-
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def path(self) -> Path:
-        return Path(self.out.splitlines()[-1])
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs `python -m train ARGS` in this process."""
-
-    def run(*args: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["train", *map(str, args)])
-        code = 0
-        try:
-            cli.run(main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +32,6 @@ def popen(*args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "train", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-def rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, optimiser state and metrics are equal bit for bit."""
-    left, right = checkpoint.find(a), checkpoint.find(b)
-    assert left.step == right.step
-    for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
-        assert (left.path / name).read_bytes() == (right.path / name).read_bytes(), name
-    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
 
 
 def test_a_run_learns_and_leaves_what_the_design_says(command, store: SyntheticStore, tmp_path: Path) -> None:
@@ -227,75 +172,6 @@ def test_with_the_target_as_source_an_autoencoder_of_the_targets_is_trained(
     assert found["fvu"] == rows(whole)[-1]["held_out"]["fvu"] and abs(found["linear_fvu"]) < 1e-6
     other = command(*common, "--steps", 1, "--init-from", whole, "--set", "transcoder.skip=true")
     assert other.code == 2 and "its source is target, this run's is source" in other.err
-
-
-DIVERSE = [
-    "--set", "diversity.orthogonality.weight=8", "--set", "diversity.orthogonality.every=3",
-    "--set", "diversity.mined.weight=8", "--set", "diversity.mined.cost_share=0.2",
-    "--set", "diversity.co_activation.weight=2", "--set", "diversity.co_activation.margin=0.1",
-    "--set", "diversity.position.weight=1", "--set", "diversity.position.max_bos_mass_share=0.01",
-    "--set", "rows.max_bos_batch_share=0.1",
-    "--set", "monitor.every=6", "--set", "monitor.rows=150", "--set", "monitor.least_together=3",
-]  # fmt: skip
-
-
-def test_the_diversity_loss_parts_latents_and_every_term_is_logged(
-    command, store: SyntheticStore, tmp_path: Path
-) -> None:
-    common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 120, *SMALL, "--set", "optimizer.lr=0.01")
-    plain, diverse = command(*common, *DIVERSE[-8:]).path, command(*common, *DIVERSE).path
-    last = [json.loads((run / FOLDER / "correlation-000120.json").read_text()) for run in (plain, diverse)]
-    assert rows(plain)[-1]["terms"].keys() == {"reconstruction", "auxk"}
-    terms = rows(diverse)[-1]["terms"]
-    assert terms.keys() == {"reconstruction", "auxk", "orthogonality", "mined", "co_activation", "position"}
-    assert all(terms[name] > 0 for name in ("orthogonality", "mined", "co_activation", "position"))
-    shares = [report["directions"]["share_within_segment_above"]["0.5"] for report in last]
-    assert shares[1] < 0.5 * shares[0]
-    pairs = [report["without_position_0"]["pairs_above"]["0.5"] for report in last]
-    assert pairs[1] <= pairs[0]
-
-
-def test_usage_says_what_every_component_did(command, store: SyntheticStore, tmp_path: Path) -> None:
-    done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 30, *SMALL, *DIVERSE)
-    record = json.loads((done.path / "usage.json").read_text())
-    calls = {name: component["calls"] for name, component in record["components"].items()}
-    assert calls == {
-        "reconstruction": 30, "auxk": 30, "orthogonality": 10, "mined": 30, "co_activation": 30, "position": 30,
-        "monitor": 5, "evaluation": 1, "checkpoint": 1,
-    }  # fmt: skip
-    for name in ("auxk", "orthogonality", "mined", "co_activation", "position"):
-        total = sum(row["terms"].get(name, 0) * row["steps"] for row in rows(done.path))
-        assert record["components"][name]["effect"] == pytest.approx(total) and total > 0
-    assert sum(record["rows"].values()) == 30 * 48 and record["step"] == 30
-    assert record["notes"] == []
-
-
-def test_an_inert_component_stops_the_run_before_its_first_step(
-    command, store: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("train.duplicates.diversity.direction_loss", lambda W_dec, *_: W_dec.sum() * 0)
-    done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 30, *SMALL, *DIVERSE)
-    assert done.code == 1 and "diversity.orthogonality is on, and planted duplicates do not move it" in done.err
-    run = tmp_path / "tiny-001"
-    assert not (run / "metrics.jsonl").exists() and not checkpoint.steps(run)
-
-
-def test_a_run_with_the_diversity_loss_resumes_bit_for_bit(command, store: SyntheticStore, tmp_path: Path) -> None:
-    common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 40, *SMALL, *DIVERSE)
-    cadence = ("--set", "checkpoint.every=11", "--set", "log_every=7", "--set", "evaluation.every=20")
-    whole, stopped = (command(*common, *cadence).path for _ in range(2))
-    shutil.rmtree(checkpoint.folder(stopped, 40))
-    for report in (stopped / FOLDER).iterdir():  # those after the checkpoint are made again
-        if report.name > "correlation-000033":
-            report.unlink()
-    assert checkpoint.find(stopped).step == 33
-    assert command("resume", stopped).code == 0
-    assert_same_run(whole, stopped)
-    assert (whole / "usage.json").read_bytes() == (stopped / "usage.json").read_bytes()
-    reports = sorted(path.name for path in (whole / FOLDER).iterdir())
-    assert len(reports) == 7
-    for name in reports:
-        assert (whole / FOLDER / name).read_bytes() == (stopped / FOLDER / name).read_bytes()
 
 
 def test_one_seed_gives_one_result_and_another_seed_another(command, store: SyntheticStore, tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""Small training runs: their settings, what they leave, and when two are the same."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from train import checkpoint
+
+SMALL = [
+    "--set",
+    "transcoder.d_sae=64",
+    "--set",
+    "activation.k=6",
+    "--set",
+    "activation.k_start=6",
+    "--set",
+    "rows.batch_rows=48",
+    "--set",
+    "threads=1",
+]
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.out.splitlines()[-1])
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, optimiser state and metrics are equal bit for bit."""
+    left, right = checkpoint.find(a), checkpoint.find(b)
+    assert left.step == right.step
+    for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
+        assert (left.path / name).read_bytes() == (right.path / name).read_bytes(), name
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
