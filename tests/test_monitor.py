@@ -154,15 +154,6 @@ def test_where_many_latents_are_active_every_nth_row_is_looked_at(
     assert report.pairs[0].correlation == pytest.approx(float(torch.corrcoef(kept.T)[3, 20]))
 
 
-def test_large_clusters_are_joined() -> None:
-    from train.duplicates.directions import Pairs
-    from train.duplicates.monitor import _clusters
-
-    chain = Pairs(torch.arange(0, 1999), torch.arange(1, 2000))
-    found = _clusters(chain, torch.ones(1999), torch.ones(1999), MonitorConfig())
-    assert found == [list(range(2000))]
-
-
 def test_dead_latents_are_left_out_of_the_directions(tmp_path: Path) -> None:
     monitor, dead = make_monitor(tmp_path), ALIVE.clone()
     dead[[3, 6]] = True

@@ -12,6 +12,7 @@ from train.duplicates import diversity, monitor
 from train.duplicates.activations import co_activation_loss
 from train.duplicates.directions import direction_loss
 from train.settings import Settings
+from train.sparsity import Active
 from train.usage import Usage, components, prove
 
 ALL_ON = Settings.model_validate(
@@ -60,7 +61,12 @@ def no_loss(W_dec: torch.Tensor, *_: object) -> torch.Tensor:
         (diversity, "direction_loss", lambda *args: -direction_loss(*args), "diversity.orthogonality"),
         (diversity, "co_activation_loss", lambda *args: -co_activation_loss(*args), "diversity.co_activation"),
         (diversity, "position_loss", lambda values, *_: values.sum() * 0, "diversity.position"),
-        (monitor, "correlated_pairs", lambda *_, **__: (monitor.Pairs(*torch.zeros(2, 0).long()), {}), "monitor"),
+        (
+            monitor,
+            "correlated_pairs",
+            lambda *_, **__: (monitor.Pairs(*torch.zeros(2, 0).long()), torch.zeros(0), {}),
+            "monitor",
+        ),
     ],
 )
 def test_a_component_patched_inert_is_named(
@@ -68,7 +74,7 @@ def test_a_component_patched_inert_is_named(
 ) -> None:
     if module is monitor:
         levels = dict.fromkeys(monitor.LEVELS, 0)
-        monkeypatch.setattr(module, function, lambda *_, **__: (inert()[0], levels))
+        monkeypatch.setattr(module, function, lambda *_, **__: (*inert()[:2], levels))
     else:
         monkeypatch.setattr(module, function, inert)
     with pytest.raises(ProjectError, match=f"{named}.* is on, and planted duplicates do not move it"):
@@ -76,7 +82,7 @@ def test_a_component_patched_inert_is_named(
 
 
 def test_a_monitor_that_lists_latents_of_position_0_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor, "_rows_of", lambda active, _: active)
+    monkeypatch.setattr(Active, "of_rows", lambda active, _: active)
     with pytest.raises(ProjectError, match="monitor is on"):
         prove(OFF)
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from shared.errors import ProjectError, Stopped, UserError
 from shared.progress import Progress
 from shared.store import Store
+from shared.strata import POSITION_0
 from train import checkpoint
 from train.checkpoint import Checkpoint
 from train.duplicates.diversity import Diversity
-from train.duplicates.monitor import POSITION_0, CorrelationMonitor
+from train.duplicates.monitor import CorrelationMonitor
 from train.evaluate import Evaluation, calibrate, evaluate
 from train.metrics import METRICS, TIMING, Counters, Log, Window
 from train.optimizer import Optimizer
@@ -89,7 +90,8 @@ class Run:
 
     def train(self) -> None:
         """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
-        settings, self._began, self._logged, note = self._settings, time.monotonic(), (0.0, 0.0), ""
+        settings, self._logged, note = self._settings, (0.0, 0.0), ""
+        self._began, self._cpu_began = time.monotonic(), time.process_time()
         if settings.device == "cpu" and not loops.compiled_before():
             print("compiling the loops of the first step: half a minute, once on this machine", file=sys.stderr)
         bar = Progress("train", settings.steps, "steps", done=self._first)
@@ -155,7 +157,11 @@ class Run:
         self._usage.publish(done)
         seconds = time.monotonic() - self._began
         rate = (done - self._first) * self._settings.rows.batch_rows / seconds
-        self._timing.append(head | {"seconds": seconds, "rows_per_second": rate} | self._data_wait(seconds))
+        self._timing.append(
+            head
+            | {"seconds": seconds, "cpu_seconds": time.process_time() - self._cpu_began, "rows_per_second": rate}
+            | self._data_wait(seconds)
+        )
         return note
 
     def _data_wait(self, seconds: float) -> dict[str, float]:
@@ -207,7 +213,7 @@ class Run:
     def _l0_by_running_threshold(self, pre_acts: Tensor) -> float:
         """Active latents per row of one batch by the running threshold, without position 0."""
         counts, strata = (pre_acts > self._counters.threshold).sum(1), self._reader.slices()
-        rows = [counts[s] for name, s in strata.items() if name != "000-001" or len(strata) == 1]
+        rows = [counts[s] for name, s in strata.items() if name != POSITION_0 or len(strata) == 1]
         return float(torch.cat(rows).double().mean())
 
     def _note_nan(self, loss: Tensor, source: Tensor, step: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shared import durable
+from shared.strata import POSITION_0
 from train.evaluate import ratio
 from train.transcoder import Step
 
@@ -60,7 +61,7 @@ class Window:
         """The window's figures; then it starts anew. Overall figures leave position 0 out."""
         steps = float(self._sums["steps"])
         sizes = torch.tensor([float(s.stop - s.start) for s in self._strata.values()]) * steps
-        counted = torch.tensor([name != "000-001" or len(self._strata) == 1 for name in self._strata])
+        counted = torch.tensor([name != POSITION_0 or len(self._strata) == 1 for name in self._strata])
         sums = {name: value.cpu() for name, value in self._sums.items()}
         overall = _fvu(sums, counted, float(sizes[counted].sum()))
         terms = {name: float(value) / steps for name, value in sorted(self._terms.items())}

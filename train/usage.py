@@ -15,10 +15,11 @@ from torch import Tensor
 from shared import durable
 from shared.config import Config
 from shared.errors import DiskFull, ProjectError
+from shared.strata import POSITION_0
 from train.duplicates.activations import measure
 from train.duplicates.directions import Pairs
 from train.duplicates.diversity import Diversity
-from train.duplicates.monitor import POSITION_0, CorrelationMonitor
+from train.duplicates.monitor import CorrelationMonitor
 from train.settings import Settings
 from train.sparsity import Active
 from train.transcoder import BatchTopK, JumpReLU, Normalisation, ReLU, Step, Transcoder, TranscoderConfig

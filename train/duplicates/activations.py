@@ -30,11 +30,11 @@ def correlated_pairs(
     least_together: int,
     partners: int = 8,
     levels: tuple[float, ...] = (0.5, 0.8, 0.9),
-) -> tuple[Pairs, dict[float, int]]:
+) -> tuple[Pairs, Tensor, dict[float, int]]:  # correlation [C] float64
     """Pairs of latents with at least `least_together` rows in common, by falling correlation.
 
-    Of every latent, the `partners` largest correlations above 0 with latents after it; and how many pairs there are
-    above each level, those that are not listed included. `active` is on CPU and holds active pairs alone
+    Of every latent, the `partners` largest correlations above 0 with latents after it, and these; and how many pairs
+    there are above each level, those that are not listed included. `active` is on CPU and holds active pairs alone
     (`Active.positive`).
     """
     order, starts = active.by_latent
@@ -49,8 +49,9 @@ def correlated_pairs(
     loops.partners(*sides, total, least_together, np.array(levels), over, found, correlation)
     first, place = np.nonzero(found >= 0)
     falling = np.argsort(-correlation[first, place], kind="stable")
-    pairs = Pairs(*map(torch.from_numpy, (first[falling], found[first, place][falling])))
-    return pairs, dict(zip(levels, over.sum(0).tolist(), strict=True))
+    first, place = first[falling], place[falling]
+    pairs = Pairs(*map(torch.from_numpy, (first, found[first, place])))
+    return pairs, torch.from_numpy(correlation[first, place]), dict(zip(levels, over.sum(0).tolist(), strict=True))
 
 
 def measure(active: Active, pairs: Pairs) -> Measures:

@@ -22,6 +22,35 @@ class Pairs(NamedTuple):
     second: Tensor
     """[N] int64"""
 
+    def kept(self, wanted: Tensor) -> "Pairs":
+        """The pairs that `wanted` [N] names, as bools or by their numbers."""
+        return Pairs(self.first[wanted], self.second[wanted])
+
+    def joined(self, other: "Pairs") -> "Pairs":
+        """These, and those of `other` behind them."""
+        return Pairs(torch.cat([self.first, other.first]), torch.cat([self.second, other.second]))
+
+    def cpu(self) -> "Pairs":
+        """The same on CPU."""
+        return Pairs(self.first.cpu(), self.second.cpu())
+
+
+def connected(pairs: Pairs) -> list[list[int]]:
+    """Groups of latents that pairs connect, directly or through others; the largest first, latents rising."""
+    parent: dict[int, int] = {}
+
+    def root(latent: int) -> int:
+        while parent.setdefault(latent, latent) != latent:
+            parent[latent] = latent = parent[parent[latent]]
+        return latent
+
+    for first, second in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):
+        parent[root(second)] = root(first)
+    found: dict[int, list[int]] = {}
+    for latent in sorted(parent):
+        found.setdefault(root(latent), []).append(latent)
+    return sorted(found.values(), key=lambda latents: (-len(latents), latents))
+
 
 def close_pairs(
     W_dec: Tensor,  # [F, O] unit rows
@@ -44,6 +73,22 @@ def close_pairs(
         second.append(latents[low + j])
         cosines.append(found[i, j])
     return Pairs(torch.cat(first), torch.cat(second)), torch.cat(cosines)
+
+
+def nearest_cosines(
+    W_dec: Tensor,  # [F, O] unit rows
+    latents: Tensor,  # [n] int64
+    library: Blas,
+    block: int = 1024,
+) -> Tensor:  # [n]
+    """The largest cosine of each of `latents` with another of them; -1 for one alone."""
+    rows = W_dec.detach()[latents]
+    nearest = []
+    for low in range(0, len(rows), block):
+        found = blas.product(library, rows[low : low + block], rows.T)
+        found[torch.arange(len(found)), torch.arange(low, low + len(found))] = -1
+        nearest.append(found.amax(1))
+    return torch.cat(nearest) if nearest else rows.new_zeros(0)
 
 
 def steps_between_scans(

@@ -17,14 +17,14 @@ from torch import Tensor
 from shared import durable
 from shared.config import Config, read_record
 from shared.errors import DiskFull
+from shared.strata import POSITION_0
 from train.duplicates.activations import correlated_pairs, measure
-from train.duplicates.directions import Pairs, close_pairs, steps_between_scans
+from train.duplicates.directions import Pairs, close_pairs, connected, steps_between_scans
 from train.sparsity import Active
 from train.transcoder import Step, Transcoder
 
 FOLDER = "anti_duplication_logs"
 LEVELS = (0.5, 0.7, 0.8, 0.9)
-POSITION_0 = "000-001"
 _MOST_MEETINGS = 2**27
 """Of two latents on a row, each pair of them twice, in a report: about a third of a second on one core."""
 
@@ -184,7 +184,7 @@ class CorrelationMonitor:
             active = step.active.cpu().positive()
             meetings = int(active.starts.diff().square().sum()) * self._window
             kept = torch.arange(len(self._of_row)) % max(1, -(-meetings // _MOST_MEETINGS)) == 0
-            self._kept.append((_rows_of(active, kept), self._of_row[kept]))
+            self._kept.append((active.of_rows(kept), self._of_row[kept]))
 
     def report(self, done: int, dead: Tensor) -> CorrelationReport:
         """Write the report after step `done`, counted from 1; `dead` [F] latents are left out of the directions.
@@ -244,22 +244,14 @@ class CorrelationMonitor:
 
     def _sample(self) -> tuple[Active, Tensor]:
         """The active pairs of all rows kept, and the stratum of every row."""
-        sizes = [len(stratum) for _, stratum in self._kept]
-        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
-        joined = Active.of(
-            torch.cat([active.rows + first for (active, _), first in zip(self._kept, firsts, strict=True)]),
-            torch.cat([active.latents for active, _ in self._kept]),
-            torch.cat([active.values for active, _ in self._kept]),
-            torch.Size((sum(sizes), self._transcoder.d_sae)),
-        )
-        return joined, torch.cat([stratum for _, stratum in self._kept])
+        return Active.joined([active for active, _ in self._kept]), torch.cat([stratum for _, stratum in self._kept])
 
     def _make(
         self, done: int, every: Active, stratum: Tensor, dead: Tensor, before: CorrelationReport | None
     ) -> CorrelationReport:
         config = self._config
         position_0 = self._strata.index(POSITION_0) if POSITION_0 in self._strata and len(self._strata) > 1 else -1
-        rest = _rows_of(every, stratum != position_0)
+        rest = every.of_rows(stratum != position_0)
         correlated, without = _correlations(rest, config)
         _, whole = _correlations(every, config)
         self.correlated = correlated
@@ -342,23 +334,18 @@ class CorrelationMonitor:
             effective_number=float((1 / (1 + neighbours.double())).sum()),
             effective_rank=_effective_rank(model.W_dec.detach()[latents]),
         )
-        jaccard = measure(every, Pairs(*(side.cpu() for side in close))).jaccard
-        return directions, _clusters(close, cosines, jaccard, self._config)
-
-
-def _rows_of(active: Active, wanted: Tensor) -> Active:
-    """The pairs of the `wanted` [R] rows, which are numbered anew."""
-    kept, number = wanted[active.rows], wanted.cumsum(0) - 1
-    shape = torch.Size((int(wanted.sum()), active.d_sae))
-    return Active.of(number[active.rows[kept]], active.latents[kept], active.values[kept], shape)
+        close, cosines = close.cpu(), cosines.cpu()
+        same = (cosines >= self._config.cluster_cosine) & (
+            measure(every, close).jaccard >= self._config.cluster_jaccard
+        )
+        return directions, connected(close.kept(same))
 
 
 def _correlations(active: Active, config: MonitorConfig) -> tuple[Pairs, Correlations]:
-    pairs, above = correlated_pairs(active, config.least_together, levels=LEVELS)
-    first = Pairs(*(side[:1] for side in pairs))
+    pairs, correlation, above = correlated_pairs(active, config.least_together, levels=LEVELS)
     return pairs, Correlations(
         rows=len(active.starts) - 1,
-        largest=float(measure(active, first).correlation.sum()),
+        largest=float(correlation[:1].sum()),
         pairs_above={f"{level}": count for level, count in above.items()},
     )
 
@@ -374,24 +361,6 @@ def _effective_rank(rows: Tensor) -> float:
     values = torch.linalg.eigvalsh((rows.T @ rows).double().cpu()).clamp_min(0).sqrt()
     shares = values / values.sum()
     return float(torch.special.entr(shares).sum().exp())
-
-
-def _clusters(close: Pairs, cosines: Tensor, jaccard: Tensor, config: MonitorConfig) -> list[list[int]]:
-    """Connected latents, by pairs that are the same in direction and in firing."""
-    same = (cosines.cpu() >= config.cluster_cosine) & (jaccard >= config.cluster_jaccard)
-    parent: dict[int, int] = {}
-
-    def root(latent: int) -> int:
-        while parent.setdefault(latent, latent) != latent:
-            parent[latent] = latent = parent[parent[latent]]
-        return latent
-
-    for first, second in zip(*(side.cpu()[same].tolist() for side in close), strict=True):
-        parent[root(second)] = root(first)
-    found: dict[int, list[int]] = {}
-    for latent in sorted(parent):
-        found.setdefault(root(latent), []).append(latent)
-    return sorted(found.values(), key=lambda latents: (-len(latents), latents))
 
 
 def _change(now: "CorrelationReport", before: CorrelationReport | None) -> Trend | None:
