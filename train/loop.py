@@ -23,6 +23,7 @@ from train.checkpoint import Checkpoint
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
 from train.evaluate import Evaluation, calibrate, evaluate
+from train.held_out import held_out_active
 from train.metrics import METRICS, TIMING, Counters, Log, Window
 from train.optimizer import Optimizer
 from train.rows import BatchReader
@@ -64,7 +65,7 @@ class Run:
         self._diversity = Diversity(self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed)
         self._monitor = CorrelationMonitor(path, self._settings.monitor, self._transcoder, strata, self._settings.steps)
         self._counters = Counters(self._transcoder.d_sae, device)
-        self._window = Window(self._reader.slices(), self._transcoder.prefixes, config.d_out, device)
+        self._window = Window(strata, self._transcoder.prefixes, config.d_out, weights)
         self._usage = Usage(path, self._settings, self._reader.slices())
         self._parts = (
             self._optimizer,
@@ -114,14 +115,30 @@ class Run:
                 if stop or self._due(done, settings.checkpoint.every):
                     self._checkpoint(done)
                 if done == settings.steps:
+                    self._report_held_out(done)
                     self._usage.finish(done)
                 if stop and done < settings.steps:
                     raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
         if settings.steps == self._first:
+            self._report_held_out(settings.steps)
             print(f"{self._path} is finished: {settings.steps} steps", file=sys.stderr)
 
     def _due(self, done: int, every: int) -> bool:
-        return done % every == 0 or done == self._settings.steps
+        return done == self._settings.steps or (bool(every) and done % every == 0)
+
+    def _report_held_out(self, done: int) -> None:
+        """The monitor's report on all held-out rows, after the last checkpoint; resuming makes one that is missing."""
+        settings, store = self._settings, self._store
+        if settings.monitor.every and not self._monitor.reported_held_out:
+            rows = held_out_active(
+                self._transcoder,
+                store,
+                store.record.report_blocks,
+                self._threshold(done),
+                settings.evaluation.chunk_rows,
+                settings.source,
+            )
+            self._monitor.report_held_out(done, rows, self._counters.dead(self._dead_after))
 
     def _step(self, step: int) -> tuple[Step, float]:
         batch = self._reader.batch(step)
@@ -155,6 +172,7 @@ class Run:
         self._metrics.append(head | row)
         self._usage.effects(row["terms"], row["steps"])
         self._usage.publish(done)
+        note += f"  {self._usage.summary()}"
         seconds = time.monotonic() - self._began
         rate = (done - self._first) * self._settings.rows.batch_rows / seconds
         self._timing.append(
