@@ -87,8 +87,10 @@ def mass(
     weights: Tensor,  # [B]
 ) -> Tensor:  # [F]
     """Summed activation of every latent, rows counting by their weights."""
-    order, starts = active.by_latent
     weighted = active.values.clamp_min(0) * weights[active.rows]
+    if weighted.device.type == "cpu":
+        return weighted.new_zeros(active.d_sae).index_add_(0, active.latents, weighted)
+    order, starts = active.by_latent  # elsewhere sums of no fixed order
     return torch.segment_reduce(weighted[order], "sum", offsets=starts, initial=0)
 
 

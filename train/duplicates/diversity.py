@@ -208,6 +208,7 @@ class Diversity:
     def _closest(self, latents: Tensor) -> Pairs:
         pairs, cosines = self._close(latents)
         found = (cosines - self._margins(pairs)).topk(min(self._config.mined.pairs, len(cosines))).indices
+        found = found.sort().values  # as pairs rise: a latent's row is read once for all of its pairs
         return Pairs(*(side[found] for side in pairs))
 
     def _close(self, latents: Tensor) -> tuple[Pairs, Tensor]:
