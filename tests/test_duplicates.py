@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from train.duplicates.activations import co_activation_loss, columns_of, correlated_pairs, mass, measure, position_loss
+from train.duplicates.activations import (
+    _Correlations,
+    _dense_correlations,
+    co_activation_loss,
+    columns_of,
+    correlated_pairs,
+    mass,
+    measure,
+    position_loss,
+)
 from train.duplicates.directions import (
     Pairs,
     chunk,
@@ -136,7 +145,14 @@ def test_latents_that_are_never_active_have_no_partner() -> None:
     assert measure(active, Pairs(torch.tensor([0]), torch.tensor([3]))).correlation.tolist() == [0.0]
 
 
-def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_correlations() -> None:
+@pytest.mark.parametrize("device", ["cpu", "any"])
+def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_correlations(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "any":
+        monkeypatch.setattr(
+            _Correlations, "apply", lambda *sides: _dense_correlations(*sides[:2], columns_of(pairs, F))
+        )
     dense, active = planted()
     pairs = Pairs(torch.tensor([3, 3, 11, 0]), torch.tensor([7, 9, 12, 39]))
     values = active.values.clone().requires_grad_()
@@ -150,6 +166,21 @@ def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_correlations
     (correlation + 0.5).relu().square().sum().backward()
     torch.testing.assert_close(loss, (correlation + 0.5).relu().square().sum())
     torch.testing.assert_close(values.grad, columns.grad[active.rows, active.latents], rtol=1e-7, atol=1e-12)
+
+
+def test_a_pair_of_a_row_and_a_latent_that_is_there_twice_counts_once() -> None:
+    dense, active = planted()
+    again = torch.cat([torch.arange(len(active.rows)), (active.latents == 7).nonzero().flatten()])
+    again = again[torch.argsort(active.rows[again] * F + active.latents[again], stable=True)]
+    twice = Active.of(active.rows[again], active.latents[again], active.values[again], dense.shape)
+    repeated = torch.cat([torch.tensor([False]), again.diff() == 0])
+    columns, grads = columns_of(Pairs(torch.tensor([3, 7]), torch.tensor([7, 9])), F), []
+    for one, values in ((active, active.values), (twice, twice.values.where(~repeated, 0))):
+        values = values.clone().requires_grad_()
+        co_activation_loss(values, one, columns, -0.5).backward()
+        grads.append(values.grad)
+    torch.testing.assert_close(grads[1][~repeated], grads[0])
+    torch.testing.assert_close(grads[1][repeated], grads[0][active.latents == 7])
 
 
 def test_a_latent_that_is_active_on_no_row_costs_nothing() -> None:

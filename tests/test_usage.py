@@ -118,12 +118,12 @@ def test_a_component_that_never_ran_is_a_failure_and_one_without_effect_a_note(
 
 def test_the_summary_names_what_had_no_effect_yet(tmp_path: Path) -> None:
     counts = Usage(tmp_path, OFF, STRATA)
-    counts.effects({"reconstruction": 0.5, "auxk": 0.0}, 3)
+    counts.effects({"reconstruction": 0.5}, 3)
     counts.call("monitor", effect=4)
-    assert counts.summary() == "used 2/5 (not yet auxk, evaluation, checkpoint)"
-    counts.effects({"auxk": 0.1}, 3)
+    counts.call("evaluation", effect=0)
+    assert counts.summary() == "used 2/4 (not yet evaluation, checkpoint)"
     counts.call("evaluation", "checkpoint", effect=1)
-    assert counts.summary() == "used 5/5"
+    assert counts.summary() == "used 4/4"
 
 
 def test_a_monitor_that_is_off_is_no_component(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from shared import durable
 from shared.config import Config
 from shared.errors import DiskFull
 from shared.strata import POSITION_0
+from train import blas
+from train.blas import Blas
 from train.duplicates.activations import correlated_pairs, measure
 from train.duplicates.directions import Pairs, close_pairs, connected, steps_between_scans
 from train.held_out import HeldOutActive
@@ -364,7 +366,7 @@ class CorrelationMonitor:
             share_within_segment_above={f"{level}": _share(inside > level, live) for level in LEVELS},
             largest=float(nearest.max()),
             effective_number=float((1 / (1 + neighbours.double())).sum()),
-            effective_rank=_effective_rank(model.W_dec.detach()[latents]),
+            effective_rank=_effective_rank(model.W_dec.detach()[latents], model.blas),
         )
         close, cosines = close.cpu(), cosines.cpu()
         same = (cosines >= self._config.cluster_cosine) & (
@@ -390,11 +392,11 @@ def _share(which: Tensor, live: int) -> float:
     return int(which.sum()) / max(live, 1)
 
 
-def _effective_rank(rows: Tensor) -> float:
+def _effective_rank(rows: Tensor, library: Blas) -> float:
     """Of rows [n, O]; 0 for none."""
     if not len(rows):
         return 0.0
-    values = torch.linalg.eigvalsh((rows.T @ rows).double().cpu()).clamp_min(0).sqrt()
+    values = torch.linalg.eigvalsh(blas.product(library, rows.T, rows).double().cpu()).clamp_min(0).sqrt()
     shares = values / values.sum()
     return float(torch.special.entr(shares).sum().exp())
 
