@@ -9,10 +9,15 @@ from importlib import resources
 import pytest
 
 from shared.config import Config
+from train.compare.arms import Comparison
 from train.duplicates.monitor import CorrelationReport
 from train.usage import UsageRecord
 
-SCHEMAS: dict[str, type[Config]] = {"correlation": CorrelationReport, "usage": UsageRecord}
+SCHEMAS: dict[str, type[Config]] = {
+    "comparison": Comparison,
+    "correlation": CorrelationReport,
+    "usage": UsageRecord,
+}
 PLACE = resources.files("train") / "schemas"
 
 
