@@ -28,7 +28,7 @@ from train.transcoder import BatchTopK, Normalisation, Step, Transcoder, Transco
 
 REPORTS = {4096: (32, 128, 1), 18432: (48, 2304, 1), 131072: (64, 4096, 8)}
 """By d_sae: active latents per row, d_out, and of which part of the latents all decoder rows are scanned: one in n."""
-REPEATS = {"S": 31, "M": 21, "L": 11}
+REPEATS = {"S": 21, "M": 11, "L": 7}
 BOS = 4
 """Rows of a batch at position 0."""
 STRATA = {POSITION_0: slice(0, BOS), "001-256": slice(BOS, B)}
@@ -90,7 +90,7 @@ def report_costs(d_sae: int) -> dict[str, tuple[float, str]]:
     all_dead, some_dead = torch.ones(d_sae, dtype=torch.bool), torch.arange(d_sae) % part > 0
     figures: dict[str, tuple[float, str]] = {}
     taken = {}
-    for name, dead, repeats in (("counting", all_dead, 3), ("report", some_dead, 2)):
+    for name, dead, repeats in (("counting", all_dead, 3), ("report", some_dead, max(1, 8192 // d_sae))):
         seconds = []
         for _ in range(repeats):
             with tempfile.TemporaryDirectory() as folder:
