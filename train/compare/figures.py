@@ -131,13 +131,10 @@ def measure_run(run: Path, store: Store, l0: float, chunk_rows: int) -> Measured
     evaluation = evaluate_whole(model, store, threshold, chunk_rows, source)
     bos, (cpu, wall) = bos_share_of_top(held_out)[live], cost_per_step(run, settings)
 
-    def merged(groups: list[list[int]]) -> Merged:
-        kept, dropped = densest_of(groups, density)
-        free = live[~torch.isin(live, torch.cat([kept, dropped]))]
-        control = alike(dropped, free, density, seed=0)
-        after = merge(model, kept, dropped, store, threshold, chunk_rows, source)
-        less = without(model, control, store, threshold, chunk_rows, source)
-        return Merged(removed=len(dropped), fvu_rise=after - evaluation.fvu, fvu_rise_random=less - evaluation.fvu)
+    kept, dropped = densest_of(connected(same.joined(correlated)), density)
+    others = alike(dropped, live[~torch.isin(live, torch.cat([kept, dropped]))], density, seed=0)
+    merged = merge(model, kept, dropped, store, threshold, chunk_rows, source)
+    less = without(model, others, store, threshold, chunk_rows, source)
 
     figures = Figures(
         fvu=evaluation.fvu,
@@ -157,7 +154,7 @@ def measure_run(run: Path, store: Store, l0: float, chunk_rows: int) -> Measured
         largest_correlation=largest,
         clusters=len(connected(same)),
         latents_in_clusters=sum(map(len, connected(same))),
-        merged=merged(connected(same.joined(correlated))),
+        merged=Merged(removed=len(dropped), fvu_rise=merged - evaluation.fvu, fvu_rise_random=less - evaluation.fvu),
         bos_share_of_top=float(bos.mean()) if len(bos) else 0.0,
         latents_at_position_0=int((bos == 1).sum()),
         cpu_ms_per_step=cpu,
