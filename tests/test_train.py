@@ -297,12 +297,12 @@ BAD = {
         "needs rows",
     ),
     "no report in time": (
-        ["--set", "diversity.co_activation.weight=1", "--steps", "100"],
+        ["--set", "diversity.co_activation.weight=1", "--set", "monitor.every=100", "--steps", "100"],
         "monitor.every = 100, steps",
     ),
     "no report to act on": (
         [f"--set=diversity.{o}" for o in ("controller.max_pairs_above_0_8=3", "co_activation.weight=1")]
-        + ["--steps", "50"],
+        + ["--steps", "50", "--set", "monitor.every=50"],
         "diversity.controller acts after the monitor's reports",
     ),
     "no weight to move": (["--set", "diversity.controller.max_pairs_above_0_8=3"], "has no weight to move"),

@@ -80,7 +80,7 @@ class Run:
         self._dead_after = self._settings.auxk.dead_after(self._settings.steps * self._settings.rows.batch_rows)
         self._cadences = (
             self._settings.log_every,
-            self._settings.monitor.every,
+            int(self._settings.monitor.every),
             self._settings.evaluation.every,
             self._settings.checkpoint.every,
         )

@@ -131,8 +131,9 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     ):
         if goal is not None and not any(weights):
             raise UserError(f"diversity.controller.{name} has no weight to move: set one of the terms' weights above 0")
-    monitor = settings.monitor
-    if (diversity.co_activation.weight or goals.on) and not 0 < monitor.every < settings.steps:
+    monitor = settings.monitor.resolve(settings.steps)
+    assert isinstance(monitor.every, int)
+    if (diversity.co_activation.weight or goals.on) and not 0 < monitor.every < max(settings.steps, 2):
         name = "controller acts" if goals.on else "co_activation takes its pairs"
         raise UserError(
             f"diversity.{name} after the monitor's reports, and none would come before the last step: "
@@ -152,6 +153,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
                 "blas": _blas(settings.blas, device),
                 "kernels": _kernels(settings.kernels, device),
                 "rows": settings.rows.resolve(store.request.block_sequences),
+                "monitor": monitor,
             }
         ),
         store=store.path.resolve(),

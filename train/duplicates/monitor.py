@@ -9,7 +9,7 @@ Legend: R rows, F latents.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -36,8 +36,9 @@ _MOST_MEETINGS = 2**27
 class MonitorConfig(Config):
     """When duplicates are looked for, and on how many rows."""
 
-    every: int = Field(100, ge=0)
-    """Steps between reports; the last step always makes one. 0 switches the monitor off."""
+    every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Steps between reports; the last step always makes one. 0 switches the monitor off; `auto`: 100, or a fourth of a
+    run that is shorter than 400 steps."""
     rows: int = Field(8192, ge=1)
     """Rows of the sample: those of the last steps before a report, whole batches; fewer where very many latents are
     active. Reports say how many they looked at."""
@@ -51,6 +52,10 @@ class MonitorConfig(Config):
     """Two latents are of one cluster when their decoder rows have at least this cosine ..."""
     cluster_jaccard: float = Field(0.3, gt=0, le=1)
     """... and their firing sets at least this Jaccard index."""
+
+    def resolve(self, steps: int) -> "MonitorConfig":
+        """The same with `every` as a number, for a run of so many steps."""
+        return self.model_copy(update={"every": max(1, min(100, steps // 4))}) if self.every == "auto" else self
 
 
 class Latent(Config):
@@ -164,7 +169,8 @@ class CorrelationMonitor:
         self, run: Path, config: MonitorConfig, transcoder: Transcoder, strata: dict[str, slice], steps: int
     ) -> None:
         self._folder, self._config, self._transcoder, self._steps = run / FOLDER, config, transcoder, steps
-        self._strata = list(strata)
+        assert isinstance(config.every, int), "resolve the configuration first"
+        self._every, self._strata = config.every, list(strata)
         sizes = torch.tensor([part.stop - part.start for part in strata.values()])
         self._of_row = torch.arange(len(strata)).repeat_interleave(sizes)
         """[B] the stratum of each row of a batch"""
@@ -181,7 +187,7 @@ class CorrelationMonitor:
 
     def due(self, done: int) -> bool:
         """Whether a report follows step `done`, counted from 1."""
-        return bool(self._config.every) and (done % self._config.every == 0 or done == self._steps)
+        return bool(self._every) and (done % self._every == 0 or done == self._steps)
 
     def add(self, step: Step, done: int) -> None:
         """Keep the pairs of step `done`, if a report will look at them.
@@ -189,7 +195,7 @@ class CorrelationMonitor:
         Counting costs the square of a row's active latents: where these are so many that a report would take more than
         `_MOST_MEETINGS`, every n-th row is kept.
         """
-        if self._config.every and self._report_after(done) - done < self._window:
+        if self._every and self._report_after(done) - done < self._window:
             active = step.active.cpu().positive()
             meetings = int(active.starts.diff().square().sum()) * self._window
             kept = torch.arange(len(self._of_row)) % max(1, -(-meetings // _MOST_MEETINGS)) == 0
@@ -273,7 +279,7 @@ class CorrelationMonitor:
         ]
 
     def _report_after(self, done: int) -> int:
-        return min(-(-done // self._config.every) * self._config.every, self._steps)
+        return min(-(-done // self._every) * self._every, self._steps)
 
     def _sample(self) -> tuple[Active, Tensor]:
         """The active pairs of all rows kept, and the stratum of every row."""
