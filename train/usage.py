@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,11 +20,15 @@ from train.duplicates.activations import measure
 from train.duplicates.directions import Pairs
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import POSITION_0, CorrelationMonitor
+from train.samples.encode import Activations
+from train.samples.select import select
 from train.settings import Settings
 from train.sparsity import Active
 from train.transcoder import BatchTopK, JumpReLU, Normalisation, ReLU, Step, Transcoder, TranscoderConfig
 
 USAGE = "usage.json"
+SAMPLES = "samples"
+"""The component that has no state: it runs after the last checkpoint."""
 
 
 class Component(Config):
@@ -67,6 +72,7 @@ def components(settings: Settings) -> dict[str, str]:
         **({"controller": "reports that moved a weight"} if diversity.controller.on else {}),
         "evaluation": "held-out rows",
         "checkpoint": "checkpoints published",
+        **({SAMPLES: "latents with samples"} if settings.samples.rows else {}),
     }
 
 
@@ -76,6 +82,7 @@ class Usage:
     def __init__(self, run: Path, settings: Settings, strata: dict[str, slice]) -> None:
         self._path, self._strata, self._counted = run / USAGE, strata, components(settings)
         self._calls, self._effect = dict.fromkeys(self._counted, 0), dict.fromkeys(self._counted, 0.0)
+        self._kept = [name for name in self._counted if name != SAMPLES]
         self.lost = 0
 
     def call(self, *names: str, effect: float = 0.0) -> None:
@@ -123,14 +130,14 @@ class Usage:
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint."""
         return {
-            "usage.calls": torch.tensor([self._calls[name] for name in self._counted]),
-            "usage.effect": torch.tensor([self._effect[name] for name in self._counted], dtype=torch.float64),
+            "usage.calls": torch.tensor([self._calls[name] for name in self._kept]),
+            "usage.effect": torch.tensor([self._effect[name] for name in self._kept], dtype=torch.float64),
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""
-        self._calls = dict(zip(self._counted, tensors["usage.calls"].tolist(), strict=True))
-        self._effect = dict(zip(self._counted, tensors["usage.effect"].tolist(), strict=True))
+        self._calls |= dict(zip(self._kept, tensors["usage.calls"].tolist(), strict=True))
+        self._effect |= dict(zip(self._kept, tensors["usage.effect"].tolist(), strict=True))
 
 
 def prove(settings: Settings) -> None:
@@ -169,6 +176,51 @@ def prove(settings: Settings) -> None:
             moved, at = _moved(terms, name, step.values), torch.isin(step.active.latents, torch.tensor(_BOS))
             if not moved[at].sum() < step.values.detach()[at].sum():
                 raise _inert(f"diversity.{name}")
+        elif name == SAMPLES:
+            _prove_samples(settings, step.active, strata[POSITION_0].stop)
+
+
+def _prove_samples(settings: Settings, active: Active, bos: int) -> None:
+    """Give every row of position 0 the rows that follow it as its sequence, and sample the planted latents.
+
+    The first is active all over: its samples must be of different sequences, each the largest of its own, and the top
+    be the largest of these. Those of position 0 must have one sample, since one token stands there.
+    """
+    rows = len(active.starts) - 1
+    context = rows // bos
+    order, starts = active.by_latent
+    row = active.rows[order].numpy()
+    place = np.where(row < bos, row * context, (row - bos) // (context - 1) * context + (row - bos) % (context - 1) + 1)
+    rising = np.lexsort((place, active.latents[order].numpy()))
+    windows, at_0 = np.zeros((bos, context), np.int32), np.arange(rows) % context == 0
+    planted = Activations(
+        first=0,
+        tokens=windows,
+        documents=windows,
+        apart=False,
+        strata=(POSITION_0, "001-004"),
+        stratum=np.where(at_0, 0, 1).astype(np.uint8),
+        starts=starts.numpy(),
+        places=place[rising].astype(np.int32),
+        values=active.values[order].numpy()[rising],
+    )
+    config = settings.samples.model_copy(update={"max_stratum_share": 1.0})
+    chosen = select(planted, config, settings.seed)
+    values = np.zeros((bos, context), np.float32)
+    mine = slice(int(starts[_SAME[0]]), int(starts[_SAME[0] + 1]))
+    values.ravel()[planted.places[mine]] = planted.values[mine]
+    values[1:, 0] = 0
+    largest = values.max(1)
+    pairs = chosen.pairs[chosen.latents == _SAME[0]]
+    sequences = planted.places[pairs] // context
+    top = -np.sort(-largest)[: config.top]
+    if (
+        len(np.unique(sequences)) < len(sequences)
+        or not np.array_equal(planted.values[pairs], largest[sequences])
+        or not np.array_equal(planted.values[pairs][: len(top)], top)
+        or not all((chosen.latents == latent).sum() == 1 for latent in _BOS)
+    ):
+        raise ProjectError("samples are on, and planted latents are sampled wrongly: the run was not started")
 
 
 def _moved(terms: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
