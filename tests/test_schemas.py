@@ -10,9 +10,10 @@ import pytest
 
 from shared.config import Config
 from train.duplicates.monitor import CorrelationReport
+from train.samples.table import SamplesRecord
 from train.usage import UsageRecord
 
-SCHEMAS: dict[str, type[Config]] = {"correlation": CorrelationReport, "usage": UsageRecord}
+SCHEMAS: dict[str, type[Config]] = {"correlation": CorrelationReport, "samples": SamplesRecord, "usage": UsageRecord}
 PLACE = resources.files("train") / "schemas"
 
 

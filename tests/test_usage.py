@@ -24,14 +24,15 @@ ALL_ON = Settings.model_validate(
         }
     }
 )
-OFF = Settings.model_validate({"auxk": {"coefficient": 0}})
+OFF = Settings.model_validate({"auxk": {"coefficient": 0}, "samples": {"rows": 0}})
 STRATA = {"000-001": slice(0, 2), "001-004": slice(2, 10)}
 
 
 def test_every_component_that_is_on_is_expected_and_no_other() -> None:
     assert set(components(OFF)) == {"reconstruction", "monitor", "evaluation", "checkpoint"}
+    assert set(components(Settings())) == set(components(OFF)) | {"auxk", "samples"}
     assert set(components(ALL_ON)) == set(components(OFF)) | {
-        "auxk", "orthogonality", "mined", "co_activation", "position"
+        "auxk", "orthogonality", "mined", "co_activation", "position", "samples"
     }  # fmt: skip
     jumprelu = Settings.model_validate({"activation": {"kind": "jumprelu"}})
     assert "l0" in components(jumprelu) and "l1" not in components(jumprelu)

@@ -208,7 +208,7 @@ class _Encoder:
         They are half as many, as often as it takes for `most_pairs`; the very first is kept in any case.
         """
         context, per_block = self._store.request.context_size, self._store.request.block_sequences
-        found = [_NO_ROWS]
+        found, least = [_NO_ROWS], 0 if done else 1
         for index, stratum in enumerate(self._store.strata.values()):
             rows, array = stratum.stratum.rows, getattr(stratum, self._source)
             numbers, offsets = (_marks(marks, rows, block) for marks in (stratum.sequence, stratum.offset))
@@ -222,7 +222,7 @@ class _Encoder:
                 if not len(wanted):
                     continue
                 found.append(self._chunk(array, block * rows + low, places[low:high], wanted, index))
-                while sum(len(part.latents) for part in found) > most_pairs and done + sequences > 1:
+                while sequences > least and sum(len(part.latents) for part in found) > most_pairs:
                     sequences //= 2
                     found = [part.of(part.places < (done + sequences) * context) for part in found]
         whole = _Rows(*map(np.concatenate, zip(*found, strict=True)))
