@@ -619,7 +619,7 @@ def test_sampling_that_goes_wrong_stops_a_run_before_its_first_step(
             return select(replace(found, values=-found.values + 100), config, seed)
         return Selection(*(part[:0] for part in chosen))
 
-    monkeypatch.setattr("train.usage.select", wrong)
+    monkeypatch.setattr("train.samples.proof.select", wrong)
     done = command("run", "--store", made.path, "--runs", tmp_path, "--steps", 5, *SMALL)
     assert done.code == 1 and "planted latents are sampled wrongly: the run was not started" in done.err
     assert not (tmp_path / "tiny-001" / "metrics.jsonl").exists()

@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +19,7 @@ from train.duplicates.activations import measure
 from train.duplicates.directions import Pairs
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import POSITION_0, CorrelationMonitor
-from train.samples.encode import Activations
-from train.samples.select import select
+from train.samples.proof import sampled_rightly
 from train.settings import Settings
 from train.sparsity import Active
 from train.transcoder import BatchTopK, JumpReLU, Normalisation, ReLU, Step, Transcoder, TranscoderConfig
@@ -145,7 +143,8 @@ def prove(settings: Settings) -> None:
 
     Planted: two latents with nearly one decoder row that are active on nearly the same rows, and two that are active at
     position 0 alone. The monitor must list the first two and not the others; a small step down the gradient of each
-    term must make smaller what it is there to make smaller. In a small transcoder on CPU, by the code of the run.
+    term must make smaller what it is there to make smaller; samples must show each sequence once, by its peak, and
+    position 0 once. In a small transcoder on CPU, by the code of the run.
     Raises `ProjectError` naming the component.
     """
     rows = 4 * max(settings.monitor.least_together, 16)
@@ -176,51 +175,10 @@ def prove(settings: Settings) -> None:
             moved, at = _moved(terms, name, step.values), torch.isin(step.active.latents, torch.tensor(_BOS))
             if not moved[at].sum() < step.values.detach()[at].sum():
                 raise _inert(f"diversity.{name}")
-        elif name == SAMPLES:
-            _prove_samples(settings, step.active, strata[POSITION_0].stop)
-
-
-def _prove_samples(settings: Settings, active: Active, bos: int) -> None:
-    """Give every row of position 0 the rows that follow it as its sequence, and sample the planted latents.
-
-    The first is active all over: its samples must be of different sequences, each the largest of its own, and the top
-    be the largest of these. Those of position 0 must have one sample, since one token stands there.
-    """
-    rows = len(active.starts) - 1
-    context = rows // bos
-    order, starts = active.by_latent
-    row = active.rows[order].numpy()
-    place = np.where(row < bos, row * context, (row - bos) // (context - 1) * context + (row - bos) % (context - 1) + 1)
-    rising = np.lexsort((place, active.latents[order].numpy()))
-    windows, at_0 = np.zeros((bos, context), np.int32), np.arange(rows) % context == 0
-    planted = Activations(
-        first=0,
-        tokens=windows,
-        documents=windows,
-        apart=False,
-        strata=(POSITION_0, "001-004"),
-        stratum=np.where(at_0, 0, 1).astype(np.uint8),
-        starts=starts.numpy(),
-        places=place[rising].astype(np.int32),
-        values=active.values[order].numpy()[rising],
-    )
-    config = settings.samples.model_copy(update={"max_stratum_share": 1.0})
-    chosen = select(planted, config, settings.seed)
-    values = np.zeros((bos, context), np.float32)
-    mine = slice(int(starts[_SAME[0]]), int(starts[_SAME[0] + 1]))
-    values.ravel()[planted.places[mine]] = planted.values[mine]
-    values[1:, 0] = 0
-    largest = values.max(1)
-    pairs = chosen.pairs[chosen.latents == _SAME[0]]
-    sequences = planted.places[pairs] // context
-    top = -np.sort(-largest)[: config.top]
-    if (
-        len(np.unique(sequences)) < len(sequences)
-        or not np.array_equal(planted.values[pairs], largest[sequences])
-        or not np.array_equal(planted.values[pairs][: len(top)], top)
-        or not all((chosen.latents == latent).sum() == 1 for latent in _BOS)
-    ):
-        raise ProjectError("samples are on, and planted latents are sampled wrongly: the run was not started")
+        elif name == SAMPLES and not sampled_rightly(
+            step.active, strata[POSITION_0].stop, _SAME[0], _BOS, settings.samples, settings.seed
+        ):
+            raise ProjectError("samples are on, and planted latents are sampled wrongly: the run was not started")
 
 
 def _moved(terms: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
