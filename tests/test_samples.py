@@ -218,7 +218,7 @@ def test_a_latent_that_never_fires_has_no_context(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "sequences"), [(1, 1), (32 * 3, 3), (32 * 16 - 1, 15), (32 * 20 + 5, 20), (10**9, 48)]
+    ("rows", "sequences"), [(1, 1), (32 * 3, 3), (32 * 16 - 1, 15), (32 * 16 + 5, 16), (32 * 20 + 5, 20), (10**9, 48)]
 )
 def test_whole_sequences_are_looked_at_as_many_as_the_rows_allow(tmp_path: Path, rows: int, sequences: int) -> None:
     made = make_store(tmp_path / "store")
@@ -253,6 +253,27 @@ def test_where_very_many_latents_are_active_fewer_sequences_are_looked_at(
     monkeypatch.setattr(encoding, "MOST_PLACES", 5 * T)
     monkeypatch.setattr(encoding, "MOST_PAIRS", 10**9)
     assert len(encoded(store, model).tokens) == 5
+
+
+def test_a_row_that_the_store_repeats_counts_once(tmp_path: Path) -> None:
+    made = make_store(tmp_path / "store")
+    store = Store.open(made.path)
+    model = make_model(16, 24, store.statistics["overall"]["source"].mean)
+    folder, name = made.path / "activations.zarr/strata/016-032", "strata/016-032"
+    for array in ("source", "target", "position", "sequence", "offset"):
+        (file,) = (path for path in (folder / array / "c").glob("2*/**/*" if array in ("source", "target") else "2*"))
+        data, size = bytearray(file.read_bytes()), made.arrays[f"{name}/{array}"][0].nbytes
+        data[size : 2 * size] = data[:size]  # the second row of the first training block is the first again
+        file.write_bytes(data)
+    first, second = ([int(made.arrays[f"{name}/{n}"][512 + i]) for n in ("sequence", "offset")] for i in (0, 1))
+    found = encoded(store, model)
+    assert found.rows.tolist() == [48, 144, 576, 767]
+    lost = (second[0] - found.first) * T + second[1]
+    assert found.stratum[lost] == loops.NOT_STORED and np.count_nonzero(found.stratum == loops.NOT_STORED) == 1
+    assert np.count_nonzero(found.places == (first[0] - found.first) * T + first[1]) > 3
+    for latent in range(F):
+        places = found.places[found.starts[latent] : found.starts[latent + 1]]
+        assert (np.diff(places) > 0).all()
 
 
 def planted(values: dict[tuple[int, int], float], sequences: int = 40, apart: bool = False, **given) -> Activations:

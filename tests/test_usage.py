@@ -89,6 +89,7 @@ def test_counts_are_written_and_continue_from_a_saved_state(tmp_path: Path) -> N
     whole.call("reconstruction", "mined")
     whole.effects({"reconstruction": 0.5, "mined": 0.25}, 4)
     resumed.load({name: tensor.clone() for name, tensor in whole.state().items()})
+    assert len(whole.state()["usage.calls"]) == len(components(ALL_ON)) - 1  # samples come after the last checkpoint
     for one in (whole, resumed):
         one.call("monitor", effect=7)
         one.publish(4)

@@ -14,7 +14,7 @@ from train.evaluate import Evaluation, calibrate, evaluate
 from train.linear import linear_map_fvu
 from train.loop import Run, build_transcoder, load_weights, use_threads
 from train.rows import source_width
-from train.samples import make
+from train.samples.make import make_samples
 from train.samples.select import SamplesConfig
 from train.samples.table import SamplesRecord
 from train.settings import CONFIG, RunConfig, Settings, checkpoint_bytes, read_config, resolve
@@ -95,7 +95,7 @@ def sample_run(
         use_threads(config.settings.threads)
         transcoder = build_transcoder(config, store)
         threshold = load_weights(transcoder, found.path)
-        samples = make.make(transcoder, store, threshold, config, settings, found.step)
+        samples = make_samples(transcoder, store, threshold, config, settings, found.step)
         return samples.publish(run), samples.record
 
 

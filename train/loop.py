@@ -25,7 +25,8 @@ from train.evaluate import Evaluation, calibrate, evaluate
 from train.metrics import METRICS, TIMING, Counters, Log, Window
 from train.optimizer import Optimizer
 from train.rows import BatchReader
-from train.samples import make, table
+from train.samples.make import make_samples
+from train.samples.table import paths
 from train.settings import RunConfig, default_kernels
 from train.sparse_step import loops
 from train.transcoder import Normalisation, Step, Transcoder
@@ -189,7 +190,7 @@ class Run:
 
     @property
     def _sampled(self) -> bool:
-        return all(path.is_file() for path in table.paths(self._path, self._settings.steps))
+        return all(path.is_file() for path in paths(self._path, self._settings.steps))
 
     def _sample(self, stopped: list[int]) -> None:
         """Samples of the last step. A full disk costs the files and one warning, never the run."""
@@ -197,7 +198,7 @@ class Run:
         with _stop_signals() as stop:
             stop += stopped
             try:
-                found = make.make(
+                found = make_samples(
                     self._transcoder, self._store, self._threshold(done), self._config, settings, done, stop
                 )
             except Stopped as error:

@@ -2,7 +2,8 @@
 
 python -m tests.bench.samples             writes docs/benchmarks.json and docs/benchmarks.md
 
-The store is synthetic (600 MB in a temporary folder), the transcoder trained for some steps, so that 32 latents are active on a row.
+The store is synthetic (600 MB in a temporary folder), the transcoder trained for some steps, so that 32 latents are
+active on a row.
 """
 
 import json

@@ -15,7 +15,7 @@ from train.settings import RunConfig
 from train.transcoder import Transcoder
 
 
-def make(
+def make_samples(
     transcoder: Transcoder,
     store: Store,
     threshold: Tensor,

@@ -30,8 +30,9 @@ class SamplesConfig(Config):
     top: int = Field(10, ge=1, le=1000)
     """Contexts with the largest activations."""
     bins: int = Field(5, ge=0, le=100)
-    """Quantile bins of the other sequences in which a latent is active. Each holds as many of them as any other, so
-    that all have some to show, and each says what a fifth of them look like; the table of latents has the edges."""
+    """Quantile bins of the other sequences in which a latent is active. Each holds as many of them as any other,
+    and so each has some to show, of a known share: bins of equal width, which some dashboards have, are empty where few
+    activations are large. The table of latents has the edges."""
     per_bin: int = Field(3, ge=1, le=1000)
     """Contexts of each bin, drawn by a keyed hash."""
     max_stratum_share: float = Field(0.6, gt=0, le=1)
