@@ -243,7 +243,7 @@ def test_where_very_many_latents_are_active_fewer_sequences_are_looked_at(
     monkeypatch.setattr(encoding, "MOST_PAIRS", len(whole.places) // 2)
     half = encoded(store, model)
     sequences, pairs = len(half.tokens), len(half.places)
-    assert 16 <= sequences < 32 and len(whole.places) // 4 < pairs <= len(whole.places) // 2
+    assert 16 < sequences < 32 and len(whole.places) // 4 < pairs <= len(whole.places) // 2
     same = encoded(store, model, rows=sequences * T)
     for name in ("tokens", "stratum", "starts", "places"):
         np.testing.assert_array_equal(getattr(half, name), getattr(same, name))
