@@ -29,7 +29,7 @@ ifneq ($(and $(strip $(ARGS)),$(filter harvest,$(MAKECMDGOALS)),$(filter train,$
 $(error ARGS is ambiguous with both harvest and train: pass HARVEST_ARGS=... and TRAIN_ARGS=...)
 endif
 
-.PHONY: help harvest train test lint bench clean
+.PHONY: help harvest train test lint bench compare clean
 
 help: ## List the targets and variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -60,6 +60,9 @@ bench: $(DEV) ## Measure kernels, a step and reading; rewrites docs/benchmarks.m
 	@$(BIN)/python -m tests.bench.step S M
 	@$(BIN)/python -m tests.bench.step threads S M
 	@$(BIN)/python -m tests.bench.reader 256
+
+compare: $(DEV) ## Harvest, train and compare every arm of the diversity loss; an hour and a half on two cores
+	@$(BIN)/python -m tests.bench.diversity $(ARGS)
 
 test: lint ## Lint, type check and run all tests, the fast ones first
 	@$(BIN)/python -m pytest $(ARGS)

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 QUANTUM = 256
 """A block keeps a multiple of this many rows of a stratum, or fewer than this many."""
+POSITION_0 = "000-001"
+"""The name of the stratum of position 0 alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,9 +88,9 @@ def report_of(step: int, scanned: int, share: float) -> CorrelationReport:
         effective_number=1, effective_rank=1,
     )  # fmt: skip
     return CorrelationReport(
-        step=step, sample=Sample(first_step=1, last_step=step, strata={}), least_together=2,
-        without_position_0=correlations, with_position_0=correlations, directions=directions, pairs=[], clusters=[],
-        persisting_pairs=0, change=None,
+        step=step, sample=Sample(rows_of="training steps", first_step=1, last_step=step, strata={}), least_together=2,
+        without_position_0=correlations, with_position_0=correlations, strata=None, directions=directions, pairs=[],
+        clusters=[], persisting_pairs=0, change=None,
     )  # fmt: skip
 
 

@@ -4,8 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from train.duplicates.activations import co_activation_loss, columns_of, correlated_pairs, mass, measure, position_loss
-from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest
+from train.duplicates.activations import (
+    _Correlations,
+    _dense_correlations,
+    co_activation_loss,
+    columns_of,
+    correlated_pairs,
+    mass,
+    measure,
+    position_loss,
+)
+from train.duplicates.directions import (
+    Pairs,
+    chunk,
+    close_pairs,
+    connected,
+    direction_loss,
+    nearest,
+    nearest_cosines,
+)
 from train.sparsity import Active
 
 F, O, R = 40, 6, 60
@@ -78,7 +95,7 @@ def dense_measures(dense: torch.Tensor) -> tuple[np.ndarray, torch.Tensor, torch
 @pytest.mark.parametrize("least", [1, 5])
 def test_correlated_pairs_equal_the_dense_correlations(least: int) -> None:
     dense, active = planted()
-    pairs, above = correlated_pairs(active, least, partners=F, levels=(0.0, 0.2, 0.9))
+    pairs, values, above = correlated_pairs(active, least, partners=F, levels=(0.0, 0.2, 0.9))
     correlation, both, _ = dense_measures(dense)
     expected = {
         (i, j): correlation[i, j]
@@ -88,6 +105,7 @@ def test_correlated_pairs_equal_the_dense_correlations(least: int) -> None:
     }
     found = list(zip(*(side.tolist() for side in pairs), strict=True))
     assert found == sorted(expected, key=lambda pair: -expected[pair]) and found[0] == (3, 7)
+    assert values.tolist() == pytest.approx([expected[pair] for pair in found])
     assert above == {level: sum(r > level for r in expected.values()) for level in (0.0, 0.2, 0.9)}
 
 
@@ -106,14 +124,14 @@ def test_constant_latents_correlate_with_nothing() -> None:
     dense[:, 1], dense[:, 2] = 0.17, torch.rand(1000, generator=torch.Generator().manual_seed(0))
     rows, latents = dense.nonzero(as_tuple=True)
     active = Active.of(rows, latents, dense[rows, latents], dense.shape)
-    pairs, above = correlated_pairs(active, 2, levels=(0.5,))
+    pairs, _, above = correlated_pairs(active, 2, levels=(0.5,))
     assert above == {0.5: 0} and not len(pairs.first)
     assert measure(active, Pairs(torch.tensor([0]), torch.tensor([1]))).correlation.tolist() == [0.0]
 
 
 def test_every_latent_keeps_its_largest_correlations() -> None:
     _, active = planted()
-    (every, above), (few, same) = (correlated_pairs(active, 1, partners=n) for n in (F, 2))
+    (every, _, above), (few, _, same) = (correlated_pairs(active, 1, partners=n) for n in (F, 2))
     for latent in range(F):
         assert torch.equal(few.second[few.first == latent], every.second[every.first == latent][:2])
     assert above == same
@@ -122,12 +140,19 @@ def test_every_latent_keeps_its_largest_correlations() -> None:
 def test_latents_that_are_never_active_have_no_partner() -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
     active = Active.of(nothing, nothing, torch.zeros(0), torch.Size((4, 9)))
-    pairs, above = correlated_pairs(active, 1)
+    pairs, _, above = correlated_pairs(active, 1)
     assert len(pairs.first) == 0 and set(above.values()) == {0}
     assert measure(active, Pairs(torch.tensor([0]), torch.tensor([3]))).correlation.tolist() == [0.0]
 
 
-def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_correlations() -> None:
+@pytest.mark.parametrize("device", ["cpu", "any"])
+def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_correlations(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "any":
+        monkeypatch.setattr(
+            _Correlations, "apply", lambda *sides: _dense_correlations(*sides[:2], columns_of(pairs, F))
+        )
     dense, active = planted()
     pairs = Pairs(torch.tensor([3, 3, 11, 0]), torch.tensor([7, 9, 12, 39]))
     values = active.values.clone().requires_grad_()
@@ -141,6 +166,21 @@ def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_correlations
     (correlation + 0.5).relu().square().sum().backward()
     torch.testing.assert_close(loss, (correlation + 0.5).relu().square().sum())
     torch.testing.assert_close(values.grad, columns.grad[active.rows, active.latents], rtol=1e-7, atol=1e-12)
+
+
+def test_a_pair_of_a_row_and_a_latent_that_is_there_twice_counts_once() -> None:
+    dense, active = planted()
+    again = torch.cat([torch.arange(len(active.rows)), (active.latents == 7).nonzero().flatten()])
+    again = again[torch.argsort(active.rows[again] * F + active.latents[again], stable=True)]
+    twice = Active.of(active.rows[again], active.latents[again], active.values[again], dense.shape)
+    repeated = torch.cat([torch.tensor([False]), again.diff() == 0])
+    columns, grads = columns_of(Pairs(torch.tensor([3, 7]), torch.tensor([7, 9])), F), []
+    for one, values in ((active, active.values), (twice, twice.values.where(~repeated, 0))):
+        values = values.clone().requires_grad_()
+        co_activation_loss(values, one, columns, -0.5).backward()
+        grads.append(values.grad)
+    torch.testing.assert_close(grads[1][~repeated], grads[0])
+    torch.testing.assert_close(grads[1][repeated], grads[0][active.latents == 7])
 
 
 def test_a_latent_that_is_active_on_no_row_costs_nothing() -> None:
@@ -172,3 +212,22 @@ def test_mass_is_summed_activation() -> None:
     dense, active = planted()
     weights = draw(R, seed=1).abs()
     torch.testing.assert_close(mass(active, weights), (dense * weights[:, None]).sum(0))
+
+
+def test_latents_are_connected_through_others() -> None:
+    chain = Pairs(torch.arange(0, 1999), torch.arange(1, 2000))
+    apart = Pairs(torch.tensor([3005, 3001]), torch.tensor([3009, 3000]))
+    assert connected(chain.joined(apart)) == [list(range(2000)), [3000, 3001], [3005, 3009]]
+    assert connected(Pairs(*torch.zeros(2, 0).long())) == []
+
+
+def test_nearest_cosines_are_those_of_the_whole_product() -> None:
+    rows = torch.nn.functional.normalize(torch.randn(F, 5, generator=torch.Generator().manual_seed(2)))
+    latents = torch.tensor([1, 4, 5, 9, 11])
+    cosines = rows[latents].double() @ rows[latents].double().T
+    cosines.fill_diagonal_(-1)
+    for block in (2, 1024):
+        found = nearest_cosines(rows, latents, "torch", block)
+        torch.testing.assert_close(found.double(), cosines.amax(1), atol=1e-6, rtol=0)
+    assert nearest_cosines(rows, latents[:1], "torch").tolist() == [-1.0]
+    assert nearest_cosines(rows, latents[:0], "torch").tolist() == []

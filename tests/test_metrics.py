@@ -13,6 +13,7 @@ from train.transcoder import Step
 
 STRATA = {"000-001": slice(0, 2), "001-004": slice(2, 10)}
 PREFIXES = (2, 8)
+WEIGHTS = torch.ones(10)
 
 
 def make_step(seed: int, latents: list[int] | None = None) -> tuple[Step, torch.Tensor, torch.Tensor]:
@@ -35,7 +36,7 @@ def make_step(seed: int, latents: list[int] | None = None) -> tuple[Step, torch.
 
 
 def test_a_windows_figures_are_those_of_its_rows_without_position_0() -> None:
-    window = Window(STRATA, PREFIXES, 3, torch.device("cpu"))
+    window = Window(STRATA, PREFIXES, 3, WEIGHTS)
     steps = [make_step(seed) for seed in range(4)]
     for step, _, _ in steps:
         window.add(step, torch.tensor(2.0))
@@ -55,8 +56,25 @@ def test_a_windows_figures_are_those_of_its_rows_without_position_0() -> None:
     assert row["loss"] == 4.5 and row["grad_norm"] == 2.0
 
 
+def test_fvu_at_natural_frequencies_weighs_rows_by_how_rarely_they_are_drawn() -> None:
+    strata = {"000-001": slice(0, 2), "001-004": slice(2, 4), "004-016": slice(4, 10)}
+    weights = torch.tensor([0.1] * 2 + [3.0] * 2 + [0.5] * 6)
+    window, steps = Window(strata, PREFIXES, 3, weights), [make_step(seed) for seed in range(3)]
+    for step, _, _ in steps:
+        window.add(step, torch.tensor(0.0))
+    row = window.row()
+    target = torch.cat([target[2:] for _, target, _ in steps]).double()
+    guess = torch.cat([guess[2:, 1] for _, _, guess in steps]).double()
+    w = weights[2:].repeat(3).double().unsqueeze(1)
+    mean = (w * target).sum(0) / w.sum()
+    expected = float((w * (target - guess) ** 2).sum() / (w * (target - mean) ** 2).sum())
+    assert row["fvu_natural"] == pytest.approx(expected, rel=1e-6)
+    assert row["fvu"] == pytest.approx(reference.fvu(target, guess), rel=1e-6)
+    assert abs(row["fvu"] - row["fvu_natural"]) > 0.01
+
+
 def test_a_window_starts_anew_after_its_row_and_continues_from_a_saved_state() -> None:
-    first, second, fresh = (Window(STRATA, PREFIXES, 3, torch.device("cpu")) for _ in range(3))
+    first, second, fresh = (Window(STRATA, PREFIXES, 3, WEIGHTS) for _ in range(3))
     steps = [make_step(seed)[0] for seed in range(3)]
     first.add(steps[2], torch.tensor(1.0))
     first.row()

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from shared import durable
-from train.duplicates.monitor import FOLDER, CorrelationMonitor, MonitorConfig
+from train.duplicates.monitor import FOLDER, HELD_OUT, CorrelationMonitor, MonitorConfig
+from train.held_out import HeldOutActive
 from train.sparsity import Active
 from train.transcoder import BatchTopK, Normalisation, Step, Transcoder, TranscoderConfig
 
@@ -124,7 +125,7 @@ def test_reports_follow_each_other_and_are_written(tmp_path: Path) -> None:
     assert first["change"] is None and second["change"]["since_step"] == 4 and last["change"]["since_step"] == 8
     assert [report["pairs"][0]["reports"] for report in (first, second, last)] == [1, 2, 3]
     assert second["persisting_pairs"] >= 1 and last["sample"] == {
-        "first_step": 9, "last_step": 10, "strata": {"000-001": 8, "001-004": 72}
+        "rows_of": "training steps", "first_step": 9, "last_step": 10, "strata": {"000-001": 8, "001-004": 72}
     }  # fmt: skip
     assert second["schema_version"] == 1
 
@@ -152,15 +153,6 @@ def test_where_many_latents_are_active_every_nth_row_is_looked_at(
     assert report.sample.strata == {"000-001": 2, "001-004": 12} and report.pairs[0].key == (3, 20)
     kept = step.pre_acts[::3][2:].double()
     assert report.pairs[0].correlation == pytest.approx(float(torch.corrcoef(kept.T)[3, 20]))
-
-
-def test_large_clusters_are_joined() -> None:
-    from train.duplicates.directions import Pairs
-    from train.duplicates.monitor import _clusters
-
-    chain = Pairs(torch.arange(0, 1999), torch.arange(1, 2000))
-    found = _clusters(chain, torch.ones(1999), torch.ones(1999), MonitorConfig())
-    assert found == [list(range(2000))]
 
 
 def test_dead_latents_are_left_out_of_the_directions(tmp_path: Path) -> None:
@@ -196,3 +188,51 @@ def test_a_full_disk_costs_reports_and_one_warning(
         monitor.add(make_step(done), done)
         assert monitor.report(done, ALIVE).pairs
     assert monitor.lost_reports == 2 and capsys.readouterr().err.count("no space left") == 1
+
+
+def test_a_saved_state_holds_the_last_report_though_its_file_is_lost(tmp_path: Path) -> None:
+    whole, resumed = (make_monitor(tmp_path / name, every=2, cost_share=0.08) for name in ("whole", "resumed"))
+    for done in (1, 2):
+        whole.add(make_step(done), done)
+    whole.report(2, ALIVE)
+    resumed.load(whole.state())
+    found = []
+    for monitor in (whole, resumed):
+        for done in (3, 4):
+            monitor.add(make_step(done), done)
+        found.append(monitor.report(4, ALIVE))
+    assert found[0] == found[1] and found[1].directions.step == 2 and found[1].change is not None
+
+
+def test_the_report_on_held_out_rows_counts_all_of_them_and_by_stratum(tmp_path: Path) -> None:
+    monitor = make_monitor(tmp_path)
+    steps = [make_step(seed) for seed in (11, 12, 13)]
+    at_0 = torch.arange(B).lt(4).repeat(3)
+    rows = HeldOutActive(
+        active=Active.joined([step.active for step in steps]).positive(),
+        stratum=(~at_0).long(),
+        strata=tuple(STRATA),
+        weight_of_position_0=1.0,
+    )
+    report = monitor.report_held_out(10, rows, ALIVE)
+    dense = torch.cat([step.pre_acts for step in steps]).double()
+    assert report.sample.rows_of == "held-out blocks" and report.sample.strata == {"000-001": 12, "001-004": 108}
+    assert report.strata is not None and report.change is None
+    for name, which in (("000-001", at_0), ("001-004", ~at_0)):
+        part = dense[which]
+        both = (part > 0).double().T @ (part > 0).double()
+        correlation = torch.corrcoef(part.T).nan_to_num().masked_fill(both < 10, 0).triu(1)
+        assert report.strata[name].rows == len(part)
+        assert report.strata[name].largest == pytest.approx(float(correlation.max()))
+        assert report.strata[name].pairs_above["0.5"] == int((correlation > 0.5).sum())
+    assert report.pairs[0].key == (3, 20)
+    written = json.loads((tmp_path / FOLDER / HELD_OUT).read_text())
+    assert written == report.model_dump(mode="json")
+    assert len(monitor.correlated.first) == 0  # no run is steered by it
+
+
+def test_a_monitor_that_is_off_reports_nothing(tmp_path: Path) -> None:
+    monitor = make_monitor(tmp_path, every=0)
+    for done in range(1, 11):
+        monitor.add(make_step(done), done)
+    assert not any(monitor.due(done) for done in range(1, 11)) and set(monitor.state()) == {"monitor.report"}

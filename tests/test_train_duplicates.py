@@ -9,7 +9,7 @@ import pytest
 from tests.runs import SMALL, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
 from train import checkpoint
-from train.duplicates.monitor import FOLDER
+from train.duplicates.monitor import FOLDER, HELD_OUT
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,29 @@ def test_a_run_with_the_diversity_loss_resumes_bit_for_bit(command, store: Synth
     assert_same_run(whole, stopped)
     assert (whole / "usage.json").read_bytes() == (stopped / "usage.json").read_bytes()
     reports = sorted(path.name for path in (whole / FOLDER).iterdir())
-    assert len(reports) == 7
+    assert len(reports) == 8
     for name in reports:
         assert (whole / FOLDER / name).read_bytes() == (stopped / FOLDER / name).read_bytes()
+
+
+def test_a_run_without_the_monitor_writes_no_reports(command, store: SyntheticStore, tmp_path: Path) -> None:
+    done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 6, *SMALL, "--set", "monitor.every=0")
+    assert done.code == 0 and not (done.path / FOLDER).exists()
+    assert "monitor" not in json.loads((done.path / "usage.json").read_text())["components"]
+    for option in ("diversity.co_activation.weight=1", "diversity.controller.max_share_above_0_7=0"):
+        refused = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 6, *SMALL,
+                          "--set", "monitor.every=0", "--set", "diversity.mined.weight=1", "--set", option)  # fmt: skip
+        assert refused.code == 2 and "set monitor.every between" in refused.err
+
+
+def test_a_finished_run_that_lost_its_last_report_makes_it_again(
+    command, store: SyntheticStore, tmp_path: Path
+) -> None:
+    done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 12, *SMALL)
+    report = done.path / FOLDER / HELD_OUT
+    before = report.read_bytes()
+    found = json.loads(before)
+    assert found["sample"]["rows_of"] == "held-out blocks" and found["step"] == 12
+    assert sum(found["sample"]["strata"].values()) == found["with_position_0"]["rows"] > 0
+    report.unlink()
+    assert command("resume", done.path).code == 0 and report.read_bytes() == before

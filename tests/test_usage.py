@@ -12,6 +12,7 @@ from train.duplicates import diversity, monitor
 from train.duplicates.activations import co_activation_loss
 from train.duplicates.directions import direction_loss
 from train.settings import Settings
+from train.sparsity import Active
 from train.usage import Usage, components, prove
 
 ALL_ON = Settings.model_validate(
@@ -61,7 +62,12 @@ def no_loss(W_dec: torch.Tensor, *_: object) -> torch.Tensor:
         (diversity, "direction_loss", lambda *args: -direction_loss(*args), "diversity.orthogonality"),
         (diversity, "co_activation_loss", lambda *args: -co_activation_loss(*args), "diversity.co_activation"),
         (diversity, "position_loss", lambda values, *_: values.sum() * 0, "diversity.position"),
-        (monitor, "correlated_pairs", lambda *_, **__: (monitor.Pairs(*torch.zeros(2, 0).long()), {}), "monitor"),
+        (
+            monitor,
+            "correlated_pairs",
+            lambda *_, **__: (monitor.Pairs(*torch.zeros(2, 0).long()), torch.zeros(0), {}),
+            "monitor",
+        ),
     ],
 )
 def test_a_component_patched_inert_is_named(
@@ -69,7 +75,7 @@ def test_a_component_patched_inert_is_named(
 ) -> None:
     if module is monitor:
         levels = dict.fromkeys(monitor.LEVELS, 0)
-        monkeypatch.setattr(module, function, lambda *_, **__: (inert()[0], levels))
+        monkeypatch.setattr(module, function, lambda *_, **__: (*inert()[:2], levels))
     else:
         monkeypatch.setattr(module, function, inert)
     with pytest.raises(ProjectError, match=f"{named}.* is on, and planted duplicates do not move it"):
@@ -77,7 +83,7 @@ def test_a_component_patched_inert_is_named(
 
 
 def test_a_monitor_that_lists_latents_of_position_0_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor, "_rows_of", lambda active, _: active)
+    monkeypatch.setattr(Active, "of_rows", lambda active, _: active)
     with pytest.raises(ProjectError, match="monitor is on"):
         prove(OFF)
 
@@ -110,3 +116,19 @@ def test_a_component_that_never_ran_is_a_failure_and_one_without_effect_a_note(
     counts.call("mined")
     counts.finish(9)
     assert "note: mined ran and found nothing to do" in capsys.readouterr().err
+
+
+def test_the_summary_names_what_had_no_effect_yet(tmp_path: Path) -> None:
+    counts = Usage(tmp_path, OFF, STRATA)
+    counts.effects({"reconstruction": 0.5}, 3)
+    counts.call("monitor", effect=4)
+    counts.call("evaluation", effect=0)
+    assert counts.summary() == "used 2/4 (not yet evaluation, checkpoint)"
+    counts.call("evaluation", "checkpoint", effect=1)
+    assert counts.summary() == "used 4/4"
+
+
+def test_a_monitor_that_is_off_is_no_component(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = OFF.model_copy(update={"monitor": monitor.MonitorConfig(every=0)})
+    assert "monitor" not in components(settings)
+    prove(settings)

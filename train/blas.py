@@ -40,7 +40,7 @@ def product(blas: Blas, x: Tensor, W: Tensor) -> Tensor:
     if blas == "torch":
         return x.detach() @ W.detach()
     out = x.new_empty(len(x), W.shape[1])
-    threads = min(torch.get_num_threads(), len(x))
+    threads = max(1, min(torch.get_num_threads(), len(x)))
     size = -(-len(x) // threads)
     rows, columns, found = (tensor.detach().numpy() for tensor in (x, W, out))
 

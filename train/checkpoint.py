@@ -21,7 +21,7 @@ from shared.errors import CorruptData, UserError
 from shared.layout import FileRecord
 from shared.store import fault, file_crc32c
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
 

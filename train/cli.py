@@ -1,4 +1,4 @@
-"""`python -m train run|resume|evaluate|samples`: parses, builds, runs."""
+"""`python -m train run|resume|evaluate|samples|compare`: parses, builds, runs."""
 
 import json
 from pathlib import Path
@@ -117,6 +117,24 @@ def samples(
         f"from {sum(record.rows.values()):,} rows of {record.sequences:,} sequences"
     )
     click.echo(path)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--store", type=click.Path(path_type=Path), help="Where the runs' store is now, if it was moved.")
+@click.option("--l0", type=float, help="Active latents per row to compare at; default: the runs' k.")
+@click.option("--matched-latents", default=4096, show_default=True, help="Latents matched across seeds, at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(runs: tuple[Path, ...], store: Path | None, l0: float | None, matched_latents: int, as_json: bool) -> None:
+    """Held-out figures of RUNS of one store side by side; those that differ in their seed alone are one arm."""
+    from train.compare.arms import compare as compare_runs
+    from train.compare.table import print_comparison
+
+    found = compare_runs(runs, store, l0, matched_latents)
+    if as_json:
+        click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
+    else:
+        print_comparison(found)
 
 
 def _free_name(runs: Path, preset: str) -> str:

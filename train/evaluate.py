@@ -7,6 +7,7 @@ without position 0: strata are weighted by the rows that the model computed, and
     explained variance  1 - var(y - y_hat) / var(y), per dimension and summed: a constant error costs nothing
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -156,6 +157,22 @@ def evaluate(
 
 
 @torch.no_grad()
+def evaluate_whole(
+    transcoder: Transcoder, store: Store, threshold: Tensor, chunk_rows: int, source: Side = "source"
+) -> Part:
+    """The headline figures alone, as `evaluate` has them, for a fraction of the time."""
+    strata: dict[str, Sums] = {}
+    for chunk in held_out_rows(store, store.record.report_blocks, chunk_rows, transcoder.W_enc.device, source):
+        if natural_weights(store)[chunk.stratum]:
+            x, y = transcoder.normalised(chunk.source, chunk.target)
+            active = transcoder.select_above(transcoder.pre_acts(x), threshold)
+            whole = transcoder.reconstruct_whole(active.values, active, x).unsqueeze(1)
+            sums = Sums.of(y, whole, torch.tensor([len(active.rows)], device=y.device))
+            strata[chunk.stratum] = strata[chunk.stratum].plus(sums) if chunk.stratum in strata else sums
+    return _natural(strata, store).part(0)
+
+
+@torch.no_grad()
 def calibrate(transcoder: Transcoder, store: Store, chunk_rows: int, source: Side = "source") -> Tensor:
     """The thresholds [F] of inference, float32.
 
@@ -166,42 +183,54 @@ def calibrate(transcoder: Transcoder, store: Store, chunk_rows: int, source: Sid
         case JumpReLU():
             return transcoder.threshold().detach()
         case BatchTopK(k=k) | TopK(k=k):
-            value = _threshold_at(transcoder, store, k, chunk_rows, source)
-            return torch.full_like(transcoder.b_enc, value)
+            return threshold_at(transcoder, store, k, chunk_rows, source)
         case _:
             return torch.zeros_like(transcoder.b_enc)
 
 
-def _threshold_at(transcoder: Transcoder, store: Store, k: int, chunk_rows: int, source: Side) -> float:
-    """Each chunk gives its largest values; when a chunk could have hidden one above the result, it gives more."""
+@torch.no_grad()
+def threshold_at(
+    transcoder: Transcoder, store: Store, l0: float, chunk_rows: int, source: Side = "source"
+) -> Tensor:  # [F] float32
+    """Thresholds at which rows have `l0` active latents each, as in `calibrate`, whatever the activation.
+
+    One for all latents; those of a JumpReLU, moved by one number. Each chunk gives its values above the smallest that
+    one before it gave, and not too many; when one above the result could have been hidden, all give more.
+    """
+    learned = (
+        transcoder.threshold() if isinstance(transcoder.activation, JumpReLU) else torch.zeros_like(transcoder.b_enc)
+    )
     slack = 4
     while True:
-        values, weights, rows, hidden = [], [], 0.0, 0.0
-        for chunk, weight in _weighted(store, chunk_rows, transcoder.W_enc.device, source):
+        values, weights, rows, hidden = [], [], 0.0, -torch.inf
+        for chunk, weight in weighted_rows(store, chunk_rows, transcoder.W_enc.device, source):
             x, _ = transcoder.normalised(chunk.source, chunk.target)
-            flat = transcoder.pre_acts(x).view(-1)
-            top = flat.topk(min(slack * k * len(x), flat.numel()), sorted=False).values
-            if len(top) < flat.numel():
-                hidden = max(hidden, float(top.min()))
-            values.append(top[top > 0])
+            pre_acts = transcoder.pre_acts(x)
+            flat = torch.where(pre_acts > 0, pre_acts - learned, -torch.inf).view(-1)
+            top, most = flat[flat > hidden], math.ceil(slack * l0 * len(x))
+            if len(top) > most:
+                top = top.topk(most, sorted=False).values
+                hidden = float(top.min())
+            values.append(top)
             weights.append(torch.full_like(values[-1], weight, dtype=torch.float64))
             rows += weight * len(x)
-        threshold = _weighted_cut(torch.cat(values), torch.cat(weights), k * rows)
-        if threshold >= hidden:
-            return threshold
+        cut = _weighted_cut(torch.cat(values), torch.cat(weights), l0 * rows)
+        if cut >= hidden:
+            return (learned + cut).clamp_min(0)
         slack *= 2
 
 
 def _weighted_cut(values: Tensor, weights: Tensor, total: float) -> float:
-    """The threshold above which values weigh `total`; 0 when all of them weigh less."""
+    """The threshold above which values weigh `total`; -inf when all of them weigh less."""
     values, order = values.sort(descending=True)
     index = int(torch.searchsorted(weights[order].cumsum(0), total, right=True))
-    return float(values[index]) if index < len(values) else 0.0
+    return float(values[index]) if index < len(values) else -torch.inf
 
 
-def _weighted(
+def weighted_rows(
     store: Store, chunk_rows: int, device: torch.device, source: Side
 ) -> Iterator[tuple[HeldOutChunk, float]]:
+    """The calibration rows without position 0, and how often each of a chunk counts at natural frequencies."""
     blocks = store.record.calibration_blocks or store.record.report_blocks
     for chunk in held_out_rows(store, blocks, chunk_rows, device, source):
         if weight := natural_weights(store)[chunk.stratum]:

@@ -17,11 +17,13 @@ from torch import Tensor
 from shared.errors import DiskFull, ProjectError, Stopped, UserError
 from shared.progress import Progress
 from shared.store import Store
+from shared.strata import POSITION_0
 from train import checkpoint
 from train.checkpoint import Checkpoint
 from train.duplicates.diversity import Diversity
-from train.duplicates.monitor import POSITION_0, CorrelationMonitor
+from train.duplicates.monitor import CorrelationMonitor
 from train.evaluate import Evaluation, calibrate, evaluate
+from train.held_out import held_out_active
 from train.metrics import METRICS, TIMING, Counters, Log, Window
 from train.optimizer import Optimizer
 from train.rows import BatchReader
@@ -64,7 +66,7 @@ class Run:
         self._diversity = Diversity(self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed)
         self._monitor = CorrelationMonitor(path, self._settings.monitor, self._transcoder, strata, self._settings.steps)
         self._counters = Counters(self._transcoder.d_sae, device)
-        self._window = Window(self._reader.slices(), self._transcoder.prefixes, config.d_out, device)
+        self._window = Window(strata, self._transcoder.prefixes, config.d_out, weights)
         self._usage = Usage(path, self._settings, self._reader.slices())
         self._parts = (
             self._optimizer,
@@ -90,7 +92,8 @@ class Run:
 
     def train(self) -> None:
         """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
-        settings, self._began, self._logged, note = self._settings, time.monotonic(), (0.0, 0.0), ""
+        settings, self._logged, note = self._settings, (0.0, 0.0), ""
+        self._began, self._cpu_began = time.monotonic(), time.process_time()
         if settings.device == "cpu" and not loops.compiled_before():
             print("compiling the loops of the first step: half a minute, once on this machine", file=sys.stderr)
         bar = Progress("train", settings.steps, "steps", done=self._first)
@@ -112,17 +115,35 @@ class Run:
                 progress.update(done, note)
                 if stop or self._due(done, settings.checkpoint.every):
                     self._checkpoint(done)
+                if done == settings.steps:
+                    self._report_held_out(done)
                 if stop and done < settings.steps:
                     raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
+        if settings.steps == self._first:
+            self._report_held_out(settings.steps)
         if settings.samples.rows and (self._first < settings.steps or not self._sampled):
             self._sample(stop)
-        elif self._first == settings.steps:
+        elif settings.steps == self._first:
             print(f"{self._path} is finished: {settings.steps} steps", file=sys.stderr)
             return
         self._usage.finish(settings.steps)
 
     def _due(self, done: int, every: int) -> bool:
-        return done % every == 0 or done == self._settings.steps
+        return done == self._settings.steps or (bool(every) and done % every == 0)
+
+    def _report_held_out(self, done: int) -> None:
+        """The monitor's report on all held-out rows, after the last checkpoint; resuming makes one that is missing."""
+        settings, store = self._settings, self._store
+        if settings.monitor.every and not self._monitor.reported_held_out:
+            rows = held_out_active(
+                self._transcoder,
+                store,
+                store.record.report_blocks,
+                self._threshold(done),
+                settings.evaluation.chunk_rows,
+                settings.source,
+            )
+            self._monitor.report_held_out(done, rows, self._counters.dead(self._dead_after))
 
     def _step(self, step: int) -> tuple[Step, float]:
         batch = self._reader.batch(step)
@@ -156,9 +177,14 @@ class Run:
         self._metrics.append(head | row)
         self._usage.effects(row["terms"], row["steps"])
         self._usage.publish(done)
+        note += f"  {self._usage.summary()}"
         seconds = time.monotonic() - self._began
         rate = (done - self._first) * self._settings.rows.batch_rows / seconds
-        self._timing.append(head | {"seconds": seconds, "rows_per_second": rate} | self._data_wait(seconds))
+        self._timing.append(
+            head
+            | {"seconds": seconds, "cpu_seconds": time.process_time() - self._cpu_began, "rows_per_second": rate}
+            | self._data_wait(seconds)
+        )
         return note
 
     def _data_wait(self, seconds: float) -> dict[str, float]:
@@ -231,7 +257,7 @@ class Run:
     def _l0_by_running_threshold(self, pre_acts: Tensor) -> float:
         """Active latents per row of one batch by the running threshold, without position 0."""
         counts, strata = (pre_acts > self._counters.threshold).sum(1), self._reader.slices()
-        rows = [counts[s] for name, s in strata.items() if name != "000-001" or len(strata) == 1]
+        rows = [counts[s] for name, s in strata.items() if name != POSITION_0 or len(strata) == 1]
         return float(torch.cat(rows).double().mean())
 
     def _note_nan(self, loss: Tensor, source: Tensor, step: int) -> None:

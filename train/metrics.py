@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shared import durable
+from shared.strata import POSITION_0
 from train.evaluate import ratio
 from train.transcoder import Step
 
@@ -23,8 +24,15 @@ _THRESHOLD_DECAY = 0.99
 class Window:
     """Sums over the steps since the last row of metrics, by stratum (S, those with rows) and prefix (P)."""
 
-    def __init__(self, strata: dict[str, slice], prefixes: tuple[int, ...], d_out: int, device: torch.device) -> None:
-        self._strata, self._prefixes = strata, prefixes
+    def __init__(
+        self,
+        strata: dict[str, slice],
+        prefixes: tuple[int, ...],
+        d_out: int,
+        weights: Tensor,  # [B] how often each row of a batch counts at natural frequencies
+    ) -> None:
+        self._strata, self._prefixes, device = strata, prefixes, weights.device
+        self._weights = torch.tensor([float(weights[part.start]) for part in strata.values()], dtype=torch.float64)
         s, rows = len(strata), max(part.stop for part in strata.values())
         self._member = torch.zeros(s, rows, device=device)
         """[S, B] which stratum a row of a batch is of"""
@@ -57,12 +65,15 @@ class Window:
             self._terms[name] = self._terms.get(name, torch.zeros_like(term, dtype=torch.float64)) + term
 
     def row(self) -> dict[str, Any]:
-        """The window's figures; then it starts anew. Overall figures leave position 0 out."""
+        """The window's figures; then it starts anew.
+
+        Overall figures leave position 0 out, and are over the rows as drawn, but for `fvu_natural`.
+        """
         steps = float(self._sums["steps"])
         sizes = torch.tensor([float(s.stop - s.start) for s in self._strata.values()]) * steps
-        counted = torch.tensor([name != "000-001" or len(self._strata) == 1 for name in self._strata])
+        counted = torch.tensor([name != POSITION_0 or len(self._strata) == 1 for name in self._strata])
         sums = {name: value.cpu() for name, value in self._sums.items()}
-        overall = _fvu(sums, counted, float(sizes[counted].sum()))
+        overall, natural = _fvu(sums, sizes, counted.double()), _fvu(sums, sizes, counted * self._weights)
         terms = {name: float(value) / steps for name, value in sorted(self._terms.items())}
         row = {
             "steps": int(steps),
@@ -70,13 +81,14 @@ class Window:
             "terms": terms,
             "grad_norm": float(sums["grad_norm"]) / steps,
             "fvu": overall[-1],
+            "fvu_natural": natural[-1],
             "explained_variance": 1 - overall[-1],
             "l0_training_rule": float(sums["active"][counted].sum() / sizes[counted].sum()),
             "prefixes": {str(size): {"fvu": value} for size, value in zip(self._prefixes, overall, strict=True)},
             "strata": {
                 name: {
                     "rows": int(sizes[i]),
-                    "fvu": _fvu(sums, torch.arange(len(sizes)) == i, float(sizes[i]))[-1],
+                    "fvu": _fvu(sums, sizes, (torch.arange(len(sizes)) == i).double())[-1],
                     "l0_training_rule": float(sums["active"][i] / sizes[i]),
                 }
                 for i, name in enumerate(self._strata)
@@ -105,11 +117,11 @@ class Window:
         }
 
 
-def _fvu(sums: dict[str, Tensor], strata: Tensor, rows: float) -> list[float]:
-    """Fvu per prefix over the strata of the mask."""
-    squares = float(sums["squares"][strata].sum())
-    total = squares - float(sums["target"][strata].sum(0).square().sum()) / rows
-    return [ratio(float(error), total, squares) for error in sums["errors"][strata].sum(0)]
+def _fvu(sums: dict[str, Tensor], sizes: Tensor, weights: Tensor) -> list[float]:
+    """Fvu per prefix; rows of each stratum count by `weights` [S], which are importance weights."""
+    squares = float(weights @ sums["squares"])
+    total = squares - float((weights @ sums["target"]).square().sum()) / float(weights @ sizes.double())
+    return [ratio(float(error), total, squares) for error in weights @ sums["errors"]]
 
 
 class Counters:

@@ -134,13 +134,13 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
         if goal is not None and not any(weights):
             raise UserError(f"diversity.controller.{name} has no weight to move: set one of the terms' weights above 0")
     monitor = settings.monitor
-    if (diversity.co_activation.weight or goals.on) and monitor.every >= settings.steps:
+    if (diversity.co_activation.weight or goals.on) and not 0 < monitor.every < settings.steps:
         name = "controller acts" if goals.on else "co_activation takes its pairs"
         raise UserError(
-            f"diversity.{name} after the monitor's reports, and the first would come after the last step: "
-            f"monitor.every = {monitor.every}, steps = {settings.steps}; lower monitor.every"
+            f"diversity.{name} after the monitor's reports, and none would come before the last step: "
+            f"monitor.every = {monitor.every}, steps = {settings.steps}; set monitor.every between"
         )
-    if monitor.least_together > (sampled := max(monitor.rows, settings.rows.batch_rows)):
+    if monitor.every and monitor.least_together > (sampled := max(monitor.rows, settings.rows.batch_rows)):
         raise UserError(
             f"monitor.least_together = {monitor.least_together} is more than the {sampled:,} rows of a sample "
             "(monitor.rows), so no pair could be listed"

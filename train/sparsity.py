@@ -3,8 +3,10 @@
 Legend: B rows, F latents, N pairs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -59,6 +61,24 @@ class Active:
         kept = self.values > 0
         shape = torch.Size((len(self.starts) - 1, self.d_sae))
         return Active.of(self.rows[kept], self.latents[kept], self.values[kept], shape)
+
+    def of_rows(self, wanted: Tensor) -> "Active":
+        """The pairs of the `wanted` rows [B] bool, which are numbered anew."""
+        kept, number = wanted[self.rows], wanted.cumsum(0) - 1
+        shape = torch.Size((int(wanted.sum()), self.d_sae))
+        return Active.of(number[self.rows[kept]], self.latents[kept], self.values[kept], shape)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Active"]) -> "Active":
+        """The pairs of at least one part, the rows of each numbered after those of the part before."""
+        sizes = [len(part.starts) - 1 for part in parts]
+        firsts = accumulate(sizes, initial=0)
+        return cls.of(
+            torch.cat([part.rows + first for part, first in zip(parts, firsts, strict=False)]),
+            torch.cat([part.latents for part in parts]),
+            torch.cat([part.values for part in parts]),
+            torch.Size((sum(sizes), parts[0].d_sae)),
+        )
 
     def slice(self, rows: slice) -> "Active":
         """The pairs of some rows, which are numbered from 0."""

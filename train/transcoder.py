@@ -294,6 +294,12 @@ class Transcoder(nn.Module):
         decoded = plain.decode_prefixes(values, self.W_dec, active, self.segment, len(self.prefixes))
         return decoded + self._base(x).unsqueeze(1)
 
+    def reconstruct_whole(self, values: Tensor, active: Active, x: Tensor) -> Tensor:
+        """[B, O]: the last prefix's alone."""
+        return plain.decode_prefixes(values, self.W_dec, active, torch.zeros_like(self.segment), 1)[:, 0] + self._base(
+            x
+        )
+
     def _base(self, x: Tensor) -> Tensor:
         """What every prefix's reconstruction starts from: [1, O], or [B, O] with a skip connection."""
         return self.b_dec.unsqueeze(0) if self.W_skip is None else x @ self.W_skip + self.b_dec

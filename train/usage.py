@@ -15,10 +15,11 @@ from torch import Tensor
 from shared import durable
 from shared.config import Config
 from shared.errors import DiskFull, ProjectError
+from shared.strata import POSITION_0
 from train.duplicates.activations import measure
 from train.duplicates.directions import Pairs
 from train.duplicates.diversity import Diversity
-from train.duplicates.monitor import POSITION_0, CorrelationMonitor
+from train.duplicates.monitor import CorrelationMonitor
 from train.samples.proof import sampled_rightly
 from train.settings import Settings
 from train.sparsity import Active
@@ -66,7 +67,7 @@ def components(settings: Settings) -> dict[str, str]:
     }
     found = {name: term for name, on in wanted.items() if on}
     return found | {
-        "monitor": "pairs listed in reports",
+        **({"monitor": "pairs listed in reports"} if settings.monitor.every else {}),
         **({"controller": "reports that moved a weight"} if diversity.controller.on else {}),
         "evaluation": "held-out rows",
         "checkpoint": "checkpoints published",
@@ -117,6 +118,13 @@ class Usage:
             self.lost += 1
         return record
 
+    def summary(self) -> str:
+        """How many of the components that are on had an effect so far, and which had none."""
+        idle = [name for name in self._counted if not self._effect[name]]
+        return f"used {len(self._counted) - len(idle)}/{len(self._counted)}" + (
+            f" (not yet {', '.join(idle)})" if idle else ""
+        )
+
     def finish(self, step: int) -> None:
         """Publish after the last step. Raises `ProjectError` when a component that is on never ran."""
         record = self.publish(step)
@@ -151,11 +159,14 @@ def prove(settings: Settings) -> None:
     model, step, strata = _planted(settings, rows)
     alive = torch.zeros(model.d_sae, dtype=torch.bool)
     with tempfile.TemporaryDirectory() as folder:
-        monitor = CorrelationMonitor(Path(folder), settings.monitor, model, strata, settings.monitor.every)
-        monitor.add(step, settings.monitor.every)
-        report = monitor.report(settings.monitor.every, alive)
+        monitor = CorrelationMonitor(
+            Path(folder), settings.monitor.model_copy(update={"every": 1}), model, strata, steps=1
+        )
+        monitor.add(step, 1)
+        report = monitor.report(1, alive)
     keys = {pair.key for pair in report.pairs}
-    if _SAME not in keys or _BOS in keys or report.with_position_0.pairs_above["0.9"] < 2:
+    missed = _SAME not in keys or _BOS in keys or report.with_position_0.pairs_above["0.9"] < 2
+    if settings.monitor.every and missed:
         raise _inert("monitor")
     whole = settings.diversity.orthogonality.model_copy(update={"rows": model.d_sae})  # a chunk that holds the planted
     config = settings.diversity.model_copy(update={"orthogonality": whole})

@@ -3,7 +3,7 @@
 Legend: F latents, N pairs of a row and a latent, C pairs of latents.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +30,11 @@ def correlated_pairs(
     least_together: int,
     partners: int = 8,
     levels: tuple[float, ...] = (0.5, 0.8, 0.9),
-) -> tuple[Pairs, dict[float, int]]:
+) -> tuple[Pairs, Tensor, dict[float, int]]:  # correlation [C] float64
     """Pairs of latents with at least `least_together` rows in common, by falling correlation.
 
-    Of every latent, the `partners` largest correlations above 0 with latents after it; and how many pairs there are
-    above each level, those that are not listed included. `active` is on CPU and holds active pairs alone
+    Of every latent, the `partners` largest correlations above 0 with latents after it, and these; and how many pairs
+    there are above each level, those that are not listed included. `active` is on CPU and holds active pairs alone
     (`Active.positive`).
     """
     order, starts = active.by_latent
@@ -49,8 +49,9 @@ def correlated_pairs(
     loops.partners(*sides, total, least_together, np.array(levels), over, found, correlation)
     first, place = np.nonzero(found >= 0)
     falling = np.argsort(-correlation[first, place], kind="stable")
-    pairs = Pairs(*map(torch.from_numpy, (first[falling], found[first, place][falling])))
-    return pairs, dict(zip(levels, over.sum(0).tolist(), strict=True))
+    first, place = first[falling], place[falling]
+    pairs = Pairs(*map(torch.from_numpy, (first, found[first, place])))
+    return pairs, torch.from_numpy(correlation[first, place]), dict(zip(levels, over.sum(0).tolist(), strict=True))
 
 
 def measure(active: Active, pairs: Pairs) -> Measures:
@@ -87,20 +88,19 @@ def mass(
     weights: Tensor,  # [B]
 ) -> Tensor:  # [F]
     """Summed activation of every latent, rows counting by their weights."""
-    order, starts = active.by_latent
     weighted = active.values.clamp_min(0) * weights[active.rows]
+    if weighted.device.type == "cpu":
+        return weighted.new_zeros(active.d_sae).index_add_(0, active.latents, weighted)
+    order, starts = active.by_latent  # elsewhere sums of no fixed order
     return torch.segment_reduce(weighted[order], "sum", offsets=starts, initial=0)
 
 
 class Columns(NamedTuple):
-    """The latents of some pairs, each with a column of its own."""
+    """Some pairs of latents, and a column of its own for each of their latents."""
 
+    pairs: Pairs
     column: Tensor
     """[F] int64, `size` for latents of no pair"""
-    first: Tensor
-    """[C] int64, the column of each pair's first latent"""
-    second: Tensor
-    """[C]"""
     size: int
 
 
@@ -109,7 +109,7 @@ def columns_of(pairs: Pairs, d_sae: int) -> Columns:
     latents = torch.unique(torch.cat(pairs))
     column = torch.full((d_sae,), len(latents), device=latents.device)
     column[latents] = torch.arange(len(latents), device=latents.device)
-    return Columns(column, column[pairs.first], column[pairs.second], len(latents))
+    return Columns(pairs, column, len(latents))
 
 
 def co_activation_loss(
@@ -122,10 +122,40 @@ def co_activation_loss(
 
     A latent that is active on none of the rows has no correlation and gets no gradient.
     """
-    room = values.new_zeros(len(active.starts) - 1, columns.size + 1)
-    dense = room.index_put((active.rows, columns.column[active.latents]), values, accumulate=True)[:, :-1]
-    deviation = dense - dense.mean(0)
-    norms = deviation.square().sum(0).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
-    unit = deviation / norms
-    correlation = (unit[:, columns.first] * unit[:, columns.second]).sum(0)
+    if values.device.type == "cpu":
+        correlation = _Correlations.apply(values, active, columns.pairs)
+    else:
+        correlation = _dense_correlations(values, active, columns)
     return (correlation - margin).relu().square().sum()
+
+
+def _dense_correlations(values: Tensor, active: Active, columns: Columns) -> Tensor:
+    """[C]; a room of rows by columns needs no size that only the device knows."""
+    room = values.new_zeros(columns.size + 1, len(active.starts) - 1)
+    dense = room.index_put((columns.column[active.latents], active.rows), values, accumulate=True)[:-1]
+    deviation = dense - dense.mean(1, keepdim=True)
+    norms = deviation.square().sum(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    unit = deviation / norms
+    return torch.linalg.vecdot(*(unit[columns.column[side]] for side in columns.pairs))
+
+
+class _Correlations(torch.autograd.Function):
+    """The same from the pairs' own active rows."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, active: Active, pairs: Pairs) -> Tensor:
+        order, starts = active.by_latent
+        sides = (*pairs, active.rows, values.detach(), order, starts)
+        moments = values.new_empty(len(pairs.first), 5, dtype=torch.float64)
+        loops.correlate(*(t.numpy() for t in sides), len(active.starts) - 1, moments.numpy())
+        ctx.save_for_backward(*sides, moments)
+        ctx.total = len(active.starts) - 1
+        return moments[:, 0].to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        *sides, moments = ctx.saved_tensors
+        found = torch.zeros_like(sides[3])
+        more = (moments, grads[0].contiguous(), found)
+        loops.add_correlation_gradients(*(t.numpy() for t in sides), ctx.total, *(t.numpy() for t in more))
+        return found, None, None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from train import blas
 from train.blas import Blas
+from train.duplicates import loops
 
 
 class Pairs(NamedTuple):
@@ -22,13 +23,42 @@ class Pairs(NamedTuple):
     second: Tensor
     """[N] int64"""
 
+    def kept(self, wanted: Tensor) -> "Pairs":
+        """The pairs that `wanted` [N] names, as bools or by their numbers."""
+        return Pairs(self.first[wanted], self.second[wanted])
+
+    def joined(self, other: "Pairs") -> "Pairs":
+        """These, and those of `other` behind them."""
+        return Pairs(torch.cat([self.first, other.first]), torch.cat([self.second, other.second]))
+
+    def cpu(self) -> "Pairs":
+        """The same on CPU."""
+        return Pairs(self.first.cpu(), self.second.cpu())
+
+
+def connected(pairs: Pairs) -> list[list[int]]:
+    """Groups of latents that pairs connect, directly or through others; the largest first, latents rising."""
+    parent: dict[int, int] = {}
+
+    def root(latent: int) -> int:
+        while parent.setdefault(latent, latent) != latent:
+            parent[latent] = latent = parent[parent[latent]]
+        return latent
+
+    for first, second in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):
+        parent[root(second)] = root(first)
+    found: dict[int, list[int]] = {}
+    for latent in sorted(parent):
+        found.setdefault(root(latent), []).append(latent)
+    return sorted(found.values(), key=lambda latents: (-len(latents), latents))
+
 
 def close_pairs(
     W_dec: Tensor,  # [F, O] unit rows
     latents: Tensor,  # [n] int64, rising
     floor: float,
     library: Blas,
-    block: int = 1024,
+    block: int = 256,
 ) -> tuple[Pairs, Tensor]:  # cosines [N]
     """All pairs of `latents` whose decoder rows have a cosine above `floor`, and the cosines.
 
@@ -38,12 +68,44 @@ def close_pairs(
     first, second, cosines = [latents[:0]], [latents[:0]], [rows.new_zeros(0)]
     for low in range(0, len(rows), block):
         part = rows[low : low + block]
-        found = blas.product(library, part, rows[low:].T)
-        i, j = torch.triu(found, 1).gt(floor).nonzero(as_tuple=True)
+        i, j, above = _above(blas.product(library, part, rows[low:].T), floor)
         first.append(latents[low + i])
         second.append(latents[low + j])
-        cosines.append(found[i, j])
+        cosines.append(above)
     return Pairs(torch.cat(first), torch.cat(second)), torch.cat(cosines)
+
+
+def nearest_cosines(
+    W_dec: Tensor,  # [F, O] unit rows
+    latents: Tensor,  # [n] int64
+    library: Blas,
+    block: int = 1024,
+) -> Tensor:  # [n]
+    """The largest cosine of each of `latents` with another of them; -1 for one alone."""
+    rows = W_dec.detach()[latents]
+    nearest = []
+    for low in range(0, len(rows), block):
+        found = blas.product(library, rows[low : low + block], rows.T)
+        found[torch.arange(len(found)), torch.arange(low, low + len(found))] = -1
+        nearest.append(found.amax(1))
+    return torch.cat(nearest) if nearest else rows.new_zeros(0)
+
+
+def _above(
+    products: Tensor,  # [R, n]
+    floor: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # [N] each
+    """Rows, columns and values of what lies above the diagonal and is above `floor`."""
+    if products.device.type != "cpu":
+        rows, columns = torch.triu(products, 1).gt(floor).nonzero(as_tuple=True)
+        return rows, columns, products[rows, columns]
+    counts = torch.empty(len(products), dtype=torch.int64)
+    loops.count_above(products.numpy(), floor, counts.numpy())
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    rows, columns = starts.new_empty(2, int(starts[-1]))
+    values = products.new_empty(len(rows))
+    loops.list_above(products.numpy(), floor, *(t.numpy() for t in (starts, rows, columns, values)))
+    return rows, columns, values
 
 
 def steps_between_scans(
@@ -99,7 +161,11 @@ class _Cosines(torch.autograd.Function):
     def forward(ctx: Any, W_dec: Tensor, first: Tensor, second: Tensor) -> Tensor:
         ctx.save_for_backward(first, second)
         ctx.W_dec = W_dec
-        return torch.linalg.vecdot(W_dec[first], W_dec[second])
+        if W_dec.device.type != "cpu":
+            return torch.linalg.vecdot(W_dec[first], W_dec[second])
+        found = W_dec.new_zeros(len(first))
+        loops.dots(*(t.numpy() for t in (W_dec.detach(), first, second, found)))
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
@@ -107,6 +173,10 @@ class _Cosines(torch.autograd.Function):
         if W_dec.grad is None:
             W_dec.grad = torch.zeros_like(W_dec)
         rows = W_dec.detach()
+        if rows.device.type == "cpu":
+            sides = (t.numpy() for t in (rows, first, second, grad.contiguous()))
+            loops.add_partners(*sides, torch.get_num_threads(), W_dec.grad.numpy())
+            return None, None, None
         for one, other in ((first, second), (second, first)):
             W_dec.grad.index_put_((one,), grad.unsqueeze(1) * rows[other], accumulate=True)  # repeats in one order
         return None, None, None

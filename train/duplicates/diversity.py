@@ -50,7 +50,7 @@ class CoActivationConfig(Config):
 
     weight: float = Field(0.0, ge=0)
     """Weight of the term; 0 switches it off."""
-    margin: float = Field(0.5, ge=0, lt=1)
+    margin: float = Field(0.6, ge=0, lt=1)
     """Correlation that costs nothing."""
     pairs: int = Field(256, ge=1)
     """The most correlated pairs, at most this many."""
@@ -94,7 +94,7 @@ class DiversityConfig(Config):
 
     margin: float = Field(0.3, ge=0, lt=1)
     """Cosine that costs nothing: random directions already have about 1 / sqrt(d_out)."""
-    cross_margin: float = Field(0.5, ge=0, lt=1)
+    cross_margin: float = Field(0.7, ge=0, lt=1)
     """The same between latents of different prefix segments: a parent may align with its child."""
     orthogonality: OrthogonalityConfig = OrthogonalityConfig()
     mined: MinedConfig = MinedConfig()
@@ -208,6 +208,7 @@ class Diversity:
     def _closest(self, latents: Tensor) -> Pairs:
         pairs, cosines = self._close(latents)
         found = (cosines - self._margins(pairs)).topk(min(self._config.mined.pairs, len(cosines))).indices
+        found = found.sort().values  # as pairs rise: a latent's row is read once for all of its pairs
         return Pairs(*(side[found] for side in pairs))
 
     def _close(self, latents: Tensor) -> tuple[Pairs, Tensor]:

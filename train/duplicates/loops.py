@@ -1,6 +1,7 @@
-"""Loops over pairs of latents that are active on the same row, compiled by numba; parallel over latents.
+"""Loops over pairs of latents that are active on the same row, or close in direction, compiled by numba.
 
-Legend: R rows, F latents, N active pairs of a row and a latent, M partners kept of a latent.
+Every sum runs in one order whatever the number of threads.
+Legend: R rows, F latents, O d_out, N active pairs of a row and a latent, M partners kept of a latent.
 """
 
 from typing import Any
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 Floats = NDArray[Any]
 Ints = NDArray[np.int64]
 
+_SUMS = {"contract", "reassoc"}
+"""As in `train.sparse_step.loops`."""
 _PARTS = 16
 """Of the latents, counted side by side: each needs memory for a count per latent."""
 
@@ -106,3 +109,125 @@ def meetings(
             i += one <= other
             j += other <= one
         together[pair], products[pair] = count, total
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath=_SUMS)
+def dots(W_dec: Floats, first: Ints, second: Ints, found: Floats) -> None:
+    """Of the rows [F, O] of each pair of latents."""
+    for pair in prange(len(first)):
+        one, other, total = W_dec[first[pair]], W_dec[second[pair]], found[pair] * 0
+        for i in range(len(one)):
+            total += one[i] * other[i]
+        found[pair] = total
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def add_partners(W_dec: Floats, first: Ints, second: Ints, weights: Floats, parts: int, grad: Floats) -> None:
+    """To the row of each latent of a pair in `grad` [F, O], that of the other by the pair's weight; O in `parts`."""
+    width = W_dec.shape[1]
+    for part in prange(parts):
+        low, high = width * part // parts, width * (part + 1) // parts
+        for pair in range(len(first)):
+            weight = weights[pair]
+            if weight != 0:
+                one, other = W_dec[first[pair], low:high], W_dec[second[pair], low:high]
+                to_one, to_other = grad[first[pair], low:high], grad[second[pair], low:high]
+                for i in range(len(one)):
+                    to_one[i] += weight * other[i]
+                    to_other[i] += weight * one[i]
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def count_above(products: Floats, floor: float, counts: Ints) -> None:
+    """How many entries of each row of `products` [R, n] lie above the diagonal and are above `floor`."""
+    for i in prange(len(products)):
+        row, count = products[i, i + 1 :], np.int64(0)
+        for j in range(len(row)):
+            count += row[j] > floor
+        counts[i] = count
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def list_above(products: Floats, floor: float, starts: Ints, rows: Ints, columns: Ints, values: Floats) -> None:
+    """Where those are and what they are, each row's from its place in `starts` on."""
+    for i in prange(len(products)):
+        at, j = starts[i], i + 1
+        while at < starts[i + 1]:
+            if products[i, j] > floor:
+                rows[at], columns[at], values[at] = i, j, products[i, j]
+                at += 1
+            j += 1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def correlate(
+    first: Ints, second: Ints, rows: Ints, values: Floats, order: Ints, by_latent: Ints, total: int, moments: Floats
+) -> None:
+    """Of each pair of latents, over `total` rows: correlation, both means and both deviations; moments [C, 5].
+
+    A latent that is active on no row, or everywhere the same, correlates with nothing.
+    """
+    for pair in range(len(first)):
+        means, deviations = np.zeros(2), np.zeros(2)
+        for side in range(2):
+            latent = second[pair] if side else first[pair]
+            one, square, j = 0.0, 0.0, by_latent[latent]
+            while j < by_latent[latent + 1]:
+                row, value = rows[order[j]], 0.0
+                while j < by_latent[latent + 1] and rows[order[j]] == row:  # a row may be there twice
+                    value += values[order[j]]
+                    j += 1
+                one += value
+                square += value * value
+            means[side] = one / total
+            variance = square / total - means[side] * means[side]
+            deviations[side] = np.sqrt(variance) if variance > 1e-12 * square / total else 0.0  # less is rounding
+        product, j = 0.0, by_latent[second[pair]]
+        for i in range(by_latent[first[pair]], by_latent[first[pair] + 1]):
+            row = rows[order[i]]
+            while j < by_latent[second[pair] + 1] and rows[order[j]] < row:
+                j += 1
+            at = j
+            while at < by_latent[second[pair] + 1] and rows[order[at]] == row:
+                product += np.float64(values[order[i]]) * values[order[at]]
+                at += 1
+        scale = deviations[0] * deviations[1]
+        moments[pair, 0] = (product / total - means[0] * means[1]) / scale if scale > 0 else 0.0
+        moments[pair, 1:3], moments[pair, 3:] = means, deviations
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def add_correlation_gradients(
+    first: Ints,
+    second: Ints,
+    rows: Ints,
+    values: Floats,
+    order: Ints,
+    by_latent: Ints,
+    total: int,
+    moments: Floats,
+    weights: Floats,
+    grad: Floats,
+) -> None:
+    """To `grad` [N], of each value the weighted sum of its pairs' correlations' derivatives; `moments` [C, 5]."""
+    for pair in range(len(first)):
+        weight = weights[pair]
+        if weight == 0 or moments[pair, 3] == 0 or moments[pair, 4] == 0:
+            continue
+        for side in range(2):
+            latent, partner = (second[pair], first[pair]) if side else (first[pair], second[pair])
+            mean, other_mean = moments[pair, 1 + side], moments[pair, 2 - side]
+            spread, other_spread = moments[pair, 3 + side], moments[pair, 4 - side]
+            i, j = by_latent[latent], by_latent[partner]
+            while i < by_latent[latent + 1]:
+                row, start, value, other = rows[order[i]], i, 0.0, 0.0
+                while i < by_latent[latent + 1] and rows[order[i]] == row:
+                    value += values[order[i]]
+                    i += 1
+                while j < by_latent[partner + 1] and rows[order[j]] <= row:
+                    if rows[order[j]] == row:
+                        other += values[order[j]]
+                    j += 1
+                along = (other - other_mean) / other_spread - moments[pair, 0] * (value - mean) / spread
+                for at in range(start, i):
+                    grad[order[at]] += weight * along / (total * spread)

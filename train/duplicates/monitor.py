@@ -7,6 +7,7 @@ Legend: R rows, F latents.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,16 +16,19 @@ from pydantic import Field
 from torch import Tensor
 
 from shared import durable
-from shared.config import Config, read_record
+from shared.config import Config
 from shared.errors import DiskFull
+from shared.strata import POSITION_0
+from train import blas
+from train.blas import Blas
 from train.duplicates.activations import correlated_pairs, measure
-from train.duplicates.directions import Pairs, close_pairs, steps_between_scans
+from train.duplicates.directions import Pairs, close_pairs, connected, steps_between_scans
+from train.held_out import HeldOutActive
 from train.sparsity import Active
 from train.transcoder import Step, Transcoder
 
-FOLDER = "anti_duplication_logs"
+FOLDER, HELD_OUT = "anti_duplication_logs", "correlation-held-out.json"
 LEVELS = (0.5, 0.7, 0.8, 0.9)
-POSITION_0 = "000-001"
 _MOST_MEETINGS = 2**27
 """Of two latents on a row, each pair of them twice, in a report: about a third of a second on one core."""
 
@@ -32,8 +36,8 @@ _MOST_MEETINGS = 2**27
 class MonitorConfig(Config):
     """When duplicates are looked for, and on how many rows."""
 
-    every: int = Field(100, ge=1)
-    """Steps between reports; the last step always makes one."""
+    every: int = Field(100, ge=0)
+    """Steps between reports; the last step always makes one. 0 switches the monitor off."""
     rows: int = Field(8192, ge=1)
     """Rows of the sample: those of the last steps before a report, whole batches; fewer where very many latents are
     active. Reports say how many they looked at."""
@@ -114,7 +118,9 @@ class Directions(Config):
 class Sample(Config):
     """The rows that a report looks at."""
 
+    rows_of: Literal["training steps", "held-out blocks"]
     first_step: int
+    """Of the training rows; of held-out rows, the step of the weights."""
     last_step: int
     strata: dict[str, int]
     """Rows of each."""
@@ -138,6 +144,8 @@ class CorrelationReport(Config):
     without_position_0: Correlations
     """With it, if the store's first stratum holds more than position 0."""
     with_position_0: Correlations
+    strata: dict[str, Correlations] | None
+    """The same over the rows of each; none: of training steps, whose strata are small."""
     directions: Directions
     pairs: list[CorrelatedPair]
     """Largest correlation first."""
@@ -165,14 +173,15 @@ class CorrelationMonitor:
         self._window = -(-config.rows // len(self._of_row))
         self._kept: list[tuple[Active, Tensor]] = []
         """The active pairs of each batch of the sample, and the stratum of each of their rows"""
+        self._last: CorrelationReport | None = None
         self.lost_reports = 0
         nothing = torch.zeros(0, dtype=torch.int64)
         self.correlated = Pairs(nothing, nothing)
-        """The pairs of the last report by falling correlation, those that were not listed included."""
+        """The pairs of the last report on training steps by falling correlation, those not listed included."""
 
     def due(self, done: int) -> bool:
         """Whether a report follows step `done`, counted from 1."""
-        return done % self._config.every == 0 or done == self._steps
+        return bool(self._config.every) and (done % self._config.every == 0 or done == self._steps)
 
     def add(self, step: Step, done: int) -> None:
         """Keep the pairs of step `done`, if a report will look at them.
@@ -180,11 +189,11 @@ class CorrelationMonitor:
         Counting costs the square of a row's active latents: where these are so many that a report would take more than
         `_MOST_MEETINGS`, every n-th row is kept.
         """
-        if self._report_after(done) - done < self._window:
+        if self._config.every and self._report_after(done) - done < self._window:
             active = step.active.cpu().positive()
             meetings = int(active.starts.diff().square().sum()) * self._window
             kept = torch.arange(len(self._of_row)) % max(1, -(-meetings // _MOST_MEETINGS)) == 0
-            self._kept.append((_rows_of(active, kept), self._of_row[kept]))
+            self._kept.append((active.of_rows(kept), self._of_row[kept]))
 
     def report(self, done: int, dead: Tensor) -> CorrelationReport:
         """Write the report after step `done`, counted from 1; `dead` [F] latents are left out of the directions.
@@ -192,21 +201,51 @@ class CorrelationMonitor:
         A full disk costs the report and one warning, never the run.
         """
         every, stratum = self._sample()
-        before = self._before(done)
-        report = self._make(done, every, stratum, dead.cpu(), before)
+        sample = Sample(
+            rows_of="training steps",
+            first_step=done - len(self._kept) + 1,
+            last_step=done,
+            strata=_rows_of_each(self._strata, stratum),
+        )
+        report, self.correlated = self._make(sample, every, stratum, dead.cpu(), self._last)
+        self._publish(f"correlation-{done:06d}.json", report)
+        self._kept, self._last = [], report
+        return report
+
+    def report_held_out(self, done: int, held_out: HeldOutActive, dead: Tensor) -> CorrelationReport:
+        """Write the report on all rows of `held_out`, under the weights of step `done`; by stratum, too.
+
+        It is compared with no other, and no run is steered by it.
+        """
+        every, stratum = held_out.active, held_out.stratum
+        sample = Sample(
+            rows_of="held-out blocks", first_step=done, last_step=done, strata=_rows_of_each(held_out.strata, stratum)
+        )
+        report, _ = self._make(sample, every, stratum, dead.cpu(), None)
+        parts = {name: every.of_rows(stratum == i) for i, name in enumerate(held_out.strata)}
+        strata = {name: _correlations(part, self._config)[1] for name, part in parts.items()}
+        report = report.model_copy(update={"strata": strata})
+        self._publish(HELD_OUT, report)
+        return report
+
+    @property
+    def reported_held_out(self) -> bool:
+        """Whether `report_held_out` has written its report."""
+        return (self._folder / HELD_OUT).is_file()
+
+    def _publish(self, name: str, report: CorrelationReport) -> None:
         try:
             durable.make_folder(self._folder)
-            durable.publish_json(self._path(done), report.model_dump(mode="json"))
+            durable.publish_json(self._folder / name, report.model_dump(mode="json"))
         except DiskFull as error:
             if not self.lost_reports:
                 print(f"warning: {error}; training goes on, reports are lost", file=sys.stderr)
             self.lost_reports += 1
-        self._kept = []
-        return report
 
     def state(self) -> dict[str, Tensor]:
-        """The open sample, for a checkpoint."""
-        return {
+        """The open sample and the last report, for a checkpoint: a file can be lost to a full disk."""
+        report = self._last.model_dump_json().encode() if self._last else b""
+        sample = {
             f"monitor.{i:04d}.{name}": tensor
             for i, (active, stratum) in enumerate(self._kept)
             for name, tensor in {
@@ -217,9 +256,12 @@ class CorrelationMonitor:
                 "stratum": stratum,
             }.items()
         }
+        return sample | {"monitor.report": torch.tensor(list(report), dtype=torch.uint8)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over an open sample."""
+        """Take over a saved state."""
+        text = tensors["monitor.report"].numpy().tobytes()
+        self._last = CorrelationReport.model_validate_json(text) if text else None
         count = sum(name.startswith("monitor.") and name.endswith(".rows") for name in tensors)
         names = ("rows", "latents", "values", "starts")
         self._kept = [
@@ -233,38 +275,21 @@ class CorrelationMonitor:
     def _report_after(self, done: int) -> int:
         return min(-(-done // self._config.every) * self._config.every, self._steps)
 
-    def _path(self, step: int) -> Path:
-        return self._folder / f"correlation-{step:06d}.json"
-
-    def _before(self, done: int) -> CorrelationReport | None:
-        """The report before that of `done`, as it was written."""
-        step = (done - 1) // self._config.every * self._config.every
-        path = self._path(step)
-        return read_record(CorrelationReport, durable.read_json(path), path) if path.is_file() else None
-
     def _sample(self) -> tuple[Active, Tensor]:
         """The active pairs of all rows kept, and the stratum of every row."""
-        sizes = [len(stratum) for _, stratum in self._kept]
-        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
-        joined = Active.of(
-            torch.cat([active.rows + first for (active, _), first in zip(self._kept, firsts, strict=True)]),
-            torch.cat([active.latents for active, _ in self._kept]),
-            torch.cat([active.values for active, _ in self._kept]),
-            torch.Size((sum(sizes), self._transcoder.d_sae)),
-        )
-        return joined, torch.cat([stratum for _, stratum in self._kept])
+        return Active.joined([active for active, _ in self._kept]), torch.cat([stratum for _, stratum in self._kept])
 
     def _make(
-        self, done: int, every: Active, stratum: Tensor, dead: Tensor, before: CorrelationReport | None
-    ) -> CorrelationReport:
-        config = self._config
-        position_0 = self._strata.index(POSITION_0) if POSITION_0 in self._strata and len(self._strata) > 1 else -1
-        rest = _rows_of(every, stratum != position_0)
+        self, sample: Sample, every: Active, stratum: Tensor, dead: Tensor, before: CorrelationReport | None
+    ) -> tuple[CorrelationReport, Pairs]:
+        config, done = self._config, sample.last_step
+        strata = list(sample.strata)
+        position_0 = strata.index(POSITION_0) if POSITION_0 in strata and len(strata) > 1 else -1
+        rest = every.of_rows(stratum != position_0)
         correlated, without = _correlations(rest, config)
         _, whole = _correlations(every, config)
-        self.correlated = correlated
         listed = Pairs(*(side[: config.listed] for side in correlated))
-        pairs = self._listed(listed, every, rest, stratum, before)
+        pairs = self._listed(listed, every, rest, stratum, strata, before)
         known = {pair.key for pair in before.pairs} if before else set()
         if before and done - before.directions.step < self._scan_every:
             directions, clusters = before.directions, before.clusters
@@ -272,32 +297,33 @@ class CorrelationMonitor:
             directions, clusters = self._scan(done, every, dead)
         report = CorrelationReport(
             step=done,
-            sample=Sample(
-                first_step=done - len(self._kept) + 1,
-                last_step=done,
-                strata=dict(
-                    zip(self._strata, torch.bincount(stratum, minlength=len(self._strata)).tolist(), strict=True)
-                ),
-            ),
+            sample=sample,
             least_together=config.least_together,
             without_position_0=without,
             with_position_0=whole,
+            strata=None,
             directions=directions,
             pairs=pairs,
             clusters=clusters,
             persisting_pairs=sum(pair.key in known for pair in pairs),
             change=None,
         )
-        return report.model_copy(update={"change": _change(report, before)})
+        return report.model_copy(update={"change": _change(report, before)}), correlated
 
     def _listed(
-        self, pairs: Pairs, every: Active, rest: Active, stratum: Tensor, before: CorrelationReport | None
+        self,
+        pairs: Pairs,
+        every: Active,
+        rest: Active,
+        stratum: Tensor,
+        strata: list[str],
+        before: CorrelationReport | None,
     ) -> list[CorrelatedPair]:
         model, (inner, outer) = self._transcoder, (measure(rest, pairs), measure(every, pairs))
         cosines = torch.linalg.vecdot(*(model.W_dec.detach()[side.to(model.W_dec.device)] for side in pairs)).tolist()
-        fires = torch.bincount(every.latents * len(self._strata) + stratum[every.rows],
-                               minlength=model.d_sae * len(self._strata)).view(model.d_sae, -1)  # fmt: skip
-        shares = fires / torch.bincount(stratum, minlength=len(self._strata)).clamp_min(1)
+        fires = torch.bincount(every.latents * len(strata) + stratum[every.rows],
+                               minlength=model.d_sae * len(strata)).view(model.d_sae, -1)  # fmt: skip
+        shares = fires / torch.bincount(stratum, minlength=len(strata)).clamp_min(1)
         segment, streaks = model.segment.cpu(), {pair.key: pair.reports for pair in before.pairs} if before else {}
 
         def latent(number: int) -> Latent:
@@ -305,7 +331,7 @@ class CorrelationMonitor:
                 latent=number,
                 prefix=model.prefixes[int(segment[number])],
                 rows=int(fires[number].sum()),
-                strata=dict(zip(self._strata, shares[number].tolist(), strict=True)),
+                strata=dict(zip(strata, shares[number].tolist(), strict=True)),
             )
 
         return [
@@ -340,25 +366,24 @@ class CorrelationMonitor:
             share_within_segment_above={f"{level}": _share(inside > level, live) for level in LEVELS},
             largest=float(nearest.max()),
             effective_number=float((1 / (1 + neighbours.double())).sum()),
-            effective_rank=_effective_rank(model.W_dec.detach()[latents]),
+            effective_rank=_effective_rank(model.W_dec.detach()[latents], model.blas),
         )
-        jaccard = measure(every, Pairs(*(side.cpu() for side in close))).jaccard
-        return directions, _clusters(close, cosines, jaccard, self._config)
+        close, cosines = close.cpu(), cosines.cpu()
+        same = (cosines >= self._config.cluster_cosine) & (
+            measure(every, close).jaccard >= self._config.cluster_jaccard
+        )
+        return directions, connected(close.kept(same))
 
 
-def _rows_of(active: Active, wanted: Tensor) -> Active:
-    """The pairs of the `wanted` [R] rows, which are numbered anew."""
-    kept, number = wanted[active.rows], wanted.cumsum(0) - 1
-    shape = torch.Size((int(wanted.sum()), active.d_sae))
-    return Active.of(number[active.rows[kept]], active.latents[kept], active.values[kept], shape)
+def _rows_of_each(strata: Sequence[str], stratum: Tensor) -> dict[str, int]:
+    return dict(zip(strata, torch.bincount(stratum, minlength=len(strata)).tolist(), strict=True))
 
 
 def _correlations(active: Active, config: MonitorConfig) -> tuple[Pairs, Correlations]:
-    pairs, above = correlated_pairs(active, config.least_together, levels=LEVELS)
-    first = Pairs(*(side[:1] for side in pairs))
+    pairs, correlation, above = correlated_pairs(active, config.least_together, levels=LEVELS)
     return pairs, Correlations(
         rows=len(active.starts) - 1,
-        largest=float(measure(active, first).correlation.sum()),
+        largest=float(correlation[:1].sum()),
         pairs_above={f"{level}": count for level, count in above.items()},
     )
 
@@ -367,31 +392,13 @@ def _share(which: Tensor, live: int) -> float:
     return int(which.sum()) / max(live, 1)
 
 
-def _effective_rank(rows: Tensor) -> float:
+def _effective_rank(rows: Tensor, library: Blas) -> float:
     """Of rows [n, O]; 0 for none."""
     if not len(rows):
         return 0.0
-    values = torch.linalg.eigvalsh((rows.T @ rows).double().cpu()).clamp_min(0).sqrt()
+    values = torch.linalg.eigvalsh(blas.product(library, rows.T, rows).double().cpu()).clamp_min(0).sqrt()
     shares = values / values.sum()
     return float(torch.special.entr(shares).sum().exp())
-
-
-def _clusters(close: Pairs, cosines: Tensor, jaccard: Tensor, config: MonitorConfig) -> list[list[int]]:
-    """Connected latents, by pairs that are the same in direction and in firing."""
-    same = (cosines.cpu() >= config.cluster_cosine) & (jaccard >= config.cluster_jaccard)
-    parent: dict[int, int] = {}
-
-    def root(latent: int) -> int:
-        while parent.setdefault(latent, latent) != latent:
-            parent[latent] = latent = parent[parent[latent]]
-        return latent
-
-    for first, second in zip(*(side.cpu()[same].tolist() for side in close), strict=True):
-        parent[root(second)] = root(first)
-    found: dict[int, list[int]] = {}
-    for latent in sorted(parent):
-        found.setdefault(root(latent), []).append(latent)
-    return sorted(found.values(), key=lambda latents: (-len(latents), latents))
 
 
 def _change(now: "CorrelationReport", before: CorrelationReport | None) -> Trend | None:

@@ -1,0 +1,132 @@
+"""The experiment on the diversity loss: arms, three seeds each, on two stores; figures by `train compare`.
+
+    python -m tests.bench.diversity [SETTING ...] [--arms NAME ...] [--seeds N] [--jobs N] [--folder DIR] [--no-record]
+
+Settings: `narrow` is d_sae 4,096 on the store of `make harvest`; `wide` is d_sae 8,192 on one that keeps every row of
+position 0, where latents repeat each other more. Both from scratch through the real commands: harvest, train, compare.
+A run that is there already is kept, so that a stopped experiment goes on; each trains on one thread, `--jobs` of them
+at a time. An hour and a half on two cores.
+
+Arms: `baseline` has no diversity loss; `ortsae` the penalty on random chunks of decoder rows alone (arXiv 2509.22033),
+of half of all rows or a quarter, every 5 steps; `mined` the one on the closest pairs of all; `full` is that and the
+penalty on correlated pairs, as the presets have it. All have the same margins.
+"""
+
+import argparse
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.bench.record import ROOT, record, run
+from train.compare.arms import Comparison
+from train.compare.table import print_comparison
+
+OFF = {f"diversity.{term}.weight": 0 for term in ("orthogonality", "mined", "co_activation", "position")}
+ARMS: dict[str, dict[str, float]] = {
+    "baseline": {},
+    "ortsae": {
+        "diversity.orthogonality.weight": 1,
+        "diversity.orthogonality.rows": 2048,
+        "diversity.orthogonality.every": 5,
+    },
+    "mined": {"diversity.mined.weight": 1},
+    "full": {"diversity.mined.weight": 1, "diversity.co_activation.weight": 3},
+}
+SETTINGS: dict[str, tuple[list[str], dict[str, float]]] = {
+    "narrow": ([], {"steps": 2000, "transcoder.d_sae": 4096}),
+    "wide": (
+        ["store.keep={}"],
+        {"steps": 1500, "transcoder.d_sae": 8192, "activation.k_warmup_steps": 500},
+    ),
+}
+"""What the harvest is told, and what all runs are."""
+SHOWN = {
+    "fvu": "",
+    "live": "latents",
+    "share_above_0_7": "",
+    "pairs_cosine_above_0_9": "pairs",
+    "pairs_correlated_above_0_5": "pairs",
+    "pairs_correlated_above_0_8": "pairs",
+    "clusters": "",
+    "latents_in_clusters": "latents",
+    "merged.removed": "latents",
+    "merged.fvu_rise": "",
+    "merged.fvu_rise_random": "",
+    "effective_number": "latents",
+    "bos_share_of_top": "",
+    "cpu_ms_per_step": "ms",
+}
+
+
+def main() -> None:
+    """Make what is missing, compare, and record."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.diversity")
+    parser.add_argument("settings", nargs="*", choices=[[], *SETTINGS], default=[])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path("runs/diversity"))
+    parser.add_argument("--no-record", action="store_true")
+    options = parser.parse_args()
+    os.environ |= {f"{pool}_NUM_THREADS": "1" for pool in ("OMP", "MKL", "OPENBLAS", "NUMBA")}
+    for setting in options.settings or SETTINGS:
+        found = experiment(setting, options)
+        print_comparison(found)
+        (options.folder / f"{setting}.json").write_text(json.dumps(found.model_dump(mode="json"), indent=2) + "\n")
+        if not options.no_record:
+            title = f"diversity, {setting}: {describe(setting)}, {options.seeds} seeds"
+            record(title, f"python -m tests.bench.diversity {setting}", figures(found))
+
+
+def experiment(setting: str, options: argparse.Namespace) -> Comparison:
+    """Harvest, train and compare one setting."""
+    python = [sys.executable, "-m"]
+    harvest, _ = SETTINGS[setting]
+    told = [part for assignment in harvest for part in ("--set", assignment)]
+    store = run(*python, "harvest", "run", "tiny", *told).out.splitlines()[-1]
+    wanted = [(arm, seed) for seed in range(options.seeds) for arm in options.arms]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = list(pool.map(lambda one: train(store, setting, *one, options.folder), wanted))
+    by_arm = sorted(runs, key=lambda path: options.arms.index(path.name.split("-")[1]))
+    return Comparison.model_validate_json(run(*python, "train", "compare", *by_arm, "--json").out)
+
+
+def train(store: str, setting: str, arm: str, seed: int, folder: Path) -> Path:
+    """The finished run of one arm and seed."""
+    path = folder / f"{setting}-{arm}-{seed}"
+    if not (ROOT / path / "config.json").exists():
+        values = {"threads": 1, "seed": seed, "checkpoint.keep_last": 1} | SETTINGS[setting][1] | OFF | ARMS[arm]
+        told = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+        run(
+            sys.executable, "-m", "train", "run", "tiny", "--store", store, "--runs", folder, "--name", path.name, *told
+        )
+    else:
+        run(sys.executable, "-m", "train", "resume", path)
+    return path
+
+
+def describe(setting: str) -> str:
+    """What its runs are, in words."""
+    values = SETTINGS[setting][1]
+    return f"d_sae {values['transcoder.d_sae']:,}, {values['steps']:,} steps of 1,024"
+
+
+def figures(found: Comparison) -> dict[str, tuple[float, str]]:
+    """Means and deviations by arm."""
+    kept: dict[str, tuple[float, str]] = {}
+    for arm in found.arms:
+        name = arm.name.split("-")[1]
+        spreads = {key: arm.spread[key] for key in SHOWN if key in arm.spread}
+        if arm.pw_mcc:
+            spreads["pw_mcc"] = arm.pw_mcc
+        for key, spread in spreads.items():
+            kept[f"{name}: {key}"] = spread.mean, SHOWN.get(key, "")
+            if spread.deviation is not None:
+                kept[f"{name}: {key}, deviation over seeds"] = spread.deviation, SHOWN.get(key, "")
+    return kept
+
+
+if __name__ == "__main__":
+    main()

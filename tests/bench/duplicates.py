@@ -1,0 +1,270 @@
+"""What the correlation monitor and the terms of the diversity loss cost, on one thread.
+
+python -m tests.bench.duplicates report [F ...]          a report's time and memory; widths 4096, 18432 and 131072
+python -m tests.bench.duplicates terms [S] [M] [L]       every component as a share of a step of `tests.bench.step`
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numba
+import numpy as np
+import torch
+
+from shared.process import keep_freed_memory
+from tests.bench.record import record, run
+from tests.bench.step import AUXK, SHAPES, B, Setup, setup
+from train.blas import faster_here
+from train.duplicates.diversity import Diversity, DiversityConfig
+from train.duplicates.monitor import POSITION_0, CorrelationMonitor, MonitorConfig
+from train.sparsity import Active
+from train.transcoder import BatchTopK, Normalisation, Step, Transcoder, TranscoderConfig
+
+REPORTS = {4096: (32, 128, 1), 18432: (48, 2304, 1), 131072: (64, 4096, 8)}
+"""By d_sae: active latents per row, d_out, and of which part of the latents all decoder rows are scanned: one in n."""
+REPEATS = {"S": 31, "M": 21, "L": 11}
+BOS = 4
+"""Rows of a batch at position 0."""
+STRATA = {POSITION_0: slice(0, BOS), "001-256": slice(BOS, B)}
+GROUP, CENTRE = 8, 0.8
+"""Decoder rows lie in groups of 8 around centres, whose cosines are about 0.4: some thousand pairs above the margin."""
+TINY = 1e-6
+"""Weight of the terms that are measured: latents stay where they are."""
+EXACT = "MALLOC_MMAP_THRESHOLD_=65536"
+"""Freed memory goes back at once, so that a peak is what was needed, and not what was there."""
+LINE = "python -m tests.bench.duplicates"
+
+
+def main() -> None:
+    """Measure what the command line names, and record."""
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    keep_freed_memory()
+    match sys.argv[1:]:
+        case ["child", d_sae]:
+            print(json.dumps(report_costs(int(d_sae))))
+        case ["report", *widths]:
+            for d_sae in map(int, widths or REPORTS):
+                k, d_out, part = REPORTS[d_sae]
+                done = run("env", EXACT, sys.executable, "-m", "tests.bench.duplicates", "child", d_sae)
+                figures = {name: (value, unit) for name, (value, unit) in json.loads(done.out).items()}
+                of = f", of every {part}th decoder row" if part > 1 else ""
+                title = f"report: d_sae {d_sae:,}, k {k}, d_out {d_out:,}, 8,192 rows{of}, one thread"
+                show(title, figures)
+                record(title, f"{LINE} report {d_sae}", figures)
+        case ["terms", *shapes]:
+            for shape in shapes or SHAPES:
+                d, d_sae, k = SHAPES[shape]
+                title = f"diversity {shape}: d {d}, d_sae {d_sae}, k {k}, B {B}, one thread"
+                figures = term_costs(shape)
+                show(title, figures)
+                record(title, f"{LINE} terms {shape}", figures)
+        case _:
+            sys.exit(__doc__)
+
+
+def show(title: str, figures: dict[str, tuple[float, str]]) -> None:
+    """Print a table."""
+    print(title)
+    for name, (value, unit) in figures.items():
+        print(f"  {name:58}{value:12.4g} {unit}")
+
+
+def report_costs(d_sae: int) -> dict[str, tuple[float, str]]:
+    """CPU time and memory of a report; with all latents dead there are no decoder rows, and it counts alone."""
+    k, d_out, part = REPORTS[d_sae]
+    torch.manual_seed(0)
+    activation = BatchTopK(k=k)
+    still = Normalisation(torch.zeros(1), 1.0, torch.zeros(d_out), 1.0)
+    model = Transcoder(1, d_out, TranscoderConfig(d_sae=d_sae).resolve(1, activation), activation, still)
+    model.blas = faster_here()
+    group_decoder_rows(model)
+    config, rng = MonitorConfig(), np.random.default_rng(0)
+    steps = [step_of(sample(rng, d_sae, k), model) for _ in range(-(-config.rows // B))]
+    all_dead, some_dead = torch.ones(d_sae, dtype=torch.bool), torch.arange(d_sae) % part > 0
+    figures: dict[str, tuple[float, str]] = {}
+    taken = {}
+    for name, dead, repeats in (("counting", all_dead, 3), ("report", some_dead, 2)):
+        seconds = []
+        for _ in range(repeats):
+            with tempfile.TemporaryDirectory() as folder:
+                monitor = CorrelationMonitor(Path(folder), config, model, STRATA, config.every)
+                for i, step in enumerate(steps):
+                    monitor.add(step, config.every - len(steps) + 1 + i)
+                start = forget_peak()
+                began = time.process_time()
+                found = monitor.report(config.every, dead)
+                seconds.append(time.process_time() - began)
+        taken[name] = statistics.median(seconds)
+        figures[f"{name}: peak beyond the start"] = (memory("VmHWM") - start, "MiB")
+    figures["counting"] = (taken["counting"], "CPU-s")
+    figures["scan of decoder rows"] = (taken["report"] - taken["counting"], "CPU-s")
+    figures["decoder rows scanned"] = (found.directions.live, "latents")
+    figures["the decoder itself"] = (model.W_dec.numel() * 4 / 2**20, "MiB")
+    return figures
+
+
+def forget_peak() -> float:
+    """Resident MiB now, from which the peak is measured anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def memory(name: str) -> float:
+    """A figure of this process, MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
+
+
+def sample(rng: np.random.Generator, d_sae: int, k: int) -> Active:
+    """A batch's pairs: k latents of every row, the latent of rank r as often as (r + 10)^-0.8."""
+    share = (np.arange(d_sae) + 10.0) ** -0.8
+    edges = np.cumsum(share / share.sum())
+    drawn = np.minimum(np.searchsorted(edges, rng.random((B, 4 * k))), d_sae - 1)
+    latents = np.array([np.sort(list(dict.fromkeys(row.tolist()))[:k]) for row in drawn])
+    latents[:BOS] = latents[0]
+    values = rng.lognormal(0, 0.5, latents.shape).astype(np.float32)
+    rows = torch.arange(B).repeat_interleave(k)
+    shape = torch.Size((B, d_sae))
+    return Active.of(rows, torch.from_numpy(latents.ravel()), torch.from_numpy(values.ravel()), shape)
+
+
+def step_of(active: Active, model: Transcoder) -> Step:
+    """What the monitor reads of a step."""
+    nothing = torch.zeros(())
+    return Step(
+        loss=nothing,
+        terms={},
+        errors=nothing,
+        target=nothing,
+        active=active,
+        values=active.values,
+        threshold=nothing,
+        pre_acts=nothing,
+    )
+
+
+@torch.no_grad()
+def group_decoder_rows(model: Transcoder) -> None:
+    """Give the decoder neighbours: neighbouring latents share a centre."""
+    d_sae, d_out = model.W_dec.shape
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(-(-d_sae // GROUP), d_out, generator=generator)
+    model.W_dec.copy_(torch.randn(d_sae, d_out, generator=generator))
+    model.W_dec.add_(centres.repeat_interleave(GROUP, 0)[:d_sae], alpha=CENTRE)
+    model.normalise_decoder()
+
+
+def diversity(made: Setup, **weights: float) -> Diversity:
+    """The terms of `weights`, with pairs that a scan found, and as many correlated ones as there may be."""
+    config = DiversityConfig.model_validate({name: {"weight": weight} for name, weight in weights.items()})
+    found = Diversity(made.model, config, torch.ones(B), STRATA[POSITION_0], 0)
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randint(made.model.d_sae, (2, config.co_activation.pairs), generator=generator)
+    full = DiversityConfig.model_validate({"mined": {"weight": 1.0}})
+    scanned = Diversity(made.model, full, torch.ones(B), STRATA[POSITION_0], 0)
+    scanned.direction_terms(made.dead, 0)
+    mined = {f"diversity.mined.{side}": latents for side, latents in scanned.mined._asdict().items()}
+    correlated = {"diversity.correlated.first": pairs.min(0).values, "diversity.correlated.second": pairs.max(0).values}
+    found.load(found.state() | mined | correlated)
+    made.model.zero_grad(set_to_none=True)
+    return found
+
+
+def term_costs(shape: str) -> dict[str, tuple[float, str]]:
+    """Every component's CPU time over that of a step without any, at its default cadence."""
+    made = setup(shape)
+    group_decoder_rows(made.model)
+
+    def step(terms: Diversity, number: int) -> Callable[[], None]:
+        def call() -> None:
+            output = made.model.step(made.source, made.target, made.dead, AUXK, number)
+            whole, apart = terms.value_terms(output), terms.direction_terms(made.dead, number)
+            made.optimizer.step([output.loss + sum(whole.values()), *apart.values()], number)
+
+        return call
+
+    names = ("orthogonality", "mined", "co_activation", "position")
+    on = {name: diversity(made, **{name: TINY}) for name in names}
+    scans, every = on["mined"].scan_every, DiversityConfig().orthogonality.every
+    pairs = len(on["mined"].mined.first)
+    off = step(diversity(made), 1)
+    parts: dict[str, Callable[[], object]] = {name: step(on[name], 1) for name in names if name != "orthogonality"}
+    parts |= {"chunk": step(on["orthogonality"], 0), "scan": step(on["mined"], 0)}
+    parts["all"] = step(diversity(made, **dict.fromkeys(names, TINY)), 1)
+    taken = beside(off, parts, REPEATS[shape])
+    whole, extra = taken["off"], taken
+    config = MonitorConfig()
+    watching = monitor_costs(made, config)
+    looks = -(-config.rows // B)
+    figures: dict[str, tuple[float, str]] = {"step without": (whole * 1e3, "CPU-ms")}
+    figures |= {f"{name}: one step beside one without": (extra[name] * 1e3, "CPU-ms") for name in parts}
+    figures |= {f"monitor: {name}": (seconds * 1e3, "CPU-ms") for name, seconds in watching.items()}
+    figures["pairs mined"], figures["steps between scans"] = (pairs, "pairs"), (scans, "steps")
+    scan_steps = max(scans, config.every)
+    share = {
+        "orthogonality": extra["chunk"] / every,
+        "mined": extra["mined"] + max(extra["scan"] - extra["mined"], 0) / scans,
+        "co_activation": extra["co_activation"],
+        "position": extra["position"],
+        "monitor": (looks * watching["batch of the sample"] + watching["counting"]) / config.every
+        + watching["scan"] / scan_steps,
+    }
+    figures |= {f"share of a step: {name}": (100 * seconds / whole, "%") for name, seconds in share.items()}
+    figures["share of a step: all together"] = (100 * sum(share.values()) / whole, "%")
+    return figures
+
+
+def monitor_costs(made: Setup, config: MonitorConfig) -> dict[str, float]:
+    """CPU seconds of keeping a batch, of counting, and of a scan."""
+    output = made.model.step(made.source, made.target, made.dead, AUXK, 1)
+    rng, k = np.random.default_rng(0), len(output.active.rows) // B
+    steps = [step_of(sample(rng, made.model.d_sae, k), made.model) for _ in range(-(-config.rows // B))]
+    taken: dict[str, list[float]] = {"batch of the sample": [], "counting": [], "report": []}
+
+    def timed(name: str, part: Callable[[], object]) -> None:
+        began = time.process_time()
+        part()
+        taken[name].append(time.process_time() - began)
+
+    for _ in range(5):
+        for name, dead in (("counting", torch.ones_like(made.dead)), ("report", made.dead)):
+            with tempfile.TemporaryDirectory() as folder:
+                monitor = CorrelationMonitor(Path(folder), config, made.model, STRATA, config.every)
+                for i, one in enumerate(steps):
+                    timed("batch of the sample", partial(monitor.add, one, config.every - len(steps) + 1 + i))
+                timed(name, partial(monitor.report, config.every, dead))
+    found = {name: statistics.median(seconds) for name, seconds in taken.items()}
+    return {name: found[name] for name in ("batch of the sample", "counting")} | {
+        "scan": found["report"] - found["counting"]
+    }
+
+
+def beside(off: Callable[[], object], parts: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median CPU seconds of `off`, and by how much each part takes longer than the `off` just before it."""
+    plain: list[float] = []
+    extra: dict[str, list[float]] = {name: [] for name in parts}
+
+    def timed(part: Callable[[], object]) -> float:
+        began = time.process_time()
+        part()
+        return time.process_time() - began
+
+    for repeat in range(repeats + 1):
+        for name, part in parts.items():
+            before = timed(off)
+            taken = timed(part)
+            if repeat:  # the first round warms up
+                plain.append(before)
+                extra[name].append(taken - before)
+    return {"off": statistics.median(plain)} | {name: statistics.median(more) for name, more in extra.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""`train compare`: every figure against a dense one in float64, arms, spreads, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shared.store import Store
+from tests.runs import SMALL, Outcome
+from tests.stores import SyntheticStore, make_store
+from train import checkpoint
+from train.compare.arms import spread
+from train.compare.consistency import densest, matched_cosine
+from train.compare.figures import bos_share_of_top, cost_per_step, measure_run
+from train.compare.merging import alike, densest_of, merge, without
+from train.evaluate import evaluate, evaluate_whole, natural_weights, threshold_at
+from train.held_out import HeldOutActive, held_out_active
+from train.loop import build_transcoder, load_weights
+from train.rows import held_out_rows
+from train.settings import read_config
+from train.sparsity import Active
+from train.transcoder import Transcoder
+
+CPU = torch.device("cpu")
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SyntheticStore:
+    """Of which position 0 is stored whole, and other strata in part."""
+    return make_store(tmp_path / "store", keep={4: 0.5, 16: 0.75}, held_out_blocks=4)
+
+
+def train(command: Command, store: SyntheticStore, name: str, *options: object) -> Path:
+    found = command("run", "--store", store.path, "--runs", store.path.parent, "--name", name, "--steps", 30,
+                    *SMALL, "--set", "evaluation.every=20", "--set", "log_every=2", *options)  # fmt: skip
+    assert found.code == 0, found.err
+    return found.path
+
+
+def loaded(run: Path, store: Store) -> Transcoder:
+    model = build_transcoder(read_config(run), store)
+    load_weights(model, checkpoint.find(run).path)
+    return model
+
+
+def dense_rows(model: Transcoder, store: Store, threshold: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+    """Latents [R, F] of all report rows in float64, and their strata."""
+    latents, strata = [], []
+    for chunk in held_out_rows(store, store.record.report_blocks, 10**9, CPU):
+        x = model.normalised(chunk.source, chunk.target)[0].double()
+        pre_acts = x @ model.W_enc.detach().double() + model.b_enc.detach().double()
+        latents.append(pre_acts * (pre_acts > threshold))
+        strata += [chunk.stratum] * len(x)
+    return torch.cat(latents), strata
+
+
+def test_figures_equal_those_of_dense_activations(command: Command, store: SyntheticStore) -> None:
+    run, opened = train(command, store, "a"), Store.open(store.path)
+    found, model = measure_run(run, opened, l0=5.0, chunk_rows=37).figures, loaded(run, opened)
+    threshold = threshold_at(model, opened, 5.0, 1000)
+    dense, strata = dense_rows(model, opened, threshold)
+    weights, blocks = natural_weights(opened), len(opened.record.report_blocks)
+    per_block = {name: s.stratum.rows for name, s in opened.strata.items()}
+    most, numbers, seen = max(weights.values()), [], dict.fromkeys(per_block, 0)
+    for i, name in enumerate(strata):  # thinned to natural frequencies, position 0 as it is
+        place = seen[name] % per_block[name]
+        seen[name] += 1
+        if not weights[name] or place < round(per_block[name] * weights[name] / most):
+            numbers.append(i)
+    assert 0 < len(numbers) < len(strata) and seen["000-001"] == blocks * per_block["000-001"]
+    at_0 = torch.tensor([strata[i] == "000-001" for i in numbers])
+    every = dense[numbers]
+    rest = every[~at_0]
+
+    live = (every > 0).any(0).nonzero().squeeze(1)
+    assert found.live == len(live) and found.dead_share == pytest.approx(1 - len(live) / 64)
+    W_dec = model.W_dec.detach().double()[live]
+    cosines = (W_dec @ W_dec.T).fill_diagonal_(-1)
+    near = cosines.amax(1)
+    assert found.nearest.median == pytest.approx(float(near.quantile(0.5)), abs=1e-6)
+    assert found.nearest.p99 == pytest.approx(float(near.quantile(0.99)), abs=1e-6)
+    assert found.nearest.largest == pytest.approx(float(near.max()), abs=1e-6)
+    assert found.share_above_0_7 == float((near > 0.7).double().mean())
+    assert found.effective_number == pytest.approx(float((1 / (1 + (cosines > 0.7).sum(1).double())).sum()))
+    both = (rest > 0).double().T @ (rest > 0).double()
+    correlation = torch.corrcoef(rest.T).nan_to_num().masked_fill(both < 10, 0).triu(1)
+    assert found.pairs_correlated_above_0_5 == int((correlation > 0.5).sum()) > 0
+    assert found.pairs_correlated_above_0_8 == int((correlation > 0.8).sum())
+    assert found.largest_correlation == pytest.approx(float(correlation.max()))
+
+    evaluation = evaluate(model, opened, threshold, 100, seed=0)
+    assert (found.fvu, found.l0) == (pytest.approx(evaluation.fvu, rel=1e-5), pytest.approx(evaluation.l0))
+    assert found.l0 == pytest.approx(5.0, rel=0.3)  # calibrated on other rows
+    assert found.cpu_ms_per_step and found.ms_per_step
+
+
+def test_the_whole_alone_is_evaluated_as_with_all_prefixes(command: Command, store: SyntheticStore) -> None:
+    opened = Store.open(store.path)
+    model = loaded(train(command, store, "a"), opened)
+    threshold = threshold_at(model, opened, 3.0, 64)
+    whole, part = evaluate_whole(model, opened, threshold, 50), evaluate(model, opened, threshold, 64, seed=0)
+    for name in ("fvu", "explained_variance", "l0"):
+        assert getattr(whole, name) == pytest.approx(getattr(part, name), rel=1e-6)
+
+
+def test_a_common_l0_moves_learned_thresholds_together(command: Command, store: SyntheticStore) -> None:
+    opened = Store.open(store.path)
+    model = loaded(train(command, store, "j", "--set", "activation.kind=jumprelu"), opened)
+    learned = model.threshold().detach()
+    for l0 in (2.0, 9.0):
+        found = threshold_at(model, opened, l0, 77)
+        moved = found[found > 0] - learned[found > 0]
+        torch.testing.assert_close(moved, moved[:1].expand_as(moved), atol=1e-5, rtol=0)
+        rows = held_out_active(model, opened, opened.record.calibration_blocks, found, 1000)
+        assert len(rows.without_position_0.rows) / int((~rows.at_position_0).sum()) == pytest.approx(l0, rel=0.1)
+
+
+def planted(values: list[tuple[int, int, float]], at_0: list[bool], weight: float, d_sae: int = 4) -> HeldOutActive:
+    rows, latents, found = zip(*sorted(values), strict=True)
+    shape = torch.Size((len(at_0), d_sae))
+    return HeldOutActive(
+        active=Active.of(torch.tensor(rows), torch.tensor(latents), torch.tensor(found), shape),
+        stratum=torch.tensor([0 if first else 1 for first in at_0]),
+        strata=("000-001", "001-004"),
+        weight_of_position_0=weight,
+    )
+
+
+def test_the_share_of_position_0_among_the_strongest_counts_rows_at_natural_frequencies() -> None:
+    at_0 = [True, True] + [False] * 20
+    rows = [(0, 0, 9.0), (1, 0, 8.5), *((i, 0, i / 10) for i in range(2, 22))]  # both, then 10 - 2 w others
+    rows += [(i, 1, 1.0) for i in range(5, 9)]  # never at position 0
+    rows += [(0, 2, 1.0)]  # at position 0 alone
+    for weight, share in ((1.0, 0.2), (4.0, 0.8), (16.0, 1.0), (0.5, 0.1)):
+        found = bos_share_of_top(planted(rows, at_0, weight))
+        assert found.tolist() == pytest.approx([share, 0.0, 1.0, 0.0])
+
+
+def test_pw_mcc_is_the_best_matching() -> None:
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.nn.functional.normalize(torch.randn(n, 6, generator=generator)) for n in (4, 6))
+    best = max(
+        np.mean([float(first[i].double() @ second[j].double()) for i, j in enumerate(order)])
+        for order in permutations(range(6), 4)
+    )
+    assert matched_cosine(first, second) == pytest.approx(best, abs=1e-6)
+    assert matched_cosine(second, first) == pytest.approx(best, abs=1e-6)
+    assert matched_cosine(first, first[torch.tensor([2, 0, 3, 1])]) == pytest.approx(1, abs=1e-6)
+    assert densest(torch.tensor([1, 3, 4]), torch.tensor([9, 2, 0, 5, 7]), 2).tolist() == [4, 3]
+
+
+def test_copies_merge_for_nothing_and_others_do_not(command: Command, store: SyntheticStore) -> None:
+    """One latent split into two of half the effect, which fire together: merging must bring back the whole."""
+    opened = Store.open(store.path)
+    model = loaded(train(command, store, "a"), opened)
+    threshold = threshold_at(model, opened, 5.0, 100)
+    density = torch.bincount(
+        held_out_active(model, opened, opened.record.report_blocks, threshold, 100).active.latents, minlength=64
+    )
+    one, other = density.argsort(descending=True)[:2].tolist()
+    with torch.no_grad():
+        model.W_enc[:, other], model.b_enc[other] = model.W_enc[:, one], model.b_enc[one]
+        model.W_dec[one] *= 0.5
+        model.W_dec[other] = model.W_dec[one]
+    before = evaluate_whole(model, opened, threshold, 100).fvu
+    weights = model.W_dec.detach().clone()
+    kept, dropped = densest_of([[one, other]], density)
+    assert (kept.tolist(), dropped.tolist()) == ([one], [other])
+    merged = merge(model, kept, dropped, opened, threshold, 100)
+    assert torch.equal(model.W_dec, weights)
+    assert merged < 1.005 * before  # fitted on other rows, and never worse on those
+    removed = without(model, torch.tensor([other]), opened, threshold, 100)
+    assert removed > merged
+    y, latents = reference_rows(model, opened, opened.record.calibration_blocks, threshold)
+    with torch.no_grad():
+        rest = y - (latents @ model.W_dec.double() + model.b_dec.double())
+        rest += latents[:, [one, other]] @ model.W_dec[[one, other]].double()
+        fitted = torch.linalg.lstsq(latents[:, [one]], rest).solution[0]
+        model.W_dec[one] = fitted
+    alone = without(model, torch.tensor([other]), opened, threshold, 100)
+    assert merged == pytest.approx(alone, rel=1e-4)
+
+
+def reference_rows(
+    model: Transcoder, store: Store, blocks: range, threshold: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets less the bias, with it put back, and latents [R, F], both by the roots of the rows' weights."""
+    ys, latents = [], []
+    for chunk in held_out_rows(store, blocks, 10**9, CPU):
+        scale = natural_weights(store)[chunk.stratum] ** 0.5
+        if scale:
+            x, y = (side.double() for side in model.normalised(chunk.source, chunk.target))
+            pre_acts = x @ model.W_enc.detach().double() + model.b_enc.detach().double()
+            ys.append((y - model.b_dec.detach().double()) * scale + model.b_dec.detach().double())
+            latents.append(pre_acts * (pre_acts > threshold) * scale)
+    return torch.cat(ys), torch.cat(latents)
+
+
+def test_others_of_like_density_are_drawn_once_each() -> None:
+    density = torch.tensor([100, 101, 5, 6, 50, 99])
+    found = alike(torch.tensor([0, 2]), torch.tensor([1, 3, 4, 5]), density, seed=0, choices=1)
+    assert found.tolist() == [1, 3]
+    drawn = alike(torch.tensor([0, 2]), torch.tensor([1, 3]), density, seed=1, choices=8)
+    assert sorted(drawn.tolist()) == [1, 3]
+    assert alike(torch.tensor([0, 2]), torch.tensor([5]), density, seed=0).tolist() == [5]
+
+
+def test_seeds_are_one_arm_with_their_spread(command: Command, store: SyntheticStore) -> None:
+    runs = [train(command, store, f"base-{seed}", "--seed", seed) for seed in (0, 1)]
+    wide = train(command, store, "wide", "--set", "transcoder.d_sae=96")
+    found = command("compare", *runs, wide, "--json")
+    assert found.code == 0, found.err
+    data = json.loads(found.out)
+    base, other = data["arms"]
+    assert (base["name"], other["name"]) == ("base", "wide") and data["l0"] == 6
+    assert base["differs"]["transcoder.d_sae"] == 64 and other["differs"]["transcoder.d_sae"] == 96
+    assert "seed" not in base["differs"] and set(base["runs"]) == {str(run) for run in runs}
+    values = [figures["fvu"] for figures in base["runs"].values()]
+    assert base["spread"]["fvu"]["mean"] == pytest.approx(np.mean(values))
+    assert base["spread"]["fvu"]["deviation"] == pytest.approx(np.std(values, ddof=1)) and values[0] != values[1]
+    assert other["pw_mcc"] is None and other["spread"]["fvu"]["deviation"] is None
+    opened = Store.open(store.path)
+    rows = [measure_run(run, opened, 6.0, 1024) for run in runs]
+    expected = matched_cosine(*(one.W_dec[one.live] for one in rows))
+    assert base["pw_mcc"]["mean"] == pytest.approx(expected)
+    table = command("compare", *runs, wide)
+    assert table.code == 0 and "PW-MCC" in table.out and "base" in table.out
+
+
+def test_what_cannot_be_compared_is_refused(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
+    run = train(command, store, "a")
+    relu = train(command, store, "relu", "--set", "activation.kind=relu")
+    other = make_store(tmp_path / "elsewhere" / "store", seed=3, held_out_blocks=4)
+    foreign = train(command, other, "b")
+    for arguments, said in (
+        ((run, run), "different runs"),
+        ((run, relu), "no k in common: pass --l0"),
+        ((run, foreign), "compare runs of one store"),
+        ((run, tmp_path / "none"), "is not a run"),
+    ):
+        found = command("compare", *arguments)
+        assert found.code == 2 and said in found.err and "Traceback" not in found.err
+    assert command("compare", run, relu, "--l0", 4).code == 0
+
+
+def test_an_unfinished_run_is_refused(command: Command, store: SyntheticStore) -> None:
+    run = train(command, store, "a", "--set", "checkpoint.every=10")
+    (checkpoint.folder(run, 30) / checkpoint.WEIGHTS).write_bytes(b"")
+    found = command("compare", run)
+    assert found.code == 2 and "is at step 20 of 30; finish it with" in found.err
+
+
+def test_a_steps_cost_leaves_evaluations_checkpoints_and_the_first_out(command: Command, store: SyntheticStore) -> None:
+    run = train(command, store, "a", "--set", "checkpoint.every=20")
+    rows = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(2, 31, 2))
+    seconds = {2: 100.0, 20: 50.0, 22: 50.0, 30: 50.0}  # compiles; evaluates; the checkpoint before it; evaluates
+    clock = 0.0
+    for row in rows:
+        clock += seconds.get(row["step"], 0.02)
+        row |= {"seconds": clock, "cpu_seconds": 2 * clock}
+    (run / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cost_per_step(run, read_config(run).settings) == (pytest.approx(20.0), pytest.approx(10.0))
+
+
+def test_a_spread_is_the_mean_and_the_sample_deviation() -> None:
+    assert spread([2.0]).deviation is None
+    assert (spread([1.0, 2.0, 6.0]).mean, spread([1.0, 2.0, 6.0]).deviation) == (3.0, pytest.approx(7**0.5))

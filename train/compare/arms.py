@@ -1,0 +1,154 @@
+"""Runs that differ in their seeds alone are one arm; arms are compared on the same rows at the same l0."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+from shared.config import Config
+from shared.errors import UserError
+from shared.progress import Progress
+from shared.store import Store
+from train.compare.consistency import densest, matched_cosine
+from train.compare.figures import Figures, Measured, measure_run
+from train.settings import RunConfig, read_config
+from train.transcoder import BatchTopK, TopK
+
+
+class Spread(Config):
+    """One figure over the seeds of an arm."""
+
+    mean: float
+    deviation: float | None
+    """Standard deviation (n - 1); none: one seed."""
+
+
+class Arm(Config):
+    """Runs of the same settings but for the seed."""
+
+    name: str
+    differs: dict[str, Any]
+    """The settings that are not the same in all arms."""
+    runs: dict[str, Figures]
+    """By path."""
+    spread: dict[str, Spread]
+    """Of every figure; those of a figure's parts by `whole.part`. One that a run lacks is left out."""
+    pw_mcc: Spread | None
+    """Over pairs of seeds, the mean cosine of decoder rows under the best one-to-one matching; none: one seed."""
+
+
+class Comparison(Config):
+    """What `python -m train compare` prints as JSON."""
+
+    schema_version: Literal[1] = 1
+    store: str
+    """Digest of its request."""
+    l0: float
+    """Active latents per row, of all runs, on the calibration rows."""
+    report_rows: int
+    matched_latents: int
+    """The densest live latents of each run, at most this many, are matched across seeds."""
+    arms: list[Arm]
+    """In the order in which the runs were given; others are compared with the first."""
+
+
+def compare(
+    runs: Sequence[Path], store_path: Path | None, l0: float | None, matched_latents: int, chunk_rows: int = 1024
+) -> Comparison:
+    """Measure finished `runs` on one store at one l0: that of their k, unless another is given.
+
+    Raises `UserError` when there are none, they are not of one store and shape, or have no k in common.
+    """
+    if len(set(map(os.path.realpath, runs))) < max(len(runs), 1):
+        raise UserError("compare needs different runs: RUN RUN ...")
+    configs = [read_config(run) for run in runs]
+    store = _store(runs, configs, store_path)
+    wanted = _common_k(configs) if l0 is None else l0
+    with store.reading(), Progress("compare", len(runs), "runs") as progress:
+        measured = []
+        for i, run in enumerate(runs):
+            measured.append(measure_run(run, store, wanted, chunk_rows))
+            progress.update(i + 1, run.name)
+        arms = [_arm(group, matched_latents) for group in _groups(measured)]
+    settings = [_flat(arm[0].config.settings.model_dump(mode="json")) for arm in _groups(measured)]
+    names = {name for one in settings for name in one}
+    odd = sorted(name for name in names - {"seed"} if len({json.dumps(one.get(name)) for one in settings}) > 1)
+    differs = [{name: one[name] for name in odd if name in one} for one in settings]
+    return Comparison(
+        store=store.request.digest,
+        l0=wanted,
+        report_rows=len(store.record.report_blocks) * sum(s.rows for s in store.record.plan.stored_strata),
+        matched_latents=matched_latents,
+        arms=[arm.model_copy(update={"differs": one}) for arm, one in zip(arms, differs, strict=True)],
+    )
+
+
+def _store(runs: Sequence[Path], configs: Sequence[RunConfig], path: Path | None) -> Store:
+    store, first = Store.open(path or configs[0].store), configs[0]
+    for run, config in zip(runs, configs, strict=True):
+        if config.request != first.request:
+            raise UserError(
+                f"{run} was trained on request {config.request[:6]}, {runs[0]} on {first.request[:6]}: compare runs of "
+                "one store"
+            )
+        if config.settings.source != first.settings.source:
+            raise UserError(f"{run} reads the {config.settings.source}, {runs[0]} the {first.settings.source}")
+    if (store.record.d_in, store.record.d_out) != (first.d_in, first.d_out):  # with source=target too: d_out decides
+        raise UserError(f"{store.path} is of other widths than that of {runs[0]}")
+    return store
+
+
+def _common_k(configs: Sequence[RunConfig]) -> float:
+    found = {a.k if isinstance(a := config.settings.activation, BatchTopK | TopK) else None for config in configs}
+    if len(found) > 1 or None in found:
+        raise UserError("the runs have no k in common: pass --l0, the active latents per row to compare them at")
+    return float(found.pop() or 0)
+
+
+def _groups(measured: Sequence[Measured]) -> list[list[Measured]]:
+    """Arms, in the order of their first runs."""
+    found: dict[str, list[Measured]] = {}
+    for one in measured:
+        found.setdefault(one.config.settings.model_copy(update={"seed": 0}).model_dump_json(), []).append(one)
+    return list(found.values())
+
+
+def _arm(runs: list[Measured], most: int) -> Arm:
+    rows = [one.W_dec[densest(one.live, one.density, most)] for one in runs]
+    matched = [matched_cosine(a, b) for a, b in combinations(rows, 2)]
+    flat = [dict(_numbers(one.figures.model_dump(mode="json"))) for one in runs]
+    shared = [name for name in flat[0] if all(name in one for one in flat)]
+    name = runs[0].path.name
+    return Arm(
+        name=name.rstrip("0123456789").rstrip("-_.") or name if len(runs) > 1 else name,
+        differs={},
+        runs={str(one.path): one.figures for one in runs},
+        spread={name: spread([one[name] for one in flat]) for name in shared},
+        pw_mcc=spread(matched) if matched else None,
+    )
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation of at least one value."""
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Spread(mean=mean, deviation=None)
+    return Spread(mean=mean, deviation=math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)))
+
+
+def _numbers(figures: dict[str, Any], start: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{start}{name}.")
+        elif value is not None:
+            yield f"{start}{name}", float(value)
+
+
+def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{start}{name}.") if isinstance(value, dict) else {f"{start}{name}": value}
+    return found

@@ -1,0 +1,233 @@
+"""What a finished run is measured by, on held-out rows at natural frequencies.
+
+Legend: F latents, O d_out.
+"""
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shared.config import Config
+from shared.errors import UserError
+from shared.store import Store
+from train import checkpoint
+from train.compare.merging import alike, densest_of, merge, without
+from train.duplicates.activations import correlated_pairs, measure
+from train.duplicates.directions import Pairs, close_pairs, connected, nearest_cosines
+from train.evaluate import evaluate_whole, threshold_at
+from train.held_out import HeldOutActive, held_out_active
+from train.loop import build_transcoder, load_weights
+from train.metrics import TIMING
+from train.settings import RunConfig, Settings, read_config
+from train.sparsity import Active
+
+TOP = 10
+"""Strongest rows of each latent whose position counts."""
+LEAST_TOGETHER = 10
+"""Rows on which two latents must both be active for their correlation to count."""
+_COSINE, _JACCARD, _CORRELATION = 0.7, 0.3, 0.8
+
+
+class Nearest(Config):
+    """Over latents, the largest cosine of a decoder row with another."""
+
+    median: float
+    p99: float
+    largest: float
+
+
+class Merged(Config):
+    """Clusters, and latents that correlate above 0.8, each group merged into its densest latent."""
+
+    removed: int
+    """Latents that merging removed."""
+    fvu_rise: float
+    """Of merging, the kept latents' decoder rows fitted anew on the calibration rows."""
+    fvu_rise_random: float
+    """Of removing as many other live latents of the same densities."""
+
+
+class Figures(Config):
+    """Of one run. Position 0 is left out of fvu, l0 and, unless it is named, correlations; elsewhere it is in."""
+
+    fvu: float
+    l0: float
+    live: int
+    """Latents that are active on the held-out rows."""
+    dead_share: float
+    nearest: Nearest
+    nearest_of_random: Nearest
+    """The same of as many random directions."""
+    share_above_0_7: float
+    """Of live latents, those with a neighbour above this cosine."""
+    share_above_0_9: float
+    share_within_segment_above_0_7: float
+    """The same, neighbours of the same prefix segment alone."""
+    pairs_cosine_above_0_9: int
+    effective_number: float
+    """Sum over live latents of 1 / (neighbours with a cosine above 0.7, itself included)."""
+    pairs_correlated_above_0_5: int
+    pairs_correlated_above_0_8: int
+    pairs_correlated_above_0_8_with_position_0: int
+    largest_correlation: float
+    clusters: int
+    """Latents connected by a cosine of at least 0.7 and a Jaccard index of at least 0.3."""
+    latents_in_clusters: int
+    merged: Merged
+    bos_share_of_top: float
+    """Mean over live latents of the share of position 0 among the 10 strongest rows, at natural frequencies."""
+    latents_at_position_0: int
+    """Live latents whose 10 strongest rows are all of position 0."""
+    cpu_ms_per_step: float | None
+    """Of all cores, between rows of the logs with no evaluation or checkpoint between; none: there are no such rows."""
+    ms_per_step: float | None
+    """The same by the clock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A run's figures, and what matching it with another seed needs."""
+
+    path: Path
+    config: RunConfig
+    figures: Figures
+    live: Tensor
+    """[n] latents that are active on the held-out rows"""
+    density: Tensor
+    """[F] rows on which each is"""
+    W_dec: Tensor
+    """[F, O] on CPU"""
+
+
+@torch.no_grad()
+def measure_run(run: Path, store: Store, l0: float, chunk_rows: int) -> Measured:
+    """Measure the finished `run` on `store`, with thresholds at which rows have `l0` active latents each.
+
+    Raises `UserError` when it is not finished.
+    """
+    config, found = read_config(run), checkpoint.find(run)
+    settings, source = config.settings, config.settings.source
+    if found.step < settings.steps:
+        raise UserError(
+            f"{run} is at step {found.step} of {settings.steps}; finish it with: python -m train resume {run}"
+        )
+    model = build_transcoder(config, store)
+    load_weights(model, found.path)
+    threshold = threshold_at(model, store, l0, chunk_rows, source)
+    held_out = held_out_active(model, store, store.record.report_blocks, threshold, chunk_rows, source)
+    density = torch.bincount(held_out.active.latents, minlength=model.d_sae)
+    live, rest, W_dec = density.nonzero().squeeze(1), held_out.without_position_0, model.W_dec.detach()
+
+    close, cosines = close_pairs(W_dec, live.to(W_dec.device), _COSINE, model.blas)
+    within = (model.segment[close.first] == model.segment[close.second]).cpu()
+    close, cosines = close.cpu(), cosines.cpu()
+    near, random = nearest_cosines(W_dec, live.to(W_dec.device), model.blas).cpu(), _random(len(live), W_dec.shape[1])
+    same = close.kept(measure(rest, close).jaccard >= _JACCARD)
+    counts, correlated, largest = _correlations(rest)
+    evaluation = evaluate_whole(model, store, threshold, chunk_rows, source)
+    bos, (cpu, wall) = bos_share_of_top(held_out)[live], cost_per_step(run, settings)
+
+    def merged(groups: list[list[int]]) -> Merged:
+        kept, dropped = densest_of(groups, density)
+        free = live[~torch.isin(live, torch.cat([kept, dropped]))]
+        control = alike(dropped, free, density, seed=0)
+        after = merge(model, kept, dropped, store, threshold, chunk_rows, source)
+        less = without(model, control, store, threshold, chunk_rows, source)
+        return Merged(removed=len(dropped), fvu_rise=after - evaluation.fvu, fvu_rise_random=less - evaluation.fvu)
+
+    figures = Figures(
+        fvu=evaluation.fvu,
+        l0=evaluation.l0,
+        live=len(live),
+        dead_share=1 - len(live) / model.d_sae,
+        nearest=_nearest(near),
+        nearest_of_random=_nearest(nearest_cosines(random, torch.arange(len(random)), "torch")),
+        share_above_0_7=_share(near > 0.7),
+        share_above_0_9=_share(near > 0.9),
+        share_within_segment_above_0_7=len(torch.unique(torch.cat(close.kept(within)))) / max(len(live), 1),
+        pairs_cosine_above_0_9=int((cosines > 0.9).sum()),
+        effective_number=_effective_number(close, live),
+        pairs_correlated_above_0_5=counts[0.5],
+        pairs_correlated_above_0_8=counts[0.8],
+        pairs_correlated_above_0_8_with_position_0=_correlations(held_out.active)[0][0.8],
+        largest_correlation=largest,
+        clusters=len(connected(same)),
+        latents_in_clusters=sum(map(len, connected(same))),
+        merged=merged(connected(same.joined(correlated))),
+        bos_share_of_top=float(bos.mean()) if len(bos) else 0.0,
+        latents_at_position_0=int((bos == 1).sum()),
+        cpu_ms_per_step=cpu,
+        ms_per_step=wall,
+    )
+    return Measured(path=run, config=config, figures=figures, live=live, density=density, W_dec=W_dec.cpu())
+
+
+def bos_share_of_top(held_out: HeldOutActive) -> Tensor:  # [F] float64
+    """The share of position 0 among the strongest rows of each latent, as many as count `TOP` at natural frequencies.
+
+    0 for a latent that is never active.
+    """
+    active, at_0 = held_out.active, held_out.at_position_0[held_out.active.rows]
+    order = active.values.argsort(descending=True, stable=True)
+    order = order[active.latents[order].argsort(stable=True)]
+    at_0, latents = at_0[order], active.latents[order]
+    weights = torch.where(at_0, held_out.weight_of_position_0, 1.0).double()
+    past = weights.cumsum(0)
+    counts = torch.bincount(latents, minlength=active.d_sae)
+    before = torch.cat([past.new_zeros(1), past])[counts.cumsum(0) - counts].repeat_interleave(counts)
+    taken = torch.minimum(weights, TOP - (past - weights - before)).clamp_min(0)
+    total = torch.zeros(active.d_sae, dtype=torch.float64)
+    return total.index_add(0, latents, taken * at_0) / total.index_add(0, latents, taken).clamp_min(1e-300)
+
+
+def cost_per_step(run: Path, settings: Settings) -> tuple[float | None, float | None]:
+    """Milliseconds of CPU time of all cores, and by the clock.
+
+    Between rows of `timing.jsonl` that no evaluation or checkpoint falls between, the first left out: it compiles.
+    """
+    rows = [json.loads(line) for line in (run / TIMING).read_text(encoding="utf-8").splitlines()]
+    spent = {"cpu_seconds": 0.0, "seconds": 0.0}
+    steps = 0
+    for before, row in pairwise(rows):
+        evaluated = row["step"] // settings.evaluation.every > before["step"] // settings.evaluation.every
+        saved = before["step"] % settings.checkpoint.every == 0
+        went_on = row["seconds"] > before["seconds"]  # a resumed run's clock starts anew
+        if evaluated or saved or not went_on or row["step"] == settings.steps or "cpu_seconds" not in row:
+            continue
+        steps += row["step"] - before["step"]
+        for name in spent:
+            spent[name] += row[name] - before[name]
+    if not steps:
+        return None, None
+    return 1e3 * spent["cpu_seconds"] / steps, 1e3 * spent["seconds"] / steps
+
+
+def _correlations(active: Active) -> tuple[dict[float, int], Pairs, float]:
+    """How many pairs correlate above each level, those above 0.8, and the largest correlation."""
+    pairs, correlation, counts = correlated_pairs(active, LEAST_TOGETHER, partners=64, levels=(0.5, _CORRELATION))
+    return counts, pairs.kept(correlation > _CORRELATION), float(correlation[:1].sum())
+
+
+def _nearest(cosines: Tensor) -> Nearest:
+    if not len(cosines):
+        return Nearest(median=0, p99=0, largest=0)
+    median, p99 = cosines.double().quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
+    return Nearest(median=median, p99=p99, largest=float(cosines.max()))
+
+
+def _effective_number(close: Pairs, live: Tensor) -> float:
+    neighbours = torch.bincount(torch.cat(close), minlength=int(live.max()) + 1 if len(live) else 0)[live]
+    return float((1 / (1 + neighbours.double())).sum())
+
+
+def _share(which: Tensor) -> float:
+    return float(which.double().mean()) if len(which) else 0.0
+
+
+def _random(count: int, width: int) -> Tensor:
+    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
+    return rows / rows.norm(dim=1, keepdim=True)

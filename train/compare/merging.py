@@ -1,0 +1,111 @@
+"""What latents that say the same are worth: each group is merged into one, or as many other latents are removed.
+
+Legend: R rows, F latents, O d_out, G groups.
+"""
+
+import torch
+from torch import Tensor
+
+from shared.keyed import key_bits
+from shared.store import Store
+from train.evaluate import evaluate_whole, weighted_rows
+from train.rows import Side
+from train.sparsity import Active
+from train.transcoder import Transcoder
+
+Groups = list[list[int]]
+
+
+def densest_of(
+    groups: Groups,
+    density: Tensor,  # [F]
+) -> tuple[Tensor, Tensor]:
+    """The densest latent of each group, and all others of the groups."""
+    kept = [max(group, key=lambda latent: int(density[latent])) for group in groups]
+    others = sorted({latent for group in groups for latent in group}.difference(kept))
+    return torch.tensor(kept, dtype=torch.int64), torch.tensor(others, dtype=torch.int64)
+
+
+@torch.no_grad()
+def merge(
+    transcoder: Transcoder,
+    kept: Tensor,  # [G]
+    dropped: Tensor,  # [n]
+    store: Store,
+    threshold: Tensor,  # [F]
+    chunk_rows: int,
+    source: Side = "source",
+) -> float:
+    """Fvu on the report rows when `dropped` are never active and `kept` have new decoder rows.
+
+    The new rows are those of least squared error on the calibration rows, at natural frequencies. Leaves `transcoder`
+    as it was.
+    """
+    silent, before = threshold.clone(), transcoder.W_dec.detach().clone()
+    silent[dropped] = torch.inf
+    transcoder.W_dec[kept] = _refitted(transcoder, kept, silent, store, chunk_rows, source)
+    try:
+        return evaluate_whole(transcoder, store, silent, chunk_rows, source).fvu
+    finally:
+        transcoder.W_dec.copy_(before)
+
+
+def without(
+    transcoder: Transcoder,
+    latents: Tensor,  # [n]
+    store: Store,
+    threshold: Tensor,  # [F]
+    chunk_rows: int,
+    source: Side = "source",
+) -> float:
+    """Fvu on the report rows when `latents` are never active."""
+    silent = threshold.clone()
+    silent[latents] = torch.inf
+    return evaluate_whole(transcoder, store, silent, chunk_rows, source).fvu
+
+
+def alike(
+    latents: Tensor,  # [n]
+    others: Tensor,  # [n] which may be taken
+    density: Tensor,  # [F]
+    seed: int,
+    choices: int = 8,
+) -> Tensor:
+    """For each of `latents` another one of `others`, at random from the `choices` nearest in density, none twice."""
+    generator = torch.Generator().manual_seed(key_bits("latents removed at random", seed) % 2**63)
+    free, found = others.clone(), []
+    for latent in latents.tolist():
+        if not len(free):
+            break
+        near = (density[free] - density[latent]).abs().argsort(stable=True)[:choices]
+        place = int(near[torch.randint(len(near), (), generator=generator)])
+        found.append(int(free[place]))
+        free = torch.cat([free[:place], free[place + 1 :]])
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def _refitted(
+    transcoder: Transcoder, kept: Tensor, threshold: Tensor, store: Store, chunk_rows: int, source: Side
+) -> Tensor:  # [G, O]
+    """Decoder rows of `kept` of least squared error where all other latents are as they are."""
+    device, count = transcoder.W_dec.device, len(kept)
+    column = torch.full((transcoder.d_sae,), count, device=device)
+    column[kept] = torch.arange(count, device=device)
+    squares = torch.zeros(count, count, dtype=torch.float64, device=device)
+    moments = torch.zeros(count, transcoder.W_dec.shape[1], dtype=torch.float64, device=device)
+    for chunk, weight in weighted_rows(store, chunk_rows, device, source):
+        x, y = transcoder.normalised(chunk.source, chunk.target)
+        active = transcoder.select_above(transcoder.pre_acts(x), threshold)
+        dense = _columns(active, column, count)
+        residual = (y - transcoder.reconstruct_whole(active.values, active, x)).double()
+        residual += dense @ transcoder.W_dec[kept].double()
+        squares += weight * dense.T @ dense
+        moments += weight * dense.T @ residual
+    return (torch.linalg.pinv(squares, hermitian=True) @ moments).to(transcoder.W_dec.dtype)
+
+
+def _columns(active: Active, column: Tensor, count: int) -> Tensor:  # [R, G] float64
+    """The values of the latents that have a column."""
+    room = torch.zeros(len(active.starts) - 1, count + 1, dtype=torch.float64, device=column.device)
+    room[active.rows, column[active.latents]] = active.values.double()
+    return room[:, :-1]

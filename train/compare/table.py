@@ -1,0 +1,69 @@
+"""A comparison as a table: a column for every arm, with the spread over its seeds and the change against the first."""
+
+from rich.console import Console
+from rich.table import Table
+
+from train.compare.arms import Comparison, Spread
+
+_ROWS = {
+    "fvu": ("fvu", ".4f"),
+    "l0": ("l0", ".2f"),
+    "live": ("live latents", ",.0f"),
+    "effective_number": ("effective number", ",.0f"),
+    "nearest.median": ("nearest cosine, median", ".3f"),
+    "nearest.p99": ("nearest cosine, p99", ".3f"),
+    "nearest.largest": ("nearest cosine, largest", ".3f"),
+    "nearest_of_random.p99": ("... p99 of random rows", ".3f"),
+    "share_above_0_7": ("share with a neighbour > 0.7", ".2%"),
+    "share_within_segment_above_0_7": ("... of its prefix segment", ".2%"),
+    "pairs_cosine_above_0_9": ("pairs with a cosine > 0.9", ",.1f"),
+    "pairs_correlated_above_0_5": ("pairs correlated > 0.5", ",.1f"),
+    "pairs_correlated_above_0_8": ("pairs correlated > 0.8", ",.1f"),
+    "pairs_correlated_above_0_8_with_position_0": ("... position 0 included", ",.1f"),
+    "largest_correlation": ("largest correlation", ".3f"),
+    "clusters": ("clusters", ",.1f"),
+    "latents_in_clusters": ("latents in clusters", ",.1f"),
+    "merged.removed": ("latents that merging removes", ",.1f"),
+    "merged.fvu_rise": ("... fvu of merging", "+.4f"),
+    "merged.fvu_rise_random": ("... of removing as many others", "+.4f"),
+    "bos_share_of_top": ("position 0 among top activations", ".2%"),
+    "latents_at_position_0": ("latents of position 0 alone", ",.1f"),
+    "cpu_ms_per_step": ("CPU ms per step", ",.1f"),
+    "ms_per_step": ("ms per step", ",.1f"),
+}
+
+
+def print_comparison(comparison: Comparison, stderr: bool = False) -> None:
+    """Print the table."""
+    seeds = "seed" if all(len(arm.runs) == 1 for arm in comparison.arms) else "seeds"
+    table = Table(
+        "",
+        *(f"{arm.name}\n{len(arm.runs)} {seeds}" for arm in comparison.arms),
+        title=f"{comparison.report_rows:,} held-out rows at l0 {comparison.l0:g}; mean ± deviation over seeds; in "
+        "brackets: against the first",
+        title_justify="left",
+    )
+    first = comparison.arms[0]
+    for name, (label, form) in _ROWS.items():
+        table.add_row(label, *(_cell(arm.spread.get(name), first.spread.get(name), form, arm is first)
+                               for arm in comparison.arms))  # fmt: skip
+    table.add_row("PW-MCC between seeds", *(_cell(arm.pw_mcc, first.pw_mcc, ".3f", arm is first)
+                                            for arm in comparison.arms))  # fmt: skip
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console = Console(stderr=stderr)
+    console.print(table)
+    for arm in comparison.arms:
+        if arm.differs:
+            console.print(f"{arm.name}: " + ", ".join(f"{key}={value}" for key, value in arm.differs.items()))
+
+
+def _cell(found: Spread | None, first: Spread | None, form: str, is_first: bool) -> str:
+    if not found:
+        return "-"
+    text = format(found.mean, form)
+    if found.deviation is not None:
+        text += f" ± {format(found.deviation, form).lstrip('+')}"
+    if not is_first and first and first.mean and form != "+.4f":
+        text += f" ({found.mean / first.mean - 1:+.1%})"
+    return text

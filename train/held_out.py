@@ -1,0 +1,77 @@
+"""Which latents are active on held-out rows, for counts over all of them at once.
+
+Legend: R rows, F latents.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.store import Store
+from shared.strata import POSITION_0
+from train.evaluate import natural_weights
+from train.rows import Side, held_out_rows
+from train.sparsity import Active
+from train.transcoder import Transcoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutActive:
+    """Active pairs of rows that are at natural frequencies, but for those of position 0."""
+
+    active: Active
+    """On CPU"""
+    stratum: Tensor
+    """[R] int64, of each row, in the order of `strata`"""
+    strata: tuple[str, ...]
+    weight_of_position_0: float
+    """How often each row of position 0 counts at natural frequencies, where all others count once."""
+
+    @property
+    def at_position_0(self) -> Tensor:
+        """[R] bool, none where there is no other stratum."""
+        alone = len(self.strata) == 1 or POSITION_0 not in self.strata
+        return self.stratum == (-1 if alone else self.strata.index(POSITION_0))
+
+    @property
+    def without_position_0(self) -> Active:
+        """The pairs of the other rows."""
+        return self.active.of_rows(~self.at_position_0)
+
+
+@torch.no_grad()
+def held_out_active(
+    transcoder: Transcoder,
+    store: Store,
+    blocks: range,
+    threshold: Tensor,  # [F]
+    chunk_rows: int,
+    source: Side = "source",
+) -> HeldOutActive:
+    """Active pairs under `threshold` on all rows of `blocks`, thinned out to natural frequencies.
+
+    Of a stratum that counts less than another, each block's first rows are taken: they are a random part of it. Rows of
+    position 0 are taken as they are.
+    """
+    weights, strata = natural_weights(store), store.strata
+    most = max(weights.values())
+    taken = {
+        name: max(1, round(rows.stratum.rows * weights[name] / most)) if weights[name] else rows.stratum.rows
+        for name, rows in strata.items()
+    }
+    parts, stratum, seen, names = [], [], dict.fromkeys(strata, 0), tuple(strata)
+    for chunk in held_out_rows(store, blocks, chunk_rows, transcoder.W_enc.device, source):
+        number = torch.arange(seen[chunk.stratum], seen[chunk.stratum] + len(chunk.source))
+        seen[chunk.stratum] += len(chunk.source)
+        wanted = number % strata[chunk.stratum].stratum.rows < taken[chunk.stratum]
+        x, _ = transcoder.normalised(chunk.source[wanted], chunk.target[wanted])
+        parts.append(transcoder.select_above(transcoder.pre_acts(x), threshold).cpu())
+        stratum.append(torch.full((len(x),), names.index(chunk.stratum)))
+    first = next(iter(strata.values())).stratum
+    return HeldOutActive(
+        active=Active.joined(parts),
+        stratum=torch.cat(stratum),
+        strata=names,
+        weight_of_position_0=first.natural_rows / first.rows / most,
+    )
