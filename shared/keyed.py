@@ -22,7 +22,8 @@ def key_bits(*key: Key) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The splitmix64 finaliser of each value."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -32,7 +33,7 @@ def hash_integers(values: NDArray[np.integer], *key: Key) -> NDArray[np.uint64]:
     """A 64-bit hash of each value under `key`: two rounds of splitmix64 with the key between them."""
     bits = np.uint64(key_bits(*key))
     x = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return _mix(_mix(x + bits) ^ bits)
+    return mix(mix(x + bits) ^ bits)
 
 
 def permutation(n: int, *key: Key) -> NDArray[np.int64]:

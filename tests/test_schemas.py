@@ -11,11 +11,13 @@ import pytest
 from shared.config import Config
 from train.compare.arms import Comparison
 from train.duplicates.monitor import CorrelationReport
+from train.samples.table import SamplesRecord
 from train.usage import UsageRecord
 
 SCHEMAS: dict[str, type[Config]] = {
     "comparison": Comparison,
     "correlation": CorrelationReport,
+    "samples": SamplesRecord,
     "usage": UsageRecord,
 }
 PLACE = resources.files("train") / "schemas"

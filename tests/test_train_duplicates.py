@@ -49,7 +49,7 @@ def test_usage_says_what_every_component_did(command, store: SyntheticStore, tmp
     calls = {name: component["calls"] for name, component in record["components"].items()}
     assert calls == {
         "reconstruction": 30, "auxk": 30, "orthogonality": 10, "mined": 30, "co_activation": 30, "position": 30,
-        "monitor": 5, "evaluation": 1, "checkpoint": 1,
+        "monitor": 5, "evaluation": 1, "checkpoint": 1, "samples": 1,
     }  # fmt: skip
     for name in ("auxk", "orthogonality", "mined", "co_activation", "position"):
         total = sum(row["terms"].get(name, 0) * row["steps"] for row in rows(done.path))

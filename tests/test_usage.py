@@ -25,14 +25,15 @@ ALL_ON = Settings.model_validate(
         }
     }
 )
-OFF = Settings.model_validate({"auxk": {"coefficient": 0}})
+OFF = Settings.model_validate({"auxk": {"coefficient": 0}, "samples": {"rows": 0}})
 STRATA = {"000-001": slice(0, 2), "001-004": slice(2, 10)}
 
 
 def test_every_component_that_is_on_is_expected_and_no_other() -> None:
     assert set(components(OFF)) == {"reconstruction", "monitor", "evaluation", "checkpoint"}
+    assert set(components(Settings())) == set(components(OFF)) | {"auxk", "samples"}
     assert set(components(ALL_ON)) == set(components(OFF)) | {
-        "auxk", "orthogonality", "mined", "co_activation", "position"
+        "auxk", "orthogonality", "mined", "co_activation", "position", "samples"
     }  # fmt: skip
     jumprelu = Settings.model_validate({"activation": {"kind": "jumprelu"}})
     assert "l0" in components(jumprelu) and "l1" not in components(jumprelu)
@@ -94,6 +95,7 @@ def test_counts_are_written_and_continue_from_a_saved_state(tmp_path: Path) -> N
     whole.call("reconstruction", "mined")
     whole.effects({"reconstruction": 0.5, "mined": 0.25}, 4)
     resumed.load({name: tensor.clone() for name, tensor in whole.state().items()})
+    assert len(whole.state()["usage.calls"]) == len(components(ALL_ON)) - 1  # samples come after the last checkpoint
     for one in (whole, resumed):
         one.call("monitor", effect=7)
         one.publish(4)

@@ -1,4 +1,4 @@
-"""`python -m train run|resume|evaluate|compare`: parses, builds, runs."""
+"""`python -m train run|resume|evaluate|samples|compare`: parses, builds, runs."""
 
 import json
 from pathlib import Path
@@ -86,6 +86,37 @@ def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_j
         click.echo(json.dumps({"step": found.step} | evaluation.model_dump(mode="json") | extra, indent=2))
     else:
         print_evaluation(evaluation, f"{run}, step {found.step}", map_fvu)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--store", type=click.Path(path_type=Path), help="Another store to sample; default: the run's.")
+@click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
+@click.option("--rows", type=click.IntRange(1), help="Stored rows that are looked at, at most.")
+@click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override samples.*; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@shared.cli.local_options
+def samples(
+    run: Path,
+    store: Path | None,
+    step: int | None,
+    rows: int | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    local: Local | None,
+) -> None:
+    """Write contexts in which each latent of a checkpoint is active. Prints the file's path as its last line."""
+    from train.commands import sample_run
+
+    path, record = sample_run(run, store, local, step, rows, assignments)
+    if as_json:
+        click.echo(json.dumps(record.model_dump(mode="json") | {"path": str(path)}, indent=2))
+        return
+    click.echo(
+        f"step {record.step}: {record.contexts:,} contexts of {record.latents:,} of {record.d_sae:,} latents, "
+        f"from {sum(record.rows.values()):,} rows of {record.sequences:,} sequences"
+    )
+    click.echo(path)
 
 
 @main.command()

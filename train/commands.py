@@ -1,17 +1,22 @@
-"""What the command line does: start, resume and evaluate a run."""
+"""What the command line does: start, resume, evaluate and sample a run."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from shared import durable
+from shared.config import build, override
 from shared.errors import UserError
 from shared.store import Local, Store
 from train import checkpoint
 from train.checkpoint import Checkpoint
 from train.evaluate import Evaluation, calibrate, evaluate
 from train.linear import linear_map_fvu
-from train.loop import Run, build_transcoder, load_weights
+from train.loop import Run, build_transcoder, load_weights, use_threads
 from train.rows import source_width
+from train.samples.make import make_samples
+from train.samples.select import SamplesConfig
+from train.samples.table import SamplesRecord
 from train.settings import CONFIG, RunConfig, Settings, checkpoint_bytes, read_config, resolve
 
 
@@ -58,14 +63,7 @@ def evaluate_run(
     """Evaluate a checkpoint of `run` with thresholds calibrated on the store, and the best linear map if asked for."""
     config = read_config(run)
     found = checkpoint.find(run, step)
-    store = Store.open(store_path or config.store, local)
-    source = config.settings.source
-    d_in, d_out = source_width(store, source), store.record.d_out
-    if (d_in, d_out) != (config.d_in, config.d_out):
-        raise UserError(
-            f"{store.path} has d_in {d_in} and d_out {d_out}, "
-            f"{run} was trained with {config.d_in} and {config.d_out}; pass the --store of the same model and hooks"
-        )
+    store, source = _open_for(run, config, store_path, local), config.settings.source
     with store.reading():
         transcoder = build_transcoder(config, store)
         load_weights(transcoder, found.path)
@@ -73,6 +71,55 @@ def evaluate_run(
         threshold = calibrate(transcoder, store, chunk, source)
         evaluation = evaluate(transcoder, store, threshold, chunk, config.settings.seed, source)
         return found, evaluation, linear_map_fvu(store, chunk, threshold.device, source) if linear else None
+
+
+def sample_run(
+    run: Path,
+    store_path: Path | None,
+    local: Local | None,
+    step: int | None,
+    rows: int | None,
+    assignments: Sequence[str],
+) -> tuple[Path, SamplesRecord]:
+    """Write samples of a checkpoint of `run`, as its settings say but for `rows` and `assignments`.
+
+    Returns the file of the contexts, and what it was made from. A run that makes none of its own gets as many as one
+    that does. Raises `UserError` when an assignment is not of samples, and `DiskFull`.
+    """
+    config = read_config(run)
+    settings = _samples_config(config.settings.samples, rows, assignments)
+    found = checkpoint.find(run, step)
+    store = _open_for(run, config, store_path, local)
+    with store.reading(), durable.lock(run / ".lock", f"run {run}"):
+        durable.sweep(run)
+        use_threads(config.settings.threads)
+        transcoder = build_transcoder(config, store)
+        threshold = load_weights(transcoder, found.path)
+        samples = make_samples(transcoder, store, threshold, config, settings, found.step)
+        return samples.publish(run), samples.record
+
+
+def _samples_config(given: SamplesConfig, rows: int | None, assignments: Sequence[str]) -> SamplesConfig:
+    wanted = rows or given.rows or SamplesConfig().rows
+    raw = override({"samples": given.model_dump() | {"rows": wanted}}, assignments)
+    if other := sorted(set(raw) - {"samples"}):
+        raise UserError(f"--set {other[0]}: only settings of samples can be set here, such as samples.top=20")
+    settings = build(SamplesConfig, raw["samples"], "--set samples")
+    if not settings.rows:
+        raise UserError("samples.rows is 0, and nothing would be sampled; leave it out, or ask for some with --rows")
+    return settings
+
+
+def _open_for(run: Path, config: RunConfig, store_path: Path | None, local: Local | None) -> Store:
+    """The store of `run`, or another one of the same widths. Raises `UserError`."""
+    store = Store.open(store_path or config.store, local)
+    d_in, d_out = source_width(store, config.settings.source), store.record.d_out
+    if (d_in, d_out) != (config.d_in, config.d_out):
+        raise UserError(
+            f"{store.path} has d_in {d_in} and d_out {d_out}, "
+            f"{run} was trained with {config.d_in} and {config.d_out}; pass the --store of the same model and hooks"
+        )
+    return store
 
 
 def find_initial(run: Path, config: RunConfig) -> Checkpoint:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.errors import ProjectError, Stopped, UserError
+from shared.errors import DiskFull, ProjectError, Stopped, UserError
 from shared.progress import Progress
 from shared.store import Store
 from shared.strata import POSITION_0
@@ -27,10 +27,12 @@ from train.held_out import held_out_active
 from train.metrics import METRICS, TIMING, Counters, Log, Window
 from train.optimizer import Optimizer
 from train.rows import BatchReader
+from train.samples.make import make_samples
+from train.samples.table import paths
 from train.settings import RunConfig, default_kernels
 from train.sparse_step import loops
 from train.transcoder import Normalisation, Step, Transcoder
-from train.usage import Usage, prove
+from train.usage import SAMPLES, Usage, prove
 
 _NEVER = 2**62
 """No step."""
@@ -50,8 +52,7 @@ class Run:
         self._store, self._config, self._path = store, config, path
         self._settings = config.settings
         prove(self._settings)
-        torch.set_num_threads(self._settings.threads)
-        numba.set_num_threads(min(self._settings.threads, numba.config.NUMBA_NUM_THREADS))
+        use_threads(self._settings.threads)
         device = torch.device(self._settings.device)
         blocks = range(config.first_block, config.last_block)
         self._reader = BatchReader(
@@ -116,12 +117,16 @@ class Run:
                     self._checkpoint(done)
                 if done == settings.steps:
                     self._report_held_out(done)
-                    self._usage.finish(done)
                 if stop and done < settings.steps:
                     raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
         if settings.steps == self._first:
             self._report_held_out(settings.steps)
+        if settings.samples.rows and (self._first < settings.steps or not self._sampled):
+            self._sample(stop)
+        elif settings.steps == self._first:
             print(f"{self._path} is finished: {settings.steps} steps", file=sys.stderr)
+            return
+        self._usage.finish(settings.steps)
 
     def _due(self, done: int, every: int) -> bool:
         return done == self._settings.steps or (bool(every) and done % every == 0)
@@ -209,6 +214,27 @@ class Run:
         state = {name: tensor for part in self._parts for name, tensor in part.state().items()}
         checkpoint.publish(self._path, done, weights, state, self._settings.checkpoint.keep_last)
 
+    @property
+    def _sampled(self) -> bool:
+        return all(path.is_file() for path in paths(self._path, self._settings.steps))
+
+    def _sample(self, stopped: list[int]) -> None:
+        """Samples of the last step. A full disk costs the files and one warning, never the run."""
+        done, settings = self._settings.steps, self._settings.samples
+        with _stop_signals() as stop:
+            stop += stopped
+            try:
+                found = make_samples(
+                    self._transcoder, self._store, self._threshold(done), self._config, settings, done, stop
+                )
+            except Stopped as error:
+                raise Stopped(f"{error}; continue with: python -m train resume {self._path}") from error
+            self._usage.call(SAMPLES, effect=found.record.latents)
+            try:
+                found.publish(self._path)
+            except DiskFull as error:
+                print(f"warning: {error}; the run is finished, and has no samples", file=sys.stderr)
+
     def _initialise(self, initial: Checkpoint | None, resumed: Checkpoint | None) -> None:
         """Weights from `resumed`, with all other state; else from `initial`, weights only; else random."""
         if resumed:
@@ -265,6 +291,12 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def use_threads(count: int) -> None:
+    """As many CPU threads for torch and for the compiled loops."""
+    torch.set_num_threads(count)
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
 def build_transcoder(config: RunConfig, store: Store) -> Transcoder:

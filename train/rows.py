@@ -161,11 +161,16 @@ def held_out_rows(
             found = []
             for side in _sides(source):
                 array: MappedArray = getattr(stratum, side)
-                out = _staging(high - low, array, torch.device("cpu"))
                 array.will_need([(low, min(low + 2 * chunk_rows, blocks.stop * rows))])  # this chunk and the next
-                array.read(low, high, out.numpy())
-                found.append(to_float(out, store.request.storage, device))
+                found.append(read_rows(array, low, high, store.request.storage, device))
             yield HeldOutChunk(name, found[0], found[-1])
+
+
+def read_rows(array: MappedArray, low: int, high: int, storage: StorageType, device: torch.device) -> Tensor:
+    """Rows `low:high` of a source or target array, [n, d] float32."""
+    out = _staging(high - low, array, torch.device("cpu"))
+    array.read(low, high, out.numpy())
+    return to_float(out, storage, device)
 
 
 def to_float(rows: Tensor, storage: StorageType, device: torch.device) -> Tensor:

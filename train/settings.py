@@ -24,6 +24,7 @@ from train.evaluate import EvaluationConfig
 from train.losses import AuxKConfig
 from train.optimizer import OptimizerConfig
 from train.rows import Side, source_width
+from train.samples.select import SamplesConfig
 from train.transcoder import Activation, BatchTopK, Kernels, TranscoderConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -63,6 +64,7 @@ class Settings(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    samples: SamplesConfig = SamplesConfig()
 
 
 class RunConfig(Config):

@@ -212,8 +212,11 @@ class Transcoder(nn.Module):
 
     def normalised(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B, D] and [B, O] shifted and scaled by the store's statistics."""
-        x, y = source - self.source_mean, target - self.target_mean
-        return x.div_(self.source_scale), y.div_(self.target_scale)
+        return self.normalised_source(source), (target - self.target_mean).div_(self.target_scale)
+
+    def normalised_source(self, source: Tensor) -> Tensor:
+        """Rows [B, D] shifted and scaled by the store's statistics."""
+        return (source - self.source_mean).div_(self.source_scale)
 
     @torch.no_grad()
     def pre_acts(self, x: Tensor) -> Tensor:

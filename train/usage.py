@@ -20,11 +20,14 @@ from train.duplicates.activations import measure
 from train.duplicates.directions import Pairs
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
+from train.samples.proof import sampled_rightly
 from train.settings import Settings
 from train.sparsity import Active
 from train.transcoder import BatchTopK, JumpReLU, Normalisation, ReLU, Step, Transcoder, TranscoderConfig
 
 USAGE = "usage.json"
+SAMPLES = "samples"
+"""The component that has no state: it runs after the last checkpoint."""
 
 
 class Component(Config):
@@ -68,6 +71,7 @@ def components(settings: Settings) -> dict[str, str]:
         **({"controller": "reports that moved a weight"} if diversity.controller.on else {}),
         "evaluation": "held-out rows",
         "checkpoint": "checkpoints published",
+        **({SAMPLES: "latents with samples"} if settings.samples.rows else {}),
     }
 
 
@@ -77,6 +81,7 @@ class Usage:
     def __init__(self, run: Path, settings: Settings, strata: dict[str, slice]) -> None:
         self._path, self._strata, self._counted = run / USAGE, strata, components(settings)
         self._calls, self._effect = dict.fromkeys(self._counted, 0), dict.fromkeys(self._counted, 0.0)
+        self._kept = [name for name in self._counted if name != SAMPLES]
         self.lost = 0
 
     def call(self, *names: str, effect: float = 0.0) -> None:
@@ -131,14 +136,14 @@ class Usage:
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint."""
         return {
-            "usage.calls": torch.tensor([self._calls[name] for name in self._counted]),
-            "usage.effect": torch.tensor([self._effect[name] for name in self._counted], dtype=torch.float64),
+            "usage.calls": torch.tensor([self._calls[name] for name in self._kept]),
+            "usage.effect": torch.tensor([self._effect[name] for name in self._kept], dtype=torch.float64),
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""
-        self._calls = dict(zip(self._counted, tensors["usage.calls"].tolist(), strict=True))
-        self._effect = dict(zip(self._counted, tensors["usage.effect"].tolist(), strict=True))
+        self._calls |= dict(zip(self._kept, tensors["usage.calls"].tolist(), strict=True))
+        self._effect |= dict(zip(self._kept, tensors["usage.effect"].tolist(), strict=True))
 
 
 def prove(settings: Settings) -> None:
@@ -146,7 +151,8 @@ def prove(settings: Settings) -> None:
 
     Planted: two latents with nearly one decoder row that are active on nearly the same rows, and two that are active at
     position 0 alone. The monitor must list the first two and not the others; a small step down the gradient of each
-    term must make smaller what it is there to make smaller. In a small transcoder on CPU, by the code of the run.
+    term must make smaller what it is there to make smaller; samples must show each sequence once, by its peak, and
+    position 0 once. In a small transcoder on CPU, by the code of the run.
     Raises `ProjectError` naming the component.
     """
     rows = 4 * max(settings.monitor.least_together, 16)
@@ -180,6 +186,10 @@ def prove(settings: Settings) -> None:
             moved, at = _moved(terms, name, step.values), torch.isin(step.active.latents, torch.tensor(_BOS))
             if not moved[at].sum() < step.values.detach()[at].sum():
                 raise _inert(f"diversity.{name}")
+        elif name == SAMPLES and not sampled_rightly(
+            step.active, strata[POSITION_0].stop, _SAME[0], _BOS, settings.samples, settings.seed
+        ):
+            raise ProjectError("samples are on, and planted latents are sampled wrongly: the run was not started")
 
 
 def _moved(terms: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Samples: for every latent, contexts in which it is active, in a columnar file."""
