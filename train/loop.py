@@ -115,35 +115,31 @@ class Run:
                 progress.update(done, note)
                 if stop or self._due(done, settings.checkpoint.every):
                     self._checkpoint(done)
-                if done == settings.steps:
-                    self._report_held_out(done)
                 if stop and done < settings.steps:
                     raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
-        if settings.steps == self._first:
-            self._report_held_out(settings.steps)
-        if settings.samples.rows and (self._first < settings.steps or not self._sampled):
-            self._sample(stop)
-        elif settings.steps == self._first:
-            print(f"{self._path} is finished: {settings.steps} steps", file=sys.stderr)
+        self._finish(stop)
+
+    def _finish(self, stop: list[int]) -> None:
+        """What follows the last checkpoint; resuming a finished run makes it anew where some of it is missing."""
+        monitor, samples = self._settings.monitor.every != 0, self._settings.samples.rows > 0
+        there = (not monitor or self._monitor.reported_held_out) and (not samples or self._sampled)
+        if self._first == self._settings.steps and there:
+            print(f"{self._path} is finished: {self._settings.steps} steps", file=sys.stderr)
             return
-        self._usage.finish(settings.steps)
+        if monitor:
+            self._report_held_out()
+        if samples:
+            self._sample(stop)
+        self._usage.finish(self._settings.steps)
 
     def _due(self, done: int, every: int) -> bool:
         return done == self._settings.steps or (bool(every) and done % every == 0)
 
-    def _report_held_out(self, done: int) -> None:
-        """The monitor's report on all held-out rows, after the last checkpoint; resuming makes one that is missing."""
-        settings, store = self._settings, self._store
-        if settings.monitor.every and not self._monitor.reported_held_out:
-            rows = held_out_active(
-                self._transcoder,
-                store,
-                store.record.report_blocks,
-                self._threshold(done),
-                settings.evaluation.chunk_rows,
-                settings.source,
-            )
-            self._monitor.report_held_out(done, rows, self._counters.dead(self._dead_after))
+    def _report_held_out(self) -> None:
+        done, settings, blocks = self._settings.steps, self._settings, self._store.record.report_blocks
+        chunk, source = settings.evaluation.chunk_rows, settings.source
+        rows = held_out_active(self._transcoder, self._store, blocks, self._threshold(done), chunk, source)
+        self._monitor.report_held_out(done, rows, self._counters.dead(self._dead_after))
 
     def _step(self, step: int) -> tuple[Step, float]:
         batch = self._reader.batch(step)
