@@ -26,15 +26,19 @@ def start(store: Store, settings: Settings, run: Path, init_from: Path | None, f
     Raises `UserError` when `run` exists, the settings do not fit the store, or the checkpoints do not fit the disk.
     """
     config = resolve(store, settings, init_from)
+    exists = UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
     if run.exists():
-        raise UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
+        raise exists
     source = find_initial(init_from, config) if init_from else None
     if not force:
         durable.require_space(run.parent, checkpoint_bytes(config) * (settings.checkpoint.keep_last + 1), "checkpoints")
-    with store.reading(), durable.lock(run / ".lock", f"run {run}"):
+    with store.reading():
         new = Run(store, config, run, initial=source)  # raises what is wrong before anything is written
-        durable.publish_json(run / CONFIG, config.model_dump(mode="json"))
-        new.train()
+        with durable.lock(run / ".lock", f"run {run}"):
+            if (run / CONFIG).exists():  # of a run that was started meanwhile
+                raise exists
+            durable.publish_json(run / CONFIG, config.model_dump(mode="json"))
+            new.train()
     return run
 
 
