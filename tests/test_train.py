@@ -297,15 +297,17 @@ BAD = {
         "needs rows",
     ),
     "no report in time": (
-        ["--set", "diversity.co_activation.weight=1", "--set", "monitor.every=100", "--steps", "100"],
+        ["--set", "monitor.every=100", "--steps", "100"],
         "monitor.every = 100, steps",
     ),
     "no report to act on": (
-        [f"--set=diversity.{o}" for o in ("controller.max_pairs_above_0_8=3", "co_activation.weight=1")]
-        + ["--steps", "50", "--set", "monitor.every=50"],
+        ["--set", "diversity.controller.max_pairs_above_0_8=3", "--steps", "50", "--set", "monitor.every=50"],
         "diversity.controller acts after the monitor's reports",
     ),
-    "no weight to move": (["--set", "diversity.controller.max_pairs_above_0_8=3"], "has no weight to move"),
+    "no weight to move": (
+        [f"--set=diversity.{o}" for o in ("controller.max_pairs_above_0_8=3", "co_activation.weight=0")],
+        "has no weight to move",
+    ),
     "more rows than sampled": (["--set", "monitor.least_together=9999"], "is more than the 8,192 rows of a sample"),
     "no such kernels": (["--set", "kernels=fast"], "kernels: Input should be 'auto', 'compiled', 'triton'"),
     "no such device": (["--set", "device=tpu"], "device must be auto, cpu or cuda, got tpu"),

@@ -25,13 +25,14 @@ DIVERSE = [
     "--set", "rows.max_bos_batch_share=0.1",
     "--set", "monitor.every=6", "--set", "monitor.rows=150", "--set", "monitor.least_together=3",
 ]  # fmt: skip
+OFF = ["--set", "diversity.mined.weight=0", "--set", "diversity.co_activation.weight=0"]
 
 
 def test_the_diversity_loss_parts_latents_and_every_term_is_logged(
     command, store: SyntheticStore, tmp_path: Path
 ) -> None:
     common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 120, *SMALL, "--set", "optimizer.lr=0.01")
-    plain, diverse = command(*common, *DIVERSE[-8:]).path, command(*common, *DIVERSE).path
+    plain, diverse = command(*common, *DIVERSE[-8:], *OFF).path, command(*common, *DIVERSE).path
     last = [json.loads((run / FOLDER / "correlation-000120.json").read_text()) for run in (plain, diverse)]
     assert rows(plain)[-1]["terms"].keys() == {"reconstruction", "auxk"}
     terms = rows(diverse)[-1]["terms"]
@@ -86,13 +87,14 @@ def test_a_run_with_the_diversity_loss_resumes_bit_for_bit(command, store: Synth
 
 
 def test_a_run_without_the_monitor_writes_no_reports(command, store: SyntheticStore, tmp_path: Path) -> None:
-    done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 6, *SMALL, "--set", "monitor.every=0")
+    common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 6, *SMALL, "--set", "monitor.every=0")
+    done = command(*common, *OFF)
     assert done.code == 0 and not (done.path / FOLDER).exists()
     assert "monitor" not in json.loads((done.path / "usage.json").read_text())["components"]
-    for option in ("diversity.co_activation.weight=1", "diversity.controller.max_share_above_0_7=0"):
-        refused = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 6, *SMALL,
-                          "--set", "monitor.every=0", "--set", "diversity.mined.weight=1", "--set", option)  # fmt: skip
-        assert refused.code == 2 and "set monitor.every between" in refused.err
+    for options, remedy in (([], "diversity.co_activation.weight = 0"),
+                            (["--set", "diversity.controller.max_share_above_0_7=0"], "between\n")):  # fmt: skip
+        refused = command(*common, *options)
+        assert refused.code == 2 and "set monitor.every between" in refused.err and remedy in refused.err
 
 
 def test_a_finished_run_that_lost_its_last_report_makes_it_again(

@@ -25,13 +25,19 @@ ALL_ON = Settings.model_validate(
         }
     }
 )
-OFF = Settings.model_validate({"auxk": {"coefficient": 0}, "samples": {"rows": 0}})
+OFF = Settings.model_validate(
+    {
+        "auxk": {"coefficient": 0},
+        "samples": {"rows": 0},
+        "diversity": {"mined": {"weight": 0}, "co_activation": {"weight": 0}},
+    }
+)
 STRATA = {"000-001": slice(0, 2), "001-004": slice(2, 10)}
 
 
 def test_every_component_that_is_on_is_expected_and_no_other() -> None:
     assert set(components(OFF)) == {"reconstruction", "monitor", "evaluation", "checkpoint"}
-    assert set(components(Settings())) == set(components(OFF)) | {"auxk", "samples"}
+    assert set(components(Settings())) == set(components(OFF)) | {"auxk", "samples", "mined", "co_activation"}
     assert set(components(ALL_ON)) == set(components(OFF)) | {
         "auxk", "orthogonality", "mined", "co_activation", "position", "samples"
     }  # fmt: skip

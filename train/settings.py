@@ -137,9 +137,10 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     assert isinstance(monitor.every, int)
     if (diversity.co_activation.weight or goals.on) and not 0 < monitor.every < max(settings.steps, 2):
         name = "controller acts" if goals.on else "co_activation takes its pairs"
+        off = "" if goals.on else ", or diversity.co_activation.weight = 0"
         raise UserError(
-            f"diversity.{name} after the monitor's reports, and none would come before the last step: "
-            f"monitor.every = {monitor.every}, steps = {settings.steps}; set monitor.every between"
+            f"diversity.{name} after the monitor's reports, and none would come before the last step: monitor.every = "
+            f"{monitor.every}, steps = {settings.steps}; set monitor.every between{off}"
         )
     if monitor.every and monitor.least_together > (sampled := max(monitor.rows, settings.rows.batch_rows)):
         raise UserError(

@@ -37,7 +37,7 @@ class OrthogonalityConfig(Config):
 class MinedConfig(Config):
     """The closest pairs of all live decoder rows, found by a scan and penalised at every step until the next."""
 
-    weight: float = Field(0.0, ge=0)
+    weight: float = Field(1.0, ge=0)
     """Weight of the term; 0 switches it off."""
     cost_share: float = Field(0.02, gt=0, le=1)
     """Share of a step's products that scans may take: it sets the steps between scans."""
@@ -48,7 +48,7 @@ class MinedConfig(Config):
 class CoActivationConfig(Config):
     """Correlation on the batch of pairs that the monitor found correlated."""
 
-    weight: float = Field(0.0, ge=0)
+    weight: float = Field(3.0, ge=0)
     """Weight of the term; 0 switches it off."""
     margin: float = Field(0.6, ge=0, lt=1)
     """Correlation that costs nothing."""
