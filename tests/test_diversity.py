@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from train.duplicates.diversity import ControllerConfig, Diversity, DiversityConfig
-from train.duplicates.monitor import CorrelationReport, Correlations, Directions, Sample
+from train.duplicates.report import CorrelationReport, Correlations, Directions, Sample
 from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
 
 

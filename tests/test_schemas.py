@@ -10,7 +10,7 @@ import pytest
 
 from shared.config import Config
 from train.compare.arms import Comparison
-from train.duplicates.monitor import CorrelationReport
+from train.duplicates.report import CorrelationReport
 from train.samples.table import SamplesRecord
 from train.usage import UsageRecord
 

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from shared.process import keep_freed_memory
+from shared.strata import POSITION_0
 from tests.bench.record import record, run
 from tests.bench.step import AUXK, SHAPES, B, Setup, setup
 from train.blas import faster_here
 from train.duplicates.diversity import Diversity, DiversityConfig
-from train.duplicates.monitor import POSITION_0, CorrelationMonitor, MonitorConfig
+from train.duplicates.monitor import CorrelationMonitor, MonitorConfig
 from train.sparsity import Active
 from train.transcoder import BatchTopK, Normalisation, Step, Transcoder, TranscoderConfig
 

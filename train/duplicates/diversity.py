@@ -15,7 +15,7 @@ from shared.config import Config
 from shared.keyed import key_bits
 from train.duplicates.activations import co_activation_loss, columns_of, mass, position_loss
 from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest, steps_between_scans
-from train.duplicates.monitor import CorrelationReport
+from train.duplicates.report import CorrelationReport
 from train.transcoder import Step, Transcoder
 
 _DECAY = 0.99

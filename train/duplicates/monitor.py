@@ -23,6 +23,15 @@ from train import blas
 from train.blas import Blas
 from train.duplicates.activations import correlated_pairs, measure
 from train.duplicates.directions import Pairs, close_pairs, connected, steps_between_scans
+from train.duplicates.report import (
+    CorrelatedPair,
+    CorrelationReport,
+    Correlations,
+    Directions,
+    Latent,
+    Sample,
+    change_of,
+)
 from train.held_out import HeldOutActive
 from train.sparsity import Active
 from train.transcoder import Step, Transcoder
@@ -56,110 +65,6 @@ class MonitorConfig(Config):
     def resolve(self, steps: int) -> "MonitorConfig":
         """The same with `every` as a number, for a run of so many steps."""
         return self.model_copy(update={"every": max(1, min(100, steps // 4))}) if self.every == "auto" else self
-
-
-class Latent(Config):
-    """One latent of a listed pair."""
-
-    latent: int
-    prefix: int
-    """Size of the smallest prefix that holds it."""
-    rows: int
-    """Rows of the sample on which it is active, position 0 included."""
-    strata: dict[str, float]
-    """Share of each stratum's rows on which it is active."""
-
-
-class CorrelatedPair(Config):
-    """Two latents by every measure."""
-
-    latents: tuple[Latent, Latent]
-    cosine: float
-    """Of their decoder rows."""
-    correlation: float
-    """Pearson's over the sample without position 0."""
-    correlation_with_position_0: float
-    """The same with it."""
-    jaccard: float
-    """Rows on which both are active by rows on which either is, without position 0."""
-    rows_together: int
-    within_segment: bool
-    """Both enter with the same prefix."""
-    reports: int
-    """Reports in a row that listed the pair, this one included."""
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Which pair it is."""
-        return self.latents[0].latent, self.latents[1].latent
-
-
-class Correlations(Config):
-    """Pairs of latents over the rows of one selection."""
-
-    rows: int
-    largest: float
-    pairs_above: dict[str, int]
-    """By correlation."""
-
-
-class Directions(Config):
-    """Decoder rows of live latents."""
-
-    step: int
-    """When they were scanned."""
-    live: int
-    share_with_neighbour_above: dict[str, float]
-    """By cosine, of live latents."""
-    share_within_segment_above: dict[str, float]
-    """The same counting neighbours of the same prefix segment alone."""
-    largest: float
-    effective_number: float
-    """Sum over live latents of 1 / (neighbours with a cosine above 0.7, itself included)."""
-    effective_rank: float
-    """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
-
-
-class Sample(Config):
-    """The rows that a report looks at."""
-
-    rows_of: Literal["training steps", "held-out blocks"]
-    first_step: int
-    """Of the training rows; of held-out rows, the step of the weights."""
-    last_step: int
-    strata: dict[str, int]
-    """Rows of each."""
-
-
-class Trend(Config):
-    """This report's figures less those of the report before."""
-
-    since_step: int
-    pairs_above_0_8: int
-    share_above_0_7: float
-
-
-class CorrelationReport(Config):
-    """`anti_duplication_logs/correlation-<step>.json`."""
-
-    schema_version: Literal[1] = 1
-    step: int
-    sample: Sample
-    least_together: int
-    without_position_0: Correlations
-    """With it, if the store's first stratum holds more than position 0."""
-    with_position_0: Correlations
-    strata: dict[str, Correlations] | None
-    """The same over the rows of each; none: of training steps, whose strata are small."""
-    directions: Directions
-    pairs: list[CorrelatedPair]
-    """Largest correlation first."""
-    clusters: list[list[int]]
-    """As of the scan: latents that are the same by cosine and by Jaccard index, the largest cluster first."""
-    persisting_pairs: int
-    """Of the listed, those that the report before listed, too."""
-    change: Trend | None
-    """None: this is the first report."""
 
 
 class CorrelationMonitor:
@@ -314,7 +219,7 @@ class CorrelationMonitor:
             persisting_pairs=sum(pair.key in known for pair in pairs),
             change=None,
         )
-        return report.model_copy(update={"change": _change(report, before)}), correlated
+        return report.model_copy(update={"change": change_of(report, before)}), correlated
 
     def _listed(
         self,
@@ -405,14 +310,3 @@ def _effective_rank(rows: Tensor, library: Blas) -> float:
     values = torch.linalg.eigvalsh(blas.product(library, rows.T, rows).double().cpu()).clamp_min(0).sqrt()
     shares = values / values.sum()
     return float(torch.special.entr(shares).sum().exp())
-
-
-def _change(now: "CorrelationReport", before: CorrelationReport | None) -> Trend | None:
-    if not before:
-        return None
-    return Trend(
-        since_step=before.step,
-        pairs_above_0_8=now.without_position_0.pairs_above["0.8"] - before.without_position_0.pairs_above["0.8"],
-        share_above_0_7=now.directions.share_with_neighbour_above["0.7"]
-        - before.directions.share_with_neighbour_above["0.7"],
-    )
