@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from train.duplicates.activations import (
-    _Correlations,
-    _dense_correlations,
+    _dense,
+    _Products,
     co_activation_loss,
-    columns_of,
     correlated_pairs,
     mass,
     measure,
@@ -95,7 +94,7 @@ def dense_measures(dense: torch.Tensor) -> tuple[np.ndarray, torch.Tensor, torch
 @pytest.mark.parametrize("least", [1, 5])
 def test_correlated_pairs_equal_the_dense_correlations(least: int) -> None:
     dense, active = planted()
-    pairs, values, above = correlated_pairs(active, least, partners=F, levels=(0.0, 0.2, 0.9))
+    (pairs, values, scale), above = correlated_pairs(active, least, partners=F, levels=(0.0, 0.2, 0.9))
     correlation, both, _ = dense_measures(dense)
     expected = {
         (i, j): correlation[i, j]
@@ -106,6 +105,8 @@ def test_correlated_pairs_equal_the_dense_correlations(least: int) -> None:
     found = list(zip(*(side.tolist() for side in pairs), strict=True))
     assert found == sorted(expected, key=lambda pair: -expected[pair]) and found[0] == (3, 7)
     assert values.tolist() == pytest.approx([expected[pair] for pair in found])
+    deviation = dense.double().std(0, correction=0)
+    assert scale.tolist() == pytest.approx([float(deviation[i] * deviation[j]) for i, j in found])
     assert above == {level: sum(r > level for r in expected.values()) for level in (0.0, 0.2, 0.9)}
 
 
@@ -124,14 +125,14 @@ def test_constant_latents_correlate_with_nothing() -> None:
     dense[:, 1], dense[:, 2] = 0.17, torch.rand(1000, generator=torch.Generator().manual_seed(0))
     rows, latents = dense.nonzero(as_tuple=True)
     active = Active.of(rows, latents, dense[rows, latents], dense.shape)
-    pairs, _, above = correlated_pairs(active, 2, levels=(0.5,))
+    (pairs, _, _), above = correlated_pairs(active, 2, levels=(0.5,))
     assert above == {0.5: 0} and not len(pairs.first)
     assert measure(active, Pairs(torch.tensor([0]), torch.tensor([1]))).correlation.tolist() == [0.0]
 
 
 def test_every_latent_keeps_its_largest_correlations() -> None:
     _, active = planted()
-    (every, _, above), (few, _, same) = (correlated_pairs(active, 1, partners=n) for n in (F, 2))
+    ((every, _, _), above), ((few, _, _), same) = (correlated_pairs(active, 1, partners=n) for n in (F, 2))
     for latent in range(F):
         assert torch.equal(few.second[few.first == latent], every.second[every.first == latent][:2])
     assert above == same
@@ -140,58 +141,61 @@ def test_every_latent_keeps_its_largest_correlations() -> None:
 def test_latents_that_are_never_active_have_no_partner() -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
     active = Active.of(nothing, nothing, torch.zeros(0), torch.Size((4, 9)))
-    pairs, _, above = correlated_pairs(active, 1)
+    (pairs, _, _), above = correlated_pairs(active, 1)
     assert len(pairs.first) == 0 and set(above.values()) == {0}
     assert measure(active, Pairs(torch.tensor([0]), torch.tensor([3]))).correlation.tolist() == [0.0]
 
 
-@pytest.mark.parametrize("device", ["cpu", "any"])
-def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_correlations(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if device == "any":
-        monkeypatch.setattr(
-            _Correlations, "apply", lambda *sides: _dense_correlations(*sides[:2], columns_of(pairs, F))
-        )
-    dense, active = planted()
-    pairs = Pairs(torch.tensor([3, 3, 11, 0]), torch.tensor([7, 9, 12, 39]))
-    values = active.values.clone().requires_grad_()
-    loss = co_activation_loss(values, active, columns_of(pairs, F), -0.5)
+STRENGTH = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.float64)
+PAIRS = Pairs(torch.tensor([3, 3, 11, 0]), torch.tensor([7, 9, 12, 39]))
+
+
+def loss_and_gradient(device: str, values: torch.Tensor, active: Active) -> tuple[torch.Tensor, torch.Tensor]:
+    values = values.clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        if device == "any":
+            patch.setattr(_Products, "apply", _dense)
+        loss = co_activation_loss(values, active, PAIRS, STRENGTH)
     loss.backward()
-
-    columns = dense.clone().requires_grad_()
-    deviation = columns - columns.mean(0)
-    unit = deviation / deviation.norm(dim=0)
-    correlation = torch.stack([unit[:, i] @ unit[:, j] for i, j in zip(*pairs, strict=True)])
-    (correlation + 0.5).relu().square().sum().backward()
-    torch.testing.assert_close(loss, (correlation + 0.5).relu().square().sum())
-    torch.testing.assert_close(values.grad, columns.grad[active.rows, active.latents], rtol=1e-7, atol=1e-12)
+    assert values.grad is not None
+    return loss.detach(), values.grad
 
 
-def test_a_pair_of_a_row_and_a_latent_that_is_there_twice_counts_once() -> None:
+@pytest.mark.parametrize("device", ["cpu", "any"])
+def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_products(device: str) -> None:
     dense, active = planted()
-    again = torch.cat([torch.arange(len(active.rows)), (active.latents == 7).nonzero().flatten()])
+    loss, grad = loss_and_gradient(device, active.values, active)
+    columns = dense.clone().requires_grad_()
+    expected = sum(w * (columns[:, i] * columns[:, j]).sum() for i, j, w in zip(*PAIRS, STRENGTH, strict=True)) / R
+    expected.backward()
+    assert float(loss) > 0
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(grad, columns.grad[active.rows, active.latents], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("device", ["cpu", "any"])
+def test_a_pair_of_a_row_and_a_latent_that_is_there_twice_counts_once(device: str) -> None:
+    """Fixed numbers of pairs are filled up by pairs with a value of 0, before or behind one that is active."""
+    dense, active = planted()
+    loss, grad = loss_and_gradient(device, active.values, active)
+    again = torch.cat([(active.latents == 7).nonzero().flatten(), torch.arange(len(active.rows))])
     again = again[torch.argsort(active.rows[again] * F + active.latents[again], stable=True)]
-    twice = Active.of(active.rows[again], active.latents[again], active.values[again], dense.shape)
-    repeated = torch.cat([torch.tensor([False]), again.diff() == 0])
-    columns, grads = columns_of(Pairs(torch.tensor([3, 7]), torch.tensor([7, 9])), F), []
-    for one, values in ((active, active.values), (twice, twice.values.where(~repeated, 0))):
-        values = values.clone().requires_grad_()
-        co_activation_loss(values, one, columns, -0.5).backward()
-        grads.append(values.grad)
-    torch.testing.assert_close(grads[1][~repeated], grads[0])
-    torch.testing.assert_close(grads[1][repeated], grads[0][active.latents == 7])
+    for filled in (again.diff(append=torch.tensor([-1])) == 0, again.diff(prepend=torch.tensor([-1])) == 0):
+        twice = Active.of(active.rows[again], active.latents[again], active.values[again], dense.shape)
+        values = twice.values.where(~filled, 0)
+        found, more = loss_and_gradient(device, values, twice.with_values(values))
+        assert int(filled.sum()) == int((active.latents == 7).sum()) > 3
+        torch.testing.assert_close(found, loss)
+        torch.testing.assert_close(more[~filled], grad)
 
 
 def test_a_latent_that_is_active_on_no_row_costs_nothing() -> None:
     dense, _ = planted()
-    dense[:, 3] = 0
+    dense[:, 3] = dense[:, 11] = dense[:, 0] = 0
     rows, latents = dense.nonzero(as_tuple=True)
-    values = dense[rows, latents].requires_grad_()
-    active = Active.of(rows, latents, values.detach(), dense.shape)
-    loss = co_activation_loss(values, active, columns_of(Pairs(torch.tensor([3]), torch.tensor([7])), F), 0.1)
-    loss.backward()
-    assert float(loss) == 0 and torch.isfinite(values.grad).all() and not values.grad.any()
+    active = Active.of(rows, latents, dense[rows, latents], dense.shape)
+    loss, grad = loss_and_gradient("cpu", active.values, active)
+    assert float(loss) == 0 and not grad.any()
 
 
 def test_the_position_loss_is_the_excess_activation_at_rows_with_a_weight() -> None:

@@ -53,7 +53,7 @@ def make_step(seed: int) -> Step:
 
 
 def make_monitor(path: Path, **config: object) -> CorrelationMonitor:
-    settings = MonitorConfig.model_validate({"every": 4, "rows": 2 * B} | config)
+    settings = MonitorConfig.model_validate({"every": 4, "rows": 2 * B, "least_together": 10} | config)
     return CorrelationMonitor(path, settings, make_model(), STRATA, steps=10)
 
 
@@ -228,7 +228,7 @@ def test_the_report_on_held_out_rows_counts_all_of_them_and_by_stratum(tmp_path:
     assert report.pairs[0].key == (3, 20)
     written = json.loads((tmp_path / FOLDER / HELD_OUT).read_text())
     assert written == report.model_dump(mode="json")
-    assert len(monitor.correlated.first) == 0  # no run is steered by it
+    assert len(monitor.correlated.correlation) == 0  # no run is steered by it
 
 
 def test_a_monitor_that_is_off_reports_nothing(tmp_path: Path) -> None:

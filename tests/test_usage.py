@@ -71,7 +71,7 @@ def no_loss(W_dec: torch.Tensor, *_: object) -> torch.Tensor:
         (
             monitor,
             "correlated_pairs",
-            lambda *_, **__: (monitor.Pairs(*torch.zeros(2, 0).long()), torch.zeros(0), {}),
+            lambda *_, **__: (monitor.Correlated.none(), dict.fromkeys(monitor.LEVELS, 0)),
             "monitor",
         ),
     ],
@@ -79,11 +79,7 @@ def no_loss(W_dec: torch.Tensor, *_: object) -> torch.Tensor:
 def test_a_component_patched_inert_is_named(
     module: object, function: str, inert: object, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if module is monitor:
-        levels = dict.fromkeys(monitor.LEVELS, 0)
-        monkeypatch.setattr(module, function, lambda *_, **__: (*inert()[:2], levels))
-    else:
-        monkeypatch.setattr(module, function, inert)
+    monkeypatch.setattr(module, function, inert)
     with pytest.raises(ProjectError, match=f"{named}.* is on, and planted duplicates do not move it"):
         prove(ALL_ON)
 

@@ -16,8 +16,6 @@ from shared import durable
 from shared.config import Config
 from shared.errors import DiskFull, ProjectError
 from shared.strata import POSITION_0
-from train.duplicates.activations import measure
-from train.duplicates.directions import Pairs
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
 from train.samples.proof import sampled_rightly
@@ -180,7 +178,7 @@ def prove(settings: Settings) -> None:
                 raise _inert(f"diversity.{name}")
         elif name == "co_activation":
             moved, before = _moved(terms, name, step.values), step.values.detach()
-            if not _correlation(step.active.with_values(moved)) < _correlation(step.active.with_values(before)):
+            if not _together(step.active, moved) < _together(step.active, before):
                 raise _inert(f"diversity.{name}")
         elif name == "position":
             moved, at = _moved(terms, name, step.values), torch.isin(step.active.latents, torch.tensor(_BOS))
@@ -208,8 +206,11 @@ def _cosine(W_dec: Tensor) -> float:
     return float(torch.cosine_similarity(W_dec[_SAME[0]], W_dec[_SAME[1]], dim=0))
 
 
-def _correlation(active: Active) -> float:
-    return float(measure(active, Pairs(*(torch.tensor([latent]) for latent in _SAME))).correlation)
+def _together(active: Active, values: Tensor) -> float:
+    """The summed product of the planted latents' values."""
+    dense = torch.zeros(len(active.starts) - 1, active.d_sae)
+    dense[active.rows, active.latents] = values
+    return float(dense[:, _SAME].prod(1).sum())
 
 
 _SAME, _BOS = (5, 6), (9, 10)

@@ -205,8 +205,8 @@ def cost_per_step(run: Path, settings: Settings) -> tuple[float | None, float | 
 
 def _correlations(active: Active) -> tuple[dict[float, int], Pairs, float]:
     """How many pairs correlate above each level, those above 0.8, and the largest correlation."""
-    pairs, correlation, counts = correlated_pairs(active, LEAST_TOGETHER, partners=64, levels=(0.5, _CORRELATION))
-    return counts, pairs.kept(correlation > _CORRELATION), float(correlation[:1].sum())
+    found, counts = correlated_pairs(active, LEAST_TOGETHER, partners=64, levels=(0.5, _CORRELATION))
+    return counts, found.pairs.kept(found.correlation > _CORRELATION), float(found.correlation[:1].sum())
 
 
 def _nearest(cosines: Tensor) -> Nearest:

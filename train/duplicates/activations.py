@@ -25,33 +25,52 @@ class Measures(NamedTuple):
     """[C] float64, rows on which both are active by rows on which either is; 0 for none"""
 
 
+class Correlated(NamedTuple):
+    """Pairs of latents that are active together, and what a penalty on them needs."""
+
+    pairs: Pairs
+    correlation: Tensor
+    """[C] float64"""
+    scale: Tensor
+    """[C] float64, the product of both latents' standard deviations"""
+
+    @classmethod
+    def none(cls) -> "Correlated":
+        """No pairs."""
+        latents, numbers = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+        return cls(Pairs(latents, latents), numbers, numbers)
+
+
 def correlated_pairs(
     active: Active,
     least_together: int,
     partners: int = 8,
     levels: tuple[float, ...] = (0.5, 0.8, 0.9),
-) -> tuple[Pairs, Tensor, dict[float, int]]:  # correlation [C] float64
+) -> tuple[Correlated, dict[float, int]]:
     """Pairs of latents with at least `least_together` rows in common, by falling correlation.
 
-    Of every latent, the `partners` largest correlations above 0 with latents after it, and these; and how many pairs
-    there are above each level, those that are not listed included. `active` is on CPU and holds active pairs alone
+    Of every latent, the `partners` largest correlations above 0 with latents after it; and how many pairs there are
+    above each level, those that are not listed included. `active` is on CPU and holds active pairs alone
     (`Active.positive`).
     """
     order, starts = active.by_latent
     shape = (active.d_sae, partners)
-    found, correlation, over = (
+    found, correlation, over, spread = (
         np.empty(shape, np.int64),
         np.empty(shape),
         np.empty((active.d_sae, len(levels)), np.int64),
+        np.empty(active.d_sae),
     )
     sides = (t.numpy() for t in (active.rows, active.latents, active.values, active.starts, order, starts))
     total = len(active.starts) - 1
-    loops.partners(*sides, total, least_together, np.array(levels), over, found, correlation)
+    loops.partners(*sides, total, least_together, np.array(levels), over, found, correlation, spread)
     first, place = np.nonzero(found >= 0)
     falling = np.argsort(-correlation[first, place], kind="stable")
     first, place = first[falling], place[falling]
-    pairs = Pairs(*map(torch.from_numpy, (first, found[first, place])))
-    return pairs, torch.from_numpy(correlation[first, place]), dict(zip(levels, over.sum(0).tolist(), strict=True))
+    second = found[first, place]
+    one, other = torch.from_numpy(first), torch.from_numpy(second)
+    r, scale = torch.from_numpy(correlation[first, place]), torch.from_numpy(spread[first] * spread[second])
+    return Correlated(Pairs(one, other), r, scale), dict(zip(levels, over.sum(0).tolist(), strict=True))
 
 
 def measure(active: Active, pairs: Pairs) -> Measures:
@@ -61,16 +80,22 @@ def measure(active: Active, pairs: Pairs) -> Measures:
     sides = (t.numpy() for t in (*pairs, active.rows, active.values, order, starts))
     loops.meetings(*sides, rows, products)
     total, counts = len(active.starts) - 1, starts.diff()
-    values, nothing = active.values.double(), torch.zeros(active.d_sae, dtype=torch.float64)
-    mean = nothing.index_add(0, active.latents, values) / total
-    square = nothing.index_add(0, active.latents, values.square()) / total
-    variance = square - mean.square()
-    spread = torch.where(variance > 1e-12 * square, variance, 0.0).sqrt()  # less is rounding
+    mean, spread = moments(active)
     scale = spread[pairs.first] * spread[pairs.second]
     both = torch.from_numpy(rows)
     covariance = torch.from_numpy(products) / total - mean[pairs.first] * mean[pairs.second]
     either = counts[pairs.first] + counts[pairs.second] - both
     return Measures(both, torch.where(scale > 0, covariance / scale, 0.0), both / either.clamp_min(1).double())
+
+
+def moments(active: Active) -> tuple[Tensor, Tensor]:  # [F] float64 each
+    """Mean and standard deviation of every latent over all rows, those on which it is not active as 0."""
+    total, values = len(active.starts) - 1, active.values.double()
+    nothing = torch.zeros(active.d_sae, dtype=torch.float64)
+    mean = nothing.index_add(0, active.latents, values) / total
+    square = nothing.index_add(0, active.latents, values.square()) / total
+    variance = square - mean.square()
+    return mean, torch.where(variance > 1e-12 * square, variance, 0.0).sqrt()  # less is rounding
 
 
 def position_loss(
@@ -95,67 +120,47 @@ def mass(
     return torch.segment_reduce(weighted[order], "sum", offsets=starts, initial=0)
 
 
-class Columns(NamedTuple):
-    """Some pairs of latents, and a column of its own for each of their latents."""
-
-    pairs: Pairs
-    column: Tensor
-    """[F] int64, `size` for latents of no pair"""
-    size: int
-
-
-def columns_of(pairs: Pairs, d_sae: int) -> Columns:
-    """Columns for the latents of `pairs`; waits for the device."""
-    latents = torch.unique(torch.cat(pairs))
-    column = torch.full((d_sae,), len(latents), device=latents.device)
-    column[latents] = torch.arange(len(latents), device=latents.device)
-    return Columns(pairs, column, len(latents))
-
-
 def co_activation_loss(
     values: Tensor,  # [N] of the latents, with gradient
     active: Active,
-    columns: Columns,
-    margin: float,
+    pairs: Pairs,
+    strength: Tensor,  # [C]
 ) -> Tensor:  # []
-    """Sum over pairs of latents of the squared excess of their correlation on these rows over `margin`.
+    """Sum over pairs, by their strength, of the mean over rows of the product of both latents' values.
 
-    A latent that is active on none of the rows has no correlation and gets no gradient.
+    With a strength of 2 (r - margin) / (deviation * deviation), r being that of a sample, its gradient is that of
+    the squared excess of r over the margin, where means and deviations are held fixed. The gradient of the batch's own
+    correlation would vanish where two latents say exactly the same, and where a rare pair meets on one row alone. At a
+    given sum of two values their product is smallest when one of them is 0: so one of two duplicates takes all.
     """
-    if values.device.type == "cpu":
-        correlation = _Correlations.apply(values, active, columns.pairs)
-    else:
-        correlation = _dense_correlations(values, active, columns)
-    return (correlation - margin).relu().square().sum()
+    products = _Products.apply(values, active, pairs) if values.device.type == "cpu" else _dense(values, active, pairs)
+    return (strength * products).sum() / (len(active.starts) - 1)
 
 
-def _dense_correlations(values: Tensor, active: Active, columns: Columns) -> Tensor:
-    """[C]; a room of rows by columns needs no size that only the device knows."""
-    room = values.new_zeros(columns.size + 1, len(active.starts) - 1)
-    dense = room.index_put((columns.column[active.latents], active.rows), values, accumulate=True)[:-1]
-    deviation = dense - dense.mean(1, keepdim=True)
-    norms = deviation.square().sum(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
-    unit = deviation / norms
-    return torch.linalg.vecdot(*(unit[columns.column[side]] for side in columns.pairs))
+def _dense(values: Tensor, active: Active, pairs: Pairs) -> Tensor:
+    """[C] the same as `_Products`; by a room of latents by rows, which needs no size that only the device knows."""
+    latents = torch.cat(pairs)
+    column = torch.full((active.d_sae,), len(latents), device=latents.device)
+    column[latents] = torch.arange(len(latents), device=latents.device)  # of one of the places that a latent has
+    room = values.new_zeros(len(latents) + 1, len(active.starts) - 1)
+    dense = room.index_put((column[active.latents], active.rows), values, accumulate=True)
+    return torch.linalg.vecdot(*(dense[column[side]] for side in pairs))
 
 
-class _Correlations(torch.autograd.Function):
-    """The same from the pairs' own active rows."""
+class _Products(torch.autograd.Function):
+    """Of each pair of latents, the sum over rows of the product of their values, from their own active rows."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, active: Active, pairs: Pairs) -> Tensor:
-        order, starts = active.by_latent
-        sides = (*pairs, active.rows, values.detach(), order, starts)
-        moments = values.new_empty(len(pairs.first), 5, dtype=torch.float64)
-        loops.correlate(*(t.numpy() for t in sides), len(active.starts) - 1, moments.numpy())
-        ctx.save_for_backward(*sides, moments)
-        ctx.total = len(active.starts) - 1
-        return moments[:, 0].to(values.dtype)
+        sides = (*pairs, active.rows, values.detach(), *active.by_latent)
+        products = values.new_empty(len(pairs.first))
+        loops.products(*(t.numpy() for t in (*sides, products)))
+        ctx.save_for_backward(*sides)
+        return products
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        *sides, moments = ctx.saved_tensors
+        sides = ctx.saved_tensors
         found = torch.zeros_like(sides[3])
-        more = (moments, grads[0].contiguous(), found)
-        loops.add_correlation_gradients(*(t.numpy() for t in sides), ctx.total, *(t.numpy() for t in more))
+        loops.add_product_gradients(*(t.numpy() for t in (*sides, grads[0].contiguous(), found)))
         return found, None, None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shared.config import Config
 from shared.keyed import key_bits
-from train.duplicates.activations import co_activation_loss, columns_of, mass, position_loss
+from train.duplicates.activations import Correlated, co_activation_loss, mass, position_loss
 from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest, steps_between_scans
 from train.duplicates.report import CorrelationReport
 from train.transcoder import Step, Transcoder
@@ -46,13 +46,13 @@ class MinedConfig(Config):
 
 
 class CoActivationConfig(Config):
-    """Correlation on the batch of pairs that the monitor found correlated."""
+    """Being active together, of pairs that the monitor found correlated."""
 
     weight: float = Field(3.0, ge=0)
     """Weight of the term; 0 switches it off."""
     margin: float = Field(0.6, ge=0, lt=1)
     """Correlation that costs nothing."""
-    pairs: int = Field(256, ge=1)
+    pairs: int = Field(1024, ge=1)
     """The most correlated pairs, at most this many."""
 
 
@@ -120,7 +120,7 @@ class Diversity:
         self.scan_every = steps_between_scans(transcoder.W_enc, transcoder.W_dec, len(weights), config.mined.cost_share)
         d_sae, nothing = transcoder.d_sae, torch.zeros(0, dtype=torch.int64, device=transcoder.W_dec.device)
         self.mined = Pairs(nothing, nothing)
-        self._correlate(Pairs(nothing, nothing))
+        self._correlate(Correlated.none())
         self.scales = {"direction": 1.0, "co_activation": 1.0}
         """What the controller multiplies weights by: those of decoder rows, and of co-activation."""
         self._mass = weights.new_zeros(2, d_sae)
@@ -130,7 +130,7 @@ class Diversity:
         """Terms whose gradient reaches the latents' values; they belong into one backward with the step's loss."""
         together, position, terms = self._config.co_activation, self._config.position, {}
         if together.weight:
-            loss = co_activation_loss(output.values, output.active, self._columns, together.margin)
+            loss = co_activation_loss(output.values, output.active, self.correlated, self._strength)
             weight = together.weight * self.scales["co_activation"]
             terms["co_activation"] = weight * loss / self._transcoder.d_sae
         if position.weight:
@@ -155,9 +155,9 @@ class Diversity:
             terms["mined"] = scale * config.mined.weight * loss / model.d_sae
         return terms
 
-    def follow(self, report: CorrelationReport, correlated: Pairs) -> bool:
+    def follow(self, report: CorrelationReport, correlated: Correlated) -> bool:
         """Take over what the monitor found; returns whether the controller moved a weight."""
-        self._correlate(Pairs(*(side.to(self._transcoder.W_dec.device) for side in correlated)))
+        self._correlate(correlated)
         goals, before = self._config.controller, dict(self.scales)
         share = report.directions.share_with_neighbour_above["0.7"]
         goal = goals.max_share_above_0_7 if report.directions.step == report.step else None  # once per scan
@@ -174,24 +174,30 @@ class Diversity:
             f"diversity.{name}.{side}": latents
             for name, pairs in (("mined", self.mined), ("correlated", self.correlated))
             for side, latents in pairs._asdict().items()
-        } | {"diversity.mass": self._mass, "diversity.scales": torch.tensor([*self.scales.values()]).double()}
+        } | {
+            "diversity.strength": self._strength,
+            "diversity.mass": self._mass,
+            "diversity.scales": torch.tensor([*self.scales.values()]).double(),
+        }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""
         device = self._transcoder.W_dec.device
-        mined, correlated = (
+        self.mined, self.correlated = (
             Pairs(*(tensors[f"diversity.{name}.{side}"].to(device) for side in Pairs._fields))
             for name in ("mined", "correlated")
         )
-        self.mined = mined
-        self._correlate(correlated)
+        self._strength = tensors["diversity.strength"].to(device)
         self._mass = tensors["diversity.mass"].to(device)
         self.scales = dict(zip(self.scales, tensors["diversity.scales"].tolist(), strict=True))
 
-    def _correlate(self, pairs: Pairs) -> None:
-        """Take pairs by falling correlation; as many as are penalised are kept."""
-        self.correlated = Pairs(*(side[: self._config.co_activation.pairs] for side in pairs))
-        self._columns = columns_of(self.correlated, self._transcoder.d_sae)
+    def _correlate(self, found: Correlated) -> None:
+        """Take the most correlated pairs above the margin, as many as are penalised."""
+        config, weights = self._config.co_activation, self._transcoder.W_dec
+        kept = (found.correlation > config.margin).nonzero().squeeze(1)[: config.pairs]
+        self.correlated = Pairs(*(side.to(weights.device) for side in found.pairs.kept(kept)))
+        strength = 2 * (found.correlation[kept] - config.margin) / found.scale[kept]
+        self._strength = strength.to(weights.device, weights.dtype)
 
     def _orthogonality(self, dead: Tensor, step: int) -> Tensor:
         config, model = self._config.orthogonality, self._transcoder

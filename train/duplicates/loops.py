@@ -33,15 +33,17 @@ def partners(
     over: Ints,
     found: Ints,
     correlation: Floats,
+    spread: Floats,
 ) -> None:
     """Correlations above 0 of every latent with those after it that are active on a row with it, over `total` rows.
 
     Of the pairs with at least `least_together` rows in common, over[f, i] is how many are above levels[i], and the M
-    largest are kept, largest first: found [F, M] which, -1 for none, and their correlation [F, M].
+    largest are kept, largest first: found [F, M] which, -1 for none, and their correlation [F, M]. And the standard
+    deviation of every latent, spread [F].
     """
     most = found.shape[1]
     latent_count = len(by_latent) - 1
-    mean, spread = np.zeros(latent_count), np.zeros(latent_count)
+    mean = np.zeros(latent_count)
     for f in prange(latent_count):
         one, square = 0.0, 0.0
         for j in range(by_latent[f], by_latent[f + 1]):
@@ -160,74 +162,47 @@ def list_above(products: Floats, floor: float, starts: Ints, rows: Ints, columns
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def correlate(
-    first: Ints, second: Ints, rows: Ints, values: Floats, order: Ints, by_latent: Ints, total: int, moments: Floats
+def products(
+    first: Ints, second: Ints, rows: Ints, values: Floats, order: Ints, by_latent: Ints, found: Floats
 ) -> None:
-    """Of each pair of latents, over `total` rows: correlation, both means and both deviations; moments [C, 5].
-
-    A latent that is active on no row, or everywhere the same, correlates with nothing.
-    """
+    """Of each pair of latents, the sum over rows of the product of their values [C], those not above 0 left out."""
     for pair in range(len(first)):
-        means, deviations = np.zeros(2), np.zeros(2)
-        for side in range(2):
-            latent = second[pair] if side else first[pair]
-            one, square, j = 0.0, 0.0, by_latent[latent]
-            while j < by_latent[latent + 1]:
-                row, value = rows[order[j]], 0.0
-                while j < by_latent[latent + 1] and rows[order[j]] == row:  # a row may be there twice
-                    value += values[order[j]]
-                    j += 1
-                one += value
-                square += value * value
-            means[side] = one / total
-            variance = square / total - means[side] * means[side]
-            deviations[side] = np.sqrt(variance) if variance > 1e-12 * square / total else 0.0  # less is rounding
-        product, j = 0.0, by_latent[second[pair]]
-        for i in range(by_latent[first[pair]], by_latent[first[pair] + 1]):
-            row = rows[order[i]]
-            while j < by_latent[second[pair] + 1] and rows[order[j]] < row:
+        i, j, total = by_latent[first[pair]], by_latent[second[pair]], 0.0
+        while i < by_latent[first[pair] + 1] and j < by_latent[second[pair] + 1]:
+            one, other = rows[order[i]], rows[order[j]]
+            if one < other or not values[order[i]] > 0:
+                i += 1
+            elif other < one or not values[order[j]] > 0:
                 j += 1
-            at = j
-            while at < by_latent[second[pair] + 1] and rows[order[at]] == row:
-                product += np.float64(values[order[i]]) * values[order[at]]
-                at += 1
-        scale = deviations[0] * deviations[1]
-        moments[pair, 0] = (product / total - means[0] * means[1]) / scale if scale > 0 else 0.0
-        moments[pair, 1:3], moments[pair, 3:] = means, deviations
+            else:
+                total += np.float64(values[order[i]]) * values[order[j]]
+                i += 1
+                j += 1
+        found[pair] = total
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def add_correlation_gradients(
+def add_product_gradients(
     first: Ints,
     second: Ints,
     rows: Ints,
     values: Floats,
     order: Ints,
     by_latent: Ints,
-    total: int,
-    moments: Floats,
     weights: Floats,
     grad: Floats,
 ) -> None:
-    """To `grad` [N], of each value the weighted sum of its pairs' correlations' derivatives; `moments` [C, 5]."""
+    """To `grad` [N], of each value that of its pair's other latent on the row, by the pair's weight [C]."""
     for pair in range(len(first)):
-        weight = weights[pair]
-        if weight == 0 or moments[pair, 3] == 0 or moments[pair, 4] == 0:
-            continue
-        for side in range(2):
-            latent, partner = (second[pair], first[pair]) if side else (first[pair], second[pair])
-            mean, other_mean = moments[pair, 1 + side], moments[pair, 2 - side]
-            spread, other_spread = moments[pair, 3 + side], moments[pair, 4 - side]
-            i, j = by_latent[latent], by_latent[partner]
-            while i < by_latent[latent + 1]:
-                row, start, value, other = rows[order[i]], i, 0.0, 0.0
-                while i < by_latent[latent + 1] and rows[order[i]] == row:
-                    value += values[order[i]]
-                    i += 1
-                while j < by_latent[partner + 1] and rows[order[j]] <= row:
-                    if rows[order[j]] == row:
-                        other += values[order[j]]
-                    j += 1
-                along = (other - other_mean) / other_spread - moments[pair, 0] * (value - mean) / spread
-                for at in range(start, i):
-                    grad[order[at]] += weight * along / (total * spread)
+        i, j, weight = by_latent[first[pair]], by_latent[second[pair]], weights[pair]
+        while i < by_latent[first[pair] + 1] and j < by_latent[second[pair] + 1]:
+            one, other = rows[order[i]], rows[order[j]]
+            if one < other or not values[order[i]] > 0:
+                i += 1
+            elif other < one or not values[order[j]] > 0:
+                j += 1
+            else:
+                grad[order[i]] += weight * values[order[j]]
+                grad[order[j]] += weight * values[order[i]]
+                i += 1
+                j += 1

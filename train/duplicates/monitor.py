@@ -21,7 +21,7 @@ from shared.errors import DiskFull
 from shared.strata import POSITION_0
 from train import blas
 from train.blas import Blas
-from train.duplicates.activations import correlated_pairs, measure
+from train.duplicates.activations import Correlated, correlated_pairs, measure
 from train.duplicates.directions import Pairs, close_pairs, connected, steps_between_scans
 from train.duplicates.report import (
     CorrelatedPair,
@@ -53,7 +53,7 @@ class MonitorConfig(Config):
     active. Reports say how many they looked at."""
     cost_share: float = Field(0.02, gt=0, le=1)
     """Share of a step's product that scans of all decoder rows may take; reports in between repeat the last scan's."""
-    least_together: int = Field(10, ge=2)
+    least_together: int = Field(4, ge=2)
     """Rows on which two latents must both be active to be listed."""
     listed: int = Field(50, ge=1)
     """Pairs of a report, at most."""
@@ -86,8 +86,7 @@ class CorrelationMonitor:
         """The active pairs of each batch of the sample, and the stratum of each of their rows"""
         self._last: CorrelationReport | None = None
         self.lost_reports = 0
-        nothing = torch.zeros(0, dtype=torch.int64)
-        self.correlated = Pairs(nothing, nothing)
+        self.correlated = Correlated.none()
         """The pairs of the last report on training steps by falling correlation, those not listed included."""
 
     def due(self, done: int) -> bool:
@@ -192,14 +191,14 @@ class CorrelationMonitor:
 
     def _make(
         self, sample: Sample, every: Active, stratum: Tensor, dead: Tensor, before: CorrelationReport | None
-    ) -> tuple[CorrelationReport, Pairs]:
+    ) -> tuple[CorrelationReport, Correlated]:
         config, done = self._config, sample.last_step
         strata = list(sample.strata)
         position_0 = strata.index(POSITION_0) if POSITION_0 in strata and len(strata) > 1 else -1
         rest = every.of_rows(stratum != position_0)
         correlated, without = _correlations(rest, config)
         _, whole = _correlations(every, config)
-        listed = Pairs(*(side[: config.listed] for side in correlated))
+        listed = Pairs(*(side[: config.listed] for side in correlated.pairs))
         pairs = self._listed(listed, every, rest, stratum, strata, before)
         known = {pair.key for pair in before.pairs} if before else set()
         if before and done - before.directions.step < self._scan_every:
@@ -290,11 +289,11 @@ def _rows_of_each(strata: Sequence[str], stratum: Tensor) -> dict[str, int]:
     return dict(zip(strata, torch.bincount(stratum, minlength=len(strata)).tolist(), strict=True))
 
 
-def _correlations(active: Active, config: MonitorConfig) -> tuple[Pairs, Correlations]:
-    pairs, correlation, above = correlated_pairs(active, config.least_together, levels=LEVELS)
-    return pairs, Correlations(
+def _correlations(active: Active, config: MonitorConfig) -> tuple[Correlated, Correlations]:
+    found, above = correlated_pairs(active, config.least_together, levels=LEVELS)
+    return found, Correlations(
         rows=len(active.starts) - 1,
-        largest=float(correlation[:1].sum()),
+        largest=float(found.correlation[:1].sum()),
         pairs_above={f"{level}": count for level, count in above.items()},
     )
 
