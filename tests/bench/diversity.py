@@ -32,7 +32,7 @@ ARMS: dict[str, dict[str, float]] = {
         "diversity.orthogonality.every": 5,
     },
     "mined": {"diversity.mined.weight": 1},
-    "full": {"diversity.mined.weight": 1, "diversity.co_activation.weight": 3},
+    "full": {"diversity.mined.weight": 1, "diversity.co_activation.weight": 1},
 }
 SETTINGS: dict[str, tuple[list[str], dict[str, float]]] = {
     "narrow": ([], {"steps": 2000, "transcoder.d_sae": 4096}),
@@ -96,13 +96,19 @@ def experiment(setting: str, options: argparse.Namespace) -> Comparison:
 def train(store: str, setting: str, arm: str, seed: int, folder: Path) -> Path:
     """The finished run of one arm and seed."""
     path = folder / f"{setting}-{arm}-{seed}"
+    done = (ROOT / path / "checkpoints" / f"step-{SETTINGS[setting][1]['steps']:06d}").exists()
     if not (ROOT / path / "config.json").exists():
-        values = {"threads": 1, "seed": seed, "checkpoint.keep_last": 1} | SETTINGS[setting][1] | OFF | ARMS[arm]
+        values = (
+            {"threads": 1, "seed": seed, "checkpoint.keep_last": 1, "samples.rows": 0}
+            | SETTINGS[setting][1]
+            | OFF
+            | ARMS[arm]
+        )
         told = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
         run(
             sys.executable, "-m", "train", "run", "tiny", "--store", store, "--runs", folder, "--name", path.name, *told
         )
-    else:
+    elif not done:
         run(sys.executable, "-m", "train", "resume", path)
     return path
 

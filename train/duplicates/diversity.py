@@ -48,7 +48,7 @@ class MinedConfig(Config):
 class CoActivationConfig(Config):
     """Being active together, of pairs that the monitor found correlated."""
 
-    weight: float = Field(3.0, ge=0)
+    weight: float = Field(1.0, ge=0)
     """Weight of the term; 0 switches it off."""
     margin: float = Field(0.6, ge=0, lt=1)
     """Correlation that costs nothing."""
