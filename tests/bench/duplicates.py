@@ -37,6 +37,7 @@ GROUP, CENTRE = 8, 0.8
 """Decoder rows lie in groups of 8 around centres, whose cosines are about 0.4: some thousand pairs above the margin."""
 TINY = 1e-6
 """Weight of the terms that are measured: latents stay where they are."""
+TERMS = ("orthogonality", "mined", "co_activation", "position")
 EXACT = "MALLOC_MMAP_THRESHOLD_=65536"
 """Freed memory goes back at once, so that a peak is what was needed, and not what was there."""
 LINE = "python -m tests.bench.duplicates"
@@ -86,7 +87,7 @@ def report_costs(d_sae: int) -> dict[str, tuple[float, str]]:
     model = Transcoder(1, d_out, TranscoderConfig(d_sae=d_sae).resolve(1, activation), activation, still)
     model.blas = faster_here()
     group_decoder_rows(model)
-    config, rng = MonitorConfig(), np.random.default_rng(0)
+    config, rng = MonitorConfig(every=100), np.random.default_rng(0)
     steps = [step_of(sample(rng, d_sae, k), model) for _ in range(-(-config.rows // B))]
     all_dead, some_dead = torch.ones(d_sae, dtype=torch.bool), torch.arange(d_sae) % part > 0
     figures: dict[str, tuple[float, str]] = {}
@@ -164,15 +165,16 @@ def group_decoder_rows(model: Transcoder) -> None:
 
 def diversity(made: Setup, **weights: float) -> Diversity:
     """The terms of `weights`, with pairs that a scan found, and as many correlated ones as there may be."""
-    config = DiversityConfig.model_validate({name: {"weight": weight} for name, weight in weights.items()})
+    config = DiversityConfig.model_validate({name: {"weight": weights.get(name, 0)} for name in TERMS})
     found = Diversity(made.model, config, torch.ones(B), STRATA[POSITION_0], 0)
     generator = torch.Generator().manual_seed(0)
     pairs = torch.randint(made.model.d_sae, (2, config.co_activation.pairs), generator=generator)
-    full = DiversityConfig.model_validate({"mined": {"weight": 1.0}})
+    full = DiversityConfig.model_validate({name: {"weight": float(name == "mined")} for name in TERMS})
     scanned = Diversity(made.model, full, torch.ones(B), STRATA[POSITION_0], 0)
     scanned.direction_terms(made.dead, 0)
     mined = {f"diversity.mined.{side}": latents for side, latents in scanned.mined._asdict().items()}
     correlated = {"diversity.correlated.first": pairs.min(0).values, "diversity.correlated.second": pairs.max(0).values}
+    correlated["diversity.strength"] = torch.ones(pairs.shape[1])
     found.load(found.state() | mined | correlated)
     made.model.zero_grad(set_to_none=True)
     return found
@@ -191,17 +193,16 @@ def term_costs(shape: str) -> dict[str, tuple[float, str]]:
 
         return call
 
-    names = ("orthogonality", "mined", "co_activation", "position")
-    on = {name: diversity(made, **{name: TINY}) for name in names}
+    on = {name: diversity(made, **{name: TINY}) for name in TERMS}
     scans, every = on["mined"].scan_every, DiversityConfig().orthogonality.every
     pairs = len(on["mined"].mined.first)
     off = step(diversity(made), 1)
-    parts: dict[str, Callable[[], object]] = {name: step(on[name], 1) for name in names if name != "orthogonality"}
+    parts: dict[str, Callable[[], object]] = {name: step(on[name], 1) for name in TERMS if name != "orthogonality"}
     parts |= {"chunk": step(on["orthogonality"], 0), "scan": step(on["mined"], 0)}
-    parts["all"] = step(diversity(made, **dict.fromkeys(names, TINY)), 1)
+    parts["all"] = step(diversity(made, **dict.fromkeys(TERMS, TINY)), 1)
     taken = beside(off, parts, REPEATS[shape])
     whole, extra = taken["off"], taken
-    config = MonitorConfig()
+    config = MonitorConfig(every=100)
     watching = monitor_costs(made, config)
     looks = -(-config.rows // B)
     figures: dict[str, tuple[float, str]] = {"step without": (whole * 1e3, "CPU-ms")}

@@ -28,12 +28,14 @@ from tests.stores import BOS, Array, SyntheticStore, make_store
 from train import checkpoint
 from train.settings import read_config
 
+OFF = ("samples.rows=0", "diversity.mined.weight=0", "diversity.co_activation.weight=0")
 ARMS: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "orthogonality": ("diversity.orthogonality.weight=1",),
     "mined": ("diversity.mined.weight=1",),
     "mined, co_activation": ("diversity.mined.weight=1", "diversity.co_activation.weight=1"),
 }
+"""What each has of the diversity loss; it is off otherwise."""
 SETTINGS = """
 log_every = 250
 threads = 1
@@ -272,7 +274,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[dict[st
         for arm in options.arms:
             name = f"{arm.replace(', ', '-')}-{seed}"
             where = ("--config", config, "--store", store, "--runs", folder, "--name", name)
-            sets = [part for one in (*options.assignments, *ARMS[arm]) for part in ("--set", one)]
+            sets = [part for one in (*OFF, *options.assignments, *ARMS[arm]) for part in ("--set", one)]
             command = (sys.executable, "-m", "train", "run", *where, "--steps", options.steps, "--seed", seed, *sets)
             done = run(*command)
             results[arm].append(judge(folder / name, shape.truth(0)))
