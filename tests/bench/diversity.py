@@ -9,7 +9,7 @@ at a time. An hour and a half on two cores.
 
 Arms: `baseline` has no diversity loss; `ortsae` the penalty on random chunks of decoder rows alone (arXiv 2509.22033),
 of half of all rows or a quarter, every 5 steps; `mined` the one on the closest pairs of all; `full` is that and the
-penalty on correlated pairs, as the presets have it. All have the same margins.
+penalty on correlated pairs, as the presets have it; `strong` has three times that. All have the same margins.
 """
 
 import argparse
@@ -33,6 +33,7 @@ ARMS: dict[str, dict[str, float]] = {
     },
     "mined": {"diversity.mined.weight": 1},
     "full": {"diversity.mined.weight": 1, "diversity.co_activation.weight": 1},
+    "strong": {"diversity.mined.weight": 1, "diversity.co_activation.weight": 3},
 }
 SETTINGS: dict[str, tuple[list[str], dict[str, float]]] = {
     "narrow": ([], {"steps": 2000, "transcoder.d_sae": 4096}),
