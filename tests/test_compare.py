@@ -16,7 +16,7 @@ from train import checkpoint
 from train.compare.arms import spread
 from train.compare.consistency import densest, matched_cosine
 from train.compare.figures import bos_share_of_top, cost_per_step, measure_run
-from train.compare.merging import alike, densest_of, merge, without
+from train.compare.merging import _refitted, alike, densest_of, merge, without
 from train.evaluate import evaluate, evaluate_whole, natural_weights, threshold_at
 from train.held_out import HeldOutActive, held_out_active
 from train.loop import build_transcoder, load_weights
@@ -184,6 +184,9 @@ def test_copies_merge_for_nothing_and_others_do_not(command: Command, store: Syn
         model.W_dec[one] = fitted
     alone = without(model, torch.tensor([other]), opened, threshold, 100)
     assert merged == pytest.approx(alone, rel=1e-4)
+    silent = threshold.clone()
+    silent[one] = torch.inf  # active on no row: its decoder row stays
+    assert _refitted(model, torch.tensor([one]), silent, opened, 100, "source").equal(model.W_dec[[one]])
 
 
 def reference_rows(
@@ -237,8 +240,15 @@ def test_what_cannot_be_compared_is_refused(command: Command, store: SyntheticSt
     relu = train(command, store, "relu", "--set", "activation.kind=relu")
     other = make_store(tmp_path / "elsewhere" / "store", seed=3, held_out_blocks=4)
     foreign = train(command, other, "b")
+    again = train(command, store, "again")
     for arguments, said in (
         ((run, run), "different runs"),
+        ((run, again), "are one arm and have one seed twice"),
+        ((run, "--store", other.path), "pass the --store that the runs were trained on"),
+        ((run, "--l0", 0), "--l0"),
+        ((run, "--l0", "nan"), "--l0"),
+        ((run, "--l0", 50), "active latents, not 50; pass a smaller --l0"),
+        ((run, "--matched-latents", 0), "--matched-latents"),
         ((run, relu), "no k in common: pass --l0"),
         ((run, foreign), "compare runs of one store"),
         ((run, tmp_path / "none"), "is not a run"),
@@ -246,6 +256,36 @@ def test_what_cannot_be_compared_is_refused(command: Command, store: SyntheticSt
         found = command("compare", *arguments)
         assert found.code == 2 and said in found.err and "Traceback" not in found.err
     assert command("compare", run, relu, "--l0", 4).code == 0
+
+
+def test_an_autoencoder_of_the_targets_is_compared(command: Command, store: SyntheticStore) -> None:
+    run = train(command, store, "t", "--set", "source=target")
+    found = command("compare", run, "--json")
+    assert found.code == 0 and json.loads(found.out)["arms"][0]["spread"]["fvu"]["mean"] < 2
+
+
+def test_what_runs_started_from_sets_them_apart(command: Command, store: SyntheticStore) -> None:
+    fresh = train(command, store, "arm-0")
+    tuned = train(command, store, "arm-1", "--seed", 1, "--init-from", fresh)
+    arms = json.loads(command("compare", fresh, tuned, "--json").out)["arms"]
+    assert [arm["name"] for arm in arms] == ["arm-0", "arm-1"]
+    assert arms[0]["differs"] == {"init_from": None} and arms[1]["differs"]["init_from"].endswith("arm-0")
+
+
+def test_where_very_many_latents_are_active_every_nth_row_is_counted(
+    command: Command, store: SyntheticStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Store.open(store.path)
+    model = loaded(train(command, store, "a"), opened)
+    blocks, threshold = opened.record.report_blocks, torch.zeros(64)
+    whole = held_out_active(model, opened, blocks, threshold, 10**9)
+    meetings = int(whole.active.starts.diff().square().sum())
+    monkeypatch.setattr("train.held_out.MOST_MEETINGS", meetings // 4)
+    found = held_out_active(model, opened, blocks, threshold, 10**9)
+    assert 0.15 * len(whole.stratum) < len(found.stratum) < 0.35 * len(whole.stratum)
+    assert len(found.active.starts) - 1 == len(found.stratum)
+    first = whole.active.of_rows(torch.arange(len(whole.stratum)) == 0)
+    assert torch.equal(found.active.latents[: len(first.latents)], first.latents)
 
 
 def test_an_unfinished_run_is_refused(command: Command, store: SyntheticStore) -> None:
@@ -266,6 +306,24 @@ def test_a_steps_cost_leaves_evaluations_checkpoints_and_the_first_out(command: 
         row |= {"seconds": clock, "cpu_seconds": 2 * clock}
     (run / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert cost_per_step(run, read_config(run).settings) == (pytest.approx(20.0), pytest.approx(10.0))
+    for row in rows[5:]:
+        row |= {"from_step": 10, "seconds": row["seconds"] + 7, "cpu_seconds": row["cpu_seconds"] + 9}  # resumed
+    lines = [json.dumps(row) for row in rows]
+    (run / "timing.jsonl").write_text("\n".join(lines) + '\n{"step": 3')
+    assert cost_per_step(run, read_config(run).settings) == (pytest.approx(20.0), pytest.approx(10.0))
+    (run / "timing.jsonl").unlink()
+    assert cost_per_step(run, read_config(run).settings) == (None, None)
+
+
+def test_a_checkpoint_between_rows_of_the_log_is_left_out(command: Command, store: SyntheticStore) -> None:
+    run = train(command, store, "a", "--set", "checkpoint.every=15")
+    rows = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
+    clock = 0.0
+    for row in rows:
+        clock += {16: 5.0, 20: 5.0, 30: 5.0}.get(row["step"], 0.02)  # 15 was saved within those of 16
+        row |= {"seconds": clock, "cpu_seconds": clock}
+    (run / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cost_per_step(run, read_config(run).settings) == (pytest.approx(10.0), pytest.approx(10.0))
 
 
 def test_a_spread_is_the_mean_and_the_sample_deviation() -> None:

@@ -122,8 +122,18 @@ def samples(
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--store", type=click.Path(path_type=Path), help="Where the runs' store is now, if it was moved.")
-@click.option("--l0", type=float, help="Active latents per row to compare at; default: the runs' k.")
-@click.option("--matched-latents", default=4096, show_default=True, help="Latents matched across seeds, at most.")
+@click.option(
+    "--l0",
+    type=float,
+    help="Active latents per row to compare at; default: the runs' k.",
+)
+@click.option(
+    "--matched-latents",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Latents matched across seeds, at most.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare(runs: tuple[Path, ...], store: Path | None, l0: float | None, matched_latents: int, as_json: bool) -> None:
     """Held-out figures of RUNS of one store side by side; those that differ in their seed alone are one arm."""

@@ -15,6 +15,9 @@ from train.rows import Side, held_out_rows
 from train.sparsity import Active
 from train.transcoder import Transcoder
 
+MOST_MEETINGS = 2**31
+"""Of two latents on a row, each pair of them twice: some seconds of counting on one core."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutActive:
@@ -52,22 +55,27 @@ def held_out_active(
     """Active pairs under `threshold` on all rows of `blocks`, thinned out to natural frequencies.
 
     Of a stratum that counts less than another, each block's first rows are taken: they are a random part of it. Rows of
-    position 0 are taken as they are.
+    position 0 are taken as they are. Where so many latents are active that counting pairs of them would take more than
+    `MOST_MEETINGS`, every n-th row is.
     """
     weights, strata = natural_weights(store), store.strata
     most = max(weights.values())
     taken = {
-        name: max(1, round(rows.stratum.rows * weights[name] / most)) if weights[name] else rows.stratum.rows
-        for name, rows in strata.items()
+        name: max(1, round(s.stratum.rows * weights[name] / most)) if weights[name] else s.stratum.rows
+        for name, s in strata.items()
     }
+    rows = len(blocks) * sum(taken.values())
     parts, stratum, seen, names = [], [], dict.fromkeys(strata, 0), tuple(strata)
     for chunk in held_out_rows(store, blocks, chunk_rows, transcoder.W_enc.device, source):
         number = torch.arange(seen[chunk.stratum], seen[chunk.stratum] + len(chunk.source))
         seen[chunk.stratum] += len(chunk.source)
         wanted = number % strata[chunk.stratum].stratum.rows < taken[chunk.stratum]
         x, _ = transcoder.normalised(chunk.source[wanted], chunk.target[wanted])
-        parts.append(transcoder.select_above(transcoder.pre_acts(x), threshold).cpu())
-        stratum.append(torch.full((len(x),), names.index(chunk.stratum)))
+        active = transcoder.select_above(transcoder.pre_acts(x), threshold).cpu()
+        meetings = int(active.starts.diff().square().sum()) * rows // max(len(x), 1)
+        kept = torch.arange(len(x)) % max(1, -(-meetings // MOST_MEETINGS)) == 0
+        parts.append(active if kept.all() else active.of_rows(kept))
+        stratum.append(torch.full((int(kept.sum()),), names.index(chunk.stratum)))
     first = next(iter(strata.values())).stratum
     return HeldOutActive(
         active=Active.joined(parts),

@@ -92,6 +92,8 @@ class Run:
 
     def train(self) -> None:
         """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
+        for log in (self._metrics, self._timing):
+            log.cut(self._first)
         settings, self._logged, note = self._settings, (0.0, 0.0), ""
         self._began, self._cpu_began = time.monotonic(), time.process_time()
         if settings.device == "cpu" and not loops.compiled_before():
@@ -119,17 +121,19 @@ class Run:
                     raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
         self._finish(stop)
 
-    def _finish(self, stop: list[int]) -> None:
+    def _finish(self, stopped: list[int]) -> None:
         """What follows the last checkpoint; resuming a finished run makes it anew where some of it is missing."""
         monitor, samples = self._settings.monitor.every != 0, self._settings.samples.rows > 0
         there = (not monitor or self._monitor.reported_held_out) and (not samples or self._sampled)
         if self._first == self._settings.steps and there:
             print(f"{self._path} is finished: {self._settings.steps} steps", file=sys.stderr)
             return
-        if monitor:
-            self._report_held_out()
-        if samples:
-            self._sample(stop)
+        with _stop_signals() as stop:
+            stop += stopped
+            if monitor:
+                self._report_held_out()
+            if samples:
+                self._sample(stop)
         self._usage.finish(self._settings.steps)
 
     def _due(self, done: int, every: int) -> bool:
@@ -178,7 +182,12 @@ class Run:
         rate = (done - self._first) * self._settings.rows.batch_rows / seconds
         self._timing.append(
             head
-            | {"seconds": seconds, "cpu_seconds": time.process_time() - self._cpu_began, "rows_per_second": rate}
+            | {
+                "from_step": self._first,
+                "seconds": seconds,
+                "cpu_seconds": time.process_time() - self._cpu_began,
+                "rows_per_second": rate,
+            }
             | self._data_wait(seconds)
         )
         return note
@@ -214,22 +223,20 @@ class Run:
     def _sampled(self) -> bool:
         return all(path.is_file() for path in paths(self._path, self._settings.steps))
 
-    def _sample(self, stopped: list[int]) -> None:
+    def _sample(self, stop: list[int]) -> None:
         """Samples of the last step. A full disk costs the files and one warning, never the run."""
         done, settings = self._settings.steps, self._settings.samples
-        with _stop_signals() as stop:
-            stop += stopped
-            try:
-                found = make_samples(
-                    self._transcoder, self._store, self._threshold(done), self._config, settings, done, stop
-                )
-            except Stopped as error:
-                raise Stopped(f"{error}; continue with: python -m train resume {self._path}") from error
-            self._usage.call(SAMPLES, effect=found.record.latents)
-            try:
-                found.publish(self._path)
-            except DiskFull as error:
-                print(f"warning: {error}; the run is finished, and has no samples", file=sys.stderr)
+        try:
+            found = make_samples(
+                self._transcoder, self._store, self._threshold(done), self._config, settings, done, stop
+            )
+        except Stopped as error:
+            raise Stopped(f"{error}; continue with: python -m train resume {self._path}") from error
+        self._usage.call(SAMPLES, effect=found.record.latents)
+        try:
+            found.publish(self._path)
+        except DiskFull as error:
+            print(f"warning: {error}; the run is finished, and has no samples", file=sys.stderr)
 
     def _initialise(self, initial: Checkpoint | None, resumed: Checkpoint | None) -> None:
         """Weights from `resumed`, with all other state; else from `initial`, weights only; else random."""
@@ -247,8 +254,6 @@ class Run:
             load_weights(self._transcoder, initial.path)
         else:
             self._transcoder.initialise(self._settings.seed)
-        for log in (self._metrics, self._timing):
-            log.cut(self._first)
 
     def _l0_by_running_threshold(self, pre_acts: Tensor) -> float:
         """Active latents per row of one batch by the running threshold, without position 0."""

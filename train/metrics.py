@@ -6,6 +6,7 @@ Sums are gathered on the device and fetched once per row of metrics.jsonl.
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -175,18 +176,18 @@ class Log:
                 print(f"warning: {self._path}: {error.strerror}; training goes on, rows are lost", file=sys.stderr)
             self.lost_rows += 1
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, a torn last one left out; none where there is no file."""
+        if not self._path.is_file():
+            return []
+        found = []
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
     def cut(self, step: int) -> None:
         """Drop rows past `step`, and a torn last line: a resumed run writes them again."""
         if self._path.is_file():
-            durable.publish_bytes(self._path, "".join(f"{line}\n" for line in self._lines(step)).encode())
-
-    def _lines(self, step: int) -> list[str]:
-        kept = []
-        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if row["step"] <= step:
-                kept.append(line)
-        return kept
+            kept = [json.dumps(row, allow_nan=False) for row in self.rows() if row["step"] <= step]
+            durable.publish_bytes(self._path, "".join(f"{line}\n" for line in kept).encode())

@@ -13,7 +13,7 @@ from shared.errors import UserError
 from shared.progress import Progress
 from shared.store import Store
 from train.compare.consistency import densest, matched_cosine
-from train.compare.figures import Figures, Measured, measure_run
+from train.compare.figures import Figures, Measured, measure_run, require_finished
 from train.settings import RunConfig, read_config
 from train.transcoder import BatchTopK, TopK
 
@@ -49,6 +49,7 @@ class Comparison(Config):
     l0: float
     """Active latents per row, of all runs, on the calibration rows."""
     report_rows: int
+    """Stored rows of the report blocks, position 0 included."""
     matched_latents: int
     """The densest live latents of each run, at most this many, are matched across seeds."""
     arms: list[Arm]
@@ -60,23 +61,30 @@ def compare(
 ) -> Comparison:
     """Measure finished `runs` on one store at one l0: that of their k, unless another is given.
 
-    Raises `UserError` when there are none, they are not of one store and shape, or have no k in common.
+    Raises `UserError` when there are none, one is not finished, two are one run, they are not of one store, or have no
+    k in common.
     """
     if len(set(map(os.path.realpath, runs))) < max(len(runs), 1):
         raise UserError("compare needs different runs: RUN RUN ...")
+    if l0 is not None and not 0 < l0 < math.inf:
+        raise UserError(f"--l0 must be a number above 0, got {l0}")
     configs = [read_config(run) for run in runs]
     store = _store(runs, configs, store_path)
-    wanted = _common_k(configs) if l0 is None else l0
+    for run, config in zip(runs, configs, strict=True):
+        require_finished(run, config)
+    wanted, groups = _common_k(configs) if l0 is None else l0, _groups(runs, configs)
     with store.reading(), Progress("compare", len(runs), "runs") as progress:
         measured = []
         for i, run in enumerate(runs):
             measured.append(measure_run(run, store, wanted, chunk_rows))
             progress.update(i + 1, run.name)
-        arms = [_arm(group, matched_latents) for group in _groups(measured)]
-    settings = [_flat(arm[0].config.settings.model_dump(mode="json")) for arm in _groups(measured)]
-    names = {name for one in settings for name in one}
-    odd = sorted(name for name in names - {"seed"} if len({json.dumps(one.get(name)) for one in settings}) > 1)
-    differs = [{name: one[name] for name in odd if name in one} for one in settings]
+    arms = [_arm([measured[i] for i in group], matched_latents) for group in groups]
+    if len({arm.name for arm in arms}) < len(arms):
+        arms = [arm.model_copy(update={"name": runs[group[0]].name}) for arm, group in zip(arms, groups, strict=True)]
+    described = [_described(configs[group[0]]) for group in groups]
+    names = {name for one in described for name in one}
+    odd = sorted(name for name in names - {"seed"} if len({json.dumps(one.get(name)) for one in described}) > 1)
+    differs = [{name: one[name] for name in odd if name in one} for one in described]
     return Comparison(
         store=store.request.digest,
         l0=wanted,
@@ -96,8 +104,11 @@ def _store(runs: Sequence[Path], configs: Sequence[RunConfig], path: Path | None
             )
         if config.settings.source != first.settings.source:
             raise UserError(f"{run} reads the {config.settings.source}, {runs[0]} the {first.settings.source}")
-    if (store.record.d_in, store.record.d_out) != (first.d_in, first.d_out):  # with source=target too: d_out decides
-        raise UserError(f"{store.path} is of other widths than that of {runs[0]}")
+    if store.request.digest != first.request:
+        raise UserError(
+            f"{runs[0]} was trained on request {first.request[:6]}, {store.path} is {store.request.digest[:6]}: pass "
+            "the --store that the runs were trained on"
+        )
     return store
 
 
@@ -108,12 +119,24 @@ def _common_k(configs: Sequence[RunConfig]) -> float:
     return float(found.pop() or 0)
 
 
-def _groups(measured: Sequence[Measured]) -> list[list[Measured]]:
-    """Arms, in the order of their first runs."""
-    found: dict[str, list[Measured]] = {}
-    for one in measured:
-        found.setdefault(one.config.settings.model_copy(update={"seed": 0}).model_dump_json(), []).append(one)
+def _groups(runs: Sequence[Path], configs: Sequence[RunConfig]) -> list[list[int]]:
+    """Which runs each arm has, in the order of their first ones."""
+    found: dict[str, list[int]] = {}
+    for i, config in enumerate(configs):
+        found.setdefault(json.dumps(_described(config) | {"seed": None}, sort_keys=True), []).append(i)
+    for arm in found.values():
+        seeds = [configs[i].settings.seed for i in arm]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(
+                f"{', '.join(str(runs[i]) for i in arm)} are one arm and have one seed twice: leave one out"
+            )
     return list(found.values())
+
+
+def _described(config: RunConfig) -> dict[str, Any]:
+    """What a run is, by dotted names."""
+    more = config.model_dump(mode="json", include={"init_from", "first_block", "last_block"})
+    return _flat(config.settings.model_dump(mode="json")) | more
 
 
 def _arm(runs: list[Measured], most: int) -> Arm:

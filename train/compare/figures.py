@@ -3,7 +3,6 @@
 Legend: F latents, O d_out.
 """
 
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,7 @@ from train.duplicates.directions import Pairs, close_pairs, connected, nearest_c
 from train.evaluate import evaluate_whole, threshold_at
 from train.held_out import HeldOutActive, held_out_active
 from train.loop import build_transcoder, load_weights
-from train.metrics import TIMING
+from train.metrics import TIMING, Log
 from train.settings import RunConfig, Settings, read_config
 from train.sparsity import Active
 
@@ -98,29 +97,34 @@ class Measured:
     live: Tensor
     """[n] latents that are active on the held-out rows"""
     density: Tensor
-    """[F] rows on which each is"""
+    """[F] rows on which each is, without position 0"""
     W_dec: Tensor
     """[F, O] on CPU"""
+
+
+def require_finished(run: Path, config: RunConfig) -> None:
+    """Raise `UserError` when the newest checkpoint of `run` is not of its last step."""
+    if (step := checkpoint.find(run).step) < config.settings.steps:
+        raise UserError(
+            f"{run} is at step {step} of {config.settings.steps}; finish it with: python -m train resume {run}"
+        )
 
 
 @torch.no_grad()
 def measure_run(run: Path, store: Store, l0: float, chunk_rows: int) -> Measured:
     """Measure the finished `run` on `store`, with thresholds at which rows have `l0` active latents each.
 
-    Raises `UserError` when it is not finished.
+    Raises `UserError` when it has fewer active latents even without a threshold.
     """
     config, found = read_config(run), checkpoint.find(run)
     settings, source = config.settings, config.settings.source
-    if found.step < settings.steps:
-        raise UserError(
-            f"{run} is at step {found.step} of {settings.steps}; finish it with: python -m train resume {run}"
-        )
     model = build_transcoder(config, store)
     load_weights(model, found.path)
     threshold = threshold_at(model, store, l0, chunk_rows, source)
     held_out = held_out_active(model, store, store.record.report_blocks, threshold, chunk_rows, source)
-    density = torch.bincount(held_out.active.latents, minlength=model.d_sae)
-    live, rest, W_dec = density.nonzero().squeeze(1), held_out.without_position_0, model.W_dec.detach()
+    rest, W_dec = held_out.without_position_0, model.W_dec.detach()
+    live = torch.bincount(held_out.active.latents, minlength=model.d_sae).nonzero().squeeze(1)
+    density = torch.bincount(rest.latents, minlength=model.d_sae)
 
     close, cosines = close_pairs(W_dec, live.to(W_dec.device), _COSINE, model.blas)
     within = (model.segment[close.first] == model.segment[close.second]).cpu()
@@ -129,6 +133,8 @@ def measure_run(run: Path, store: Store, l0: float, chunk_rows: int) -> Measured
     same = close.kept(measure(rest, close).jaccard >= _JACCARD)
     counts, correlated, largest = _correlations(rest)
     evaluation = evaluate_whole(model, store, threshold, chunk_rows, source)
+    if not threshold.any() and evaluation.l0 < 0.9 * l0:
+        raise UserError(f"rows of {run} have {evaluation.l0:.1f} active latents, not {l0:g}; pass a smaller --l0")
     bos, (cpu, wall) = bos_share_of_top(held_out)[live], cost_per_step(run, settings)
 
     kept, dropped = densest_of(connected(same.joined(correlated)), density)
@@ -186,14 +192,14 @@ def cost_per_step(run: Path, settings: Settings) -> tuple[float | None, float | 
 
     Between rows of `timing.jsonl` that no evaluation or checkpoint falls between, the first left out: it compiles.
     """
-    rows = [json.loads(line) for line in (run / TIMING).read_text(encoding="utf-8").splitlines()]
+    rows = Log(run / TIMING).rows()
     spent = {"cpu_seconds": 0.0, "seconds": 0.0}
     steps = 0
     for before, row in pairwise(rows):
         evaluated = row["step"] // settings.evaluation.every > before["step"] // settings.evaluation.every
-        saved = before["step"] % settings.checkpoint.every == 0
-        went_on = row["seconds"] > before["seconds"]  # a resumed run's clock starts anew
-        if evaluated or saved or not went_on or row["step"] == settings.steps or "cpu_seconds" not in row:
+        saved = (row["step"] - 1) // settings.checkpoint.every > (before["step"] - 1) // settings.checkpoint.every
+        resumed = row.get("from_step") != before.get("from_step")  # its clocks start anew
+        if evaluated or saved or resumed or row["step"] == settings.steps or "cpu_seconds" not in row:
             continue
         steps += row["step"] - before["step"]
         for name in spent:

@@ -98,10 +98,10 @@ def _refitted(
         active = transcoder.select_above(transcoder.pre_acts(x), threshold)
         dense = _columns(active, column, count)
         residual = (y - transcoder.reconstruct_whole(active.values, active, x)).double()
-        residual += dense @ transcoder.W_dec[kept].double()
         squares += weight * dense.T @ dense
         moments += weight * dense.T @ residual
-    return (torch.linalg.pinv(squares, hermitian=True) @ moments).to(transcoder.W_dec.dtype)
+    change = torch.linalg.pinv(squares, hermitian=True) @ moments  # none of a latent that is active on no row
+    return (transcoder.W_dec[kept] + change).to(transcoder.W_dec.dtype)
 
 
 def _columns(active: Active, column: Tensor, count: int) -> Tensor:  # [R, G] float64

@@ -52,6 +52,8 @@ def print_comparison(comparison: Comparison, stderr: bool = False) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     console = Console(stderr=stderr)
+    if not console.is_terminal:  # a file or a pipe has room
+        console = Console(stderr=stderr, width=40 + 32 * len(comparison.arms))
     console.print(table)
     for arm in comparison.arms:
         if arm.differs:

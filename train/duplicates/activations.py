@@ -133,6 +133,7 @@ def co_activation_loss(
     correlation would vanish where two latents say exactly the same, and where a rare pair meets on one row alone. At a
     given sum of two values their product is smallest when one of them is 0: so one of two duplicates takes all.
     """
+    # Either way a value that is not above 0 has no part and no gradient.
     products = _Products.apply(values, active, pairs) if values.device.type == "cpu" else _dense(values, active, pairs)
     return (strength * products).sum() / (len(active.starts) - 1)
 
@@ -143,7 +144,7 @@ def _dense(values: Tensor, active: Active, pairs: Pairs) -> Tensor:
     column = torch.full((active.d_sae,), len(latents), device=latents.device)
     column[latents] = torch.arange(len(latents), device=latents.device)  # of one of the places that a latent has
     room = values.new_zeros(len(latents) + 1, len(active.starts) - 1)
-    dense = room.index_put((column[active.latents], active.rows), values, accumulate=True)
+    dense = room.index_put((column[active.latents], active.rows), values.relu(), accumulate=True)
     return torch.linalg.vecdot(*(dense[column[side]] for side in pairs))
 
 
