@@ -132,5 +132,5 @@ def test_a_pickle_in_place_of_weights_is_never_unpickled(tmp_path: Path) -> None
 def test_a_newer_format_is_named(tmp_path: Path) -> None:
     (path,) = publish(tmp_path, 1)
     (path / "state.json").write_text('{"format_version": 99}')
-    with pytest.raises(UserError, match="written by format 99, this reads 2; upgrade"):
+    with pytest.raises(UserError, match=f"written by format 99, this reads {checkpoint.FORMAT_VERSION}; upgrade"):
         checkpoint.read_state(path)
