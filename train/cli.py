@@ -154,10 +154,9 @@ def _free_name(runs: Path, preset: str) -> str:
 def _summarise(run: Path) -> None:
     """The last held-out figures of the run, on stderr."""
     from train.evaluate import Evaluation
-    from train.metrics import METRICS
+    from train.metrics import METRICS, Log
     from train.tables import print_evaluation
 
-    rows = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
-    last = next((row for row in reversed(rows) if "held_out" in row), None)
+    last = next((row for row in reversed(Log(run / METRICS).rows()) if "held_out" in row), None)
     if last:
         print_evaluation(Evaluation.model_validate(last["held_out"]), f"{run}, step {last['step']}", None, stderr=True)

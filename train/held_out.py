@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shared.store import Store
 from shared.strata import POSITION_0
+from train.duplicates.activations import countable
 from train.evaluate import natural_weights
 from train.rows import Side, held_out_rows
 from train.sparsity import Active
@@ -72,8 +73,7 @@ def held_out_active(
         wanted = number % strata[chunk.stratum].stratum.rows < taken[chunk.stratum]
         x, _ = transcoder.normalised(chunk.source[wanted], chunk.target[wanted])
         active = transcoder.select_above(transcoder.pre_acts(x), threshold).cpu()
-        meetings = int(active.starts.diff().square().sum()) * rows // max(len(x), 1)
-        kept = torch.arange(len(x)) % max(1, -(-meetings // MOST_MEETINGS)) == 0
+        kept = countable(active, rows / max(len(x), 1), MOST_MEETINGS)
         parts.append(active if kept.all() else active.of_rows(kept))
         stratum.append(torch.full((int(kept.sum()),), names.index(chunk.stratum)))
     first = next(iter(strata.values())).stratum

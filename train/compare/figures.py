@@ -16,7 +16,7 @@ from shared.store import Store
 from train import checkpoint
 from train.compare.merging import alike, densest_of, merge, without
 from train.duplicates.activations import correlated_pairs, measure
-from train.duplicates.directions import Pairs, close_pairs, connected, nearest_cosines
+from train.duplicates.directions import Pairs, close_pairs, connected, effective_number, nearest_cosines
 from train.evaluate import evaluate_whole, threshold_at
 from train.held_out import HeldOutActive, held_out_active
 from train.loop import build_transcoder, load_weights
@@ -153,7 +153,7 @@ def measure_run(run: Path, store: Store, l0: float, chunk_rows: int) -> Measured
         share_above_0_9=_share(near > 0.9),
         share_within_segment_above_0_7=len(torch.unique(torch.cat(close.kept(within)))) / max(len(live), 1),
         pairs_cosine_above_0_9=int((cosines > 0.9).sum()),
-        effective_number=_effective_number(close, live),
+        effective_number=effective_number(close, live, model.d_sae),
         pairs_correlated_above_0_5=counts[0.5],
         pairs_correlated_above_0_8=counts[0.8],
         pairs_correlated_above_0_8_with_position_0=_correlations(held_out.active)[0][0.8],
@@ -220,11 +220,6 @@ def _nearest(cosines: Tensor) -> Nearest:
         return Nearest(median=0, p99=0, largest=0)
     median, p99 = cosines.double().quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
     return Nearest(median=median, p99=p99, largest=float(cosines.max()))
-
-
-def _effective_number(close: Pairs, live: Tensor) -> float:
-    neighbours = torch.bincount(torch.cat(close), minlength=int(live.max()) + 1 if len(live) else 0)[live]
-    return float((1 / (1 + neighbours.double())).sum())
 
 
 def _share(which: Tensor) -> float:

@@ -45,7 +45,7 @@ def merge(
     silent[dropped] = torch.inf
     transcoder.W_dec[kept] = _refitted(transcoder, kept, silent, store, chunk_rows, source)
     try:
-        return evaluate_whole(transcoder, store, silent, chunk_rows, source).fvu
+        return without(transcoder, dropped, store, threshold, chunk_rows, source)
     finally:
         transcoder.W_dec.copy_(before)
 

@@ -25,6 +25,19 @@ class Measures(NamedTuple):
     """[C] float64, rows on which both are active by rows on which either is; 0 for none"""
 
 
+def countable(
+    active: Active,
+    times: float,
+    most: int,
+) -> Tensor:  # [B] bool
+    """Every n-th row, so that counting pairs of latents on `times` as many rows meets `most` of them.
+
+    Of two latents on a row, each pair of them twice: the cost is the square of a row's active latents.
+    """
+    meetings = int(int(active.starts.diff().square().sum()) * times)
+    return torch.arange(len(active.starts) - 1) % max(1, -(-meetings // most)) == 0
+
+
 class Correlated(NamedTuple):
     """Pairs of latents that are active together, and what a penalty on them needs."""
 
@@ -154,10 +167,10 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, active: Active, pairs: Pairs) -> Tensor:
         sides = (*pairs, active.rows, values.detach(), *active.by_latent)
-        products = values.new_empty(len(pairs.first))
-        loops.products(*(t.numpy() for t in (*sides, products)))
+        together, products = np.empty(len(pairs.first), np.int64), np.empty(len(pairs.first))
+        loops.meetings(*(t.numpy() for t in sides), together, products)
         ctx.save_for_backward(*sides)
-        return products
+        return torch.from_numpy(products).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -108,6 +108,16 @@ def _above(
     return rows, columns, values
 
 
+def effective_number(
+    close: Pairs,
+    latents: Tensor,  # [n] int64
+    d_sae: int,
+) -> float:
+    """Sum over `latents` of 1 / (neighbours, itself included), by pairs of neighbours."""
+    neighbours = torch.bincount(torch.cat(close), minlength=d_sae)[latents]
+    return float((1 / (1 + neighbours.double())).sum())
+
+
 def steps_between_scans(
     W_enc: Tensor,  # [D, F]
     W_dec: Tensor,  # [F, O]

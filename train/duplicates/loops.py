@@ -100,16 +100,20 @@ def meetings(
     together: Ints,
     products: Floats,
 ) -> None:
-    """For each pair of latents, on how many rows both are active, and the sum of the products of their values there."""
+    """For each pair of latents [C], on how many rows both have values above 0, and the sum of their products there."""
     for pair in prange(len(first)):
         i, j, count, total = by_latent[first[pair]], by_latent[second[pair]], 0, 0.0
         while i < by_latent[first[pair] + 1] and j < by_latent[second[pair] + 1]:
             one, other = rows[order[i]], rows[order[j]]
-            if one == other:
+            if one < other or not values[order[i]] > 0:
+                i += 1
+            elif other < one or not values[order[j]] > 0:
+                j += 1
+            else:
                 count += 1
                 total += np.float64(values[order[i]]) * values[order[j]]
-            i += one <= other
-            j += other <= one
+                i += 1
+                j += 1
         together[pair], products[pair] = count, total
 
 
@@ -159,26 +163,6 @@ def list_above(products: Floats, floor: float, starts: Ints, rows: Ints, columns
                 rows[at], columns[at], values[at] = i, j, products[i, j]
                 at += 1
             j += 1
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def products(
-    first: Ints, second: Ints, rows: Ints, values: Floats, order: Ints, by_latent: Ints, found: Floats
-) -> None:
-    """Of each pair of latents, the sum over rows of the product of their values [C], those not above 0 left out."""
-    for pair in range(len(first)):
-        i, j, total = by_latent[first[pair]], by_latent[second[pair]], 0.0
-        while i < by_latent[first[pair] + 1] and j < by_latent[second[pair] + 1]:
-            one, other = rows[order[i]], rows[order[j]]
-            if one < other or not values[order[i]] > 0:
-                i += 1
-            elif other < one or not values[order[j]] > 0:
-                j += 1
-            else:
-                total += np.float64(values[order[i]]) * values[order[j]]
-                i += 1
-                j += 1
-        found[pair] = total
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -21,8 +21,8 @@ from shared.errors import DiskFull
 from shared.strata import POSITION_0
 from train import blas
 from train.blas import Blas
-from train.duplicates.activations import Correlated, correlated_pairs, measure
-from train.duplicates.directions import Pairs, close_pairs, connected, steps_between_scans
+from train.duplicates.activations import Correlated, correlated_pairs, countable, measure
+from train.duplicates.directions import Pairs, close_pairs, connected, effective_number, steps_between_scans
 from train.duplicates.report import (
     CorrelatedPair,
     CorrelationReport,
@@ -101,8 +101,7 @@ class CorrelationMonitor:
         """
         if self._every and self._report_after(done) - done < self._window:
             active = step.active.cpu().positive()
-            meetings = int(active.starts.diff().square().sum()) * self._window
-            kept = torch.arange(len(self._of_row)) % max(1, -(-meetings // _MOST_MEETINGS)) == 0
+            kept = countable(active, self._window, _MOST_MEETINGS)
             self._kept.append((active.of_rows(kept), self._of_row[kept]))
 
     def report(self, done: int, dead: Tensor) -> CorrelationReport:
@@ -267,15 +266,13 @@ class CorrelationMonitor:
         for side in close:
             nearest.scatter_reduce_(0, side.cpu(), cosines.cpu(), "amax")
             inside.scatter_reduce_(0, side[within].cpu(), cosines[within].cpu(), "amax")
-        over = torch.cat([side[cosines > 0.7] for side in close]).cpu()
-        neighbours = torch.bincount(over, minlength=model.d_sae)[~dead]
         directions = Directions(
             step=done,
             live=live,
             share_with_neighbour_above={f"{level}": _share(nearest > level, live) for level in LEVELS},
             share_within_segment_above={f"{level}": _share(inside > level, live) for level in LEVELS},
             largest=float(nearest.max()),
-            effective_number=float((1 / (1 + neighbours.double())).sum()),
+            effective_number=effective_number(close.kept(cosines > 0.7), latents, model.d_sae),
             effective_rank=_effective_rank(model.W_dec.detach()[latents], model.blas),
         )
         close, cosines = close.cpu(), cosines.cpu()
