@@ -1,0 +1,59 @@
+"""What is promised of every fault, by number: a clear error and a non-zero exit code, or the right answer."""
+
+PROMISES: dict[str, dict[int, str]] = {
+    "Kill and resume": {
+        1: "A harvest killed at a random point and resumed is byte for byte the uninterrupted store, without litter.",
+        2: "The same for a kill at every openat, write, fsync, rename and mkdir.",
+        3: "A store whose request was changed, or that is continued by another request, is refused by field.",
+        4: "A training killed anywhere, also inside a checkpoint, and resumed has the weights, optimizer state, "
+        "metrics, reports and samples of the uninterrupted run, bit for bit; no step is missing or doubled.",
+        5: "SIGTERM, SIGINT and SIGUSR1 finish the step, publish, and exit with code 3; a second Ctrl-C exits at once.",
+        6: "A kill between publishing a checkpoint and removing old ones, or during that, leaves a valid one.",
+        7: "After a power cut, what was published verifies or is absent.",
+        8: "Of several torn newest checkpoints, the newest valid one is loaded, with a warning.",
+    },
+    "Disk and resources": {
+        9: "A full disk while harvesting names the path, the bytes needed and those free; with space it resumes.",
+        10: "A full disk at a periodic checkpoint keeps the one before, removes extras, tries again, and trains on.",
+        11: "A full disk at the last checkpoint removes extras, tries again, takes the fallback folder, or exits with "
+        "an error and the checkpoint before loadable.",
+        12: "A full disk at a row of metrics or a report costs that and one warning; a torn last line is tolerated.",
+        13: "The tracker's full disk, dead or stopped process, missing network or missing package change no weight and "
+        "delay no step without bound.",
+        14: "An fsync or rename that fails publishes nothing.",
+        15: "A store or checkpoints that would not fit are refused before the model is loaded; --force goes on.",
+        16: "A kill for want of memory is like any other kill.",
+        17: "An output folder that cannot be written to is an error before the model is loaded.",
+    },
+    "Corruption and hostile input": {
+        18: "A chunk that is cut, empty, missing, longer, changed or swapped is named; repair makes it alone anew.",
+        19: "A chunk that is all zeros by right is there.",
+        20: "An array's metadata with another dtype, byte order or shape, or none, is refused and never made anew.",
+        21: "JSON that is cut, has duplicate keys, NaN, 1e999, deep nesting, unknown keys, negative or huge numbers is "
+        "one clear error.",
+        22: "Names with `..`, absolute paths, NUL, and links out of the store open nothing outside it.",
+        23: "A newer format is named, with the one that is read, and asks for an upgrade.",
+        24: "An older format is read.",
+        25: "A checkpoint with wrong names, shapes, dtypes, NaN or a changed bit is refused with the tensor's name.",
+        26: "A pickle in place of a checkpoint is never unpickled.",
+        27: "Code that comes with a model is never run.",
+    },
+    "Concurrency": {
+        28: "Of two harvesters of one store, the second is told at once.",
+        29: "Of two trainers of one run, likewise.",
+        30: "A reader of a store that is being written is told how far it has come.",
+        31: "Several trainers at once on one store get what each gets alone.",
+    },
+    "Data": {
+        32: "NaN or infinity in an activation stops the harvest, and names layer, sequence and position.",
+        33: "A value too large for the stored type is an error before it is written.",
+        34: "Negative, constant and zero-variance batches have defined results.",
+        35: "A loss that is not finite stops the training, publishes nothing, and names the batch.",
+        36: "Widths that do not fit, k above d_sae and bad prefixes are refused with both numbers, before allocation.",
+        37: "A missing model or tokenizer is one line: what, where it was looked for, how to supply it.",
+        38: "An empty corpus publishes no store.",
+        39: "Documents shorter or longer than the context: every token is accounted for.",
+        40: "Bad Unicode and a missing text column are one line, with the columns there are.",
+        41: "A batch larger than the store, one row, a resume past the end: a clear error or a clean finish.",
+    },
+}
