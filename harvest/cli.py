@@ -1,7 +1,6 @@
 """`python -m harvest`: parse, build the settings, run. Libraries that load slowly are imported where they are used."""
 
 import json
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,6 +13,7 @@ import shared.cli
 from harvest.settings import EMBEDDED, Settings
 from shared.config import build, load_preset, override
 from shared.errors import UserError
+from shared.signals import stop_at_once
 from shared.store import Local
 
 PRESETS = Path(__file__).parent / "presets"
@@ -262,6 +262,6 @@ def _put(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the command line; a termination signal stops a harvest like Ctrl-C: between two files, resumable."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Run the command line; every signal to stop is as Ctrl-C: what is published stays, and resumes."""
+    stop_at_once()
     shared.cli.run(group)

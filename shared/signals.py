@@ -1,0 +1,46 @@
+"""Stopping in good order: signals are noted, and the work looks at them where it can stop."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from shared.errors import Stopped
+
+STOP: tuple[signal.Signals, ...] = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
+"""Ctrl-C, a request to end, and what SLURM sends ahead of its limit when asked to (`--signal=USR1@120`)."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that the signals of `STOP` fill; a second SIGINT raises `KeyboardInterrupt`. Handlers are put back."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in STOP}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_at_once() -> None:
+    """Let every signal of `STOP` raise `KeyboardInterrupt`, as Ctrl-C does: for work that a kill does not hurt."""
+    for number in STOP:
+        signal.signal(number, signal.default_int_handler)
+
+
+def leave(message: str) -> NoReturn:
+    """End the process without waiting for its threads, as a kill would, with the exit code of `Stopped`."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(Stopped.exit_code)

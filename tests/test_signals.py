@@ -1,0 +1,44 @@
+"""Signals that are noted, those that end at once, and what is put back."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from shared.signals import STOP, stop_signals
+
+
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("number", STOP)
+def test_a_signal_is_noted_and_its_handler_put_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_signals() as stop:
+        assert stop == []
+        os.kill(os.getpid(), number)
+        assert stop == [number]
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.fault(5)
+def test_only_a_second_ctrl_c_interrupts() -> None:
+    with stop_signals() as stop, pytest.raises(KeyboardInterrupt):
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert stop == [signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1]
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_of_the_scheduler_are_among_them() -> None:
+    assert STOP == (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.mark.fault(5)
+def test_leaving_does_not_wait_for_threads() -> None:
+    code = (
+        "import threading, time; from shared.signals import leave\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start(); leave('stopped at once')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (3, "error: stopped at once\n")
