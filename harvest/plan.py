@@ -367,7 +367,7 @@ def _append(file: BinaryIO, part: Windows) -> int:
         file.write(np.stack(part, axis=1).tobytes())
         return file.tell()
     except OSError as error:
-        raise durable.explain(error, [Path(file.name)]) from error
+        raise durable.explain(error, Path(file.name)) from error
 
 
 def _check(packed: Packed, quota: Quota, blocks: int, wanted: int, request: StoreRequest) -> None:

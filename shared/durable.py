@@ -51,7 +51,7 @@ def publish_files(files: Mapping[Path, Buffers]) -> None:
     except OSError as error:
         for path in temporary:
             path.unlink(missing_ok=True)
-        raise explain(error, files) from error
+        raise explain(error, next(iter(files)), sum(map(_size, files.values()))) from error
 
 
 def publish_changed(files: Mapping[Path, bytes]) -> None:
@@ -71,7 +71,7 @@ def publish_file(path: Path, write: Callable[[Path], object]) -> None:
         fsync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise explain(error, [path]) from error
+        raise explain(error, path) from error
 
 
 def publish_link(path: Path, source: Path) -> None:
@@ -99,8 +99,11 @@ def saving_tensors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def publish_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; on leaving, fsync all of it and rename it to `path`, which must not exist."""
+def publish_folder(path: Path, needed: int | None = None) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on leaving, fsync all of it and rename it to `path`, which must not exist.
+
+    Raises `DiskFull`, with the bytes that were `needed` if they are known, and leaves nothing then.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
     make_folder(path.parent)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -116,8 +119,50 @@ def publish_folder(path: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
-            raise explain(error, [path]) from error
+            raise explain(error, path, needed) from error
         raise
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a published folder; a kill on the way leaves all of it, or a temporary one that `sweep` removes."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    shutil.rmtree(temporary, ignore_errors=True)
+    move(path, temporary)
+    shutil.rmtree(temporary)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Have a file of `size` bytes that are really taken, so that removing it makes room. Raises `DiskFull`."""
+    if path.is_file() and path.stat().st_size == size:
+        return
+    make_folder(path.parent)
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise explain(error, path, size) from error
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append a line to a log, all of it or nothing; not forced to disk. Raises `DiskFull`."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                _write(file, line)
+            except OSError:
+                if file.seek(0, os.SEEK_END) != before:
+                    file.truncate(before)  # a part of a line would spoil the next one
+                raise
+    except OSError as error:
+        raise explain(error, path, len(line)) from error
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut a log to its first `size` bytes, durably; that takes no room."""
+    os.truncate(path, size)
+    fsync_file(path)
 
 
 def make_sparse(path: Path, size: int) -> None:
@@ -127,7 +172,7 @@ def make_sparse(path: Path, size: int) -> None:
         with open(path, "wb") as file:
             file.truncate(size)
     except OSError as error:
-        raise explain(error, [path]) from error
+        raise explain(error, path) from error
 
 
 def write_at(path: Path, offset: int, data: bytes) -> None:
@@ -135,11 +180,9 @@ def write_at(path: Path, offset: int, data: bytes) -> None:
     try:
         with open(path, "r+b", buffering=0) as file:
             file.seek(offset)
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view) :]
+            _write(file, data)
     except OSError as error:
-        raise explain(error, {path: data}) from error
+        raise explain(error, path, len(data)) from error
 
 
 def move(path: Path, target: Path) -> None:
@@ -294,15 +337,13 @@ def require_space(path: Path, needed: int, what: str) -> None:
         )
 
 
-def explain(error: OSError, paths: Mapping[Path, Buffers] | Sequence[Path]) -> Exception:
+def explain(error: OSError, path: Path, needed: int | None = None) -> Exception:
     """`DiskFull` with path, needed and free bytes when that is what `error` means; otherwise `error` itself."""
-    first = next(iter(paths))
     if error.errno not in _FULL:
         return error
-    needed = sum(_size(data) for data in paths.values()) if isinstance(paths, Mapping) else None
     size = f"{needed:,} bytes needed, " if needed is not None else ""
     return DiskFull(
-        f"disk full while writing {error.filename or first}: {size}{free_bytes(first.parent):,} bytes free "
+        f"disk full while writing {error.filename or path}: {size}{free_bytes(path.parent):,} bytes free "
         f"({os.strerror(error.errno)}); free some space and run the same command again"
     )
 
@@ -318,10 +359,15 @@ def _parts(data: Buffers) -> Sequence[Any]:
 def _write_synced(path: Path, data: Buffers) -> None:
     with open(path, "wb", buffering=0) as file:
         for part in _parts(data):
-            view = memoryview(part).cast("B")
-            while view:
-                view = view[file.write(view) :]
+            _write(file, part)
         os.fsync(file.fileno())
+
+
+def _write(file: Any, data: Any) -> None:
+    """All of `data`: the system may take less than it is given."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[file.write(view) :]
 
 
 def _fsync(path: Path, flags: int) -> None:

@@ -24,7 +24,7 @@ RUNS = (
     ["activation.k=6", "activation.k_start=8", "activation.k_warmup_steps=5", "rows.max_bos_batch_share=0.1",
      "diversity.orthogonality.weight=1", "diversity.mined.weight=1", "diversity.co_activation.weight=1",
      "diversity.position.weight=1", "diversity.controller.max_share_above_0_7=0.1",
-     "diversity.controller.max_pairs_above_0_8=0", "monitor.every=6", "monitor.least_together=2"],
+     "diversity.controller.max_pairs_above_0_8=0", "monitor.every=6", "monitor.least_together=2", "checkpoint.every=5"],
     ["activation.kind=topk", "activation.k=6", "activation.k_start=8", "activation.k_warmup_steps=5"],
     ["activation.kind=jumprelu", "auxk.dead_after_tokens=100"],
     ["activation.kind=relu", "optimizer.max_grad_norm=0.5"],

@@ -1,13 +1,14 @@
-"""Checkpoints: immutable folders `checkpoints/step-000500/`, published whole, verified when read, pruned by policy.
+"""Checkpoints: immutable folders `checkpoints/step-000500/`, published whole and verified when they are read.
 
 weights.safetensors      parameters, normalisation, inference thresholds: all that evaluation and export need
 optimizer.safetensors    Adam's moments, dead counters, running threshold, the open metrics window
-state.json               step, and size and crc32c of the two files; "latest" is the highest step that verifies
+state.json               step, what the last bits depend on, held-out figures, size and crc32c of the two files;
+                         "latest" is the highest step that verifies
 """
 
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -21,36 +22,60 @@ from shared.errors import CorruptData, UserError
 from shared.layout import FileRecord
 from shared.store import fault, file_crc32c
 
-FORMAT_VERSION = 3
+FORMAT_VERSION: Final = 4
+CONFIG = "config.json"
+"""A run's settings, beside its checkpoints: `train.settings.RunConfig`."""
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
 
-class CheckpointConfig(Config):
-    """When checkpoints are made, and which are kept."""
+class HeldOut(Config):
+    """Headline figures of the evaluation at a checkpoint's step."""
 
-    every: int = Field(1000, ge=1)
-    """Steps between checkpoints; the last step always makes one."""
-    keep_last: int = Field(2, ge=1)
-    """Newest checkpoints that are kept."""
+    fvu: float
+    l0: float
 
 
 class CheckpointState(Config):
-    """`state.json`."""
+    """`state.json`. Format 3 had no held-out figures, and of `arithmetic` the threads alone."""
 
-    format_version: int = FORMAT_VERSION
-    step: int
+    format_version: Literal[3, 4] = FORMAT_VERSION
+    step: int = Field(ge=0, lt=2**53)
     """Steps done."""
-    threads: int
-    """Torch's CPU threads while training."""
-    files: dict[str, FileRecord]
+    arithmetic: dict[str, str]
+    """What the last bits of training depend on, see `train.arithmetic`."""
+    held_out: HeldOut | None = None
+    """Of this step, if it was evaluated."""
+    files: dict[Literal["weights.safetensors", "optimizer.safetensors"], FileRecord]
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensors' files."""
+        return sum(record.bytes for record in self.files.values())
 
 
 class Checkpoint(NamedTuple):
     """A verified checkpoint."""
 
     path: Path
+    state: CheckpointState
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.state.step
+
+
+class Listed(Config):
+    """A checkpoint, valid or not, for people and scripts."""
+
     step: int
-    threads: int
+    path: Path
+    bytes: int
+    """Of its files as they are."""
+    wrong: str | None
+    """What is wrong with it; none for a valid one."""
+    held_out: HeldOut | None
+    arithmetic: dict[str, str]
 
 
 def folder(run: Path, step: int) -> Path:
@@ -58,33 +83,41 @@ def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def publish(run: Path, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], keep_last: int) -> Path:
-    """Publish a checkpoint, then remove those that `keep_last` no longer covers. Raises `DiskFull`."""
+def publish(
+    run: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    arithmetic: Mapping[str, str],
+    held_out: HeldOut | None = None,
+) -> Path:
+    """Publish a checkpoint, in place of one that does not verify. Raises `DiskFull`, and leaves nothing then."""
     path = folder(run, step)
-    with durable.publish_folder(path) as temporary:
-        for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
-            _write(temporary / name, tensors)
+    tensors = {WEIGHTS: weights, OPTIMIZER: optimizer}
+    needed = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
+    if path.exists():  # torn, or training would not have come here again
+        durable.remove_folder(path)
+    with durable.publish_folder(path, needed) as temporary:
+        for name, part in tensors.items():
+            with durable.saving_tensors(temporary / name):
+                save_file({key: value.detach().cpu().contiguous() for key, value in part.items()}, temporary / name)
         files = {
             name: FileRecord(bytes=(temporary / name).stat().st_size, crc32c=file_crc32c(temporary / name))
             for name in (WEIGHTS, OPTIMIZER)
         }
-        state = CheckpointState(step=step, threads=torch.get_num_threads(), files=files)
-        (temporary / STATE).write_bytes(durable.json_bytes(state.model_dump(mode="json")))
-    valid = [c for c in steps(run) if verify(c) is None]
-    for old in valid[:-keep_last]:
-        shutil.rmtree(old)
+        state = CheckpointState(step=step, arithmetic=dict(arithmetic), held_out=held_out, files=files)
+        durable.publish_json(temporary / STATE, state.model_dump(mode="json"))
     return path
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write from the tensors' own memory."""
-    with durable.saving_tensors(path):
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
 
 
 def steps(run: Path) -> list[Path]:
     """The folders of all checkpoints, oldest first, valid or not."""
-    return sorted(run.glob("checkpoints/step-[0-9]*[0-9]"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((p for p in run.glob("checkpoints/step-*") if p.name[5:].isdecimal()), key=number)
+
+
+def number(path: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def verify(path: Path) -> str | None:
@@ -93,10 +126,26 @@ def verify(path: Path) -> str | None:
         state = read_state(path)
     except (CorruptData, UserError) as error:
         return str(error)
-    for name, record in state.files.items():
-        if wrong := fault(path / name, record):
+    if state.step != number(path):
+        return f"{path / STATE}: it is of step {state.step}"
+    for name in (WEIGHTS, OPTIMIZER):
+        if wrong := fault(path / name, state.files[name]) if name in state.files else f"{STATE} does not name it":
             return f"{path / name}: {wrong}"
     return None
+
+
+def listed(path: Path) -> Listed:
+    """What there is to say of the checkpoint in a folder."""
+    wrong = verify(path)
+    state = None if wrong else read_state(path)
+    return Listed(
+        step=number(path),
+        path=path,
+        bytes=sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
+        wrong=wrong,
+        held_out=state.held_out if state else None,
+        arithmetic=state.arithmetic if state else {},
+    )
 
 
 def read_state(path: Path) -> CheckpointState:
@@ -105,9 +154,11 @@ def read_state(path: Path) -> CheckpointState:
         raise UserError(f"{path} is not a checkpoint: it has no {STATE}")
     data = durable.read_json(path / STATE)
     version = data.get("format_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version != FORMAT_VERSION:
+    if isinstance(version, int) and version not in (3, FORMAT_VERSION):
         remedy = "upgrade" if version > FORMAT_VERSION else "train it again"
-        raise UserError(f"{path}: written by format {version}, this reads {FORMAT_VERSION}; {remedy}")
+        raise UserError(f"{path}: written by format {version}, this reads 3 to {FORMAT_VERSION}; {remedy}")
+    if version == 3 and isinstance(data.get("threads"), int):
+        data["arithmetic"] = {"threads": str(data.pop("threads"))}
     return read_record(CheckpointState, data, path / STATE)
 
 
@@ -122,16 +173,11 @@ def find(run: Path, step: int | None = None, warn: list[str] | None = None) -> C
     for path in reversed(candidates):
         wrong = verify(path)
         if wrong is None:
-            state = read_state(path)
-            return Checkpoint(path, state.step, state.threads)
+            return Checkpoint(path, read_state(path))
         if step is not None:
-            raise (
-                CorruptData(wrong)
-                if path.is_dir()
-                else UserError(
-                    f"{run} has no checkpoint of step {step}; it has {[int(p.name[5:]) for p in steps(run)]}"
-                )
-            )
+            if path.is_dir():
+                raise CorruptData(wrong)
+            raise UserError(f"{run} has no checkpoint of step {step}; it has {[number(p) for p in steps(run)]}")
         if warn is not None:
             warn.append(f"skipped a checkpoint that does not verify: {wrong}")
     raise UserError(f"{run} has no valid checkpoint; start the run again under another name")
@@ -145,16 +191,36 @@ def load_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = load_state(path)
     if odd := sorted(set(tensors) ^ set(expected)):
         raise CorruptData(f"{path}: tensor {odd[0]!r} is {'missing' if odd[0] in expected else 'not expected'}")
-    for name, tensor in tensors.items():
-        want = expected[name]
-        if tensor.shape != want.shape or tensor.dtype != want.dtype:
-            raise CorruptData(
-                f"{path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
-                f"expected {want.dtype} {list(want.shape)}"
-            )
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CorruptData(f"{path}: tensor {name!r} holds NaN or infinity")
-    return tensors
+    try:
+        return {name: fitting(tensors, name, want) for name, want in expected.items()}
+    except ValueError as error:
+        raise CorruptData(f"{path}: {error}") from error
+
+
+def fitting(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """A loaded tensor that is as `like`. Raises `ValueError` with its name when it is missing or of another kind."""
+    if name not in tensors:
+        raise ValueError(f"tensor {name!r} is missing")
+    tensor = tensors[name]
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        raise ValueError(
+            f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, expected {like.dtype} {list(like.shape)}"
+        )
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ValueError(f"tensor {name!r} holds NaN or infinity")
+    return tensor
+
+
+def numbers(tensors: Mapping[str, Tensor], name: str, below: int, count: int | None = None) -> Tensor:
+    """A loaded list of numbers from 0 to `below` - 1, int64 [count]; as many as there are, if `count` is not given.
+
+    Raises `ValueError` with its name otherwise.
+    """
+    size = count if count is not None else tensors[name].numel() if name in tensors else 0
+    found = fitting(tensors, name, torch.empty(size, dtype=torch.int64))
+    if size and not 0 <= int(found.min()) <= int(found.max()) < below:
+        raise ValueError(f"tensor {name!r} holds {int(found.min())} to {int(found.max())}, expected 0 to {below - 1}")
+    return found
 
 
 def load_state(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`python -m train run|resume|evaluate|samples|compare`: parses, builds, runs."""
+"""`python -m train run|resume|checkpoints|evaluate|samples|compare`: parses, builds, runs."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,13 @@ import click
 import shared.cli
 from shared.config import build
 from shared.store import Local, Store
+
+_fallback_option = click.option(
+    "--fallback-dir",
+    "fallback",
+    type=click.Path(path_type=Path),
+    help="A folder on another disk for a checkpoint that has no room in the run's.",
+)
 
 
 @click.group(name="python -m train")
@@ -26,6 +33,7 @@ def main() -> None:
 @click.option("--init-from", type=click.Path(path_type=Path), help="A run whose newest weights to start from.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
 @click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
+@_fallback_option
 @shared.cli.local_options
 def run(
     preset: str,
@@ -38,6 +46,7 @@ def run(
     init_from: Path | None,
     assignments: tuple[str, ...],
     force: bool,
+    fallback: Path | None,
     local: Local | None,
 ) -> None:
     """Train a transcoder. Prints the run's path as its last line."""
@@ -50,7 +59,7 @@ def run(
 
     opened = Store.open(store, local)
     path = runs / (name or _free_name(runs, file.stem if file else preset))
-    start(opened, settings, path, init_from, force)
+    start(opened, settings, path, init_from, force=force, fallback=fallback)
     _summarise(path)
     click.echo(path)
 
@@ -58,14 +67,34 @@ def run(
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
+@click.option("--threads", type=click.IntRange(1), help="Another number of CPU threads; the last bits may differ.")
+@click.option("--inexact", is_flag=True, help="Go on on another processor or other versions; the last bits may differ.")
+@_fallback_option
 @shared.cli.local_options
-def resume(run: Path, store: Path | None, local: Local | None) -> None:
+def resume(
+    run: Path, store: Path | None, threads: int | None, inexact: bool, fallback: Path | None, local: Local | None
+) -> None:
     """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit."""
     from train.commands import resume as resume_run
 
-    resume_run(run, store, local)
+    resume_run(run, store, local, fallback=fallback, threads=threads, inexact=inexact)
     _summarise(run)
     click.echo(run)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def checkpoints(run: Path, as_json: bool) -> None:
+    """List the checkpoints of a run: step, size, held-out figures, and whether each verifies."""
+    from train.commands import list_checkpoints
+    from train.tables import print_checkpoints
+
+    found = list_checkpoints(run)
+    if as_json:
+        click.echo(json.dumps([one.model_dump(mode="json") for one in found], indent=2))
+    else:
+        print_checkpoints(found, str(run))
 
 
 @main.command()

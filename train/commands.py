@@ -1,15 +1,16 @@
 """What the command line does: start, resume, evaluate and sample a run."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from shared import durable
 from shared.config import build, override
-from shared.errors import UserError
+from shared.errors import DiskFull, Stopped, UserError
 from shared.store import Local, Store
 from train import checkpoint
-from train.checkpoint import Checkpoint
+from train.checkpoint import CONFIG, Checkpoint, Listed
 from train.evaluate import Evaluation, calibrate, evaluate
 from train.linear import linear_map_fvu
 from train.loop import Run, build_transcoder, load_weights, use_threads
@@ -17,13 +18,17 @@ from train.rows import source_width
 from train.samples.make import make_samples
 from train.samples.select import SamplesConfig
 from train.samples.table import SamplesRecord
-from train.settings import CONFIG, RunConfig, Settings, checkpoint_bytes, read_config, resolve
+from train.saver import bring_home
+from train.settings import RunConfig, Settings, checkpoint_bytes, read_config, resolve
 
 
-def start(store: Store, settings: Settings, run: Path, init_from: Path | None, force: bool) -> Path:
+def start(
+    store: Store, settings: Settings, run: Path, init_from: Path | None, *, force: bool, fallback: Path | None
+) -> Path:
     """Train from step 0 in the new folder `run`. Returns `run`.
 
-    Raises `UserError` when `run` exists, the settings do not fit the store, or the checkpoints do not fit the disk.
+    `fallback`: where checkpoints go when the disk of `run` is full. Raises `UserError` when `run` exists, the settings
+    do not fit the store, or the checkpoints do not fit the disk.
     """
     config = resolve(store, settings, init_from)
     exists = UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
@@ -31,9 +36,13 @@ def start(store: Store, settings: Settings, run: Path, init_from: Path | None, f
         raise exists
     source = find_initial(init_from, config) if init_from else None
     if not force:
-        durable.require_space(run.parent, checkpoint_bytes(config) * (settings.checkpoint.keep_last + 1), "checkpoints")
-    with store.reading():
-        new = Run(store, config, run, initial=source)  # raises what is wrong before anything is written
+        size = checkpoint_bytes(config.settings, config.d_in, config.d_out)
+        durable.require_space(
+            run.parent, settings.checkpoint.most(settings.steps, size), "checkpoints (--force to go on all the same)"
+        )
+    elsewhere = _fallback(run, fallback)
+    with store.reading(), _resumable(run):
+        new = Run(store, config, run, initial=source, fallback=elsewhere)  # raises before anything is written
         with durable.lock(run / ".lock", f"run {run}"):
             if (run / CONFIG).exists():  # of a run that was started meanwhile
                 raise exists
@@ -42,23 +51,74 @@ def start(store: Store, settings: Settings, run: Path, init_from: Path | None, f
     return run
 
 
-def resume(run: Path, store_path: Path | None, local: Local | None) -> Path:
-    """Continue `run` from its newest valid checkpoint, or from step 0 when it has none. Returns `run`."""
+def resume(
+    run: Path,
+    store_path: Path | None,
+    local: Local | None,
+    *,
+    fallback: Path | None,
+    threads: int | None,
+    inexact: bool,
+) -> Path:
+    """Continue `run` from its newest valid checkpoint, or from step 0 when it has none. Returns `run`.
+
+    The result is that of an uninterrupted run, bit for bit, unless other `threads` are asked for, or `inexact` lets
+    another processor or other versions of libraries do. Checkpoints that are in the `fallback` folder are brought home.
+    """
     config = read_config(run)
+    if threads and threads != config.settings.threads:
+        inexact = True
+        config = config.model_copy(update={"settings": config.settings.model_copy(update={"threads": threads})})
     store = Store.open(store_path or config.store, local)
     if store.request.digest != config.request:
         raise UserError(
             f"{run} was trained on request {config.request[:6]}, {store.path} is {store.request.digest[:6]}"
         )
-    with store.reading(), durable.lock(run / ".lock", f"run {run}"):
+    elsewhere = _fallback(run, fallback)
+    with store.reading(), durable.lock(run / ".lock", f"run {run}"), _resumable(run):
         durable.sweep(run)
-        warnings: list[str] = []
-        found = checkpoint.find(run, warn=warnings) if checkpoint.steps(run) else None
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+        found = _newest(run, elsewhere)
         source = find_initial(config.init_from, config) if config.init_from and not found else None
-        Run(store, config, run, initial=source, resumed=found).train()
+        Run(store, config, run, initial=source, resumed=found, fallback=elsewhere, inexact=inexact).train()
     return run
+
+
+def _fallback(run: Path, folder: Path | None) -> Path | None:
+    """The run's place in the fallback folder, which must be there. Raises `UserError`."""
+    if folder and not folder.is_dir():
+        raise UserError(f"--fallback-dir {folder}: no such folder; make it on a disk with room for a checkpoint")
+    return folder / run.resolve().name if folder else None
+
+
+def _newest(run: Path, fallback: Path | None) -> Checkpoint | None:
+    """The newest valid checkpoint of `run`, brought home from `fallback` where there is room; none if it has none."""
+    places = [run]
+    if fallback:
+        try:
+            bring_home(run, fallback)
+        except DiskFull as error:
+            print(f"warning: {error}; going on from {fallback}", file=sys.stderr)
+            places.append(fallback)
+    warnings: list[str] = []
+    found = [checkpoint.find(place, warn=warnings) for place in places if checkpoint.steps(place)]
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return max(found, key=lambda one: one.step, default=None)
+
+
+@contextmanager
+def _resumable(run: Path) -> Iterator[None]:
+    """A second Ctrl-C says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(f"stopped at once; continue with: python -m train resume {run}") from error
+
+
+def list_checkpoints(run: Path) -> list[Listed]:
+    """All checkpoints of `run`, oldest first, each read and verified. Raises `UserError` when `run` is no run."""
+    read_config(run)
+    return [checkpoint.listed(path) for path in checkpoint.steps(run)]
 
 
 def evaluate_run(

@@ -1,12 +1,8 @@
 """The training run: batch -> loss -> backward -> step -> track -> log -> evaluate -> checkpoint."""
 
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numba
@@ -14,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.errors import DiskFull, ProjectError, Stopped, UserError
+from shared.errors import CorruptData, DiskFull, ProjectError, Stopped
 from shared.progress import Progress
+from shared.signals import stop_signals
 from shared.store import Store
 from shared.strata import POSITION_0
 from train import checkpoint
-from train.checkpoint import Checkpoint
+from train.arithmetic import arithmetic, require_same
+from train.checkpoint import Checkpoint, HeldOut
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
 from train.evaluate import Evaluation, calibrate, evaluate
@@ -29,7 +27,8 @@ from train.optimizer import Optimizer
 from train.rows import BatchReader
 from train.samples.make import make_samples
 from train.samples.table import paths
-from train.settings import RunConfig, default_kernels
+from train.saver import Saver
+from train.settings import RunConfig, checkpoint_bytes, default_kernels
 from train.sparse_step import loops
 from train.transcoder import Normalisation, Step, Transcoder
 from train.usage import SAMPLES, Usage, prove
@@ -48,7 +47,11 @@ class Run:
         path: Path,
         initial: Checkpoint | None = None,
         resumed: Checkpoint | None = None,
+        *,
+        fallback: Path | None = None,
+        inexact: bool = False,
     ) -> None:
+        """`fallback`: a run's folder for checkpoints that have no room here. `inexact`: see `require_same`."""
         self._store, self._config, self._path = store, config, path
         self._settings = config.settings
         prove(self._settings)
@@ -78,6 +81,16 @@ class Run:
         )
         """What has state beside the weights."""
         self._metrics, self._timing = Log(path / METRICS), Log(path / TIMING)
+        self._arithmetic = arithmetic(self._settings.device)
+        self._saver = Saver(
+            path,
+            self._settings.checkpoint,
+            self._arithmetic,
+            checkpoint_bytes(self._settings, config.d_in, config.d_out),
+            logs=(self._metrics.path, self._timing.path),
+            fallback=fallback,
+            failed=lambda: self._usage.take_back("checkpoint"),
+        )
         self._dead_after = self._settings.auxk.dead_after(self._settings.steps * self._settings.rows.batch_rows)
         self._cadences = (
             self._settings.log_every,
@@ -88,22 +101,34 @@ class Run:
         self._first_bad = torch.tensor(_NEVER, device=device)
         self._calibrated: tuple[int, Tensor] | None = None
         self._first = 0
+        if resumed and not inexact:
+            require_same(resumed.state.arithmetic, self._arithmetic, str(resumed.path))
         self._initialise(initial, resumed)
 
     def train(self) -> None:
         """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
         for log in (self._metrics, self._timing):
             log.cut(self._first)
+        with stop_signals() as stop:
+            if self._first < self._settings.steps:
+                self._train(stop)
+            self._finish(stop)
+        for log in (self._metrics, self._timing):
+            if log.lost_rows:
+                print(f"warning: {log.lost_rows} rows of {log.path} were lost", file=sys.stderr)
+
+    def _train(self, stop: list[int]) -> None:
         settings, self._logged, note = self._settings, (0.0, 0.0), ""
         self._began, self._cpu_began = time.monotonic(), time.process_time()
         if settings.device == "cpu" and not loops.compiled_before():
             print("compiling the loops of the first step: half a minute, once on this machine", file=sys.stderr)
         bar = Progress("train", settings.steps, "steps", done=self._first)
-        with _stop_signals() as stop, self._reader, bar as progress:
+        with self._saver, self._reader, bar as progress:
             for step in range(self._first, settings.steps):
                 output, lr = self._step(step)
-                done = step + 1
-                if stop or any(self._due(done, every) for every in self._cadences):
+                done, stopping = step + 1, bool(stop)
+                last = stopping or done == settings.steps
+                if last or any(self._due(done, every) for every in self._cadences):
                     self._refuse_nan()
                 if self._monitor.due(done):
                     report = self._monitor.report(done, self._counters.dead(self._dead_after))
@@ -115,25 +140,22 @@ class Run:
                 if held_out or self._due(done, settings.log_every):
                     note = self._log(done, output, lr, held_out)
                 progress.update(done, note)
-                if stop or self._due(done, settings.checkpoint.every):
-                    self._checkpoint(done)
-                if stop and done < settings.steps:
+                if last or self._due(done, settings.checkpoint.every):
+                    self._checkpoint(done, held_out, last=last)
+                if stopping and done < settings.steps:
                     raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
-        self._finish(stop)
 
-    def _finish(self, stopped: list[int]) -> None:
+    def _finish(self, stop: list[int]) -> None:
         """What follows the last checkpoint; resuming a finished run makes it anew where some of it is missing."""
         monitor, samples = self._settings.monitor.every != 0, self._settings.samples.rows > 0
         there = (not monitor or self._monitor.reported_held_out) and (not samples or self._sampled)
         if self._first == self._settings.steps and there:
             print(f"{self._path} is finished: {self._settings.steps} steps", file=sys.stderr)
             return
-        with _stop_signals() as stop:
-            stop += stopped
-            if monitor:
-                self._report_held_out()
-            if samples:
-                self._sample(stop)
+        if monitor:
+            self._report_held_out()
+        if samples:
+            self._sample(stop)
         self._usage.finish(self._settings.steps)
 
     def _due(self, done: int, every: int) -> bool:
@@ -212,12 +234,13 @@ class Run:
             self._calibrated = done, calibrate(self._transcoder, self._store, chunk, self._settings.source)
         return self._calibrated[1]
 
-    def _checkpoint(self, done: int) -> None:
+    def _checkpoint(self, done: int, held_out: Evaluation | None, *, last: bool) -> None:
         if self._due(done, self._settings.checkpoint.every):  # one after a signal is not of the uninterrupted run
             self._usage.call("checkpoint", effect=1)
         weights = self._transcoder.state_dict() | {"threshold": self._threshold(done)}
         state = {name: tensor for part in self._parts for name, tensor in part.state().items()}
-        checkpoint.publish(self._path, done, weights, state, self._settings.checkpoint.keep_last)
+        figures = HeldOut(fvu=held_out.fvu, l0=held_out.l0) if held_out else None
+        (self._saver.save_last if last else self._saver.save)(done, weights, state, figures)
 
     @property
     def _sampled(self) -> bool:
@@ -241,14 +264,13 @@ class Run:
     def _initialise(self, initial: Checkpoint | None, resumed: Checkpoint | None) -> None:
         """Weights from `resumed`, with all other state; else from `initial`, weights only; else random."""
         if resumed:
-            if resumed.threads != self._settings.threads:
-                raise UserError(
-                    f"{resumed.path} was trained with {resumed.threads} threads, not {self._settings.threads}"
-                )
             load_weights(self._transcoder, resumed.path)
-            tensors = checkpoint.load_state(resumed.path / checkpoint.OPTIMIZER)
-            for part in self._parts:
-                part.load(tensors)
+            tensors = checkpoint.load_state(path := resumed.path / checkpoint.OPTIMIZER)
+            try:
+                for part in self._parts:
+                    part.load(tensors)
+            except (ValueError, KeyError) as error:
+                raise CorruptData(f"{path}: {error}") from error
             self._first = resumed.step
         elif initial:
             load_weights(self._transcoder, initial.path)
@@ -274,24 +296,6 @@ class Run:
                 f"{self._reader.describe(step)}); nothing was published since; check the store with: python -m harvest "
                 f"verify {self._store.path}, or lower optimizer.lr"
             )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM or the first SIGINT fills; a second SIGINT ends the process at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def use_threads(count: int) -> None:

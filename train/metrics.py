@@ -4,9 +4,8 @@ Sums are gathered on the device and fetched once per row of metrics.jsonl.
 """
 
 import json
-import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ import torch
 from torch import Tensor
 
 from shared import durable
+from shared.errors import DiskFull
 from shared.strata import POSITION_0
+from train.checkpoint import fitting
 from train.evaluate import ratio
 from train.transcoder import Step
 
@@ -109,11 +110,11 @@ class Window:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over an open window."""
         for name in self._sums:
-            self._sums[name].copy_(tensors[f"window.{name}"])
-        start = "window.terms."
+            self._sums[name].copy_(fitting(tensors, f"window.{name}", self._sums[name]))
+        start, steps = "window.terms.", self._sums["steps"]
         self._terms = {
-            name.removeprefix(start): value.to(self._sums["steps"].device)
-            for name, value in tensors.items()
+            name.removeprefix(start): fitting(tensors, name, steps).to(steps.device)
+            for name in tensors
             if name.startswith(start)
         }
 
@@ -151,43 +152,51 @@ class Counters:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""
-        self.rows_since_fired.copy_(tensors["rows_since_fired"])
-        self.threshold.copy_(tensors["running_threshold"])
+        self.rows_since_fired.copy_(fitting(tensors, "rows_since_fired", self.rows_since_fired))
+        self.threshold.copy_(fitting(tensors, "running_threshold", self.threshold))
 
 
 class Log:
     """Appends rows to a file of JSON lines. A full disk costs rows and one warning, never the run."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self.lost_rows = 0
 
     def append(self, row: dict[str, Any]) -> None:
-        """Append one row in a single write."""
-        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        """Append one row, whole or not at all."""
         try:
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(descriptor, line)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
+            durable.append_line(self.path, (json.dumps(row, allow_nan=False) + "\n").encode())
+        except (DiskFull, OSError) as error:
             if not self.lost_rows:
-                print(f"warning: {self._path}: {error.strerror}; training goes on, rows are lost", file=sys.stderr)
+                print(f"warning: {self.path}: {error}; training goes on, rows are lost", file=sys.stderr)
             self.lost_rows += 1
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, a torn last one left out; none where there is no file."""
-        if not self._path.is_file():
-            return []
-        found = []
-        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                found.append(json.loads(line))
-        return found
+        return [row for _, row in self._lines()]
 
     def cut(self, step: int) -> None:
-        """Drop rows past `step`, and a torn last line: a resumed run writes them again."""
-        if self._path.is_file():
-            kept = [json.dumps(row, allow_nan=False) for row in self.rows() if row["step"] <= step]
-            durable.publish_bytes(self._path, "".join(f"{line}\n" for line in kept).encode())
+        """Drop rows past `step`, and a torn last line: a resumed run writes them again. That takes no room."""
+        if self.path.is_file():
+            ends = [end for end, row in self._lines() if row["step"] <= step]
+            if (size := max(ends, default=0)) < self.path.stat().st_size:
+                durable.truncate(self.path, size)
+
+    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Where each row ends in the file, and the row."""
+        end = 0
+        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else ():
+            end += len(line)
+            row = _parsed(line) if line.endswith(b"\n") else None
+            if row is not None:
+                yield end, row
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A row that has its step; none for what is no row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

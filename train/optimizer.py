@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from shared.config import Config
+from train.checkpoint import fitting
 from train.sparse_step import loops
 from train.transcoder import Transcoder
 
@@ -99,9 +100,9 @@ class TorchAdam:
         """As `Optimizer.load`."""
         for name, parameter in self._transcoder.named_parameters():
             state = self._adam.state[parameter]
-            state["step"] = tensors[f"{name}.step"].to(parameter.device, copy=True)
+            state["step"] = fitting(tensors, f"{name}.step", torch.zeros(())).to(parameter.device, copy=True)
             for key in ("exp_avg", "exp_avg_sq"):  # as the parameter lies in memory, which a file does not keep
-                state[key] = torch.empty_like(parameter).copy_(tensors[f"{name}.{key}"])
+                state[key] = torch.empty_like(parameter).copy_(fitting(tensors, f"{name}.{key}", parameter))
 
 
 class CompiledAdam:
@@ -145,9 +146,9 @@ class CompiledAdam:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """As `Optimizer.load`."""
         for name, (first, second) in self._moments.items():
-            first.copy_(tensors[f"{name}.exp_avg"])
-            second.copy_(tensors[f"{name}.exp_avg_sq"])
-            self._count = int(tensors[f"{name}.step"])
+            first.copy_(fitting(tensors, f"{name}.exp_avg", first))
+            second.copy_(fitting(tensors, f"{name}.exp_avg_sq", second))
+            self._count = int(fitting(tensors, f"{name}.step", torch.zeros(())))
 
 
 def _rows(tensor: Tensor) -> NDArray[Any]:

@@ -17,7 +17,7 @@ from shared.errors import UserError
 from shared.reader import RowsConfig, rows_per_stratum
 from shared.store import Store
 from train.blas import Blas, faster_here
-from train.checkpoint import CheckpointConfig
+from train.checkpoint import CONFIG
 from train.duplicates.diversity import DiversityConfig
 from train.duplicates.monitor import MonitorConfig
 from train.evaluate import EvaluationConfig
@@ -25,10 +25,10 @@ from train.losses import AuxKConfig
 from train.optimizer import OptimizerConfig
 from train.rows import Side, source_width
 from train.samples.select import SamplesConfig
-from train.transcoder import Activation, BatchTopK, Kernels, TranscoderConfig
+from train.saver import CheckpointConfig
+from train.transcoder import Activation, BatchTopK, Kernels, TopK, TranscoderConfig
 
 PRESETS = Path(__file__).parent / "presets"
-CONFIG = "config.json"
 
 
 class Settings(Config):
@@ -133,6 +133,8 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     ):
         if goal is not None and not any(weights):
             raise UserError(f"diversity.controller.{name} has no weight to move: set one of the terms' weights above 0")
+    shaped = settings.model_copy(update={"transcoder": shape})
+    settings.checkpoint.check(settings.steps, settings.evaluation.every, checkpoint_bytes(shaped, d_in, record.d_out))
     monitor = settings.monitor.resolve(settings.steps)
     assert isinstance(monitor.every, int)
     if (diversity.co_activation.weight or goals.on) and not 0 < monitor.every < max(settings.steps, 2):
@@ -199,9 +201,11 @@ def _kernels(wanted: Literal["auto", Kernels], device: str) -> Kernels:
     return default_kernels(device) if wanted == "auto" else wanted
 
 
-def checkpoint_bytes(config: RunConfig) -> int:
-    """Bytes of one checkpoint, rounded up: three float32 numbers per parameter, and the counters."""
-    d_sae = config.settings.transcoder.d_sae
-    assert isinstance(d_sae, int)
-    skip = config.d_in * config.d_out if config.settings.transcoder.skip else 0
-    return 12 * (d_sae * (config.d_in + config.d_out + 2) + skip) + 32 * d_sae + 2**20
+def checkpoint_bytes(settings: Settings, d_in: int, d_out: int) -> int:
+    """Bytes of one checkpoint at most: three float32 numbers per parameter, the counters, the monitor's open sample."""
+    shape, activation, batch = settings.transcoder, settings.activation, settings.rows.batch_rows
+    assert isinstance(shape.d_sae, int)
+    skip = d_in * d_out if shape.skip else 0
+    per_row = max(activation.k, activation.k_start or 0) if isinstance(activation, BatchTopK | TopK) else shape.d_sae
+    parameters = 12 * (shape.d_sae * (d_in + d_out + 2) + skip) + 32 * shape.d_sae
+    return parameters + settings.monitor.sample_bytes(batch, per_row) + 2**20

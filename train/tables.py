@@ -1,8 +1,11 @@
-"""Tables of an evaluation, for people."""
+"""Tables of evaluations and checkpoints, for people."""
+
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from train.checkpoint import Listed
 from train.evaluate import Evaluation
 
 
@@ -12,6 +15,21 @@ def print_evaluation(evaluation: Evaluation, title: str, linear_fvu: float | Non
     console.print(_headline(evaluation, title, linear_fvu))
     console.print(_prefixes(evaluation))
     console.print(_strata(evaluation))
+
+
+def print_checkpoints(found: Sequence[Listed], run: str) -> None:
+    """Print a line per checkpoint."""
+    console = Console()
+    table = Table("step", "bytes", "held-out fvu", "l0", "valid", title=f"checkpoints of {run}", title_justify="left")
+    for one in found:
+        figures = (f"{one.held_out.fvu:.4f}", f"{one.held_out.l0:.2f}") if one.held_out else ("-", "-")
+        table.add_row(f"{one.step:,}", f"{one.bytes:,}", *figures, "yes" if one.wrong is None else "no")
+    for column in table.columns[:4]:
+        column.justify = "right"
+    console.print(table)
+    for one in found:
+        if one.wrong:
+            console.print(f"step {one.step}: {one.wrong}", highlight=False, soft_wrap=True)
 
 
 def _headline(e: Evaluation, title: str, linear_fvu: float | None) -> Table:

@@ -16,6 +16,7 @@ from shared import durable
 from shared.config import Config
 from shared.errors import DiskFull, ProjectError
 from shared.strata import POSITION_0
+from train.checkpoint import fitting
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
 from train.samples.proof import sampled_rightly
@@ -88,6 +89,10 @@ class Usage:
             self._calls[name] += 1
             self._effect[name] += effect
 
+    def take_back(self, name: str) -> None:
+        """Of a call that was counted before it failed: it had no effect."""
+        self._effect[name] -= 1
+
     def effects(self, terms: dict[str, float], steps: int) -> None:
         """Add the terms of a row of the metrics, which are means over `steps`."""
         for name, value in terms.items():
@@ -140,8 +145,9 @@ class Usage:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""
-        self._calls |= dict(zip(self._kept, tensors["usage.calls"].tolist(), strict=True))
-        self._effect |= dict(zip(self._kept, tensors["usage.effect"].tolist(), strict=True))
+        for name, counts in (("calls", self._calls), ("effect", self._effect)):
+            like = self.state()[f"usage.{name}"]
+            counts |= dict(zip(self._kept, fitting(tensors, f"usage.{name}", like).tolist(), strict=True))
 
 
 def prove(settings: Settings) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shared.config import Config
 from shared.keyed import key_bits
+from train.checkpoint import fitting, numbers
 from train.duplicates.activations import Correlated, co_activation_loss, mass, position_loss
 from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest, steps_between_scans
 from train.duplicates.report import CorrelationReport
@@ -182,14 +183,20 @@ class Diversity:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""
-        device = self._transcoder.W_dec.device
+        model, device = self._transcoder, self._transcoder.W_dec.device
         self.mined, self.correlated = (
-            Pairs(*(tensors[f"diversity.{name}.{side}"].to(device) for side in Pairs._fields))
-            for name in ("mined", "correlated")
+            self._loaded_pairs(tensors, f"diversity.{name}") for name in ("mined", "correlated")
         )
-        self._strength = tensors["diversity.strength"].to(device)
-        self._mass = tensors["diversity.mass"].to(device)
-        self.scales = dict(zip(self.scales, tensors["diversity.scales"].tolist(), strict=True))
+        strength = torch.empty(len(self.correlated.first), dtype=model.W_dec.dtype)
+        self._strength = fitting(tensors, "diversity.strength", strength).to(device)
+        self._mass = fitting(tensors, "diversity.mass", self._mass).to(device)
+        scales = fitting(tensors, "diversity.scales", torch.empty(len(self.scales), dtype=torch.float64))
+        self.scales = dict(zip(self.scales, scales.tolist(), strict=True))
+
+    def _loaded_pairs(self, tensors: dict[str, Tensor], name: str) -> Pairs:
+        d_sae, device = self._transcoder.d_sae, self._transcoder.W_dec.device
+        first = numbers(tensors, f"{name}.first", d_sae)
+        return Pairs(first.to(device), numbers(tensors, f"{name}.second", d_sae, len(first)).to(device))
 
     def _correlate(self, found: Correlated) -> None:
         """Take the most correlated pairs above the margin, as many as are penalised."""

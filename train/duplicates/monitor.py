@@ -6,6 +6,7 @@ and with it.
 Legend: R rows, F latents.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from shared.errors import DiskFull
 from shared.strata import POSITION_0
 from train import blas
 from train.blas import Blas
+from train.checkpoint import fitting, numbers
 from train.duplicates.activations import Correlated, correlated_pairs, countable, measure
 from train.duplicates.directions import Pairs, close_pairs, connected, effective_number, steps_between_scans
 from train.duplicates.report import (
@@ -33,7 +35,7 @@ from train.duplicates.report import (
     change_of,
 )
 from train.held_out import HeldOutActive
-from train.sparsity import Active
+from train.sparsity import Active, offsets
 from train.transcoder import Step, Transcoder
 
 FOLDER, HELD_OUT = "anti_duplication_logs", "correlation-held-out.json"
@@ -65,6 +67,11 @@ class MonitorConfig(Config):
     def resolve(self, steps: int) -> "MonitorConfig":
         """The same with `every` as a number, for a run of so many steps."""
         return self.model_copy(update={"every": max(1, min(100, steps // 4))}) if self.every == "auto" else self
+
+    def sample_bytes(self, batch_rows: int, per_row: int) -> int:
+        """Bytes of the open sample at most, with so many rows in a batch and active latents on a row."""
+        rows = -(-self.rows // batch_rows) * batch_rows if self.every else 0
+        return 20 * min(rows * per_row, math.isqrt(2 * _MOST_MEETINGS * rows)) + 24 * rows
 
 
 class CorrelationMonitor:
@@ -169,17 +176,21 @@ class CorrelationMonitor:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""
-        text = tensors["monitor.report"].numpy().tobytes()
+        size = tensors["monitor.report"].numel()
+        text = fitting(tensors, "monitor.report", torch.empty(size, dtype=torch.uint8)).numpy().tobytes()
         self._last = CorrelationReport.model_validate_json(text) if text else None
         count = sum(name.startswith("monitor.") and name.endswith(".rows") for name in tensors)
-        names = ("rows", "latents", "values", "starts")
-        self._kept = [
-            (
-                Active(**{name: tensors[f"monitor.{i:04d}.{name}"] for name in names}, d_sae=self._transcoder.d_sae),
-                tensors[f"monitor.{i:04d}.stratum"],
-            )
-            for i in range(count)
-        ]
+        self._kept = [self._loaded_batch(tensors, f"monitor.{i:04d}") for i in range(count)]
+
+    def _loaded_batch(self, tensors: dict[str, Tensor], name: str) -> tuple[Active, Tensor]:
+        stratum = numbers(tensors, f"{name}.stratum", len(self._strata))
+        rows = numbers(tensors, f"{name}.rows", len(stratum))
+        latents = numbers(tensors, f"{name}.latents", self._transcoder.d_sae, len(rows))
+        starts = numbers(tensors, f"{name}.starts", len(rows) + 1, len(stratum) + 1)
+        values = fitting(tensors, f"{name}.values", torch.empty(len(rows)))
+        if not torch.equal(starts, offsets(rows, len(stratum))) or bool((rows.diff() < 0).any()):
+            raise ValueError(f"tensor '{name}.starts' does not say where the rows of '{name}.rows' begin")
+        return Active(rows, latents, values, starts, self._transcoder.d_sae), stratum
 
     def _report_after(self, done: int) -> int:
         return min(-(-done // self._every) * self._every, self._steps)
