@@ -36,9 +36,17 @@ def rows(run: Path) -> list[dict]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, optimiser state and metrics are equal bit for bit."""
+    """Weights, optimiser state, metrics, counts, correlation reports and samples are equal bit for bit."""
     left, right = checkpoint.find(a), checkpoint.find(b)
     assert left.step == right.step
     for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
         assert (left.path / name).read_bytes() == (right.path / name).read_bytes(), name
-    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    files = [{str(path.relative_to(run)) for path in _results(run)} for run in (a, b)]
+    assert files[0] == files[1]
+    for name in sorted(files[0]):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def _results(run: Path) -> list[Path]:
+    logs = [run / "metrics.jsonl", run / "usage.json"]
+    return [*logs, *run.glob("anti_duplication_logs/*"), *run.glob("samples/*")]

@@ -92,14 +92,14 @@ def _fallback(run: Path, folder: Path | None) -> Path | None:
 
 def _newest(run: Path, fallback: Path | None) -> Checkpoint | None:
     """The newest valid checkpoint of `run`, brought home from `fallback` where there is room; none if it has none."""
+    warnings: list[str] = []
     places = [run]
     if fallback:
         try:
             bring_home(run, fallback)
         except DiskFull as error:
-            print(f"warning: {error}; going on from {fallback}", file=sys.stderr)
+            warnings.append(f"{error}; what has no room stays in {fallback}")
             places.append(fallback)
-    warnings: list[str] = []
     found = [checkpoint.find(place, warn=warnings) for place in places if checkpoint.steps(place)]
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -115,7 +115,7 @@ class Saver:
         self._reserve = checkpoint.folder(run, 0).with_name(RESERVE)
         self._thread: Thread | None = None
         self._error: BaseException | None = None
-        self._valid: dict[int, Checkpoint] = {}
+        self._valid: dict[Path, Checkpoint] = {}
         """Those that were read and found whole by this process: they are immutable."""
 
     def __enter__(self) -> Self:
@@ -172,15 +172,16 @@ class Saver:
             if not self._fallback:
                 raise self._lost(job.step, error) from error
             self._write_elsewhere(self._fallback, job, error)
+            self._prune(self._fallback)
         else:
-            self._prune()
+            self._prune(self._run)
 
     def _write_with_room(self, job: _Job) -> None:
         while True:
             try:
                 return self._write(self._run, job)
             except DiskFull:
-                if not self._make_room():
+                if not self._make_room(sum(t.nbytes for part in (job.weights, job.optimizer) for t in part.values())):
                     raise
 
     def _write(self, run: Path, job: _Job) -> None:
@@ -205,13 +206,13 @@ class Saver:
         )
 
     def _lost(self, step: int, error: Exception) -> ProjectError:
-        newest = next(iter(reversed(self._found())), None)
+        newest = next(iter(reversed(self._found(self._run))), None)
         left = f"the newest is that of step {newest.step}" if newest else "there is none"
         kind = DiskFull if isinstance(error, DiskFull) else ProjectError
         return kind(f"no checkpoint of step {step} of {self._run}, {left}: {_words(error)}")
 
-    def _prune(self) -> None:
-        found = self._found()
+    def _prune(self, run: Path) -> None:
+        found = self._found(run)
         kept = self._config.kept(found)
         try:
             for one in found:
@@ -220,17 +221,17 @@ class Saver:
         except OSError as error:
             print(f"warning: {_words(error)}; an old checkpoint could not be removed", file=sys.stderr)
 
-    def _make_room(self) -> bool:
-        """Remove what does not verify, then the least wanted checkpoints until one fits; the newest valid one stays.
+    def _make_room(self, needed: int) -> bool:
+        """Remove what does not verify, then the least wanted until `needed` bytes are free; the newest valid one stays.
 
         Returns whether anything was removed.
         """
-        found, removed = self._found(), False
+        found, removed = self._found(self._run), False
         for path in checkpoint.steps(self._run):
-            if checkpoint.number(path) not in self._valid:
+            if path not in self._valid:
                 durable.remove_folder(path)
                 removed = True
-        while len(found) > 1 and not (removed and durable.free_bytes(self._run) > self._size):
+        while len(found) > 1 and not (removed and durable.free_bytes(self._run) > needed):
             few = self._config.model_copy(update={"max_bytes": sum(one.state.bytes for one in found) - 1})
             kept = few.kept(found)
             doomed = next(one for one in found if one.step not in kept)
@@ -240,20 +241,21 @@ class Saver:
 
     def _remove(self, one: Checkpoint) -> None:
         durable.remove_folder(one.path)
-        self._valid.pop(one.step, None)
+        del self._valid[one.path]
 
-    def _found(self) -> list[Checkpoint]:
-        """The valid ones, oldest first: others do not count, and are not touched."""
-        for path in checkpoint.steps(self._run):
-            if checkpoint.number(path) not in self._valid and checkpoint.verify(path) is None:
-                self._valid[checkpoint.number(path)] = Checkpoint(path, checkpoint.read_state(path))
-        return [self._valid[step] for step in sorted(self._valid)]
+    def _found(self, run: Path) -> list[Checkpoint]:
+        """The valid ones of a folder, oldest first: others do not count, and are not touched."""
+        paths = checkpoint.steps(run)
+        for path in paths:
+            if path not in self._valid and checkpoint.verify(path) is None:
+                self._valid[path] = Checkpoint(path, checkpoint.read_state(path))
+        return [self._valid[path] for path in paths if path in self._valid]
 
 
 def bring_home(run: Path, fallback: Path) -> None:
-    """Copy checkpoints of `run` that are newer than its own from its `fallback` folder, as far as there is room.
+    """Move checkpoints of `run` from its `fallback` folder to where they belong, the newest first.
 
-    Raises `UserError` when the folder is of another run.
+    Raises `DiskFull` when there is no room for more, and `UserError` when the folder is of another run.
     """
     if not fallback.is_dir():
         return
@@ -261,7 +263,7 @@ def bring_home(run: Path, fallback: Path) -> None:
         raise UserError(
             f"{fallback} is of another run than {run}: their {checkpoint.CONFIG} differ; give another --fallback-dir"
         )
-    for path in checkpoint.steps(fallback):
+    for path in reversed(checkpoint.steps(fallback)):
         home = checkpoint.folder(run, checkpoint.number(path))
         if checkpoint.verify(path) or (home.exists() and checkpoint.verify(home) is None):
             continue

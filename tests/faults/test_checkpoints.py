@@ -1,0 +1,477 @@
+"""Full disks, kills and damage at checkpoints, through the real commands."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shared.layout import FileRecord
+from shared.store import file_record
+from tests.faults.disk import small_disk
+from tests.runs import SMALL, Outcome, assert_same_run, rows
+from tests.stores import SyntheticStore, make_store
+from train import checkpoint
+
+Command = Callable[..., Outcome]
+LARGE = [
+    *SMALL,
+    *("--set", "transcoder.d_sae=1024", "--set", "checkpoint.every=10", "--set", "log_every=5"),
+    *("--set", "monitor.every=0", "--set", "diversity.co_activation.weight=0", "--set", "samples.rows=0"),
+]
+"""Checkpoints of two thirds of a megabyte, a reserve of twice that; held-out figures after the last step."""
+SIZE, RESERVE = 680_000, 1_600_000
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> SyntheticStore:
+    return make_store(tmp_path_factory.mktemp("cache") / "store", keep={0: 0.5}, training_blocks=6)
+
+
+@pytest.fixture(scope="module")
+def whole(store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that no fault met."""
+    runs = tmp_path_factory.mktemp("runs")
+    train("run", "--store", store.path, "--runs", runs, "--name", "whole", "--steps", STEPS, *LARGE)
+    return runs / "whole"
+
+
+def train(*arguments: object, code: int = 0, patch: str = "") -> str:
+    """Run the real command in a process of its own, after `patch`; returns what it said on stderr."""
+    program = f"{patch}\nimport sys\nfrom train.cli import main\nimport shared.cli\nshared.cli.run(main)"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, done.stderr
+    return done.stderr
+
+
+def steps(run: Path) -> list[int]:
+    return [checkpoint.number(path) for path in checkpoint.steps(run) if checkpoint.verify(path) is None]
+
+
+def weights(run: Path, step: int = STEPS) -> bytes:
+    return b"".join(
+        (checkpoint.folder(run, step) / name).read_bytes() for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER)
+    )
+
+
+@pytest.fixture
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", request.param) as path:
+        yield path
+
+
+def test_the_sizes_that_these_tests_count_on(whole: Path) -> None:
+    size = sum(file.stat().st_size for file in checkpoint.folder(whole, STEPS).iterdir())
+    assert 0.95 * SIZE < size < SIZE
+
+
+# Full disks
+
+
+@pytest.mark.fault(10, 11)
+@pytest.mark.parametrize("disk", [4 * SIZE], indirect=True)
+def test_a_full_disk_costs_old_checkpoints_and_training_goes_on(
+    command: Command, store: SyntheticStore, whole: Path, disk: Path
+) -> None:
+    found = command("run", "--store", store.path, "--runs", disk, "--name", "run", "--steps", STEPS, *LARGE, "--force",
+                    "--set", "checkpoint.keep_last=9", "--set", "checkpoint.reserve=false")  # fmt: skip
+    assert found.code == 0, found.err
+    assert "no checkpoint" not in found.err  # room was made every time
+    assert steps(disk / "run") == [30, 40, 50, 60]
+    assert weights(disk / "run") == weights(whole)
+    assert not list(disk.rglob("*.tmp"))
+
+
+@pytest.mark.fault(10)
+@pytest.mark.parametrize("disk", [2 * SIZE + 100_000], indirect=True)
+def test_what_does_not_verify_goes_first(command: Command, store: SyntheticStore, whole: Path, disk: Path) -> None:
+    arguments = ["run", "--store", store.path, "--runs", disk, "--name", "run", "--steps", STEPS, *LARGE, "--force",
+                 "--set", "checkpoint.keep_last=1", "--set", "checkpoint.reserve=false"]  # fmt: skip
+    damage = (
+        "import os\n"
+        "from train import saver\n"
+        "def damaged(self, step, *rest, save=saver.Saver.save):\n"
+        "    save(self, step, *rest)\n"
+        "    self._wait()\n"
+        "    if step == 10: os.truncate(self._run / 'checkpoints/step-000010/weights.safetensors', 999)\n"
+        "    self._valid.clear()\n"
+        "saver.Saver.save = damaged"
+    )
+    said = train(*arguments, patch=damage)
+    assert "no checkpoint" not in said
+    assert steps(disk / "run") == [60] and weights(disk / "run") == weights(whole)
+
+
+@pytest.mark.fault(10, 11, 12)
+@pytest.mark.parametrize("disk", [RESERVE + SIZE + 100_000], indirect=True)
+def test_the_last_checkpoint_has_the_reserves_room(
+    command: Command, store: SyntheticStore, whole: Path, disk: Path
+) -> None:
+    said = train("run", "--store", store.path, "--runs", disk, "--name", "run", "--steps", STEPS, *LARGE, "--force",
+                 "--set", "checkpoint.keep_last=1")  # fmt: skip
+    warnings = [line for line in said.splitlines() if "no checkpoint of step" in line]
+    assert len(warnings) == 4  # 20, 30, 40, 50
+    assert "no checkpoint of step 20" in warnings[0] and "the newest is that of step 10" in warnings[0]
+    assert "bytes needed" in warnings[0] and "bytes free" in warnings[0] and "training goes on" in warnings[0]
+    assert steps(disk / "run") == [60] and weights(disk / "run") != b""
+    assert (
+        load_file(checkpoint.folder(disk / "run", 60) / checkpoint.WEIGHTS).keys()
+        == load_file(checkpoint.folder(whole, 60) / checkpoint.WEIGHTS).keys()
+    )
+    ours, theirs = (load_file(checkpoint.folder(run, 60) / checkpoint.WEIGHTS) for run in (disk / "run", whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (disk / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    usage = json.loads((disk / "run" / "usage.json").read_text())["components"]["checkpoint"]
+    assert usage["calls"] == 6 and usage["effect"] == 2
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("disk", [SIZE + 200_000], indirect=True)
+def test_with_nowhere_to_go_the_last_checkpoint_is_an_error_and_the_one_before_is_there(
+    command: Command, store: SyntheticStore, whole: Path, disk: Path
+) -> None:
+    said = train("run", "--store", store.path, "--runs", disk, "--name", "run", "--steps", STEPS, *LARGE, "--force",
+                 code=3)  # fmt: skip
+    assert "warning: disk full" in said and "has no room set aside" in said
+    last = said.splitlines()[-1]
+    assert last.startswith(
+        f"error: no checkpoint of step 60 of {disk / 'run'}, the newest is that of step 10: disk full"
+    )
+    assert "bytes needed" in last and "bytes free" in last
+    assert steps(disk / "run") == [10]
+    assert command("evaluate", disk / "run").code == 0
+    assert not list(disk.rglob("*.tmp"))
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("disk", [SIZE + 200_000], indirect=True)
+def test_the_fallback_folder_takes_it_and_resume_brings_it_home(
+    command: Command, store: SyntheticStore, whole: Path, disk: Path, tmp_path: Path
+) -> None:
+    elsewhere, run = tmp_path / "elsewhere", disk / "run"
+    elsewhere.mkdir()
+    said = train("run", "--store", store.path, "--runs", disk, "--name", "run", "--steps", STEPS, *LARGE, "--force",
+                 "--fallback-dir", elsewhere)  # fmt: skip
+    assert f"the checkpoint of step 60 is in {elsewhere / 'run'}" in said
+    assert f"python -m train resume {run} --fallback-dir {elsewhere}" in said
+    assert steps(run) == [10] and steps(elsewhere / "run") == [50, 60]
+    assert weights(elsewhere / "run") == weights(whole)
+    figures = json.loads(command("evaluate", elsewhere / "run", "--json").out)
+    assert figures == json.loads(command("evaluate", whole, "--json").out)
+
+    full = command("resume", run, "--fallback-dir", elsewhere)
+    assert full.code == 0 and f"what has no room stays in {elsewhere / 'run'}" in full.err
+    assert "is finished: 60 steps" in full.err and steps(run) == [10]
+    checkpoint_of(run, 10, remove=True)
+    assert command("resume", run, "--fallback-dir", elsewhere).code == 0
+    assert steps(run) == [60] and steps(elsewhere / "run") == [50]
+
+
+@pytest.mark.fault(11)
+def test_a_fallback_folder_of_another_run_is_refused(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere"
+    for runs, seed in ((tmp_path / "runs", 0), (other, 1)):
+        train("run", "--store", store.path, "--runs", runs, "--name", "run", "--steps", 10, "--seed", seed, *LARGE)
+    refused = command("resume", tmp_path / "runs" / "run", "--fallback-dir", other)
+    assert refused.code == 2 and "is of another run than" in refused.err
+    refused = command("resume", tmp_path / "runs" / "run", "--fallback-dir", tmp_path / "none")
+    assert refused.code == 2 and "none: no such folder" in refused.err
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("disk", [8 * 2**20], indirect=True)
+def test_rows_and_reports_that_have_no_room_cost_a_warning_each(
+    store: SyntheticStore, disk: Path, tmp_path: Path
+) -> None:
+    arguments = ["--store", store.path, "--name", "run", "--steps", 80, *SMALL, "--set", "log_every=1",
+                 "--set", "monitor.every=20", "--set", "samples.rows=2000"]  # fmt: skip
+    train("run", "--runs", tmp_path, *arguments)
+    filling = (
+        "from pathlib import Path\n"
+        "from tests.faults.disk import fill\n"
+        "from train import loop\n"
+        "def step(self, number, real=loop.Run._step):\n"
+        f"    if number == 30: fill(Path({str(disk)!r}))\n"
+        "    return real(self, number)\n"
+        "loop.Run._step = step"
+    )
+    said = train("run", "--runs", disk, *arguments, patch=filling)
+    kept, all_rows = rows(disk / "run"), rows(tmp_path / "run")
+    assert 30 <= len(kept) < 80 and kept == all_rows[: len(kept)]  # no torn line among them
+    assert said.count("metrics.jsonl: disk full") == 1
+    assert f"warning: {80 - len(kept)} rows of {disk / 'run' / 'metrics.jsonl'} were lost" in said
+    assert said.count("training goes on, reports are lost") == 1
+    assert weights_of(disk / "run", 80) == weights_of(tmp_path / "run", 80)
+
+
+def weights_of(run: Path, step: int) -> bytes:
+    return (checkpoint.folder(run, step) / checkpoint.WEIGHTS).read_bytes()
+
+
+@pytest.mark.fault(12)
+def test_a_torn_last_line_is_dropped_by_resume(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
+    arguments = ("--store", store.path, "--runs", tmp_path, "--steps", 40, *SMALL, "--set", "checkpoint.every=20")
+    for name in ("whole", "torn"):
+        train("run", *arguments, "--name", name, "--set", "log_every=3")
+    torn = tmp_path / "torn"
+    checkpoint_of(torn, 40, remove=True)
+    log = torn / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-40])
+    assert command("resume", torn).code == 0
+    assert_same_run(tmp_path / "whole", torn)
+
+
+def checkpoint_of(run: Path, step: int, *, remove: bool = False) -> Path:
+    path = checkpoint.folder(run, step)
+    if remove:
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    return path
+
+
+@pytest.mark.fault(14)
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_an_error_of_the_disk_costs_that_checkpoint(
+    command: Command, store: SyntheticStore, whole: Path, tmp_path: Path, call: str
+) -> None:
+    """The first argument of both leads to the checkpoint's temporary folder."""
+    failing = (
+        "import os\n"
+        f"def failing(first, *rest, real=os.{call}):\n"
+        "    name = os.readlink(f'/proc/self/fd/{first}') if isinstance(first, int) else str(first)\n"
+        "    if any(f'step-0000{step}.tmp' in name for step in STEPS): raise OSError(5, 'Input/output error', name)\n"
+        "    return real(first, *rest)\n"
+        f"os.{call} = failing\n"
+    )
+    arguments = ["run", "--store", store.path, "--runs", tmp_path, "--steps", STEPS, *LARGE]
+    said = train(*arguments, "--name", "run", patch=failing.replace("STEPS", "(20, 30)"))
+    warnings = [line for line in said.splitlines() if line.startswith("warning: no checkpoint of step")]
+    assert len(warnings) == 2 and "step 20 of" in warnings[0] and "newest is that of step 10" in warnings[0]
+    assert "Input/output error; training goes on" in warnings[0]
+    assert weights_of(tmp_path / "run", 60) == weights_of(whole, 60)
+
+    said = train(*arguments, "--name", "last", code=1, patch=failing.replace("STEPS", "(60,)"))
+    assert "error: no checkpoint of step 60" in said.splitlines()[-1]
+    assert steps(tmp_path / "last") == [40, 50] and not list(tmp_path.rglob("*.tmp"))
+
+
+# Kills and signals
+
+
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("where", ["before the rename", "after the rename"])
+def test_a_kill_while_old_checkpoints_are_removed_leaves_valid_ones(
+    command: Command, store: SyntheticStore, whole: Path, tmp_path: Path, where: str
+) -> None:
+    """Between publishing and removing, and when the folder that goes has been renamed."""
+    function = "remove_folder" if where == "before the rename" else "shutil.rmtree"
+    condition = "True" if where == "before the rename" else "str(path).endswith('step-000010.tmp') and path.exists()"
+    patch = (
+        "import os, shutil\n"
+        "from shared import durable\n"
+        f"def killed(path, *rest, real=durable.{function}, **more):\n"
+        f"    if {condition}: os.kill(os.getpid(), 9)\n"
+        "    return real(path, *rest, **more)\n"
+        f"durable.{function} = killed"
+    )
+    train("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", STEPS, *LARGE, patch=patch,
+          code=-signal.SIGKILL)  # fmt: skip
+    run = tmp_path / "run"
+    assert steps(run) == ([10, 20, 30] if where == "before the rename" else [20, 30])
+    assert command("resume", run).code == 0
+    assert steps(run) == [50, 60] and weights(run) == weights(whole)
+    assert not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_and_publishes(
+    command: Command, store: SyntheticStore, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    patch = signalling(f"os.kill(os.getpid(), {int(number)})", 24)
+    said = train("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", STEPS, *LARGE, code=3,
+                 patch=patch)  # fmt: skip
+    run = tmp_path / "run"
+    assert steps(run)[-1] == 25
+    assert said.splitlines()[-1] == f"error: stopped at step 25; continue with: python -m train resume {run}"
+    assert command("resume", run).code == 0
+    assert_same_run(whole, run)
+
+
+@pytest.mark.fault(5)
+def test_a_second_interrupt_exits_at_once(command: Command, store: SyntheticStore, whole: Path, tmp_path: Path) -> None:
+    patch = signalling("os.kill(os.getpid(), 2); os.kill(os.getpid(), 2)", 24)
+    said = train("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", STEPS, *LARGE, code=3,
+                 patch=patch)  # fmt: skip
+    run = tmp_path / "run"
+    assert said.splitlines()[-1] == f"error: stopped at once; continue with: python -m train resume {run}"
+    assert steps(run)[-1] == 20
+    assert command("resume", run).code == 0
+    assert_same_run(whole, run)
+
+
+def signalling(statement: str, at: int) -> str:
+    """A patch that executes `statement` at the start of step `at`, counted from 0."""
+    return (
+        "import os\n"
+        "from train import loop\n"
+        "def step(self, number, real=loop.Run._step):\n"
+        f"    if number == {at}: {statement}\n"
+        "    return real(self, number)\n"
+        "loop.Run._step = step"
+    )
+
+
+@pytest.mark.fault(8)
+def test_torn_newest_checkpoints_are_skipped_with_a_warning_each(
+    command: Command, store: SyntheticStore, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", STEPS, *LARGE,
+          "--set", "checkpoint.keep_last=9")  # fmt: skip
+    (checkpoint_of(run, 60) / checkpoint.STATE).write_bytes(b'{"format_version": 4')
+    (checkpoint_of(run, 50) / checkpoint.OPTIMIZER).write_bytes(b"")
+    flipped = bytearray((checkpoint_of(run, 40) / checkpoint.WEIGHTS).read_bytes())
+    flipped[-7] ^= 4
+    (checkpoint_of(run, 40) / checkpoint.WEIGHTS).write_bytes(flipped)
+    listed = json.loads(command("checkpoints", run, "--json").out)
+    assert [(one["step"], one["wrong"] is None) for one in listed] == [
+        (10, True), (20, True), (30, True), (40, False), (50, False), (60, False),
+    ]  # fmt: skip
+    table = command("checkpoints", run).out
+    assert "step 40: " in table and "crc32c" in table and "step 50: " in table and "0 bytes" in table
+    done = command("resume", run)
+    assert done.code == 0
+    skipped = [line for line in done.err.splitlines() if line.startswith("warning: skipped a checkpoint")]
+    assert [name for line in skipped for name in ("step-000060", "step-000050", "step-000040") if name in line] == [
+        "step-000060", "step-000050", "step-000040",
+    ]  # fmt: skip
+    assert_same_run(whole, run)
+
+
+# What a checkpoint says
+
+
+def test_checkpoints_are_listed_with_their_figures(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
+    found = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 40, *SMALL,
+                    "--set", "checkpoint.every=10", "--set", "evaluation.every=20", "--set", "log_every=10",
+                    "--set", "checkpoint.keep_last=1", "--set", "checkpoint.keep_every=30",
+                    "--set", "checkpoint.keep_best=1")  # fmt: skip
+    listed = json.loads(command("checkpoints", found.path, "--json").out)
+    figures = {row["step"]: row["held_out"]["fvu"] for row in rows(found.path) if "held_out" in row}
+    assert list(figures) == [20, 40]
+    best = min(figures, key=lambda step: figures[step])
+    assert {one["step"] for one in listed} == {30, 40, best}
+    for one in listed:
+        assert one["wrong"] is None and one["arithmetic"]["threads"] == "1"
+        files = [file for file in Path(one["path"]).iterdir()]
+        assert one["bytes"] == sum(file.stat().st_size for file in files)
+        assert (one["held_out"] or {}).get("fvu") == figures.get(one["step"])
+    assert f"{figures[40]:.4f}" in command("checkpoints", found.path).out
+
+
+@pytest.mark.fault(4)
+def test_other_arithmetic_is_refused_unless_asked_for(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
+    run = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 20, *SMALL,
+                  "--set", "checkpoint.every=10").path  # fmt: skip
+    checkpoint_of(run, 20, remove=True)
+    place = checkpoint_of(run, 10) / checkpoint.STATE
+    state = json.loads(place.read_text())
+    place.write_text(json.dumps(state | {"arithmetic": state["arithmetic"] | {"processor": "AVX1024", "numpy": "9"}}))
+    refused = command("resume", run)
+    assert refused.code == 2 and f"numpy 9, here {state['arithmetic']['numpy']}, processor AVX1024, here" in refused.err
+    assert "continue all the same with --inexact" in refused.err and steps(run) == [10]
+    assert command("resume", run, "--inexact").code == 0 and steps(run) == [10, 20]
+    checkpoint_of(run, 20, remove=True)
+    place.write_text(json.dumps(state))
+    assert command("resume", run, "--threads", 2).code == 0
+    assert checkpoint.find(run).state.arithmetic["threads"] == "2"
+    torch.set_num_threads(1)
+
+
+def rewritten(run: Path, step: int, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change tensors of the optimizer's file, and make its record fit again."""
+    path = checkpoint_of(run, step) / checkpoint.OPTIMIZER
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    state = json.loads((path.parent / checkpoint.STATE).read_text())
+    record: FileRecord = file_record(path)
+    state["files"][checkpoint.OPTIMIZER] = record.model_dump(mode="json")
+    (path.parent / checkpoint.STATE).write_text(json.dumps(state))
+
+
+def pairs(first: int, second: int) -> dict[str, torch.Tensor]:
+    return {"diversity.mined.first": torch.tensor([first]), "diversity.mined.second": torch.tensor([second])}
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "missing": (lambda t: t.pop("W_dec.exp_avg"), "tensor 'W_dec.exp_avg' is missing"),
+    "shape": (
+        lambda t: t.update({"W_enc.exp_avg_sq": torch.zeros(1)}),
+        "'W_enc.exp_avg_sq' is torch.float32 [1], expected torch.float32 [16, 64]",
+    ),
+    "dtype": (lambda t: t.update({"rows_since_fired": torch.zeros(64)}), "'rows_since_fired' is torch.float32 [64]"),
+    "nan": (lambda t: t["b_enc.exp_avg"].fill_(float("nan")), "tensor 'b_enc.exp_avg' holds NaN or infinity"),
+    "latent": (lambda t: t.update(pairs(64, 1)), "tensor 'diversity.mined.first' holds 64 to 64, expected 0 to 63"),
+    "negative": (lambda t: t["monitor.0000.latents"].fill_(-1), "tensor 'monitor.0000.latents' holds -1 to -1"),
+    "starts": (lambda t: t["monitor.0001.starts"].zero_(), "tensor 'monitor.0001.starts' does not say where"),
+    "counts": (
+        lambda t: t.update({"usage.calls": torch.zeros(2, dtype=torch.int64)}),
+        "tensor 'usage.calls' is torch.int64 [2]",
+    ),
+    "report": (
+        lambda t: t.update({"monitor.report": torch.tensor(list(b"{}"), dtype=torch.uint8)}),
+        "CorrelationReport",
+    ),
+}
+
+
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_wrong_tensor_of_the_optimizer_is_refused_by_name(
+    command: Command, store: SyntheticStore, tmp_path: Path, case: str
+) -> None:
+    run = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 24, *SMALL,
+                  "--set", "checkpoint.every=10", "--set", "monitor.every=8").path  # fmt: skip
+    checkpoint_of(run, 24, remove=True)
+    change, message = CHANGES[case]
+    rewritten(run, 20, change)
+    refused = command("resume", run)
+    assert refused.code == 1 and message in refused.err and checkpoint.OPTIMIZER in refused.err
+    assert len(refused.err.splitlines()) == 1
+
+
+@pytest.mark.fault(35)
+def test_nothing_is_published_after_a_loss_that_is_not_finite(store: SyntheticStore, tmp_path: Path) -> None:
+    spoil = (
+        "from train import loop\n"
+        "def step(self, number, real=loop.Run._step):\n"
+        "    if number == 14: self._transcoder.W_dec.data[3] = float('nan')\n"
+        "    return real(self, number)\n"
+        "loop.Run._step = step"
+    )
+    said = train("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", STEPS, *LARGE, code=1,
+                 patch=spoil)  # fmt: skip
+    assert "is not finite at step 1" in said and "nothing was published since" in said
+    assert steps(tmp_path / "run") == [10]
+
+
+@pytest.mark.fault(15)
+def test_checkpoints_that_would_not_fit_are_refused_with_what_the_policy_takes(
+    command: Command, store: SyntheticStore, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", 6 * 2**20) as disk:
+        arguments = ["run", "--store", store.path, "--runs", disk, "--steps", STEPS, *LARGE]
+        refused = command(*arguments, "--set", "checkpoint.keep_last=6")
+        assert refused.code == 2 and "no room for checkpoints" in refused.err and "--force" in refused.err
+        assert list(disk.iterdir()) == []
+        assert command(*arguments, "--set", "checkpoint.keep_last=1").code == 0
