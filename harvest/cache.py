@@ -87,10 +87,7 @@ def remove(path: Path) -> None:
     """
     with _alone(path) as lock:
         path = lock.with_suffix("")
-        doomed = path.with_name(path.name + durable.TEMPORARY)
-        shutil.rmtree(doomed, ignore_errors=True)  # of an earlier store, left by a kill
-        durable.move(path, doomed)
-        shutil.rmtree(doomed)
+        durable.remove_folder(path)
         lock.unlink()
 
 

@@ -126,6 +126,7 @@ def test_shared_can_be_imported_without_torch():
 
 ONLY_DURABLE = {
     *(f"os.{name}" for name in ("rename", "renames", "replace", "fsync", "fdatasync", "link", "statvfs")),
+    *(f"os.{name}" for name in ("truncate", "ftruncate", "posix_fallocate")),
     *(f"shutil.{name}" for name in ("move", "disk_usage")),
     *(f"tempfile.{name}" for name in ("NamedTemporaryFile", "mkstemp")),
     "fcntl.flock",
