@@ -1,5 +1,6 @@
 """Held-out figures against the formulas over all rows at once, in float64."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,24 @@ def test_the_calibrated_threshold_gives_k_active_latents_on_the_calibration_bloc
         n = sum(weights[name] * len(x) for name, (x, _) in rows.items())
         active = sum(weights[s] * float((dense(model, x, threshold, F)[1] > 0).sum()) for s, (x, _) in rows.items())
         assert active / n == pytest.approx(K, abs=2 * max(weights.values()) / n)
+
+
+def test_a_share_of_the_calibration_rows_is_the_first_of_every_stratum_at_the_same_weights(store: Store) -> None:
+    model, weights = make_model(store, BatchTopK(k=K)), natural_weights(store)
+    whole = {
+        name: rows for name, rows in rows_of(model, store, store.record.calibration_blocks).items() if weights[name]
+    }
+    share = 100 / sum(len(x) for x, _ in whole.values())
+    taken = {name: math.ceil(share * len(x)) for name, (x, _) in whole.items()}
+    threshold = calibrate(model, store, 37, rows=100)
+    n = active = 0.0
+    for name, (x, _) in whole.items():
+        weight = weights[name] * len(x) / taken[name]
+        n += weight * taken[name]
+        active += weight * float((dense(model, x[: taken[name]], threshold, F)[1] > 0).sum())
+    assert active / n == pytest.approx(K, abs=4 * max(weights.values()) * len(x) / taken[name] / n)
+    assert not torch.equal(threshold, calibrate(model, store, 37))
+    assert torch.equal(calibrate(model, store, 37, rows=10**6), calibrate(model, store, 37))
 
 
 def test_other_activations_bring_their_own_thresholds(store: Store) -> None:

@@ -30,6 +30,8 @@ class EvaluationConfig(Config):
     """Steps between evaluations; the last step always makes one."""
     chunk_rows: int = Field(1024, ge=1)
     """Rows per forward."""
+    calibration_rows: int = Field(4096, ge=1)
+    """Rows that thresholds of checkpoints on the way are calibrated on; the last one, and evaluations, take all."""
 
 
 class Part(Config):
@@ -173,8 +175,10 @@ def evaluate_whole(
 
 
 @torch.no_grad()
-def calibrate(transcoder: Transcoder, store: Store, chunk_rows: int, source: Side = "source") -> Tensor:
-    """The thresholds [F] of inference, float32.
+def calibrate(
+    transcoder: Transcoder, store: Store, chunk_rows: int, source: Side = "source", rows: int | None = None
+) -> Tensor:  # [F] float32
+    """The thresholds of inference, by all calibration rows or by about as many as `rows`.
 
     For a fixed k: the one value at which the calibration blocks' natural-frequency rows, without position 0, have k
     active latents each. A JumpReLU has its own; a ReLU has 0.
@@ -183,31 +187,38 @@ def calibrate(transcoder: Transcoder, store: Store, chunk_rows: int, source: Sid
         case JumpReLU():
             return transcoder.threshold().detach()
         case BatchTopK(k=k) | TopK(k=k):
-            return threshold_at(transcoder, store, k, chunk_rows, source)
+            return threshold_at(transcoder, store, k, chunk_rows, source, rows)
         case _:
             return torch.zeros_like(transcoder.b_enc)
 
 
 @torch.no_grad()
 def threshold_at(
-    transcoder: Transcoder, store: Store, l0: float, chunk_rows: int, source: Side = "source"
+    transcoder: Transcoder,
+    store: Store,
+    l0: float,
+    chunk_rows: int,
+    source: Side = "source",
+    most_rows: int | None = None,
 ) -> Tensor:  # [F] float32
     """Thresholds at which rows have `l0` active latents each, as in `calibrate`, whatever the activation.
 
     One for all latents; those of a JumpReLU, moved by one number. Each chunk gives its values above the smallest that
     one before it gave, and not too many; when one above the result could have been hidden, all give more.
     """
-    learned = (
-        transcoder.threshold() if isinstance(transcoder.activation, JumpReLU) else torch.zeros_like(transcoder.b_enc)
-    )
+    learned = transcoder.threshold() if isinstance(transcoder.activation, JumpReLU) else None
     slack = 4
     while True:
         values, weights, rows, hidden = [], [], 0.0, -torch.inf
-        for chunk, weight in weighted_rows(store, chunk_rows, transcoder.W_enc.device, source):
+        for chunk, weight in weighted_rows(store, chunk_rows, transcoder.W_enc.device, source, most_rows):
             x, _ = transcoder.normalised(chunk.source, chunk.target)
             pre_acts = transcoder.pre_acts(x)
-            flat = torch.where(pre_acts > 0, pre_acts - learned, -torch.inf).view(-1)
-            top, most = flat[flat > hidden], math.ceil(slack * l0 * len(x))
+            if learned is None:
+                top = pre_acts[pre_acts > max(hidden, 0.0)]
+            else:
+                above = torch.where(pre_acts > 0, pre_acts - learned, -torch.inf)
+                top = above[above > hidden]
+            most = math.ceil(slack * l0 * len(x))
             if len(top) > most:
                 top = top.topk(most, sorted=False).values
                 hidden = float(top.min())
@@ -216,7 +227,7 @@ def threshold_at(
             rows += weight * len(x)
         cut = _weighted_cut(torch.cat(values), torch.cat(weights), l0 * rows)
         if cut >= hidden:
-            return (learned + cut).clamp_min(0)
+            return ((torch.zeros_like(transcoder.b_enc) if learned is None else learned) + cut).clamp_min(0)
         slack *= 2
 
 
@@ -228,13 +239,18 @@ def _weighted_cut(values: Tensor, weights: Tensor, total: float) -> float:
 
 
 def weighted_rows(
-    store: Store, chunk_rows: int, device: torch.device, source: Side
+    store: Store, chunk_rows: int, device: torch.device, source: Side, most: int | None = None
 ) -> Iterator[tuple[HeldOutChunk, float]]:
-    """The calibration rows without position 0, and how often each of a chunk counts at natural frequencies."""
-    blocks = store.record.calibration_blocks or store.record.report_blocks
-    for chunk in held_out_rows(store, blocks, chunk_rows, device, source):
-        if weight := natural_weights(store)[chunk.stratum]:
-            yield chunk, weight
+    """The calibration rows without position 0, and how often each of a chunk counts at natural frequencies.
+
+    Of more than `most` rows, the same share of every stratum, its first: rows are permuted within their block.
+    """
+    blocks, natural = store.record.calibration_blocks or store.record.report_blocks, natural_weights(store)
+    rows = {name: len(blocks) * part.stratum.rows for name, part in store.strata.items() if natural[name]}
+    share = min(1.0, most / sum(rows.values())) if most else 1.0
+    taken = {name: math.ceil(share * count) for name, count in rows.items()}
+    for chunk in held_out_rows(store, blocks, chunk_rows, device, source, taken):
+        yield chunk, natural[chunk.stratum] * rows[chunk.stratum] / taken[chunk.stratum]
 
 
 def natural_weights(store: Store) -> dict[str, float]:

@@ -237,7 +237,13 @@ class Run:
     def _checkpoint(self, done: int, held_out: Evaluation | None, *, last: bool) -> None:
         if self._due(done, self._settings.checkpoint.every):  # one after a signal is not of the uninterrupted run
             self._usage.call("checkpoint", effect=1)
-        weights = self._transcoder.state_dict() | {"threshold": self._threshold(done)}
+        settings = self._settings.evaluation
+        if held_out or done == self._settings.steps:
+            threshold = self._threshold(done)
+        else:
+            rows, source = settings.calibration_rows, self._settings.source
+            threshold = calibrate(self._transcoder, self._store, settings.chunk_rows, source, rows)
+        weights = self._transcoder.state_dict() | {"threshold": threshold}
         state = {name: tensor for part in self._parts for name, tensor in part.state().items()}
         figures = HeldOut(fvu=held_out.fvu, l0=held_out.l0) if held_out else None
         (self._saver.save_last if last else self._saver.save)(done, weights, state, figures)

@@ -1,7 +1,7 @@
 """The rows of a step on their way from the memory maps to tensors."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, Self
 
@@ -151,17 +151,27 @@ class HeldOutChunk(NamedTuple):
 
 
 def held_out_rows(
-    store: Store, blocks: range, chunk_rows: int, device: torch.device, source: Side = "source"
+    store: Store,
+    blocks: range,
+    chunk_rows: int,
+    device: torch.device,
+    source: Side = "source",
+    most: Mapping[str, int] | None = None,
 ) -> Iterator[HeldOutChunk]:
-    """All rows of `blocks`, stratum by stratum, in chunks of at most `chunk_rows`; `source` as in `BatchReader`."""
+    """All rows of `blocks`, stratum by stratum, in chunks of at most `chunk_rows`; `source` as in `BatchReader`.
+
+    With `most`, the first so many of each stratum that it names, and no others.
+    """
     for name, stratum in store.strata.items():
         rows = stratum.stratum.rows
-        for low in range(blocks.start * rows, blocks.stop * rows, chunk_rows):
-            high = min(low + chunk_rows, blocks.stop * rows)
+        start, stop = blocks.start * rows, blocks.stop * rows
+        stop = stop if most is None else min(stop, start + most.get(name, 0))
+        for low in range(start, stop, chunk_rows):
+            high = min(low + chunk_rows, stop)
             found = []
             for side in _sides(source):
                 array: MappedArray = getattr(stratum, side)
-                array.will_need([(low, min(low + 2 * chunk_rows, blocks.stop * rows))])  # this chunk and the next
+                array.will_need([(low, min(low + 2 * chunk_rows, stop))])  # this chunk and the next
                 found.append(read_rows(array, low, high, store.request.storage, device))
             yield HeldOutChunk(name, found[0], found[-1])
 
