@@ -344,7 +344,7 @@ def explain(error: OSError, path: Path, needed: int | None = None) -> Exception:
     size = f"{needed:,} bytes needed, " if needed is not None else ""
     return DiskFull(
         f"disk full while writing {error.filename or path}: {size}{free_bytes(path.parent):,} bytes free "
-        f"({os.strerror(error.errno)}); free some space and run the same command again"
+        f"({os.strerror(error.errno)}); free some space and run it again"
     )
 
 

@@ -129,7 +129,11 @@ def verify(path: Path) -> str | None:
     if state.step != number(path):
         return f"{path / STATE}: it is of step {state.step}"
     for name in (WEIGHTS, OPTIMIZER):
-        if wrong := fault(path / name, state.files[name]) if name in state.files else f"{STATE} does not name it":
+        try:
+            wrong = fault(path / name, state.files[name]) if name in state.files else f"{STATE} does not name it"
+        except OSError as error:
+            wrong = str(error.strerror)
+        if wrong:
             return f"{path / name}: {wrong}"
     return None
 

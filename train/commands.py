@@ -18,7 +18,7 @@ from train.rows import source_width
 from train.samples.make import make_samples
 from train.samples.select import SamplesConfig
 from train.samples.table import SamplesRecord
-from train.saver import bring_home
+from train.saver import bring_home, require_own
 from train.settings import RunConfig, Settings, checkpoint_bytes, read_config, resolve
 
 
@@ -40,13 +40,14 @@ def start(
         durable.require_space(
             run.parent, settings.checkpoint.most(settings.steps, size), "checkpoints (--force to go on all the same)"
         )
-    elsewhere = _fallback(run, fallback)
+    written = durable.json_bytes(config.model_dump(mode="json"))
+    elsewhere = _fallback(run, fallback, written)
     with store.reading(), _resumable(run):
         new = Run(store, config, run, initial=source, fallback=elsewhere)  # raises before anything is written
         with durable.lock(run / ".lock", f"run {run}"):
             if (run / CONFIG).exists():  # of a run that was started meanwhile
                 raise exists
-            durable.publish_json(run / CONFIG, config.model_dump(mode="json"))
+            durable.publish_bytes(run / CONFIG, written)
             new.train()
     return run
 
@@ -74,7 +75,7 @@ def resume(
         raise UserError(
             f"{run} was trained on request {config.request[:6]}, {store.path} is {store.request.digest[:6]}"
         )
-    elsewhere = _fallback(run, fallback)
+    elsewhere = _fallback(run, fallback, (run / CONFIG).read_bytes())
     with store.reading(), durable.lock(run / ".lock", f"run {run}"), _resumable(run):
         durable.sweep(run)
         found = _newest(run, elsewhere)
@@ -83,11 +84,14 @@ def resume(
     return run
 
 
-def _fallback(run: Path, folder: Path | None) -> Path | None:
+def _fallback(run: Path, folder: Path | None, config: bytes) -> Path | None:
     """The run's place in the fallback folder, which must be there. Raises `UserError`."""
-    if folder and not folder.is_dir():
+    if not folder:
+        return None
+    if not folder.is_dir():
         raise UserError(f"--fallback-dir {folder}: no such folder; make it on a disk with room for a checkpoint")
-    return folder / run.resolve().name if folder else None
+    require_own(folder / run.resolve().name, config)
+    return folder / run.resolve().name
 
 
 def _newest(run: Path, fallback: Path | None) -> Checkpoint | None:

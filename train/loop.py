@@ -235,6 +235,7 @@ class Run:
         return self._calibrated[1]
 
     def _checkpoint(self, done: int, held_out: Evaluation | None, *, last: bool) -> None:
+        self._saver.wait()  # before its loss could be counted beside this call
         if self._due(done, self._settings.checkpoint.every):  # one after a signal is not of the uninterrupted run
             self._usage.call("checkpoint", effect=1)
         settings = self._settings.evaluation

@@ -128,12 +128,12 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or not issubclass(kind, KeyboardInterrupt):  # a second Ctrl-C does not wait
-            self._wait()
+            self.wait()
             self._reserve.unlink(missing_ok=True)
 
     def save(self, step: int, weights: Tensors, optimizer: Tensors, held_out: HeldOut | None) -> None:
         """Publish a checkpoint beside training. One that fails costs a warning."""
-        self._wait()
+        self.wait()
         if not self._config.background:
             self._try(_Job(step, weights, optimizer, held_out))
             return
@@ -143,11 +143,15 @@ class Saver:
 
     def save_last(self, step: int, weights: Tensors, optimizer: Tensors, held_out: HeldOut | None) -> None:
         """Publish the last checkpoint of this process, with the reserve's room. Raises `DiskFull` or `ProjectError`."""
-        self._wait()
+        self.wait()
         self._reserve.unlink(missing_ok=True)
-        self._publish(_Job(step, weights, optimizer, held_out))
+        try:
+            self._publish(_Job(step, weights, optimizer, held_out))
+        except ProjectError as error:
+            raise type(error)(f"{error}; continue with: python -m train resume {self._run}") from error
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is published or lost."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -252,17 +256,18 @@ class Saver:
         return [self._valid[path] for path in paths if path in self._valid]
 
 
+def require_own(fallback: Path, config: bytes) -> None:
+    """Raise `UserError` when the `fallback` folder is there, and is not of the run whose `config.json` is `config`."""
+    path = fallback / checkpoint.CONFIG
+    if fallback.exists() and not (path.is_file() and path.read_bytes() == config):
+        raise UserError(f"{fallback} is not of this run: its {checkpoint.CONFIG} differs; give another --fallback-dir")
+
+
 def bring_home(run: Path, fallback: Path) -> None:
     """Move checkpoints of `run` from its `fallback` folder to where they belong, the newest first.
 
-    Raises `DiskFull` when there is no room for more, and `UserError` when the folder is of another run.
+    Raises `DiskFull` when there is no room for more.
     """
-    if not fallback.is_dir():
-        return
-    if (fallback / checkpoint.CONFIG).read_bytes() != (run / checkpoint.CONFIG).read_bytes():
-        raise UserError(
-            f"{fallback} is of another run than {run}: their {checkpoint.CONFIG} differ; give another --fallback-dir"
-        )
     for path in reversed(checkpoint.steps(fallback)):
         home = checkpoint.folder(run, checkpoint.number(path))
         if checkpoint.verify(path) or (home.exists() and checkpoint.verify(home) is None):

@@ -115,7 +115,7 @@ class Usage:
         )
         try:
             durable.publish_json(self._path, record.model_dump(mode="json"))
-        except DiskFull as error:
+        except (DiskFull, OSError) as error:
             if not self.lost:
                 print(f"warning: {error}; training goes on, {USAGE} is not up to date", file=sys.stderr)
             self.lost += 1

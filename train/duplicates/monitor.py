@@ -153,7 +153,7 @@ class CorrelationMonitor:
         try:
             durable.make_folder(self._folder)
             durable.publish_json(self._folder / name, report.model_dump(mode="json"))
-        except DiskFull as error:
+        except (DiskFull, OSError) as error:
             if not self.lost_reports:
                 print(f"warning: {error}; training goes on, reports are lost", file=sys.stderr)
             self.lost_reports += 1
