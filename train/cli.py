@@ -1,7 +1,10 @@
 """`python -m train run|resume|evaluate|samples|compare`: parses, builds, runs."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,6 +18,24 @@ def main() -> None:
     """Train transcoders from a store of activations, with no LLM in memory."""
 
 
+def mirror_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Whether the run is mirrored to W&B: options that become the argument `project`."""
+
+    @click.option("--wandb", is_flag=True, help="Mirror the run to W&B, offline when there is no key.")
+    @click.option(
+        "--wandb-project",
+        default="transcoder-cache",
+        show_default=True,
+        envvar="WANDB_PROJECT",
+        help="W&B's project, for --wandb.",
+    )
+    @functools.wraps(command)
+    def wrapped(*, wandb: bool, wandb_project: str, **given: Any) -> None:
+        command(**given, project=wandb_project if wandb else None)
+
+    return wrapped
+
+
 @main.command()
 @click.argument("preset", default="tiny")
 @click.option("--store", required=True, type=click.Path(path_type=Path), help="A finished store (a folder).")
@@ -26,6 +47,7 @@ def main() -> None:
 @click.option("--init-from", type=click.Path(path_type=Path), help="A run whose newest weights to start from.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
 @click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
+@mirror_options
 @shared.cli.local_options
 def run(
     preset: str,
@@ -38,6 +60,7 @@ def run(
     init_from: Path | None,
     assignments: tuple[str, ...],
     force: bool,
+    project: str | None,
     local: Local | None,
 ) -> None:
     """Train a transcoder. Prints the run's path as its last line."""
@@ -50,7 +73,7 @@ def run(
 
     opened = Store.open(store, local)
     path = runs / (name or _free_name(runs, file.stem if file else preset))
-    start(opened, settings, path, init_from, force)
+    start(opened, settings, path, init_from, force, project)
     _summarise(path)
     click.echo(path)
 
@@ -58,12 +81,13 @@ def run(
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
+@mirror_options
 @shared.cli.local_options
-def resume(run: Path, store: Path | None, local: Local | None) -> None:
+def resume(run: Path, store: Path | None, project: str | None, local: Local | None) -> None:
     """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit."""
     from train.commands import resume as resume_run
 
-    resume_run(run, store, local)
+    resume_run(run, store, local, project)
     _summarise(run)
     click.echo(run)
 

@@ -13,6 +13,7 @@ from train.checkpoint import Checkpoint
 from train.evaluate import Evaluation, calibrate, evaluate
 from train.linear import linear_map_fvu
 from train.loop import Run, build_transcoder, load_weights, use_threads
+from train.mirror.process import mirrored
 from train.rows import source_width
 from train.samples.make import make_samples
 from train.samples.select import SamplesConfig
@@ -20,8 +21,10 @@ from train.samples.table import SamplesRecord
 from train.settings import CONFIG, RunConfig, Settings, checkpoint_bytes, read_config, resolve
 
 
-def start(store: Store, settings: Settings, run: Path, init_from: Path | None, force: bool) -> Path:
-    """Train from step 0 in the new folder `run`. Returns `run`.
+def start(
+    store: Store, settings: Settings, run: Path, init_from: Path | None, force: bool, project: str | None = None
+) -> Path:
+    """Train from step 0 in the new folder `run`, mirrored to a W&B `project` if there is one. Returns `run`.
 
     Raises `UserError` when `run` exists, the settings do not fit the store, or the checkpoints do not fit the disk.
     """
@@ -38,12 +41,16 @@ def start(store: Store, settings: Settings, run: Path, init_from: Path | None, f
             if (run / CONFIG).exists():  # of a run that was started meanwhile
                 raise exists
             durable.publish_json(run / CONFIG, config.model_dump(mode="json"))
-            new.train()
+            with mirrored(run, project):
+                new.train()
     return run
 
 
-def resume(run: Path, store_path: Path | None, local: Local | None) -> Path:
-    """Continue `run` from its newest valid checkpoint, or from step 0 when it has none. Returns `run`."""
+def resume(run: Path, store_path: Path | None, local: Local | None, project: str | None = None) -> Path:
+    """Continue `run` from its newest valid checkpoint, or from step 0 when it has none. Returns `run`.
+
+    With a W&B `project`, all of the run that is not mirrored yet is.
+    """
     config = read_config(run)
     store = Store.open(store_path or config.store, local)
     if store.request.digest != config.request:
@@ -57,7 +64,9 @@ def resume(run: Path, store_path: Path | None, local: Local | None) -> Path:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         source = find_initial(config.init_from, config) if config.init_from and not found else None
-        Run(store, config, run, initial=source, resumed=found).train()
+        continued = Run(store, config, run, initial=source, resumed=found)
+        with mirrored(run, project):
+            continued.train()
     return run
 
 
