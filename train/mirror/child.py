@@ -104,7 +104,7 @@ class Child:
                 self._wandb.summary.update(now)
                 usage = now
         if self._wandb:
-            self._wandb.finish(exit_code=0 if self._complete else 1)
+            self._close()
             if self._offline and (lost := logged - self._written()):
                 raise Lost(f"{len(lost)} of {len(logged)} rows are not in {self._folder}: is the disk full?")
         durable.publish_json(self._folder / STATE, self._state | {"step": last})
@@ -138,6 +138,12 @@ class Child:
         self._wandb.define_metric("*", step_metric="step")
         self._first = 0 if self._offline else self._wandb.step
         return self._wandb
+
+    def _close(self) -> None:
+        import wandb
+
+        self._wandb.finish(exit_code=0 if self._complete else 1)
+        wandb.teardown()  # waits for its process, which writes its last rows on the way out
 
     def _give_up(self, opened: threading.Event) -> None:
         until = time.monotonic() + ONLINE_SECONDS
@@ -243,6 +249,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--attempt", type=int, default=1)
     parser.add_argument("--complete", action="store_true")
+    os.environ.pop("WANDB_SERVICE", None)  # another process of wandb's, or the one that was killed
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with suppress(OSError):
