@@ -21,7 +21,7 @@ from tests.mirrors import core, environment, files, marked, trainer
 from tests.stores import make_store
 from train.mirror.process import SECONDS
 
-D, BLOCKS, STEPS, WARM, ROUNDS = 64, 8, 1500, 100, 3
+D, BLOCKS, STEPS, WARM, ROUNDS = 64, 8, 800, 100, 2
 LINE = "python -m tests.bench.mirror"
 KINDS = {"without": "no mirror", "with": "mirror", "stopped": "mirror, wandb's process stopped"}
 OPTIONS = ("--steps", STEPS, "--set", "log_every=1", "--set", f"evaluation.every={STEPS}", "--set", "samples.rows=0",

@@ -59,7 +59,7 @@ def mirrored(store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) ->
     done = trainer(*arguments(store, folder), seconds=AMPLE, env=mirrors.environment(folder))
     _, err = done.communicate(timeout=240)
     assert done.returncode == 0, err
-    assert f"upload with: wandb sync {folder / 'run' / FOLDER}/offline-run-*" in err and "warning" not in err
+    assert f"upload it with: wandb sync {folder / 'run' / FOLDER}/offline-run-*" in err and "warning" not in err
     return folder / "run"
 
 
@@ -208,14 +208,15 @@ def test_a_killed_run_goes_on_as_the_same_run_of_wandb(
     """As after a power cut, when the mirror goes down with the trainer: rows that wandb had not written are made up."""
     run = tmp_path / "run"
     killed = trainer(*arguments(store, tmp_path), "--wandb-project", "of-its-own", seconds=AMPLE, env=env)
-    mirrors.paused_while_mirrored(killed, run, rows=9)
+    mirrors.paused_while_mirrored(killed, run, rows=25)
     if also == "the mirror, too":
+        wait_for(lambda: histories(run))  # wandb writes blocks of rows
         process.kill_marked(run)
     killed.kill()
     killed.communicate(timeout=60)
     wait_for(lambda: marked(run) == [])
     before = {row["step"] for row in histories(run)}
-    assert len(before) >= 9 if also == "the trainer" else before == set()
+    assert len(before) >= 25 if also == "the trainer" else 0 < len(before) < 25
     resumed(run, env)
     assert_same_run(plain, run)
     assert_mirrored_once(run)
@@ -227,8 +228,9 @@ def test_a_run_that_was_trained_without_a_mirror_gets_one(plain: Path, tmp_path:
     shutil.copytree(plain, tmp_path / "run")
     assert "is finished" in resumed(tmp_path / "run", env)
     assert_mirrored_once(tmp_path / "run")
+    shutil.rmtree(files(tmp_path / "run")[0].parent)  # as `wandb sync --clean` does
     resumed(tmp_path / "run", env)
-    assert len(files(tmp_path / "run")) == 1
+    assert files(tmp_path / "run") == []
 
 
 ON_SMALL_DISK = 'mount -t tmpfs -o size=$0 none "$1" && shift && "$@" && echo full: $(df --output=avail "$FOLDER")'
@@ -319,9 +321,9 @@ def test_a_stopped_mirror_of_a_killed_trainer_does_not_hold_up_the_next(
     done.kill()
     done.communicate(timeout=60)
     assert stopped in marked(run)
-    second = trainer("resume", run, "--wandb", seconds=SHORT, env=env)
-    finished(second, run, plain)
-    resumed(run, env)
+    assert "warning" not in resumed(run, env)
+    assert marked(run) == []
+    assert_same_run(plain, run)
     assert_mirrored_once(run)
 
 
@@ -330,7 +332,7 @@ def test_no_network(store: SyntheticStore, plain: Path, tmp_path: Path, env: dic
     online = env | {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     done = trainer(*arguments(store, tmp_path), seconds=AMPLE, env=online)
     err = finished(done, run, plain)
-    assert "warning" not in err and "mirrored offline; upload with: wandb sync" in err
+    assert "warning" not in err and "mirrored offline; upload it with: wandb sync" in err
     log = (run / FOLDER / LOG).read_text()
     assert "W&B has not answered" in log or "W&B cannot be reached" in log
     assert "offline: W&B's mode is offline" in log

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from shared import durable
 from shared.errors import UserError
-from train.mirror.process import COMPLETE, FOLDER, kill_marked
+from train.mirror.process import COMPLETE, FOLDER, SECONDS, kill_marked
 from train.mirror.records import CONFIG, Records, Row
 from train.mirror.written import steps
 
@@ -189,8 +189,8 @@ class Child:
         return set().union(*(steps(path) for path in self._local_files()))
 
     def _locked(self) -> ExitStack:
-        """The lock of the mirror: the child of a trainer that was killed may be at its last rows."""
-        stack, until = ExitStack(), time.monotonic() + self._seconds + 2
+        """The lock of the mirror: the child of a trainer that was killed may be at its last rows, for a while."""
+        stack, until = ExitStack(), time.monotonic() + SECONDS + 2
         while True:
             try:
                 stack.enter_context(durable.lock(self._folder / ".lock", "the mirror"))

@@ -94,14 +94,15 @@ def _end(child: subprocess.Popen[bytes], run: Path, complete: bool) -> None:
     kill_marked(run)
     with suppress(subprocess.TimeoutExpired):
         child.wait(timeout=1)
-    unsent = f"wandb sync {run / FOLDER}/offline-run-*"
+    there = [kind for kind in ("offline-run-*", "run-*") if any((run / FOLDER).glob(kind))]
+    upload = f"upload {{}} with: wandb sync {run / FOLDER}/{there[0]}" if there else ""
     if code:
         _warn(
             f"the W&B mirror did not finish (see {run / FOLDER / LOG}); the run itself is unaffected. Mirror the rest "
-            f"with: python -m train resume {run} --wandb; upload what is on disk with: {unsent}"
+            f"with: python -m train resume {run} --wandb" + (f"; {upload.format('what is on disk')}" if there else "")
         )
-    elif any((run / FOLDER).glob("offline-run-*")):
-        print(f"mirrored offline; upload with: {unsent}", file=sys.stderr)
+    elif there == ["offline-run-*"]:
+        print(f"mirrored offline; {upload.format('it')}", file=sys.stderr)
 
 
 def _warn(message: str) -> None:
