@@ -57,9 +57,14 @@ def child(run: Path) -> int:
 
 def paused_while_mirrored(process: subprocess.Popen, run: Path, rows: int = 3) -> None:
     """Stop the trainer after some rows of metrics, and wait until its mirror has logged any."""
+    paused_after(process, run, rows)
+    wait_for(lambda: files(run), process)
+
+
+def paused_after(process: subprocess.Popen, run: Path, rows: int) -> None:
+    """Stop the trainer after some rows of metrics."""
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(lines(run / "metrics.jsonl")) >= rows, process)
     process.send_signal(signal.SIGSTOP)
-    wait_for(lambda: files(run), process)
 
 
 def lines(path: Path) -> list[str]:

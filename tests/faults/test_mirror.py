@@ -19,10 +19,11 @@ from tests import mirrors
 from tests.mirrors import ROOT, core, files, histories, summaries, trainer, wait_for
 from tests.runs import SMALL, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
+from tests.wandb_server import Server
 from train import metrics, usage
 from train.duplicates import monitor
 from train.mirror import child, process, records
-from train.mirror.process import FOLDER, LOG, SECONDS, marked
+from train.mirror.process import FOLDER, LOG, SECONDS, marked, unsent
 from train.samples import table
 from train.settings import CONFIG
 
@@ -86,13 +87,17 @@ def assert_mirrored_once(run: Path) -> None:
     """Every row of metrics is in one of the files, once, with its values; all have one id."""
     found = histories(run)
     assert sorted(row["step"] for row in found) == sorted({row["step"] for row in found})
+    assert_holds_metrics(found, run)
+    state = json.loads((run / FOLDER / child.STATE).read_text())
+    assert state["step"] == STEPS
+    assert {path.name for path in files(run)} == {f"run-{state['id']}.wandb"}
+
+
+def assert_holds_metrics(found: list[dict], run: Path) -> None:
     by_step = {row["step"]: row for row in found}
     for row in rows(run):
         for name, value in records.flatten(row).items():
             assert by_step[row["step"]][name] == value
-    state = json.loads((run / FOLDER / child.STATE).read_text())
-    assert state["step"] == STEPS
-    assert {path.name for path in files(run)} == {f"run-{state['id']}.wandb"}
 
 
 def resumed(run: Path, env: dict[str, str], *options: object) -> str:
@@ -184,13 +189,43 @@ def test_the_mirror_knows_the_runs_settings_and_its_axis_and_has_no_checkpoints(
     assert size < 2_000_000
 
 
-def test_wandb_sync_takes_what_is_left(mirrored: Path, tmp_path: Path) -> None:
-    found = subprocess.run(
-        [sys.executable, "-m", "wandb", "sync", "--dry-run", *(str(path.parent) for path in files(mirrored))],
-        capture_output=True, text=True, timeout=120, env=mirrors.environment(tmp_path), cwd=tmp_path,
-    )  # fmt: skip
+def test_wandb_sync_uploads_what_is_left(mirrored: Path, tmp_path: Path, env: dict[str, str]) -> None:
+    shutil.copytree(mirrored, tmp_path / "run", symlinks=True)
+    [file] = files(tmp_path / "run")
+    assert unsent(tmp_path / "run") == [file]
+    with Server() as server:
+        found = subprocess.run([sys.executable, "-m", "wandb", "sync", file.parent], capture_output=True, text=True,
+                               timeout=120, env=env | server.environment, cwd=tmp_path)  # fmt: skip
     assert found.returncode == 0, found.stderr
-    assert "Would sync 1 run(s)" in found.stdout + found.stderr
+    [(name, sent)] = server.history.items()
+    assert file.name == f"run-{name}.wandb" and unsent(tmp_path / "run") == []
+    assert [row["step"] for row in sent] == [row["step"] for row in histories(tmp_path / "run")]
+    assert_holds_metrics(sent, tmp_path / "run")
+
+
+@pytest.mark.parametrize("also", ["the trainer", "the mirror, too"])
+def test_a_killed_run_goes_on_at_the_server(
+    store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str], also: str
+) -> None:
+    run = tmp_path / "run"
+    with Server() as server:
+        killed = trainer(*arguments(store, tmp_path), seconds=AMPLE, env=env | server.environment)
+        mirrors.paused_after(killed, run, rows=25)
+        wait_for(lambda: server.history)
+        if also == "the mirror, too":
+            process.kill_marked(run)
+        killed.kill()
+        killed.communicate(timeout=60)
+        wait_for(lambda: marked(run) == [])
+        before = [row["step"] for sent in server.history.values() for row in sent]
+        assert 0 < len(before) < len(rows(plain))
+        err = resumed(run, env | server.environment)
+    assert "warning" not in err and "offline" not in err and files(run) == []
+    [sent] = server.history.values()
+    steps = [row["step"] for row in sent]
+    assert steps == sorted(set(steps)) and steps[: len(before)] == before
+    assert_same_run(plain, run)
+    assert_holds_metrics(sent, run)
 
 
 def test_names_of_files_are_the_trainers() -> None:
@@ -216,7 +251,7 @@ def test_a_killed_run_goes_on_as_the_same_run_of_wandb(
     killed.communicate(timeout=60)
     wait_for(lambda: marked(run) == [])
     before = {row["step"] for row in histories(run)}
-    assert len(before) >= 25 if also == "the trainer" else 0 < len(before) < 25
+    assert len(before) >= (25 if also == "the trainer" else 1)
     resumed(run, env)
     assert_same_run(plain, run)
     assert_mirrored_once(run)

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from shared import durable
 from shared.errors import UserError
-from train.mirror.process import COMPLETE, FOLDER, SECONDS, kill_marked
+from train.mirror.process import COMPLETE, FOLDER, SECONDS, kill_marked, unsent
 from train.mirror.records import CONFIG, Records, Row
 from train.mirror.written import steps
 
@@ -146,9 +146,11 @@ class Child:
         wandb.teardown()  # waits for its process, which writes its last rows on the way out
 
     def _give_up(self, opened: threading.Event) -> None:
-        until = time.monotonic() + ONLINE_SECONDS
+        until, ended = time.monotonic() + ONLINE_SECONDS, False
         while not opened.wait(0.1):
-            if self._ended.is_set() or time.monotonic() > until:
+            if self._ended.is_set() and not ended:  # enough is left to start again
+                until, ended = min(until, time.monotonic() + 0.4 * self._seconds), True
+            if time.monotonic() > until:
                 _say("W&B has not answered")
                 self._again(offline=True)
 
@@ -178,8 +180,8 @@ class Child:
             return None
         if settings.mode in ("offline", "dryrun"):
             return f"W&B's mode is {settings.mode}"
-        if unsent := [path for path in self._local_files() if not path.with_name(path.name + ".synced").exists()]:
-            return f"rows before these are to be uploaded first, with: wandb sync {unsent[0].parent}"
+        if before := unsent(self._run):
+            return f"rows before these are to be uploaded first, with: wandb sync {before[0].parent}"
         return "" if _has_key(settings) else "there is no API key"
 
     def _local_files(self) -> list[Path]:

@@ -60,6 +60,12 @@ def marked(run: Path) -> list[int]:
     return [process for process in found if process != os.getpid()]
 
 
+def unsent(run: Path) -> list[Path]:
+    """What was mirrored offline and is not uploaded, oldest first."""
+    found = sorted((run / FOLDER).glob("offline-run-*/run-*.wandb"))
+    return [path for path in found if not path.with_name(path.name + ".synced").exists()]
+
+
 def _start(run: Path, project: str) -> subprocess.Popen[bytes] | None:
     spec = find_spec("wandb")
     if spec is None or spec.origin is None:  # a folder called wandb is no package
@@ -94,15 +100,16 @@ def _end(child: subprocess.Popen[bytes], run: Path, complete: bool) -> None:
     kill_marked(run)
     with suppress(subprocess.TimeoutExpired):
         child.wait(timeout=1)
-    there = [kind for kind in ("offline-run-*", "run-*") if any((run / FOLDER).glob(kind))]
-    upload = f"upload {{}} with: wandb sync {run / FOLDER}/{there[0]}" if there else ""
+    kinds = {"offline-run-*": unsent(run), "run-*": list((run / FOLDER).glob("run-*"))}
+    kind = next((kind for kind, there in kinds.items() if there), None)
+    upload = f"with: wandb sync {run / FOLDER}/{kind}"
     if code:
         _warn(
             f"the W&B mirror did not finish (see {run / FOLDER / LOG}); the run itself is unaffected. Mirror the rest "
-            f"with: python -m train resume {run} --wandb" + (f"; {upload.format('what is on disk')}" if there else "")
+            f"with: python -m train resume {run} --wandb" + (f"; upload what is on disk {upload}" if kind else "")
         )
-    elif there == ["offline-run-*"]:
-        print(f"mirrored offline; {upload.format('it')}", file=sys.stderr)
+    elif kind == "offline-run-*":
+        print(f"mirrored offline; upload it {upload}", file=sys.stderr)
 
 
 def _warn(message: str) -> None:
