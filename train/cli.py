@@ -1,7 +1,10 @@
 """`python -m train run|resume|checkpoints|evaluate|samples|compare`: parses, builds, runs."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,6 +25,24 @@ def main() -> None:
     """Train transcoders from a store of activations, with no LLM in memory."""
 
 
+def mirror_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Whether the run is mirrored to W&B: options that become the argument `project`."""
+
+    @click.option("--wandb", is_flag=True, help="Mirror the run to W&B, offline when there is no key.")
+    @click.option(
+        "--wandb-project",
+        default="transcoder-cache",
+        show_default=True,
+        envvar="WANDB_PROJECT",
+        help="W&B's project, for --wandb.",
+    )
+    @functools.wraps(command)
+    def wrapped(*, wandb: bool, wandb_project: str, **given: Any) -> None:
+        command(**given, project=wandb_project if wandb else None)
+
+    return wrapped
+
+
 @main.command()
 @click.argument("preset", default="tiny")
 @click.option("--store", required=True, type=click.Path(path_type=Path), help="A finished store (a folder).")
@@ -34,6 +55,7 @@ def main() -> None:
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
 @click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
 @_fallback_option
+@mirror_options
 @shared.cli.local_options
 def run(
     preset: str,
@@ -47,6 +69,7 @@ def run(
     assignments: tuple[str, ...],
     force: bool,
     fallback: Path | None,
+    project: str | None,
     local: Local | None,
 ) -> None:
     """Train a transcoder. Prints the run's path as its last line."""
@@ -59,7 +82,7 @@ def run(
 
     opened = Store.open(store, local)
     path = runs / (name or _free_name(runs, file.stem if file else preset))
-    start(opened, settings, path, init_from, force=force, fallback=fallback)
+    start(opened, settings, path, init_from, force=force, fallback=fallback, project=project)
     _summarise(path)
     click.echo(path)
 
@@ -70,14 +93,21 @@ def run(
 @click.option("--threads", type=click.IntRange(1), help="Another number of CPU threads; the last bits may differ.")
 @click.option("--inexact", is_flag=True, help="Go on on another processor or other versions; the last bits may differ.")
 @_fallback_option
+@mirror_options
 @shared.cli.local_options
 def resume(
-    run: Path, store: Path | None, threads: int | None, inexact: bool, fallback: Path | None, local: Local | None
+    run: Path,
+    store: Path | None,
+    threads: int | None,
+    inexact: bool,
+    fallback: Path | None,
+    project: str | None,
+    local: Local | None,
 ) -> None:
     """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit."""
     from train.commands import resume as resume_run
 
-    resume_run(run, store, local, fallback=fallback, threads=threads, inexact=inexact)
+    resume_run(run, store, local, fallback=fallback, threads=threads, inexact=inexact, project=project)
     _summarise(run)
     click.echo(run)
 

@@ -14,6 +14,7 @@ from train.checkpoint import CONFIG, Checkpoint, Listed
 from train.evaluate import Evaluation, calibrate, evaluate
 from train.linear import linear_map_fvu
 from train.loop import Run, build_transcoder, load_weights, use_threads
+from train.mirror.process import mirrored
 from train.rows import source_width
 from train.samples.make import make_samples
 from train.samples.select import SamplesConfig
@@ -23,9 +24,16 @@ from train.settings import RunConfig, Settings, checkpoint_bytes, read_config, r
 
 
 def start(
-    store: Store, settings: Settings, run: Path, init_from: Path | None, *, force: bool, fallback: Path | None
+    store: Store,
+    settings: Settings,
+    run: Path,
+    init_from: Path | None,
+    *,
+    force: bool,
+    fallback: Path | None = None,
+    project: str | None = None,
 ) -> Path:
-    """Train from step 0 in the new folder `run`. Returns `run`.
+    """Train from step 0 in the new folder `run`, mirrored to a W&B `project` if there is one. Returns `run`.
 
     `fallback`: where checkpoints go when the disk of `run` is full. Raises `UserError` when `run` exists, the settings
     do not fit the store, or the checkpoints do not fit the disk.
@@ -48,7 +56,8 @@ def start(
             if (run / CONFIG).exists():  # of a run that was started meanwhile
                 raise exists
             durable.publish_bytes(run / CONFIG, written)
-            new.train()
+            with mirrored(run, project):
+                new.train()
     return run
 
 
@@ -57,14 +66,16 @@ def resume(
     store_path: Path | None,
     local: Local | None,
     *,
-    fallback: Path | None,
-    threads: int | None,
-    inexact: bool,
+    fallback: Path | None = None,
+    project: str | None = None,
+    threads: int | None = None,
+    inexact: bool = False,
 ) -> Path:
     """Continue `run` from its newest valid checkpoint, or from step 0 when it has none. Returns `run`.
 
     The result is that of an uninterrupted run, bit for bit, unless other `threads` are asked for, or `inexact` lets
     another processor or other versions of libraries do. Checkpoints that are in the `fallback` folder are brought home.
+    With a W&B `project`, all of the run that is not mirrored yet is.
     """
     config = read_config(run)
     if threads and threads != config.settings.threads:
@@ -80,7 +91,9 @@ def resume(
         durable.sweep(run)
         found = _newest(run, elsewhere)
         source = find_initial(config.init_from, config) if config.init_from and not found else None
-        Run(store, config, run, initial=source, resumed=found, fallback=elsewhere, inexact=inexact).train()
+        continued = Run(store, config, run, initial=source, resumed=found, fallback=elsewhere, inexact=inexact)
+        with mirrored(run, project):
+            continued.train()
     return run
 
 

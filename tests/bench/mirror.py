@@ -1,0 +1,84 @@
+"""What a mirror in W&B costs the trainer's steps, also while wandb's process is stopped, by the command.
+
+python -m tests.bench.mirror             writes docs/benchmarks.json and docs/benchmarks.md
+
+Every step is logged, fifty times as often as by default, so that what wandb's process does not take fills its socket
+and blocks the mirror. Offline, in temporary folders; the first steps, which wait for rows and caches, are left out.
+"""
+
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from shared import durable
+from tests.bench.record import record
+from tests.mirrors import core, environment, files, marked, trainer
+from tests.stores import make_store
+from train.mirror.process import SECONDS
+
+D, BLOCKS, STEPS, WARM, ROUNDS = 64, 8, 800, 100, 2
+LINE = "python -m tests.bench.mirror"
+KINDS = {"without": "no mirror", "with": "mirror", "stopped": "mirror, wandb's process stopped"}
+OPTIONS = ("--steps", STEPS, "--set", "log_every=1", "--set", f"evaluation.every={STEPS}", "--set", "samples.rows=0",
+           "--set", f"checkpoint.every={STEPS}", "--set", "monitor.every=0", "--set", "diversity.mined.weight=0",
+           "--set", "diversity.co_activation.weight=0", "--set", "activation.k_start=32",
+           "--set", "transcoder.d_sae=1024", "--set", "rows.batch_rows=512")  # fmt: skip
+
+
+def main() -> None:
+    """Make a store, train by turns, and record."""
+    steps: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    totals: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    with tempfile.TemporaryDirectory() as folder:
+        durable.require_space(Path(folder), 2**30, "the bench's store")
+        store = make_store(Path(folder, "store"), d_in=D, d_out=D, training_blocks=BLOCKS, context_size=256,
+                           edges=(0, 1, 4, 16, 64), keep={0: 0.0625}, block_sequences=256)  # fmt: skip
+        for i in range(ROUNDS):
+            for kind in KINDS:
+                found, total = measure(store.path, Path(folder), f"{kind}-{i}", kind)
+                steps[kind] += found
+                totals[kind].append(total)
+                print(f"{kind}: median {statistics.median(found) * 1e3:.2f} ms, worst {max(found) * 1e3:.2f} ms, "
+                      f"command {total:.1f} s", file=sys.stderr)  # fmt: skip
+    median = {kind: statistics.median(found) for kind, found in steps.items()}
+    figures: dict[str, tuple[float, str]] = {}
+    for kind, name in KINDS.items():
+        figures[f"median step, {name}"] = (median[kind] * 1e3, "ms")
+        figures[f"99th percentile, {name}"] = (statistics.quantiles(steps[kind], n=100)[98] * 1e3, "ms")
+        figures[f"worst step, {name}"] = (max(steps[kind]) * 1e3, "ms")
+        figures[f"whole command, {name}"] = (statistics.median(totals[kind]), "s")
+    for kind in ("with", "stopped"):
+        figures[f"median step, {KINDS[kind]}, by that without"] = (median[kind] / median["without"], "x")
+    figures["bound of the wait at the end"] = (SECONDS, "s")
+    record("mirror: every step logged, d 64, 1,024 latents, 512 rows", LINE, figures)
+
+
+def measure(store: Path, folder: Path, name: str, kind: str) -> tuple[list[float], float]:
+    """Seconds of every step, and of the whole command."""
+    options = ("--wandb",) if kind != "without" else ()
+    began = time.monotonic()
+    done = trainer("run", "tiny", "--store", store, "--runs", folder, "--name", name, *OPTIONS, *options,
+                   seconds=SECONDS, env=environment(folder))  # fmt: skip
+    if kind == "stopped":
+        while not files(folder / name):
+            if done.poll() is not None:
+                sys.exit(f"the training ended before its mirror began: {done.communicate()[1]}")
+            time.sleep(0.01)
+        os.kill(core(folder / name), signal.SIGSTOP)
+    _, err = done.communicate()
+    total = time.monotonic() - began
+    if done.returncode or marked(folder / name):
+        sys.exit(f"{name}: exit code {done.returncode}, left behind {marked(folder / name)}: {err}")
+    if ("did not finish" in err) != (kind == "stopped"):
+        sys.exit(f"{name}: {err}")
+    seconds = [json.loads(line)["seconds"] for line in (folder / name / "timing.jsonl").read_text().splitlines()]
+    return [b - a for a, b in zip(seconds[WARM:-2], seconds[WARM + 1 : -1], strict=True)], total
+
+
+if __name__ == "__main__":
+    main()

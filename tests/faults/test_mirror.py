@@ -1,0 +1,433 @@
+"""A mirror in W&B cannot hurt a run: whatever befalls wandb, its disk or its network, the weights are those without.
+
+The commands run as processes. A trainer is stopped (SIGSTOP) while a fault is injected, so that it comes on the way,
+however fast the training is; the mirror of a stopped trainer works on.
+"""
+
+import ast
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import mirrors
+from tests.mirrors import ROOT, core, files, histories, summaries, trainer, wait_for
+from tests.runs import SMALL, assert_same_run, rows
+from tests.stores import SyntheticStore, make_store
+from tests.wandb_server import Server
+from train import metrics, usage
+from train.duplicates import monitor
+from train.mirror import child, process, records
+from train.mirror.process import FOLDER, LOG, SECONDS, marked, unsent
+from train.samples import table
+from train.settings import CONFIG
+
+pytestmark = [pytest.mark.slow, pytest.mark.fault(13)]
+
+STEPS = 200
+OPTIONS = ("--steps", STEPS, *SMALL, "--set", "log_every=5", "--set", "evaluation.every=100",
+           "--set", "checkpoint.every=50", "--set", "monitor.every=27")  # fmt: skip
+AMPLE, SHORT = 200.0, 2.0
+"""Seconds that a trainer waits: for a mirror that has to finish, and for one that cannot."""
+UNAFFECTED = "warning: the W&B mirror did not finish"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> SyntheticStore:
+    return make_store(tmp_path_factory.mktemp("cache") / "store", keep={0: 0.5}, training_blocks=6)
+
+
+@pytest.fixture(scope="module")
+def plain(store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a mirror."""
+    folder = tmp_path_factory.mktemp("plain")
+    done = trainer("run", "--store", store.path, "--runs", folder, "--name", "plain", *OPTIONS, seconds=SHORT,
+                   env=mirrors.environment(folder))  # fmt: skip
+    _, err = done.communicate(timeout=240)
+    assert done.returncode == 0, err
+    return folder / "plain"
+
+
+@pytest.fixture(scope="module")
+def mirrored(store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one, on which nothing went wrong."""
+    folder = tmp_path_factory.mktemp("mirrored")
+    done = trainer(*arguments(store, folder), seconds=AMPLE, env=mirrors.environment(folder))
+    _, err = done.communicate(timeout=240)
+    assert done.returncode == 0, err
+    assert f"upload it with: wandb sync {folder / 'run' / FOLDER}/offline-run-*" in err and "warning" not in err
+    return folder / "run"
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    return mirrors.environment(tmp_path)
+
+
+def arguments(store: SyntheticStore, runs: Path) -> tuple[object, ...]:
+    return ("run", "--store", store.path, "--runs", runs, "--name", "run", *OPTIONS, "--wandb")
+
+
+def finished(done: subprocess.Popen, run: Path, plain: Path) -> str:
+    """Let a trainer go on to its end, which is that of a run without a mirror; returns its stderr."""
+    done.send_signal(signal.SIGCONT)
+    _, err = done.communicate(timeout=240)
+    assert done.returncode == 0, err
+    assert marked(run) == []
+    assert_same_run(plain, run)
+    return err
+
+
+def assert_mirrored_once(run: Path) -> None:
+    """Every row of metrics is in one of the files, once, with its values; all have one id."""
+    found = histories(run)
+    assert sorted(row["step"] for row in found) == sorted({row["step"] for row in found})
+    assert_holds_metrics(found, run)
+    state = json.loads((run / FOLDER / child.STATE).read_text())
+    assert state["step"] == STEPS
+    assert {path.name for path in files(run)} == {f"run-{state['id']}.wandb"}
+
+
+def assert_holds_metrics(found: list[dict], run: Path) -> None:
+    by_step = {row["step"]: row for row in found}
+    for row in rows(run):
+        for name, value in records.flatten(row).items():
+            assert by_step[row["step"]][name] == value
+
+
+def resumed(run: Path, env: dict[str, str], *options: object) -> str:
+    done = trainer("resume", run, "--wandb", *options, seconds=AMPLE, env=env)
+    _, err = done.communicate(timeout=240)
+    assert done.returncode == 0, err
+    return err
+
+
+def test_off_is_off(plain: Path) -> None:
+    """That wandb was not imported is asserted in the process itself."""
+    assert sorted(path.name for path in plain.iterdir()) == [
+        ".lock", "anti_duplication_logs", "checkpoints", "config.json", "metrics.jsonl", "samples", "timing.jsonl",
+        "usage.json",
+    ]  # fmt: skip
+
+
+def test_off_starts_no_process(command, store: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(process, "_start")
+    common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 2, *SMALL)
+    assert command(*common).code == 0
+    with pytest.raises(NameError):
+        command(*common, "--wandb")
+
+
+def test_only_the_childs_modules_import_wandb_and_the_trainer_imports_none_of_them() -> None:
+    importing: dict[str, set[Path]] = {"wandb": set(), "train.mirror.child": set(), "train.mirror.written": set()}
+    for path in sorted((ROOT / "train").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+                "import_module",
+                "__import__",
+            ):
+                names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            for name in names:
+                for module, found in importing.items():
+                    if name == module or name.startswith(module + "."):
+                        found.add(path.relative_to(ROOT / "train/mirror"))
+    assert importing == {
+        "wandb": {Path("child.py"), Path("written.py")},
+        "train.mirror.child": set(),
+        "train.mirror.written": {Path("child.py")},
+    }
+
+
+def test_the_mirror_holds_what_the_files_do(mirrored: Path, plain: Path) -> None:
+    assert_same_run(plain, mirrored)
+    assert_mirrored_once(mirrored)
+    by_step = {row["step"]: row for row in histories(mirrored)}
+    assert {27, 54, STEPS} <= set(by_step)
+    for step in (27, STEPS):
+        report = json.loads((mirrored / f"anti_duplication_logs/correlation-{step:06d}.json").read_text())
+        row = by_step[step]
+        assert (
+            row["correlation/without_position_0/pairs_above/0_5"] == report["without_position_0"]["pairs_above"]["0.5"]
+        )
+        assert row["correlation/directions/effective_number"] == report["directions"]["effective_number"]
+        assert row["correlation/clusters"] == len(report["clusters"])
+    for line in mirrors.lines(mirrored / "timing.jsonl"):
+        timing = json.loads(line)
+        assert by_step[timing["step"]]["timing/rows_per_second"] == timing["rows_per_second"]
+    last, report = by_step[STEPS], json.loads((mirrored / "anti_duplication_logs" / monitor.HELD_OUT).read_text())
+    assert last["correlation_held_out/without_position_0/largest"] == report["without_position_0"]["largest"]
+    assert sum(last["plots/held_out_correlations/values"]) == len(report["pairs"])
+    assert 0 < sum(last["plots/log10_density/values"]) <= 64
+    components = json.loads((mirrored / "usage.json").read_text())["components"]
+    told = summaries(mirrored)
+    assert {name: told[f"usage/{name}/calls"] for name in components} == {
+        name: component["calls"] for name, component in components.items()
+    }
+    assert told["usage/mined/effect"] == components["mined"]["effect"] > 0
+
+
+def test_the_mirror_knows_the_runs_settings_and_its_axis_and_has_no_checkpoints(mirrored: Path) -> None:
+    found = {record.WhichOneof("record_type"): record for record in mirrors.records(files(mirrored)[0])}
+    config = {item.key: json.loads(item.value_json) for item in found["run"].run.config.update}
+    assert config["settings"] == json.loads((mirrored / CONFIG).read_text())["settings"]
+    assert found["run"].run.project == "transcoder-cache" and found["run"].run.display_name == "run"
+    assert found["metric"].metric.glob_name == "*" and found["metric"].metric.step_metric == "step"
+    assert found["exit"].exit.exit_code == 0
+    size = sum(path.stat().st_size for path in (mirrored / FOLDER).rglob("*") if path.is_file())
+    names = {path.suffix for path in (mirrored / FOLDER).rglob("*") if path.is_file()}
+    assert not names & {".safetensors", ".parquet", ".json"} - {".json"}
+    assert size < 2_000_000
+
+
+def test_wandb_sync_uploads_what_is_left(mirrored: Path, tmp_path: Path, env: dict[str, str]) -> None:
+    shutil.copytree(mirrored, tmp_path / "run", symlinks=True)
+    [file] = files(tmp_path / "run")
+    assert unsent(tmp_path / "run") == [file]
+    with Server() as server:
+        found = subprocess.run([sys.executable, "-m", "wandb", "sync", file.parent], capture_output=True, text=True,
+                               timeout=120, env=env | server.environment, cwd=tmp_path)  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    [(name, sent)] = server.history.items()
+    assert file.name == f"run-{name}.wandb" and unsent(tmp_path / "run") == []
+    assert [row["step"] for row in sent] == [row["step"] for row in histories(tmp_path / "run")]
+    assert_holds_metrics(sent, tmp_path / "run")
+
+
+@pytest.mark.parametrize("also", ["the trainer", "the mirror, too"])
+def test_a_killed_run_goes_on_at_the_server(
+    store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str], also: str
+) -> None:
+    run = tmp_path / "run"
+    with Server() as server:
+        killed = trainer(*arguments(store, tmp_path), seconds=AMPLE, env=env | server.environment)
+        mirrors.paused_after(killed, run, rows=25)
+        wait_for(lambda: server.history)
+        if also == "the mirror, too":
+            process.kill_marked(run)
+        killed.kill()
+        killed.communicate(timeout=60)
+        wait_for(lambda: marked(run) == [])
+        before = [row["step"] for sent in server.history.values() for row in sent]
+        assert 0 < len(before) < len(rows(plain))
+        err = resumed(run, env | server.environment)
+    assert "warning" not in err and "offline" not in err and files(run) == []
+    [sent] = server.history.values()
+    steps = [row["step"] for row in sent]
+    assert steps == sorted(set(steps)) and steps[: len(before)] == before
+    assert_same_run(plain, run)
+    assert_holds_metrics(sent, run)
+
+
+def test_names_of_files_are_the_trainers() -> None:
+    assert (records.METRICS, records.TIMING) == (metrics.METRICS, metrics.TIMING)
+    assert (records.USAGE, records.CONFIG) == (usage.USAGE, CONFIG)
+    assert (records.REPORTS, records.HELD_OUT) == (monitor.FOLDER, monitor.HELD_OUT)
+    assert Path("run", records.LATENTS.format(7)) == table.paths(Path("run"), 7)[1]
+
+
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("also", ["the trainer", "the mirror, too"])
+def test_a_killed_run_goes_on_as_the_same_run_of_wandb(
+    store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str], also: str
+) -> None:
+    """As after a power cut, when the mirror goes down with the trainer: rows that wandb had not written are made up."""
+    run = tmp_path / "run"
+    killed = trainer(*arguments(store, tmp_path), "--wandb-project", "of-its-own", seconds=AMPLE, env=env)
+    mirrors.paused_while_mirrored(killed, run, rows=25)
+    if also == "the mirror, too":
+        wait_for(lambda: histories(run))  # wandb writes blocks of rows
+        process.kill_marked(run)
+    killed.kill()
+    killed.communicate(timeout=60)
+    wait_for(lambda: marked(run) == [])
+    before = {row["step"] for row in histories(run)}
+    assert len(before) >= (25 if also == "the trainer" else 1)
+    resumed(run, env)
+    assert_same_run(plain, run)
+    assert_mirrored_once(run)
+    assert len(files(run)) == 2
+    assert json.loads((run / FOLDER / child.STATE).read_text())["project"] == "of-its-own"
+
+
+def test_a_run_that_was_trained_without_a_mirror_gets_one(plain: Path, tmp_path: Path, env: dict[str, str]) -> None:
+    shutil.copytree(plain, tmp_path / "run")
+    assert "is finished" in resumed(tmp_path / "run", env)
+    assert_mirrored_once(tmp_path / "run")
+    shutil.rmtree(files(tmp_path / "run")[0].parent)  # as `wandb sync --clean` does
+    resumed(tmp_path / "run", env)
+    assert files(tmp_path / "run") == []
+
+
+ON_SMALL_DISK = 'mount -t tmpfs -o size=$0 none "$1" && shift && "$@" && echo full: $(df --output=avail "$FOLDER")'
+
+
+@pytest.mark.parametrize("room", ["4k", "100k"], ids=["from the start", "on the way"])
+def test_a_full_disk_of_wandbs(plain: Path, tmp_path: Path, env: dict[str, str], room: str) -> None:
+    """wandb loses rows there, and reports success."""
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("no file systems can be mounted here: user namespaces are not allowed")
+    run = tmp_path / "run"
+    shutil.copytree(plain, run)
+    shutil.rmtree(run / "checkpoints/step-000200")  # 150 is the newest then
+    folder = run / FOLDER
+    folder.mkdir()
+    prefix = ("unshare", "-Urm", "sh", "-c", ON_SMALL_DISK, room, str(folder))
+    done = trainer("resume", run, "--wandb", seconds=AMPLE, env=env | {"FOLDER": str(folder)}, prefix=prefix)
+    out, err = done.communicate(timeout=240)
+    assert done.returncode == 0, err
+    assert err.count("warning: ") == 1 and UNAFFECTED in err
+    assert int(out.split()[-1]) < 8, "the disk was not full"
+    assert_same_run(plain, run)
+    assert marked(run) == []
+
+
+def test_a_dead_process_of_wandbs_is_started_again(
+    store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str]
+) -> None:
+    run = tmp_path / "run"
+    done = trainer(*arguments(store, tmp_path), seconds=AMPLE, env=env)
+    mirrors.paused_while_mirrored(done, run)
+    os.kill(core(run), signal.SIGKILL)
+    err = finished(done, run, plain)
+    assert "warning" not in err
+    assert_mirrored_once(run)
+    assert len(files(run)) == 2
+
+
+def test_a_stopped_process_of_wandbs(store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str]) -> None:
+    run = tmp_path / "run"
+    done = trainer(*arguments(store, tmp_path), seconds=SHORT, env=env)
+    mirrors.paused_while_mirrored(done, run)
+    os.kill(core(run), signal.SIGSTOP)
+    err = finished(done, run, plain)
+    assert err.count("warning: ") == 1 and UNAFFECTED in err
+    assert f"with: python -m train resume {run} --wandb" in err and f"wandb sync {run}/wandb/offline-run-*" in err
+    resumed(run, env)
+    assert_mirrored_once(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_stopped_mirror(
+    store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str], number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    done = trainer(*arguments(store, tmp_path), seconds=SHORT, env=env)
+    mirrors.paused_while_mirrored(done, run)
+    os.kill(mirrors.child(run), number)
+    err = finished(done, run, plain)
+    assert err.count("warning: ") == 1 and UNAFFECTED in err
+    resumed(run, env)
+    assert_mirrored_once(run)
+
+
+def test_a_killed_trainer_leaves_no_stopped_process_of_wandbs(
+    store: SyntheticStore, tmp_path: Path, env: dict[str, str]
+) -> None:
+    """The mirror ends itself, and what it started."""
+    run = tmp_path / "run"
+    done = trainer(*arguments(store, tmp_path), seconds=SHORT, env=env)
+    mirrors.paused_while_mirrored(done, run)
+    os.kill(core(run), signal.SIGSTOP)
+    assert len(marked(run)) == 2
+    done.kill()
+    done.communicate(timeout=60)
+    wait_for(lambda: marked(run) == [])
+    assert "not finished 2 s after the trainer" in (run / FOLDER / LOG).read_text()
+
+
+def test_a_stopped_mirror_of_a_killed_trainer_does_not_hold_up_the_next(
+    store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str]
+) -> None:
+    run = tmp_path / "run"
+    done = trainer(*arguments(store, tmp_path), seconds=SHORT, env=env)
+    mirrors.paused_while_mirrored(done, run)
+    stopped = mirrors.child(run)
+    os.kill(stopped, signal.SIGSTOP)
+    done.kill()
+    done.communicate(timeout=60)
+    assert stopped in marked(run)
+    assert "warning" not in resumed(run, env)
+    assert marked(run) == []
+    assert_same_run(plain, run)
+    assert_mirrored_once(run)
+
+
+def test_no_network(store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str]) -> None:
+    run = tmp_path / "run"
+    online = env | {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = trainer(*arguments(store, tmp_path), seconds=AMPLE, env=online)
+    err = finished(done, run, plain)
+    assert "warning" not in err and "mirrored offline; upload it with: wandb sync" in err
+    log = (run / FOLDER / LOG).read_text()
+    assert "W&B has not answered" in log or "W&B cannot be reached" in log
+    assert "offline: W&B's mode is offline" in log
+    assert_mirrored_once(run)
+    assert "is finished" in resumed(run, online)
+    assert f"to be uploaded first, with: wandb sync {files(run)[0].parent}" in (run / FOLDER / LOG).read_text()
+
+
+WITHOUT_WANDB = """
+import importlib.machinery as machinery
+find = machinery.PathFinder.find_spec
+def find_others(cls, name, *given):
+    return None if name.split(".")[0] == "wandb" else find(name, *given)
+machinery.PathFinder.find_spec = classmethod(find_others)
+"""
+
+
+def test_wandb_is_not_installed(store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str]) -> None:
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide/sitecustomize.py").write_text(WITHOUT_WANDB)
+    run = tmp_path / "run"
+    path = os.pathsep.join([str(tmp_path / "hide"), env["PYTHONPATH"]])
+    done = trainer(*arguments(store, tmp_path), seconds=AMPLE, env=env | {"PYTHONPATH": path})
+    err = finished(done, run, plain)
+    assert err.count("warning: ") == 1
+    assert "warning: wandb is not installed, and the run is not mirrored: pip install 'transcoder-cache[wandb]'" in err
+    assert not (run / FOLDER).exists()
+
+
+def test_a_folder_called_wandb_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """wandb itself makes one where it is used."""
+    monkeypatch.setattr(process, "find_spec", lambda name: type("Namespace", (), {"origin": None}))
+    assert process._start(tmp_path, "project") is None
+    assert "is not installed" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_costs_the_mirror(command, store: SyntheticStore, tmp_path: Path) -> None:
+    done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 2, *SMALL)
+    (done.path / FOLDER).write_text("no folder")
+    again = command("resume", done.path, "--wandb")
+    assert again.code == 0 and again.err.count("warning: ") == 1
+    assert f"warning: the run is not mirrored to W&B: {done.path / FOLDER}: File exists" in again.err
+
+
+def test_the_trainer_waits_for_ten_seconds_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    assert SECONDS == 10
+    monkeypatch.setattr(process, "SECONDS", 0.25)
+    waited, wait = [], subprocess.Popen.wait
+
+    def noted(self: subprocess.Popen, timeout: float | None = None) -> int:
+        waited.append(timeout)
+        return wait(self, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process.sys, "executable", shutil.which("sleep"))
+        start = subprocess.Popen
+        patch.setattr(process.subprocess, "Popen", lambda command, **given: start([command[0], "600"], **given))
+        started = process._start(tmp_path, "project")
+    monkeypatch.setattr(subprocess.Popen, "wait", noted)
+    process._end(started, tmp_path, complete=True)
+    assert waited == [0.25, 1]
+    assert started.returncode == -signal.SIGKILL
+    assert UNAFFECTED in capsys.readouterr().err

@@ -1,0 +1,128 @@
+"""Parts of the mirror: rows from files that grow, what is read back, and when it is offline."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from train.mirror import child, records, written
+from train.mirror.records import Records, flatten
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"settings": {"steps": 30}}))
+    return tmp_path
+
+
+def append(path: Path, *rows: dict) -> None:
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def report(run: Path, step: int) -> None:
+    (run / records.REPORTS).mkdir(exist_ok=True)
+    content = {"step": step, "schema_version": 1, "sample": {}, "pairs": [{}, {}], "clusters": [[1, 2]], "rank": 1.5}
+    (run / records.REPORTS / f"correlation-{step:06d}.json").write_text(json.dumps(content))
+
+
+def test_names_are_flat_and_without_points() -> None:
+    row = {"fvu": 0.5, "strata": {"000-001": {"fvu": None, "rows": 3}}, "above": {"0.7": 1}, "list": [1]}
+    assert flatten(row) == {"fvu": 0.5, "strata/000-001/rows": 3, "above/0_7": 1}
+
+
+def test_a_row_is_given_out_once_when_nothing_is_added_to_its_step_any_more(run: Path) -> None:
+    found = Records(run)
+    assert list(found.ready(False)) == []
+    append(run / "metrics.jsonl", {"step": 10, "fvu": 0.5})
+    report(run, 8)
+    report(run, 15)
+    assert [step for step, _ in found.ready(False)] == [8]
+    append(run / "timing.jsonl", {"step": 10, "rows": 1, "seconds": 2.0})
+    assert list(found.ready(False)) == [(10, {"step": 10, "fvu": 0.5, "timing/seconds": 2.0})]
+    append(run / "metrics.jsonl", {"step": 20, "fvu": 0.4})  # whose row of timing was lost
+    append(run / "metrics.jsonl", {"step": 30, "fvu": 0.3})
+    append(run / "timing.jsonl", {"step": 30, "rows": 1, "seconds": 6.0})
+    named = {"correlation/pairs_listed": 2, "correlation/clusters": 1, "correlation/rank": 1.5}
+    assert list(found.ready(False)) == [(15, {"step": 15} | named), (20, {"step": 20, "fvu": 0.4})]
+    assert list(found.ready(True)) == [(30, {"step": 30, "fvu": 0.3, "timing/seconds": 6.0})]
+    assert list(found.ready(True)) == []
+
+
+def test_a_line_that_is_being_written_waits_and_a_replaced_file_is_read_anew(run: Path) -> None:
+    found, path = Records(run), run / "metrics.jsonl"
+    append(path, {"step": 5}, {"step": 6})
+    with open(path, "a") as file:
+        file.write('{"step": 7, "fv')
+    assert [step for step, _ in found.ready(False)] == [5]
+    with open(path, "a") as file:
+        file.write('u": 1}\n{"step": 8}\n')
+    assert list(found.ready(False)) == [(6, {"step": 6}), (7, {"step": 7, "fvu": 1})]
+    (run / "new").write_text('{"step": 5, "again": 1}\n{"step": 9}\n')
+    (run / "new").rename(path)
+    assert list(found.ready(False)) == [(5, {"step": 5, "again": 1}), (8, {"step": 8})]
+
+
+def test_a_torn_line_is_left_out(run: Path) -> None:
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"step": 2}\n{"step": 3}\n')
+    assert [step for step, _ in Records(run).ready(False)] == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of wandb's own, of 200 rows and several blocks."""
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+            patch.setenv(name, str(tmp_path_factory.mktemp("places")))
+        settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, x_disable_meta=True)
+        with wandb.init(mode="offline", dir=tmp_path_factory.mktemp("run"), settings=settings) as run:
+            for step in range(200):
+                run.log({"x": step, "long": "x" * (40_000 if step == 150 else 700)}, step=3 * step)
+            path = Path(run.dir).parent / f"run-{run.id}.wandb"
+    return path
+
+
+def test_wandbs_file_is_read_back(file: Path) -> None:
+    assert file.stat().st_size > 5 * written.BLOCK
+    assert written.steps(file) == {3 * step for step in range(200)}
+
+
+def test_a_torn_or_damaged_file_is_read_back_but_for_what_is_lost(file: Path, tmp_path: Path) -> None:
+    data, torn = file.read_bytes(), tmp_path / "torn.wandb"
+    torn.write_bytes(data[:70_000])
+    found = written.steps(torn)
+    assert 20 < len(found) < 200 and found == {3 * step for step in range(len(found))}
+    for place in (0, 6):
+        torn.write_bytes(data[:place])
+        assert written.steps(torn) == set()
+    damaged = bytearray(data)
+    damaged[40_000:40_004] = b"\0\0\0\0"
+    torn.write_bytes(damaged)
+    lost = written.steps(file) - written.steps(torn)
+    assert 0 < len(lost) < 45 and max(written.steps(torn)) == 3 * 199
+
+
+@pytest.mark.parametrize(
+    ("netrc", "url", "expected"),
+    [
+        (None, "https://api.wandb.ai", False),
+        ("machine api.wandb.ai login user password key", "https://api.wandb.ai", True),
+        ("machine example.org login user password key", "https://api.wandb.ai", False),
+        ("machine example.org login user password key", "https://example.org", True),
+        ("machine", "https://api.wandb.ai", False),
+    ],
+)
+def test_a_key_is_found_where_wandb_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, netrc: str | None, url: str, expected: bool
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if netrc is not None:
+        (tmp_path / "netrc").write_text(netrc + "\n")
+    settings = SimpleNamespace(api_key=None, base_url=url)
+    assert child._has_key(settings) is expected
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    assert child._has_key(settings)
