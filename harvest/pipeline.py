@@ -228,6 +228,8 @@ def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, fo
         return {}
     for target in targets:
         durable.sweep(target.path)
+        for path in target.path.glob(".tmp*"):  # safetensors' own, of an unembedding
+            path.unlink()
         if target.plan:
             plan.publish_records(target)
             finish.drop_damaged(target)
@@ -272,9 +274,7 @@ def _alike(targets: Sequence[Target]) -> Iterator[list[Target]]:
         yield list(group)
 
 
-def _make(
-    targets: Sequence[Target], inputs: Inputs, settings: Settings, ranks: Ranks, widths: dict[str, int]
-) -> None:
+def _make(targets: Sequence[Target], inputs: Inputs, settings: Settings, ranks: Ranks, widths: dict[str, int]) -> None:
     """Commit what planned stores lack, and finish them. `widths` of the hooks, if they are known already."""
     if not targets:  # finished by another harvest before their locks were had
         return

@@ -67,6 +67,8 @@ class Operation:
     """Of a rename or link, the new name."""
     place: int
     """Of a write, its offset; of a truncation, the size; of an open, whether it truncates."""
+    inode: int
+    """Of an open or fsync."""
     data: bytes
     """What was written."""
 
@@ -98,6 +100,7 @@ def read_log(path: Path) -> list[Operation]:
         end = data.index(b"\n", start)
         kind, name, other, place, size = data[start:end].decode().split("\t")
         count = int(size) if kind == "w" else 0
-        found.append(Operation(kind, name, other, int(place), data[end + 1 : end + 1 + count]))
+        inode = int(size) if kind in "of" else 0
+        found.append(Operation(kind, name, other, int(place), inode, data[end + 1 : end + 1 + count]))
         start = end + 1 + count
     return found

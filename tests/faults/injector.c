@@ -130,13 +130,18 @@ static void end(Call *call, char kind, const char *path, const char *other, long
     end(&call, result < 0 ? '-' : kind, text, text2, 0, 0, NULL); \
     return result
 
+static long inode(int fd) {
+    struct stat status;
+    return fstat(fd, &status) ? 0 : (long)status.st_ino;
+}
+
 static int opens(int (*real)(int, const char *, int, mode_t), int dir, const char *path, int flags, mode_t mode) {
     if (!armed || !(flags & (O_CREAT | O_WRONLY | O_RDWR | O_TRUNC))) return real(dir, path, flags, mode);
     char text[PATH_MAX];
     absolute(dir, path, text);
     BEGIN('o', text, NULL)
     int fd = real(dir, path, flags, mode);
-    end(&call, fd < 0 ? '-' : 'o', text, NULL, flags & O_TRUNC ? 1 : 0, 0, NULL);
+    end(&call, fd < 0 ? '-' : 'o', text, NULL, flags & O_TRUNC ? 1 : 0, fd < 0 ? 0 : inode(fd), NULL);
     return fd;
 }
 
@@ -217,20 +222,24 @@ ssize_t writev(int fd, const struct iovec *parts, int number) {
     return writes(fd, parts[0].iov_base, parts[0].iov_len, -1); /* a short write: the caller goes on */
 }
 
-int fsync(int fd) {
-    REAL(fsync);
+static int syncs(int (*real)(int), int fd) {
     if (!armed) return real(fd);
     char text[PATH_MAX];
     of_descriptor(fd, text);
-    WHOLE('f', text, NULL, real(fd));
+    BEGIN('f', text, NULL)
+    int result = real(fd);
+    end(&call, result < 0 ? '-' : 'f', text, NULL, 0, inode(fd), NULL);
+    return result;
+}
+
+int fsync(int fd) {
+    REAL(fsync);
+    return syncs(real, fd);
 }
 
 int fdatasync(int fd) {
     REAL(fdatasync);
-    if (!armed) return real(fd);
-    char text[PATH_MAX];
-    of_descriptor(fd, text);
-    WHOLE('f', text, NULL, real(fd));
+    return syncs(real, fd);
 }
 
 static int renames(int from, const char *a, int to, const char *b, unsigned flags) {
@@ -279,6 +288,18 @@ int ftruncate(int fd, off_t size) {
     return result;
 }
 
+int truncate(const char *path, off_t size) {
+    REAL(truncate);
+    if (!armed) return real(path, size);
+    char text[PATH_MAX];
+    absolute(AT_FDCWD, path, text);
+    BEGIN('t', text, NULL)
+    int result = real(path, size);
+    end(&call, result < 0 ? '-' : 't', text, NULL, (long)size, 0, NULL);
+    return result;
+}
+
+int truncate64(const char *path, off64_t size) { return truncate(path, size); }
 int ftruncate64(int fd, off64_t size) { return ftruncate(fd, size); }
 
 /* Gives the error, and leaves errno as it is. */

@@ -7,6 +7,7 @@ arguments, in a process of their own; only its start is shared.
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import resource
@@ -16,11 +17,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.faults import inject
 from tests.faults.inject import Fault
@@ -71,7 +73,10 @@ class Server:
         self._process.wait(SECONDS)
 
     def warm(self, *arguments: object) -> None:
-        """Run in the server itself: later runs find what this one imported and compiled. It must leave no thread."""
+        """Run once, and keep what that imported for later runs; of a harvest all that it cached, too.
+
+        A harvest is run in the server itself, and leaves no thread there; compiled loops of training would.
+        """
         result = self._ask({"arguments": list(map(str, arguments)), "warm": True})
         assert result.code == 0, result.err
 
@@ -120,19 +125,32 @@ def _serve(stage: str) -> None:
     command, answers = _command(stage), os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request, began = json.loads(line), time.monotonic()
-        if request["warm"]:
+        modules = Path(request["scratch"], "modules")
+        if stage == "harvest" and request["warm"]:
             _become(stage, request)
             code: int | None = _code(command)
             sys.stdout.flush()
-            gc.collect()
-            gc.freeze()  # so that collections in forks touch, and copy, only what is theirs
         elif child := os.fork():
             code = _wait(child)
         else:
             _become(stage, request)
-            os._exit(_end(_code(command)))
+            code = _code(command)
+            if request["warm"]:
+                modules.write_text("\n".join(sorted(sys.modules)))
+            _end(code)
+        if request["warm"]:
+            if stage == "train":
+                _import(modules.read_text().split())
+            gc.collect()
+            gc.freeze()  # so that collections in forks touch, and copy, only what is theirs
         answer = {"code": code, "seconds": time.monotonic() - began, "threads": len(os.listdir("/proc/self/task"))}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _import(names: Sequence[str]) -> None:
+    for name in names:
+        with suppress(ModuleNotFoundError):  # parts of compiled modules, which are in none by that name
+            importlib.import_module(name)
 
 
 def _code(command: Callable[[], None]) -> int:
@@ -146,7 +164,7 @@ def _code(command: Callable[[], None]) -> int:
     return 0
 
 
-def _end(code: int) -> int:
+def _end(code: int) -> NoReturn:
     """What the interpreter does at its end, but taking thousands of modules apart, which takes half a second."""
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
@@ -154,7 +172,7 @@ def _end(code: int) -> int:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    return code
+    os._exit(code)
 
 
 def _wait(child: int) -> int | None:
