@@ -114,11 +114,18 @@ class Capture:
         positions: NDArray[np.int64],
         take: Callable[[str, Tensor], None] = lambda _, __: None,
     ) -> None:
-        """Run some windows; `take` is called with the name and the activations [S, T, width] of each hook."""
+        """Run some windows; `take` is called with the name and the activations [S, T, width] of each hook.
+
+        Raises `torch.OutOfMemoryError`, on CPU too.
+        """
         ids, places = (torch.from_numpy(np.array(part, np.int64)).to(self._device) for part in (tokens, positions))
         model = self._idle.get()
         try:
             model.visit(ids, places if self._documents == "apart" else None, take)
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(str(error)) from error
         finally:
             self._idle.put(model)
 

@@ -1,5 +1,6 @@
 """A harvest from settings to finished stores: identify, plan, capture, finish."""
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -227,9 +228,8 @@ def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, fo
     if not targets:
         return {}
     for target in targets:
+        _require_writable(target.path)
         durable.sweep(target.path)
-        for path in target.path.glob(".tmp*"):  # safetensors' own, of an unembedding
-            path.unlink()
         if target.plan:
             plan.publish_records(target)
             finish.drop_damaged(target)
@@ -253,6 +253,13 @@ def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, fo
             planned = [plan.load_target(target.path, target.request) for target in targets]
             require_space([estimate(target, inputs.training_blocks, widths, inputs.model) for target in planned])
     return widths
+
+
+def _require_writable(path: Path) -> None:
+    """Raise `UserError` where the store at `path` cannot grow: a lock file that is there already tells nothing."""
+    for folder in (path.parent, path):
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write to {folder}: it is read-only; make it writable, or choose another --cache")
 
 
 def hook_widths(targets: Sequence[Target], inputs: Inputs) -> dict[str, int]:

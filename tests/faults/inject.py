@@ -26,7 +26,6 @@ KINDS = {
     "t": "truncate",
     "a": "allocate",
     "l": "link",
-    "-": "failed",
 }
 
 
@@ -62,6 +61,7 @@ class Operation:
     """A line of a log."""
 
     kind: str
+    failed: bool
     path: str
     other: str
     """Of a rename or link, the new name."""
@@ -98,9 +98,10 @@ def read_log(path: Path) -> list[Operation]:
     found, data, start = [], path.read_bytes(), 0
     while start < len(data):
         end = data.index(b"\n", start)
-        kind, name, other, place, size = data[start:end].decode().split("\t")
-        count = int(size) if kind == "w" else 0
+        shown, name, other, place, size = data[start:end].decode().split("\t")
+        kind, failed = shown.lower(), shown.isupper()
+        count = int(size) if kind == "w" and not failed else 0
         inode = int(size) if kind in "of" else 0
-        found.append(Operation(kind, name, other, int(place), inode, data[end + 1 : end + 1 + count]))
+        found.append(Operation(kind, failed, name, other, int(place), inode, data[end + 1 : end + 1 + count]))
         start = end + 1 + count
     return found

@@ -95,14 +95,16 @@ static int begin(Call *call, char kind, const char *path, const char *other) {
     return action == FAIL || action == FAIL_FROM ? value : 0;
 }
 
-static void end(Call *call, char kind, const char *path, const char *other, long a, long b, const void *data) {
+static void end(Call *call, int failed, char kind, const char *path, const char *other, long a, long b,
+                const void *data) {
     if (!call->counted) return;
     int saved = errno;
     if (log_fd >= 0) {
         char line[2 * PATH_MAX + 64];
-        int size = snprintf(line, sizeof line, "%c\t%s\t%s\t%ld\t%ld\n", kind, path, other ? other : "", a, b);
+        char shown = failed ? kind + 'A' - 'a' : kind; /* upper case: the call failed */
+        int size = snprintf(line, sizeof line, "%c\t%s\t%s\t%ld\t%ld\n", shown, path, other ? other : "", a, b);
         real_write(log_fd, line, size);
-        for (long done = 0; data && done < b;) {
+        for (long done = 0; data && !failed && done < b;) {
             ssize_t put = real_write(log_fd, (const char *)data + done, b - done);
             if (put <= 0) abort();
             done += put;
@@ -123,11 +125,11 @@ static void end(Call *call, char kind, const char *path, const char *other, long
         return -1; \
     }
 
-/* A call on a path that has no size; one that fails is in the log as `-`. */
+/* A call on a path that has no size. */
 #define WHOLE(kind, text, text2, expression) \
     BEGIN(kind, text, text2) \
     int result = (expression); \
-    end(&call, result < 0 ? '-' : kind, text, text2, 0, 0, NULL); \
+    end(&call, result < 0, kind, text, text2, 0, 0, NULL); \
     return result
 
 static long inode(int fd) {
@@ -141,7 +143,7 @@ static int opens(int (*real)(int, const char *, int, mode_t), int dir, const cha
     absolute(dir, path, text);
     BEGIN('o', text, NULL)
     int fd = real(dir, path, flags, mode);
-    end(&call, fd < 0 ? '-' : 'o', text, NULL, flags & O_TRUNC ? 1 : 0, fd < 0 ? 0 : inode(fd), NULL);
+    end(&call, fd < 0, 'o', text, NULL, flags & O_TRUNC ? 1 : 0, fd < 0 ? 0 : inode(fd), NULL);
     return fd;
 }
 
@@ -204,7 +206,7 @@ static ssize_t writes(int fd, const void *data, size_t size, off_t offset) {
         int saved = errno;
         long place = offset < 0 ? (long)lseek(fd, 0, SEEK_CUR) - put : (long)offset;
         errno = saved;
-        end(&call, put < 0 ? '-' : 'w', text, NULL, place, put < 0 ? 0 : put, data);
+        end(&call, put < 0, 'w', text, NULL, place, put < 0 ? 0 : put, data);
     }
     return put;
 }
@@ -228,7 +230,7 @@ static int syncs(int (*real)(int), int fd) {
     of_descriptor(fd, text);
     BEGIN('f', text, NULL)
     int result = real(fd);
-    end(&call, result < 0 ? '-' : 'f', text, NULL, 0, inode(fd), NULL);
+    end(&call, result < 0, 'f', text, NULL, 0, inode(fd), NULL);
     return result;
 }
 
@@ -284,7 +286,7 @@ int ftruncate(int fd, off_t size) {
     of_descriptor(fd, text);
     BEGIN('t', text, NULL)
     int result = real(fd, size);
-    end(&call, result < 0 ? '-' : 't', text, NULL, (long)size, 0, NULL);
+    end(&call, result < 0, 't', text, NULL, (long)size, 0, NULL);
     return result;
 }
 
@@ -295,7 +297,7 @@ int truncate(const char *path, off_t size) {
     absolute(AT_FDCWD, path, text);
     BEGIN('t', text, NULL)
     int result = real(path, size);
-    end(&call, result < 0 ? '-' : 't', text, NULL, (long)size, 0, NULL);
+    end(&call, result < 0, 't', text, NULL, (long)size, 0, NULL);
     return result;
 }
 
@@ -315,7 +317,7 @@ int posix_fallocate(int fd, off_t from, off_t size) {
         return wrong;
     }
     int result = real(fd, from, size);
-    end(&call, result ? '-' : 'a', text, NULL, (long)(from + size), 0, NULL);
+    end(&call, result, 'a', text, NULL, (long)(from + size), 0, NULL);
     return result;
 }
 

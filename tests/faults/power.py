@@ -44,7 +44,7 @@ class Disk:
 
     def apply(self, operation: Operation) -> None:
         """Do to this folder what was done to the real one."""
-        if operation.kind == "-":
+        if operation.failed:
             return
         folder, name = self._find(operation.path)
         if folder is None:  # the folder itself

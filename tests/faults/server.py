@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,7 +57,7 @@ class Server:
         """`scratch`: a folder for what runs print."""
         self._scratch = scratch
         scratch.mkdir(parents=True, exist_ok=True)
-        line = [sys.executable, "-m", "tests.faults.server", stage]
+        line = [*_private(), sys.executable, "-m", "tests.faults.server", stage]
         environment = {**os.environ, **_ENVIRONMENT, "LD_PRELOAD": str(inject.library())}
         self._process = subprocess.Popen(
             line, cwd=inject.ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -71,6 +72,17 @@ class Server:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(SECONDS)
+
+    @property
+    def root(self) -> Path:
+        """Its file system as other processes see it, with what is mounted there alone."""
+        return Path(f"/proc/{self._process.pid}/root")
+
+    def mount(self, folder: Path, *options: str) -> str:
+        """Mount a tmpfs at `folder`, for the runs alone; or change one, with the option `remount`. Says what failed."""
+        names = ["nsenter", "--target", str(self._process.pid), "--user", "--mount", "--preserve-credentials"]
+        what = ["mount", "-t", "tmpfs", "-o", ",".join(options), "none", str(folder)]
+        return subprocess.run([*names, *what], capture_output=True, text=True).stderr.strip()
 
     def warm(self, *arguments: object) -> None:
         """Run once, and keep what that imported for later runs; of a harvest all that it cached, too.
@@ -101,6 +113,13 @@ class Server:
         assert answer["threads"] == 1, "a fork of a process with several threads can hang"
         assert answer["code"] is not None, f"a run took more than {SECONDS} s: {err}"
         return Result(answer["code"], out, err, answer["seconds"])
+
+
+def _private() -> list[str]:
+    """What starts a process with mounts of its own, where that is allowed."""
+    line = ["unshare", "--user", "--map-root-user", "--mount"]
+    allowed = shutil.which("unshare") and subprocess.run([*line, "true"], capture_output=True).returncode == 0
+    return line if allowed else []
 
 
 def _command(stage: str) -> Callable[[], None]:
