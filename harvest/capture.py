@@ -5,7 +5,7 @@ order whatever the number of workers, and two passes on one core each beat one p
 block start while the last ones of a block run and while it is written.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -57,24 +57,33 @@ class Capture:
                 torch.cuda.empty_cache()
 
     def submit(
-        self, windows: Windows, layout: BlockLayout, batch: int, buffers: Buffers, done: Callable[[int], None]
-    ) -> list[Future[None]]:
+        self,
+        windows: Windows,
+        layout: BlockLayout,
+        batch: int,
+        buffers: Buffers,
+        done: Callable[[int], None],
+        stop: Sequence[int] = (),
+    ) -> list[Future[bool]]:
         """Start the passes of a block, `batch` windows each, which fill `buffers`; `done` hears of tokens finished.
 
-        A future raises `ProjectError` on NaN or inf, on values that the storage type cannot hold, and on a batch that
-        does not fit on the device.
+        A future says whether its pass was made: none is begun when `stop` has a signal. It raises `ProjectError` on
+        NaN or inf, on values that the storage type cannot hold, and on a batch that does not fit on the device.
         """
 
-        def run(start: int) -> None:
-            stop = min(start + batch, len(windows.tokens))
-            places, rows = (torch.from_numpy(found) for found in layout.batch(start, stop))
+        def run(start: int) -> bool:
+            if stop:
+                return False
+            end = min(start + batch, len(windows.tokens))
+            places, rows = (torch.from_numpy(found) for found in layout.batch(start, end))
 
             def take(name: str, values: Tensor) -> None:
                 stored = to_storage(values, self._storage, name, start)
                 as_tensor(buffers[name]).index_copy_(0, places, stored.flatten(0, 1).index_select(0, rows))
 
-            self._visit(windows.tokens[start:stop], layout.positions[start:stop], take)
-            done(windows.tokens[start:stop].size)
+            self._visit(windows.tokens[start:end], layout.positions[start:end], take)
+            done(windows.tokens[start:end].size)
+            return True
 
         return [self.pool.submit(run, start) for start in range(0, len(windows.tokens), batch)]
 
@@ -105,11 +114,18 @@ class Capture:
         positions: NDArray[np.int64],
         take: Callable[[str, Tensor], None] = lambda _, __: None,
     ) -> None:
-        """Run some windows; `take` is called with the name and the activations [S, T, width] of each hook."""
+        """Run some windows; `take` is called with the name and the activations [S, T, width] of each hook.
+
+        Raises `torch.OutOfMemoryError`, on CPU too.
+        """
         ids, places = (torch.from_numpy(np.array(part, np.int64)).to(self._device) for part in (tokens, positions))
         model = self._idle.get()
         try:
             model.visit(ids, places if self._documents == "apart" else None, take)
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(str(error)) from error
         finally:
             self._idle.put(model)
 

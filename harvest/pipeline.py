@@ -1,5 +1,6 @@
 """A harvest from settings to finished stores: identify, plan, capture, finish."""
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -59,17 +60,16 @@ def harvest(settings: Settings, cache: Path, *, force: bool = False) -> list[Pat
             with ranks.leading():
                 unfinished = _unfinished(paths, inputs)
                 held = [locks.enter_context(lock_store(path)) for path, _ in unfinished]
-                if held:
-                    prepare(_targets(paths, inputs), inputs, settings, force=force)
+                widths = prepare(_targets(paths, inputs), inputs, settings, force=force) if held else {}
                 for lock in held:
                     lock.share()
         else:
             ranks.follow()
-            unfinished = _unfinished(paths, inputs)
+            unfinished, widths = _unfinished(paths, inputs), {}
             for path, _ in unfinished:
                 locks.enter_context(lock_store(path, shared=True))
         if unfinished:
-            _make(_targets(paths, inputs), inputs, settings, ranks)
+            _make(_targets(paths, inputs), inputs, settings, ranks, widths)
     return paths if ranks.first else []
 
 
@@ -220,11 +220,15 @@ def _check_sizes(settings: Settings, shape: ModelShape) -> None:
         )
 
 
-def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, force: bool) -> None:
-    """Plan the tokens of stores whose locks are held, once it is known that the model and the disk will do."""
+def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, force: bool) -> dict[str, int]:
+    """Plan the tokens of stores whose locks are held, once it is known that the model and the disk will do.
+
+    Returns the width of each hook.
+    """
     if not targets:
-        return
+        return {}
     for target in targets:
+        _require_writable(target.path)
         durable.sweep(target.path)
         if target.plan:
             plan.publish_records(target)
@@ -248,6 +252,14 @@ def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, fo
         if not force:  # now that rows are counted where they depend on the tokens
             planned = [plan.load_target(target.path, target.request) for target in targets]
             require_space([estimate(target, inputs.training_blocks, widths, inputs.model) for target in planned])
+    return widths
+
+
+def _require_writable(path: Path) -> None:
+    """Raise `UserError` where the store at `path` cannot grow: a lock file that is there already tells nothing."""
+    for folder in (path.parent, path):
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write to {folder}: it is read-only; make it writable, or choose another --cache")
 
 
 def hook_widths(targets: Sequence[Target], inputs: Inputs) -> dict[str, int]:
@@ -269,8 +281,8 @@ def _alike(targets: Sequence[Target]) -> Iterator[list[Target]]:
         yield list(group)
 
 
-def _make(targets: Sequence[Target], inputs: Inputs, settings: Settings, ranks: Ranks) -> None:
-    """Commit what planned stores lack, and finish them."""
+def _make(targets: Sequence[Target], inputs: Inputs, settings: Settings, ranks: Ranks, widths: dict[str, int]) -> None:
+    """Commit what planned stores lack, and finish them. `widths` of the hooks, if they are known already."""
     if not targets:  # finished by another harvest before their locks were had
         return
     missing = {target.path: set(ledger.missing_blocks(target)) for target in targets}
@@ -280,7 +292,7 @@ def _make(targets: Sequence[Target], inputs: Inputs, settings: Settings, ranks: 
 
     runner = Runner(
         folder=inputs.model.folder,
-        widths=hook_widths(targets, inputs),
+        widths=widths or hook_widths(targets, inputs),
         workers=settings.workers or ranks.cores,
         ranks=ranks,
     )

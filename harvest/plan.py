@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -197,13 +197,21 @@ def _packed(
         context=request.context_size,
         kind=request.documents,
     )
-    with _spool(target.path) as file:
-        with Progress("pack", quota.wanted * request.context_size, "tokens") as bar:
-            packed = pack(stream, request.context_size, quota, lambda part: bar.update(_append(file, part) // 8))
-        file.flush()
+    with _spool(target.path) as path, Progress("pack", quota.wanted * request.context_size, "tokens") as bar:
+        written = 0
+
+        def keep(part: Windows) -> None:
+            """Tokens and documents of one window after the other."""
+            nonlocal written
+            data = np.stack(part, axis=1).tobytes()
+            durable.write_at(path, written, data)
+            written += len(data)
+            bar.update(written // 8)
+
+        packed = pack(stream, request.context_size, quota, keep)
         whole = packed.windows // size * size
         shape = (whole, 2, request.context_size)
-        spooled = np.memmap(file.name, np.int32, "r", shape=shape) if whole else np.zeros(shape, np.int32)
+        spooled = np.memmap(path, np.int32, "r", shape=shape) if whole else np.zeros(shape, np.int32)
         yield Windows(spooled[:, 0], spooled[:, 1]), packed, quota
 
 
@@ -350,24 +358,14 @@ def _remove_beyond(path: Path, blocks: int) -> None:
 
 
 @contextmanager
-def _spool(store: Path) -> Iterator[BinaryIO]:
+def _spool(store: Path) -> Iterator[Path]:
     """A file beside the store for the windows in order of the text: tokens of a large harvest do not fit in memory."""
-    durable.make_folder(store.parent)
     path = store.parent / f"{store.name}.spool{durable.TEMPORARY}"
     try:
-        with open(path, "w+b") as file:
-            yield file
+        durable.make_sparse(path, 0)
+        yield path
     finally:
         path.unlink(missing_ok=True)
-
-
-def _append(file: BinaryIO, part: Windows) -> int:
-    """Write `part`, tokens and documents of one window after the other, and return the file's size in bytes."""
-    try:
-        file.write(np.stack(part, axis=1).tobytes())
-        return file.tell()
-    except OSError as error:
-        raise durable.explain(error, Path(file.name)) from error
 
 
 def _check(packed: Packed, quota: Quota, blocks: int, wanted: int, request: StoreRequest) -> None:

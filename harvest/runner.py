@@ -20,8 +20,10 @@ from harvest.plan import Target
 from harvest.ranks import Ranks
 from harvest.unembedding import publish_unembedding
 from shared import durable
+from shared.errors import Stopped
 from shared.layout import UNEMBEDDING
 from shared.progress import Progress
+from shared.signals import leave, stop_signals
 from shared.statistics import Moments
 
 _BLOCKS_HELD = 2
@@ -81,9 +83,18 @@ class Runner:
         ):
             batch = self._batch(capture, targets, mine)
             size = request.block_tokens
-            with Progress(name, (done + len(mine)) * size, "tokens", done * size) as bar:
+            bar = Progress(name, (done + len(mine)) * size, "tokens", done * size)
+            with stop_signals() as stop, bar:
                 blocks = Blocks(targets, missing, self.widths, batch, self.ranks.first)
-                blocks.run(mine, capture, writer, _counter(bar, done * size))
+                try:
+                    blocks.run(mine, capture, writer, _counter(bar, done * size), stop)
+                except KeyboardInterrupt:  # the second one: a pass of a large model takes a minute
+                    leave("stopped at once; run the same command again to continue")
+                if stop:
+                    left = len(set(mine) & set().union(*missing.values()))
+                    raise Stopped(
+                        f"stopped with {left} of {len(mine)} blocks to go; run the same command again to continue"
+                    )
 
     def _batch(self, capture: Capture, targets: Sequence[Target], mine: Sequence[int]) -> int:
         """Windows per pass: those that committed blocks were made with, or the most that fit on every process."""
@@ -105,27 +116,37 @@ class Blocks:
         self._warned = not first
 
     def run(
-        self, blocks: Sequence[int], capture: Capture, writer: ThreadPoolExecutor, done: Callable[[int], None]
+        self,
+        blocks: Sequence[int],
+        capture: Capture,
+        writer: ThreadPoolExecutor,
+        done: Callable[[int], None],
+        stop: Sequence[int],
     ) -> None:
-        """Capture and commit `blocks`; a block is begun when the one before the last is on disk."""
+        """Capture and commit `blocks`; a block is begun when the one before the last is on disk.
+
+        When `stop` has a signal, no pass is begun any more, and blocks that lack one are left out.
+        """
         target, request = self._targets[0], self._targets[0].request
         pending: deque[Future[Buffers]] = deque()
         for block in blocks:
+            if stop:
+                break
             windows = plan.read_block(target, block)
             layout = block_layout(request, target.strata, windows, block, target.special)
             used = pending.popleft().result() if len(pending) == _BLOCKS_HELD else {}
             buffers = fitting_buffers(used, self._widths, len(layout.rows), request.storage)
-            passes = capture.submit(windows, layout, self._batch, buffers, done)
+            passes = capture.submit(windows, layout, self._batch, buffers, done, stop)
             pending.append(writer.submit(self._write, block, windows, layout, buffers, passes))
         while pending:
             pending.popleft().result()
 
     def _write(
-        self, block: int, windows: Windows, layout: BlockLayout, buffers: Buffers, passes: Sequence[Future[None]]
+        self, block: int, windows: Windows, layout: BlockLayout, buffers: Buffers, passes: Sequence[Future[bool]]
     ) -> Buffers:
-        """Commit a block when its passes are done; gives its buffers back."""
-        for future in passes:
-            future.result()
+        """Commit a block when its passes are done, if all of them ran; gives its buffers back."""
+        if not all([future.result() for future in passes]):
+            return buffers
         for target in self._targets:
             if block in self._missing[target.path]:
                 moments = ledger.commit(target, block, layout, buffers, self._batch)

@@ -35,7 +35,8 @@ def publish_unembedding(model: Model, path: Path) -> None:
     softcap = getattr(config, "final_logit_softcapping", None)
     told = json.dumps({"norm": kind, "eps": eps, "softcap": softcap}, sort_keys=True)
     kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    durable.publish_file(path, lambda temporary: save_file(kept, temporary, {"logits": told}))
+    needed = sum(tensor.nbytes for tensor in kept.values())
+    durable.publish_file(path, lambda temporary: save_file(kept, temporary, {"logits": told}), needed)
 
 
 def norm_effect(norm: nn.Module, d_model: int, device: torch.device) -> tuple[Tensor, Tensor, str]:

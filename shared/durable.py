@@ -59,8 +59,11 @@ def publish_changed(files: Mapping[Path, bytes]) -> None:
     publish_files({p: data for p, data in files.items() if not (p.is_file() and p.read_bytes() == data)})
 
 
-def publish_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Publish the file that `write` makes at the path it is given: for content that is not to be copied in memory."""
+def publish_file(path: Path, write: Callable[[Path], object], needed: int | None = None) -> None:
+    """Publish the file that `write` makes at the path it is given: for content that is not to be copied in memory.
+
+    Raises `DiskFull`, with the bytes that were `needed` if they are known.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
     make_folder(path.parent)
     try:
@@ -71,7 +74,7 @@ def publish_file(path: Path, write: Callable[[Path], object]) -> None:
         fsync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise explain(error, path) from error
+        raise explain(error, path, needed) from error
 
 
 def publish_link(path: Path, source: Path) -> None:
@@ -312,8 +315,11 @@ def _open_to_lock(path: Path, make: bool) -> int:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed writer left behind. Call it only while holding the folder's lock."""
-    for path in list(folder.rglob("*" + TEMPORARY)):
+    """Remove what a killed writer left behind, safetensors' own temporary files too.
+
+    Call it only while holding the folder's lock.
+    """
+    for path in [*folder.rglob("*" + TEMPORARY), *folder.rglob(TEMPORARY + "*")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -338,9 +344,9 @@ def require_space(path: Path, needed: int, what: str) -> None:
 
 
 def explain(error: OSError, path: Path, needed: int | None = None) -> Exception:
-    """`DiskFull` with path, needed and free bytes when that is what `error` means; otherwise `error` itself."""
-    if error.errno not in _FULL:
-        return error
+    """`DiskFull` with path, needed and free bytes when that is what `error` means; otherwise `error`."""
+    if error.errno not in _FULL:  # an fsync that fails names no file
+        return error if error.filename else OSError(error.errno, error.strerror, str(path))
     size = f"{needed:,} bytes needed, " if needed is not None else ""
     return DiskFull(
         f"disk full while writing {error.filename or path}: {size}{free_bytes(path.parent):,} bytes free "

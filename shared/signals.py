@@ -42,5 +42,6 @@ def stop_at_once() -> None:
 
 def leave(message: str) -> NoReturn:
     """End the process without waiting for its threads, as a kill would, with the exit code of `Stopped`."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which a progress bar hides
+    print(f"{shown}error: {message}", file=sys.stderr, flush=True)
     os._exit(Stopped.exit_code)

@@ -45,6 +45,7 @@ def test_storage_rounds_to_nearest_even(storage: str) -> None:
     assert as_array(found).dtype == {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}[storage]
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_stop_with_their_place(bad: float) -> None:
     values = torch.zeros(4, 6, 8)
@@ -53,6 +54,7 @@ def test_values_that_are_not_finite_stop_with_their_place(bad: float) -> None:
         to_storage(values, "bfloat16", "blocks.5.x", 16)
 
 
+@pytest.mark.fault(33)
 def test_overflow_of_the_storage_type_names_the_value() -> None:
     values = torch.zeros(1, 2, 3)
     values[0, 1, 2] = 70_000.0
@@ -121,6 +123,7 @@ def test_a_batch_is_halved_until_it_fits(folder: Path, asked: int, fits: int) ->
         assert capture.fitting_batch(given, layout.positions, asked) == fits
 
 
+@pytest.mark.fault(16)
 def test_memory_that_runs_out_later_is_one_line(folder: Path) -> None:
     model, given, layout = load_model(folder, "float32", "cpu", HOOKS), windows(16), shuffled(16)
     narrow = Narrow(model._bridge, model._hooks, model._forward)

@@ -104,6 +104,7 @@ def test_the_default_column_goes_by_name_and_then_by_type(tmp_path: Path) -> Non
     assert column({"n": 3, "content": "a"}) == ("content", "text")
 
 
+@pytest.mark.fault(40)
 def test_a_missing_column_lists_the_columns(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "c.jsonl", [{"title": "a", "body": "b"}])
     with pytest.raises(UserError, match=r"no column 'text'; its columns: title, body"):
@@ -159,6 +160,7 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
         read(path)
 
 
+@pytest.mark.fault(38)
 def test_an_empty_file_has_no_text(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no rows"):
@@ -181,6 +183,7 @@ def test_text_stays_text(folder: Path, tmp_path: Path) -> None:
     assert [piece.size for piece in empty] == [0, 0, 0]
 
 
+@pytest.mark.fault(40)
 def test_bad_unicode_becomes_the_replacement_character(folder: Path, tmp_path: Path) -> None:
     assert clean("a\ud800b \ud83d\ude00 é") == "a\ufffdb \U0001f600 é"
     path = tmp_path / "u.jsonl"

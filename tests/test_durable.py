@@ -98,11 +98,13 @@ def test_buffers_are_written_one_after_the_other(tmp_path, disk):
     assert (tmp_path / "f").read_bytes() == rows.tobytes() + b"tailxyz"
 
 
+@pytest.mark.fault(7)
 def test_the_order_is_write_fsync_rename_fsync_folder(tmp_path, disk):
     durable.publish_bytes(tmp_path / "f", b"x")
     assert disk.events == [("write", "f.tmp"), ("fsync", "f.tmp"), ("replace", "f.tmp"), ("fsync", tmp_path.name)]
 
 
+@pytest.mark.fault(7)
 def test_all_files_are_synced_before_the_first_rename(tmp_path, disk):
     durable.publish_files({tmp_path / "a": b"1", tmp_path / "b": b"2"})
     steps = [name for name, _ in disk.events]
@@ -110,12 +112,14 @@ def test_all_files_are_synced_before_the_first_rename(tmp_path, disk):
     assert disk.events[-1] == ("fsync", tmp_path.name)
 
 
+@pytest.mark.fault(7)
 def test_a_new_folder_is_durable_in_its_parent_before_files_are_in_it(tmp_path, disk):
     durable.publish_bytes(tmp_path / "a" / "b" / "f", b"x")
     assert disk.events[:4] == [("mkdir", "a"), ("fsync", tmp_path.name), ("mkdir", "b"), ("fsync", "a")]
     assert disk.events[-1] == ("fsync", "b")
 
 
+@pytest.mark.fault(14)
 def test_a_failure_at_any_call_leaves_the_old_file_or_the_new_one(tmp_path, disk):
     path = tmp_path / "f"
     for number in every_failure(disk, OSError(errno.EIO, "injected")):
@@ -131,6 +135,7 @@ def test_a_failure_at_any_call_leaves_the_old_file_or_the_new_one(tmp_path, disk
         assert litter(tmp_path) == []
 
 
+@pytest.mark.fault(2)
 def test_a_kill_at_any_call_leaves_the_old_file_or_the_new_one_and_sweep_clears_up(tmp_path, disk):
     class Killed(BaseException):
         pass
@@ -162,6 +167,7 @@ def test_a_failure_among_several_files_leaves_each_whole(tmp_path, disk):
         assert litter(tmp_path) == []
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_a_full_disk_is_reported_with_path_needed_and_free(tmp_path, disk, monkeypatch, number, at):
@@ -188,6 +194,7 @@ def run(code: str, *args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parent.parent)
 
 
+@pytest.mark.fault(9)
 def test_a_real_file_size_limit(tmp_path):
     """The kernel's own refusal, in the middle of a write."""
     (tmp_path / "f").write_bytes(b"old")
@@ -223,6 +230,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.fault(7)
 def test_a_published_folder_is_synced_from_the_leaves_before_it_is_renamed(tmp_path, disk):
     with durable.publish_folder(tmp_path / "out") as folder:
         fill(folder)
@@ -353,6 +361,7 @@ def test_numbers_survive_json_exactly(tmp_path):
 # Locks, sweeping, space
 
 
+@pytest.mark.fault(28, 29)
 def test_a_second_process_is_told_at_once_and_a_killed_holder_lets_go(tmp_path):
     path = tmp_path / "cache" / "store.lock"
     code = """
@@ -411,6 +420,7 @@ def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path):
     assert free == pytest.approx(stat.f_bavail * stat.f_frsize, rel=0.05)
 
 
+@pytest.mark.fault(15)
 def test_required_space_is_exact(tmp_path, monkeypatch):
     monkeypatch.setattr(durable, "free_bytes", lambda path: 1000)
     durable.require_space(tmp_path, 1000, "the store")

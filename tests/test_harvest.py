@@ -140,6 +140,7 @@ def test_the_gemma_preset_at_its_width(tmp_path: Path) -> None:
     check_store(path, model, rows=50)
 
 
+@pytest.mark.fault(39)
 def test_windows_are_the_text_and_held_out_documents_are_apart(finished: Path, text: Path, model: Path) -> None:
     """Every window against a naive tokenisation of the documents in their permuted order."""
     from transformers import AutoTokenizer
@@ -178,6 +179,7 @@ def test_nothing_in_a_store_tells_where_or_when_it_was_made(finished: Path) -> N
             assert b"/tmp" not in data and b"2026" not in data, name
 
 
+@pytest.mark.fault(1, 5)
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_harvest_resumes_to_the_same_bytes(
@@ -198,6 +200,7 @@ def test_a_stopped_harvest_resumes_to_the_same_bytes(
     assert contents(folder) == contents(longer)
 
 
+@pytest.mark.fault(1)
 def test_packing_that_was_cut_off_starts_again(small: Line, finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / finished.name
     shutil.copytree(finished, copy)
@@ -235,6 +238,7 @@ def test_asking_for_more_extends_and_leaves_old_files_alone(
     assert contents(path) == new
 
 
+@pytest.mark.fault(39)
 def test_a_text_that_is_too_short_gives_its_whole_blocks(small: Line, tmp_path: Path) -> None:
     text = write_jsonl(tmp_path / "short.jsonl", [{"text": one} for one in texts(16)])
     more = small(tmp_path, "--force", text=text, tokens=900 * BLOCK_TOKENS)
@@ -354,6 +358,7 @@ def test_what_is_left_out_is_counted_and_the_rest_is_the_models(
     }
 
 
+@pytest.mark.fault(15)
 def test_plan_is_what_lies_on_disk_in_the_end(small: Line, tmp_path: Path) -> None:
     line = small(tmp_path)
     planned = json.loads(command("plan", *line[1:], "--json").out)["stores"][0]
@@ -395,6 +400,7 @@ def test_plans_ask_for_no_more_room_than_there_can_be_need_of(small: Line, tmp_p
     assert (path / UNEMBEDDING).is_file()
 
 
+@pytest.mark.fault(1)
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_twenty_kills_do_not_show(small: Line, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tests.llms import (
 )
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -46,6 +47,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[Any], parts: list
     refused(command(*arguments, *more), *parts, folder=tmp_path / "cache")
 
 
+@pytest.mark.fault(15, 40)
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -97,6 +99,7 @@ def test_a_store_of_another_device_is_not_recomputed_here(finished: Path, model:
         load_model(model, "float32", "cuda:0", ["blocks.2.hook_mlp_out"])
 
 
+@pytest.mark.fault(37)
 def test_a_tokenizer_that_does_not_parse_is_one_line(small: Line, model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
@@ -106,6 +109,7 @@ def test_a_tokenizer_that_does_not_parse_is_one_line(small: Line, model: Path, t
     refused(command(*small(tmp_path / "cache", model=folder)), "its tokenizer does not load", folder=tmp_path / "cache")
 
 
+@pytest.mark.fault(37)
 def test_models_that_do_not_fit(small: Line, model: Path, tmp_path: Path) -> None:
     def run(folder: Path, *more: Any) -> Any:
         return command(*small(tmp_path / "cache", *more, model=folder, tokens=1))
@@ -123,6 +127,7 @@ def test_models_that_do_not_fit(small: Line, model: Path, tmp_path: Path) -> Non
     assert Store.open(run(tmp_path / "nobos").store).request.corpus.separator is None
 
 
+@pytest.mark.fault(38)
 def test_a_text_without_any_text_leaves_no_store(small: Line, tmp_path: Path) -> None:
     for name, rows in {"none": [], "empty": [{"text": ""}, {"text": ""}], "null": [{"text": None}]}.items():
         text = write_jsonl(tmp_path / f"{name}.jsonl", rows)
@@ -130,6 +135,7 @@ def test_a_text_without_any_text_leaves_no_store(small: Line, tmp_path: Path) ->
         refused(found, f"{name}.jsonl", folder=tmp_path / "cache")
 
 
+@pytest.mark.fault(17)
 def test_a_cache_that_cannot_be_written_is_refused_before_the_model(small: Line, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.MonkeyPatch.context() as patch:
@@ -144,6 +150,7 @@ def test_an_edited_request_is_refused_by_field(small: Line, finished: Path, tmp_
     refused(command(*small(tmp_path)), "context_size is 64 there and 32 here")
 
 
+@pytest.mark.fault(28)
 def test_a_second_harvester_is_told_at_once(small: Line, finished: Path, tmp_path: Path) -> None:
     from shared.durable import lock
 
@@ -165,6 +172,7 @@ def test_help_says_everything() -> None:
     assert all(name in command("--help").out for name in ("run", "info", "verify"))
 
 
+@pytest.mark.fault(32)
 def test_nan_in_a_layer_stops_with_its_place(small: Line, model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

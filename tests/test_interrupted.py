@@ -180,6 +180,7 @@ def test_opening_a_store_while_an_extension_finishes_gives_one_or_the_other(
     assert Store.open(store).record.blocks == 6
 
 
+@pytest.mark.fault(1)
 def test_a_kill_in_the_last_step_of_an_extension_leaves_no_litter_behind(
     line: Line, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

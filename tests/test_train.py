@@ -181,6 +181,7 @@ def test_one_seed_gives_one_result_and_another_seed_another(command, store: Synt
     assert (a / "metrics.jsonl").read_bytes() != (c / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.fault(4)
 def test_killed_anywhere_and_resumed_a_run_is_the_uninterrupted_one(store: SyntheticStore, tmp_path: Path) -> None:
     args = ("run", "--store", store.path, "--runs", tmp_path, *SMALL, *CADENCE, "--steps", 400)
     whole = popen(*args, "--name", "whole")
@@ -197,6 +198,7 @@ def test_killed_anywhere_and_resumed_a_run_is_the_uninterrupted_one(store: Synth
         assert not list(name.rglob("*.tmp"))
 
 
+@pytest.mark.fault(5)
 def test_a_signal_stops_after_the_step_with_a_checkpoint_and_resume_goes_on(
     store: SyntheticStore, tmp_path: Path
 ) -> None:
@@ -224,6 +226,7 @@ def wait_for(condition) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.fault(41)
 def test_a_finished_run_resumes_to_nothing(command, store: SyntheticStore, tmp_path: Path) -> None:
     done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 10, *SMALL)
     before = (done.path / "metrics.jsonl").read_bytes()
@@ -259,6 +262,7 @@ def test_init_from_starts_with_the_other_runs_weights(command, store: SyntheticS
     assert other.code == 2 and "its transcoder.d_sae is 64, this run's is 32" in other.err
 
 
+@pytest.mark.fault(29)
 def test_two_trainers_on_one_run_folder_are_refused(command, store: SyntheticStore, tmp_path: Path) -> None:
     done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 10, *SMALL)
     with durable.lock(done.path / ".lock", "test"):
@@ -317,6 +321,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault(36, 41)
 @pytest.mark.parametrize("case", list(BAD))
 def test_bad_input_is_one_line_and_writes_nothing(command, store: SyntheticStore, tmp_path: Path, case: str) -> None:
     args, message = BAD[case]
@@ -338,6 +343,7 @@ def test_a_store_that_is_none_or_unfinished_is_named(command, store: SyntheticSt
     assert command("evaluate", tmp_path / "empty").code == 2
 
 
+@pytest.mark.fault(36)
 def test_a_store_of_another_width_is_refused(command, store: SyntheticStore, tmp_path: Path) -> None:
     done = command("run", "--store", store.path, "--runs", tmp_path / "runs", "--steps", 3, *SMALL)
     wide = make_store(tmp_path / "wide", d_in=20)
@@ -346,6 +352,7 @@ def test_a_store_of_another_width_is_refused(command, store: SyntheticStore, tmp
     assert "has d_in 20 and d_out 24" in refused.err and "was trained with 16 and 24" in refused.err
 
 
+@pytest.mark.fault(15)
 def test_no_room_for_checkpoints_is_refused_before_the_run_and_force_goes_on(
     command, store: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -281,6 +281,7 @@ def test_k_warms_up_linearly() -> None:
     assert [activation.k_at(step) for step in range(6)] == [50, 40, 30, 20, 10, 10]
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize(
     ("config", "activation", "message"),
     [

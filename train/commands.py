@@ -23,6 +23,10 @@ from train.saver import bring_home, require_own
 from train.settings import RunConfig, Settings, checkpoint_bytes, read_config, resolve
 
 
+_BEFORE_CONFIG = {".lock", CONFIG + durable.TEMPORARY}
+"""What a run that was killed before its configuration was written leaves; it is started again."""
+
+
 def start(
     store: Store,
     settings: Settings,
@@ -40,7 +44,7 @@ def start(
     """
     config = resolve(store, settings, init_from)
     exists = UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
-    if run.exists():
+    if run.exists() and {path.name for path in run.iterdir()} - _BEFORE_CONFIG:
         raise exists
     source = find_initial(init_from, config) if init_from else None
     if not force:
