@@ -23,6 +23,7 @@ from harvest.packing import Packed, Quota, TokenStream, Windows, model_positions
 from harvest.records import check_request, read_records, refuse_packed
 from shared import durable
 from shared.arrays import group_metadata
+from shared.checks import buffers_record, check_shard, fault, read_ledger
 from shared.errors import CorruptData, UserError
 from shared.keyed import permutation
 from shared.layout import (
@@ -42,7 +43,6 @@ from shared.layout import (
     tokens_spec,
 )
 from shared.progress import Progress
-from shared.store import buffers_record, check_shard, fault, read_ledger
 from shared.strata import Stratum, stratum_ranges
 
 _DOCUMENTS_AHEAD = 256

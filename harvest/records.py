@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from harvest.cache import differences
+from shared.checks import is_packed, read_plan, read_request, read_store_record
 from shared.errors import CorruptData, UserError
 from shared.layout import PLAN, REQUEST, STORE, StorePlan, StoreRecord, StoreRequest
-from shared.store import is_packed, read_plan, read_request, read_store_record
 
 R = TypeVar("R", StoreRequest, StorePlan, StoreRecord)
 

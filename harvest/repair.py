@@ -15,9 +15,9 @@ from harvest.ranks import Ranks
 from harvest.records import refuse_packed
 from harvest.settings import EMBEDDED, ModelSettings, TextSettings
 from shared import durable
+from shared.checks import read_store_record
 from shared.errors import CorruptData, UserError
 from shared.layout import ARRAYS, DOCUMENTS, LEDGER, TOKENS, CorpusIdentity, StoreRequest, row_specs
-from shared.store import read_store_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

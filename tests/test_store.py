@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from shared import arrays, layout
+from shared.checks import buffers_record, fault, file_crc32c, read_store_record
 from shared.errors import CorruptData
-from shared.store import MappedArray, Store, buffers_record, fault, file_crc32c, read_store_record
+from shared.store import MappedArray, Store
 from tests.stores import SyntheticStore, cut, faults, flip, make_store
 
 SOURCE = "strata/004-016/source"

@@ -5,8 +5,9 @@ import shutil
 import pytest
 
 from shared import durable, layout
+from shared.checks import file_crc32c, progress
 from shared.errors import CorruptData, UserError
-from shared.store import Store, file_crc32c, progress
+from shared.store import Store
 from tests.stores import cut, edit, faults, flip, make_store
 
 SOURCE = "strata/004-016/source"
