@@ -3,17 +3,22 @@
 Reads only what the records name, below the store's own folder. No torch here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
+from shared import packed
 from shared.arrays import ArraySpec, group_metadata
-from shared.config import read_record
+from shared.config import brief, read_record
 from shared.durable import read_json
 from shared.errors import CorruptData, UserError
+from shared.files import MOST_BYTES, read_file
 from shared.layout import (
     ARRAYS,
     FORMAT_VERSION,
@@ -30,10 +35,16 @@ from shared.layout import (
     block_bytes,
     block_row_files,
     block_token_files,
+    documents_spec,
     record_path,
+    row_specs,
+    tokens_spec,
 )
 from shared.packed import PackedRecord
 from shared.strata import stratum_ranges
+
+MOST_RECORD_BYTES = 2**28
+"""Of a record that names shard files of every block."""
 
 
 def check_records(path: Path, record: StoreRecord) -> None:
@@ -48,6 +59,13 @@ def check_records(path: Path, record: StoreRecord) -> None:
     ):
         if found != expected:
             raise CorruptData(f"{path / STORE}: {what} is {found}, its records say {expected}; restore the file")
+    tokens = {
+        spec.shard_path(shard): spec.shard_bytes
+        for spec in (tokens_spec(record.request), documents_spec(record.request))
+        for shard in range(record.blocks * spec.shards_per_block)
+    }
+    if tokens != {name: file.bytes for name, file in record.plan.token_files.items()}:
+        raise CorruptData(f"{path / STORE}: token_files are not those of its {record.blocks} blocks; restore the file")
 
 
 def record_faults(path: Path, record: StoreRecord) -> Iterator[tuple[str, str]]:
@@ -65,6 +83,9 @@ def record_faults(path: Path, record: StoreRecord) -> Iterator[tuple[str, str]]:
 
 def belongs(record: LedgerRecord, request: StoreRequest, plan: StorePlan) -> bool:
     """Whether a block was made from the tokens of `plan`, with as many rows of each stratum."""
+    specs = row_specs(request, plan.stored_strata, record.d_in, record.d_out)
+    if len(record.files) != sum(spec.shards_per_block for spec in specs):  # before as many names are made
+        return False
     sizes = {name: file.bytes for name, file in record.files.items()}
     rows = block_row_files(request, plan.stored_strata, record.d_in, record.d_out, record.block)
     return sizes == rows and record.tokens == block_token_files(plan, request, record.block)
@@ -74,20 +95,26 @@ def read_packed(path: Path, arrays: list[ArraySpec], blocks: int) -> PackedRecor
     """`packed.json`, which names every shard file and no other."""
     if not (path / PACKED).is_file():
         raise CorruptData(f"{path / PACKED} is missing, and the shard files are packed; take another copy of it")
-    record = read_record(PackedRecord, read_json(path / PACKED), path / PACKED)
-    known = {spec.shard_path(shard) for spec in arrays for shard in range(blocks * spec.shards_per_block)}
+    data = read_json(path / PACKED, MOST_RECORD_BYTES)
+    check_version(path, data, packed.FORMAT_VERSION, "pack the store again")
+    record = read_record(PackedRecord, data, path / PACKED)
     size = blocks * block_bytes(arrays)
     if record.unpacked_bytes != size:
         raise CorruptData(f"{path / PACKED}: unpacked_bytes is {record.unpacked_bytes}, the store's records say {size}")
-    if unlike := known ^ set(record.files):
-        raise CorruptData(f"{path / PACKED}: {min(unlike)} is not on both sides; pack the store again")
+    known = set()
+    for name in (spec.shard_path(shard) for spec in arrays for shard in range(blocks * spec.shards_per_block)):
+        if name not in record.files:  # at the first: a store can claim more files than there is room for names
+            raise CorruptData(f"{path / PACKED}: {name} is missing; pack the store again")
+        known.add(name)
+    if unknown := record.files.keys() - known:
+        raise CorruptData(f"{path / PACKED}: {min(unknown)} is no file of the store; pack the store again")
     return record
 
 
 def is_packed(path: Path) -> bool:
     """Whether the store at `path` is packed: its record says so, or, if that is lost, the codec of its tokens."""
     metadata = path / ARRAYS / TOKENS / "zarr.json"
-    return (path / PACKED).is_file() or (metadata.is_file() and b'"blosc"' in metadata.read_bytes())
+    return (path / PACKED).is_file() or (metadata.is_file() and b'"blosc"' in read_file(metadata))
 
 
 def _ranges(request: StoreRequest) -> list[tuple[int, int]]:
@@ -102,22 +129,29 @@ def read_store_record(path: Path) -> StoreRecord:
         if (path / REQUEST).is_file():
             raise UserError(f"{path} is unfinished ({progress(path)}); run the same harvest again to finish it")
         raise UserError(f"{path} is not a store: it has no {STORE}; harvest one first, or pass --store FOLDER")
-    data = read_json(path / STORE)
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version != FORMAT_VERSION:
-        remedy = "upgrade" if version > FORMAT_VERSION else "harvest it again"
-        raise UserError(f"{path}: written by format {version}, this reads {FORMAT_VERSION}; {remedy}")
+    data = read_json(path / STORE, MOST_RECORD_BYTES)
+    check_version(path, data, FORMAT_VERSION, "harvest it again")
     return read_record(StoreRecord, data, path / STORE)
+
+
+def check_version(path: Path, data: Any, current: int, remedy: str) -> None:
+    """Raise `UserError` when the record `data` says that it has another format; `remedy` is for an older one."""
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version != current:
+        remedy = "upgrade" if version > current else remedy
+        raise UserError(f"{path}: written by format {brief(version)}, this reads {current}; {remedy}")
 
 
 def read_request(path: Path) -> StoreRequest:
     """`request.json` of the store at `path`."""
-    return read_record(StoreRequest, read_json(path / REQUEST), path / REQUEST)
+    data = read_json(path / REQUEST)
+    check_version(path / REQUEST, data, FORMAT_VERSION, "harvest it again")
+    return read_record(StoreRequest, data, path / REQUEST)
 
 
 def read_plan(path: Path) -> StorePlan:
     """`plan.json` of the store at `path`."""
-    return read_record(StorePlan, read_json(path / PLAN), path / PLAN)
+    return read_record(StorePlan, read_json(path / PLAN, MOST_RECORD_BYTES), path / PLAN)
 
 
 def read_ledger(path: Path, block: int) -> LedgerRecord:
@@ -125,7 +159,10 @@ def read_ledger(path: Path, block: int) -> LedgerRecord:
     file = path / record_path(block)
     if not file.is_file():
         raise CorruptData(f"{file} is missing; run the same harvest again to make block {block} anew")
-    return read_record(LedgerRecord, read_json(file), file)
+    record = read_record(LedgerRecord, read_json(file), file)
+    if record.block != block:
+        raise CorruptData(f"{file} is of block {record.block}; run the same harvest again to make block {block} anew")
+    return record
 
 
 def progress(path: Path) -> str:
@@ -165,7 +202,8 @@ def check_metadata(root: Path, spec: ArraySpec, expected: dict[str, Any]) -> Non
     if found != expected:
         wrong = next((k for k in expected if not isinstance(found, dict) or found.get(k) != expected[k]), "keys")
         got = found.get(wrong) if isinstance(found, dict) else found
-        raise CorruptData(f"{path}: {wrong} is {got}, the store's records say {expected.get(wrong)}; restore the file")
+        says = brief(expected.get(wrong))
+        raise CorruptData(f"{path}: {wrong} is {brief(got)}, the store's records say {says}; restore the file")
 
 
 def check_group(path: Path) -> None:
@@ -180,6 +218,26 @@ def check_size(path: Path, record: FileRecord) -> None:
         raise CorruptData(f"{path} is missing; run the same harvest again to write it anew")
     if (size := path.stat().st_size) != record.bytes:
         raise CorruptData(f"{path}: {size:,} bytes, expected {record.bytes:,}; run the same harvest again")
+
+
+def read_vectors(path: Path, widths: Mapping[str, int]) -> dict[str, NDArray[np.float64]]:
+    """The float64 vectors of a safetensors file that has those of `widths` and no others, all of them finite.
+
+    Raises `CorruptData` naming the tensor that is not so; one named `.../variance` must not be negative.
+    """
+    try:
+        found = load(read_file(path, 8 * sum(widths.values()) + MOST_BYTES))
+    except (SafetensorError, KeyError, ValueError) as error:  # a type that numpy does not know is a KeyError
+        raise CorruptData(f"{path}: {error}") from error
+    if odd := sorted(set(found) ^ set(widths)):
+        raise CorruptData(f"{path}: tensor {brief(odd[0])} is {'missing' if odd[0] in widths else 'not expected'}")
+    for name, d in widths.items():
+        values = found[name]
+        if values.dtype != np.float64 or values.shape != (d,):
+            raise CorruptData(f"{path}: tensor {name!r} is {values.dtype} {list(values.shape)}, expected float64 [{d}]")
+        if not np.isfinite(values).all() or (name.endswith("/variance") and (values < 0).any()):
+            raise CorruptData(f"{path}: tensor {name!r} holds NaN, infinity or a negative variance")
+    return found
 
 
 def fault(path: Path, record: FileRecord) -> str | None:

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from shared.arrays import ArraySpec
 from shared.checks import (
@@ -28,6 +26,7 @@ from shared.checks import (
     read_ledger,
     read_packed,
     read_store_record,
+    read_vectors,
     record_faults,
     remedy,
 )
@@ -35,6 +34,7 @@ from shared.checks import fault as fault
 from shared.checks import file_crc32c as file_crc32c
 from shared.durable import Lock, lock
 from shared.errors import CorruptData, UserError
+from shared.files import refuse_links
 from shared.layout import (
     ARRAYS,
     REQUEST,
@@ -56,6 +56,7 @@ from shared.strata import Stratum
 Rows = NDArray[Any]
 Run = tuple[int, int]
 """Neighbouring rows of an array, a half-open range."""
+_KINDS = ("mean", "variance")
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -183,6 +184,8 @@ class Store:
     """A finished store, checked and mapped."""
 
     def __init__(self, path: Path, record: StoreRecord, local: Local | None = None) -> None:
+        """Raise `CorruptData` when the folder holds a link, or, of a packed store, `packed.json` is not its own."""
+        refuse_links(path)
         self.path, self.record, self.request = path, record, record.request
         self.packed = read_packed(path, self.arrays(), record.blocks) if is_packed(path) else None
         """The packed shard files, of a packed store."""
@@ -278,23 +281,20 @@ class Store:
             raise CorruptData(f"{self.path / STORE}: it names no {name}; restore the file")
         if wrong := fault(path, self.record.files[name]):
             raise CorruptData(f"{path}: {wrong}; {remedy}")
-        try:
-            tensors = load(path.read_bytes())
-        except SafetensorError as error:
-            raise CorruptData(f"{path}: {error}; {remedy}") from error
         names = ["overall", *(s.name for s in self.record.plan.stored_strata)]
+        widths = {"source": self.record.d_in, "target": self.record.d_out}
+        shapes = {f"{name}/{side}/{kind}": d for name in names for side, d in widths.items() for kind in _KINDS}
         try:
-            return {
-                name: {
-                    side: SideStatistics(
-                        mean=tensors[f"{name}/{side}/mean"], variance=tensors[f"{name}/{side}/variance"]
-                    )
-                    for side in ("source", "target")
-                }
-                for name in names
+            tensors = read_vectors(path, shapes)
+        except CorruptData as error:
+            raise CorruptData(f"{error}; {remedy}") from error
+        return {
+            name: {
+                side: SideStatistics(mean=tensors[f"{name}/{side}/mean"], variance=tensors[f"{name}/{side}/variance"])
+                for side in widths
             }
-        except KeyError as error:
-            raise CorruptData(f"{path}: tensor {error} is missing; {remedy}") from error
+            for name in names
+        }
 
     def arrays(self) -> list[ArraySpec]:
         """Every array."""
@@ -313,13 +313,14 @@ class Store:
         yield from record_faults(self.path, self.record)
         ledger = dict(self.record.files)
         ledger |= {f"{ARRAYS}/{name}": file for name, file in self.record.plan.token_files.items()}
+        widths = self.record.d_in, self.record.d_out
         for block in range(self.record.blocks):
             try:
                 record = read_ledger(self.path, block)
             except CorruptData as error:
                 yield record_path(block), str(error)
                 continue
-            if not belongs(record, self.request, self.record.plan):
+            if not belongs(record, self.request, self.record.plan) or widths != (record.d_in, record.d_out):
                 yield record_path(block), "the block is of another plan: of other tokens, or other numbers of rows"
             ledger |= {f"{ARRAYS}/{name}": file for name, file in record.files.items()}
             ledger[moments_path(block)] = record.moments

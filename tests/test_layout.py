@@ -134,6 +134,9 @@ def leaves(value: BaseModel, path: tuple[str, ...] = ()) -> list[tuple[str, ...]
 
 
 OTHER: dict[str, Any] = {
+    "weights": "00" * 32,
+    "tokenizer": "00" * 32,
+    "digest": "00" * 32,
     "dtype": "bfloat16",
     "device": "cuda",
     "kind": "messages",

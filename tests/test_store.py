@@ -194,7 +194,7 @@ def link(path: Path) -> None:
         (flip_index, "its index does not match its layout"),
         (flip_crc, "its index does not match its layout"),
         (Path.unlink, "is missing"),
-        (link, "is a symbolic link; a store holds regular files only"),
+        (link, "is a symbolic link; take another copy"),
     ],
 )
 @pytest.mark.parametrize("name", SHARDS)
