@@ -41,7 +41,7 @@ Label = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._
 def _below(name: str) -> str:
     parts = name.split("/")
     plain = all(re.fullmatch(r"[A-Za-z0-9._-]{1,255}", part) for part in parts)
-    if not plain or len(name) > MAX_NAME or {".", ".."} & set(parts):
+    if not plain or len(name) > 1024 or {".", ".."} & set(parts):
         raise ValueError(f"{name[:80]!r} is not the path of a file below the store")
     return name
 

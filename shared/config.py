@@ -18,7 +18,7 @@ from shared.files import MOST_NESTED, nests_too_deep, read_file
 MOST_CONFIG_BYTES = 2**16
 _MOST_DOTS = 1000
 """In a line of TOML: reading a key takes the cube of its parts."""
-_MOST_MESSAGE = 1000
+_MOST_PLACE, _MOST_MESSAGE = 200, 1000
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 120
 _brief.maxlist = _brief.maxtuple = 40
@@ -74,15 +74,18 @@ def override(settings: dict[str, Any], assignments: Iterable[str], *, variants: 
     for assignment in assignments:
         dotted, equals, text = assignment.partition("=")
         if not equals or not dotted.strip():
-            raise UserError(f"--set {assignment}: expected NAME=VALUE, for example --set seed=1")
+            raise UserError(
+                f"--set {_one_line(assignment[:_MOST_PLACE])}: expected NAME=VALUE, for example --set seed=1"
+            )
         *parents, last = dotted.strip().split(".")
         if len(parents) > MOST_NESTED:
-            raise UserError(f"--set {assignment[:80]}...: more than {MOST_NESTED} groups within each other")
+            raise UserError(f"--set {_one_line(assignment[:80])}...: more than {MOST_NESTED} groups within each other")
         table = result
         for parent in parents:
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
-                raise UserError(f"--set {assignment}: {parent} is a value, not a group of settings")
+                shown = _one_line(assignment[:_MOST_PLACE])
+                raise UserError(f"--set {shown}: {_one_line(parent[:80])} is a value, not a group of settings")
         value = _parse(text.strip(), assignment)
         if last == "kind" and ".".join(parents) in variants and table.get(last) != value:
             table.clear()
@@ -104,7 +107,7 @@ def _parse(text: str, assignment: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     except ValueError as error:
-        raise UserError(f"--set {assignment[:80]}...: {error}") from error
+        raise UserError(f"--set {_one_line(assignment[:80])}...: {error}") from error
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def _copy(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    where = _one_line(".".join(str(part) for part in first["loc"]) or "settings")
+    where = _one_line(".".join(str(part) for part in first["loc"])[:_MOST_PLACE] or "settings")
     if first["type"] == "extra_forbidden":
         fields = _fields_at(cls, first["loc"][:-1])
         return f"unknown option {where!r}{_nearest(str(first['loc'][-1]), fields)}"

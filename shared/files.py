@@ -28,9 +28,10 @@ def read_file(path: Path, most: int = MOST_BYTES, *, follow: bool = False) -> by
         if error.errno == errno.ENXIO:  # a socket
             raise CorruptData(f"{path} is not a regular file; put one there") from error
         raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CorruptData(f"{path} is not a regular file; put one there")
     with open(descriptor, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CorruptData(f"{path} is not a regular file; put one there")
         data = bytearray()
         while len(data) <= most and (chunk := file.read(min(2**22, most + 1 - len(data)))):
             data += chunk
@@ -42,10 +43,10 @@ def read_file(path: Path, most: int = MOST_BYTES, *, follow: bool = False) -> by
 def nests_too_deep(value: Any) -> bool:
     """Whether lists and objects of `value` lie within each other more than `MOST_NESTED` deep."""
     level = [value]
-    for _ in range(MOST_NESTED + 1):
+    for _ in range(MOST_NESTED):
         inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
         level = [child for children in inner for child in children]
-    return bool(level)
+    return any(isinstance(item, dict | list) for item in level)
 
 
 def refuse_links(folder: Path) -> None:
