@@ -60,7 +60,7 @@ def test_a_damaged_chunk_is_named_by_every_command(
     if kind in UNSEEN:
         assert opened.code == 0
     else:
-        trained = command("run", "--store", synthetic.path, "--runs", tmp_path / "runs")
+        trained = command("run", "--store", synthetic.path, "--runs", tmp_path / "runs", "--steps", 1)
         for done in (opened, trained):
             assert done.code == 1 and len(done.err.splitlines()) == 1
             assert SHARD in done.err and "repair block 1: harvest repair" in done.err
@@ -89,7 +89,11 @@ def test_chunks_that_are_zero_by_right_are_written_and_read(tmp_path: Path, comm
     shard.unlink()
     read = zarr.open_group(store / ARRAYS, mode="r")["strata/004-016/source"][:]
     assert not np.asarray(read).any()  # the danger: a stock reader notices nothing
-    for done in (harvest("verify", store), harvest("info", store), command("run", "--store", store)):
+    for done in (
+        harvest("verify", store),
+        harvest("info", store),
+        command("run", "--store", store, "--runs", tmp_path / "runs", "--steps", 1),
+    ):
         assert done.code == 1 and SHARD in done.out + done.err and "missing" in done.out + done.err
 
 
@@ -128,7 +132,10 @@ def test_edited_metadata_is_refused_and_left_alone(
     else:
         edit(path, EDITS[kind])
     before = contents(synthetic.path)
-    lines = [harvest("info", synthetic.path), command("run", "--store", synthetic.path, "--runs", tmp_path / "runs")]
+    lines = [
+        harvest("info", synthetic.path),
+        command("run", "--store", synthetic.path, "--runs", tmp_path / "runs", "--steps", 1),
+    ]
     for done in lines:
         assert done.code == 1 and len(done.err.splitlines()) == 1 and str(path) in done.err
         assert {"deleted": "is missing", "empty": "not valid JSON"}.get(kind, f"zarr.json: {kind} is ") in done.err

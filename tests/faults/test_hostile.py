@@ -198,7 +198,7 @@ def test_a_safetensors_file_that_claims_more_than_it_holds(
     synthetic: SyntheticStore, command: Command, tmp_path: Path, kind: str
 ) -> None:
     publish(synthetic.path, STATISTICS, CLAIMS[kind])
-    done = command("run", "--store", synthetic.path, "--runs", tmp_path / "runs")
+    done = command("run", "--store", synthetic.path, "--runs", tmp_path / "runs", "--steps", 1)
     assert done.code == 1 and len(done.err.splitlines()) == 1 and STATISTICS in done.err
     (tmp_path / "u").write_bytes(CLAIMS[kind])
     with pytest.raises(CorruptData, match="not a readable unembedding"):
@@ -228,7 +228,7 @@ def test_statistics_that_do_not_fit_are_refused_by_name(
     found = tensors(synthetic)
     change(found)
     publish(synthetic.path, STATISTICS, save(found))
-    done = command("run", "--store", synthetic.path, "--runs", tmp_path / "runs")
+    done = command("run", "--store", synthetic.path, "--runs", tmp_path / "runs", "--steps", 1)
     assert done.code == 1 and cause in done.err and STATISTICS in done.err and not (tmp_path / "runs").exists()
 
 
@@ -282,7 +282,9 @@ def test_a_preset_made_to_hurt_is_one_line(
         path.write_text(content)
     lines = [harvest("run", "--config", path, "--cache", tmp_path / "cache")]
     if "seed" not in cause:
-        lines.append(command("run", "--config", path, "--store", pristine.path, "--runs", tmp_path / "runs"))
+        lines.append(
+            command("run", "--config", path, "--store", pristine.path, "--runs", tmp_path / "runs", "--steps", 1)
+        )
     for done in lines:
         assert done.code == 2 and "mine" in done.err and cause in done.err
         assert len(done.err.splitlines()) == 1 and len(done.err) < 1500

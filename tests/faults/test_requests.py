@@ -80,7 +80,7 @@ def test_a_reader_during_the_write_is_told_how_far_it_is(small: Line, tmp_path: 
         (store,) = [path for path in cache.iterdir() if path.is_dir()]
         count = len(list(store.glob("ledger/[0-9]*[0-9].json")))
         assert 3 <= count < 16
-        done: Outcome = command("run", "--store", store, "--runs", tmp_path / "runs")
+        done: Outcome = command("run", "--store", store, "--runs", tmp_path / "runs", "--steps", 1)
         assert done.code == 2 and len(done.err.splitlines()) == 1
         assert f"{store} is unfinished ({count} of 16 blocks); run the same harvest again to finish it" in done.err
         assert not (tmp_path / "runs").exists()
