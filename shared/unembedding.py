@@ -42,7 +42,7 @@ class Unembedding:
             self._weight, self._gain = self._tensor("W_U", 2), _float32(self._tensor("final_norm.gain", 1))
         except FileNotFoundError as error:
             raise UserError(f"no unembedding at {path}; harvest with --set store.unembedding=true") from error
-        except (ValueError, KeyError, TypeError, OverflowError, struct.error, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
             raise CorruptData(f"{path}: not a readable unembedding ({error}); run the same harvest again") from error
         if self._gain.shape != self._weight.shape[1:]:
             raise CorruptData(f"{path}: final_norm.gain is {self._gain.shape}, and W_U is {self._weight.shape}")

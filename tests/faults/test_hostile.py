@@ -252,6 +252,19 @@ def test_an_unembedding_of_an_impossible_shape(tmp_path: Path, shape: Any) -> No
         Unembedding(tmp_path / "u")
 
 
+@pytest.mark.fault(21)
+def test_an_unembedding_whose_header_is_huge_is_not_parsed(tmp_path: Path) -> None:
+    parts = {"W_U": np.ones((5, 4), np.float32), "final_norm.gain": np.ones(4, np.float32)}
+    data = save(parts)
+    length = int.from_bytes(data[:8], "little")
+    (tmp_path / "u").write_bytes(data)
+    assert Unembedding(tmp_path / "u").effects(np.ones((1, 4), np.float32), 2).promoted.shape == (1, 2)
+    wide = (length + 2**20).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 2**20 + data[8 + length :]
+    (tmp_path / "u").write_bytes(wide)
+    with pytest.raises(CorruptData, match="its header claims 1,048,"):
+        Unembedding(tmp_path / "u")
+
+
 # Settings
 
 
