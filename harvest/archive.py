@@ -13,11 +13,12 @@ from harvest.cache import size_of
 from harvest.pipeline import lock_store
 from shared import durable
 from shared.arrays import ArraySpec, group_metadata
+from shared.checks import buffers_record, fault, read_ledger
 from shared.errors import CorruptData, UserError
 from shared.layout import ARRAYS, PACKED, PLAN, REQUEST, STORE, FileRecord, moments_path, record_path
 from shared.packed import PackedRecord, pack_shard, packed_metadata, unpack_shard
 from shared.progress import Progress
-from shared.store import Store, buffers_record, fault, read_ledger
+from shared.store import Store
 
 Shard = tuple[str, ArraySpec]
 _MARKER = "unfinished.json"

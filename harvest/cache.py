@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from shared import durable
+from shared.checks import is_packed, progress, read_plan, read_request, read_store_record
 from shared.errors import ProjectError, UserError
 from shared.layout import LEDGER, PLAN, REQUEST, STORE, StoreRequest
-from shared.store import is_packed, progress, read_plan, read_request, read_store_record
 
 _NAMED = 5
 

@@ -15,6 +15,7 @@ from harvest.embedded.corpus import corpus_digest, documents
 from harvest.hub import dataset_commit
 from harvest.rows import LineRows, Row, Rows, hub_rows, parquet_rows
 from harvest.settings import EMBEDDED, TextSettings
+from shared.config import build
 from shared.errors import UserError
 from shared.keyed import permutation
 from shared.layout import CorpusIdentity
@@ -90,9 +91,8 @@ def _rows_corpus(
 ) -> Corpus:
     column, kind = _column(settings, name, rows)
     order: Order = "as_read" if settings.streaming else "shuffled"
-    identity = CorpusIdentity(
-        name=name, digest=digest, column=column, kind=kind, order=order, separator=separator, **place
-    )
+    found = {"digest": digest, "column": column, "kind": kind, "order": order, "separator": separator}
+    identity = build(CorpusIdentity, {"name": name, **found, **place}, f"text {name}")
 
     def read() -> Iterator[Any]:
         head = _head(name, rows)

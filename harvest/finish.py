@@ -13,6 +13,7 @@ from harvest.plan import Target
 from harvest.records import read_records
 from harvest.sinks import overall
 from shared import durable
+from shared.checks import buffers_record, fault, file_record, read_ledger
 from shared.errors import CorruptData
 from shared.layout import (
     FORMAT_VERSION,
@@ -30,7 +31,6 @@ from shared.layout import (
     statistics_path,
 )
 from shared.statistics import OUTLIER_RATIO, QUANTILES, Moments, merge
-from shared.store import buffers_record, fault, file_record, read_ledger
 
 _PACKAGES = ("torch", "transformers", "transformer-lens", "numpy")
 

@@ -8,6 +8,7 @@ from safetensors.numpy import save
 from harvest.blocks import SIDES, BlockLayout, Buffers, pack_moments, stored_moments, stratum_arrays
 from harvest.plan import Target
 from shared import durable
+from shared.checks import belongs, buffers_record, check_size, read_ledger
 from shared.errors import CorruptData
 from shared.layout import (
     ARRAYS,
@@ -20,7 +21,6 @@ from shared.layout import (
     stratum_specs,
 )
 from shared.statistics import Moments
-from shared.store import belongs, buffers_record, check_size, read_ledger
 
 
 def missing_blocks(target: Target) -> list[int]:

@@ -27,6 +27,7 @@ from harvest.records import check_request, read_records
 from harvest.settings import Settings
 from shared import durable
 from shared.arrays import INNER_ROWS
+from shared.config import build
 from shared.errors import CorruptData, UserError
 from shared.layout import STATISTICS, STORE, ModelIdentity, StoreRequest
 from shared.store import Store
@@ -174,19 +175,21 @@ def lock_store(path: Path, *, shared: bool = False) -> AbstractContextManager[du
 
 
 def _model_identity(settings: Settings, model: ModelFiles) -> ModelIdentity:
-    return ModelIdentity(
-        name=model.name,
-        revision=model.revision,
-        weights=model.weights_digest(),
-        dtype=settings.model.dtype,
-        device=resolve_device(settings.model.device),
-    )
+    found = {
+        "name": model.name,
+        "revision": model.revision,
+        "weights": model.weights_digest(),
+        "dtype": settings.model.dtype,
+        "device": resolve_device(settings.model.device),
+    }
+    return build(ModelIdentity, found, f"model {settings.model.name}")
 
 
 def _request(settings: Settings, layer: int, common: Mapping[str, object]) -> StoreRequest:
     source, target = settings.capture.hooks(layer)
     store = settings.store
-    return StoreRequest.model_validate(
+    return build(
+        StoreRequest,
         {
             **common,
             "label": settings.label,
@@ -204,7 +207,8 @@ def _request(settings: Settings, layer: int, common: Mapping[str, object]) -> St
             "held_out_blocks": store.held_out_blocks,
             "unembedding": store.unembedding,
             "seed": settings.seed,
-        }
+        },
+        f"request of layer {layer}",
     )
 
 

@@ -23,6 +23,8 @@ from harvest.packing import Packed, Quota, TokenStream, Windows, model_positions
 from harvest.records import check_request, read_records, refuse_packed
 from shared import durable
 from shared.arrays import group_metadata
+from shared.bounds import MAX_BLOCKS
+from shared.checks import buffers_record, check_shard, fault, read_ledger
 from shared.errors import CorruptData, UserError
 from shared.keyed import permutation
 from shared.layout import (
@@ -42,7 +44,6 @@ from shared.layout import (
     tokens_spec,
 )
 from shared.progress import Progress
-from shared.store import buffers_record, check_shard, fault, read_ledger
 from shared.strata import Stratum, stratum_ranges
 
 _DOCUMENTS_AHEAD = 256
@@ -106,6 +107,8 @@ def extend(targets: Sequence[Target], training_blocks: int, corpus: Corpus, enco
     with nothing written, when the corpus has no whole training block.
     """
     first, before = targets[0], sum(targets[0].segments)
+    if (blocks := first.request.held_out_blocks + training_blocks) > MAX_BLOCKS:
+        raise UserError(f"{blocks:,} blocks, and a store has at most {MAX_BLOCKS:,}; raise store.block_sequences")
     with _packed(first, before, training_blocks, corpus, encoder) as (windows, packed, quota):
         segment = _Segment(first.request, len(first.segments), before, windows, packed.held_out)
         _check(packed, quota, before + segment.blocks, training_blocks, first.request)

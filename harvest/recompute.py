@@ -16,9 +16,10 @@ from harvest.packing import Windows, model_positions
 from harvest.plan import Target
 from harvest.ranks import Ranks
 from harvest.repair import own_model
+from shared.checks import read_ledger
 from shared.keyed import hash_integers
 from shared.progress import Progress
-from shared.store import Local, MappedArray, Store, read_ledger
+from shared.store import Local, MappedArray, Store
 
 ROUNDING = 0.02
 """The relative difference of a row that rounding explains: five units in the last place of bfloat16."""

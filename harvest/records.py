@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from harvest.cache import differences
+from shared.checks import is_packed, read_plan, read_request, read_store_record
 from shared.errors import CorruptData, UserError
+from shared.files import refuse_links
 from shared.layout import PLAN, REQUEST, STORE, StorePlan, StoreRecord, StoreRequest
-from shared.store import is_packed, read_plan, read_request, read_store_record
 
 R = TypeVar("R", StoreRequest, StorePlan, StoreRecord)
 
@@ -26,7 +27,8 @@ class Records:
 
 
 def read_records(path: Path) -> Records:
-    """Read all three. Raises `CorruptData` on a damaged one that nothing stands in for."""
+    """Read all three. Raises `CorruptData` on a damaged one that nothing stands in for, and on a link in the store."""
+    refuse_links(path)
     request, plan = _whole(read_request, path, REQUEST), _whole(read_plan, path, PLAN)
     finished = _whole(read_store_record, path, STORE)
     if finished and request in (None, finished.request):

@@ -15,9 +15,10 @@ from harvest.ranks import Ranks
 from harvest.records import refuse_packed
 from harvest.settings import EMBEDDED, ModelSettings, TextSettings
 from shared import durable
+from shared.checks import read_store_record
 from shared.errors import CorruptData, UserError
+from shared.files import refuse_links
 from shared.layout import ARRAYS, DOCUMENTS, LEDGER, TOKENS, CorpusIdentity, StoreRequest, row_specs
-from shared.store import read_store_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,7 @@ def repair(path: Path, model: str | None, text: Sequence[str], workers: int) -> 
     refuse_packed(path)
     with ExitStack() as stack:
         stack.enter_context(lock_store(path))
+        refuse_links(path)
         durable.sweep(path)
         damage = find_damage(path)
         if not damage:

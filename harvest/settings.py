@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from shared.bounds import MAX_BLOCKS, MAX_CONTEXT, MAX_STRATA, Count, Edges, Label, Position, Seed, Sequences
 from shared.config import Config
 from shared.layout import Documents, StorageType, check_strata
 
 EMBEDDED = "embedded"
-MAX_CONTEXT = 2**16
 
 
 def _one_or_more(value: object) -> object:
@@ -69,7 +69,7 @@ class CaptureSettings(Config):
     """The transcoder's input: a hook of the layer's block, or a full name such as `blocks.7.hook_out`."""
     target: str = "hook_mlp_out"
     """The transcoder's target, named likewise."""
-    batch_sequences: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    batch_sequences: Sequences | Literal["auto"] = "auto"
     """Windows per forward pass; `auto` is some thousand tokens, fewer for wide models on CPU."""
 
     @field_validator("layers")
@@ -90,11 +90,11 @@ class CaptureSettings(Config):
 class StoreSettings(Config):
     """What is written."""
 
-    edges: tuple[int, ...] = (0, 1, 4, 16, 64, 256, 1024, 4096)
+    edges: Edges = (0, 1, 4, 16, 64, 256, 1024, 4096)
     """First positions of the strata; those past the context are left out."""
-    keep: dict[int, float] = {}
+    keep: dict[Position, float] = Field(default={}, max_length=MAX_STRATA)
     """Share of a stratum's rows to store, by its first position; 1 where not named."""
-    cap: dict[int, int] = {}
+    cap: dict[Position, Count] = Field(default={}, max_length=MAX_STRATA)
     """Most rows of a stratum to store from a block, by its first position; no limit where not named."""
     exclude_special: bool = False
     """Leave out the rows at special tokens (BOS and EOS among them)."""
@@ -102,11 +102,11 @@ class StoreSettings(Config):
     """Leave out the rows of a stratum whose source norm is above this quantile of its block; 1 leaves out none."""
     storage: StorageType = "bfloat16"
     """The type of stored activations."""
-    block_sequences: int = Field(default=256, ge=1)
+    block_sequences: Sequences = 256
     """Windows per block, the unit that is committed, resumed and repaired."""
     max_block_bytes: int = Field(default=4 * 2**30, ge=1)
     """Most bytes of a block's rows over all layers; `block_sequences` is halved until they fit. Two are in memory."""
-    held_out_blocks: int = Field(default=2, ge=0)
+    held_out_blocks: int = Field(default=2, ge=0, le=MAX_BLOCKS)
     """Blocks of the first documents, kept from training, on top of `tokens`."""
     unembedding: bool = True
     """Keep the unembedding and the final norm, for the tokens that each latent promotes."""
@@ -115,11 +115,11 @@ class StoreSettings(Config):
 class Settings(Config):
     """A harvest."""
 
-    label: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+    label: Label
     """Start of the store's name; the preset's name if not given."""
     tokens: int = Field(ge=1)
     """Tokens of the training windows, BOS included; rounded up to whole blocks."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every permutation."""
     workers: int = Field(default=0, ge=0)
     """Threads that run batches side by side on CPU; 0 is one per core. The bytes written do not depend on it."""

@@ -4,6 +4,7 @@ A field that does not exist is an error, and the message names the nearest one t
 """
 
 import difflib
+import reprlib
 import tomllib
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,15 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import CorruptData, UserError
+from shared.files import MOST_NESTED, nests_too_deep, read_file
+
+MOST_CONFIG_BYTES = 2**16
+_MOST_DOTS = 1000
+"""In a line of TOML: reading a key takes the cube of its parts."""
+_MOST_PLACE, _MOST_MESSAGE = 200, 1000
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 120
+_brief.maxlist = _brief.maxtuple = 40
 
 
 class Config(BaseModel):
@@ -48,10 +58,10 @@ def load_preset(presets: Path, name: str, file: Path | None) -> dict[str, Any]:
         raise UserError(f"no preset {name!r}; presets: {', '.join(known)}{_nearest(name, known)}")
     path = file or presets / f"{name}.toml"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _toml(read_file(path, MOST_CONFIG_BYTES, follow=True).decode())
     except FileNotFoundError as error:
         raise UserError(f"no configuration file at {path}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError, CorruptData) as error:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from error
 
 
@@ -64,25 +74,53 @@ def override(settings: dict[str, Any], assignments: Iterable[str], *, variants: 
     for assignment in assignments:
         dotted, equals, text = assignment.partition("=")
         if not equals or not dotted.strip():
-            raise UserError(f"--set {assignment}: expected NAME=VALUE, for example --set seed=1")
+            raise UserError(
+                f"--set {_one_line(assignment[:_MOST_PLACE])}: expected NAME=VALUE, for example --set seed=1"
+            )
         *parents, last = dotted.strip().split(".")
+        if len(parents) > MOST_NESTED:
+            raise UserError(f"--set {_one_line(assignment[:80])}...: more than {MOST_NESTED} groups within each other")
         table = result
         for parent in parents:
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
-                raise UserError(f"--set {assignment}: {parent} is a value, not a group of settings")
-        value = _parse(text.strip())
+                shown = _one_line(assignment[:_MOST_PLACE])
+                raise UserError(f"--set {shown}: {_one_line(parent[:80])} is a value, not a group of settings")
+        value = _parse(text.strip(), assignment)
         if last == "kind" and ".".join(parents) in variants and table.get(last) != value:
             table.clear()
         table[last] = value
     return result
 
 
-def _parse(text: str) -> Any:
+def brief(value: Any) -> str:
+    """A value for an error message, in one line and cut where it is long."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        return _brief.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a value too long to show"
+
+
+def _parse(text: str, assignment: str) -> Any:
+    try:
+        return _toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    except ValueError as error:
+        raise UserError(f"--set {_one_line(assignment[:80])}...: {error}") from error
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """Parse TOML. Raises `ValueError` on what is none, or is made to take for ever."""
+    if any(line.count(".") > _MOST_DOTS for line in text.splitlines()):
+        raise ValueError(f"a line with more than {_MOST_DOTS} dots")
+    try:
+        found = tomllib.loads(text)
+    except RecursionError:
+        found = None
+    if found is None or nests_too_deep(found):
+        raise ValueError(f"nested more than {MOST_NESTED} deep")
+    return found
 
 
 def _copy(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,13 +128,20 @@ def _copy(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "settings"
+    first = error.errors(include_url=False)[0]
+    where = _one_line(".".join(str(part) for part in first["loc"])[:_MOST_PLACE] or "settings")
     if first["type"] == "extra_forbidden":
         fields = _fields_at(cls, first["loc"][:-1])
         return f"unknown option {where!r}{_nearest(str(first['loc'][-1]), fields)}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" + ("" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})")
+    message = _one_line(first["msg"].removeprefix("Value error, "))
+    known = first["type"] in ("missing", "value_error")
+    return f"{where}: {message}" + ("" if known else f" (got {brief(first['input'])})")
+
+
+def _one_line(text: str) -> str:
+    """`text` as it may be printed: without control characters, and cut where it is long."""
+    cut = text if len(text) <= _MOST_MESSAGE else f"{text[:_MOST_MESSAGE]}..."
+    return cut if cut.isprintable() else ascii(cut)[1:-1]
 
 
 def _fields_at(cls: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
@@ -109,5 +154,5 @@ def _fields_at(cls: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(name, known, n=1)
+    match = difflib.get_close_matches(name[:80], known, n=1)
     return f"; did you mean {match[0]!r}?" if match else ""

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from shared.errors import CorruptData, DiskFull, UserError
+from shared.files import MOST_BYTES, MOST_NESTED, nests_too_deep, read_file
 
 TEMPORARY = ".tmp"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -199,31 +201,39 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file strictly: duplicate keys, NaN and numbers out of range are errors.
+def read_json(path: Path, most: int = MOST_BYTES) -> Any:
+    """Parse a JSON file strictly: a regular file of at most `most` bytes, in UTF-8, of bounded nesting.
 
-    Raises `CorruptData` when it does not parse, and `FileNotFoundError` when it is not there.
+    Duplicate keys, NaN, numbers out of range and lone surrogates are errors. Raises `CorruptData` when it is not that,
+    and `FileNotFoundError` when it is not there.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise ValueError(f"duplicate key {key[:80]!r}")
+        return found
 
     def finite(text: str) -> float:
         value = float(text)
         if value in (float("inf"), float("-inf")):
-            raise ValueError(f"number out of range: {text}")
+            raise ValueError(f"number out of range: {text[:80]}")
         return value
 
     def refuse(text: str) -> None:
         raise ValueError(f"{text} is not JSON")
 
+    data = read_file(path, most)
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=unique, parse_float=finite, parse_constant=refuse)
+        value = json.loads(data.decode(), object_pairs_hook=unique, parse_float=finite, parse_constant=refuse)
+        if nests_too_deep(value):
+            raise ValueError(f"nested more than {MOST_NESTED} deep")
+        if b"\\ud" in data.lower():
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CorruptData(f"{path}: not valid JSON ({error}); restore the file or make its folder again") from error
+    return value
 
 
 def make_folder(path: Path) -> None:

@@ -14,12 +14,33 @@ tokenizer/
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from shared.arrays import INNER_ROWS, ArraySpec
+from shared.bounds import (
+    MAX_BLOCKS,
+    MAX_CONTEXT,
+    MAX_FILES,
+    MAX_STRATA,
+    Blocks,
+    Count,
+    Digest,
+    Edges,
+    FileName,
+    Label,
+    Layer,
+    Name,
+    Position,
+    Seed,
+    Sequences,
+    Text,
+    TokenId,
+    Width,
+)
 from shared.config import Config
+from shared.statistics import QUANTILES
 from shared.strata import Stratum, stratum_name, stratum_ranges
 
 FORMAT_VERSION = 3
@@ -33,31 +54,18 @@ TOKENS, DOCUMENTS = "tokens", "documents"
 StorageType = Literal["bfloat16", "float16", "float32"]
 Documents = Literal["joined", "apart"]
 """`joined`: attention crosses from a document to the next; `apart`: positions restart, and it does not."""
-MAX_CONTEXT = 2**16
-"""Positions are stored as uint16."""
-
 STORAGE_DTYPES: dict[str, str] = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
 """The Zarr type that holds each storage type: zarr has no bfloat16, so its bits are kept as uint16."""
-
-
-def _below(name: str) -> str:
-    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise ValueError(f"{name!r} is not the path of a file below the store")
-    return name
-
-
-FileName = Annotated[str, AfterValidator(_below)]
-"""A relative path with no way up: a record can name nothing outside its store."""
 
 
 class ModelIdentity(Config):
     """Which weights computed the activations."""
 
-    name: str
+    name: Name
     """A hub name, or the name of a local folder."""
-    revision: str | None
+    revision: Name | None
     """The hub's commit, resolved; none for a local folder."""
-    weights: str
+    weights: Digest
     """SHA-256 over the configuration and the weight files."""
     dtype: StorageType
     """The type the forward pass ran in."""
@@ -68,22 +76,22 @@ class ModelIdentity(Config):
 class CorpusIdentity(Config):
     """Which text was read, and how it became windows."""
 
-    name: str
+    name: str = Field(max_length=2**20, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
     """`embedded`, a hub name, or the names of local files."""
-    digest: str
+    digest: Digest
     """SHA-256 over the documents, or over the files, or over a hub data set's name, commit, subset and split."""
-    revision: str | None = None
+    revision: Name | None = None
     """The commit of a hub data set."""
-    subset: str | None = None
+    subset: Name | None = None
     """The configuration of a hub data set."""
-    split: str | None = None
+    split: Name | None = None
     """The split of a hub data set."""
-    column: str | None
+    column: Text | None
     """The column of text, chat messages or token ids; none for the embedded corpus."""
     kind: Literal["text", "messages", "input_ids"]
     order: Literal["shuffled", "as_read"]
     """Whether documents were permuted before packing (a stream is taken as read); windows are always permuted."""
-    separator: str | None
+    separator: Text | None
     """The token between documents, none for no separator."""
 
 
@@ -91,10 +99,10 @@ class StoreRequest(Config):
     """All that determines a store's bytes, except the number of tokens."""
 
     format_version: int = FORMAT_VERSION
-    label: str
+    label: Label
     """The preset's name, or the user's; the start of the folder's name."""
     model: ModelIdentity
-    tokenizer: str
+    tokenizer: Digest
     """SHA-256 over the tokenizer's files."""
     corpus: CorpusIdentity
     context_size: int = Field(ge=1, le=MAX_CONTEXT)
@@ -102,26 +110,26 @@ class StoreRequest(Config):
     bos: bool
     """Whether every window (and with documents apart, every document) starts with the tokenizer's BOS."""
     documents: Documents
-    layer: int
-    source_hook: str
-    target_hook: str
-    edges: tuple[int, ...]
-    keep: dict[int, float]
+    layer: Layer
+    source_hook: Name
+    target_hook: Name
+    edges: Edges
+    keep: dict[Position, float] = Field(max_length=MAX_STRATA)
     """Share of a stratum's rows that is stored, by the stratum's first position."""
-    cap: dict[int, int]
+    cap: dict[Position, Count] = Field(max_length=MAX_STRATA)
     """Most rows of a stratum that a block stores, by the stratum's first position."""
     exclude_special: bool
     """Whether rows at the tokenizer's special tokens are left out."""
     max_norm_quantile: float = Field(gt=0, le=1)
     """Of every stratum of a block, rows whose source norm is above this quantile are left out; 1 leaves out none."""
     storage: StorageType
-    block_sequences: int = Field(ge=1)
-    held_out_blocks: int = Field(ge=0)
-    batch_sequences: int = Field(ge=1)
+    block_sequences: Sequences
+    held_out_blocks: Blocks
+    batch_sequences: Sequences
     """Windows per forward pass, halved until they fit: the shape of a matrix product can change its last bits."""
     unembedding: bool
     """Whether the store holds `unembedding.safetensors`."""
-    seed: int
+    seed: Seed
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -162,23 +170,23 @@ def check_strata(edges: Sequence[int], keep: Mapping[int, float], cap: Mapping[i
 class FileRecord(Config):
     """The size and checksum of one file."""
 
-    bytes: int = Field(ge=0)
+    bytes: Count
     crc32c: str = Field(pattern="^[0-9a-f]{8}$")
 
 
 class PackingCounts(Config):
     """Where every token of the corpus went: read = kept + held out + left over."""
 
-    documents: int
-    held_out_documents: int
-    empty_documents: int = 0
+    documents: Count
+    held_out_documents: Count
+    empty_documents: Count = 0
     """Rows that hold no token; they are not counted as documents."""
-    tokens_read: int
+    tokens_read: Count
     """Tokens of the documents that were read, separators included, BOS excluded."""
-    tokens_kept: int
+    tokens_kept: Count
     """In training windows, BOS excluded."""
-    tokens_held_out: int
-    tokens_left_over: int
+    tokens_held_out: Count
+    tokens_left_over: Count
     """Read, but not enough for another whole block, or past a held-out block's end."""
 
 
@@ -188,23 +196,29 @@ class RowCounts(Config):
     Of the rest, `stored - repeated` distinct rows are stored and the others dropped.
     """
 
-    natural: int
+    natural: Count
     """Computed by the model."""
-    special: int
+    special: Count
     """Excluded: at special tokens."""
-    over_norm: int
+    over_norm: Count
     """Excluded: source norm above the quantile."""
-    stored: int
-    repeated: int
+    stored: Count
+    repeated: Count
     """Of those stored, copies of others: a later segment's block has fewer rows than every block stores."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.special + self.over_norm > self.natural or self.repeated > self.stored:
+            raise ValueError("more rows are excluded or repeated than there are")
+        return self
 
 
 class StratumPlan(Config):
     """The rows of one stratum."""
 
-    start: int = Field(ge=0)
-    stop: int = Field(ge=1)
-    rows: int = Field(ge=0)
+    start: Position
+    stop: Position
+    rows: Count
     """Per block; fixed with the first segment. A stratum without rows is not in the store."""
     segments: tuple[RowCounts, ...]
 
@@ -226,20 +240,30 @@ class StratumPlan(Config):
 class StorePlan(Config):
     """What the store will hold, exact before any model is loaded."""
 
-    request: str
+    request: Digest
     """Digest of the request."""
-    segments: tuple[int, ...]
+    segments: tuple[Blocks, ...]
     """Training blocks per segment; each segment's windows were permuted on their own. Held-out blocks come first."""
     packing: tuple[PackingCounts, ...]
     """One entry per segment."""
-    strata: tuple[StratumPlan, ...]
+    strata: tuple[StratumPlan, ...] = Field(max_length=MAX_STRATA)
     """In order of position, those without rows included."""
-    special_tokens: tuple[int, ...] = ()
+    special_tokens: tuple[TokenId, ...] = ()
     """The tokens whose rows are excluded."""
     token_files: dict[FileName, FileRecord]
     """The shard files of `tokens` and `documents`, by path below the Zarr root."""
     exhausted: bool = False
     """Whether the corpus is known to hold no further whole block: asking for more tokens gives this same store."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.training_blocks > MAX_BLOCKS:
+            raise ValueError(f"more than {MAX_BLOCKS:,} blocks are planned; use larger blocks (store.block_sequences)")
+        if {len(self.segments)} != {len(self.packing), *(len(stratum.segments) for stratum in self.strata)}:
+            raise ValueError("the packing or a stratum has another number of segments than the plan")
+        if empty := [s.name for s in self.strata if s.rows and self.training_blocks and not s.represented]:
+            raise ValueError(f"stratum {empty[0]} stores rows that stand for none")
+        return self
 
     @property
     def training_blocks(self) -> int:
@@ -271,11 +295,11 @@ class StorePlan(Config):
 class LedgerRecord(Config):
     """One committed block."""
 
-    block: int
-    batch_sequences: int = Field(ge=1)
+    block: Blocks
+    batch_sequences: Sequences
     """Windows per forward pass that it was computed with; the same for all blocks."""
-    d_in: int = Field(ge=1)
-    d_out: int = Field(ge=1)
+    d_in: Width
+    d_out: Width
     files: dict[FileName, FileRecord]
     """Shard files by path below the Zarr root."""
     tokens: dict[FileName, FileRecord]
@@ -292,17 +316,23 @@ class NormSummary(Config):
     """Quantiles of the Euclidean norm, by share; from a histogram of 1/64 octave, so within 1.1 %."""
     mean_to_deviation: float
     """Norm of the mean over root of the summed variance: above 1, the mean dominates."""
-    outlier_rows: int
+    outlier_rows: Count
     """Stored rows with a norm above 10 times the overall median."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if set(self.norm_quantiles) != (wanted := {str(share) for share in QUANTILES}):
+            raise ValueError(f"norm_quantiles must be of {', '.join(sorted(wanted))}")
+        return self
 
 
 class StratumSummary(Config):
     """One stratum of a finished store, over its training blocks."""
 
-    start: int
-    stop: int
-    rows: int
-    natural_rows: int
+    start: Position
+    stop: Position
+    rows: Count
+    natural_rows: Count
     """Rows the model computed, less those excluded; natural_rows / rows is the weight that restores frequencies."""
     source: NormSummary
     target: NormSummary
@@ -314,17 +344,30 @@ class StoreRecord(Config):
     format_version: int
     request: StoreRequest
     plan: StorePlan
-    d_in: int = Field(ge=1)
-    d_out: int = Field(ge=1)
-    blocks: int = Field(ge=0)
+    d_in: Width
+    d_out: Width
+    blocks: Blocks
     """All blocks, the held-out ones (which come first) included."""
     strata: tuple[StratumSummary, ...]
     overall: StratumSummary
     """At natural frequencies, without position 0."""
     files: dict[FileName, FileRecord]
     """Statistics and tokenizer files, by path below the store."""
-    software: dict[str, str]
+    software: dict[Name, Name]
     """Versions that produced the bytes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        stored = self.plan.stored_strata
+        if [(s.start, s.stop) for s in self.strata] != [(s.start, s.stop) for s in stored]:
+            raise ValueError("strata are not those that the plan stores rows of")
+        if most := [s for s in stored if s.rows > self.request.block_tokens]:
+            raise ValueError(f"stratum {most[0].name} stores more rows of a block than it has tokens")
+        specs = store_specs(self.request, stored, self.d_in, self.d_out)
+        files = self.blocks * sum(spec.shards_per_block for spec in specs)
+        if files > MAX_FILES:
+            raise ValueError(f"the store would have {files:,} shard files, and at most {MAX_FILES:,} are read")
+        return self
 
     @property
     def training_blocks(self) -> range:

@@ -21,14 +21,15 @@ import google_crc32c
 import numpy as np
 from numcodecs import Blosc, blosc
 from numpy.typing import NDArray
-from pydantic import Field
 
 from shared import durable
 from shared.arrays import ArraySpec
+from shared.bounds import Count, FileName
 from shared.config import Config
 from shared.errors import CorruptData, UserError
-from shared.layout import FileName, FileRecord
+from shared.layout import FileRecord
 
+FORMAT_VERSION: Literal[1] = 1
 LEVEL = 4
 LOCAL_BYTES = 16 * 2**30
 _PREFIX = "unpacked-store-"
@@ -42,9 +43,9 @@ blosc.use_threads = False  # the same bytes always, and threads of our own
 class PackedRecord(Config):
     """`packed.json`: the shard files as they are, by path below the Zarr root."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1] = FORMAT_VERSION
     files: dict[FileName, FileRecord]
-    unpacked_bytes: int = Field(ge=0)
+    unpacked_bytes: Count
     """Of all shard files before packing."""
 
 

@@ -1,7 +1,4 @@
-"""Opens a finished store: checks its records and every shard's size and index, and maps its rows.
-
-Reads only what the records name, below the store's own folder. No torch here.
-"""
+"""Opens a finished store: has its records and shard files checked, and maps its rows. No torch here."""
 
 import ctypes
 import mmap
@@ -14,33 +11,37 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
-from shared.arrays import ArraySpec, group_metadata
-from shared.config import read_record
-from shared.durable import Lock, lock, read_json
+from shared.arrays import ArraySpec
+from shared.checks import (
+    belongs,
+    check_group,
+    check_metadata,
+    check_records,
+    check_shard,
+    check_size,
+    is_packed,
+    read_ledger,
+    read_packed,
+    read_store_record,
+    read_vectors,
+    record_faults,
+    remedy,
+)
+from shared.checks import fault as fault
+from shared.checks import file_crc32c as file_crc32c
+from shared.durable import Lock, lock
 from shared.errors import CorruptData, UserError
+from shared.files import refuse_links
 from shared.layout import (
     ARRAYS,
-    FORMAT_VERSION,
-    PACKED,
-    PLAN,
     REQUEST,
     STORE,
     TOKENIZER,
-    TOKENS,
-    FileRecord,
-    LedgerRecord,
-    StorePlan,
     StoreRecord,
-    StoreRequest,
     block_bytes,
-    block_row_files,
-    block_token_files,
     documents_spec,
     moments_path,
     record_path,
@@ -49,12 +50,13 @@ from shared.layout import (
     stratum_specs,
     tokens_spec,
 )
-from shared.packed import LOCAL_BYTES, LocalFolder, PackedRecord, packed_metadata
-from shared.strata import Stratum, stratum_ranges
+from shared.packed import LOCAL_BYTES, LocalFolder, packed_metadata
+from shared.strata import Stratum
 
 Rows = NDArray[Any]
 Run = tuple[int, int]
 """Neighbouring rows of an array, a half-open range."""
+_KINDS = ("mean", "variance")
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -149,7 +151,7 @@ class MappedArray:
         with open(path, "rb") as file:
             if (size := os.fstat(file.fileno()).st_size) < self.spec.payload_bytes:
                 raise CorruptData(
-                    f"{path}: {size:,} bytes, its rows take {self.spec.payload_bytes:,}; {_remedy(self.spec, number)}"
+                    f"{path}: {size:,} bytes, its rows take {self.spec.payload_bytes:,}; {remedy(self.spec, number)}"
                 )
             mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         mapped.madvise(mmap.MADV_RANDOM)
@@ -182,8 +184,10 @@ class Store:
     """A finished store, checked and mapped."""
 
     def __init__(self, path: Path, record: StoreRecord, local: Local | None = None) -> None:
+        """Raise `CorruptData` when the folder holds a link, or, of a packed store, `packed.json` is not its own."""
+        refuse_links(path)
         self.path, self.record, self.request = path, record, record.request
-        self.packed = _read_packed(path, self.arrays(), record.blocks) if is_packed(path) else None
+        self.packed = read_packed(path, self.arrays(), record.blocks) if is_packed(path) else None
         """The packed shard files, of a packed store."""
         self._local_given = local or Local()
 
@@ -210,7 +214,7 @@ class Store:
         if local and not store.packed:
             raise UserError(f"{path} is not packed, so nothing is decoded; leave out --local-folder and --local-bytes")
         _ = store.statistics  # at once: an extension that finishes later removes the file
-        _check_records(path, store.record)
+        check_records(path, store.record)
         for spec in store.arrays():
             for shard in range(store.record.blocks * spec.shards_per_block):
                 if store.packed:
@@ -277,23 +281,20 @@ class Store:
             raise CorruptData(f"{self.path / STORE}: it names no {name}; restore the file")
         if wrong := fault(path, self.record.files[name]):
             raise CorruptData(f"{path}: {wrong}; {remedy}")
-        try:
-            tensors = load(path.read_bytes())
-        except SafetensorError as error:
-            raise CorruptData(f"{path}: {error}; {remedy}") from error
         names = ["overall", *(s.name for s in self.record.plan.stored_strata)]
+        widths = {"source": self.record.d_in, "target": self.record.d_out}
+        shapes = {f"{name}/{side}/{kind}": d for name in names for side, d in widths.items() for kind in _KINDS}
         try:
-            return {
-                name: {
-                    side: SideStatistics(
-                        mean=tensors[f"{name}/{side}/mean"], variance=tensors[f"{name}/{side}/variance"]
-                    )
-                    for side in ("source", "target")
-                }
-                for name in names
+            tensors = read_vectors(path, shapes)
+        except CorruptData as error:
+            raise CorruptData(f"{error}; {remedy}") from error
+        return {
+            name: {
+                side: SideStatistics(mean=tensors[f"{name}/{side}/mean"], variance=tensors[f"{name}/{side}/variance"])
+                for side in widths
             }
-        except KeyError as error:
-            raise CorruptData(f"{path}: tensor {error} is missing; {remedy}") from error
+            for name in names
+        }
 
     def arrays(self) -> list[ArraySpec]:
         """Every array."""
@@ -309,16 +310,17 @@ class Store:
 
         Yields (path below the store, what is wrong or None) for each.
         """
-        yield from _record_faults(self.path, self.record)
+        yield from record_faults(self.path, self.record)
         ledger = dict(self.record.files)
         ledger |= {f"{ARRAYS}/{name}": file for name, file in self.record.plan.token_files.items()}
+        widths = self.record.d_in, self.record.d_out
         for block in range(self.record.blocks):
             try:
                 record = read_ledger(self.path, block)
             except CorruptData as error:
                 yield record_path(block), str(error)
                 continue
-            if not belongs(record, self.request, self.record.plan):
+            if not belongs(record, self.request, self.record.plan) or widths != (record.d_in, record.d_out):
                 yield record_path(block), "the block is of another plan: of other tokens, or other numbers of rows"
             ledger |= {f"{ARRAYS}/{name}": file for name, file in record.files.items()}
             ledger[moments_path(block)] = record.moments
@@ -327,187 +329,3 @@ class Store:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             faults = pool.map(lambda item: fault(self.path / item[0], item[1]), ledger.items())
             yield from zip(ledger, faults, strict=True)
-
-
-def _check_records(path: Path, record: StoreRecord) -> None:
-    """Raise `CorruptData` unless the store's records agree with each other; a longer plan is of an extension begun."""
-    for name, wrong in _record_faults(path, record):
-        raise CorruptData(f"{path / name}: {wrong}; repair it with: harvest repair {path}")
-    planned = record.request.held_out_blocks + record.plan.training_blocks
-    for what, found, expected in (
-        ("the digest of its request", record.plan.request, record.request.digest),
-        ("the number of blocks", record.blocks, planned),
-        ("the range of strata", [(s.start, s.stop) for s in record.plan.strata], _ranges(record.request)),
-    ):
-        if found != expected:
-            raise CorruptData(f"{path / STORE}: {what} is {found}, its records say {expected}; restore the file")
-
-
-def _record_faults(path: Path, record: StoreRecord) -> Iterator[tuple[str, str]]:
-    """Which of the records beside `store.json` are not there as they should be."""
-    for name, good in (
-        (REQUEST, lambda: read_request(path) == record.request),
-        (PLAN, lambda: read_plan(path).continues(record.plan)),
-    ):
-        try:
-            if not (path / name).is_file() or not good():
-                yield name, "missing or of another store"
-        except CorruptData as error:
-            yield name, str(error)
-
-
-def belongs(record: LedgerRecord, request: StoreRequest, plan: StorePlan) -> bool:
-    """Whether a block was made from the tokens of `plan`, with as many rows of each stratum."""
-    sizes = {name: file.bytes for name, file in record.files.items()}
-    rows = block_row_files(request, plan.stored_strata, record.d_in, record.d_out, record.block)
-    return sizes == rows and record.tokens == block_token_files(plan, request, record.block)
-
-
-def _read_packed(path: Path, arrays: list[ArraySpec], blocks: int) -> PackedRecord:
-    """`packed.json`, which names every shard file and no other."""
-    if not (path / PACKED).is_file():
-        raise CorruptData(f"{path / PACKED} is missing, and the shard files are packed; take another copy of it")
-    record = read_record(PackedRecord, read_json(path / PACKED), path / PACKED)
-    known = {spec.shard_path(shard) for spec in arrays for shard in range(blocks * spec.shards_per_block)}
-    size = blocks * block_bytes(arrays)
-    if record.unpacked_bytes != size:
-        raise CorruptData(f"{path / PACKED}: unpacked_bytes is {record.unpacked_bytes}, the store's records say {size}")
-    if unlike := known ^ set(record.files):
-        raise CorruptData(f"{path / PACKED}: {min(unlike)} is not on both sides; pack the store again")
-    return record
-
-
-def is_packed(path: Path) -> bool:
-    """Whether the store at `path` is packed: its record says so, or, if that is lost, the codec of its tokens."""
-    metadata = path / ARRAYS / TOKENS / "zarr.json"
-    return (path / PACKED).is_file() or (metadata.is_file() and b'"blosc"' in metadata.read_bytes())
-
-
-def _ranges(request: StoreRequest) -> list[tuple[int, int]]:
-    return stratum_ranges(request.edges, request.context_size)
-
-
-def read_store_record(path: Path) -> StoreRecord:
-    """`store.json` of the store at `path`. Raises `UserError` when there is no finished store."""
-    if not path.is_dir():
-        raise UserError(f"no store at {path}: no such folder; harvest one first, or pass --store FOLDER")
-    if not (path / STORE).is_file():
-        if (path / REQUEST).is_file():
-            raise UserError(f"{path} is unfinished ({progress(path)}); run the same harvest again to finish it")
-        raise UserError(f"{path} is not a store: it has no {STORE}; harvest one first, or pass --store FOLDER")
-    data = read_json(path / STORE)
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version != FORMAT_VERSION:
-        remedy = "upgrade" if version > FORMAT_VERSION else "harvest it again"
-        raise UserError(f"{path}: written by format {version}, this reads {FORMAT_VERSION}; {remedy}")
-    return read_record(StoreRecord, data, path / STORE)
-
-
-def read_request(path: Path) -> StoreRequest:
-    """`request.json` of the store at `path`."""
-    return read_record(StoreRequest, read_json(path / REQUEST), path / REQUEST)
-
-
-def read_plan(path: Path) -> StorePlan:
-    """`plan.json` of the store at `path`."""
-    return read_record(StorePlan, read_json(path / PLAN), path / PLAN)
-
-
-def read_ledger(path: Path, block: int) -> LedgerRecord:
-    """A committed block's record. Raises `CorruptData` when it is missing."""
-    file = path / record_path(block)
-    if not file.is_file():
-        raise CorruptData(f"{file} is missing; run the same harvest again to make block {block} anew")
-    return read_record(LedgerRecord, read_json(file), file)
-
-
-def progress(path: Path) -> str:
-    """How far an unfinished store has come, in words."""
-    if not (path / PLAN).is_file():
-        return "packing"
-    blocks = read_request(path).held_out_blocks + read_plan(path).training_blocks
-    return f"{sum((path / record_path(block)).is_file() for block in range(blocks))} of {blocks} blocks"
-
-
-def check_shard(root: Path, spec: ArraySpec, shard: int) -> None:
-    """Raise `CorruptData` unless the shard file has its exact size and index."""
-    path, footer = root / spec.shard_path(shard), spec.footer()
-    if path.is_symlink():
-        raise CorruptData(f"{path} is a symbolic link; a store holds regular files only")
-    try:
-        with open(path, "rb", buffering=0) as file:
-            size = file.seek(0, 2)
-            if size != spec.shard_bytes:
-                raise CorruptData(f"{path}: {size:,} bytes, expected {spec.shard_bytes:,}; {_remedy(spec, shard)}")
-            file.seek(-len(footer), 2)
-            if file.read() != footer:
-                raise CorruptData(f"{path}: its index does not match its layout; {_remedy(spec, shard)}")
-    except FileNotFoundError as error:
-        raise CorruptData(f"{path} is missing; {_remedy(spec, shard)}") from error
-
-
-def check_metadata(root: Path, spec: ArraySpec, expected: dict[str, Any]) -> None:
-    """Raise `CorruptData` unless the array's `zarr.json` is as `expected`; a longer `shape` is allowed."""
-    path = root / spec.path / "zarr.json"
-    if not path.is_file():
-        raise CorruptData(f"{path} is missing; run the same harvest again to write it anew")
-    found = read_json(path)
-    shape = found.get("shape") if isinstance(found, dict) else None
-    if isinstance(shape, list) and shape and isinstance(shape[0], int) and shape[0] >= expected["shape"][0]:
-        expected["shape"][0] = shape[0]
-    if found != expected:
-        wrong = next((k for k in expected if not isinstance(found, dict) or found.get(k) != expected[k]), "keys")
-        got = found.get(wrong) if isinstance(found, dict) else found
-        raise CorruptData(f"{path}: {wrong} is {got}, the store's records say {expected.get(wrong)}; restore the file")
-
-
-def check_group(path: Path) -> None:
-    """Raise `CorruptData` unless the group's `zarr.json` is there as it was written."""
-    if not path.is_file() or read_json(path) != group_metadata():
-        raise CorruptData(f"{path} is missing or changed; run the same harvest again to write it anew")
-
-
-def check_size(path: Path, record: FileRecord) -> None:
-    """Raise `CorruptData` unless the file exists with its recorded size."""
-    if not path.is_file() or path.is_symlink():
-        raise CorruptData(f"{path} is missing; run the same harvest again to write it anew")
-    if (size := path.stat().st_size) != record.bytes:
-        raise CorruptData(f"{path}: {size:,} bytes, expected {record.bytes:,}; run the same harvest again")
-
-
-def fault(path: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file, by size and crc32c, or None."""
-    if path.is_symlink() or not path.is_file():
-        return "missing"
-    if (size := path.stat().st_size) != record.bytes:
-        return f"{size:,} bytes, ledger says {record.bytes:,}"
-    found = file_crc32c(path)
-    return None if found == record.crc32c else f"crc32c {found}, ledger says {record.crc32c}"
-
-
-def file_crc32c(path: Path) -> str:
-    """crc32c of a file's content, eight hexadecimal digits."""
-    value = 0
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(1 << 22):
-            value = google_crc32c.extend(value, chunk)
-    return f"{value:08x}"
-
-
-def file_record(path: Path) -> FileRecord:
-    """The record of a file as it is."""
-    return FileRecord(bytes=path.stat().st_size, crc32c=file_crc32c(path))
-
-
-def buffers_record(buffers: Sequence[Any]) -> FileRecord:
-    """The record of a file that consists of `buffers`, one after the other."""
-    value, size = 0, 0
-    for part in buffers:
-        data = np.frombuffer(part, np.uint8)
-        data.flags.writeable = False  # google_crc32c refuses writable buffers
-        value, size = google_crc32c.extend(value, data), size + data.nbytes
-    return FileRecord(bytes=size, crc32c=f"{value:08x}")
-
-
-def _remedy(spec: ArraySpec, shard: int) -> str:
-    return f"repair block {shard // spec.shards_per_block}: harvest repair STORE"

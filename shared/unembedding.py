@@ -13,6 +13,7 @@ from shared.errors import CorruptData, UserError
 
 _BLOCK_VALUES = 2**24
 """Most values of a block of effects, and of a block of `W_U`: 64 MiB in float32 each."""
+_MOST_HEADER_BYTES = 2**20
 _DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 
 
@@ -35,6 +36,8 @@ class Unembedding:
             with open(path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
             (length,) = struct.unpack_from("<Q", self._map)
+            if length > _MOST_HEADER_BYTES:
+                raise ValueError(f"its header claims {length:,} bytes")
             self._header, self._data = json.loads(self._map[8 : 8 + length]), 8 + length
             self._weight, self._gain = self._tensor("W_U", 2), _float32(self._tensor("final_norm.gain", 1))
         except FileNotFoundError as error:
@@ -73,11 +76,11 @@ class Unembedding:
 
     def _tensor(self, name: str, dimensions: int) -> NDArray[Any]:
         told = self._header[name]
-        (start, stop), dtype = told["data_offsets"], np.dtype(_DTYPES[told["dtype"]])
-        if len(told["shape"]) != dimensions or not 0 <= start <= stop <= len(self._map) - self._data:
+        (start, stop), dtype, shape = told["data_offsets"], np.dtype(_DTYPES[told["dtype"]]), tuple(told["shape"])
+        if not 0 <= start <= stop <= len(self._map) - self._data or len(shape) != dimensions or min(shape) < 1:
             raise ValueError(f"{name} does not fit into the file")
         flat = np.frombuffer(self._map, dtype, (stop - start) // dtype.itemsize, self._data + start)
-        return flat.reshape(told["shape"])
+        return flat.reshape(shape)
 
 
 def _largest(effects: NDArray[np.float32], count: int, sign: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -94,6 +94,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         checkpoint.find(tmp_path, step=3)
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -113,6 +114,7 @@ def test_a_wrong_tensor_is_refused_by_name(tmp_path: Path, change, message: str)
         checkpoint.load_tensors(tmp_path / "w.safetensors", WEIGHTS)
 
 
+@pytest.mark.fault(26)
 def test_a_pickle_in_place_of_weights_is_never_unpickled(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
 
@@ -126,6 +128,7 @@ def test_a_pickle_in_place_of_weights_is_never_unpickled(tmp_path: Path) -> None
     assert not marker.exists()
 
 
+@pytest.mark.fault(23)
 def test_a_newer_format_is_named(tmp_path: Path) -> None:
     (path,) = publish(tmp_path, 1)
     (path / "state.json").write_text('{"format_version": 99}')

@@ -311,6 +311,7 @@ def test_json_that_cannot_be_read_back_is_not_written(tmp_path, value):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize(
     ("text", "cause"),
     [
@@ -339,6 +340,7 @@ def test_json_is_read_strictly(tmp_path, text, cause):
     assert cause in str(error.value)
 
 
+@pytest.mark.fault(21)
 def test_json_cut_off_anywhere_is_noticed(tmp_path):
     whole = durable.json_bytes({"a": [1, {"b": "text"}], "c": 2.5}).rstrip()
     for length in range(len(whole)):

@@ -143,6 +143,7 @@ def test_a_cache_that_cannot_be_written_is_refused_before_the_model(small: Line,
         refused(command(*small(tmp_path / "file" / "cache")), "cannot write to")
 
 
+@pytest.mark.fault(3)
 def test_an_edited_request_is_refused_by_field(small: Line, finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / finished.name
     shutil.copytree(finished, copy)
@@ -158,6 +159,7 @@ def test_a_second_harvester_is_told_at_once(small: Line, finished: Path, tmp_pat
         refused(command(*small(tmp_path)), "locked")
 
 
+@pytest.mark.fault(30)
 def test_an_unfinished_plan_is_not_made_smaller(small: Line, finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / finished.name
     shutil.copytree(finished, copy)

@@ -170,6 +170,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_found_and_never_unpacked(pair: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
     harm, cause = DAMAGE[kind]
@@ -182,6 +183,7 @@ def test_damage_is_found_and_never_unpacked(pair: tuple[Path, Path], tmp_path: P
     assert not (tmp_path / "again" / STORE).exists()
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("at", [40, -6, -30])
 def test_damage_that_reading_meets_names_the_file(pair: tuple[Path, Path], tmp_path: Path, at: int) -> None:
     flip(pair[1] / SHARD, at)
@@ -195,6 +197,7 @@ def test_damage_that_reading_meets_names_the_file(pair: tuple[Path, Path], tmp_p
         assert at == 40 and rows.shape == (spec.rows_per_shard, spec.width)
 
 
+@pytest.mark.fault(21)
 def test_a_chunk_of_another_size_is_refused_before_it_is_decoded(raw: SyntheticStore) -> None:
     spec = Store.open(raw.path).strata["004-016"].source.spec
     data = bytearray(pack_shard(spec, (raw.path / SHARD).read_bytes()))
@@ -203,6 +206,7 @@ def test_a_chunk_of_another_size_is_refused_before_it_is_decoded(raw: SyntheticS
         unpack_shard(spec, bytes(data), Path("shard"))
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
@@ -211,7 +215,7 @@ def test_a_chunk_of_another_size_is_refused_before_it_is_decoded(raw: SyntheticS
         (lambda value: value["files"].pop("tokens/c/0/0"), "tokens/c/0/0"),
         (lambda value: value.update(unpacked_bytes=-1), "unpacked_bytes"),
         (lambda value: value.update(unpacked_bytes=5), "unpacked_bytes is 5"),
-        (lambda value: value.update(format_version=7), "format_version"),
+        (lambda value: value.update(format_version="x"), "format_version"),
         (lambda value: value.update(more=1), "unknown option 'more'"),
     ],
 )
@@ -293,6 +297,7 @@ def test_what_another_command_left_is_not_written_over(
     assert contents(tmp_path / "out") == contents(pair[1])
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize(("at", "value"), [(3, 4), (12, 200), (2, 0x33)])
 def test_a_chunk_whose_header_lies_is_refused(raw: SyntheticStore, at: int, value: int) -> None:
     """Item size, size of the chunk, and a flag that says the rows lie there as they are."""
@@ -329,6 +334,7 @@ def test_what_another_user_left_is_passed_over(pair: tuple[Path, Path], tmp_path
     assert rows.any()
 
 
+@pytest.mark.fault(21)
 def test_an_index_whose_sums_wrap_around_is_refused(raw: SyntheticStore) -> None:
     spec = Store.open(raw.path).strata["016-032"].source.spec
     data = pack_shard(spec, (raw.path / f"{ARRAYS}/strata/016-032/source/c/3/0").read_bytes())

@@ -31,6 +31,7 @@ def test_info_and_verify(finished: Path, tmp_path: Path) -> None:
     assert "intact" in command("verify", finished).out
 
 
+@pytest.mark.fault(18)
 def test_verify_lists_every_damaged_file_and_a_new_run_heals(small: Line, finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / finished.name
     shutil.copytree(finished, copy)
@@ -74,21 +75,25 @@ def swap(a: Path, b: Path) -> None:
     b.write_bytes(first)
 
 
-@pytest.mark.parametrize("kind", ["flipped", "cut", "deleted", "swapped", "tokens", "zarr.json", "ledger", "side-car"])
+@pytest.mark.fault(18)
+@pytest.mark.parametrize(
+    "kind", ["flipped", "cut", "empty", "longer", "deleted", "swapped", "tokens", "zarr.json", "ledger", "side-car"]
+)
 def test_repair_makes_only_what_is_damaged_anew(
     small: Line, model: Path, text: Path, finished: Path, tmp_path: Path, kind: str
 ) -> None:
     copy = tmp_path / "store"
     shutil.copytree(finished, copy)
     source = copy / ARRAYS / "strata/004-016/source/c"
-    blocks = {"flipped": "3", "cut": "3", "deleted": "3", "swapped": "2, 3", "ledger": "3"}
+    blocks = {"flipped": "3", "cut": "3", "empty": "3", "longer": "3", "deleted": "3", "swapped": "2, 3", "ledger": "3"}
     if kind in ("flipped", "tokens"):
         path = source / "3/0" if kind == "flipped" else copy / ARRAYS / "tokens/c/1/0"
         data = bytearray(path.read_bytes())
         data[77] ^= 1
         path.write_bytes(data)
-    elif kind == "cut":
-        (source / "3/0").write_bytes((source / "3/0").read_bytes()[:-1])
+    elif kind in ("cut", "empty", "longer"):
+        whole = (source / "3/0").read_bytes()
+        (source / "3/0").write_bytes({"cut": whole[:-1], "empty": b"", "longer": whole + b"\0"}[kind])
     elif kind == "swapped":
         swap(source / "2/0", source / "3/0")
     else:
@@ -131,7 +136,7 @@ def test_a_row_that_is_not_the_models_is_found(finished: Path, model: Path, tmp_
     data = np.frombuffer(path.read_bytes(), np.uint16).copy()
     data[: 32 * 16 * 8] ^= 0x8000  # half the rows of the block change sign
     path.write_bytes(data.tobytes())
-    from shared.store import file_crc32c
+    from shared.checks import file_crc32c
 
     record = json.loads((copy / "ledger/000002.json").read_text())
     record["files"]["strata/016-032/target/c/2/0"]["crc32c"] = file_crc32c(path)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from shared import arrays, layout
+from shared.checks import buffers_record, fault, file_crc32c, read_store_record
 from shared.errors import CorruptData
-from shared.store import MappedArray, Store, buffers_record, fault, file_crc32c, read_store_record
+from shared.store import MappedArray, Store
 from tests.stores import SyntheticStore, cut, faults, flip, make_store
 
 SOURCE = "strata/004-016/source"
@@ -184,6 +185,7 @@ def link(path: Path) -> None:
     path.symlink_to(path.with_name("moved"))
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -193,7 +195,7 @@ def link(path: Path) -> None:
         (flip_index, "its index does not match its layout"),
         (flip_crc, "its index does not match its layout"),
         (Path.unlink, "is missing"),
-        (link, "is a symbolic link; a store holds regular files only"),
+        (link, "is a symbolic link; take another copy"),
     ],
 )
 @pytest.mark.parametrize("name", SHARDS)
@@ -206,12 +208,14 @@ def test_open_catches_a_damaged_shard_and_names_it(synthetic, damage, message, n
     assert message.format(size=f"{size:,}", less=f"{size - 1:,}", more=f"{size + 1:,}") in str(error.value)
 
 
+@pytest.mark.fault(18)
 def test_the_error_says_which_block_to_harvest_again(synthetic):
     cut(synthetic.path / SHARD)
     with pytest.raises(CorruptData, match="repair block 1: harvest repair"):
         Store.open(synthetic.path)
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("offset", [0, 100, 6143])
 def test_only_verify_catches_a_flipped_bit_in_the_rows(synthetic, offset):
     before = file_crc32c(synthetic.path / SHARD)
@@ -220,6 +224,7 @@ def test_only_verify_catches_a_flipped_bit_in_the_rows(synthetic, offset):
     assert faults(synthetic.path) == {SHARD: f"crc32c {after}, ledger says {before}"}
 
 
+@pytest.mark.fault(18)
 def test_only_verify_catches_swapped_shards(synthetic):
     first, second = synthetic.path / SHARD, (synthetic.path / SHARD).parent.parent / "3" / "0"
     first.rename(first.with_name("x"))
@@ -228,6 +233,7 @@ def test_only_verify_catches_swapped_shards(synthetic):
     assert sorted(faults(synthetic.path)) == [SHARD, SHARD.replace("/1/0", "/3/0")]
 
 
+@pytest.mark.fault(18)
 def test_only_verify_catches_flipped_tokens_and_moments(synthetic):
     names = ["activations.zarr/tokens/c/2/0", layout.moments_path(3)]
     for name in names:
@@ -235,6 +241,7 @@ def test_only_verify_catches_flipped_tokens_and_moments(synthetic):
     assert sorted(faults(synthetic.path)) == sorted(names)
 
 
+@pytest.mark.fault(18)
 def test_verify_names_several_faults_at_once_and_goes_on(synthetic):
     store = Store.open(synthetic.path)
     flip(synthetic.path / SHARD, 5)
@@ -248,6 +255,7 @@ def test_verify_names_several_faults_at_once_and_goes_on(synthetic):
     assert len(results) == len(dict(results)) > 80
 
 
+@pytest.mark.fault(18)
 def test_verify_names_a_missing_ledger_record(synthetic):
     (synthetic.path / layout.record_path(2)).unlink()
     with pytest.raises(CorruptData, match=r"ledger/000002.json is missing; repair block 2"):

@@ -5,8 +5,9 @@ import shutil
 import pytest
 
 from shared import durable, layout
+from shared.checks import file_crc32c, progress
 from shared.errors import CorruptData, UserError
-from shared.store import Store, file_crc32c, progress
+from shared.store import Store
 from tests.stores import cut, edit, faults, flip, make_store
 
 SOURCE = "strata/004-016/source"
@@ -14,6 +15,7 @@ STATISTICS = layout.statistics_path(5)
 SHARD = f"{layout.ARRAYS}/{SOURCE}/c/1/0"
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize(
     ("change", "key"),
     [
@@ -40,6 +42,7 @@ def test_open_catches_edited_metadata_and_names_the_key(synthetic, change, key):
     assert str(error.value).startswith(f"{path}: {key} is ")
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("content", ["[]", "null", "3", '"x"'])
 def test_open_catches_metadata_that_is_no_object(synthetic, content):
     path = synthetic.path / layout.ARRAYS / SOURCE / "zarr.json"
@@ -54,6 +57,7 @@ def test_a_longer_shape_is_allowed(synthetic):
     assert Store.open(synthetic.path).strata["004-016"].source.rows == 960
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("name", ["tokens", SOURCE, "strata/016-032/sequence"])
 def test_open_catches_deleted_metadata(synthetic, name):
     path = synthetic.path / layout.ARRAYS / name / "zarr.json"
@@ -132,6 +136,7 @@ def test_the_tokenizers_files_are_recorded(tmp_path):
         Store.open(made.path)
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize(
     "change",
     [
@@ -153,6 +158,7 @@ def test_open_catches_an_edited_store_record(synthetic, change):
         Store.open(synthetic.path)
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("change", [{"d_in": 17}, {"d_in": 15}, {"d_out": 16}, {"blocks": 6}])
 def test_open_catches_a_record_that_claims_another_shape(synthetic, change):
     edit(synthetic.path / layout.STORE, lambda data: data.update(change))
@@ -160,6 +166,7 @@ def test_open_catches_a_record_that_claims_another_shape(synthetic, change):
         Store.open(synthetic.path)
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("content", ["", "{", '{"format_version": NaN}', "[]", "null"])
 def test_open_catches_a_store_record_that_is_no_record(synthetic, content):
     (synthetic.path / layout.STORE).write_text(content)
@@ -167,6 +174,7 @@ def test_open_catches_a_store_record_that_is_no_record(synthetic, content):
         Store.open(synthetic.path)
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "tokenizer/../../outside"])
 def test_records_cannot_reach_outside_the_store(synthetic, name):
     outside = synthetic.path.parent / "outside"
@@ -186,6 +194,7 @@ def test_records_cannot_reach_outside_the_store(synthetic, name):
 # What is no finished store
 
 
+@pytest.mark.fault(23)
 def test_a_newer_format_asks_for_an_upgrade(synthetic):
     edit(synthetic.path / layout.STORE, lambda data: data.update(format_version=4, something_new=[1]))
     with pytest.raises(UserError, match=r"written by format 4, this reads 3; upgrade"):
@@ -198,6 +207,7 @@ def test_an_older_format_is_to_be_harvested_again(synthetic):
         Store.open(synthetic.path)
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("group", ["", "strata", "strata/004-016"])
 def test_a_group_that_is_missing_or_changed_is_found(synthetic, group):
     path = synthetic.path / layout.ARRAYS / group / "zarr.json"
@@ -209,6 +219,7 @@ def test_a_group_that_is_missing_or_changed_is_found(synthetic, group):
         Store.open(synthetic.path)
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("done", [0, 3, 5])
 def test_an_unfinished_store_says_how_far_it_has_come(synthetic, done):
     (synthetic.path / layout.STORE).unlink()
@@ -219,6 +230,7 @@ def test_an_unfinished_store_says_how_far_it_has_come(synthetic, done):
         Store.open(synthetic.path)
 
 
+@pytest.mark.fault(30)
 def test_a_store_that_is_still_packed_says_so(tmp_path):
     durable.publish_json(tmp_path / layout.REQUEST, {})
     with pytest.raises(UserError, match=r"is unfinished \(packing\)"):

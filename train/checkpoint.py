@@ -8,7 +8,7 @@ state.json               step, what the last bits depend on, held-out figures, s
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -17,15 +17,19 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from shared import durable
+from shared.checks import fault, file_crc32c
 from shared.config import Config, read_record
 from shared.errors import CorruptData, UserError
+from shared.files import refuse_links
 from shared.layout import FileRecord
-from shared.store import fault, file_crc32c
 
 FORMAT_VERSION: Final = 4
 CONFIG = "config.json"
 """A run's settings, beside its checkpoints: `train.settings.RunConfig`."""
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+
+Short = Annotated[str, Field(max_length=200)]
 
 
 class HeldOut(Config):
@@ -41,7 +45,7 @@ class CheckpointState(Config):
     format_version: Literal[3, 4] = FORMAT_VERSION
     step: int = Field(ge=0, lt=2**53)
     """Steps done."""
-    arithmetic: dict[str, str]
+    arithmetic: dict[Short, Short] = Field(max_length=100)
     """What the last bits of training depend on, see `train.arithmetic`."""
     held_out: HeldOut | None = None
     """Of this step, if it was evaluated."""
@@ -123,6 +127,9 @@ def number(path: Path) -> int:
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
+        if path.is_symlink():
+            return f"{path} is a symbolic link"
+        refuse_links(path)
         state = read_state(path)
     except (CorruptData, UserError) as error:
         return str(error)

@@ -22,7 +22,6 @@ from train.samples.table import SamplesRecord
 from train.saver import bring_home, require_own
 from train.settings import RunConfig, Settings, checkpoint_bytes, read_config, resolve
 
-
 _BEFORE_CONFIG = {".lock", CONFIG + durable.TEMPORARY}
 """What a run that was killed before its configuration was written leaves; it is started again."""
 

@@ -25,10 +25,11 @@ from harvest.plan import Target
 from harvest.ranks import Ranks
 from harvest.runner import Blocks
 from harvest.settings import Settings
+from shared.checks import read_store_record
 from shared.config import build, load_preset, override
 from shared.layout import block_bytes, store_specs
 from shared.packed import LEVEL
-from shared.store import Store, read_store_record
+from shared.store import Store
 from tests.bench.record import record, run
 from tests.llms import make_gemma, texts, write_jsonl
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.checks import file_record
 from shared.layout import FileRecord
-from shared.store import file_record
 from tests.faults.disk import small_disk
 from tests.runs import SMALL, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
