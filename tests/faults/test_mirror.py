@@ -268,27 +268,46 @@ def test_a_run_that_was_trained_without_a_mirror_gets_one(plain: Path, tmp_path:
     assert files(tmp_path / "run") == []
 
 
-ON_SMALL_DISK = 'mount -t tmpfs -o size=$0 none "$1" && shift && "$@" && echo full: $(df --output=avail "$FOLDER")'
+SMALL_DISK = 'mount -t tmpfs -o size=$0 none "$1" && head -c "$2" /dev/zero > "$1/filler" && shift 2 && exec "$@"'
 
 
-@pytest.mark.parametrize("room", ["4k", "100k"], ids=["from the start", "on the way"])
-def test_a_full_disk_of_wandbs(plain: Path, tmp_path: Path, env: dict[str, str], room: str) -> None:
-    """wandb loses rows there, and reports success."""
+@pytest.fixture
+def resumed_on_small_disk(plain: Path, tmp_path: Path, env: dict[str, str]):
+    """Starts to resume a copy of a run whose folder of the mirror is a disk of a size, with a filler of another."""
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
         pytest.skip("no file systems can be mounted here: user namespaces are not allowed")
     run = tmp_path / "run"
     shutil.copytree(plain, run)
     shutil.rmtree(run / "checkpoints/step-000200")  # 150 is the newest then
-    folder = run / FOLDER
-    folder.mkdir()
-    prefix = ("unshare", "-Urm", "sh", "-c", ON_SMALL_DISK, room, str(folder))
-    done = trainer("resume", run, "--wandb", seconds=AMPLE, env=env | {"FOLDER": str(folder)}, prefix=prefix)
-    out, err = done.communicate(timeout=240)
-    assert done.returncode == 0, err
+    (run / FOLDER).mkdir()
+
+    def start(size: str, filler: int) -> tuple[subprocess.Popen, Path]:
+        prefix = ("unshare", "-Urm", "sh", "-c", SMALL_DISK, size, str(run / FOLDER), str(filler))
+        done = trainer("resume", run, "--wandb", seconds=AMPLE, env=env, prefix=prefix)
+        wait_for(lambda: marked(run), done)
+        done.send_signal(signal.SIGSTOP)
+        return done, Path(f"/proc/{done.pid}/root{run / FOLDER}")  # as it is in there
+
+    return start
+
+
+@pytest.mark.parametrize(("size", "filler"), [("4k", 4096), ("100k", 0)], ids=["from the start", "on the way"])
+def test_a_full_disk_of_wandbs(resumed_on_small_disk, plain: Path, tmp_path: Path, size: str, filler: int) -> None:
+    done, folder = resumed_on_small_disk(size, filler)
+    wait_for(lambda: shutil.disk_usage(folder).free == 0, done)
+    err = finished(done, tmp_path / "run", plain)
     assert err.count("warning: ") == 1 and UNAFFECTED in err
-    assert int(out.split()[-1]) < 8, "the disk was not full"
-    assert_same_run(plain, run)
-    assert marked(run) == []
+
+
+def test_rows_that_wandb_lost_on_a_full_disk_are_noticed(resumed_on_small_disk, plain: Path, tmp_path: Path) -> None:
+    """It reports success."""
+    done, folder = resumed_on_small_disk("260k", 150_000)
+    wait_for(lambda: shutil.disk_usage(folder).free == 0, done)
+    (folder / "filler").unlink()
+    with open(folder / LOG) as log:
+        err = finished(done, tmp_path / "run", plain)
+        assert f"rows are not in {tmp_path / 'run' / FOLDER}: is the disk full?" in log.read()
+    assert err.count("warning: ") == 1 and UNAFFECTED in err
 
 
 def test_a_dead_process_of_wandbs_is_started_again(
