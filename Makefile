@@ -29,10 +29,10 @@ ifneq ($(and $(strip $(ARGS)),$(filter harvest,$(MAKECMDGOALS)),$(filter train,$
 $(error ARGS is ambiguous with both harvest and train: pass HARVEST_ARGS=... and TRAIN_ARGS=...)
 endif
 
-.PHONY: help harvest train test lint bench compare clean
+.PHONY: help harvest train test test-faults lint bench compare clean
 
 help: ## List the targets and variables
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 	@echo
 	@echo '  PRESET=NAME (tiny)   STORE=FOLDER   ARGS="--set seed=1" or HARVEST_ARGS=, TRAIN_ARGS=   PYTHON=python3.12'
 
@@ -66,6 +66,9 @@ compare: $(DEV) ## Harvest, train and compare every arm of the diversity loss; a
 
 test: lint ## Lint, type check and run all tests, the fast ones first
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(DEV) ## Only the tests of faults: kills, full disks, corruption; a quarter of an hour
+	@$(BIN)/python -m pytest -m fault $(ARGS)
 
 lint: $(DEV) ## Lint, format check and type check
 	@$(BIN)/ruff check $(CODE)
