@@ -70,8 +70,8 @@ class Harvest:
 
     def wrong(self, where: Path) -> str | None:
         """Records tell the truth: what the ledger names is there, and a finished store verifies."""
-        from shared.layout import ARRAYS, LEDGER, STORE
         from shared.checks import fault, read_ledger
+        from shared.layout import ARRAYS, LEDGER, STORE
         from shared.store import Store
 
         for store in [path for path in where.iterdir() if path.is_dir()] if where.is_dir() else []:
