@@ -234,6 +234,7 @@ def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, fo
     for target in targets:
         _require_writable(target.path)
         durable.sweep(target.path)
+        plan.spool_path(target.path).unlink(missing_ok=True)
         if target.plan:
             plan.publish_records(target)
             finish.drop_damaged(target)

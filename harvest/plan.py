@@ -360,10 +360,15 @@ def _remove_beyond(path: Path, blocks: int) -> None:
         record.unlink()
 
 
+def spool_path(store: Path) -> Path:
+    """Where a store's windows are spooled; litter if a harvest was killed."""
+    return store.parent / f"{store.name}.spool{durable.TEMPORARY}"
+
+
 @contextmanager
 def _spool(store: Path) -> Iterator[Path]:
     """A file beside the store for the windows in order of the text: tokens of a large harvest do not fit in memory."""
-    path = store.parent / f"{store.name}.spool{durable.TEMPORARY}"
+    path = spool_path(store)
     try:
         durable.make_sparse(path, 0)
         yield path

@@ -134,3 +134,15 @@ def test_memory_that_runs_out_later_is_one_line(folder: Path) -> None:
         narrow.most = 0
         with pytest.raises(ProjectError, match="a single window of 16 tokens does not fit"):
             capture.fitting_batch(given, layout.positions, 16)
+
+
+@pytest.mark.fault(5)
+def test_no_pass_is_begun_after_a_signal(folder: Path) -> None:
+    model, given, layout = load_model(folder, "float32", "cpu", HOOKS), windows(16), shuffled(16)
+    buffers = fitting_buffers({}, WIDTHS, len(layout.rows), "bfloat16")
+    counted: list[int] = []
+    with open_capture(model, 2, "cpu", "bfloat16", "joined") as capture:
+        before = [future.result() for future in capture.submit(given, layout, 4, buffers, counted.append, [])]
+        after = [future.result() for future in capture.submit(given, layout, 4, buffers, counted.append, [15])]
+    assert (before, after) == ([True] * 4, [False] * 4)
+    assert counted == [4 * given.tokens.shape[1]] * 4

@@ -1,5 +1,6 @@
 """A small real harvest and a small real training run: their commands, what they end with, what a kill may leave."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -181,3 +182,8 @@ def same(found: Tree, expected: Tree) -> str | None:
         if found[name] != expected[name]:
             return f"{name} differs"
     return None
+
+
+def owned_by_root() -> bool:
+    """Whether file systems can be mounted."""
+    return os.geteuid() == 0

@@ -76,11 +76,16 @@ class Server:
     @property
     def root(self) -> Path:
         """Its file system as other processes see it, with what is mounted there alone."""
-        return Path(f"/proc/{self._process.pid}/root")
+        return Path(f"/proc/{self.pid}/root")
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
 
     def mount(self, folder: Path, *options: str) -> str:
         """Mount a tmpfs at `folder`, for the runs alone; or change one, with the option `remount`. Says what failed."""
-        names = ["nsenter", "--target", str(self._process.pid), "--user", "--mount", "--preserve-credentials"]
+        names = ["nsenter", "--target", str(self.pid), "--user", "--mount", "--preserve-credentials"]
         what = ["mount", "-t", "tmpfs", "-o", ",".join(options), "none", str(folder)]
         return subprocess.run([*names, *what], capture_output=True, text=True).stderr.strip()
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.faults.inject import ROOT
 from tests.faults.promises import PROMISES
+from tests.faults.protections import PROTECTIONS
 from tests.faults.table import Collected, page, unshown, without_results
 
 
@@ -35,3 +36,12 @@ def test_results_are_of_all_parameters_with_reasons() -> None:
     row = next(line for line in page(found).splitlines() if line.startswith("| 1 |"))
     assert row.endswith("| passed, skipped: no disk<br>passed |")
     assert without_results(page(found)) == page(Collected(tests=found.tests)) != page(found)
+
+
+def test_protections_are_where_they_were() -> None:
+    """`python -m tests.faults.unprotected` takes them out."""
+    for one in PROTECTIONS:
+        assert Path(ROOT, one.file).read_text().count(one.text) == 1, one
+        for test in one.tests:
+            path, _, name = test.partition("::")
+            assert f"def {name}(" in Path(ROOT, path).read_text(), test
