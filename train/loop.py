@@ -109,6 +109,7 @@ class Run:
         """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
         for log in (self._metrics, self._timing):
             log.cut(self._first)
+        self._saver.prune()
         with stop_signals() as stop:
             if self._first < self._settings.steps:
                 self._train(stop)

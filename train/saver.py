@@ -150,6 +150,10 @@ class Saver:
         except ProjectError as error:
             raise type(error)(f"{error}; continue with: python -m train resume {self._run}") from error
 
+    def prune(self) -> None:
+        """Remove the checkpoints that the policy no longer keeps: also what a kill kept from being removed."""
+        self._prune(self._run)
+
     def wait(self) -> None:
         """Until the checkpoint that is being written is published or lost."""
         if self._thread:
@@ -178,7 +182,7 @@ class Saver:
             self._write_elsewhere(self._fallback, job, error)
             self._prune(self._fallback)
         else:
-            self._prune(self._run)
+            self.prune()
 
     def _write_with_room(self, job: _Job) -> None:
         while True:

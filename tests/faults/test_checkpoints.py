@@ -1,6 +1,7 @@
 """Full disks, kills and damage at checkpoints, through the real commands."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -293,6 +294,21 @@ def test_a_kill_while_old_checkpoints_are_removed_leaves_valid_ones(
     assert command("resume", run).code == 0
     assert steps(run) == [50, 60] and weights(run) == weights(whole)
     assert not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.fault(6)
+def test_what_a_kill_kept_from_being_removed_goes_when_the_run_is_resumed(
+    command: Command, store: SyntheticStore, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    old = checkpoint.folder(run, 40)
+    shutil.copytree(checkpoint.folder(run, 50), old)
+    state = json.loads((old / checkpoint.STATE).read_text())
+    (old / checkpoint.STATE).write_text(json.dumps(state | {"step": 40}))
+    assert steps(run) == [40, 50, 60]
+    assert command("resume", run).code == 0
+    assert steps(run) == [50, 60]
 
 
 @pytest.mark.fault(5)
