@@ -61,8 +61,6 @@ class Child:
         self._offline = False
         self._wandb: Any = None
         """The W&B run, opened when there is a first row for it."""
-        self._first = 0
-        """Steps before it are at the server."""
         threading.Thread(target=self._watch, daemon=True).start()
 
     def main(self) -> None:
@@ -97,9 +95,9 @@ class Child:
                 if step <= self._state["step"] or step in known:
                     continue
                 run = self._open()
-                if step >= self._first:
-                    run.log(row | (self._at_the_end(records) if step == records.steps else {}), step=step, commit=True)
-                    logged.add(step)
+                row |= self._at_the_end(records) if step == records.steps else {}
+                run.log(row, step=step, commit=True)  # wandb drops the steps that the server has
+                logged.add(step)
             if self._wandb and (now := records.usage()) != usage:
                 self._wandb.summary.update(now)
                 usage = now
@@ -136,7 +134,6 @@ class Child:
         opened.set()
         self._wandb.define_metric("step")
         self._wandb.define_metric("*", step_metric="step")
-        self._first = 0 if self._offline else self._wandb.step
         return self._wandb
 
     def _close(self) -> None:
