@@ -126,3 +126,15 @@ def test_a_state_that_is_no_record_is_named(run: Path, command: Command, content
     (checkpoint.folder(run, 6) / STATE).write_bytes(content)
     done = command("evaluate", run, "--step", 6)
     assert done.code == 1 and len(done.err.splitlines()) == 1 and f"step-000006/{STATE}" in done.err
+
+
+@pytest.mark.fault(22)
+@pytest.mark.parametrize("name", [WEIGHTS, STATE, ""])
+def test_a_link_in_a_checkpoint_does_not_verify(run: Path, command: Command, tmp_path: Path, name: str) -> None:
+    """Also one to the very same bytes, elsewhere."""
+    place = checkpoint.folder(run, 6) / name
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    done = command("evaluate", run, "--step", 6)
+    assert done.code == 1 and f"{place} is a symbolic link" in done.err
+    assert json.loads(command("evaluate", run, "--json").out)["step"] == 3
