@@ -29,7 +29,7 @@ ifneq ($(and $(strip $(ARGS)),$(filter harvest,$(MAKECMDGOALS)),$(filter train,$
 $(error ARGS is ambiguous with both harvest and train: pass HARVEST_ARGS=... and TRAIN_ARGS=...)
 endif
 
-.PHONY: help harvest train test test-faults lint bench compare clean
+.PHONY: help harvest train test test-faults fuzz lint bench compare clean
 
 help: ## List the targets and variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -69,6 +69,10 @@ test: lint ## Lint, type check and run all tests, the fast ones first
 
 test-faults: $(DEV) ## Only the tests of faults: kills, full disks, corruption; a quarter of an hour
 	@$(BIN)/python -m pytest -m fault $(ARGS)
+
+fuzz: $(DEV) ## Fuzz what opens stores and reads records, guided by coverage, ARGS="--seconds 60"
+	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[harvest,dev,fuzz]'
+	@$(BIN)/python -m tests.faults.fuzz $(ARGS)
 
 lint: $(DEV) ## Lint, format check and type check
 	@$(BIN)/ruff check $(CODE)

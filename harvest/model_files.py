@@ -14,6 +14,7 @@ from harvest.digests import file_sha256
 from harvest.embedded import MODEL_FOLDER
 from harvest.hub import model_snapshot
 from harvest.settings import EMBEDDED, ModelSettings, WindowSettings
+from shared.config import brief
 from shared.errors import UserError
 
 _TOKENIZER_FILES = (
@@ -107,6 +108,8 @@ def read_shape(folder: Path) -> ModelShape:
     """The sizes in `config.json`. Raises `UserError` when it names none."""
     config = _read_json(folder / "config.json")
     config = config.get("text_config", config)
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'}: text_config is {brief(config)}, expected an object")
 
     def first(*names: str) -> int | None:
         return next((config[name] for name in names if isinstance(config.get(name), int)), None)

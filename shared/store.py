@@ -22,6 +22,7 @@ from shared.checks import (
     check_records,
     check_shard,
     check_size,
+    fault,
     is_packed,
     read_ledger,
     read_packed,
@@ -30,8 +31,6 @@ from shared.checks import (
     record_faults,
     remedy,
 )
-from shared.checks import fault as fault
-from shared.checks import file_crc32c as file_crc32c
 from shared.durable import Lock, lock
 from shared.errors import CorruptData, UserError
 from shared.files import refuse_links

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from shared import durable
+from shared.bounds import Blocks, Width
 from shared.config import Config, load_preset, override, read_record
 from shared.errors import UserError
 from shared.reader import RowsConfig, rows_per_stratum
@@ -34,9 +35,9 @@ PRESETS = Path(__file__).parent / "presets"
 class Settings(Config):
     """What a preset file and `--set` say."""
 
-    steps: int = Field(4000, ge=1)
+    steps: int = Field(4000, ge=1, le=10**9)
     """Optimiser steps."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of the initial weights and the order of rows."""
     source: Side = "source"
     """Which side of the pairs the transcoder reads; `target` trains an autoencoder of the targets."""
@@ -75,11 +76,11 @@ class RunConfig(Config):
     """Where the store was."""
     request: str
     """Digest of the store's request: resuming against another store is refused."""
-    first_block: int
-    last_block: int
+    first_block: Blocks
+    last_block: Blocks
     """Training blocks first_block <= block < last_block: a store that grows later does not change the run."""
-    d_in: int
-    d_out: int
+    d_in: Width
+    d_out: Width
     init_from: Path | None
     """The checkpoint that the weights started from."""
     software: dict[str, str]
