@@ -27,9 +27,10 @@ class Bench:
         shutil.rmtree(self.whole.where, ignore_errors=True)
         return self.whole.where
 
-    def meets(self, sweep: Sweep, points: int) -> list[str]:
-        """What goes wrong at some points of a sweep."""
-        chosen = sample(self.whole.points(sweep), points)
+    def meets(self, sweep: Sweep, points: int, also: str = "/.tmp") -> list[str]:
+        """What goes wrong at some points of a sweep, and at those of a path, such as safetensors' own files."""
+        every = self.whole.points(sweep)
+        chosen = sample(every, points) + [point for point in every if also in point.operation.path][:4]
         found = {str(point): meet(self.server, self.case, self.whole, sweep, point) for point in chosen}
         return [f"{point}: {wrong}" for point, wrong in found.items() if wrong]
 

@@ -28,8 +28,8 @@ from typing import Any, NoReturn
 from tests.faults import inject
 from tests.faults.inject import Fault
 
-SECONDS = 120
-"""Most that a run may take."""
+SECONDS, WARM_SECONDS = 120, 600
+"""Most that a run may take; the first one on a machine compiles loops."""
 _ENVIRONMENT = {
     **{f"{pool}_NUM_THREADS": "1" for pool in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA")},
     "HF_HUB_OFFLINE": "1",
@@ -155,7 +155,7 @@ def _serve(stage: str) -> None:
             code: int | None = _code(command)
             sys.stdout.flush()
         elif child := os.fork():
-            code = _wait(child)
+            code = _wait(child, WARM_SECONDS if request["warm"] else SECONDS)
         else:
             _become(stage, request)
             code = _code(command)
@@ -163,7 +163,7 @@ def _serve(stage: str) -> None:
                 modules.write_text("\n".join(sorted(sys.modules)))
             _end(code)
         if request["warm"]:
-            if stage == "train":
+            if stage == "train" and modules.exists():
                 _import(modules.read_text().split())
             gc.collect()
             gc.freeze()  # so that collections in forks touch, and copy, only what is theirs
@@ -199,9 +199,9 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _wait(child: int) -> int | None:
+def _wait(child: int, seconds: float) -> int | None:
     """The exit code of a child; None when it took too long, and was killed."""
-    deadline, code = time.monotonic() + SECONDS, None
+    deadline, code = time.monotonic() + seconds, None
     while time.monotonic() < deadline:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:

@@ -33,7 +33,7 @@ def test_a_signal_at_any_operation_of_a_harvest_stops_it_in_good_order(harvestin
 
 @pytest.mark.fault(4, 6)
 def test_a_training_killed_at_any_operation_resumes_to_the_same_run(training: Bench) -> None:
-    assert training.meets(SWEEPS["kill"], 20) == []
+    assert training.meets(SWEEPS["kill"], 20, also="config.json") == []
 
 
 @pytest.mark.fault(1)
