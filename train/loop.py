@@ -149,15 +149,16 @@ class Run:
     def _finish(self, stop: list[int]) -> None:
         """What follows the last checkpoint; resuming a finished run makes it anew where some of it is missing."""
         monitor, samples = self._settings.monitor.every != 0, self._settings.samples.rows > 0
+        steps = self._settings.steps
         there = (not monitor or self._monitor.reported_held_out) and (not samples or self._sampled)
-        if self._first == self._settings.steps and there:
-            print(f"{self._path} is finished: {self._settings.steps} steps", file=sys.stderr)
+        if self._first == steps and there and self._usage.finished(steps):
+            print(f"{self._path} is finished: {steps} steps", file=sys.stderr)
             return
         if monitor:
             self._report_held_out()
         if samples:
             self._sample(stop)
-        self._usage.finish(self._settings.steps)
+        self._usage.finish(steps)
 
     def _due(self, done: int, every: int) -> bool:
         return done == self._settings.steps or (bool(every) and done % every == 0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shared import durable
-from shared.config import Config
+from shared.config import Config, read_record
 from shared.errors import DiskFull, ProjectError
 from shared.strata import POSITION_0
 from train.checkpoint import fitting
@@ -127,6 +127,13 @@ class Usage:
         return f"used {len(self._counted) - len(idle)}/{len(self._counted)}" + (
             f" (not yet {', '.join(idle)})" if idle else ""
         )
+
+    def finished(self, step: int) -> bool:
+        """Whether the file has been published after the last step, with all that follows it."""
+        if not self._path.is_file():
+            return False
+        record = read_record(UsageRecord, durable.read_json(self._path), self._path)
+        return record.step == step and all(component.calls for component in record.components.values())
 
     def finish(self, step: int) -> None:
         """Publish after the last step. Raises `ProjectError` when a component that is on never ran."""
