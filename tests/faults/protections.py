@@ -532,3 +532,36 @@ PROTECTIONS += (
         ("tests/faults/test_requests.py::test_a_reader_during_the_write_is_told_how_far_it_is",),
     ),
 )
+
+_MIRROR = "tests/faults/test_mirror.py"
+
+PROTECTIONS += (
+    Protection(
+        (13,),
+        "train/mirror/process.py",
+        "    child = _start(run, project) if project else None",
+        '    child = _start(run, project or "project")',
+        (f"{_MIRROR}::test_off_is_off",),
+    ),
+    Protection(
+        (13,),
+        "train/mirror/process.py",
+        "    if spec is None or spec.origin is None:",
+        "    if False:",
+        (f"{_MIRROR}::test_wandb_is_not_installed",),
+    ),
+    Protection(
+        (19,),
+        "shared/checks.py",
+        '        return "missing"\n',
+        "        return None\n",
+        (f"{_CORRUPTION}::test_chunks_that_are_zero_by_right_are_written_and_read",),
+    ),
+    Protection(
+        (39,),
+        "harvest/packing.py",
+        "            tokens_left_over=self.tokens - kept - held_out,",
+        "            tokens_left_over=0,",
+        ("tests/test_packing.py::test_every_token_read_is_somewhere",),
+    ),
+)
