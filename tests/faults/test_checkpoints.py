@@ -19,6 +19,7 @@ from tests.runs import SMALL, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
 from train import checkpoint
 
+pytestmark = pytest.mark.slow
 Command = Callable[..., Outcome]
 LARGE = [
     *SMALL,
