@@ -1,12 +1,15 @@
 """Full disks, kills and damage at checkpoints, through the real commands."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from shared.checks import file_record
 from shared.layout import FileRecord
-from tests.faults.disk import small_disk
+from tests.faults.disk import fill, small_disk
 from tests.runs import SMALL, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
-from train import checkpoint
+from train import checkpoint, loop, saver
 
 pytestmark = pytest.mark.slow
 Command = Callable[..., Outcome]
@@ -93,21 +96,22 @@ def test_a_full_disk_costs_old_checkpoints_and_training_goes_on(
 
 @pytest.mark.fault(10)
 @pytest.mark.parametrize("disk", [2 * SIZE + 100_000], indirect=True)
-def test_what_does_not_verify_goes_first(command: Command, store: SyntheticStore, whole: Path, disk: Path) -> None:
-    arguments = ["run", "--store", store.path, "--runs", disk, "--name", "run", "--steps", STEPS, *LARGE, "--force",
-                 "--set", "checkpoint.keep_last=1", "--set", "checkpoint.reserve=false"]  # fmt: skip
-    damage = (
-        "import os\n"
-        "from train import saver\n"
-        "def damaged(self, step, *rest, save=saver.Saver.save):\n"
-        "    save(self, step, *rest)\n"
-        "    self.wait()\n"
-        "    if step == 10: os.truncate(self._run / 'checkpoints/step-000010/weights.safetensors', 999)\n"
-        "    self._valid.clear()\n"
-        "saver.Saver.save = damaged"
-    )
-    said = train(*arguments, patch=damage)
-    assert "no checkpoint" not in said
+def test_what_does_not_verify_goes_first(
+    command: Command, store: SyntheticStore, whole: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = saver.Saver.save
+
+    def damaged(self: saver.Saver, step: int, *rest: Any) -> None:
+        save(self, step, *rest)
+        self.wait()
+        if step == 10:
+            os.truncate(checkpoint.folder(disk / "run", 10) / checkpoint.WEIGHTS, 999)
+        self._valid.clear()
+
+    monkeypatch.setattr(saver.Saver, "save", damaged)
+    done = command("run", "--store", store.path, "--runs", disk, "--name", "run", "--steps", STEPS, *LARGE, "--force",
+                   "--set", "checkpoint.keep_last=1", "--set", "checkpoint.reserve=false")  # fmt: skip
+    assert done.code == 0 and "no checkpoint" not in done.err
     assert steps(disk / "run") == [60] and weights(disk / "run") == weights(whole)
 
 
@@ -116,8 +120,10 @@ def test_what_does_not_verify_goes_first(command: Command, store: SyntheticStore
 def test_the_last_checkpoint_has_the_reserves_room(
     command: Command, store: SyntheticStore, whole: Path, disk: Path
 ) -> None:
-    said = train("run", "--store", store.path, "--runs", disk, "--name", "run", "--steps", STEPS, *LARGE, "--force",
-                 "--set", "checkpoint.keep_last=1")  # fmt: skip
+    done = command("run", "--store", store.path, "--runs", disk, "--name", "run", "--steps", STEPS, *LARGE, "--force",
+                   "--set", "checkpoint.keep_last=1")  # fmt: skip
+    said = done.err
+    assert done.code == 0
     warnings = [line for line in said.splitlines() if "no checkpoint of step" in line]
     assert len(warnings) == 4  # 20, 30, 40, 50
     assert "no checkpoint of step 20" in warnings[0] and "the newest is that of step 10" in warnings[0]
@@ -139,8 +145,9 @@ def test_the_last_checkpoint_has_the_reserves_room(
 def test_with_nowhere_to_go_the_last_checkpoint_is_an_error_and_the_one_before_is_there(
     command: Command, store: SyntheticStore, whole: Path, disk: Path
 ) -> None:
-    said = train("run", "--store", store.path, "--runs", disk, "--name", "run", "--steps", STEPS, *LARGE, "--force",
-                 code=3)  # fmt: skip
+    done = command("run", "--store", store.path, "--runs", disk, "--name", "run", "--steps", STEPS, *LARGE, "--force")
+    said = done.err
+    assert done.code == 3
     assert "warning: disk full" in said and "has no room set aside" in said
     last = said.splitlines()[-1]
     assert last.startswith(
@@ -160,8 +167,10 @@ def test_the_fallback_folder_takes_it_and_resume_brings_it_home(
 ) -> None:
     elsewhere, run = tmp_path / "elsewhere", disk / "run"
     elsewhere.mkdir()
-    said = train("run", "--store", store.path, "--runs", disk, "--name", "run", "--steps", STEPS, *LARGE, "--force",
-                 "--fallback-dir", elsewhere)  # fmt: skip
+    done = command("run", "--store", store.path, "--runs", disk, "--name", "run", "--steps", STEPS, *LARGE, "--force",
+                   "--fallback-dir", elsewhere)  # fmt: skip
+    said = done.err
+    assert done.code == 0
     assert f"the checkpoint of step 60 is in {elsewhere / 'run'}" in said
     assert f"python -m train resume {run} --fallback-dir {elsewhere}" in said
     assert steps(run) == [10] and steps(elsewhere / "run") == [50, 60]
@@ -181,7 +190,7 @@ def test_the_fallback_folder_takes_it_and_resume_brings_it_home(
 def test_a_fallback_folder_of_another_run_is_refused(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere"
     for runs, seed in ((tmp_path / "runs", 0), (other, 1)):
-        train("run", "--store", store.path, "--runs", runs, "--name", "run", "--steps", 10, "--seed", seed, *LARGE)
+        command("run", "--store", store.path, "--runs", runs, "--name", "run", "--steps", 10, "--seed", seed, *LARGE)
     refused = command("resume", tmp_path / "runs" / "run", "--fallback-dir", other)
     assert refused.code == 2 and "is not of this run" in refused.err
     refused = command("run", "--store", store.path, "--runs", tmp_path / "more", "--name", "run", "--steps", 10, *LARGE,
@@ -194,21 +203,15 @@ def test_a_fallback_folder_of_another_run_is_refused(command: Command, store: Sy
 @pytest.mark.fault(12)
 @pytest.mark.parametrize("disk", [8 * 2**20], indirect=True)
 def test_rows_and_reports_that_have_no_room_cost_a_warning_each(
-    store: SyntheticStore, disk: Path, tmp_path: Path
+    command: Command, store: SyntheticStore, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--store", store.path, "--name", "run", "--steps", 80, *SMALL, "--set", "log_every=1",
                  "--set", "monitor.every=20", "--set", "samples.rows=2000"]  # fmt: skip
-    train("run", "--runs", tmp_path, *arguments)
-    filling = (
-        "from pathlib import Path\n"
-        "from tests.faults.disk import fill\n"
-        "from train import loop\n"
-        "def step(self, number, real=loop.Run._step):\n"
-        f"    if number == 30: fill(Path({str(disk)!r}))\n"
-        "    return real(self, number)\n"
-        "loop.Run._step = step"
-    )
-    said = train("run", "--runs", disk, *arguments, patch=filling)
+    command("run", "--runs", tmp_path, *arguments)
+    at_step(monkeypatch, 30, lambda run: fill(disk))
+    done = command("run", "--runs", disk, *arguments)
+    said = done.err
+    assert done.code == 0
     kept, all_rows = rows(disk / "run"), rows(tmp_path / "run")
     assert 30 <= len(kept) < 80 and kept == all_rows[: len(kept)]  # no torn line among them
     assert said.count("metrics.jsonl: disk full") == 1
@@ -225,7 +228,7 @@ def weights_of(run: Path, step: int) -> bytes:
 def test_a_torn_last_line_is_dropped_by_resume(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
     arguments = ("--store", store.path, "--runs", tmp_path, "--steps", 40, *SMALL, "--set", "checkpoint.every=20")
     for name in ("whole", "torn"):
-        train("run", *arguments, "--name", name, "--set", "log_every=3")
+        command("run", *arguments, "--name", name, "--set", "log_every=3")
     torn = tmp_path / "torn"
     checkpoint_of(torn, 40, remove=True)
     log = torn / "metrics.jsonl"
@@ -246,26 +249,35 @@ def checkpoint_of(run: Path, step: int, *, remove: bool = False) -> Path:
 @pytest.mark.fault(14)
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_an_error_of_the_disk_costs_that_checkpoint(
-    command: Command, store: SyntheticStore, whole: Path, tmp_path: Path, call: str
+    command: Command,
+    store: SyntheticStore,
+    whole: Path,
+    tmp_path: Path,
+    call: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first argument of both leads to the checkpoint's temporary folder."""
-    failing = (
-        "import os\n"
-        f"def failing(first, *rest, real=os.{call}):\n"
-        "    name = os.readlink(f'/proc/self/fd/{first}') if isinstance(first, int) else str(first)\n"
-        "    if any(f'step-0000{step}.tmp' in name for step in STEPS): raise OSError(5, 'Input/output error', name)\n"
-        "    return real(first, *rest)\n"
-        f"os.{call} = failing\n"
-    )
+    real = getattr(os, call)
+
+    def failing(first: Any, *rest: Any) -> Any:
+        name = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+        if any(f"step-0000{step}.tmp" in name for step in broken):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+        return real(first, *rest)
+
+    monkeypatch.setattr(os, call, failing)
     arguments = ["run", "--store", store.path, "--runs", tmp_path, "--steps", STEPS, *LARGE]
-    said = train(*arguments, "--name", "run", patch=failing.replace("STEPS", "(20, 30)"))
-    warnings = [line for line in said.splitlines() if line.startswith("warning: no checkpoint of step")]
+    broken = [20, 30]
+    done = command(*arguments, "--name", "run")
+    assert done.code == 0
+    warnings = [line for line in done.err.splitlines() if line.startswith("warning: no checkpoint of step")]
     assert len(warnings) == 2 and "step 20 of" in warnings[0] and "newest is that of step 10" in warnings[0]
     assert "Input/output error; training goes on" in warnings[0]
     assert weights_of(tmp_path / "run", 60) == weights_of(whole, 60)
 
-    said = train(*arguments, "--name", "last", code=1, patch=failing.replace("STEPS", "(60,)"))
-    assert "error: no checkpoint of step 60" in said.splitlines()[-1]
+    broken = [60]
+    done = command(*arguments, "--name", "last")
+    assert done.code == 1 and done.err.splitlines()[-1].startswith("error: no checkpoint of step 60")
     assert steps(tmp_path / "last") == [40, 50] and not list(tmp_path.rglob("*.tmp"))
 
 
@@ -315,40 +327,53 @@ def test_what_a_kill_kept_from_being_removed_goes_when_the_run_is_resumed(
 @pytest.mark.fault(5)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_and_publishes(
-    command: Command, store: SyntheticStore, whole: Path, tmp_path: Path, number: signal.Signals
+    command: Command,
+    store: SyntheticStore,
+    whole: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    patch = signalling(f"os.kill(os.getpid(), {int(number)})", 24)
-    said = train("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", STEPS, *LARGE, code=3,
-                 patch=patch)  # fmt: skip
+    at_step(monkeypatch, 24, lambda run: signal.raise_signal(number))
     run = tmp_path / "run"
+    done = command("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", STEPS, *LARGE)
+    assert done.code == 3
+    assert done.err.splitlines()[-1] == f"error: stopped at step 25; continue with: python -m train resume {run}"
     assert steps(run)[-1] == 25
-    assert said.splitlines()[-1] == f"error: stopped at step 25; continue with: python -m train resume {run}"
+    monkeypatch.undo()
     assert command("resume", run).code == 0
     assert_same_run(whole, run)
 
 
 @pytest.mark.fault(5)
-def test_a_second_interrupt_exits_at_once(command: Command, store: SyntheticStore, whole: Path, tmp_path: Path) -> None:
-    patch = signalling("os.kill(os.getpid(), 2); os.kill(os.getpid(), 2)", 24)
-    said = train("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", STEPS, *LARGE, code=3,
-                 patch=patch)  # fmt: skip
+def test_a_second_interrupt_exits_at_once(
+    command: Command, store: SyntheticStore, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(run: loop.Run) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    at_step(monkeypatch, 24, twice)
     run = tmp_path / "run"
-    assert said.splitlines()[-1] == f"error: stopped at once; continue with: python -m train resume {run}"
+    done = command("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", STEPS, *LARGE)
+    assert done.code == 3
+    assert done.err.splitlines()[-1] == f"error: stopped at once; continue with: python -m train resume {run}"
     assert steps(run)[-1] in (10, 20)  # the second may have been on its way
+    monkeypatch.undo()
     assert command("resume", run).code == 0
     assert_same_run(whole, run)
 
 
-def signalling(statement: str, at: int) -> str:
-    """A patch that executes `statement` at the start of step `at`, counted from 0."""
-    return (
-        "import os\n"
-        "from train import loop\n"
-        "def step(self, number, real=loop.Run._step):\n"
-        f"    if number == {at}: {statement}\n"
-        "    return real(self, number)\n"
-        "loop.Run._step = step"
-    )
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[loop.Run], object]) -> None:
+    """Do `act` at the start of step `number`, counted from 0."""
+    real = loop.Run._step
+
+    def step(self: loop.Run, done: int) -> Any:
+        if done == number:
+            act(self)
+        return real(self, done)
+
+    monkeypatch.setattr(loop.Run, "_step", step)
 
 
 @pytest.mark.fault(8)
@@ -356,8 +381,8 @@ def test_torn_newest_checkpoints_are_skipped_with_a_warning_each(
     command: Command, store: SyntheticStore, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    train("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", STEPS, *LARGE,
-          "--set", "checkpoint.keep_last=9")  # fmt: skip
+    command("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", STEPS, *LARGE,
+            "--set", "checkpoint.keep_last=9")  # fmt: skip
     (checkpoint_of(run, 60) / checkpoint.STATE).write_bytes(b'{"format_version": 4')
     (checkpoint_of(run, 50) / checkpoint.OPTIMIZER).write_bytes(b"")
     flipped = bytearray((checkpoint_of(run, 40) / checkpoint.WEIGHTS).read_bytes())
@@ -472,17 +497,13 @@ def test_a_wrong_tensor_of_the_optimizer_is_refused_by_name(
 
 
 @pytest.mark.fault(35)
-def test_nothing_is_published_after_a_loss_that_is_not_finite(store: SyntheticStore, tmp_path: Path) -> None:
-    spoil = (
-        "from train import loop\n"
-        "def step(self, number, real=loop.Run._step):\n"
-        "    if number == 14: self._transcoder.W_dec.data[3] = float('nan')\n"
-        "    return real(self, number)\n"
-        "loop.Run._step = step"
-    )
-    said = train("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", STEPS, *LARGE, code=1,
-                 patch=spoil)  # fmt: skip
-    assert "is not finite at step 1" in said and "nothing was published since" in said
+def test_nothing_is_published_after_a_loss_that_is_not_finite(
+    command: Command, store: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 14, lambda run: run._transcoder.W_dec.data[3].fill_(float("nan")))
+    done = command("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", STEPS, *LARGE)
+    assert done.code == 1
+    assert "is not finite at step 15" in done.err and "nothing was published since" in done.err
     assert steps(tmp_path / "run") == [10]
 
 
