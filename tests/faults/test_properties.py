@@ -241,8 +241,10 @@ def test_strata_cover_every_position_once_or_are_refused(edges: list[int], conte
         assert rising and [p for start, stop in ranges for p in range(start, stop)] == list(range(context_size))
 
 
-ROW = st.dictionaries(
-    st.sampled_from(["step", "loss", "a"]), st.integers(0, 9) | st.floats(allow_nan=False), min_size=1
+ROW = st.builds(
+    lambda step, more: {"step": step} | more,
+    st.integers(0, 9),
+    st.dictionaries(st.sampled_from(["loss", "a"]), st.integers(0, 9) | st.floats(allow_nan=False)),
 )
 
 
