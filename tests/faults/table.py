@@ -6,8 +6,10 @@ test.
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,9 +83,10 @@ def collect(*, run: bool) -> Collected:
     """The marks of all tests; the outcomes, too, if they are to be run."""
     found = Collected()
     options = ["-m", "fault", "-q", "-p", "no:cacheprovider", *(() if run else ("--collect-only",))]
-    code = pytest.main([*options, str(ROOT / "tests")], plugins=[found])
+    with nullcontext() if run else redirect_stdout(io.StringIO()) as listing:
+        code = pytest.main([*options, str(ROOT / "tests")], plugins=[found])
     if code not in (0, 1):
-        sys.exit(f"pytest ended with {code!r}")
+        sys.exit(f"pytest ended with {code!r}: {listing.getvalue()[-2000:] if listing else ''}")
     return found
 
 
