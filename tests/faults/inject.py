@@ -68,7 +68,7 @@ class Operation:
     place: int
     """Of a write, its offset; of a truncation, the size; of an open, whether it truncates."""
     inode: int
-    """Of an open or fsync."""
+    """Of an open, fsync or unlink."""
     data: bytes
     """What was written."""
 
@@ -101,7 +101,7 @@ def read_log(path: Path) -> list[Operation]:
         shown, name, other, place, size = data[start:end].decode().split("\t")
         kind, failed = shown.lower(), shown.isupper()
         count = int(size) if kind == "w" and not failed else 0
-        inode = int(size) if kind in "of" else 0
+        inode = int(size) if kind in "ofu" else 0
         found.append(Operation(kind, failed, name, other, int(place), inode, data[end + 1 : end + 1 + count]))
         start = end + 1 + count
     return found

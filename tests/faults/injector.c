@@ -91,7 +91,7 @@ static int begin(Call *call, char kind, const char *path, const char *other) {
     count++;
     call->hit = at > 0 && (action == FAIL_FROM ? count >= at : count == at);
     if (!call->hit) return 0;
-    if (action == KILL_BEFORE) kill(getpid(), value);
+    if (action == KILL_BEFORE || (action == KILL_HALF && kind != 'w')) kill(getpid(), value);
     return action == FAIL || action == FAIL_FROM ? value : 0;
 }
 
@@ -273,7 +273,12 @@ int unlinkat(int dir, const char *path, int flags) {
     if (!armed) return real(dir, path, flags);
     char text[PATH_MAX];
     absolute(dir, path, text);
-    WHOLE('u', text, NULL, real(dir, path, flags));
+    struct stat status;
+    long number = fstatat(dir, path, &status, AT_SYMLINK_NOFOLLOW) ? 0 : (long)status.st_ino;
+    BEGIN('u', text, NULL)
+    int result = real(dir, path, flags);
+    end(&call, result < 0, 'u', text, NULL, 0, number, NULL);
+    return result;
 }
 
 int unlink(const char *path) { return unlinkat(AT_FDCWD, path, 0); }

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from tests.faults.inject import Operation
 
@@ -52,7 +52,7 @@ class Disk:
                 self._top.forced = dict(self._top.names)
             return
         there = folder.names.get(name)
-        if there is None and operation.kind == "f":
+        if there is None and operation.kind in "fu":
             there = _renamed_unseen(folder, name, operation.inode)
         if operation.kind == "o":
             if there is None:
@@ -78,10 +78,13 @@ class Disk:
             _change(there, operation)
 
     def left(self) -> Iterator[Tree]:
-        """The states that a power cut may leave, none twice."""
+        """The states that a power cut may leave, none twice: of folders, none, all, one, or all but one as now."""
+        folders = [self._top, *(node for _, node in _all(self._top, "") if isinstance(node, Folder))]
+        changed = [folder for folder in folders if folder.names != folder.forced]
+        chosen = [set(), set(changed), *({one} for one in changed), *(set(changed) - {one} for one in changed)]
         seen = set()
-        for forced, lost in product((True, False), ("cut", "zeros")):
-            found = dict(_walk(self._top, "", forced=forced, lost=lost))
+        for kept, lost in product(chosen, get_args(Lost)):
+            found = dict(_walk(self._top, "", kept, lost))
             if (key := hash(tuple(found.items()))) not in seen:
                 seen.add(key)
                 yield found
@@ -156,13 +159,14 @@ def _change(file: File, operation: Operation) -> None:
         file.forced = bytes(file.data)
 
 
-def _walk(folder: Folder, prefix: str, *, forced: bool, lost: Lost) -> Iterator[tuple[str, bytes | None]]:
-    for name, node in sorted((folder.forced if forced else folder.names).items()):
+def _walk(folder: Folder, prefix: str, kept: set[Folder], lost: Lost) -> Iterator[tuple[str, bytes | None]]:
+    """`kept`: folders whose names are as now."""
+    for name, node in sorted((folder.names if folder in kept else folder.forced).items()):
         if isinstance(node, File):
             yield prefix + name, node.left(lost)
         else:
             yield prefix + name, None
-            yield from _walk(node, f"{prefix}{name}/", forced=forced, lost=lost)
+            yield from _walk(node, f"{prefix}{name}/", kept, lost)
 
 
 def _all(folder: Folder, prefix: str) -> Iterator[tuple[str, File | Folder]]:

@@ -53,7 +53,7 @@ def check(bench: Bench, every: int, resumed: int) -> None:
 
 @pytest.mark.fault(7)
 def test_a_power_cut_in_a_harvest(harvesting: Bench) -> None:
-    check(harvesting, every=4, resumed=12)
+    check(harvesting, every=9, resumed=10)
 
 
 @pytest.mark.fault(7)
