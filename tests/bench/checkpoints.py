@@ -1,38 +1,34 @@
-"""What checkpoints every 500 steps cost a run of the default size, written beside training or while it waits.
+"""What a checkpoint of the default size costs, written beside training or while it waits, as a share of 500 steps.
 
-python -m tests.bench.checkpoints STORE [--repeats N]        a store of `make harvest`
+python -m tests.bench.checkpoints STORE                      a store of `make harvest`
 python -m tests.bench.checkpoints large                      the times of one checkpoint of d_sae 18,432, d 2,304
 
-Interleaved repeats; the figures are medians of seconds up to the last step, on one thread, with the last checkpoint,
-which all three make, left out.
+Processor time, which other work on the machine changes little: that of a step, and that of a checkpoint on the way, in
+the training's thread (calibration, the copy) and beside it (writing, checksums), on one thread each.
 """
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tests.bench.record import ROOT, record
 
-STEPS, EVERY = 1_250, 500
-ARMS = {
-    "none": [f"checkpoint.every={STEPS}"],
-    "beside training": [f"checkpoint.every={EVERY}"],
-    "training waits": [f"checkpoint.every={EVERY}", "checkpoint.background=false"],
-}
-OFF = ["samples.rows=0", "threads=1", f"log_every={STEPS}", f"evaluation.every={STEPS}"]
+STEPS, EVERY = 500, 125
+ARMS = {"beside training": "true", "training waits": "false"}
+OPTIONS = ["samples.rows=0", "threads=1", "steps=7000", f"checkpoint.every={EVERY}"]
 
 
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser()
     parser.add_argument("store")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--arm", choices=ARMS)
     options = parser.parse_args()
     if options.store == "large":
@@ -40,67 +36,74 @@ def main() -> None:
     elif options.arm:
         print(json.dumps(worker(options.store, options.arm)))
     else:
-        compare(options.store, options.repeats)
+        compare(options.store)
 
 
-def compare(store: str, repeats: int) -> None:
-    """All arms, interleaved."""
-    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    for _ in range(repeats):
-        for arm in ARMS:
-            command = [sys.executable, "-m", "tests.bench.checkpoints", store, "--arm", arm]
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-            found[arm].append(json.loads(done.stdout.splitlines()[-1]))
-            print(arm, found[arm][-1], file=sys.stderr)
-    figures = {
-        f"{name}, {arm}": (median(one[key] for one in runs), unit)
-        for arm, runs in found.items()
-        for name, key, unit in (
-            ("run", "seconds", "s"),
-            ("run, processor", "cpu_seconds", "CPU s"),
-            ("held up by a checkpoint", "held_up", "s"),
-        )
-        if not (arm == "none" and key == "held_up")
-    }
-    nothing = found["none"]
-    for arm in list(ARMS)[1:]:
-        for name, key in (("seconds", "seconds"), ("processor time", "cpu_seconds")):
-            ratios = [a[key] / b[key] - 1 for a, b in zip(found[arm], nothing, strict=True)]
-            figures[f"cost in {name}, {arm}"] = (100 * median(ratios), "% of the run")
-        share = median(one["held_up"] * 2 / one["seconds"] for one in found[arm])
-        figures[f"steps held up, {arm}"] = (100 * share, "% of the run")
-    record(f"checkpoints every {EVERY} of {STEPS:,} steps", "python -m tests.bench.checkpoints STORE", figures)
+def compare(store: str) -> None:
+    """Both arms."""
+    figures: dict[str, tuple[float, str]] = {}
+    for arm in ARMS:
+        command = [sys.executable, "-m", "tests.bench.checkpoints", store, "--arm", arm]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(arm, found, file=sys.stderr)
+        per_step = (found["run"] - found["inside"] - found["beside"]) / STEPS
+        figures |= {
+            f"a step, {arm}": (1000 * per_step, "CPU ms"),
+            f"a checkpoint, in the training's thread, {arm}": (found["inside"] / found["count"], "CPU s"),
+            f"a checkpoint, beside it, {arm}": (found["beside"] / found["count"], "CPU s"),
+            f"training held up, {arm}": (found["held_up"] / found["count"], "s"),
+            f"checkpoints every {STEPS} steps, {arm}": (
+                100 * (found["inside"] + found["beside"]) / found["count"] / (STEPS * per_step),
+                "% of the run's CPU",
+            ),
+        }
+    record(
+        f"checkpoints, default size, as a share of {STEPS} steps", "python -m tests.bench.checkpoints STORE", figures
+    )
 
 
 def worker(store: str, arm: str) -> dict[str, float]:
-    """One run; seconds to its last step, and those that a checkpoint held training up, on average."""
+    """One run: its processor seconds, those of its checkpoints on the way, and how long they held training up."""
     from shared.config import build
+    from shared.errors import Stopped
     from shared.store import Store
     from train import commands, loop
     from train.metrics import TIMING, Log
+    from train.saver import Saver
     from train.settings import Settings, load_settings
 
-    held: list[float] = []
-    real = loop.Run._checkpoint
+    found = {"inside": 0.0, "beside": 0.0, "held_up": 0.0, "count": 0.0}
+    checkpoint, write = loop.Run._checkpoint, Saver._try
 
-    def timed(self: loop.Run, done: int, held_out: Any, *, last: bool) -> None:
-        began = time.perf_counter()
-        real(self, done, held_out, last=last)
-        if not last:
-            held.append(time.perf_counter() - began)
+    def inside(self: loop.Run, done: int, held_out: Any, *, last: bool) -> None:
+        began, cpu = time.perf_counter(), time.thread_time()
+        checkpoint(self, done, held_out, last=last)
+        if done < STEPS:
+            found["held_up"] += time.perf_counter() - began
+            found["inside"] += time.thread_time() - cpu
+            found["count"] += 1
 
-    loop.Run._checkpoint = timed  # type: ignore[method-assign]
-    raw = load_settings("tiny", None, [f"steps={STEPS}", *OFF, *ARMS[arm]])
+    def beside(self: Saver, job: Any) -> None:
+        cpu = time.thread_time()
+        write(self, job)
+        if ARMS[arm] == "true" and job.step < STEPS:
+            found["beside"] += time.thread_time() - cpu
+
+    def step(self: loop.Run, done: int) -> Any:
+        if done == STEPS + 5:  # what is measured is over
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, done)
+
+    real = loop.Run._step
+    loop.Run._checkpoint, Saver._try, loop.Run._step = inside, beside, step  # type: ignore[method-assign]
+    raw = load_settings("tiny", None, [*OPTIONS, f"checkpoint.background={ARMS[arm]}"])
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
-        opened = Store.open(Path(store))
-        commands.start(opened, build(Settings, raw, "bench"), run, None, force=False, fallback=None)
-        last = Log(run / TIMING).rows()[-1]
-    return {
-        "seconds": last["seconds"],
-        "cpu_seconds": last["cpu_seconds"],
-        "held_up": sum(held) / max(len(held), 1),
-    }
+        with suppress(Stopped):
+            commands.start(Store.open(Path(store)), build(Settings, raw, "bench"), run, None, force=False)
+        row = next(row for row in Log(run / TIMING).rows() if row["step"] == STEPS)
+        return found | {"run": row["cpu_seconds"]}
 
 
 def large() -> None:

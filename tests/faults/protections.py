@@ -294,7 +294,7 @@ PROTECTIONS += (
         "train/loop.py",
         "                for part in self._parts:\n                    part.load(tensors)",
         "                for part in self._parts[:2]:\n                    part.load(tensors)",
-        ("tests/test_train.py::test_killed_anywhere_and_resumed_a_run_is_the_uninterrupted_one",),
+        (f"{_CHECKPOINTS}::test_a_signal_finishes_the_step_and_publishes",),
     ),
     Protection(
         (4,),
