@@ -20,6 +20,8 @@ from tests.faults.inject import ROOT, Fault
 from tests.faults.server import Result
 from tests.llms import Line, command, refused
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 FULL = re.compile(
     r"error: disk full while writing (/\S+): ([\d,]+) bytes needed, ([\d,]+) bytes free \(No space left on device\); "
     "free some space and run .*"

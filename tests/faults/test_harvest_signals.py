@@ -14,6 +14,8 @@ from tests.faults.conftest import Bench
 from tests.faults.inject import ROOT, Fault
 from tests.faults.sweep import SWEEPS
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 STUCK = """
 import time
 from pathlib import Path
@@ -42,7 +44,6 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.fault(5)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_while_a_block_is_written_commits_it_and_says_how_to_go_on(
@@ -61,7 +62,6 @@ def test_a_signal_while_a_block_is_written_commits_it_and_says_how_to_go_on(
     harvesting.ends_the_same(where)
 
 
-@pytest.mark.slow
 @pytest.mark.fault(5)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_while_tokens_are_packed_stops_at_once(harvesting: Bench, number: signal.Signals) -> None:
@@ -74,7 +74,6 @@ def test_a_signal_while_tokens_are_packed_stops_at_once(harvesting: Bench, numbe
     harvesting.ends_the_same(where)
 
 
-@pytest.mark.slow
 @pytest.mark.fault(5)
 def test_a_second_ctrl_c_ends_a_harvest_whose_passes_take_long(tiny: Harvest, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
@@ -89,7 +88,6 @@ def test_a_second_ctrl_c_ends_a_harvest_whose_passes_take_long(tiny: Harvest, tm
     assert err.splitlines()[-1] == "error: stopped at once; run the same command again to continue"
 
 
-@pytest.mark.slow
 @pytest.mark.fault(28)
 def test_a_second_harvester_is_told_at_once_who_the_first_is(harvesting: Bench, tmp_path: Path) -> None:
     where, mark = harvesting.where, tmp_path / "mark"

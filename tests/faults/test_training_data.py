@@ -70,6 +70,7 @@ def test_degenerate_rows_have_defined_results(command: Command, tmp_path: Path, 
         assert (last["fvu"], last["held_out"]["fvu"]) == (expected, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(41)
 def test_batches_of_one_row_and_of_all_rows(command: Command, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", training_blocks=1)
