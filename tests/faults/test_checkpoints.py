@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from shared.checks import file_record
-from shared.layout import FileRecord
 from tests.faults.disk import fill, small_disk
 from tests.runs import SMALL, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
@@ -401,99 +399,6 @@ def test_torn_newest_checkpoints_are_skipped_with_a_warning_each(
         "step-000060", "step-000050", "step-000040",
     ]  # fmt: skip
     assert_same_run(whole, run)
-
-
-# What a checkpoint says
-
-
-def test_checkpoints_are_listed_with_their_figures(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
-    found = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 40, *SMALL,
-                    "--set", "checkpoint.every=10", "--set", "evaluation.every=20", "--set", "log_every=10",
-                    "--set", "checkpoint.keep_last=1", "--set", "checkpoint.keep_every=30",
-                    "--set", "checkpoint.keep_best=1")  # fmt: skip
-    listed = json.loads(command("checkpoints", found.path, "--json").out)
-    figures = {row["step"]: row["held_out"]["fvu"] for row in rows(found.path) if "held_out" in row}
-    assert list(figures) == [20, 40]
-    best = min(figures, key=lambda step: figures[step])
-    assert {one["step"] for one in listed} == {30, 40, best}
-    for one in listed:
-        assert one["wrong"] is None and one["arithmetic"]["threads"] == "1"
-        files = [file for file in Path(one["path"]).iterdir()]
-        assert one["bytes"] == sum(file.stat().st_size for file in files)
-        assert (one["held_out"] or {}).get("fvu") == figures.get(one["step"])
-    assert f"{figures[40]:.4f}" in command("checkpoints", found.path).out
-
-
-@pytest.mark.fault(4)
-def test_other_arithmetic_is_refused_unless_asked_for(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
-    run = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 20, *SMALL,
-                  "--set", "checkpoint.every=10").path  # fmt: skip
-    checkpoint_of(run, 20, remove=True)
-    place = checkpoint_of(run, 10) / checkpoint.STATE
-    state = json.loads(place.read_text())
-    place.write_text(json.dumps(state | {"arithmetic": state["arithmetic"] | {"processor": "AVX1024", "numpy": "9"}}))
-    refused = command("resume", run)
-    assert refused.code == 2 and f"numpy 9, here {state['arithmetic']['numpy']}, processor AVX1024, here" in refused.err
-    assert "continue all the same with --inexact" in refused.err and steps(run) == [10]
-    assert command("resume", run, "--inexact").code == 0 and steps(run) == [10, 20]
-    checkpoint_of(run, 20, remove=True)
-    place.write_text(json.dumps(state))
-    assert command("resume", run, "--threads", 2).code == 0
-    assert checkpoint.find(run).state.arithmetic["threads"] == "2"
-    torch.set_num_threads(1)
-
-
-def rewritten(run: Path, step: int, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change tensors of the optimizer's file, and make its record fit again."""
-    path = checkpoint_of(run, step) / checkpoint.OPTIMIZER
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-    state = json.loads((path.parent / checkpoint.STATE).read_text())
-    record: FileRecord = file_record(path)
-    state["files"][checkpoint.OPTIMIZER] = record.model_dump(mode="json")
-    (path.parent / checkpoint.STATE).write_text(json.dumps(state))
-
-
-def pairs(first: int, second: int) -> dict[str, torch.Tensor]:
-    return {"diversity.mined.first": torch.tensor([first]), "diversity.mined.second": torch.tensor([second])}
-
-
-CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
-    "missing": (lambda t: t.pop("W_dec.exp_avg"), "tensor 'W_dec.exp_avg' is missing"),
-    "shape": (
-        lambda t: t.update({"W_enc.exp_avg_sq": torch.zeros(1)}),
-        "'W_enc.exp_avg_sq' is torch.float32 [1], expected torch.float32 [16, 64]",
-    ),
-    "dtype": (lambda t: t.update({"rows_since_fired": torch.zeros(64)}), "'rows_since_fired' is torch.float32 [64]"),
-    "nan": (lambda t: t["b_enc.exp_avg"].fill_(float("nan")), "tensor 'b_enc.exp_avg' holds NaN or infinity"),
-    "latent": (lambda t: t.update(pairs(64, 1)), "tensor 'diversity.mined.first' holds 64 to 64, expected 0 to 63"),
-    "negative": (lambda t: t["monitor.0000.latents"].fill_(-1), "tensor 'monitor.0000.latents' holds -1 to -1"),
-    "starts": (lambda t: t["monitor.0001.starts"].zero_(), "tensor 'monitor.0001.starts' does not say where"),
-    "counts": (
-        lambda t: t.update({"usage.calls": torch.zeros(2, dtype=torch.int64)}),
-        "tensor 'usage.calls' is torch.int64 [2]",
-    ),
-    "report": (
-        lambda t: t.update({"monitor.report": torch.tensor(list(b"{}"), dtype=torch.uint8)}),
-        "CorrelationReport",
-    ),
-}
-
-
-@pytest.mark.fault(25)
-@pytest.mark.parametrize("case", CHANGES)
-def test_a_wrong_tensor_of_the_optimizer_is_refused_by_name(
-    command: Command, store: SyntheticStore, tmp_path: Path, case: str
-) -> None:
-    run = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 24, *SMALL,
-                  "--set", "checkpoint.every=10", "--set", "monitor.every=8").path  # fmt: skip
-    checkpoint_of(run, 24, remove=True)
-    change, message = CHANGES[case]
-    rewritten(run, 20, change)
-    refused = command("resume", run)
-    assert refused.code == 1 and message in refused.err and checkpoint.OPTIMIZER in refused.err
-    assert len(refused.err.splitlines()) == 1
 
 
 @pytest.mark.fault(35)

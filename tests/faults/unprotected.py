@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 from tests.faults.inject import ROOT
-from tests.faults.protections import PROTECTIONS, Protection
+from tests.faults.protection import Protection
+from tests.faults.protections import PROTECTIONS
 
 FAILED, SECONDS = 1, 900
 

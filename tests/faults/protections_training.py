@@ -1,0 +1,159 @@
+"""What protects a training run: checkpoints, the logs, the mirror."""
+
+from tests.faults.protection import Protection
+
+_CHECKPOINTS = "tests/faults/test_checkpoints.py"
+_MIRROR = "tests/faults/test_mirror.py"
+
+TRAINING = (
+    Protection(
+        (4,),
+        "train/loop.py",
+        "                for part in self._parts:\n                    part.load(tensors)",
+        "                for part in self._parts[:2]:\n                    part.load(tensors)",
+        (f"{_CHECKPOINTS}::test_a_signal_finishes_the_step_and_publishes",),
+    ),
+    Protection(
+        (4,),
+        "train/arithmetic.py",
+        "    if differs := {name: value for name, value in recorded.items() if now.get(name) != value}:",
+        "    if differs := {}:",
+        ("tests/faults/test_checkpoint_contents.py::test_other_arithmetic_is_refused_unless_asked_for",),
+    ),
+    Protection(
+        (5,),
+        "train/loop.py",
+        "                last = stopping or done == settings.steps",
+        "                last = done == settings.steps",
+        (f"{_CHECKPOINTS}::test_a_signal_finishes_the_step_and_publishes",),
+    ),
+    Protection(
+        (6,),
+        "shared/durable.py",
+        "    move(path, temporary)\n    shutil.rmtree(temporary)",
+        "    shutil.rmtree(path)",
+        (f"{_CHECKPOINTS}::test_a_kill_while_old_checkpoints_are_removed_leaves_valid_ones",),
+    ),
+    Protection(
+        (6,),
+        "train/loop.py",
+        "        self._saver.prune()\n",
+        "",
+        (f"{_CHECKPOINTS}::test_what_a_kill_kept_from_being_removed_goes_when_the_run_is_resumed",),
+    ),
+    Protection(
+        (8,),
+        "train/checkpoint.py",
+        "        wrong = verify(path)\n        if wrong is None:\n            return Checkpoint",
+        "        wrong = None\n        if wrong is None:\n            return Checkpoint",
+        (f"{_CHECKPOINTS}::test_torn_newest_checkpoints_are_skipped_with_a_warning_each",),
+    ),
+    Protection(
+        (10, 11),
+        "train/saver.py",
+        "                if not self._make_room(",
+        "                if True or not self._make_room(",
+        (
+            f"{_CHECKPOINTS}::test_a_full_disk_costs_old_checkpoints_and_training_goes_on",
+            f"{_CHECKPOINTS}::test_what_does_not_verify_goes_first",
+        ),
+    ),
+    Protection(
+        (10,),
+        "train/saver.py",
+        "        except ProjectError as error:\n            self._failed()",
+        "        except FileNotFoundError as error:\n            self._failed()",
+        (f"{_CHECKPOINTS}::test_the_last_checkpoint_has_the_reserves_room",),
+    ),
+    Protection(
+        (11,),
+        "train/saver.py",
+        "        self.wait()\n        self._reserve.unlink(missing_ok=True)\n        try:",
+        "        self.wait()\n        try:",
+        (f"{_CHECKPOINTS}::test_the_last_checkpoint_has_the_reserves_room",),
+    ),
+    Protection(
+        (11,),
+        "train/saver.py",
+        "            if not self._fallback:\n",
+        "            if True:\n",
+        (f"{_CHECKPOINTS}::test_the_fallback_folder_takes_it_and_resume_brings_it_home",),
+    ),
+    Protection(
+        (11,),
+        "train/saver.py",
+        "    if fallback.exists() and not (path.is_file() and path.read_bytes() == config):",
+        "    if False:",
+        (f"{_CHECKPOINTS}::test_a_fallback_folder_of_another_run_is_refused",),
+    ),
+    Protection(
+        (12,),
+        "train/metrics.py",
+        "        except (DiskFull, OSError) as error:\n            if not self.lost_rows:",
+        "        except FileNotFoundError as error:\n            if not self.lost_rows:",
+        (f"{_CHECKPOINTS}::test_rows_and_reports_that_have_no_room_cost_a_warning_each",),
+    ),
+    Protection(
+        (12,),
+        "train/metrics.py",
+        '            row = _parsed(line) if line.endswith(b"\\n") else None',
+        "            row = json.loads(line)",
+        (f"{_CHECKPOINTS}::test_a_torn_last_line_is_dropped_by_resume",),
+    ),
+    Protection(
+        (14,),
+        "train/saver.py",
+        "        except (DiskFull, OSError) as error:\n            if not self._fallback:",
+        "        except DiskFull as error:\n            if not self._fallback:",
+        (f"{_CHECKPOINTS}::test_an_error_of_the_disk_costs_that_checkpoint",),
+    ),
+    Protection(
+        (15,),
+        "train/commands.py",
+        "    if not force:\n        size = checkpoint_bytes",
+        "    if False:\n        size = checkpoint_bytes",
+        (f"{_CHECKPOINTS}::test_checkpoints_that_would_not_fit_are_refused_with_what_the_policy_takes",),
+    ),
+    Protection(
+        (22,),
+        "train/checkpoint.py",
+        "        refuse_links(path)\n",
+        "",
+        ("tests/faults/test_checkpoint_files.py::test_a_link_in_a_checkpoint_does_not_verify",),
+    ),
+    Protection(
+        (24,),
+        "train/checkpoint.py",
+        "version not in (3, FORMAT_VERSION)",
+        "version not in (FORMAT_VERSION,)",
+        ("tests/faults/test_old_runs.py::test_a_run_of_format_3_is_listed_evaluated_and_resumed",),
+    ),
+    Protection(
+        (25,),
+        "train/checkpoint.py",
+        "    if tensor.shape != like.shape or tensor.dtype != like.dtype:\n",
+        "    if False:\n",
+        ("tests/faults/test_checkpoint_contents.py::test_a_wrong_tensor_of_the_optimizer_is_refused_by_name",),
+    ),
+    Protection(
+        (35,),
+        "train/loop.py",
+        "        if (step := int(self._first_bad)) < _NEVER:",
+        "        if (step := _NEVER) < _NEVER:",
+        (f"{_CHECKPOINTS}::test_nothing_is_published_after_a_loss_that_is_not_finite",),
+    ),
+    Protection(
+        (13,),
+        "train/mirror/process.py",
+        "    child = _start(run, project) if project else None",
+        '    child = _start(run, project or "project")',
+        (f"{_MIRROR}::test_off_is_off",),
+    ),
+    Protection(
+        (13,),
+        "train/mirror/process.py",
+        "    if spec is None or spec.origin is None:",
+        "    if False:",
+        (f"{_MIRROR}::test_wandb_is_not_installed",),
+    ),
+)
