@@ -22,6 +22,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 DEV := $(VENV)/developing.stamp
+# Tests use one thread each, and memory for a small LLM per worker.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 LAST_STORE := cache/$(PRESET).store
 
 # One set of options for two commands is a mistake more often than not.
@@ -65,10 +67,10 @@ compare: $(DEV) ## Harvest, train and compare every arm of the diversity loss; a
 	@$(BIN)/python -m tests.bench.diversity $(ARGS)
 
 test: lint ## Lint, type check and run all tests, the fast ones first
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-faults: $(DEV) ## Only the tests of faults: kills, full disks, corruption; a quarter of an hour
-	@$(BIN)/python -m pytest -m fault $(ARGS)
+	@$(PYTEST) -m fault $(ARGS)
 
 fuzz: $(DEV) ## Fuzz what opens stores and reads records, guided by coverage, ARGS="--seconds 60"
 	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[harvest,dev,fuzz]'

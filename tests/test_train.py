@@ -73,6 +73,20 @@ def test_the_cadence_of_rows_and_what_they_hold(command, store: SyntheticStore, 
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rows")]
 
 
+@pytest.mark.slow
+def test_the_process_that_compiles_the_loops_gets_what_those_that_load_them_get(
+    store: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code and what is kept of it on disk are optimized apart, so they may fuse other products with sums."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "loops"))
+    for name in ("compiles", "loads"):
+        run = popen("run", "--store", store.path, "--runs", tmp_path, "--name", name, "--steps", 40, *SMALL, *CADENCE)
+        _, err = run.communicate(timeout=280)
+        assert run.returncode == 0, err
+    assert any((tmp_path / "loops").rglob("loops.adam-*.nbi"))
+    assert_same_run(tmp_path / "compiles", tmp_path / "loads")
+
+
 @pytest.mark.parametrize("skip", ["true", "false"])
 @pytest.mark.parametrize("prefixes", ["[64]", "[8, 64]"])
 @pytest.mark.parametrize(

@@ -265,7 +265,15 @@ def row_squares(grad: Floats, rows: Floats, unit: bool, parallel_part: Floats, o
         out[f] = max(np.float64(total) - np.float64(along) * np.float64(along), 0.0)
 
 
-@njit(fastmath=_SUMS, **_COMPILED)
+@njit(fastmath=_SUMS, cache=True, nogil=True)
+def _square(row: Floats) -> Any:
+    total = row.dtype.type(0)
+    for d in range(len(row)):
+        total += row[d] * row[d]
+    return total
+
+
+@njit(**_COMPILED)
 def adam(
     rows: Floats,
     grad: Floats,
@@ -284,6 +292,9 @@ def adam(
     """One step of Adam on rows [F, D], in place, with gradients scaled by `scale`.
 
     Of unit rows the gradient's part along the row is dropped before, and the norm restored after.
+
+    Compiled without leave to fuse products with sums: what is fused, and so the last bit, would differ between the
+    process that compiles this and those that load it (a test of tests/test_train.py).
     """
     kind = rows.dtype.type
     a1, a2, b1, b2 = kind(beta1), kind(beta2), kind(1 - beta1), kind(1 - beta2)
@@ -300,10 +311,7 @@ def adam(
             first[f, d], second[f, d] = m, v
             rows[f, d] -= step * m / (np.sqrt(v) * root + small)
         if unit:
-            total = kind(0)
-            for d in range(rows.shape[1]):
-                total += rows[f, d] * rows[f, d]
-            norm = np.sqrt(total)
+            norm = np.sqrt(_square(rows[f]))
             if norm > 0:
                 for d in range(rows.shape[1]):
                     rows[f, d] /= norm
