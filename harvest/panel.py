@@ -1,15 +1,15 @@
 """The panel of a harvest: its blocks, what they take on the disk, and how they are made."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 
 from harvest.plan import Target
 from shared import durable
 from shared.layout import block_bytes, row_specs
-from shared.panel import Fitted, Pace, inner, pairs, panel, per_second, size
+from shared.panel import Fitted, Kept, Pace, inner, pairs, panel, per_second, size
 from shared.space import Measured
 from shared.terminal import Volume, volume
 
@@ -34,6 +34,7 @@ class Status:
     workers: int
     disk: Measured[int]
     """Bytes that are free."""
+    body: Kept = field(default_factory=Kept)
 
     @property
     def made(self) -> int:
@@ -62,7 +63,7 @@ class Status:
     def detail(self, block: int) -> str:
         """For the end of the plain line that is printed when a block is written."""
         space = f"{size(self.to_come)} to come  {size(self.disk.value())} free"
-        return f"block {block} is written  {self.note()}  {space}  {self._made_with}"
+        return f"block {block} is written  {self.note()}  {space}  batch {self._batch}  {self._device}"
 
     def panel(self, pace: Pace) -> RenderableType:
         """All of it."""
@@ -78,11 +79,13 @@ class Status:
             ("written", size(self.written)),
             ("to come", size(self.to_come)),
             ("disk", f"{size(self.disk.value())} free"),
-            ("made with", self._made_with),
+            ("batch", self._batch),
+            ("device", self._device),
         ]
-        stores = pairs([("store" if i == 0 else "", target.path.name) for i, target in enumerate(self.targets)])
+        stores = [("store" if i == 0 else "", target.path.name) for i, target in enumerate(self.targets)]
         more = [pairs(self._more())] if volume() == Volume.VERBOSE else []
-        return panel("harvest", pace, "", stores, pairs(facts, columns), *more, more_rates=[f"{rate} rows/s"])
+        body = self.body.drawing(tuple(facts), lambda: Group(pairs(stores), pairs(facts, columns), *more))
+        return panel("harvest", pace, "", body, more_rates=[f"{rate} rows/s"])
 
     def _more(self) -> list[tuple[str, str]]:
         request = self.targets[0].request
@@ -93,12 +96,12 @@ class Status:
         ]
 
     @property
-    def _made_with(self) -> str:
-        return f"{self.batch:,} windows of {self.targets[0].request.context_size:,} at once, {self._where}"
+    def _batch(self) -> str:
+        return f"{self.batch:,} windows of {self.targets[0].request.context_size:,}"
 
     @property
-    def _where(self) -> str:
-        return f"{self.workers} threads" if self.device == "cpu" else self.device
+    def _device(self) -> str:
+        return f"cpu, {self.workers} threads" if self.device == "cpu" else self.device
 
     def _to_come(self, target: Target) -> int:
         return len(self.mine & self.missing[target.path])

@@ -1,6 +1,6 @@
 """Panels for people: how far a stage is, how fast it goes, and figures under names. Draws, and measures nothing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -52,6 +53,25 @@ class Fitted:
         yield from console.render(
             self.make(width, not options.ascii_only), options.update(width=width, no_wrap=False, overflow="fold")
         )
+
+
+class Kept:
+    """A part of a panel that is laid out anew only when its `key` or its place is another: that takes milliseconds."""
+
+    def __init__(self) -> None:
+        self._at: tuple[Hashable, ...] = ()
+        self._segments: list[Segment] = []
+
+    def drawing(self, key: Hashable, make: Callable[[], RenderableType]) -> "Kept":
+        """What `make` returns, which is the same for equal keys."""
+        self._key, self._make = key, make
+        return self
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        at = (self._key, options.max_width, options.ascii_only)
+        if at != self._at:
+            self._at, self._segments = at, list(console.render(self._make(), options))
+        yield from self._segments
 
 
 def panel(title: str, pace: Pace, *parts: RenderableType, more_rates: Sequence[str] = (), state: str = "") -> Panel:

@@ -25,14 +25,13 @@ def size_of(*paths: Path) -> int:
 class Measured(Generic[T]):
     """The last value of `measure`, which is called when that is older than `seconds`."""
 
-    def __init__(self, measure: Callable[[], T], seconds: float = 5.0) -> None:
+    def __init__(self, measure: Callable[[], T], seconds: float = 10.0) -> None:
         self._measure, self._seconds = measure, seconds
-        self._value, self._at = measure(), time.monotonic()
+        self._found: tuple[float, T] | None = None
 
     def value(self) -> T:
-        """The value, measured anew if it is old; one that cannot be measured stays what it was."""
-        if time.monotonic() - self._at >= self._seconds:
-            self._at = time.monotonic()
-            with suppress(OSError):
-                self._value = self._measure()
-        return self._value
+        """The value, measured anew if it is old."""
+        now = time.monotonic()
+        if self._found is None or now - self._found[0] >= self._seconds:
+            self._found = now, self._measure()
+        return self._found[1]

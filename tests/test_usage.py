@@ -124,7 +124,7 @@ def test_a_component_that_never_ran_is_a_failure_and_one_without_effect_a_note(
 def test_a_status_names_what_had_no_effect_yet(tmp_path: Path) -> None:
     def used() -> str:
         status = Status(tmp_path, steps=9, batch_rows=4)
-        status.add({"step": 3}, usage=counts.publish(3).model_dump(mode="json"))
+        status.update({}, counts.publish(3).model_dump(mode="json"))
         return status.used()
 
     counts = Usage(tmp_path, OFF, STRATA)

@@ -8,18 +8,14 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from rich.console import RenderableType
 from torch import Tensor
 
-from shared import durable
 from shared.errors import CorruptData, DiskFull, ProjectError, Stopped
-from shared.panel import Pace
 from shared.progress import Progress
 from shared.signals import stop_signals
-from shared.space import Measured, size_of
 from shared.store import Store
 from shared.strata import POSITION_0
-from shared.terminal import Volume, say, volume
+from shared.terminal import say
 from train import checkpoint
 from train.arithmetic import arithmetic, require_same
 from train.checkpoint import Checkpoint, HeldOut
@@ -29,7 +25,7 @@ from train.evaluate import Evaluation, calibrate, evaluate
 from train.held_out import held_out_active
 from train.metrics import METRICS, TIMING, Counters, Log, Window
 from train.optimizer import Optimizer
-from train.panel import run_panel
+from train.panel import RunPanel
 from train.rows import BatchReader
 from train.samples.make import make_samples
 from train.samples.table import paths
@@ -130,11 +126,10 @@ class Run:
 
     def _train(self, stop: list[int]) -> None:
         settings, self._logged = self._settings, (0.0, 0.0)
-        self._disk = Measured(lambda: (size_of(self._path), durable.free_bytes(self._path)))
         self._began, self._cpu_began = time.monotonic(), time.process_time()
         if settings.device == "cpu" and not loops.compiled_before():
             say("compiling the loops of the first step: half a minute, once on this machine")
-        bar = Progress("train", settings.steps, "steps", done=self._first, draw=self._panel)
+        bar = Progress("train", settings.steps, "steps", done=self._first, draw=RunPanel(self._status).draw)
         with self._saver, self._reader, bar as progress:
             for step in range(self._first, settings.steps):
                 output, lr = self._step(step)
@@ -221,16 +216,14 @@ class Run:
             "rows_per_second": rate,
         } | self._data_wait(seconds)
         self._timing.append(head | timing)
-        self._status.add(head | row, head | timing, usage.model_dump(mode="json"))
+        self._status.add(head | row)
+        self._status.update(head | timing, usage.model_dump(mode="json"))
 
     def _data_wait(self, seconds: float) -> dict[str, float]:
         """Seconds that steps waited for rows since the last row of the logs, and their share of the time."""
         (before, waited), self._logged = self._logged, (seconds, self._reader.waited)
         wait = self._reader.waited - waited
         return {"data_wait": wait, "data_wait_share": wait / (seconds - before)}
-
-    def _panel(self, pace: Pace) -> RenderableType:
-        return run_panel(self._status, pace, self._disk.value(), verbose=volume() == Volume.VERBOSE)
 
     def _evaluate(self, done: int) -> Evaluation:
         settings, threshold = self._settings, self._threshold(done)

@@ -3,53 +3,75 @@
 import math
 from collections.abc import Sequence
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from shared.panel import Fitted, Pace, figures_table, inner, pairs, panel, per_second, short, size, sparkline
+from shared import durable
+from shared.panel import (
+    Fitted,
+    Kept,
+    Pace,
+    figures_table,
+    inner,
+    pairs,
+    panel,
+    per_second,
+    short,
+    size,
+    sparkline,
+)
+from shared.space import Measured, size_of
+from shared.terminal import Volume, volume
 from train.status import PENALTIES, Status
 
+Pairs = list[tuple[str, str]]
 _COURSE = 8
 """Columns for the course of the fvu, at least."""
 _BESIDE, _UNITS = 76, 100
 """Columns from which figures and components are side by side, and components say what their effect counts."""
 
 
-def run_panel(
-    status: Status, pace: Pace, disk: tuple[int, int], state: str = "", *, verbose: bool = False
-) -> RenderableType:
-    """A run as it is known now. `disk`: the bytes that it takes, and those that are free; `state`: in a few words."""
-    return Fitted(lambda width, blocks: _panel(status, pace, disk, state, inner(width), blocks, verbose))
+class RunPanel:
+    """Draws a run as its `status` is at the time."""
+
+    def __init__(self, status: Status) -> None:
+        self._status, self._body = status, Kept()
+        self.disk = Measured(lambda: (size_of(status.run), durable.free_bytes(status.run)))
+        """Bytes that the run takes, and those that are free."""
+
+    def draw(self, pace: Pace, state: str = "") -> RenderableType:
+        """The panel: `pace` as the run is, or was; `state` in a few words."""
+        taken, free = (size(count) for count in self.disk.value())
+        space = [("disk", f"{taken} taken"), ("", f"{free} free")]
+
+        def drawn(width: int, blocks: bool) -> RenderableType:
+            key = (self._status.changes, taken, free)
+            body = self._body.drawing(key, lambda: _body(self._status, space, inner(width), blocks))
+            rows = f"{per_second(pace.rate * self._status.batch_rows)} rows/s"
+            return panel(f"train {self._status.run.name}", pace, "", body, more_rates=[rows], state=state)
+
+        return Fitted(drawn)
 
 
-def _panel(
-    status: Status, pace: Pace, disk: tuple[int, int], state: str, width: int, blocks: bool, verbose: bool
-) -> RenderableType:
-    beside, parts = width >= _BESIDE, list[RenderableType]()
-    table = _components(status, units=width >= _UNITS)
-    course = _course(status, max(_COURSE, width - _UNITS)) if blocks else ""
-    figures = _figures(status, disk, course)
+def _body(status: Status, space: Pairs, width: int, blocks: bool) -> RenderableType:
+    """Figures and components, side by side where there is room."""
+    beside = width >= _BESIDE
     if not status.row:
-        parts = [pairs(figures, 1 if beside else 2), "no figures yet: the first come with the first row of the logs"]
-    elif beside:
+        return Group(pairs(space), "no figures yet: the first come with the first row of the logs")
+    course = _course(status, max(_COURSE, width - _UNITS)) if blocks else ""
+    figures, table = [*_figures(status, course), *space], _components(status, units=width >= _UNITS)
+    parts: list[RenderableType] = [pairs(figures, 2), Text(), table]
+    if beside:
         grid = Table.grid(expand=True, padding=(0, 1))
         grid.add_column(ratio=1)
         grid.add_column()
         grid.add_row(pairs(figures), table)
         parts = [grid]
-    else:
-        parts = [pairs(figures, 2), "", table]
-    if verbose and status.row:
-        parts += ["", _more(status)]
-    rows = f"{per_second(pace.rate * status.batch_rows)} rows/s"
-    return panel(f"train {status.run.name}", pace, "", *parts, more_rates=[rows], state=state)
+    return Group(*parts, *([Text(), _more(status)] if volume() == Volume.VERBOSE else []))
 
 
-def _figures(status: Status, disk: tuple[int, int], course: str) -> list[tuple[str, str]]:
-    taken, free = disk
-    space = [("disk", f"{size(taken)} taken"), ("", f"{size(free)} free")]
-    if not status.row:
-        return space
+def _figures(status: Status, course: str) -> Pairs:
     held_out, waited = status.held_out, status.timing.get("data_wait_share", math.nan)
     evaluated = [("held out", "not yet")]
     if held_out:
@@ -64,7 +86,6 @@ def _figures(status: Status, disk: tuple[int, int], course: str) -> list[tuple[s
         *(penalty if any(name in status.terms for name in PENALTIES) else []),
         ("lr", short(status.figure("lr"))),
         ("data wait", f"{waited:.1%} of time"),
-        *space,
     ]
 
 
@@ -92,7 +113,7 @@ def _component(status: Status, name: str) -> Sequence[str]:
     return name, *loss, f"{one['calls']:,}", effect, one["effect_counts"]
 
 
-def _more(status: Status) -> Table:
+def _more(status: Status) -> RenderableType:
     """Figures by position and by prefix, and those that few ask for."""
     strata, prefixes = status.row.get("strata", {}), status.row.get("prefixes", {})
     by_position = [
@@ -105,9 +126,8 @@ def _more(status: Status) -> Table:
     grid.add_row(
         figures_table(["positions", "rows", "fvu", "l0"], by_position),
         figures_table(["prefix", "fvu"], by_prefix),
-        pairs([(label, short(status.figure(name))) for label, name in others]),
     )
-    return grid
+    return Group(grid, Text(), pairs([(label, short(status.figure(name))) for label, name in others], 2))
 
 
 def _percent(share: float) -> str:

@@ -33,15 +33,24 @@ class Status:
         """The last evaluation, with its step."""
         self.fvu: list[float] = []
         """Of training rows, in every row so far; of a long run, in every other one, or fewer."""
+        self.changes = 0
 
-    def add(self, row: Row, timing: Row | None = None, usage: Row | None = None) -> None:
-        """Take over a row of the metrics, and those of the others that are known."""
-        self.row, self.timing, self.usage = row, timing or self.timing, usage or self.usage
+    def add(self, row: Row) -> None:
+        """Take over a row of the metrics. One that is not newer than the last begins anew: the run was resumed."""
+        if row["step"] <= self.step:
+            self.held_out, self.fvu = {}, []
+        self.row = row
         if "held_out" in row:
             self.held_out = {"step": row["step"], **row["held_out"]}
         self.fvu = [*self.fvu, self.figure("fvu")]
         if len(self.fvu) > _MOST_POINTS:
             self.fvu = self.fvu[::2]
+        self.changes += 1
+
+    def update(self, timing: Row, usage: Row) -> None:
+        """Take over the last row of timing.jsonl, and `usage.json`; empty ones leave those of before."""
+        self.timing, self.usage = timing or self.timing, usage or self.usage
+        self.changes += 1
 
     @property
     def step(self) -> int:

@@ -12,10 +12,9 @@ from rich.console import Console, RenderableType
 from shared import durable
 from shared.errors import CorruptData, UserError
 from shared.panel import duration
-from shared.space import Measured, size_of
 from shared.terminal import Volume, panel_shown, shows_panels, volume
 from train.files import CONFIG, LOCK, METRICS, TIMING, USAGE, Lines, Row
-from train.panel import run_panel
+from train.panel import RunPanel
 from train.status import Status
 
 State = Literal["starting", "running", "finished", "stopped"]
@@ -32,7 +31,7 @@ class Watched:
         self.status = Status(run, *_steps_and_rows(run))
         self.state: State = "starting"
         self._metrics, self._timing = Lines(run / METRICS), Lines(run / TIMING)
-        self._disk = Measured(lambda: (size_of(run), durable.free_bytes(run)))
+        self._panel = RunPanel(self.status)
 
     def look(self) -> Iterator[None]:
         """Take in what is new, and yield after each new row of the metrics. At the end, `state` is up to date."""
@@ -40,12 +39,10 @@ class Watched:
         timing = {row["step"]: row for row in _rows(self._timing)}
         usage = _usage(self._run)
         for row in _rows(self._metrics):
-            if row["step"] <= self.status.step:  # the run was resumed from an earlier checkpoint
-                self.status = Status(self._run, self.status.steps, self.status.batch_rows)
-            self.status.add(row, timing.get(row["step"], {}), usage)
+            self.status.add(row)
+            self.status.update(timing.get(row["step"], {}), usage)
             yield
-        self.status.timing = list(timing.values())[-1] if timing else self.status.timing
-        self.status.usage = usage
+        self.status.update(next(reversed(timing.values()), {}), usage)
         self.state = self._state(held)
 
     def _state(self, held: bool) -> State:
@@ -88,12 +85,11 @@ class Watched:
         with suppress(OSError):
             age = time.time() - (self._run / METRICS).stat().st_mtime
             state += f", last figures {duration(max(age, 0))} ago" if self.state == "running" else ""
-        verbose = volume() == Volume.VERBOSE
-        return run_panel(self.status, self.status.pace, self._disk.value(), state, verbose=verbose)
+        return self._panel.draw(self.status.pace, state)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        taken, free = self._disk.value()
+        taken, free = self._panel.disk.value()
         return {
             "state": self.state,
             **self.status.as_json(),
