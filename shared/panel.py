@@ -112,7 +112,7 @@ def pairs(rows: Sequence[tuple[str, str]], columns: int = 1) -> Table:
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
     for i in range(height):
-        grid.add_row(*(cell for name, value in rows[i::height] for cell in (name, value)))
+        grid.add_row(*(Text(cell) for name, value in rows[i::height] for cell in (name, value)))
     return grid
 
 
@@ -122,7 +122,7 @@ def figures_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for i, name in enumerate(names):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -10,6 +10,7 @@ from enum import IntEnum
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
+from rich.text import Text
 
 _REFRESHES = 2
 """Of a panel, per second: each takes some milliseconds of the interpreter from the work that it shows."""
@@ -66,7 +67,7 @@ class _Drawing:
         try:
             drawn = list(console.render(self._draw(), options))
         except Exception as error:
-            drawn = list(console.render(f"the panel cannot be drawn: {error!r}", options))
+            drawn = list(console.render(Text(f"the panel cannot be drawn: {error!r}"), options))
         yield from drawn
 
 
