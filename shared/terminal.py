@@ -12,8 +12,8 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-_REFRESHES = 2
-"""Of a panel, per second: each takes some milliseconds of the interpreter from the work that it shows."""
+_REFRESHES = 1
+"""Of a panel, per second: each takes two milliseconds of the interpreter from the work that it shows."""
 
 
 class Volume(IntEnum):

@@ -101,7 +101,7 @@ def test_a_run_draws_one_panel_and_loses_no_warning(store: SyntheticStore, tmp_p
 @pytest.mark.slow
 def test_a_signal_leaves_the_panel_and_says_how_to_go_on(store: SyntheticStore, tmp_path: Path) -> None:
     options = arguments(store, tmp_path, "--steps", 10**6)
-    code, written = on_terminal(["-m", "train", *options], interrupt_at="█▁".encode())
+    code, written = on_terminal(["-m", "train", *options], interrupt_at=b"held out")
     assert code == 3
     assert re.search(r"error: stopped at step \d+; continue with: python -m train resume", text_of(written))
     code, written = on_terminal(["-m", "train", "watch", tmp_path / "seen"])

@@ -61,8 +61,8 @@ class Watched:
         """The state, and what to do about it."""
         step, newest, steps = self.status.step, self._checkpoint, self.status.steps
         if self.state == "stopped":
-            behind = f" (its newest checkpoint: {newest:,})" if newest else " (no checkpoint: it will begin anew)"
-            at = f"{max(step, newest):,}" + (behind if newest < step else "")
+            behind = f" (its newest checkpoint: {newest})" if newest else " (no checkpoint: it will begin anew)"
+            at = str(max(step, newest)) + (behind if newest < step else "")
             return f"{self._run} stopped at step {at}; continue with: {self._resume}"
         said = {
             "starting": "starting: no figures yet",
