@@ -26,6 +26,7 @@ from shared.layout import UNEMBEDDING
 from shared.progress import Progress
 from shared.signals import leave, stop_signals
 from shared.statistics import Moments
+from shared.terminal import Volume, volume
 
 _BLOCKS_HELD = 2
 Missing = Mapping[Path, set[int]]
@@ -220,4 +221,5 @@ class _Counter:
     def block(self, block: int) -> None:
         """One is on disk."""
         with self._lock:
-            self._bar.update(self._done, self._status.note(), self._status.detail(block))
+            detail = self._status.detail(block) if volume() == Volume.VERBOSE else ""
+            self._bar.update(self._done, self._status.note(), detail)

@@ -30,8 +30,11 @@ class Measured(Generic[T]):
         self._found: tuple[float, T] | None = None
 
     def value(self) -> T:
-        """The value, measured anew if it is old."""
+        """The value, measured anew if it is old; what cannot be measured any more stays as it was."""
         now = time.monotonic()
-        if self._found is None or now - self._found[0] >= self._seconds:
+        if self._found is None:
             self._found = now, self._measure()
+        elif now - self._found[0] >= self._seconds:
+            with suppress(OSError):
+                self._found = now, self._measure()
         return self._found[1]
