@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import RenderableType
+from rich.text import Text
 
 from shared.panel import Pace, panel
 from shared.terminal import Volume, panel_shown, shows_panels, volume
@@ -34,7 +35,7 @@ class Progress:
         self._name, self._total, self._unit, self._start, self._done = name, total, unit, done, done
         self._began = self._printed = time.monotonic()
         self._note, self._told = "", True
-        self._draw = draw or (lambda pace: panel(name, pace, *([self._note] if self._note else [])))
+        self._draw = draw or (lambda pace: panel(name, pace, *([Text(self._note)] if self._note else [])))
         self._panel = alone and volume() > Volume.QUIET and shows_panels()
         self._shown = ExitStack()
 
@@ -47,7 +48,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._shown.close()
-        if error is None and not self._told:
+        if self._done == self._total and not self._told:
             self._print(self._note)
 
     def pace(self) -> Pace:
