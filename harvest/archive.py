@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 
-from harvest.cache import size_of
 from harvest.pipeline import lock_store
 from shared import durable
 from shared.arrays import ArraySpec, group_metadata
@@ -18,6 +17,7 @@ from shared.errors import CorruptData, UserError
 from shared.layout import ARRAYS, PACKED, PLAN, REQUEST, STORE, FileRecord, moments_path, record_path
 from shared.packed import PackedRecord, pack_shard, packed_metadata, unpack_shard
 from shared.progress import Progress
+from shared.space import size_of
 from shared.store import Store
 
 Shard = tuple[str, ArraySpec]

@@ -15,6 +15,8 @@ from shared import durable
 from shared.checks import is_packed, progress, read_plan, read_request, read_store_record
 from shared.errors import ProjectError, UserError
 from shared.layout import LEDGER, PLAN, REQUEST, STORE, StoreRequest
+from shared.panel import size
+from shared.space import size_of
 
 _NAMED = 5
 
@@ -61,11 +63,11 @@ def show(entries: Sequence[Entry], cache: Path) -> None:
     for entry in entries:
         numbers = [f"{n:,}" if n is not None else "" for n in (entry.context_size, entry.tokens, entry.rows)]
         layer = "" if entry.layer is None else str(entry.layer)
-        size, age, users = _size(entry.bytes), _age(entry.age_seconds), ", ".join(entry.used_by)
-        table.add_row(entry.name, entry.model, layer, entry.hooks, *numbers, size, age, entry.state, users)
+        taken, age, users = size(entry.bytes), _age(entry.age_seconds), ", ".join(entry.used_by)
+        table.add_row(entry.name, entry.model, layer, entry.hooks, *numbers, taken, age, entry.state, users)
     console.print(table)
     total, free = size_of(*(cache / entry.name for entry in entries)), durable.free_bytes(cache)
-    console.print(f"{len(entries)} stores, {_size(total)}; {_size(free)} free", highlight=False)
+    console.print(f"{len(entries)} stores, {size(total)}; {size(free)} free", highlight=False)
 
 
 def as_json(entries: Sequence[Entry], cache: Path) -> dict[str, Any]:
@@ -115,16 +117,6 @@ def sweep(cache: Path) -> None:
                 litter[1].unlink(missing_ok=True)
                 if not store.exists():
                     lock.unlink()
-
-
-def size_of(*paths: Path) -> int:
-    """Bytes of all files below `paths`, one with several names once, and perhaps not what is renamed meanwhile."""
-    sizes = {}
-    for file in (file for path in paths for file in path.rglob("*")):
-        with suppress(FileNotFoundError):
-            status = file.stat()
-            sizes[status.st_dev, status.st_ino] = status.st_size if file.is_file() else 0
-    return sum(sizes.values())
 
 
 def differences(theirs: StoreRequest, ours: StoreRequest) -> dict[str, tuple[Any, Any]]:
@@ -199,15 +191,6 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:12] + "..."
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:,.4g} {unit}"
 
 
 def _age(seconds: float) -> str:

@@ -15,6 +15,7 @@ from shared.config import build, load_preset, override
 from shared.errors import UserError
 from shared.signals import stop_at_once
 from shared.store import Local
+from shared.terminal import say
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "tiny"
@@ -61,6 +62,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 @group.command()
 @request_options
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
+@shared.cli.volume_options
 def run(cache: Path, force: bool, **given: Any) -> None:
     """Make the store of PRESET, or continue, extend or find it; prints its path last (a line per layer)."""
     settings = resolve(**given)
@@ -118,6 +120,7 @@ def info(store: Path, shuffle: bool, run_rows: int | None, as_json: bool, local:
 @click.option("--model", help="Where the store's model lies, if not where the store says.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which rows are recomputed.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@shared.cli.quiet_option
 @shared.cli.local_options
 def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json: bool, local: Local | None) -> None:
     """Read every file of STORE and compare it with its checksum; fails with the list of damaged files."""
@@ -143,6 +146,7 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
 @click.option("--text", multiple=True, help="Where the store's text lies, if its tokens are damaged (repeatable).")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads that run batches; 0 is one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@shared.cli.volume_options
 def repair(store: Path, model: str | None, text: tuple[str, ...], workers: int, as_json: bool) -> None:
     """Verify STORE and make what is damaged anew: the blocks concerned, and no others."""
     from harvest.repair import repair as mend
@@ -156,6 +160,7 @@ def repair(store: Path, model: str | None, text: tuple[str, ...], workers: int, 
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@shared.cli.quiet_option
 def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
     """Write STORE compressed to FOLDER, for archives and uploads; prints the folder last."""
     from harvest.archive import pack as write
@@ -164,7 +169,7 @@ def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"path": str(folder), "shard_bytes": size, "packed_shard_bytes": packed}, indent=2))
     else:
-        print(f"{size:,} bytes of rows packed into {packed:,}: {size / packed:.2f} to 1", file=sys.stderr)
+        say(f"{size:,} bytes of rows packed into {packed:,}: {size / packed:.2f} to 1")
         print(folder)
 
 
@@ -173,6 +178,7 @@ def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@shared.cli.quiet_option
 def unpack(packed: Path, folder: Path, force: bool, as_json: bool) -> None:
     """Write the packed store PACKED to FOLDER as it was before, byte for byte; prints the folder last."""
     from harvest.archive import unpack as write

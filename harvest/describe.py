@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from harvest.blocks import SIDES
-from harvest.cache import size_of
 from harvest.shuffle import BATCH_ROWS, LIMIT, as_json, measure
 from shared.checks import read_store_record
 from shared.errors import CorruptData
 from shared.layout import StratumSummary
 from shared.progress import Progress
+from shared.space import size_of
 from shared.store import Local, Store
 
 Facts = dict[str, Any]

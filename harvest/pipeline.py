@@ -31,6 +31,7 @@ from shared.config import build
 from shared.errors import CorruptData, UserError
 from shared.layout import STATISTICS, STORE, ModelIdentity, StoreRequest
 from shared.store import Store
+from shared.terminal import say
 
 _CUDA_TOKENS, _CPU_TOKENS, _CPU_VALUES = 8192, 2048, 2**22
 """Tokens per forward pass, and on CPU the values of one activation."""
@@ -239,7 +240,7 @@ def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, fo
             plan.publish_records(target)
             finish.drop_damaged(target)
         elif line := explain_new(target.path, target.request):
-            print(line, file=sys.stderr)
+            say(line)
     widths = hook_widths(targets, inputs)
     if not force:
         require_space([estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets])

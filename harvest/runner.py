@@ -16,6 +16,7 @@ from harvest.blocks import BlockLayout, Buffers, block_layout
 from harvest.capture import Capture, fitting_buffers, open_capture
 from harvest.model import Model, check_isolation, load_model
 from harvest.packing import Windows, model_positions
+from harvest.panel import Status, free_on
 from harvest.plan import Target
 from harvest.ranks import Ranks
 from harvest.unembedding import publish_unembedding
@@ -25,6 +26,7 @@ from shared.layout import UNEMBEDDING
 from shared.progress import Progress
 from shared.signals import leave, stop_signals
 from shared.statistics import Moments
+from shared.terminal import Volume, volume
 
 _BLOCKS_HELD = 2
 Missing = Mapping[Path, set[int]]
@@ -83,11 +85,24 @@ class Runner:
         ):
             batch = self._batch(capture, targets, mine)
             size = request.block_tokens
-            bar = Progress(name, (done + len(mine)) * size, "tokens", done * size)
+            status = Status(
+                targets=targets,
+                missing=missing,
+                mine=frozenset(mine),
+                there=done,
+                widths=self.widths,
+                batch=batch,
+                device=device,
+                workers=self.workers,
+                disk=free_on(targets[0].path),
+            )
+            alone = self.ranks.size == 1
+            bar = Progress(name, (done + len(mine)) * size, "tokens", done * size, draw=status.panel, alone=alone)
+            count = _Counter(bar, done * size, status)
             with stop_signals() as stop, bar:
                 blocks = Blocks(targets, missing, self.widths, batch, self.ranks.first)
                 try:
-                    blocks.run(mine, capture, writer, _counter(bar, done * size), stop)
+                    blocks.run(mine, capture, writer, count.tokens, stop, count.block)
                 except KeyboardInterrupt:  # the second one: a pass of a large model takes a minute
                     leave("stopped at once; run the same command again to continue")
                 if stop:
@@ -121,10 +136,12 @@ class Blocks:
         capture: Capture,
         writer: ThreadPoolExecutor,
         done: Callable[[int], None],
-        stop: Sequence[int],
+        stop: Sequence[int] = (),
+        written: Callable[[int], None] = lambda block: None,
     ) -> None:
         """Capture and commit `blocks`; a block is begun when the one before the last is on disk.
 
+        `done` hears of tokens whose passes are made, `written` of blocks that are committed.
         When `stop` has a signal, no pass is begun any more, and blocks that lack one are left out.
         """
         target, request = self._targets[0], self._targets[0].request
@@ -137,12 +154,18 @@ class Blocks:
             used = pending.popleft().result() if len(pending) == _BLOCKS_HELD else {}
             buffers = fitting_buffers(used, self._widths, len(layout.rows), request.storage)
             passes = capture.submit(windows, layout, self._batch, buffers, done, stop)
-            pending.append(writer.submit(self._write, block, windows, layout, buffers, passes))
+            pending.append(writer.submit(self._write, block, windows, layout, buffers, passes, written))
         while pending:
             pending.popleft().result()
 
     def _write(
-        self, block: int, windows: Windows, layout: BlockLayout, buffers: Buffers, passes: Sequence[Future[bool]]
+        self,
+        block: int,
+        windows: Windows,
+        layout: BlockLayout,
+        buffers: Buffers,
+        passes: Sequence[Future[bool]],
+        written: Callable[[int], None],
     ) -> Buffers:
         """Commit a block when its passes are done, if all of them ran; gives its buffers back."""
         if not all([future.result() for future in passes]):
@@ -154,6 +177,7 @@ class Blocks:
                 if self._first:
                     ledger.grow_arrays(target, set(range(target.blocks)) - self._missing[target.path])
                 self._warn(target, block, moments)
+        written(block)
         return buffers
 
     def _warn(self, target: Target, block: int, moments: Mapping[str, Moments]) -> None:
@@ -182,13 +206,20 @@ def seconds_per_token(folder: Path, targets: Sequence[Target], vocabulary: int, 
         return (time.monotonic() - began) / (passes * part.tokens.size)
 
 
-def _counter(bar: Progress, done: int) -> Callable[[int], None]:
-    lock = Lock()
+class _Counter:
+    """Tells a progress bar of tokens and blocks, which several threads finish."""
 
-    def count(tokens: int) -> None:
-        nonlocal done
-        with lock:
-            done += tokens
-            bar.update(done)
+    def __init__(self, bar: Progress, done: int, status: Status) -> None:
+        self._bar, self._done, self._status, self._lock = bar, done, status, Lock()
 
-    return count
+    def tokens(self, count: int) -> None:
+        """So many more are done."""
+        with self._lock:
+            self._done += count
+            self._bar.update(self._done)
+
+    def block(self, block: int) -> None:
+        """One is on disk."""
+        with self._lock:
+            detail = self._status.detail(block) if volume() == Volume.VERBOSE else ""
+            self._bar.update(self._done, self._status.note(), detail)

@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from shared.errors import ProjectError, Stopped
+from shared.errors import ProjectError, Stopped, UserError
 from shared.packed import LOCAL_BYTES
 from shared.process import let_idle_threads_sleep
 from shared.store import Local
+from shared.terminal import Volume, speaking
 
 
 def run(group: click.Group) -> None:
@@ -48,5 +49,35 @@ def local_options(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*, local_folder: Path | None, local_bytes: int | None, **given: Any) -> None:
         local = Local(folder=local_folder, bytes=local_bytes or LOCAL_BYTES) if local_folder or local_bytes else None
         command(**given, local=local)
+
+    return wrapped
+
+
+_quiet_option = click.option("-q", "--quiet", is_flag=True, help="Only warnings, errors and the result.")
+_verbose_option = click.option("-v", "--verbose", is_flag=True, help="All figures, whenever there are new ones.")
+
+
+def volume_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`--quiet` and `--verbose`: how much the command says."""
+    return _quiet_option(_verbose_option(_speaking(command)))
+
+
+def quiet_option(command: Callable[..., None]) -> Callable[..., None]:
+    """`--quiet` alone, for a command that has no more to say than how far it is."""
+    return _quiet_option(_speaking(command))
+
+
+def verbose_option(command: Callable[..., None]) -> Callable[..., None]:
+    """`--verbose` alone, for a command whose result is what there is to say."""
+    return _verbose_option(_speaking(command))
+
+
+def _speaking(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def wrapped(*, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
+        if quiet and verbose:
+            raise UserError("--quiet and --verbose contradict each other; give one of them")
+        with speaking(Volume.QUIET if quiet else Volume.VERBOSE if verbose else Volume.NORMAL):
+            command(**given)
 
     return wrapped

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from shared.errors import CorruptData, DiskFull, UserError
 from shared.files import MOST_BYTES, MOST_NESTED, nests_too_deep, read_file
 
 TEMPORARY = ".tmp"
+_ASKING_SECONDS = 0.05
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Buffers = bytes | Sequence[Any]
@@ -273,13 +275,14 @@ def lock(path: Path, what: str, *, shared: bool = False, make: bool = True) -> I
     """Hold the lock of the file `path`; the kernel releases it when the holder dies.
 
     Any number of processes can hold it `shared`, or one alone. A missing file is made if `make` says so. Raises
-    `UserError` at once when another process holds it, and when the file is missing and is not or cannot be made.
+    `UserError`, without waiting, when another process holds it, and when the file is missing and is not or cannot be
+    made.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         descriptor = _open_to_lock(path, make)
         while True:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            _take(descriptor, kind)
             if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break  # and not a file that its holder has removed since it was opened
             os.close(descriptor)
@@ -296,6 +299,29 @@ def lock(path: Path, what: str, *, shared: bool = False, make: bool = True) -> I
         yield Lock(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Whether another process holds the lock of the file `path` alone, on this machine or by a shared file system.
+
+    Makes no file. Where the system's table of locks names no holder, the lock is taken shared for a moment, which
+    `lock` waits for.
+    """
+    if holders(path):
+        return True
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def holders(path: Path) -> list[str]:
@@ -315,6 +341,15 @@ def holders(path: Path) -> list[str]:
                 name = Path("/proc", fields[4], "comm").read_text().strip()
                 found.append(f"process {fields[4]} ({name})")
     return found
+
+
+def _take(descriptor: int, kind: int) -> None:
+    """Lock a file. Raises `BlockingIOError` when another process holds it for longer than `is_held` does to ask."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(_ASKING_SECONDS)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
 
 
 def _open_to_lock(path: Path, make: bool) -> int:

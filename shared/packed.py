@@ -8,7 +8,6 @@ import atexit
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import threading
 from collections import OrderedDict
@@ -28,6 +27,7 @@ from shared.bounds import Count, FileName
 from shared.config import Config
 from shared.errors import CorruptData, UserError
 from shared.layout import FileRecord
+from shared.terminal import say
 
 FORMAT_VERSION: Literal[1] = 1
 LEVEL = 4
@@ -159,10 +159,9 @@ class LocalFolder:
         self.bytes -= oldest.bytes
         self.evicted += 1
         if self.evicted == 1:
-            print(
+            say(
                 f"note: the packed store {self._root.parent} needs more than {self._most:,} bytes unpacked, so parts "
-                "of it are decoded again and again: raise --local-bytes, or unpack it",
-                file=sys.stderr,
+                "of it are decoded again and again: raise --local-bytes, or unpack it"
             )
 
 

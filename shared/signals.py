@@ -42,6 +42,7 @@ def stop_at_once() -> None:
 
 def leave(message: str) -> NoReturn:
     """End the process without waiting for its threads, as a kill would, with the exit code of `Stopped`."""
-    shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which a progress bar hides
-    print(f"{shown}error: {message}", file=sys.stderr, flush=True)
+    under_panel = getattr(sys.stderr, "rich_proxied_file", None)  # the terminal; a panel ends without a line's end,
+    shown = "\n\x1b[?25h" if under_panel else ""  # and hides the cursor
+    print(f"{shown}error: {message}", file=under_panel or sys.stderr, flush=True)
     os._exit(Stopped.exit_code)

@@ -1,9 +1,11 @@
 import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -431,3 +433,24 @@ def test_required_space_is_exact(tmp_path, monkeypatch):
     expected = f"no room for the store in {tmp_path}: it needs 1,001 bytes and 1,000 are free"
     assert str(error.value).startswith(expected)
     assert error.value.exit_code == 2
+
+
+def test_whether_a_lock_is_held_is_told_without_taking_it_from_anyone(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    assert not durable.is_held(path) and not path.exists()
+    for known in (True, False):
+        if not known:  # as on a system without a table of locks, or for a holder on another machine
+            monkeypatch.setattr(durable, "holders", lambda path: [])
+        with durable.lock(path, "it"):
+            assert durable.is_held(path)
+        assert not durable.is_held(path)
+
+
+def test_a_lock_that_is_only_asked_about_is_had(tmp_path):
+    path = tmp_path / "lock"
+    path.touch()
+    asking = os.open(path, os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    threading.Timer(0.01, os.close, [asking]).start()
+    with durable.lock(path, "it"):
+        pass

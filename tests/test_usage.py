@@ -13,6 +13,7 @@ from train.duplicates.activations import co_activation_loss
 from train.duplicates.directions import direction_loss
 from train.settings import Settings
 from train.sparsity import Active
+from train.status import Status
 from train.usage import Usage, components, prove
 
 ALL_ON = Settings.model_validate(
@@ -120,14 +121,19 @@ def test_a_component_that_never_ran_is_a_failure_and_one_without_effect_a_note(
     assert "note: mined ran and found nothing to do" in capsys.readouterr().err
 
 
-def test_the_summary_names_what_had_no_effect_yet(tmp_path: Path) -> None:
+def test_a_status_names_what_had_no_effect_yet(tmp_path: Path) -> None:
+    def used() -> str:
+        status = Status(tmp_path, steps=9, batch_rows=4)
+        status.update({}, counts.publish(3).model_dump(mode="json"))
+        return status.used()
+
     counts = Usage(tmp_path, OFF, STRATA)
     counts.effects({"reconstruction": 0.5}, 3)
     counts.call("monitor", effect=4)
     counts.call("evaluation", effect=0)
-    assert counts.summary() == "used 2/4 (not yet evaluation, checkpoint)"
+    assert used() == "used 2/4 (not yet evaluation, checkpoint)"
     counts.call("evaluation", "checkpoint", effect=1)
-    assert counts.summary() == "used 4/4"
+    assert used() == "used 4/4"
 
 
 def test_a_monitor_that_is_off_is_no_component(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`python -m train run|resume|checkpoints|evaluate|samples|compare`: parses, builds, runs."""
+"""`python -m train run|resume|watch|checkpoints|evaluate|samples|compare`: parses, builds, runs."""
 
 import functools
 import json
@@ -11,6 +11,7 @@ import click
 import shared.cli
 from shared.config import build
 from shared.store import Local, Store
+from shared.terminal import Volume, volume
 
 _fallback_option = click.option(
     "--fallback-dir",
@@ -56,6 +57,7 @@ def mirror_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
 @_fallback_option
 @mirror_options
+@shared.cli.volume_options
 @shared.cli.local_options
 def run(
     preset: str,
@@ -94,6 +96,7 @@ def run(
 @click.option("--inexact", is_flag=True, help="Go on on another processor or other versions; the last bits may differ.")
 @_fallback_option
 @mirror_options
+@shared.cli.volume_options
 @shared.cli.local_options
 def resume(
     run: Path,
@@ -110,6 +113,18 @@ def resume(
     resume_run(run, store, local, fallback=fallback, threads=threads, inexact=inexact, project=project)
     _summarise(run)
     click.echo(run)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--once", is_flag=True, help="Show the run as it is now, and end.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, an object for each new row.")
+@shared.cli.verbose_option
+def watch(run: Path, once: bool, as_json: bool) -> None:
+    """Show how far a run is, running or not, by its files; ends with the run, or by Ctrl-C. Changes nothing."""
+    from train.watch import watch as watch_run
+
+    watch_run(run, once=once, as_json=as_json)
 
 
 @main.command()
@@ -154,6 +169,7 @@ def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_j
 @click.option("--rows", type=click.IntRange(1), help="Stored rows that are looked at, at most.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override samples.*; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@shared.cli.quiet_option
 @shared.cli.local_options
 def samples(
     run: Path,
@@ -194,6 +210,7 @@ def samples(
     help="Latents matched across seeds, at most.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@shared.cli.quiet_option
 def compare(runs: tuple[Path, ...], store: Path | None, l0: float | None, matched_latents: int, as_json: bool) -> None:
     """Held-out figures of RUNS of one store side by side; those that differ in their seed alone are one arm."""
     from train.compare.arms import compare as compare_runs
@@ -211,7 +228,9 @@ def _free_name(runs: Path, preset: str) -> str:
 
 
 def _summarise(run: Path) -> None:
-    """The last held-out figures of the run, on stderr."""
+    """The last held-out figures of the run, on stderr, unless the user wants quiet."""
+    if volume() == Volume.QUIET:
+        return
     from train.evaluate import Evaluation
     from train.metrics import METRICS, Log
     from train.tables import print_evaluation

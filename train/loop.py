@@ -15,6 +15,7 @@ from shared.progress import Progress
 from shared.signals import stop_signals
 from shared.store import Store
 from shared.strata import POSITION_0
+from shared.terminal import say
 from train import checkpoint
 from train.arithmetic import arithmetic, require_same
 from train.checkpoint import Checkpoint, HeldOut
@@ -24,12 +25,14 @@ from train.evaluate import Evaluation, calibrate, evaluate
 from train.held_out import held_out_active
 from train.metrics import METRICS, TIMING, Counters, Log, Window
 from train.optimizer import Optimizer
+from train.panel import RunPanel
 from train.rows import BatchReader
 from train.samples.make import make_samples
 from train.samples.table import paths
 from train.saver import Saver
 from train.settings import RunConfig, checkpoint_bytes, default_kernels
 from train.sparse_step import loops
+from train.status import Status
 from train.transcoder import Normalisation, Step, Transcoder
 from train.usage import SAMPLES, Usage, prove
 
@@ -98,6 +101,7 @@ class Run:
             self._settings.evaluation.every,
             self._settings.checkpoint.every,
         )
+        self._status = Status(path, self._settings.steps, self._settings.rows.batch_rows)
         self._first_bad = torch.tensor(_NEVER, device=device)
         self._calibrated: tuple[int, Tensor] | None = None
         self._first = 0
@@ -109,6 +113,8 @@ class Run:
         """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
         for log in (self._metrics, self._timing):
             log.cut(self._first)
+        for row in self._metrics.rows():
+            self._status.add(row)
         self._saver.prune()
         with stop_signals() as stop:
             if self._first < self._settings.steps:
@@ -119,11 +125,11 @@ class Run:
                 print(f"warning: {log.lost_rows} rows of {log.path} were lost", file=sys.stderr)
 
     def _train(self, stop: list[int]) -> None:
-        settings, self._logged, note = self._settings, (0.0, 0.0), ""
+        settings, self._logged = self._settings, (0.0, 0.0)
         self._began, self._cpu_began = time.monotonic(), time.process_time()
         if settings.device == "cpu" and not loops.compiled_before():
-            print("compiling the loops of the first step: half a minute, once on this machine", file=sys.stderr)
-        bar = Progress("train", settings.steps, "steps", done=self._first)
+            say("compiling the loops of the first step: half a minute, once on this machine")
+        bar = Progress("train", settings.steps, "steps", done=self._first, draw=RunPanel(self._status).draw)
         with self._saver, self._reader, bar as progress:
             for step in range(self._first, settings.steps):
                 output, lr = self._step(step)
@@ -138,9 +144,11 @@ class Run:
                     if settings.diversity.controller.on:
                         self._usage.call("controller", effect=moved)
                 held_out = self._evaluate(done) if self._due(done, settings.evaluation.every) else None
+                note = detail = ""
                 if held_out or self._due(done, settings.log_every):
-                    note = self._log(done, output, lr, held_out)
-                progress.update(done, note)
+                    self._log(done, output, lr, held_out)
+                    note, detail = self._status.note(), self._status.detail()
+                progress.update(done, note, detail)
                 if last or self._due(done, settings.checkpoint.every):
                     self._checkpoint(done, held_out, last=last)
                 if stopping and done < settings.steps:
@@ -152,7 +160,7 @@ class Run:
         steps = self._settings.steps
         there = (not monitor or self._monitor.reported_held_out) and (not samples or self._sampled)
         if self._first == steps and there and self._usage.finished(steps):
-            print(f"{self._path} is finished: {steps} steps", file=sys.stderr)
+            say(f"{self._path} is finished: {steps} steps")
             return
         if monitor:
             self._report_held_out()
@@ -183,8 +191,8 @@ class Run:
         self._window.add(output, grad_norm)
         return output, lr
 
-    def _log(self, done: int, output: Step, lr: float, held_out: Evaluation | None) -> str:
-        """Write the rows of the logs; returns a short form for people."""
+    def _log(self, done: int, output: Step, lr: float, held_out: Evaluation | None) -> None:
+        """Write the rows of the logs, and show them."""
         head = {"step": done, "rows": done * self._settings.rows.batch_rows}
         row = self._window.row() | {
             "lr": lr,
@@ -194,27 +202,22 @@ class Run:
             "epochs": self._reader.epochs(done),
             "weight_scales": self._diversity.scales,
         }
-        note = f"fvu {row['fvu']:.4f}  dead {row['dead_share']:.1%}"
         if held_out:
             row["held_out"] = held_out.model_dump(mode="json")
-            note += f"  held-out fvu {held_out.fvu:.4f}  l0 {held_out.l0:.1f}"
         self._metrics.append(head | row)
         self._usage.effects(row["terms"], row["steps"])
-        self._usage.publish(done)
-        note += f"  {self._usage.summary()}"
+        usage = self._usage.publish(done)
         seconds = time.monotonic() - self._began
         rate = (done - self._first) * self._settings.rows.batch_rows / seconds
-        self._timing.append(
-            head
-            | {
-                "from_step": self._first,
-                "seconds": seconds,
-                "cpu_seconds": time.process_time() - self._cpu_began,
-                "rows_per_second": rate,
-            }
-            | self._data_wait(seconds)
-        )
-        return note
+        timing = {
+            "from_step": self._first,
+            "seconds": seconds,
+            "cpu_seconds": time.process_time() - self._cpu_began,
+            "rows_per_second": rate,
+        } | self._data_wait(seconds)
+        self._timing.append(head | timing)
+        self._status.add(head | row)
+        self._status.update(head | timing, usage.model_dump(mode="json"))
 
     def _data_wait(self, seconds: float) -> dict[str, float]:
         """Seconds that steps waited for rows since the last row of the logs, and their share of the time."""

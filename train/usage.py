@@ -16,6 +16,7 @@ from shared import durable
 from shared.config import Config, read_record
 from shared.errors import DiskFull, ProjectError
 from shared.strata import POSITION_0
+from shared.terminal import say
 from train.checkpoint import fitting
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
@@ -121,13 +122,6 @@ class Usage:
             self.lost += 1
         return record
 
-    def summary(self) -> str:
-        """How many of the components that are on had an effect so far, and which had none."""
-        idle = [name for name in self._counted if not self._effect[name]]
-        return f"used {len(self._counted) - len(idle)}/{len(self._counted)}" + (
-            f" (not yet {', '.join(idle)})" if idle else ""
-        )
-
     def finished(self, step: int) -> bool:
         """Whether the file has been published after the last step, with all that follows it."""
         if not self._path.is_file():
@@ -139,7 +133,7 @@ class Usage:
         """Publish after the last step. Raises `ProjectError` when a component that is on never ran."""
         record = self.publish(step)
         for note in record.notes:
-            print(f"note: {note}", file=sys.stderr)
+            say(f"note: {note}")
         if unused := [name for name, component in record.components.items() if not component.calls]:
             raise ProjectError(f"configured, and never ran in {step} steps: {', '.join(unused)} ({self._path})")
 

@@ -189,7 +189,7 @@ PROTECTIONS: tuple[Protection, ...] = (
     Protection(
         (28, 29),
         "shared/durable.py",
-        "            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)\n",
+        "            _take(descriptor, kind)\n",
         "            pass\n",
         (
             "tests/faults/test_harvest_signals.py::test_a_second_harvester_is_told_at_once_who_the_first_is",

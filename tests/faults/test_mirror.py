@@ -20,6 +20,7 @@ from tests.mirrors import ROOT, core, files, histories, summaries, trainer, wait
 from tests.runs import SMALL, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
 from tests.wandb_server import Server
+from train import files as run_files
 from train import metrics, usage
 from train.duplicates import monitor
 from train.mirror import child, process, records
@@ -229,8 +230,8 @@ def test_a_killed_run_goes_on_at_the_server(
 
 
 def test_names_of_files_are_the_trainers() -> None:
-    assert (records.METRICS, records.TIMING) == (metrics.METRICS, metrics.TIMING)
-    assert (records.USAGE, records.CONFIG) == (usage.USAGE, CONFIG)
+    assert (run_files.METRICS, run_files.TIMING) == (metrics.METRICS, metrics.TIMING)
+    assert (run_files.USAGE, run_files.CONFIG) == (usage.USAGE, CONFIG)
     assert (records.REPORTS, records.HELD_OUT) == (monitor.FOLDER, monitor.HELD_OUT)
     assert Path("run", records.LATENTS.format(7)) == table.paths(Path("run"), 7)[1]
 

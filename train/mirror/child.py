@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 
 from shared import durable
 from shared.errors import UserError
+from train.files import CONFIG, Row
 from train.mirror.process import COMPLETE, FOLDER, SECONDS, kill_marked, unsent
-from train.mirror.records import CONFIG, Records, Row
+from train.mirror.records import Records
 from train.mirror.written import steps
 
 STATE = "mirror.json"

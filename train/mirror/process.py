@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+from shared.terminal import say
+
 SECONDS = 10.0
 """How long the trainer waits at its end, at most."""
 FOLDER, LOG = "wandb", "mirror.log"
@@ -109,7 +111,7 @@ def _end(child: subprocess.Popen[bytes], run: Path, complete: bool) -> None:
             f"with: python -m train resume {run} --wandb" + (f"; upload what is on disk {upload}" if kind else "")
         )
     elif kind == "offline-run-*":
-        print(f"mirrored offline; upload it {upload}", file=sys.stderr)
+        say(f"mirrored offline; upload it {upload}")
 
 
 def _warn(message: str) -> None:

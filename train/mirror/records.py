@@ -4,18 +4,16 @@ The names of files are those that the trainer writes; nothing here imports torch
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-METRICS, TIMING, USAGE, CONFIG = "metrics.jsonl", "timing.jsonl", "usage.json", "config.json"
+from train.files import CONFIG, METRICS, TIMING, USAGE, Lines, Row
+
 REPORTS, HELD_OUT = "anti_duplication_logs", "correlation-held-out.json"
 LATENTS = "samples/latents-{:06d}.parquet"
 BINS = 60
-
-Row = dict[str, Any]
 
 
 class Records:
@@ -24,7 +22,7 @@ class Records:
     def __init__(self, run: Path) -> None:
         self._run = run
         self._steps: int = json.loads((run / CONFIG).read_bytes())["settings"]["steps"]
-        self._metrics, self._timing = _Lines(run / METRICS), _Lines(run / TIMING)
+        self._metrics, self._timing = Lines(run / METRICS), Lines(run / TIMING)
         self._rows: dict[int, Row] = {}
         self._reported: set[Path] = set()
         self._newest = {METRICS: -1, TIMING: -1}
@@ -107,24 +105,3 @@ def summary(report: Row, name: str) -> Row:
     counts = {"pairs_listed": len(report["pairs"]), "clusters": len(report["clusters"])}
     figures = {key: part for key, part in report.items() if key not in ("schema_version", "step", "sample")}
     return flatten({name: figures | counts})
-
-
-class _Lines:
-    """The rows of a file of JSON lines, each read once; a file that was replaced is read anew."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._inode, self._offset = path, 0, 0
-
-    def read(self) -> Iterator[Row]:
-        """The rows that were added; a line that is being written waits, one that is torn is left out."""
-        with suppress(FileNotFoundError), open(self._path, "rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_ino != self._inode or status.st_size < self._offset:
-                self._inode, self._offset = status.st_ino, 0
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                with suppress(ValueError):
-                    yield json.loads(line)

@@ -1,12 +1,12 @@
 """Samples of a checkpoint: encode, select, and put into tables."""
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
 
 from shared.store import Store
+from shared.terminal import say
 from train.evaluate import natural_weights
 from train.samples.encode import encode
 from train.samples.select import SamplesConfig, select
@@ -34,7 +34,7 @@ def make_samples(
     chosen = select(found, settings, run.seed)
     tokenizer = store.tokenizer / "tokenizer.json"
     if not tokenizer.is_file():
-        print(f"note: {store.path} holds no tokenizer.json: samples have tokens, and no text", file=sys.stderr)
+        say(f"note: {store.path} holds no tokenizer.json: samples have tokens, and no text")
     contexts = contexts_table(found, chosen, settings.context, tokenizer)
     prefixes = np.array(transcoder.prefixes)[transcoder.segment.cpu().numpy()]
     weights = natural_weights(store)
