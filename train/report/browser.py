@@ -1,8 +1,9 @@
 """The browser of latents: the page `latents.html`, and its data as compressed scripts beside it.
 
-A page that is opened from disk may not fetch files or load modules. So data come as classic scripts, each one call of
-a function of the page with a string: JSON, gzipped, in base64. Such a string holds nothing that a script or a page could
-take for its own. An index of all latents is loaded at once, chunks of latents with their contexts as they are looked at.
+A page that is opened from disk may not fetch files or load modules. So data come as classic scripts, each one call
+of a function of the page with a string: JSON, gzipped, in base64. Such a string holds nothing that a script or a page
+could take for its own. An index of all latents is loaded at once, chunks of latents with their contexts when one of
+them is looked at.
 
 Legend: F latents, n contexts, C tokens of all contexts.
 """

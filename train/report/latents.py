@@ -58,8 +58,9 @@ def latents_table(
     columns |= {
         "bos_share": (
             bos_share(latents, store),
-            "share of position 0 among the rows on which it is active, at natural frequencies: of density times natural "
-            "rows, that of position 0 by the sum over strata; null: never active, or position 0 is no stratum alone",
+            "share of position 0 among the rows on which it is active, at natural frequencies: of density times "
+            "natural rows, that of position 0 by the sum over strata; null: never active, or position 0 is no stratum "
+            "of its own",
         ),
         "nearest_latents": (_lists(near, near), "the live latents with the largest cosines of decoder rows, falling"),
         "nearest_cosines": (_lists(near, cosines.float()), "their cosines"),
@@ -148,7 +149,11 @@ def _effects(transcoder: Transcoder, store: Store) -> dict[str, tuple[pa.Array, 
         columns = _Effects(*none, *none)
     else:
         directions = (transcoder.W_dec.detach() * transcoder.target_scale).cpu().numpy()
-        columns = _Effects(*map(_whole, Unembedding(store.path / UNEMBEDDING).effects(directions, EFFECTS)))
+        found = Unembedding(store.path / UNEMBEDDING).effects(directions, EFFECTS)
+        columns = _Effects(
+            *(_whole(part) for part in (found.promoted, found.promoted_effects)),
+            *(_whole(part) for part in (found.suppressed, found.suppressed_effects)),
+        )
     return dict(zip(_Effects._fields, zip(columns, told, strict=True), strict=True))
 
 

@@ -108,13 +108,16 @@ function share(value) {
 const count = (n) => n.toLocaleString("en");
 const text = (word) => words.texts?.[word] ?? `<${words.ids[word]}>`;
 
+/** A token as it is shown: what is not seen by a sign, at most `long` characters. */
 function visible(string, long, edges) {
-  let told = string;
-  if (string.length > long) told = Array.from(string.slice(0, 2 * long)).slice(0, long).join("");
-  const cutOff = told.length < string.length;
+  let told = string.slice(0, 1000);
+  if (edges) {
+    told = told.replace(/^ +| +$|(?<=\n) +/g, (run) => (run.length < 4 ? "␣".repeat(run.length) : `␣×${run.length}`));
+  }
   told = told.replace(UNSEEN, (c) => SIGNS[c] ?? `[U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}]`);
-  if (edges) told = told.replace(/^ +| +$/g, (spaces) => (spaces.length < 4 ? "␣".repeat(spaces.length) : `␣×${spaces.length}`));
-  return cutOff ? `${told}… (${count(string.length)} characters)` : told;
+  const characters = Array.from(told);
+  if (characters.length <= long && string.length <= 1000) return told;
+  return `${characters.slice(0, long).join("")}… (${count(string.length)} characters)`;
 }
 
 const chip = (word, found) =>
@@ -174,7 +177,7 @@ function row(id) {
     if (name === "id") return h("th", { scope: "row", role: "rowheader" }, link(id));
     if (!name) return h("td", { class: "words", role: "cell" }, tokensOf(id));
     const cell = h("td", { class: "number", role: "cell" }, told(index[name][id]));
-    if (name === "cosine" && index.nearest[id] !== null) cell.append(" to ", link(index.nearest[id]));
+    if (name === "cosine" && index.nearest[id] !== null) cell.append(h("span", { class: "more" }, " to ", link(index.nearest[id])));
     return cell;
   }));
 }
@@ -254,9 +257,10 @@ function beside(id) {
 
 function moves(id) {
   const { told, back, on } = beside(id);
-  const button = (label, to) => h("button", { type: "button", disabled: to === null, onclick: () => open(to) }, label);
+  const button = (label, to) => h("button",
+    { type: "button", disabled: to === null, "aria-label": `${label} latent`, onclick: () => open(to) }, label);
   return h("nav", { class: "controls", "aria-label": "Latents" },
-    h("a", { href: "#list" }, "All latents"), button("Previous latent", back), button("Next latent", on),
+    h("a", { href: "#list" }, "All latents"), button("Previous", back), button("Next", on),
     h("span", { class: "soft" }, told));
 }
 
