@@ -170,7 +170,7 @@ def _chunk(table: pa.Table, shown: Contexts, words: _Words, low: int) -> dict[st
 def _call(function: str, value: Any, number: int | None = None) -> bytes:
     """A script that hands `value` to the page."""
     plain = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
-    packed = base64.b64encode(gzip.compress(plain, compresslevel=9, mtime=0))
+    packed = base64.b64encode(gzip.compress(plain, compresslevel=6, mtime=0))
     argument = b"" if number is None else b"%d," % number
     return b"transcoderCache.%s(%s" % (function.encode(), argument) + b'"' + packed + b'")\n'
 
