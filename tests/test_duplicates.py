@@ -11,6 +11,7 @@ from train.duplicates.activations import (
     correlated_pairs,
     mass,
     measure,
+    most_correlated,
     position_loss,
 )
 from train.duplicates.directions import (
@@ -108,6 +109,18 @@ def test_correlated_pairs_equal_the_dense_correlations(least: int) -> None:
     deviation = dense.double().std(0, correction=0)
     assert scale.tolist() == pytest.approx([float(deviation[i] * deviation[j]) for i, j in found])
     assert above == {level: sum(r > level for r in expected.values()) for level in (0.0, 0.2, 0.9)}
+
+
+@pytest.mark.parametrize("least", [1, 5])
+def test_the_most_correlated_of_every_latent_are_before_it_and_after_it(least: int) -> None:
+    dense, active = planted()
+    correlation, both, _ = dense_measures(dense)
+    found, values = most_correlated(active, least, partners=3)
+    for i in range(F):
+        others = [j for j in range(F) if j != i and both[i, j] >= least and correlation[i, j] > 0]
+        others = sorted(others, key=lambda j: -correlation[i, j])[:3]
+        assert found[i].tolist() == others + [-1] * (3 - len(others))
+        assert values[i, : len(others)].tolist() == pytest.approx([correlation[i, j] for j in others])
 
 
 def test_measures_of_any_pairs_equal_the_dense_ones() -> None:

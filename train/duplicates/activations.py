@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from train.duplicates import loops
@@ -66,6 +67,29 @@ def correlated_pairs(
     above each level, those that are not listed included. `active` is on CPU and holds active pairs alone
     (`Active.positive`).
     """
+    found, correlation, over, spread = _partners(active, least_together, partners, levels, both=False)
+    first, place = np.nonzero(found >= 0)
+    falling = np.argsort(-correlation[first, place], kind="stable")
+    first, place = first[falling], place[falling]
+    second = found[first, place]
+    one, other = torch.from_numpy(first), torch.from_numpy(second)
+    r, scale = torch.from_numpy(correlation[first, place]), torch.from_numpy(spread[first] * spread[second])
+    return Correlated(Pairs(one, other), r, scale), dict(zip(levels, over.sum(0).tolist(), strict=True))
+
+
+def most_correlated(active: Active, least_together: int, partners: int) -> tuple[Tensor, Tensor]:  # [F, M] each
+    """For every latent, which others it has the largest correlations above 0 with, falling, and these; -1: no more.
+
+    As `correlated_pairs`, but with latents before it, too.
+    """
+    found, correlation, _, _ = _partners(active, least_together, partners, (), both=True)
+    return torch.from_numpy(found), torch.from_numpy(correlation)
+
+
+def _partners(
+    active: Active, least_together: int, partners: int, levels: tuple[float, ...], both: bool
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """Partners and their correlation [F, M], how many are above each level, and the deviation [F] of each latent."""
     order, starts = active.by_latent
     shape = (active.d_sae, partners)
     found, correlation, over, spread = (
@@ -75,15 +99,9 @@ def correlated_pairs(
         np.empty(active.d_sae),
     )
     sides = (t.numpy() for t in (active.rows, active.latents, active.values, active.starts, order, starts))
-    total = len(active.starts) - 1
-    loops.partners(*sides, total, least_together, np.array(levels), over, found, correlation, spread)
-    first, place = np.nonzero(found >= 0)
-    falling = np.argsort(-correlation[first, place], kind="stable")
-    first, place = first[falling], place[falling]
-    second = found[first, place]
-    one, other = torch.from_numpy(first), torch.from_numpy(second)
-    r, scale = torch.from_numpy(correlation[first, place]), torch.from_numpy(spread[first] * spread[second])
-    return Correlated(Pairs(one, other), r, scale), dict(zip(levels, over.sum(0).tolist(), strict=True))
+    total, above = len(active.starts) - 1, np.array(levels, np.float64)
+    loops.partners(*sides, total, least_together, both, above, over, found, correlation, spread)
+    return found, correlation, over, spread
 
 
 def measure(active: Active, pairs: Pairs) -> Measures:

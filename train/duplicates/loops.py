@@ -29,6 +29,7 @@ def partners(
     by_latent: Ints,
     total: int,
     least_together: int,
+    both: bool,
     levels: Floats,
     over: Ints,
     found: Ints,
@@ -37,6 +38,7 @@ def partners(
 ) -> None:
     """Correlations above 0 of every latent with those after it that are active on a row with it, over `total` rows.
 
+    With `both`, with those before it, too: each pair is then met twice.
     Of the pairs with at least `least_together` rows in common, over[f, i] is how many are above levels[i], and the M
     largest are kept, largest first: found [F, M] which, -1 for none, and their correlation [F, M]. And the standard
     deviation of every latent, spread [F].
@@ -63,8 +65,11 @@ def partners(
             size = 0
             for j in range(by_latent[f], by_latent[f + 1]):
                 value = np.float64(values[order[j]])
-                for i in range(order[j] + 1, starts[rows[order[j]] + 1]):
+                row = rows[order[j]]
+                for i in range(starts[row] if both else order[j] + 1, starts[row + 1]):
                     other = latents[i]
+                    if other == f:
+                        continue
                     if counts[other] == 0:
                         touched[size] = other
                         size += 1

@@ -1,0 +1,88 @@
+"""A real browser for pages on disk: Debian's Chromium through Playwright, which downloads nothing here.
+
+    with open_page(path) as page:
+        page.get_by_role("button", name="max").click()
+
+The page has no network. On leaving, whatever it printed as an error, threw, was refused by its content security policy
+or failed to load fails the test.
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+from filelock import FileLock, Timeout
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+_INSTALL = "apt-get install -y --no-install-recommends chromium"
+_SECONDS = 200
+"""Of an installation; pytest-timeout ends a test after 300."""
+
+
+@contextmanager
+def open_page(path: Path, width: int = 1280, height: int = 800, dark: bool = False, fragment: str = "") -> Iterator:
+    """A Playwright page of the file at `path`, loaded. Raises `AssertionError` on leaving when anything went wrong.
+
+    Skips the test where there is no browser. A width below 600 is a phone with a touch screen.
+    """
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    executable, wrong = chromium(), []
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=executable, args=ARGS)
+        try:
+            context = browser.new_context(
+                viewport={"width": width, "height": height},
+                color_scheme="dark" if dark else "light",
+                has_touch=width < 600,
+                offline=True,
+            )
+            page = context.new_page()
+            page.set_default_timeout(20_000)
+            page.on("console", lambda m: wrong.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else 0)
+            page.on("pageerror", lambda error: wrong.append(f"thrown: {error}"))
+            page.on("requestfailed", lambda request: wrong.append(f"not loaded: {request.url} ({request.failure})"))
+            page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+            page.goto(path.resolve().as_uri() + fragment)
+            yield page
+        finally:
+            browser.close()
+    if wrong:
+        raise AssertionError("\n".join(wrong))
+
+
+@cache
+def chromium() -> str:
+    """The browser's executable, installed if need be and possible; skips the test where there is none."""
+    if not (found := _found()) and os.geteuid() == 0 and shutil.which("apt-get"):
+        _install()
+        found = _found()
+    if not found:
+        pytest.skip(f"no Chromium; install it with `{_INSTALL}`, or name one in CHROMIUM")
+    return found
+
+
+def _found() -> str | None:
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+
+def _install() -> None:
+    """Once, although tests run in several processes; one that fails leaves a mark, so that no other waits as long."""
+    place = Path(tempfile.gettempdir()) / f"transcoder-cache-chromium-{os.getppid()}"  # workers have one parent
+    try:
+        with FileLock(f"{place}.lock", timeout=_SECONDS):
+            if _found() or place.exists():
+                return
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
+            env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+            for command in ("apt-get update", _INSTALL):
+                subprocess.run(command.split(), env=env, timeout=_SECONDS // 2, **quiet)
+            place.touch()
+    except (Timeout, subprocess.TimeoutExpired):
+        place.touch()

@@ -1,0 +1,65 @@
+"""A small finished run with its samples and its table of latents, for tests of what reports are made of."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+
+from shared import cli
+from shared.store import Store
+from tests.runs import SMALL
+from tests.stores import SyntheticStore, make_store
+from train import checkpoint
+from train.cli import main
+from train.loop import build_transcoder, load_weights
+from train.report.latents import latents_table
+from train.samples.make import make_samples
+from train.samples.select import SamplesConfig
+from train.settings import RunConfig, read_config
+from train.transcoder import Transcoder
+
+STEPS = 30
+DEAD = [3, 40, 41]
+"""Latents that are never active."""
+
+
+@dataclass
+class Reported:
+    path: Path
+    made: SyntheticStore
+    store: Store
+    config: RunConfig
+    model: Transcoder
+    threshold: Tensor
+    contexts: pa.Table
+    latents: pa.Table
+    """As sampled"""
+
+    def table(self) -> pa.Table:
+        return latents_table(self.model, self.store, self.threshold, self.config, self.latents, self.contexts)
+
+
+def reported(folder: Path, **options: Any) -> Reported:
+    """Train on a new store, made with `options`, and then silence the latents `DEAD`."""
+    made = make_store(folder / "store", **options)
+    args = ["run", "--store", made.path, "--runs", folder / "runs", "--name", "small", "--steps", STEPS, *SMALL]
+    args += ["--set", "samples.rows=0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train", *map(str, args)])
+        try:
+            cli.run(main)
+        except SystemExit as stop:
+            assert not stop.code
+    path = folder / "runs" / "small"
+    store, config = Store.open(made.path), read_config(path)
+    model = build_transcoder(config, store)
+    threshold = load_weights(model, checkpoint.find(path).path)
+    with torch.no_grad():
+        model.b_enc[DEAD] = -1e3
+    samples = make_samples(model, store, threshold, config, SamplesConfig(), STEPS)
+    return Reported(path, made, store, config, model, threshold, samples.contexts, samples.latents)

@@ -1,0 +1,177 @@
+"""A row per latent of all that the report knows of it: `report/latents.parquet`, and the browser shows it.
+
+Legend: F latents, O d_out, P position strata, n live latents, M neighbours, N active pairs of a row and a latent.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.layout import UNEMBEDDING
+from shared.store import Store
+from shared.strata import POSITION_0
+from shared.unembedding import Unembedding
+from train import blas
+from train.blas import Blas
+from train.duplicates.activations import most_correlated
+from train.held_out import held_out_active
+from train.settings import RunConfig
+from train.transcoder import Transcoder
+
+Array = NDArray[Any]
+
+NEIGHBOURS = 5
+"""Of each kind that are listed of a latent."""
+EFFECTS = 10
+"""Tokens that a latent promotes, and as many that it suppresses."""
+LEAST_TOGETHER = 10
+"""Rows on which two latents must both be active for their correlation to count."""
+_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+"""Hooks whose values are the residual stream or are added to it: what they change, the logits show directly."""
+_TAKEN = ("latent", "prefix", "contexts", "density", "max", "mean", "bin_edges")
+
+
+def latents_table(
+    transcoder: Transcoder,
+    store: Store,
+    threshold: Tensor,  # [F]
+    config: RunConfig,
+    latents: pa.Table,
+    contexts: pa.Table,
+) -> pa.Table:
+    """All columns, each with a description; `latents` and `contexts` are the samples of `transcoder`.
+
+    Correlations are of latents under `threshold` on the rows of `store` that reports are made of.
+    """
+    taken = [latents.schema.field(name) for name in _TAKEN] + [f for f in latents.schema if _stratum(f.name)]
+    columns = {f.name: (latents[f.name].combine_chunks(), f.metadata[b"description"].decode()) for f in taken}
+    live = torch.from_numpy(np.flatnonzero(latents["max"].is_valid().to_numpy()))
+    near, cosines = nearest(transcoder.W_dec, live, NEIGHBOURS, transcoder.blas)
+    rows, chunk_rows = store.record.report_blocks, config.settings.evaluation.chunk_rows
+    held_out = held_out_active(transcoder, store, rows, threshold, chunk_rows, config.settings.source)
+    together, correlations = most_correlated(held_out.without_position_0, LEAST_TOGETHER, NEIGHBOURS)
+    columns |= {
+        "bos_share": (
+            bos_share(latents, store),
+            "share of position 0 among the rows on which it is active, at natural frequencies: of density times "
+            "natural rows, that of position 0 by the sum over strata; null: never active, or position 0 is no stratum "
+            "of its own",
+        ),
+        "nearest_latents": (_lists(near, near), "the live latents with the largest cosines of decoder rows, falling"),
+        "nearest_cosines": (_lists(near, cosines.float()), "their cosines"),
+        "correlated_latents": (
+            _lists(together, together),
+            f"latents with the largest correlations above 0 on held-out rows without position 0, falling; of those "
+            f"active on at least {LEAST_TOGETHER} rows with it",
+        ),
+        "correlations": (_lists(together, correlations.float()), "their correlations"),
+        **_effects(transcoder, store),
+        "peaks": (peaks(contexts, len(latents)), "tokens at the peaks of its top contexts, the most frequent first"),
+    }
+    fields = [pa.field(name, values.type, metadata={"description": told}) for name, (values, told) in columns.items()]
+    return pa.table([values for values, _ in columns.values()], schema=pa.schema(fields))
+
+
+def bos_share(latents: pa.Table, store: Store) -> pa.Array:
+    """[F] the share of position 0 among the rows on which each latent is active, at natural frequencies.
+
+    `density_0 * natural_0 / sum_s density_s * natural_s` over strata s: samples look at stored rows, of which a stratum
+    has more or fewer than it would by nature. Null for a latent that is never active, and for all where position 0 is
+    in no stratum of its own.
+    """
+    natural = {s.name: s.natural_rows for s in store.record.plan.stored_strata}
+    names = [name for field in latents.schema.names if (name := _stratum(field))]
+    if POSITION_0 not in names:
+        return pa.nulls(len(latents), pa.float64())
+    rows = np.stack([latents[f"density_{name}"].to_numpy() * natural[name] for name in names])
+    total = rows.sum(0)
+    share = np.divide(rows[names.index(POSITION_0)], total, out=np.zeros(len(total)), where=total > 0)
+    return pa.array(share, mask=total == 0)
+
+
+@torch.no_grad()
+def nearest(
+    W_dec: Tensor,  # [F, O] unit rows
+    live: Tensor,  # [n] int64
+    most: int,
+    library: Blas,
+    block: int = 1024,
+) -> tuple[Tensor, Tensor]:  # [F, M] each, on CPU
+    """Of each of `live`, the others with the largest cosines, falling, and these; -1: no more, and for the others."""
+    latents = torch.full((len(W_dec), most), -1)
+    cosines = torch.zeros(len(W_dec), most)
+    rows, taken = W_dec.detach()[live.to(W_dec.device)], min(most, len(live) - 1)
+    for low in range(0, len(rows) if taken > 0 else 0, block):
+        found = blas.product(library, rows[low : low + block], rows.T)
+        found[torch.arange(len(found)), torch.arange(low, low + len(found))] = -torch.inf
+        largest = found.topk(taken)
+        latents[live[low : low + block], :taken] = live[largest.indices.cpu()]
+        cosines[live[low : low + block], :taken] = largest.values.float().clamp(-1, 1).cpu()
+    return latents, cosines
+
+
+def peaks(contexts: pa.Table, d_sae: int) -> pa.Array:
+    """[F] lists of the distinct tokens at the peaks of each latent's top, the most frequent first, then the strongest.
+
+    `contexts` are sorted by latent, the strongest first.
+    """
+    top = contexts.filter(pc.equal(contexts["kind"].cast(pa.string()), "top")).select(["latent", "peak", "tokens"])
+    tokens = top["tokens"].combine_chunks()
+    at = tokens.offsets.to_numpy()[:-1] + top["peak"].to_numpy()
+    pairs = np.stack([top["latent"].to_numpy(), tokens.values.to_numpy()[at]])
+    (latents, found), first, counts = np.unique(pairs, axis=1, return_index=True, return_counts=True)
+    order = np.lexsort((first, -counts, latents))
+    ends = np.concatenate([[0], np.cumsum(np.bincount(latents, minlength=d_sae))])
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(found[order], pa.int32()))
+
+
+class _Effects(NamedTuple):
+    """Columns of tokens and their logits."""
+
+    promoted: pa.Array
+    promoted_effects: pa.Array
+    suppressed: pa.Array
+    suppressed_effects: pa.Array
+
+
+def _effects(transcoder: Transcoder, store: Store) -> dict[str, tuple[pa.Array, str]]:
+    """Columns of tokens and logits, of what an activation of 1 adds to the targets: a decoder row, in their units."""
+    unknown = "null: the store has no unembedding, or its targets are not part of the residual stream"
+    what = "logits that an activation of 1 adds to each directly, up to the final norm's scale"
+    told = (f"tokens that it promotes most, falling; {unknown}", what, "tokens that it suppresses most", what)
+    if not store.request.unembedding or not store.request.target_hook.endswith(_RESIDUAL):
+        none = pa.nulls(transcoder.d_sae, pa.list_(pa.int32())), pa.nulls(transcoder.d_sae, pa.list_(pa.float32()))
+        columns = _Effects(*none, *none)
+    else:
+        directions = (transcoder.W_dec.detach() * transcoder.target_scale).cpu().numpy()
+        found = Unembedding(store.path / UNEMBEDDING).effects(directions, EFFECTS)
+        columns = _Effects(
+            *(_whole(part) for part in (found.promoted, found.promoted_effects)),
+            *(_whole(part) for part in (found.suppressed, found.suppressed_effects)),
+        )
+    return dict(zip(_Effects._fields, zip(columns, told, strict=True), strict=True))
+
+
+def _whole(values: Array) -> pa.Array:
+    """[F] lists of as many values each."""
+    kind = np.float32 if values.dtype.kind == "f" else np.int32
+    ends = np.arange(len(values) + 1) * values.shape[1]
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values.astype(kind).ravel()))
+
+
+def _lists(latents: Tensor, values: Tensor) -> pa.Array:
+    """[F] lists of those `values` [F, M] at which `latents` are some."""
+    there, flat = (latents >= 0).numpy(), values.numpy()
+    ends = np.concatenate([[0], np.cumsum(there.sum(1))])
+    kind = np.float32 if flat.dtype.kind == "f" else np.int32
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(flat[there].astype(kind)))
+
+
+def _stratum(column: str) -> str | None:
+    """The stratum of a column of densities."""
+    return column.removeprefix("density_") if column.startswith("density_") else None
