@@ -8,9 +8,11 @@ SHELL := bash
 PYTHON ?= python3
 PRESET ?= tiny
 STORE ?=
+RUN ?=
 ARGS ?=
 HARVEST_ARGS ?= $(ARGS)
 TRAIN_ARGS ?= $(ARGS)
+REPORT_ARGS ?= $(ARGS)
 # What pip is given for torch. On a host without a GPU its CPU build saves gigabytes:
 #   make harvest TORCH="torch==2.13.0 --index-url URL"     with the URL of torch's index of CPU builds
 TORCH ?= $(shell grep -m1 '^torch==' constraints.txt)
@@ -25,18 +27,20 @@ DEV := $(VENV)/developing.stamp
 # Tests use one thread each, and memory for a small LLM per worker.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 LAST_STORE := cache/$(PRESET).store
+LAST_RUN := runs/$(PRESET).run
 
 # One set of options for two commands is a mistake more often than not.
-ifneq ($(and $(strip $(ARGS)),$(filter harvest,$(MAKECMDGOALS)),$(filter train,$(MAKECMDGOALS))),)
-$(error ARGS is ambiguous with both harvest and train: pass HARVEST_ARGS=... and TRAIN_ARGS=...)
+ifneq ($(and $(strip $(ARGS)),$(word 2,$(filter harvest train report,$(MAKECMDGOALS)))),)
+$(error ARGS is ambiguous with several commands: pass HARVEST_ARGS=..., TRAIN_ARGS=... and REPORT_ARGS=...)
 endif
 
-.PHONY: help harvest train test test-faults fuzz lint bench compare clean
+.PHONY: help harvest train report test test-faults fuzz lint bench compare clean
 
 help: ## List the targets and variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 	@echo
-	@echo '  PRESET=NAME (tiny)   STORE=FOLDER   ARGS="--set seed=1" or HARVEST_ARGS=, TRAIN_ARGS=   PYTHON=python3.12'
+	@echo '  PRESET=NAME (tiny)   STORE=FOLDER   RUN=FOLDER   PYTHON=python3.12'
+	@echo '  ARGS="--set seed=1" or HARVEST_ARGS=, TRAIN_ARGS=, REPORT_ARGS='
 
 harvest: $(STAMP) ## Write the activation store of PRESET; prints its path last
 	@mkdir -p cache
@@ -50,11 +54,25 @@ train: $(STAMP) ## Train a transcoder from STORE, or from the last store of `mak
 	if [[ -z $$store ]]; then \
 		echo 'error: no store for preset $(PRESET): run `make harvest` first or pass STORE=FOLDER' >&2; exit 2; \
 	fi; \
-	$(BIN)/python -m train run $(PRESET) --store "$$store" $(TRAIN_ARGS)
+	mkdir -p $(dir $(LAST_RUN)); \
+	$(BIN)/python -m train run $(PRESET) --store "$$store" $(TRAIN_ARGS) | tee $(LAST_RUN).part
+	@tail -n 1 $(LAST_RUN).part > $(LAST_RUN).new
+	@mv $(LAST_RUN).new $(LAST_RUN); rm -f $(LAST_RUN).part
+
+report: $(STAMP) ## Write report.html of RUN, or of the last run of `make train`
+	@run='$(RUN)'; \
+	if [[ -z $$run && -s $(LAST_RUN) ]]; then run=$$(< $(LAST_RUN)); fi; \
+	if [[ -z $$run ]]; then \
+		echo 'error: no run of preset $(PRESET): run `make train` first or pass RUN=FOLDER' >&2; exit 2; \
+	fi; \
+	$(BIN)/python -m train report "$$run" $(REPORT_ARGS)
 
 # Named together they run in this order, also under -j and whichever is named first.
 ifneq ($(filter harvest,$(MAKECMDGOALS)),)
 train: harvest
+endif
+ifneq ($(filter train,$(MAKECMDGOALS)),)
+report: train
 endif
 
 bench: $(DEV) ## Measure kernels, a step and reading; rewrites docs/benchmarks.md (README names the longer benches)

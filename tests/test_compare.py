@@ -1,6 +1,7 @@
 """`train compare`: every figure against a dense one in float64, arms, spreads, and what it refuses."""
 
 import json
+import re
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
@@ -233,6 +234,37 @@ def test_seeds_are_one_arm_with_their_spread(command: Command, store: SyntheticS
     assert base["pw_mcc"]["mean"] == pytest.approx(expected)
     table = command("compare", *runs, wide)
     assert table.code == 0 and "PW-MCC" in table.out and "base" in table.out
+
+
+def test_the_trade_off_is_that_of_the_same_weights_at_other_thresholds(
+    command: Command, store: SyntheticStore, tmp_path: Path
+) -> None:
+    runs = [train(command, store, name, "--seed", seed) for name, seed in (("a-0", 0), ("a-1", 1))]
+    runs.append(train(command, store, "b", "--set", "optimizer.lr=0.001"))
+    page = tmp_path / "pages" / "compare.html"
+    done = command("compare", *runs, "--html", page, "--json")
+    assert done.code == 0, done.err
+    arms = json.loads(done.out)["arms"]
+    opened = Store.open(store.path)
+    for run in runs:
+        model, points = loaded(run, opened), next(arm["tradeoff"] for arm in arms if str(run) in arm["runs"])[str(run)]
+        figures = next(arm["runs"][str(run)] for arm in arms if str(run) in arm["runs"])
+        assert [point["l0"] for point in points] == sorted(point["l0"] for point in points)
+        assert {"l0": figures["l0"], "fvu": figures["fvu"]} in points and len(points) == 5
+        for wanted, point in zip((3.0, 4.2, 6.0, 8.4, 12.0), points, strict=True):
+            assert point["l0"] == pytest.approx(wanted, rel=0.15)
+            threshold = threshold_at(model, opened, wanted, 10**9)
+            latents, strata = dense_rows(model, opened, threshold)
+            counted = latents[[name != "000-001" for name in strata]]
+            assert point["l0"] == pytest.approx(float((counted > 0).sum(1).double().mean()), rel=0.05)
+    text = page.read_text()
+    drawn = json.loads(text.split('id="figures">')[1].split("</script>")[0])
+    names = [trace["name"] for trace in drawn["tradeoff"]["data"]]
+    assert names == ["a", "b"]
+    mean = [sum(point["l0"] for point in pair) / 2 for pair in zip(*arms[0]["tradeoff"].values(), strict=True)]
+    assert drawn["tradeoff"]["data"][0]["x"] == pytest.approx(mean)
+    assert len(drawn["share_above_0_7"]["data"][0]["x"]) == 2 and len(drawn["training"]["data"]) == 3
+    assert "optimizer.lr=0.001" in text and not re.search(r"(src|href)=.https?:", text.split('id="figures">')[0])
 
 
 def test_what_cannot_be_compared_is_refused(command: Command, store: SyntheticStore, tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ import pytest
 from shared.config import Config
 from train.compare.arms import Comparison
 from train.duplicates.report import CorrelationReport
+from train.report.record import Report
 from train.samples.table import SamplesRecord
 from train.usage import UsageRecord
 
 SCHEMAS: dict[str, type[Config]] = {
     "comparison": Comparison,
     "correlation": CorrelationReport,
+    "report": Report,
     "samples": SamplesRecord,
     "usage": UsageRecord,
 }

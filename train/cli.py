@@ -1,4 +1,4 @@
-"""`python -m train run|resume|watch|checkpoints|evaluate|samples|compare`: parses, builds, runs."""
+"""`python -m train run|resume|watch|checkpoints|evaluate|samples|report|compare`: parses, builds, runs."""
 
 import functools
 import json
@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 import shared.cli
+from shared import durable
 from shared.config import build
 from shared.store import Local, Store
 from shared.terminal import Volume, volume
@@ -195,6 +196,31 @@ def samples(
 
 
 @main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
+@click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
+@click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@shared.cli.quiet_option
+@shared.cli.local_options
+def report(run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool, local: Local | None) -> None:
+    """Write report.html, its twins in Markdown and JSON, and a browser of all latents.
+
+    Prints the page's path as its last line.
+    """
+    from train.commands import report_run
+    from train.tables import print_verdict
+
+    path, found = report_run(run, store, local, step, linear)
+    if as_json:
+        click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
+        return
+    if volume() > Volume.QUIET:
+        print_verdict(found)
+    click.echo(path)
+
+
+@main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--store", type=click.Path(path_type=Path), help="Where the runs' store is now, if it was moved.")
 @click.option(
@@ -209,14 +235,21 @@ def samples(
     show_default=True,
     help="Latents matched across seeds, at most.",
 )
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page with plots here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.cli.quiet_option
-def compare(runs: tuple[Path, ...], store: Path | None, l0: float | None, matched_latents: int, as_json: bool) -> None:
+def compare(
+    runs: tuple[Path, ...], store: Path | None, l0: float | None, matched_latents: int, html: Path | None, as_json: bool
+) -> None:
     """Held-out figures of RUNS of one store side by side; those that differ in their seed alone are one arm."""
     from train.compare.arms import compare as compare_runs
     from train.compare.table import print_comparison
 
     found = compare_runs(runs, store, l0, matched_latents)
+    if html:
+        from train.report import comparison
+
+        durable.publish_bytes(html, comparison.html(found))
     if as_json:
         click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
     else:

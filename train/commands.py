@@ -1,9 +1,10 @@
-"""What the command line does: start, resume, evaluate and sample a run."""
+"""What the command line does: start, resume, evaluate, sample and report on a run."""
 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shared import durable
 from shared.config import build, override
@@ -21,6 +22,9 @@ from train.samples.select import SamplesConfig
 from train.samples.table import SamplesRecord
 from train.saver import bring_home, require_own
 from train.settings import RunConfig, Settings, checkpoint_bytes, read_config, resolve
+
+if TYPE_CHECKING:
+    from train.report.record import Report
 
 _BEFORE_CONFIG = {".lock", CONFIG + durable.TEMPORARY}
 """What a run that was killed before its configuration was written leaves; it is started again."""
@@ -181,6 +185,20 @@ def sample_run(
         threshold = load_weights(transcoder, found.path)
         samples = make_samples(transcoder, store, threshold, config, settings, found.step)
         return samples.publish(run), samples.record
+
+
+def report_run(
+    run: Path, store_path: Path | None, local: Local | None, step: int | None, linear: bool
+) -> tuple[Path, "Report"]:
+    """Write the report of a checkpoint of `run`; returns the page's path, and what it holds. Raises `DiskFull`."""
+    from train.report.make import HTML, make_report  # plots take half a second to import
+
+    config = read_config(run)
+    found = checkpoint.find(run, step)
+    store = _open_for(run, config, store_path, local)
+    with store.reading(), durable.lock(run / ".lock", f"run {run}"):
+        durable.sweep(run)
+        return run / HTML, make_report(run, config, found, store, linear=linear)
 
 
 def _samples_config(given: SamplesConfig, rows: int | None, assignments: Sequence[str]) -> SamplesConfig:

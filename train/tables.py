@@ -1,4 +1,4 @@
-"""Tables of evaluations and checkpoints, for people."""
+"""Tables of evaluations, checkpoints and verdicts, for people."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ from rich.table import Table
 
 from train.checkpoint import Listed
 from train.evaluate import Evaluation
+from train.report.record import STATES, Report
 
 
 def print_evaluation(evaluation: Evaluation, title: str, linear_fvu: float | None, stderr: bool = False) -> None:
@@ -30,6 +31,15 @@ def print_checkpoints(found: Sequence[Listed], run: str) -> None:
     for one in found:
         if one.wrong:
             console.print(f"step {one.step}: {one.wrong}", highlight=False, soft_wrap=True)
+
+
+def print_verdict(report: Report) -> None:
+    """Print what a report found good, worth a look, or failed, the worst first."""
+    table = Table("", "", "", title=f"{report.run}, step {report.step:,} of {report.steps:,}", title_justify="left")
+    for check in report.worst_first:
+        sign, word = STATES[check.state]
+        table.add_row(f"{sign} {word}", check.name, check.said)
+    Console(stderr=True).print(table)
 
 
 def _headline(e: Evaluation, title: str, linear_fvu: float | None) -> Table:

@@ -13,7 +13,7 @@ from shared.errors import UserError
 from shared.progress import Progress
 from shared.store import Store
 from train.compare.consistency import densest, matched_cosine
-from train.compare.figures import Figures, Measured, measure_run, require_finished
+from train.compare.figures import Figures, Measured, Point, measure_run, require_finished
 from train.settings import RunConfig, read_config
 from train.transcoder import BatchTopK, TopK
 
@@ -34,6 +34,8 @@ class Arm(Config):
     """The settings that are not the same in all arms."""
     runs: dict[str, Figures]
     """By path."""
+    tradeoff: dict[str, list[Point]]
+    """Of each run, held-out fvu by l0."""
     spread: dict[str, Spread]
     """Of every figure; those of a figure's parts by `whole.part`. One that a run lacks is left out."""
     pw_mcc: Spread | None
@@ -149,6 +151,7 @@ def _arm(runs: list[Measured], most: int) -> Arm:
         name=name.rstrip("0123456789").rstrip("-_.") or name if len(runs) > 1 else name,
         differs={},
         runs={str(one.path): one.figures for one in runs},
+        tradeoff={str(one.path): one.tradeoff for one in runs},
         spread={name: spread([one[name] for one in flat]) for name in shared},
         pw_mcc=spread(matched) if matched else None,
     )

@@ -3,6 +3,7 @@
 Legend: F latents, O d_out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,14 +22,20 @@ from train.evaluate import evaluate_whole, threshold_at
 from train.held_out import HeldOutActive, held_out_active
 from train.loop import build_transcoder, load_weights
 from train.metrics import TIMING, Log
+from train.rows import Side
 from train.settings import RunConfig, Settings, read_config
 from train.sparsity import Active
+from train.transcoder import Transcoder
 
 TOP = 10
 """Strongest rows of each latent whose position counts."""
 LEAST_TOGETHER = 10
 """Rows on which two latents must both be active for their correlation to count."""
 _COSINE, _JACCARD, _CORRELATION = 0.7, 0.3, 0.8
+_TIMES = (0.5, 0.7, 1.4, 2.0)
+"""Of the l0 that runs are compared at: the other points of the trade-off curve."""
+_CALIBRATION_ROWS = 4096
+"""For those: each is at the l0 that it has, not at one that was asked for."""
 
 
 class Nearest(Config):
@@ -48,6 +55,13 @@ class Merged(Config):
     """Of merging, the kept latents' decoder rows fitted anew on the calibration rows."""
     fvu_rise_random: float
     """Of removing as many other live latents of the same densities."""
+
+
+class Point(Config):
+    """What a run reconstructs at another threshold; of held-out rows."""
+
+    l0: float
+    fvu: float
 
 
 class Figures(Config):
@@ -94,6 +108,8 @@ class Measured:
     path: Path
     config: RunConfig
     figures: Figures
+    tradeoff: list[Point]
+    """By rising l0."""
     live: Tensor
     """[n] latents that are active on the held-out rows"""
     density: Tensor
@@ -166,7 +182,33 @@ def measure_run(run: Path, store: Store, l0: float, chunk_rows: int) -> Measured
         cpu_ms_per_step=cpu,
         ms_per_step=wall,
     )
-    return Measured(path=run, config=config, figures=figures, live=live, density=density, W_dec=W_dec.cpu())
+    return Measured(
+        path=run,
+        config=config,
+        figures=figures,
+        tradeoff=sorted(
+            [
+                Point(l0=evaluation.l0, fvu=evaluation.fvu),
+                *tradeoff(model, store, [l0 * times for times in _TIMES], chunk_rows, source),
+            ],
+            key=lambda point: point.l0,
+        ),
+        live=live,
+        density=density,
+        W_dec=W_dec.cpu(),
+    )
+
+
+def tradeoff(model: Transcoder, store: Store, wanted: Sequence[float], chunk_rows: int, source: Side) -> list[Point]:
+    """Held-out fvu at thresholds for about the `wanted` l0, rising, as far as the latents reach it."""
+    found = []
+    for l0 in wanted:
+        threshold = threshold_at(model, store, l0, chunk_rows, source, _CALIBRATION_ROWS)
+        part = evaluate_whole(model, store, threshold, chunk_rows, source)
+        found.append(Point(l0=part.l0, fvu=part.fvu))
+        if not threshold.any():
+            break  # without a threshold there are no more
+    return found
 
 
 def bos_share_of_top(held_out: HeldOutActive) -> Tensor:  # [F] float64

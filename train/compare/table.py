@@ -43,12 +43,8 @@ def print_comparison(comparison: Comparison, stderr: bool = False) -> None:
         "brackets: against the first",
         title_justify="left",
     )
-    first = comparison.arms[0]
-    for name, (label, form) in _ROWS.items():
-        table.add_row(label, *(_cell(arm.spread.get(name), first.spread.get(name), form, arm is first)
-                               for arm in comparison.arms))  # fmt: skip
-    table.add_row("PW-MCC between seeds", *(_cell(arm.pw_mcc, first.pw_mcc, ".3f", arm is first)
-                                            for arm in comparison.arms))  # fmt: skip
+    for label, cells in rows(comparison):
+        table.add_row(label, *cells)
     for column in table.columns[1:]:
         column.justify = "right"
     console = Console(stderr=stderr)
@@ -58,6 +54,16 @@ def print_comparison(comparison: Comparison, stderr: bool = False) -> None:
     for arm in comparison.arms:
         if arm.differs:
             console.print(f"{arm.name}: " + ", ".join(f"{key}={value}" for key, value in arm.differs.items()))
+
+
+def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """The name of every figure, and what each arm has of it."""
+    arms, first = comparison.arms, comparison.arms[0]
+    found = [
+        (label, [_cell(arm.spread.get(name), first.spread.get(name), form, arm is first) for arm in arms])
+        for name, (label, form) in _ROWS.items()
+    ]
+    return [*found, ("PW-MCC between seeds", [_cell(arm.pw_mcc, first.pw_mcc, ".3f", arm is first) for arm in arms])]
 
 
 def _cell(found: Spread | None, first: Spread | None, form: str, is_first: bool) -> str:

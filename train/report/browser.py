@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from shared.store import Store
-from train.samples.table import RECORD, SamplesRecord
+from train.report.page import environment
+from train.samples.table import RECORD, SamplesRecord, parquet
 from train.samples.text import pieces
 
 Array = NDArray[Any]
@@ -72,11 +71,9 @@ def browser_files(run: str, store: Store, table: pa.Table, contexts: pa.Table) -
     }
     assets = files("train.report") / "assets"
     style = (assets / "style.css").read_bytes() + (assets / "latents.css").read_bytes()
-    parquet = pa.BufferOutputStream()
-    pq.write_table(table, parquet, compression="zstd")
     return {
         "latents.html": _page(run, record).encode(),
-        "latents.parquet": parquet.getvalue().to_pybytes(),
+        "latents.parquet": parquet(table),
         "latents/page.css": style,
         "latents/page.js": (assets / "latents.js").read_bytes(),
         **{f"latents/{name}.js": data for name, data in scripts.items()},
@@ -176,10 +173,8 @@ def _call(function: str, value: Any, number: int | None = None) -> bytes:
 
 
 def _page(run: str, record: SamplesRecord) -> str:
-    environment = Environment(
-        loader=PackageLoader("train.report", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("latents.html").render(run=run, record=record, contexts=CONTEXTS, tokens=TOKENS)
+    template = environment().get_template("latents.html")
+    return template.render(run=run, record=record, contexts=CONTEXTS, tokens=TOKENS)
 
 
 def _column(values: pa.ChunkedArray) -> list[int | float | None]:

@@ -60,7 +60,7 @@ class Samples(NamedTuple):
     def publish(self, run: Path) -> Path:
         """Write both files; returns that of the contexts. Raises `DiskFull`, and then leaves what was there before."""
         contexts, latents = paths(run, self.record.step)
-        durable.publish_files({latents: _parquet(self.latents), contexts: _parquet(self.contexts)})
+        durable.publish_files({latents: parquet(self.latents), contexts: parquet(self.contexts)})
         return contexts
 
 
@@ -167,7 +167,8 @@ def _table(columns: dict[str, tuple[pa.Array, str]]) -> pa.Table:
     return pa.table([values for values, _ in columns.values()], schema=pa.schema(fields))
 
 
-def _parquet(table: pa.Table) -> bytes:
+def parquet(table: pa.Table) -> bytes:
+    """The table as a file."""
     out = pa.BufferOutputStream()
     pq.write_table(table, out, compression="zstd", row_group_size=_GROUP_ROWS)
     return out.getvalue().to_pybytes()

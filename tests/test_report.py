@@ -1,0 +1,380 @@
+"""`train report`: figures against the files that they come from, the verdict on planted faults, and the pages."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from tests.faults.disk import small_disk
+from tests.runs import SMALL, Outcome, rows
+from tests.stores import SyntheticStore, make_store
+from train import checkpoint
+from train.report.page import asset, embedded, short, table
+from train.report.record import Check, Report
+from train.report.verdict import verdict
+from train.samples.table import paths
+
+Command = Callable[..., Outcome]
+STEPS = 120
+OPTIONS = [
+    *SMALL,
+    "--steps",
+    STEPS,
+    "--set",
+    "evaluation.every=40",
+    "--set",
+    "log_every=10",
+    "--set",
+    "monitor.every=20",
+]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(2)>",
+    "\u202eשלום",
+    "👩‍🔬",
+    "x" * 10_000,
+    "&amp;\n",
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> SyntheticStore:
+    return make_store(tmp_path_factory.mktemp("cache") / "store", keep={0: 0.5}, training_blocks=6, tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def trained(store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    python("run", "--store", store.path, "--runs", runs, "--name", "run", *OPTIONS)
+    return runs / "run"
+
+
+def python(*arguments: object) -> None:
+    done = subprocess.run([sys.executable, "-m", "train", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy for one test, to change at will."""
+    return Path(shutil.copytree(trained, tmp_path / "runs" / "run"))
+
+
+@pytest.fixture(scope="module")
+def reported(trained: Path, store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its report, that tests only read."""
+    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("reported") / "run"))
+    python("report", run)
+    return run
+
+
+@pytest.fixture
+def report(reported: Path) -> Report:
+    return read(reported)
+
+
+def read(run: Path) -> Report:
+    return Report.model_validate(json.loads((run / "report.json").read_text()))
+
+
+def check(report: Report, name: str) -> Check:
+    return next(one for one in verdict(report) if one.name == name)
+
+
+def test_the_command_writes_the_page_and_its_twins_and_says_where(command: Command, run: Path) -> None:
+    done = command("report", run)
+    assert done.code == 0, done.err
+    assert done.path == run / "report.html"
+    assert "reconstruction" in done.err and "step 120 of 120" in done.err
+    assert {path.name for path in run.glob("report*")} == {"report", "report.html", "report.json", "report.md"}
+    assert (run / "report" / "latents.html").is_file() and (run / "report" / "latents.parquet").is_file()
+    again = {path: path.read_bytes() for path in run.rglob("report*/**/*") if path.is_file()}
+    printed = command("report", run, "--json")
+    assert json.loads(printed.out) == json.loads((run / "report.json").read_text())
+    assert all(path.read_bytes() == data for path, data in again.items())  # the same run gives the same bytes
+
+
+def test_curves_are_those_of_the_logs(report: Report, reported: Path) -> None:
+    found = rows(reported)
+    assert report.training.steps == [row["step"] for row in found]
+    series = report.training.series
+    assert series["fvu_natural"] == [row["fvu_natural"] for row in found]
+    assert series["terms.mined"] == [row["terms"]["mined"] for row in found]
+    assert series["held_out.l0"] == [row["held_out"]["l0"] if "held_out" in row else None for row in found]
+    assert sum(value is not None for value in series["held_out.l0"]) == 3
+    timing = [json.loads(line) for line in (reported / "timing.jsonl").read_text().splitlines()]
+    rates = [(b["rows"] - a["rows"]) / (b["seconds"] - a["seconds"]) for a, b in pairwise(timing)]
+    assert report.timing.series["rows_per_second"][1:] == pytest.approx(rates)
+    assert report.monitor.steps == [20, 40, 60, 80, 100, 120]
+    logs = [
+        json.loads(path.read_text()) for path in sorted((reported / "anti_duplication_logs").glob("correlation-0*"))
+    ]
+    expected = [log["without_position_0"]["pairs_above"]["0.8"] for log in logs]
+    assert report.monitor.series["pairs_above_0_8"] == expected
+
+
+def test_a_resumed_runs_clock_starts_anew(run: Path) -> None:
+    from train.report.gather import timing_curves
+
+    lines = [
+        {"step": 10, "rows": 100, "from_step": 0, "seconds": 5.0, "data_wait_share": 0.1},
+        {"step": 20, "rows": 200, "from_step": 0, "seconds": 7.0, "data_wait_share": 0.2},
+        {"step": 30, "rows": 300, "from_step": 20, "seconds": 4.0, "data_wait_share": 0.3},
+        {"step": 40, "rows": 400, "from_step": 20, "seconds": 4.0, "data_wait_share": 0.4},
+    ]
+    (run / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = timing_curves(run, 40)
+    assert found.series == {"rows_per_second": [20.0, 50.0, 25.0, None], "data_wait_share": [0.1, 0.2, 0.3, 0.4]}
+    assert timing_curves(run, 20).steps == [10, 20]
+
+
+def test_densities_and_neighbours_are_those_of_the_latents(report: Report, reported: Path) -> None:
+    latents = pq.read_table(paths(reported, STEPS)[1])
+    density = latents["density"].to_numpy()
+    assert sum(report.density.counts) == (density > 0).sum() and report.density.outside == (density == 0).sum()
+    largest = int(np.searchsorted(report.density.edges, density.max(), side="right")) - 1
+    assert report.density.counts[largest] > 0 and not any(report.density.counts[largest + 1 :])
+    weights = load_file(checkpoint.folder(reported, STEPS) / checkpoint.WEIGHTS)
+    live = latents["rows"].to_numpy() > 0
+    directions = weights["W_dec"][live].astype(np.float64)
+    cosines = directions @ directions.T
+    np.fill_diagonal(cosines, -1)
+    nearest = cosines.max(1)
+    assert report.nearest.median == pytest.approx(np.median(nearest), abs=1e-6)
+    assert report.nearest.largest == pytest.approx(nearest.max(), abs=1e-6)
+    assert sum(report.nearest.latents.counts) == live.sum() == sum(report.nearest.random.counts)
+    assert report.nearest.random_median < report.nearest.random_largest < 1
+
+
+def test_pairs_are_shown_with_both_latents_contexts(report: Report, reported: Path) -> None:
+    held_out = json.loads((reported / "anti_duplication_logs" / "correlation-held-out.json").read_text())
+    assert report.duplicates
+    assert report.duplicates.source == "anti_duplication_logs/correlation-held-out.json"
+    assert [list(pair.key) for pair in report.duplicates.pairs] == [
+        [one["latent"] for one in pair["latents"]] for pair in held_out["pairs"]
+    ]
+    assert report.duplicates.pairs, "the test needs a pair"
+    contexts = pq.read_table(paths(reported, STEPS)[0]).to_pandas()
+    for latent in report.duplicates.pairs[0].key:
+        shown = report.examples[latent].contexts
+        top = contexts[(contexts.latent == latent) & (contexts.kind == "top")].sort_values("rank").head(3)
+        assert [one.text for one in shown] == [list(text) for text in top.text]
+        assert [one.peak for one in shown] == list(top.peak)
+    page = (reported / "report.html").read_text()
+    assert f'href="report/latents.html#latent-{report.duplicates.pairs[0].key[0]}"' in page
+
+
+def test_a_finished_good_run_is_told_from_a_bad_one(report: Report) -> None:
+    assert check(report, "finished").state == "good" and check(report, "usage").state == "good"
+    assert {one.name for one in report.verdict} == {
+        "finished", "reconstruction", "generalisation", "convergence", "l0", "dead", "directions", "correlations",
+        "position 0", "strata", "usage", "reading",
+    }  # fmt: skip
+    assert report.verdict == verdict(report)
+    for one in report.verdict:
+        assert re.search(r"\d", one.said), one
+
+
+def test_the_run_that_this_project_starts_from_would_have_failed(report: Report) -> None:
+    """Latents that correlate 0.92 to 0.99 and fire at position 0 only, and components that never ran."""
+    assert report.duplicates and report.at_position_0 and report.usage
+    live = report.duplicates.directions.live
+    idle = {
+        name: one.model_copy(update={"calls": 0, "effect": 0.0}) if name in ("mined", "monitor") else one
+        for name, one in report.usage.components.items()
+    }
+    alike = {"0.5": 1.0, "0.7": 0.9, "0.8": 0.9, "0.9": 0.9}
+    bad = report.model_copy(
+        update={
+            "duplicates": report.duplicates.model_copy(
+                update={
+                    "pairs_above": {"0.5": 9 * live, "0.8": live, "0.9": live},
+                    "largest_correlation": 0.99,
+                    "directions": report.duplicates.directions.model_copy(update={"share_with_neighbour_above": alike}),
+                }
+            ),
+            "at_position_0": report.at_position_0.model_copy(update={"counts": [5, *[0] * 18, 5]}),
+            "usage": report.usage.model_copy(update={"components": idle}),
+        }
+    )
+    for name in ("directions", "correlations", "position 0"):
+        assert check(bad, name).state == "bad", name
+    assert check(bad, "position 0").said == "5 of 10 live latents have half or more of their active rows at position 0."
+    usage = check(bad, "usage")
+    assert usage.state == "look" and usage.said.endswith("had no effect: mined, monitor.")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "state"),
+    [
+        ("reconstruction", {"fvu": 1.2}, "bad"),
+        ("reconstruction", {"fvu": 0.7}, "look"),
+        ("reconstruction", {"fvu": 0.2}, "good"),
+        ("dead", {"dead_share": 0.6}, "bad"),
+        ("dead", {"dead_share": 0.2}, "look"),
+        ("dead", {"dead_share": 0.0}, "good"),
+        ("l0", {"l0": 3.0}, "look"),
+        ("l0", {"l0": 12.1}, "bad"),
+        ("l0", {"l0": 6.1}, "good"),
+        ("generalisation", {"fvu_training_rule": 1e9}, "bad"),
+    ],
+)
+def test_limits_of_held_out_figures(report: Report, name: str, changed: dict[str, float], state: str) -> None:
+    assert report.k == 6
+    assert (
+        check(report.model_copy(update={"held_out": report.held_out.model_copy(update=changed)}), name).state == state
+    )
+
+
+def test_worse_than_the_best_linear_map_is_worth_a_look(report: Report) -> None:
+    held_out = report.held_out.model_copy(update={"fvu": 0.3})
+    worse = check(report.model_copy(update={"held_out": held_out, "linear_fvu": 0.2}), "reconstruction")
+    assert worse.state == "look" and "the best linear map leaves 0.2000" in worse.said
+    assert check(report.model_copy(update={"held_out": held_out, "linear_fvu": 0.4}), "reconstruction").state == "good"
+
+
+@pytest.mark.parametrize(
+    ("values", "state", "words"),
+    [
+        ([1.0] * 8 + [1.0, 0.99], "good", "fell by 1.0%: it has levelled off"),
+        ([1.0] * 8 + [1.0, 0.8], "look", "fell by 20.0%: more steps would still help"),
+        ([1.0] * 8 + [1.0, 1.1], "look", "rose by 10.0%: was it unstable?"),
+        ([1.0] * 8 + [1.0, 2.0], "bad", "rose by 100.0%"),
+    ],
+)
+def test_convergence(report: Report, values: list[float], state: str, words: str) -> None:
+    training = report.training.model_copy(
+        update={"steps": [12 * (i + 1) for i in range(10)], "series": {"fvu_natural": values}}
+    )
+    found = check(report.model_copy(update={"training": training}), "convergence")
+    assert found.state == state and words in found.said
+
+
+def test_linear_and_an_earlier_step_and_samples_that_are_not_there(
+    command: Command, run: Path, store: SyntheticStore
+) -> None:
+    evaluated = json.loads(command("evaluate", run, "--linear", "--json").out)
+    shutil.rmtree(run / "samples")
+    assert command("report", run, "--linear").code == 0
+    found = read(run)
+    assert found.linear_fvu == pytest.approx(evaluated["linear_fvu"])
+    assert paths(run, STEPS)[0].is_file()  # made by the way
+    steps = [checkpoint.number(path) for path in checkpoint.steps(run)]
+    assert command("report", run, "--step", steps[0]).code == 0
+    earlier = read(run)
+    assert earlier.step == steps[0] and max(earlier.training.steps) <= steps[0]
+
+
+def test_a_run_without_monitor_and_samples_has_a_report(
+    command: Command, store: SyntheticStore, tmp_path: Path
+) -> None:
+    done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 20, *SMALL, "--set", "monitor.every=0",
+                   "--set", "diversity.co_activation.weight=0", "--set", "samples.rows=0")  # fmt: skip
+    assert command("report", done.path).code == 0
+    found = read(done.path)
+    assert found.duplicates is None and found.examples == {} and found.monitor.steps == []
+    assert "The correlation monitor was off" in (done.path / "report.html").read_text()
+    assert "correlations" not in {one.name for one in found.verdict}
+
+
+def test_what_cannot_be_reported_is_said(command: Command, run: Path, tmp_path: Path) -> None:
+    missing = command("report", tmp_path / "none")
+    assert missing.code == 2 and "Traceback" not in missing.err
+    none = command("report", run, "--step", 7)
+    assert none.code == 2 and "7" in none.err and not (run / "report.html").exists()
+
+
+def test_text_of_the_corpus_is_never_markup(command: Command, run: Path) -> None:
+    contexts, _ = paths(run, STEPS)
+    samples = pq.read_table(contexts)
+    place = samples.schema.get_field_index("text")
+    texts = [[HOSTILE[i % len(HOSTILE)] for i, _ in enumerate(one)] for one in samples["text"].to_pylist()]
+    pq.write_table(
+        samples.set_column(place, samples.schema.field(place), pa.array(texts, pa.list_(pa.string()))), contexts
+    )
+    assert command("report", run).code == 0
+    page = (run / "report.html").read_text()
+    body = page[: page.index('id="figures"')]
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in body
+    assert "<script>alert" not in page and "<img src=x" not in page
+    assert "x" * 61 not in body and "… (10,000 characters)" in body
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", body)
+    assert read(run).examples  # the twin has the text as it is
+    assert any("<script>" in text for one in read(run).examples.values() for c in one.contexts for text in c.text)
+
+
+def test_markdown_has_the_verdict_and_the_tables(report: Report, reported: Path) -> None:
+    text = (reported / "report.md").read_text()
+    assert text.startswith("## run\n")
+    assert f"| {report.held_out.fvu:.4f} | {report.held_out.explained_variance:.1%} |" in text
+    for one in report.verdict:
+        assert f"**{one.name}**" in text and one.said in text
+    lines = text.splitlines()
+    for above, line, below in zip(lines, lines[1:], lines[2:], strict=False):
+        if re.fullmatch(r"\|( -+:? \|)+", line):  # every table's head and body have as many cells
+            assert above.count("|") == line.count("|") == below.count("|")
+
+
+@pytest.mark.fault(11)
+def test_a_full_disk_leaves_the_report_of_before(command: Command, run: Path, tmp_path: Path) -> None:
+    size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    with small_disk(tmp_path / "disk", size + 7_000_000) as disk:
+        there = Path(shutil.copytree(run, disk / "run"))
+        assert command("report", there).code == 0
+        before = {path: path.read_bytes() for path in there.rglob("*") if path.is_file()}
+        with open(disk / "filler", "wb") as filler:
+            filler.write(bytes(max(0, shutil.disk_usage(disk).free - 100_000)))
+        refused = command("report", there)
+        assert refused.code == 2 and "bytes" in refused.err and "free" in refused.err
+        assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_what_stands_in_a_script_cannot_end_it() -> None:
+    text = str(embedded({"a": "</script><!--\u2028"}))
+    assert "<" not in text and "\u2028" not in text and json.loads(text) == {"a": "</script><!--\u2028"}
+
+
+def test_tokens_are_shown_with_their_line_ends() -> None:
+    assert short("a\n\tb") == "a↵⇥b" and short("y" * 61) == "y" * 60 + "… (61 characters)"
+
+
+def test_tables_have_the_numbers_of_their_plots(report: Report) -> None:
+    from train.report.figures import figures
+
+    drawn = figures(report)
+    assert {"fvu", "l0", "terms", "dead", "lr", "throughput", "strata", "prefixes", "density", "nearest"} <= set(drawn)
+    found = table(drawn["l0"])
+    assert found.head == ["step", "the rule of training", "the running threshold", "held out, calibrated thresholds"]
+    assert found.rows[-1][0] == "120" and found.rows[-1][3] == f"{report.held_out.l0:.4g}"
+    assert [row[0] for row in table(drawn["strata"]).rows] == [f"positions {name}" for name in report.held_out.strata]
+
+
+def test_text_has_contrast_in_light_and_dark() -> None:
+    """WCAG 2.2, 1.4.3: 4.5 to 1 for text, on both grounds."""
+    light, dark = re.findall(r":root \{(.*?)\}", str(asset("style.css")), re.S)
+    for sheet in (light, dark):
+        colour = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", sheet))
+        for ink in ("ink", "soft", "link", "good", "look", "bad"):
+            for ground in ("paper", "card"):
+                assert contrast(colour[ink], colour[ground]) >= 4.5, (ink, ground)
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

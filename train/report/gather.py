@@ -1,0 +1,247 @@
+"""Reads what a run left, and puts it into a report. Writes nothing, and judges nothing.
+
+Legend: F latents, O d_out.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared import durable
+from shared.config import read_record
+from shared.store import Store
+from train.duplicates.monitor import FOLDER, HELD_OUT
+from train.duplicates.report import CorrelationReport
+from train.metrics import METRICS, TIMING, Log
+from train.report.record import (
+    Cluster,
+    Context,
+    Curves,
+    Duplicates,
+    Example,
+    Histogram,
+    Nearest,
+    StoreFacts,
+)
+from train.usage import USAGE, UsageRecord
+
+_DENSITY_EDGES = np.logspace(-7, 0, 57)
+_COSINE_EDGES = np.linspace(-1, 1, 81)
+_SHARE_EDGES = np.linspace(0, 1, 21)
+_RANDOM_ROWS = 1024
+"""Of random directions, against all of them: their nearest cosines hardly differ."""
+_PAIRS, _CLUSTERS, _OF_A_CLUSTER, _CONTEXTS = 20, 10, 6, 3
+"""Whose contexts are shown, and how many of each latent."""
+
+
+def training_curves(run: Path, step: int) -> Curves:
+    """What `metrics.jsonl` has up to `step`."""
+    return _curves([_flat(row) for row in Log(run / METRICS).rows() if row["step"] <= step])
+
+
+def timing_curves(run: Path, step: int) -> Curves:
+    """Speed and waiting between rows of `timing.jsonl`; a resumed run's clock starts anew."""
+    found: list[dict[str, Any]] = []
+    rows, seconds, first = 0.0, 0.0, None
+    for row in Log(run / TIMING).rows():
+        if row["step"] > step:
+            break
+        if first != (resumed := row.get("from_step", 0)):
+            rows, seconds, first = row["rows"] / row["step"] * resumed, 0.0, resumed
+        spent = row["seconds"] - seconds
+        rate = (row["rows"] - rows) / spent if spent > 0 else None
+        found.append({"step": row["step"], "rows_per_second": rate, "data_wait_share": row.get("data_wait_share")})
+        rows, seconds = row["rows"], row["seconds"]
+    return _curves(found)
+
+
+def monitor_curves(run: Path, step: int) -> Curves:
+    """The trend over reports of the correlation monitor."""
+    found = []
+    for path in sorted((run / FOLDER).glob("correlation-[0-9]*.json")):
+        report = read_correlations(path)
+        if report.step <= step:
+            found.append(
+                {
+                    "step": report.step,
+                    "pairs_above_0_8": report.without_position_0.pairs_above["0.8"],
+                    "largest_correlation": report.without_position_0.largest,
+                    "share_with_neighbour_above_0_7": report.directions.share_with_neighbour_above["0.7"],
+                    "effective_share": report.directions.effective_number / max(report.directions.live, 1),
+                }
+            )
+    return _curves(found)
+
+
+def read_correlations(path: Path) -> CorrelationReport:
+    """A report of the monitor. Raises `CorruptData`."""
+    return read_record(CorrelationReport, durable.read_json(path), path)
+
+
+def duplicates(run: Path, step: int) -> Duplicates | None:
+    """The report on all held-out rows of `step`; where there is none, the last one up to it."""
+    whole = run / FOLDER / HELD_OUT
+    paths = [path for path in sorted((run / FOLDER).glob("correlation-[0-9]*.json"))]
+    found = [(read_correlations(path), path) for path in ([whole] if whole.is_file() else [])]
+    if not found or found[0][0].step != step:
+        found = [(read_correlations(path), path) for path in paths[::-1]]
+    report, path = next(((one, path) for one, path in found if one.step <= step), (None, None))
+    if not report or not path:
+        return None
+    return Duplicates(
+        source=str(path.relative_to(run)),
+        rows=report.without_position_0.rows,
+        largest_correlation=report.without_position_0.largest,
+        pairs_above=report.without_position_0.pairs_above,
+        directions=report.directions,
+        pairs=report.pairs,
+        clusters=[Cluster(latents=latents) for latents in report.clusters],
+    )
+
+
+def usage(run: Path) -> UsageRecord | None:
+    """What each component did so far."""
+    path = run / USAGE
+    return read_record(UsageRecord, durable.read_json(path), path) if path.is_file() else None
+
+
+def density(table: pa.Table) -> Histogram:
+    """Of all latents; `outside` are those that are never active."""
+    values = table["density"].to_numpy()
+    return histogram(values[values > 0], _DENSITY_EDGES, outside=int((values == 0).sum()))
+
+
+def at_position_0(table: pa.Table) -> Histogram | None:
+    """Of live latents."""
+    values = table["bos_share"].drop_null().to_numpy()
+    return histogram(values, _SHARE_EDGES) if len(values) else None
+
+
+def nearest(
+    table: pa.Table,
+    width: int,
+) -> Nearest:
+    """Of live latents, beside random directions of as many dimensions, `width`."""
+    first = pc.list_element(table.filter(pc.greater(pc.list_value_length(table["nearest_cosines"]), 0))
+                            ["nearest_cosines"], 0).to_numpy()  # fmt: skip
+    live = len(first)
+    random = _nearest_of_random(live, width)
+    scaled = histogram(random, _COSINE_EDGES)
+    times = live / max(len(random), 1)
+    return Nearest(
+        latents=histogram(first, _COSINE_EDGES),
+        random=scaled.model_copy(update={"counts": [round(count * times) for count in scaled.counts]}),
+        median=_quantile(first, 0.5),
+        largest=_quantile(first, 1.0),
+        random_median=_quantile(random, 0.5),
+        random_largest=_quantile(random, 1.0),
+    )
+
+
+def examples(contexts: Path, table: pa.Table, found: Duplicates | None) -> dict[int, Example]:
+    """The latents of the first pairs and clusters, with their strongest contexts."""
+    if not found:
+        return {}
+    wanted = [one.latent for pair in found.pairs[:_PAIRS] for one in pair.latents]
+    wanted += [latent for cluster in found.clusters[:_CLUSTERS] for latent in cluster.latents[:_OF_A_CLUSTER]]
+    latents = sorted(set(wanted))
+    shown: dict[int, list[Context]] = {latent: [] for latent in latents}
+    columns = ["latent", "kind", "rank", "position", "peak", "text", "activations"]
+    rows = pq.read_table(
+        contexts, columns=columns, filters=[("latent", "in", latents), ("rank", "<", _CONTEXTS)]
+    ).to_pylist() if latents else []  # fmt: skip
+    for row in rows:
+        if row["kind"] == "top":
+            shown[row["latent"]].append(
+                Context(
+                    text=row["text"] or [],
+                    activations=row["activations"],
+                    peak=row["peak"],
+                    position=row["position"],
+                )
+            )
+    densities, largest = table["density"].to_numpy(), table["max"].to_pylist()
+    return {
+        latent: Example(
+            latent=latent, density=float(densities[latent]), largest=largest[latent], contexts=shown[latent]
+        )
+        for latent in latents
+    }
+
+
+def store_facts(store: Store) -> StoreFacts:
+    """What a reader of the report wants to know of the store."""
+    record, request = store.record, store.request
+    rows = {s.name: len(record.training_blocks) * s.rows for s in record.plan.stored_strata}
+    return StoreFacts(
+        name=store.path.name,
+        request=request.digest,
+        model=request.model.name,
+        corpus=request.corpus.name,
+        source_hook=request.source_hook,
+        target_hook=request.target_hook,
+        layer=request.layer,
+        context_size=request.context_size,
+        d_in=record.d_in,
+        d_out=record.d_out,
+        training_rows=sum(rows.values()),
+        held_out_rows=len(record.report_blocks) * sum(s.rows for s in record.plan.stored_strata),
+        bytes=store.shard_bytes,
+        strata=rows,
+    )
+
+
+def histogram(values: NDArray[Any], edges: NDArray[np.float64], outside: int = 0) -> Histogram:
+    """Counts of `values`; those past the first or last edge are counted at it."""
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    return Histogram(edges=edges.tolist(), counts=counts.tolist(), outside=outside)
+
+
+def _nearest_of_random(count: int, width: int) -> NDArray[np.float32]:
+    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
+    rows /= rows.norm(dim=1, keepdim=True)
+    some = min(count, _RANDOM_ROWS)
+    largest: list[Tensor] = []
+    for low in range(0, count, _RANDOM_ROWS):
+        cosines = rows[:some] @ rows[low : low + _RANDOM_ROWS].T
+        if low == 0:
+            cosines.fill_diagonal_(-1)
+        largest.append(cosines.amax(1))
+    return torch.stack(largest).amax(0).numpy() if largest else np.zeros(0, np.float32)
+
+
+def _quantile(values: NDArray[Any], share: float) -> float:
+    return float(np.quantile(values, share)) if len(values) else 0.0
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> Curves:
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
+    return Curves(
+        steps=[row["step"] for row in rows],
+        series={name: [_finite(row.get(name)) for row in rows] for name in names},
+    )
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _flat(row: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+    """Numbers by dotted names, but for held-out figures of parts, which the last evaluation has."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            if start != "held_out.":
+                found |= _flat(value, f"{start}{name}.")
+        elif isinstance(value, int | float):
+            found[f"{start}{name}"] = value
+    return found

@@ -1,0 +1,118 @@
+"""Makes a report of a run's newest checkpoint: `report.{html,md,json}`, and the browser of latents in `report/`."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from shared import durable
+from shared.progress import Progress
+from shared.store import Store
+from train.checkpoint import Checkpoint
+from train.evaluate import Evaluation, evaluate
+from train.linear import linear_map_fvu
+from train.loop import build_transcoder, load_weights, use_threads
+from train.metrics import METRICS, Log
+from train.report import gather, page
+from train.report.browser import browser_files
+from train.report.latents import latents_table
+from train.report.record import Report
+from train.report.verdict import verdict
+from train.samples.make import make_samples
+from train.samples.select import SamplesConfig
+from train.samples.table import paths
+from train.settings import RunConfig
+from train.transcoder import BatchTopK, TopK, Transcoder
+
+FOLDER = "report"
+"""Of what lies beside the page."""
+HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
+
+
+def make_report(run: Path, config: RunConfig, found: Checkpoint, store: Store, *, linear: bool = False) -> Report:
+    """Write the report of checkpoint `found` of `run`; samples that are not there are made first. Returns it.
+
+    `linear`: also fit the best linear map on the training rows, for comparison. Raises `DiskFull`.
+    """
+    settings, (contexts, latents) = config.settings, paths(run, found.step)
+    use_threads(settings.threads)
+    model = build_transcoder(config, store)
+    threshold = load_weights(model, found.path)
+    if not (contexts.is_file() and latents.is_file()):
+        wanted = settings.samples if settings.samples.rows else SamplesConfig()
+        make_samples(model, store, threshold, config, wanted, found.step).publish(run)
+    with Progress("report", 4, "parts") as progress:
+        progress.update(0, "neighbours")
+        table = latents_table(model, store, threshold, config, pq.read_table(latents), pq.read_table(contexts))
+        progress.update(1, "held-out rows")
+        held_out = _held_out(run, config, found, model, store, threshold)
+        chunk = settings.evaluation.chunk_rows
+        fvu = linear_map_fvu(store, chunk, threshold.device, settings.source) if linear else None
+        progress.update(2, "the browser of latents")
+        report = _report(run, config, found.step, store, table, held_out, fvu)
+        beside = browser_files(report.run, store, table, pq.read_table(contexts))
+        progress.update(3, "writing")
+        _publish(run, report, beside)
+        progress.update(4)
+    return report
+
+
+def _report(
+    run: Path,
+    config: RunConfig,
+    step: int,
+    store: Store,
+    table: pa.Table,
+    held_out: Evaluation,
+    linear_fvu: float | None,
+) -> Report:
+    duplicates, settings = gather.duplicates(run, step), config.settings
+    report = Report(
+        run=run.resolve().name,
+        step=step,
+        steps=settings.steps,
+        d_sae=len(table),
+        k=float(a.k) if isinstance(a := settings.activation, BatchTopK | TopK) else None,
+        verdict=[],
+        held_out=held_out,
+        linear_fvu=linear_fvu,
+        training=gather.training_curves(run, step),
+        timing=gather.timing_curves(run, step),
+        monitor=gather.monitor_curves(run, step),
+        density=gather.density(table),
+        at_position_0=gather.at_position_0(table),
+        nearest=gather.nearest(table, config.d_out),
+        duplicates=duplicates,
+        examples=gather.examples(paths(run, step)[0], table, duplicates),
+        usage=gather.usage(run),
+        store=gather.store_facts(store),
+        settings=settings.model_dump(mode="json"),
+        software=config.software,
+    )
+    return report.model_copy(update={"verdict": verdict(report)})
+
+
+def _held_out(
+    run: Path, config: RunConfig, found: Checkpoint, model: Transcoder, store: Store, threshold: Tensor
+) -> Evaluation:
+    """As the run wrote it at that step, or else measured now."""
+    for row in reversed(Log(run / METRICS).rows()):
+        if row["step"] == found.step and "held_out" in row:
+            return Evaluation.model_validate(row["held_out"])
+    settings = config.settings
+    return evaluate(model, store, threshold, settings.evaluation.chunk_rows, settings.seed, settings.source)
+
+
+def _publish(run: Path, report: Report, beside: dict[str, bytes]) -> None:
+    """The folder first, whole: what the page leads to is there when the page is."""
+    folder = run / FOLDER
+    files = {HTML: page.html(report), MARKDOWN: page.markdown(report)}
+    files[JSON] = durable.json_bytes(report.model_dump(mode="json"))
+    durable.require_space(run, sum(map(len, [*beside.values(), *files.values()])), f"the report of {run}")
+    if folder.exists():
+        durable.remove_folder(folder)
+    with durable.publish_folder(folder) as temporary:
+        for name, data in beside.items():
+            durable.publish_bytes(temporary / name, data)
+    durable.publish_files({run / name: data for name, data in files.items()})

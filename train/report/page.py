@@ -1,0 +1,178 @@
+"""Draws a report: `report.html`, one file that needs no network, and `report.md` for a pull request."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from train.report.figures import figures
+from train.report.record import STATES, Context, Report
+
+_ROWS = 24
+"""Of the table beside a plot."""
+_LONG = 60
+"""Characters of a token that are shown."""
+_VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+
+
+class Table(NamedTuple):
+    """What a plot shows, as text."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+class Token(NamedTuple):
+    """One token of a context, ready to be shown."""
+
+    text: str
+    share: float
+    """Of the context's largest activation."""
+    told: str
+    """Its activation in words."""
+    peak: bool
+
+
+def environment() -> Environment:
+    """Templates of all pages; whatever they are given is escaped."""
+    found = Environment(
+        loader=PackageLoader("train.report", "assets"),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {
+        "percent": percent,
+        "count": thousands,
+        "tokens": tokens,
+        "bytes": told_bytes,
+        "basename": os.path.basename,
+    }
+    return found
+
+
+def asset(name: str) -> Markup:
+    """A style sheet or script of this package, to stand inside a page."""
+    return Markup(files("train.report").joinpath("assets", name).read_text())
+
+
+def embedded(value: Any) -> Markup:
+    """JSON that can stand in a script element: nothing in it ends one."""
+    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+
+
+def html(report: Report) -> bytes:
+    """The page."""
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            report=report,
+            states=STATES,
+            settings=flat(report.settings),
+            style=asset("style.css"),
+            **drawn(figures(report)),
+        )
+        .encode()
+    )
+
+
+def drawn(plots: Mapping[str, go.Figure]) -> dict[str, Any]:
+    """What a template needs for plots by id: their numbers as tables, and the scripts that draw them."""
+    given = ",".join(f"{json.dumps(name)}:{one.to_json()}" for name, one in plots.items())
+    return {
+        "tables": {name: table(one) for name, one in plots.items()},
+        "figures": embedded(f"{{{given}}}"),
+        "script": asset("report.js"),
+        "plotly": Markup(get_plotlyjs().replace("</script", "<\\/script")),
+    }
+
+
+def markdown(report: Report) -> bytes:
+    """The same in short."""
+    template = environment().get_template("report.md")
+    text = template.render(report=report, states=STATES)
+    return re.sub(r"\n{3,}", "\n\n", text).encode()
+
+
+def table(figure: go.Figure) -> Table:
+    """The numbers of a plot by its x values, thinned to some dozen rows."""
+    axis = figure.layout.xaxis.title.text or ""
+    traces = list(figure.data)
+    by_x: dict[Any, dict[int, Any]] = {}
+    for i, trace in enumerate(traces):
+        for x, y in zip(trace.x, trace.y, strict=True):
+            by_x.setdefault(x, {})[i] = y
+    shown = [(x, row) for x, row in sorted(by_x.items(), key=_key) if any(row.values())] or sorted(
+        by_x.items(), key=_key
+    )
+    every = -(-len(shown) // _ROWS)
+    kept = shown if every <= 1 else [*shown[:-1:every], shown[-1]]
+    return Table(
+        [axis, *(trace.name for trace in traces)],
+        [[_number(x), *(_number(row.get(i)) for i in range(len(traces)))] for x, row in kept],
+    )
+
+
+def tokens(context: Context) -> list[Token]:
+    """The tokens of a context, shaded by their share of its largest activation."""
+    largest = max((value for value in context.activations if value), default=0.0) or 1.0
+    return [
+        Token(short(text), (value or 0) / largest, "not stored" if value is None else f"{value:.3g}", i == context.peak)
+        for i, (text, value) in enumerate(zip(context.text, context.activations, strict=True))
+    ]
+
+
+def short(text: str) -> str:
+    """A token as people can see it: line ends as signs, and of a long one the beginning."""
+    if len(text) > _LONG:
+        text = f"{text[:_LONG]}… ({len(text):,} characters)"
+    return "".join(_VISIBLE.get(character, character) for character in text)
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as people read it."""
+    return f"{share:.{digits}%}"
+
+
+def thousands(count: int) -> str:
+    """A count as people read it."""
+    return f"{count:,}"
+
+
+def told_bytes(size: float) -> str:
+    """A size as people read it."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
+def flat(settings: dict[str, Any], start: str = "") -> dict[str, str]:
+    """Settings by dotted names, as `--set` takes them."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{start}{name}.") if isinstance(value, dict) else {f"{start}{name}": json.dumps(value)}
+    return found
+
+
+def _key(item: tuple[Any, Any]) -> Any:
+    return item[0] if not isinstance(item[0], str) else 0  # names stay in their order
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"

@@ -1,0 +1,155 @@
+"""Did it work, and what is worth a look: one line each, with the number that says so. Pure.
+
+Limits are this project's, from its own runs and from the run it started from, whose latents correlated 0.92 to 0.99 and
+fired at position 0 alone. Each is in the report beside its figure.
+"""
+
+from collections.abc import Iterator
+
+from shared.strata import POSITION_0
+from train.report.record import Check, Report, State
+
+_FLAT_SHARE = 0.1
+"""Of the run: has fvu still fallen over this last part?"""
+
+
+def verdict(report: Report) -> list[Check]:
+    """All checks that the report has figures for, in the order in which a reader asks."""
+    return [
+        *_finished(report),
+        *_reconstruction(report),
+        *_generalisation(report),
+        *_convergence(report),
+        *_l0(report),
+        *_dead(report),
+        *_directions(report),
+        *_correlations(report),
+        *_position_0(report),
+        *_strata(report),
+        *_usage(report),
+        *_reading(report),
+    ]
+
+
+def _check(name: str, said: str, figure: float, look: float, bad: float, see: str) -> Check:
+    """Figures are worse the larger they are; where `look` is above `bad`, the smaller."""
+    sign = 1 if bad >= look else -1
+    state: State = "bad" if sign * figure > sign * bad else "look" if sign * figure > sign * look else "good"
+    return Check(name=name, state=state, said=said, figure=figure, look_beyond=look, bad_beyond=bad, see=see)
+
+
+def _finished(report: Report) -> Iterator[Check]:
+    share = report.step / report.steps
+    said = f"Trained for all of its {report.steps:,} steps."
+    if share < 1:
+        said = f"At step {report.step:,} of {report.steps:,}: continue with `python -m train resume`."
+    yield _check("finished", said, share, 1.0, 0.0, "curves")
+
+
+def _reconstruction(report: Report) -> Iterator[Check]:
+    fvu = report.held_out.fvu
+    said = (
+        f"Held out, {fvu:.4f} of the target's variance is unexplained (fvu), at {report.held_out.l0:.1f} latents a row"
+    )
+    if report.linear_fvu is not None:
+        yield _check("reconstruction", f"{said}; the best linear map leaves {report.linear_fvu:.4f}.", fvu,
+                     report.linear_fvu, 1.0, "strata")  # fmt: skip
+    else:
+        yield _check("reconstruction", f"{said}; the mean alone leaves 1.", fvu, 0.5, 1.0, "strata")
+
+
+def _generalisation(report: Report) -> Iterator[Check]:
+    trained = [value for value in report.training.series.get("fvu_natural", []) if value is not None]
+    if trained and trained[-1] > 0:
+        ratio = report.held_out.fvu_training_rule / trained[-1]
+        said = (
+            f"By the rule of training, fvu is {report.held_out.fvu_training_rule:.4f} held out and {trained[-1]:.4f} "
+            f"on the last rows trained on: {ratio:.2f} times."
+        )
+        yield _check("generalisation", said, ratio, 1.25, 2.0, "curves")
+
+
+def _convergence(report: Report) -> Iterator[Check]:
+    fvus = report.training.series.get("fvu_natural", [])
+    found = [(step, value) for step, value in zip(report.training.steps, fvus, strict=True) if value is not None]
+    last = [value for step, value in found if step > report.step * (1 - _FLAT_SHARE)]
+    before = [
+        value for step, value in found if report.step * (1 - 2 * _FLAT_SHARE) < step <= report.step * (1 - _FLAT_SHARE)
+    ]
+    if last and before and (earlier := sum(before) / len(before)) > 0:
+        fall = 1 - sum(last) / len(last) / earlier
+        said = f"Over the last tenth of training fvu {'fell' if fall >= 0 else 'rose'} by {abs(fall):.1%}"
+        if fall < 0:
+            yield _check("convergence", f"{said}: was it unstable?", -fall, 0.02, 0.2, "curves")
+        else:
+            more = ": more steps would still help." if fall > 0.05 else ": it has levelled off."
+            yield _check("convergence", said + more, fall, 0.05, 1.0, "curves")
+
+
+def _l0(report: Report) -> Iterator[Check]:
+    if report.k:
+        off = abs(report.held_out.l0 / report.k - 1)
+        said = f"{report.held_out.l0:.1f} latents are active on a held-out row, {report.k:g} were asked for."
+        yield _check("l0", said, off, 0.1, 0.5, "curves")
+
+
+def _dead(report: Report) -> Iterator[Check]:
+    share, d_sae = report.held_out.dead_share, report.d_sae
+    said = f"{share:.1%} of {d_sae:,} latents are active on none of {report.held_out.rows:,} held-out rows."
+    yield _check("dead", said, share, 0.15, 0.5, "density")
+
+
+def _directions(report: Report) -> Iterator[Check]:
+    if report.duplicates:
+        found = report.duplicates.directions
+        share = found.share_with_neighbour_above["0.7"]
+        said = (
+            f"{share:.2%} of live latents have another within a cosine of 0.7; the closest two are at "
+            f"{found.largest:.2f}, of random directions at {report.nearest.random_largest:.2f}."
+        )
+        yield _check("directions", said, share, 0.02, 0.2, "nearest")
+
+
+def _correlations(report: Report) -> Iterator[Check]:
+    if found := report.duplicates:
+        pairs = found.pairs_above["0.8"]
+        share = pairs / max(found.directions.live, 1)
+        said = (
+            f"{pairs:,} pairs of latents correlate above 0.8 over {found.rows:,} rows, {share:.2%} as many as there "
+            f"are live latents; the largest correlation is {found.largest_correlation:.2f}."
+        )
+        yield _check("correlations", said, share, 0.005, 0.05, "pairs")
+
+
+def _position_0(report: Report) -> Iterator[Check]:
+    if found := report.at_position_0:
+        total = sum(found.counts)
+        most = sum(count for low, count in zip(found.edges, found.counts, strict=False) if low >= 0.5 - 1e-9)
+        said = f"{most:,} of {total:,} live latents have half or more of their active rows at position 0."
+        yield _check("position 0", said, most / max(total, 1), 0.01, 0.1, "density")
+
+
+def _strata(report: Report) -> Iterator[Check]:
+    parts = {name: part for name, part in report.held_out.strata.items() if name != POSITION_0}
+    if len(parts) > 1 and report.held_out.fvu > 0:
+        name, part = max(parts.items(), key=lambda item: item[1].fvu)
+        ratio = part.fvu / report.held_out.fvu
+        said = f"Positions {name} are explained worst: fvu {part.fvu:.4f}, {ratio:.2f} times the whole's."
+        yield _check("strata", said, ratio, 1.5, 4.0, "strata")
+
+
+def _usage(report: Report) -> Iterator[Check]:
+    if report.usage:
+        every = report.usage.components
+        idle = [name for name, one in every.items() if not one.effect]
+        said = f"All {len(every)} components that are on had an effect."
+        if idle:
+            said = f"{len(idle)} of {len(every)} components that are on had no effect: {', '.join(idle)}."
+        yield _check("usage", said, len(idle) / max(len(every), 1), 0.0, 0.999, "usage")
+
+
+def _reading(report: Report) -> Iterator[Check]:
+    shares = [value for value in report.timing.series.get("data_wait_share", []) if value is not None]
+    if shares:
+        share = sum(shares) / len(shares)
+        yield _check("reading", f"Steps waited for rows {share:.1%} of the time.", share, 0.1, 0.5, "curves")
