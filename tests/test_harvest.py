@@ -403,17 +403,17 @@ def test_plans_ask_for_no_more_room_than_there_can_be_need_of(small: Line, tmp_p
 @pytest.mark.fault(1)
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_twenty_kills_do_not_show(small: Line, tmp_path: Path) -> None:
-    """Killed from start-up on at any time, and most often while blocks are made; the last run finishes."""
-    text = write_jsonl(tmp_path / "text.jsonl", [{"text": one} for one in texts(1500)])
-    line, whole = (small(tmp_path / name, text=text, tokens=160 * BLOCK_TOKENS) for name in ("killed", "whole"))
+def test_kills_at_any_time_do_not_show(small: Line, tmp_path: Path) -> None:
+    """By the clock, mostly while blocks are made; the last run finishes. At every operation: tests/faults/sweep.py."""
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": one} for one in texts(400)])
+    line, whole = (small(tmp_path / name, text=text, tokens=40 * BLOCK_TOKENS) for name in ("killed", "whole"))
     expected, rng, inside = command(*whole).store, np.random.default_rng(0), 0
     folder = tmp_path / "killed" / expected.name
 
     def records() -> int:
         return len(list(folder.glob("ledger/*.json")))
 
-    for number in range(20):
+    for number in range(5):
         before, process = records(), start(*line)
         began = time.monotonic()
         while number % 4 and records() == before:
@@ -422,8 +422,8 @@ def test_twenty_kills_do_not_show(small: Line, tmp_path: Path) -> None:
         time.sleep(float(rng.uniform(0, 0.2 if number % 4 else 8)))
         process.kill()
         process.communicate()
-        inside += before < records() < 162
-    assert not (folder / STORE).exists() and inside >= 15
+        inside += before < records() < 42
+    assert not (folder / STORE).exists() and inside >= 2
     assert command(*line).store == folder
     assert contents(folder) == contents(expected)
     assert not [path for path in tmp_path.rglob("*.tmp")]
