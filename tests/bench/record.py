@@ -12,6 +12,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FIGURES, PAGE = ROOT / "docs" / "benchmarks.json", ROOT / "docs" / "benchmarks.md"
+README, BEGIN, END = ROOT / "README.md", "<!-- default run -->", "<!-- /default run -->"
+_DEFAULT_RUN = {
+    "harvest": "`make harvest`",
+    "train": "`make train`",
+    "training rows stored": "rows to train on, stored",
+    "held-out fvu": "held-out fvu",
+    "held-out fvu of the best linear map": "... of the best linear map",
+    "l0 by threshold": "active latents per row",
+    "latents that never fire on the report rows": "dead on held-out rows",
+}
+"""Figures of the bench `pipeline` that the README shows."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,18 @@ def record(bench: str, command: str, figures: dict[str, tuple[float, str]]) -> N
     kept = [figure for figure in known if figure["bench"] != bench]
     FIGURES.write_text(json.dumps(kept + fresh, indent=1) + "\n")
     PAGE.write_text(page(kept + fresh))
+    README.write_text(readme(README.read_text(), kept + fresh))
+
+
+def readme(text: str, figures: list[dict]) -> str:
+    """The README with the default run's figures between its marks."""
+    known = {figure["name"]: figure for figure in figures if figure["bench"] == "pipeline"}
+    rows = [
+        f"| {label} | {show(known[name]['value'])} | {known[name]['unit']} |" for name, label in _DEFAULT_RUN.items()
+    ]
+    table = "\n".join(["| the default run | | |", "|---|---:|---|", *rows])
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
 
 def page(figures: list[dict]) -> str:

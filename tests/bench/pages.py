@@ -1,0 +1,121 @@
+"""Pages of reports: what they weigh, and how long a browser takes to open them; and the pictures of the README.
+
+    python -m tests.bench.pages RUN [RUN ...]      finished runs with samples: makes and measures their reports
+    python -m tests.bench.pages pictures RUN       docs/images/report.png and latent.png
+
+Each page is opened from disk in a new browser, without a network; times are medians of five.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.bench.record import ROOT, record, run
+from tests.browser import open_page
+from train.settings import read_config
+
+PICTURES = ROOT / "docs" / "images"
+_TIMES = 5
+
+
+def main() -> None:
+    """Measure the runs that are named, or take pictures of one."""
+    if sys.argv[1] == "pictures":
+        pictures(Path(sys.argv[2]))
+    for path in map(Path, sys.argv[1:] if sys.argv[1] != "pictures" else []):
+        made = run(sys.executable, "-m", "train", "report", path)
+        d_sae = read_config(path).settings.transcoder.d_sae
+        record(f"pages: {int(d_sae):,} latents", "python -m tests.bench.pages RUN", figures(path, made.seconds))
+
+
+def figures(path: Path, seconds: float) -> dict[str, tuple[float, str]]:
+    """Sizes and times of a run's pages."""
+    report, folder = path / "report.html", path / "report"
+    latents = [file for file in folder.rglob("*") if file.is_file()]
+    pages = [file for file in latents if file.suffix != ".parquet"]
+    return {
+        "making the report, samples being there": (seconds, "s"),
+        "report.html": (report.stat().st_size / 1e6, "MB"),
+        "browser of latents, without latents.parquet": (sum(file.stat().st_size for file in pages) / 1e6, "MB"),
+        "folder report/": (sum(file.stat().st_size for file in latents) / 1e6, "MB"),
+        "opening the report, all plots drawn": (median(lambda: timed(report, drawn)), "s"),
+        "opening the list of latents": (median(lambda: timed(folder / "latents.html", listed)), "s"),
+        "opening a latent's page by its link": (
+            median(lambda: timed(folder / "latents.html", shown, "#latent-7")),
+            "s",
+        ),
+        "from the list to a latent": (median(lambda: from_list(folder / "latents.html")), "s"),
+    }
+
+
+def median(measure: Callable[[], float]) -> float:
+    """Of some repeats."""
+    return statistics.median(measure() for _ in range(_TIMES))
+
+
+def timed(path: Path, ready: Callable[[Any], object], fragment: str = "") -> float:
+    """From the address to the page being ready; the browser's own start is not in it."""
+    with opened(path.parent / "nothing.html") as page:
+        began = time.monotonic()
+        page.goto(path.resolve().as_uri() + fragment)
+        ready(page)
+        return time.monotonic() - began
+
+
+def from_list(path: Path) -> float:
+    """From the press on a latent of the list to its contexts."""
+    with opened(path) as page:
+        listed(page)
+        began = time.monotonic()
+        page.locator("tbody a").first.click()
+        shown(page)
+        return time.monotonic() - began
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A page of an existing file, or an empty one."""
+    blank = not path.exists()
+    if blank:
+        path.write_text("<!doctype html><link rel=icon href='data:,'>")
+    try:
+        with open_page(path) as page:
+            yield page
+    finally:
+        if blank:
+            path.unlink()
+
+
+def drawn(page: Any) -> None:
+    """Wait until all plots of a report are."""
+    page.wait_for_selector("html[data-drawn]")
+
+
+def listed(page: Any) -> None:
+    """Wait until the list of latents has its rows."""
+    page.locator("tbody a").first.wait_for()
+
+
+def shown(page: Any) -> None:
+    """Wait until a latent has its contexts."""
+    page.locator(".context").first.wait_for()
+
+
+def pictures(path: Path) -> None:
+    """Of the report's beginning, and of a latent that the report links to first."""
+    PICTURES.mkdir(exist_ok=True)
+    with open_page(path / "report.html", width=1180, height=760) as page:
+        drawn(page)
+        page.screenshot(path=PICTURES / "report.png")
+        link = page.locator("#pairs h4 a").first.get_attribute("href")
+    with open_page(path / "report" / "latents.html", width=1180, height=760, fragment=link[link.index("#") :]) as page:
+        shown(page)
+        page.screenshot(path=PICTURES / "latent.png")
+
+
+if __name__ == "__main__":
+    main()
