@@ -275,6 +275,16 @@ def test_linear_and_an_earlier_step_and_samples_that_are_not_there(
     assert earlier.step == steps[0] and max(earlier.training.steps) <= steps[0]
 
 
+def test_without_a_tokenizer_tokens_are_numbers(command: Command, tmp_path: Path) -> None:
+    plain = make_store(tmp_path / "store", training_blocks=6).path
+    done = command("run", "--store", plain, "--runs", tmp_path, *OPTIONS)
+    assert command("report", done.path).code == 0
+    (example, *_) = read(done.path).examples.values()
+    contexts = pq.read_table(paths(done.path, STEPS)[0]).to_pandas()
+    first = contexts[contexts.latent == example.latent].iloc[0]
+    assert example.contexts[0].text == [f"#{token}" for token in first.tokens]
+
+
 def test_a_run_without_monitor_and_samples_has_a_report(
     command: Command, store: SyntheticStore, tmp_path: Path
 ) -> None:

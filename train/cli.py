@@ -201,9 +201,18 @@ def samples(
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@mirror_options
 @shared.cli.quiet_option
 @shared.cli.local_options
-def report(run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool, local: Local | None) -> None:
+def report(
+    run: Path,
+    store: Path | None,
+    step: int | None,
+    linear: bool,
+    as_json: bool,
+    project: str | None,
+    local: Local | None,
+) -> None:
     """Write report.html, its twins in Markdown and JSON, and a browser of all latents.
 
     Prints the page's path as its last line.
@@ -211,7 +220,7 @@ def report(run: Path, store: Path | None, step: int | None, linear: bool, as_jso
     from train.commands import report_run
     from train.tables import print_verdict
 
-    path, found = report_run(run, store, local, step, linear)
+    path, found = report_run(run, store, local, step, linear, project)
     if as_json:
         click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
         return

@@ -15,7 +15,7 @@ from train.checkpoint import CONFIG, Checkpoint, Listed
 from train.evaluate import Evaluation, calibrate, evaluate
 from train.linear import linear_map_fvu
 from train.loop import Run, build_transcoder, load_weights, use_threads
-from train.mirror.process import mirrored
+from train.mirror.process import FOLDER, REPORT, mirrored
 from train.rows import source_width
 from train.samples.make import make_samples
 from train.samples.select import SamplesConfig
@@ -188,17 +188,31 @@ def sample_run(
 
 
 def report_run(
-    run: Path, store_path: Path | None, local: Local | None, step: int | None, linear: bool
+    run: Path, store_path: Path | None, local: Local | None, step: int | None, linear: bool, project: str | None
 ) -> tuple[Path, "Report"]:
-    """Write the report of a checkpoint of `run`; returns the page's path, and what it holds. Raises `DiskFull`."""
-    from train.report.make import HTML, make_report  # plots take half a second to import
+    """Write the report of a checkpoint of `run`, and mirror its plots to a W&B `project` if there is one.
+
+    Returns the page's path, and what it holds. Raises `DiskFull`, and `UserError` when the report of an unfinished run
+    is to be mirrored: rows that come later would be of earlier steps.
+    """
+    from train.report.make import HTML, make_report, plots  # they take half a second to import
 
     config = read_config(run)
     found = checkpoint.find(run, step)
+    if project and found.step < (steps := config.settings.steps):
+        raise UserError(
+            f"--wandb mirrors reports of finished runs, and this one is of step {found.step} of {steps} of {run}; "
+            f"finish it with: python -m train resume {run} --wandb"
+        )
     store = _open_for(run, config, store_path, local)
     with store.reading(), durable.lock(run / ".lock", f"run {run}"):
         durable.sweep(run)
-        return run / HTML, make_report(run, config, found, store, linear=linear)
+        report = make_report(run, config, found, store, linear=linear)
+        if project:
+            durable.publish_json(run / FOLDER / REPORT, plots(report))
+            with mirrored(run, project):
+                pass  # the trainer has ended: the mirror takes what it lacks
+        return run / HTML, report
 
 
 def _samples_config(given: SamplesConfig, rows: int | None, assignments: Sequence[str]) -> SamplesConfig:

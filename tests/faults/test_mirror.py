@@ -177,6 +177,34 @@ def test_the_mirror_holds_what_the_files_do(mirrored: Path, plain: Path) -> None
     assert told["usage/mined/effect"] == components["mined"]["effect"] > 0
 
 
+def test_a_report_is_mirrored_once_with_its_plots_and_verdict(mirrored: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(mirrored, tmp_path / "mirrored"))
+    for _ in range(2):
+        done = trainer("report", run, "--wandb", seconds=AMPLE, env=mirrors.environment(tmp_path))
+        _, err = done.communicate(timeout=280)
+        assert done.returncode == 0 and UNAFFECTED not in err, err
+    (row,) = [row for row in histories(run) if any(name.startswith("report/") for name in row)]
+    assert row["step"] == STEPS and row["_step"] == STEPS + 1
+    assert {"report/fvu", "report/terms", "report/nearest", "report/density"} <= {
+        "/".join(n.split("/")[:2]) for n in row
+    }
+    (drawn,) = run.glob("wandb/offline-run-*/files/media/plotly/report/fvu_*.json")
+    expected = [line["fvu_natural"] for line in rows(run)]
+    assert json.loads(drawn.read_text())["data"][0]["y"] == expected
+    report = json.loads((run / "report.json").read_text())
+    told = summaries(run)
+    assert {one["name"]: f"{one['state']}: {one['said']}" for one in report["verdict"]} == {
+        name.removeprefix("verdict/"): said for name, said in told.items() if name.startswith("verdict/")
+    }
+
+
+def test_the_report_of_an_unfinished_run_is_not_mirrored(mirrored: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(mirrored, tmp_path / "mirrored"))
+    done = trainer("report", run, "--step", STEPS - 50, "--wandb", seconds=AMPLE, env=mirrors.environment(tmp_path))
+    _, err = done.communicate(timeout=280)
+    assert done.returncode == 2 and f"step {STEPS - 50} of {STEPS}" in err and not (run / "report.html").exists()
+
+
 def test_the_mirror_knows_the_runs_settings_and_its_axis_and_has_no_checkpoints(mirrored: Path) -> None:
     found = {record.WhichOneof("record_type"): record for record in mirrors.records(files(mirrored)[0])}
     config = {item.key: json.loads(item.value_json) for item in found["run"].run.config.update}

@@ -5,6 +5,7 @@ goes wrong here costs rows of the mirror, and they can be mirrored again: the ru
 """
 
 import argparse
+import hashlib
 import json
 import os
 import secrets
@@ -21,7 +22,7 @@ from urllib.parse import urlsplit
 from shared import durable
 from shared.errors import UserError
 from train.files import CONFIG, Row
-from train.mirror.process import COMPLETE, FOLDER, SECONDS, kill_marked, unsent
+from train.mirror.process import COMPLETE, FOLDER, REPORT, SECONDS, kill_marked, unsent
 from train.mirror.records import Records
 from train.mirror.written import steps
 
@@ -102,6 +103,8 @@ class Child:
             if self._wandb and (now := records.usage()) != usage:
                 self._wandb.summary.update(now)
                 usage = now
+        if self._complete:
+            logged |= self._report(records.steps, known)
         if self._wandb:
             self._close()
             if self._offline and (lost := logged - self._written()):
@@ -158,6 +161,25 @@ class Child:
 
         histograms = records.histograms().items()
         return records.held_out() | {name: wandb.Histogram(np_histogram=found) for name, found in histograms}
+
+    def _report(self, steps: int, known: set[int]) -> set[int]:
+        """Log the plots and the verdict of a report that is not mirrored yet, as a step after the last one."""
+        path = self._folder / REPORT
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+        if digest == self._state.get("report"):
+            return set()
+        import plotly.io
+        import wandb
+
+        report, number = json.loads(path.read_bytes()), 1 + self._state.get("reports", 0)
+        self._state |= {"report": digest, "reports": number}
+        if steps + number in known:
+            return set()
+        plots = {f"report/{name}": wandb.Plotly(plotly.io.from_json(one)) for name, one in report["plots"].items()}
+        run = self._open()
+        run.log({"step": steps} | plots, step=steps + number, commit=True)
+        run.summary.update({f"verdict/{name}": said for name, said in report["verdict"].items()})
+        return {steps + number}
 
     def _open_state(self) -> None:
         """The run's identity at W&B, made once, and the step up to which everything is known to be mirrored."""

@@ -14,7 +14,8 @@ from shared.terminal import say
 
 SECONDS = 10.0
 """How long the trainer waits at its end, at most."""
-FOLDER, LOG = "wandb", "mirror.log"
+FOLDER, LOG, REPORT = "wandb", "mirror.log", "report.json"
+"""`REPORT` holds what is mirrored of the run's report: its plots as Plotly's JSON by id, and the verdict by name."""
 MARK = "TRANSCODER_CACHE_MIRROR"
 """The environment variable that the child and all that it starts have: the run's path."""
 COMPLETE = b"."

@@ -16,6 +16,7 @@ from train.loop import build_transcoder, load_weights, use_threads
 from train.metrics import METRICS, Log
 from train.report import gather, page
 from train.report.browser import browser_files
+from train.report.figures import figures
 from train.report.latents import latents_table
 from train.report.record import Report
 from train.report.verdict import verdict
@@ -56,6 +57,14 @@ def make_report(run: Path, config: RunConfig, found: Checkpoint, store: Store, *
         _publish(run, report, beside)
         progress.update(4)
     return report
+
+
+def plots(report: Report) -> dict[str, dict[str, str]]:
+    """What a mirror takes of a report: its plots as JSON of Plotly, and the verdict."""
+    return {
+        "plots": {name: str(one.to_json()) for name, one in figures(report).items()},
+        "verdict": {check.name: f"{check.state}: {check.said}" for check in report.verdict},
+    }
 
 
 def _report(

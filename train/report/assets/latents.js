@@ -106,7 +106,7 @@ function share(value) {
 }
 
 const count = (n) => n.toLocaleString("en");
-const text = (word) => words.texts?.[word] ?? `<${words.ids[word]}>`;
+const text = (word) => words.texts?.[word] ?? `#${words.ids[word]}`;
 
 /** A token as it is shown: what is not seen by a sign, at most `long` characters. */
 function visible(string, long, edges) {
