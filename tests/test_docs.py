@@ -1,0 +1,79 @@
+"""Documents say what the code does: commands and options exist, modules are listed, figures are those measured."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+import harvest.cli
+import train.cli
+from tests.bench import record
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GROUPS: dict[str, click.Group] = {"harvest": harvest.cli.group, "train": train.cli.main}
+COMMAND = re.compile(r"(?:python -m|torchrun .*-m) (harvest|train) ([^`#\n]*(?:\n {20,}[^`#\n]*)*)")
+
+
+def commands() -> Iterator[tuple[Path, str, str]]:
+    for path in PAGES:
+        for stage, rest in COMMAND.findall(path.read_text()):
+            yield path, stage, rest
+
+
+def test_commands_and_their_options_exist() -> None:
+    seen = 0
+    for path, stage, rest in commands():
+        line = re.split(r"\s{4,}(?=\S)(?!\[)|[;|)]\s|\.\.\. ", rest)[0]
+        words = [word.strip("[],.'\"") for word in re.split(r"[\s|]+", line)]
+        name = words[0]
+        if not name or name.isupper():
+            continue
+        group = GROUPS[stage]
+        assert name in group.commands, f"{path.name}: python -m {stage} {line}"
+        known = {option for one in group.commands[name].params for option in (*one.opts, *one.secondary_opts)}
+        for option in (word.split("=")[0] for word in words if word.startswith("--") and word != "--"):
+            assert option in known | {"--help"}, f"{path.name}: {stage} {name} has no {option}"
+            seen += 1
+    assert seen > 40
+
+
+@pytest.mark.parametrize("stage", list(GROUPS))
+def test_every_command_is_told(stage: str) -> None:
+    text = "\n".join(path.read_text() for path in PAGES)
+    for name in GROUPS[stage].commands:
+        assert re.search(rf"python -m {stage} [\w|]*\b{name}\b", text) or re.search(rf"\b{name}\b.*\bpack\b", text), (
+            name
+        )
+
+
+def test_the_readme_lists_every_module() -> None:
+    tree = (ROOT / "README.md").read_text().split("## The house")[1]
+    for stage in ("shared", "harvest", "train"):
+        for path in (ROOT / stage).rglob("*.py"):
+            if path.stem not in ("__main__", "__init__") and path.parent.name != "embedded":  # that has one line
+                assert re.search(rf"\b{path.stem}\b", tree), path.relative_to(ROOT)
+
+
+def test_links_lead_somewhere() -> None:
+    for path in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_figures_are_those_that_were_measured() -> None:
+    figures = json.loads(record.FIGURES.read_text())
+    assert record.PAGE.read_text() == record.page(figures)
+    readme = record.README.read_text()
+    assert readme == record.readme(readme, figures)
+
+
+def test_every_line_of_the_verdict_is_told() -> None:
+    code = (ROOT / "train" / "report" / "verdict.py").read_text()
+    names = set(re.findall(r'_check\(\s*"([\w ]+)"', code))
+    table = re.findall(r"^\| ([\w ]+) \|", (ROOT / "docs" / "report.md").read_text(), re.M)
+    assert names and names <= set(table), names - set(table)
