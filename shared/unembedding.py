@@ -60,19 +60,20 @@ class Unembedding:
                 f"directions are {list(directions.shape)}, and {self._path} unembeds {width} values; the tokens that a "
                 "latent promotes are known only where the target is part of the residual stream"
             )
-        rows = max(1, _BLOCK_VALUES // max(vocabulary, width))
-        starts = range(0, max(1, len(directions)), rows)  # no directions are one empty block
-        parts = [self._some(directions[i : i + rows] * self._gain, min(count, vocabulary)) for i in starts]
-        return TokenEffects(*map(np.concatenate, zip(*parts, strict=True)))
-
-    def _some(self, scaled: NDArray[np.float32], count: int) -> TokenEffects:
-        vocabulary, width = self._weight.shape
-        effects = np.empty((len(scaled), vocabulary), np.float32)
-        step = max(1, _BLOCK_VALUES // width)
-        for i in range(0, vocabulary, step):
-            effects[:, i : i + step] = scaled @ _float32(self._weight[i : i + step]).T
-        effects -= effects.mean(1, keepdims=True, dtype=np.float64).astype(np.float32)
-        return TokenEffects(*_largest(effects, count, 1), *_largest(effects, count, -1))
+        scaled: NDArray[Any] = directions * self._gain
+        count = min(count, vocabulary)
+        promoted, suppressed = _Largest(len(scaled), count), _Largest(len(scaled), count)
+        step, total = max(1, _BLOCK_VALUES // width), np.zeros(width)
+        rows = max(1, _BLOCK_VALUES // step)
+        for first in range(0, vocabulary, step):  # the outer loop: making `W_U` float32 costs as much as a product
+            weight = _float32(self._weight[first : first + step])
+            total += weight.sum(0, dtype=np.float64)
+            for low in range(0, len(scaled), rows):
+                effects = scaled[low : low + rows] @ weight.T
+                promoted.add(effects, low, first)
+                suppressed.add(-effects, low, first)
+        mean = (scaled @ (total / vocabulary)).astype(np.float32)[:, None]
+        return TokenEffects(promoted.columns, promoted.values - mean, suppressed.columns, -suppressed.values - mean)
 
     def _tensor(self, name: str, dimensions: int) -> NDArray[Any]:
         told = self._header[name]
@@ -83,15 +84,28 @@ class Unembedding:
         return flat.reshape(shape)
 
 
-def _largest(effects: NDArray[np.float32], count: int, sign: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Columns of the `count` largest of `sign * effects` in each row, the largest first, and their effects."""
-    last = effects.shape[1] - 1
-    place = last + 1 - count if sign > 0 else count - 1
-    order = np.argpartition(effects, min(max(place, 0), last), axis=1)
-    columns = np.sort(order[:, last + 1 - count :] if sign > 0 else order[:, :count], axis=1)
-    found = np.take_along_axis(effects, columns, 1)
-    ranked = np.argsort(-sign * found, axis=1, kind="stable")
-    return np.take_along_axis(columns, ranked, 1), np.take_along_axis(found, ranked, 1)
+class _Largest:
+    """The `count` largest values of each row, the largest first, of a matrix that comes in blocks of columns."""
+
+    def __init__(self, rows: int, count: int) -> None:
+        self.values = np.full((rows, count), -np.inf, np.float32)
+        self.columns = np.zeros((rows, count), np.int64)
+
+    def add(self, block: NDArray[np.float32], low: int, first: int) -> None:
+        """Take in the values of rows from `low` on, at columns from `first` on; of equal ones the first stay."""
+        count, part = self.values.shape[1], slice(low, low + len(block))
+        if first == 0 and count < block.shape[1]:  # all are above minus infinity
+            taken = block >= np.partition(block, -count, axis=1)[:, -count, None]
+        else:
+            taken = block > self.values[part, -1:]
+        rows, columns = np.nonzero(taken)
+        every = np.concatenate([np.repeat(np.arange(len(block)), count), rows])
+        values = np.concatenate([self.values[part].ravel(), block[rows, columns]])
+        columns = np.concatenate([self.columns[part].ravel(), columns + first])
+        order = np.lexsort((columns, -values, every))
+        starts = np.searchsorted(every[order], np.arange(len(block)))
+        kept = order[starts[:, None] + np.arange(count)]
+        self.values[part], self.columns[part] = values[kept], columns[kept]
 
 
 def _float32(values: NDArray[Any]) -> NDArray[np.float32]:

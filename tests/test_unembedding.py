@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import shared.unembedding
 from harvest.model import load_model
@@ -91,6 +92,22 @@ def test_promoted_tokens_equal_a_dense_reference(
     assert (found.promoted == order[:, :-6:-1]).all() and (found.suppressed == order[:, :5]).all()
     for ids, effects in ((found.promoted, found.promoted_effects), (found.suppressed, found.suppressed_effects)):
         np.testing.assert_allclose(effects, np.take_along_axis(dense, ids, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_values", [2**24, 32 * 7, 32])
+def test_of_equal_tokens_the_first_are_taken(
+    block_values: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that no text had are often the same row of `W_U`."""
+    monkeypatch.setattr(shared.unembedding, "_BLOCK_VALUES", block_values)
+    weight = np.zeros((320, 32), np.float32)
+    weight[40:, 0], weight[100:130, 0], weight[5, 0] = 1, 3, 2
+    save_file({"W_U": weight, "final_norm.gain": np.ones(32, np.float32)}, tmp_path / "u")
+    found = Unembedding(tmp_path / "u").effects(np.eye(1, 32, dtype=np.float32), 4)
+    assert found.promoted.tolist() == [[100, 101, 102, 103]] and found.suppressed.tolist() == [[0, 1, 2, 3]]
+    mean = float(weight[:, 0].mean())
+    np.testing.assert_allclose(found.promoted_effects, [[3 - mean] * 4], rtol=1e-6)
+    np.testing.assert_allclose(found.suppressed_effects, [[-mean] * 4], rtol=1e-6)
 
 
 def test_more_tokens_than_there_are_and_no_directions(tmp_path: Path) -> None:
