@@ -19,8 +19,8 @@ from tests.faults.disk import small_disk
 from tests.runs import SMALL, Outcome, rows
 from tests.stores import SyntheticStore, make_store
 from train import checkpoint
-from train.report.page import asset, embedded, short, table
-from train.report.record import Check, Report
+from train.report.page import asset, embedded, html, short, table
+from train.report.record import Check, Cluster, Report
 from train.report.verdict import verdict
 from train.samples.table import paths
 
@@ -347,6 +347,19 @@ def test_a_full_disk_leaves_the_report_of_before(command: Command, run: Path, tm
         refused = command("report", there)
         assert refused.code == 2 and "bytes" in refused.err and "free" in refused.err
         assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_clusters_are_shown_with_their_latents_contexts(report: Report) -> None:
+    assert report.duplicates
+    shown = sorted(report.examples)[:3]
+    clusters = [Cluster(latents=shown), *(Cluster(latents=[0, 1]) for _ in range(11))]
+    changed = report.model_copy(update={"duplicates": report.duplicates.model_copy(update={"clusters": clusters})})
+    page = html(changed).decode()
+    part = page[page.index("<h3>Clusters</h3>") : page.index('<section id="usage"')]
+    assert f"3 latents: {', '.join(map(str, shown))}</summary>" in part
+    for latent in shown:
+        assert f"#latent-{latent}" in part and report.examples[latent].contexts[0].text[0] in part
+    assert "2 smaller clusters are in" in part
 
 
 def test_what_stands_in_a_script_cannot_end_it() -> None:
