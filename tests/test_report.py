@@ -287,6 +287,18 @@ def test_a_run_without_monitor_and_samples_has_a_report(
     assert "correlations" not in {one.name for one in found.verdict}
 
 
+def test_without_a_tokenizer_contexts_are_numbers_of_tokens(command: Command, tmp_path: Path) -> None:
+    plain = make_store(tmp_path / "store", keep={0: 0.5}, training_blocks=6)
+    done = command("run", "--store", plain.path, "--runs", tmp_path / "runs", *OPTIONS)
+    assert done.code == 0 and command("report", done.path).code == 0
+    shown = {latent: one.contexts for latent, one in read(done.path).examples.items() if one.contexts}
+    rows = pq.read_table(paths(done.path, STEPS)[0]).to_pylist()
+    for latent, contexts in shown.items():
+        tokens = next(row["tokens"] for row in rows if row["latent"] == latent and row["kind"] == "top")
+        assert contexts[0].text == [f"<{token}>" for token in tokens]
+    assert shown and f"&lt;{tokens[0]}&gt;" in (done.path / "report.html").read_text()
+
+
 def test_what_cannot_be_reported_is_said(command: Command, run: Path, tmp_path: Path) -> None:
     missing = command("report", tmp_path / "none")
     assert missing.code == 2 and "Traceback" not in missing.err

@@ -155,7 +155,7 @@ def examples(contexts: Path, table: pa.Table, found: Duplicates | None) -> dict[
     wanted += [latent for cluster in found.clusters[:_CLUSTERS] for latent in cluster.latents[:_OF_A_CLUSTER]]
     latents = sorted(set(wanted))
     shown: dict[int, list[Context]] = {latent: [] for latent in latents}
-    columns = ["latent", "kind", "rank", "position", "peak", "text", "activations"]
+    columns = ["latent", "kind", "rank", "position", "peak", "tokens", "text", "activations"]
     rows = pq.read_table(
         contexts, columns=columns, filters=[("latent", "in", latents), ("rank", "<", _CONTEXTS)]
     ).to_pylist() if latents else []  # fmt: skip
@@ -163,7 +163,10 @@ def examples(contexts: Path, table: pa.Table, found: Duplicates | None) -> dict[
         if row["kind"] == "top":
             shown[row["latent"]].append(
                 Context(
-                    text=row["text"] or [],
+                    text=[
+                        f"<{token}>" if text is None else text
+                        for token, text in zip(row["tokens"], row["text"], strict=True)
+                    ],
                     activations=row["activations"],
                     peak=row["peak"],
                     position=row["position"],

@@ -65,6 +65,7 @@ class Context(Config):
     """Tokens around a peak. The values of text from the corpus are never markup."""
 
     text: list[str]
+    """Of each token; its number in angle brackets where the store has no tokenizer."""
     activations: list[float | None]
     """Of each token; none: its row is not stored."""
     peak: int
