@@ -240,7 +240,9 @@ def test_worse_than_the_best_linear_map_is_worth_a_look(report: Report) -> None:
     held_out = report.held_out.model_copy(update={"fvu": 0.3})
     worse = check(report.model_copy(update={"held_out": held_out, "linear_fvu": 0.2}), "reconstruction")
     assert worse.state == "look" and "the best linear map leaves 0.2000" in worse.said
-    assert check(report.model_copy(update={"held_out": held_out, "linear_fvu": 0.4}), "reconstruction").state == "good"
+    for fvu in (0.4, 1.5):  # of few rows, or wide ones, the best map is worse than the mean on others
+        better = check(report.model_copy(update={"held_out": held_out, "linear_fvu": fvu}), "reconstruction")
+        assert better.state == "good"
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def _reconstruction(report: Report) -> Iterator[Check]:
     )
     if report.linear_fvu is not None:
         yield _check("reconstruction", f"{said}; the best linear map leaves {report.linear_fvu:.4f}.", fvu,
-                     report.linear_fvu, 1.0, "strata")  # fmt: skip
+                     min(report.linear_fvu, 1.0), 1.0, "strata")  # fmt: skip
     else:
         yield _check("reconstruction", f"{said}; the mean alone leaves 1.", fvu, 0.5, 1.0, "strata")
 
