@@ -20,7 +20,7 @@ from tests.runs import SMALL, Outcome, rows
 from tests.stores import SyntheticStore, make_store
 from train import checkpoint
 from train.report.page import asset, embedded, short, table
-from train.report.record import Check, Report
+from train.report.record import Check, Curves, Histogram, Report
 from train.report.verdict import verdict
 from train.samples.table import paths
 
@@ -371,6 +371,27 @@ def test_tables_have_the_numbers_of_their_plots(report: Report) -> None:
     assert found.head == ["step", "the rule of training", "the running threshold", "held out, calibrated thresholds"]
     assert found.rows[-1][0] == "120" and found.rows[-1][3] == f"{report.held_out.l0:.4g}"
     assert [row[0] for row in table(drawn["strata"]).rows] == [f"positions {name}" for name in report.held_out.strata]
+
+
+def test_a_table_of_a_histogram_has_every_bin_and_one_of_curves_every_evaluation(report: Report) -> None:
+    from train.report.figures import figures
+
+    drawn = figures(report)
+    latents, random = report.nearest.latents, report.nearest.random
+    bins = zip(pairwise(latents.edges), latents.counts, random.counts, strict=True)
+    assert table(drawn["nearest"]).rows == [
+        [f"{low:.3g} to {high:.3g}", f"{ours:,}", f"{theirs:,}"] for (low, high), ours, theirs in bins if ours or theirs
+    ]
+    many = Histogram(edges=[i / 80 for i in range(81)], counts=[1] * 80)
+    assert len(table(figures(report.model_copy(update={"density": many}))["density"]).rows) == 80
+    steps = list(range(1, 1001))
+    held_out = [float(step) if step % 250 == 7 else None for step in steps]
+    training = Curves(steps=steps, series={"fvu_natural": [0.5] * 1000, "held_out.fvu": held_out})
+    monitor = Curves(steps=steps[:3], series={"pairs_above_0_8": [2.0, 0.0, 1.0]})
+    drawn = figures(report.model_copy(update={"training": training, "monitor": monitor}))
+    found = table(drawn["fvu"]).rows
+    assert [row[2] for row in found if row[2]] == ["7", "257", "507", "757"] and 24 <= len(found) < 30
+    assert table(drawn["correlated"]).rows == [["1", "2"], ["2", "0"], ["3", "1"]]
 
 
 def test_text_has_contrast_in_light_and_dark() -> None:

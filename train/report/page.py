@@ -16,7 +16,7 @@ from train.report.figures import figures
 from train.report.record import STATES, Context, Report
 
 _ROWS = 24
-"""Of the table beside a plot."""
+"""Of the table beside a plot of curves, beside those of series with as few points."""
 _LONG = 60
 """Characters of a token that are shown."""
 _VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
@@ -105,18 +105,24 @@ def markdown(report: Report) -> bytes:
 
 
 def table(figure: go.Figure) -> Table:
-    """The numbers of a plot by its x values, thinned to some dozen rows."""
+    """The numbers of a plot by its x values: of a histogram each bin that holds any, of curves some dozen rows.
+
+    A series of few points, such as evaluations, is there whole.
+    """
     axis = figure.layout.xaxis.title.text or ""
     traces = list(figure.data)
     by_x: dict[Any, dict[int, Any]] = {}
     for i, trace in enumerate(traces):
         for x, y in zip(trace.x, trace.y, strict=True):
             by_x.setdefault(x, {})[i] = y
-    shown = [(x, row) for x, row in sorted(by_x.items(), key=_key) if any(row.values())] or sorted(
-        by_x.items(), key=_key
-    )
-    every = -(-len(shown) // _ROWS)
-    kept = shown if every <= 1 else [*shown[:-1:every], shown[-1]]
+    rows = sorted(by_x.items(), key=_key)
+    bins = {x: told for trace in traces if trace.customdata for x, told in zip(trace.x, trace.customdata, strict=True)}
+    if bins:
+        kept = [(bins[x], row) for x, row in rows if any(row.values())]
+    else:
+        few = {x for trace in traces if len(trace.x) <= _ROWS for x in trace.x}
+        every = -(-len(rows) // _ROWS)
+        kept = [one for i, one in enumerate(rows) if i % every == 0 or i == len(rows) - 1 or one[0] in few]
     return Table(
         [axis, *(trace.name for trace in traces)],
         [[_number(x), *(_number(row.get(i)) for i in range(len(traces)))] for x, row in kept],
@@ -175,4 +181,4 @@ def _number(value: Any) -> str:
         return ""
     if isinstance(value, str):
         return value
-    return f"{value:,}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
