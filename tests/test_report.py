@@ -87,6 +87,10 @@ def read(run: Path) -> Report:
     return Report.model_validate(json.loads((run / "report.json").read_text()))
 
 
+def page_of(run: Path) -> str:
+    return (run / "report.html").read_text()
+
+
 def check(report: Report, name: str) -> Check:
     return next(one for one in verdict(report) if one.name == name)
 
@@ -144,6 +148,7 @@ def test_densities_and_neighbours_are_those_of_the_latents(report: Report, repor
     assert sum(report.density.counts) == (density > 0).sum() and report.density.outside == (density == 0).sum()
     largest = int(np.searchsorted(report.density.edges, density.max(), side="right")) - 1
     assert report.density.counts[largest] > 0 and not any(report.density.counts[largest + 1 :])
+    assert f"without position 0. {report.density.outside} latents are active on none" in page_of(reported)
     weights = load_file(checkpoint.folder(reported, STEPS) / checkpoint.WEIGHTS)
     live = latents["rows"].to_numpy() > 0
     directions = weights["W_dec"][live].astype(np.float64)

@@ -31,7 +31,7 @@ def figures(report: Report) -> dict[str, go.Figure]:
         "strata": _strata(report),
         "prefixes": _by_prefix(report, "fvu", "fvu, held out"),
         "prefixes_l0": _by_prefix(report, "l0", "active latents per row, held out"),
-        "density": _histogram(report.density, "share of rows on which a latent is active", log=True),
+        "density": _histogram(report.density, "share of rows without position 0 on which a latent is active", log=True),
         "bos": _histogram(report.at_position_0, "share of a latent's active rows at position 0"),
         "nearest": _nearest(report),
         "repeats": _lines(
