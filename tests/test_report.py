@@ -36,6 +36,8 @@ OPTIONS = [
     "log_every=10",
     "--set",
     "monitor.every=20",
+    "--set",
+    "checkpoint.every=60",
 ]
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -279,7 +281,12 @@ def test_linear_and_an_earlier_step_and_samples_that_are_not_there(
     steps = [checkpoint.number(path) for path in checkpoint.steps(run)]
     assert command("report", run, "--step", steps[0]).code == 0
     earlier = read(run)
-    assert earlier.step == steps[0] and max(earlier.training.steps) <= steps[0]
+    assert earlier.step == steps[0]
+    assert max(earlier.training.steps) == steps[0] < STEPS
+    assert check(earlier, "finished").said == "An earlier checkpoint: step 60 of a run that went on to its last one, 120."
+    assert earlier.usage
+    there = earlier.model_copy(update={"usage": earlier.usage.model_copy(update={"step": steps[0]})})
+    assert "continue with `python -m train resume`" in check(there, "finished").said
 
 
 def test_a_run_without_monitor_and_samples_has_a_report(

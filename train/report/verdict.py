@@ -41,7 +41,9 @@ def _check(name: str, said: str, figure: float, look: float, bad: float, see: st
 def _finished(report: Report) -> Iterator[Check]:
     share = report.step / report.steps
     said = f"Trained for all of its {report.steps:,} steps."
-    if share < 1:
+    if share < 1 and report.usage and report.usage.step == report.steps:
+        said = f"An earlier checkpoint: step {report.step:,} of a run that went on to its last one, {report.steps:,}."
+    elif share < 1:
         said = f"At step {report.step:,} of {report.steps:,}: continue with `python -m train resume`."
     yield _check("finished", said, share, 1.0, 0.0, "curves")
 
