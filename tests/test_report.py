@@ -301,6 +301,17 @@ def test_a_run_without_monitor_and_samples_has_a_report(
     assert "correlations" not in {one.name for one in found.verdict}
 
 
+def test_an_autoencoder_of_the_targets_is_called_one(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
+    done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 20, *SMALL, "--set", "source=target")
+    told = command("report", done.path, "--linear")
+    assert told.code == 0 and "--linear says nothing here" in told.err
+    found = read(done.path)
+    assert found.linear_fvu is None and found.reads == found.store.target_hook != found.store.source_hook
+    hook = found.store.target_hook
+    assert f"<code>{hook}</code> to <code>{hook}</code>" in page_of(done.path)
+    assert f"`{hook}` to `{hook}`" in (done.path / "report.md").read_text()
+
+
 def test_without_a_tokenizer_contexts_are_numbers_of_tokens(command: Command, tmp_path: Path) -> None:
     plain = make_store(tmp_path / "store", keep={0: 0.5}, training_blocks=6)
     done = command("run", "--store", plain.path, "--runs", tmp_path / "runs", *OPTIONS)

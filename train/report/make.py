@@ -9,6 +9,7 @@ from torch import Tensor
 from shared import durable
 from shared.progress import Progress
 from shared.store import Store
+from shared.terminal import say
 from train.checkpoint import Checkpoint
 from train.evaluate import Evaluation, evaluate
 from train.linear import linear_map_fvu
@@ -48,6 +49,9 @@ def make_report(run: Path, config: RunConfig, found: Checkpoint, store: Store, *
         progress.update(1, "held-out rows")
         held_out = _held_out(run, config, found, model, store, threshold)
         chunk = settings.evaluation.chunk_rows
+        if linear and settings.source == "target":
+            say("note: the best linear map of the targets to themselves leaves nothing: --linear says nothing here")
+            linear = False
         fvu = linear_map_fvu(store, chunk, threshold.device, settings.source) if linear else None
         progress.update(2, "the browser of latents")
         report = _report(run, config, found.step, store, table, held_out, fvu)

@@ -166,6 +166,11 @@ class Report(Config):
     software: dict[str, str]
 
     @property
+    def reads(self) -> str:
+        """The hook that the transcoder reads: of an autoencoder that of the targets."""
+        return self.store.target_hook if self.settings["source"] == "target" else self.store.source_hook
+
+    @property
     def worst_first(self) -> list[Check]:
         """The verdict, what failed first."""
         return sorted(self.verdict, key=lambda check: list(STATES).index(check.state))
