@@ -19,7 +19,7 @@ from tests.faults.disk import small_disk
 from tests.runs import SMALL, Outcome, rows
 from tests.stores import SyntheticStore, make_store
 from train import checkpoint
-from train.report.page import asset, embedded, short, table
+from train.report.page import asset, embedded, markdown, short, table
 from train.report.record import Check, Curves, Histogram, Report
 from train.report.verdict import verdict
 from train.samples.table import paths
@@ -360,6 +360,25 @@ def test_markdown_has_the_verdict_and_the_tables(report: Report, reported: Path)
     for above, line, below in zip(lines, lines[1:], lines[2:], strict=False):
         if re.fullmatch(r"\|( -+:? \|)+", line):  # every table's head and body have as many cells
             assert above.count("|") == line.count("|") == below.count("|")
+
+
+def test_no_name_is_markup_in_markdown(report: Report) -> None:
+    assert report.usage
+    bad = "<img src=x>`<b>`[a](http://x) ![b](http://x) | c"
+    store = dict.fromkeys(("name", "model", "corpus", "source_hook", "target_hook"), bad)
+    idle = next(iter(report.usage.components.values())).model_copy(update={"effect": 0.0, "effect_counts": bad})
+    changed = report.model_copy(
+        update={
+            "run": bad,
+            "store": report.store.model_copy(update=store),
+            "usage": report.usage.model_copy(update={"components": {bad: idle}}),
+        }
+    )
+    text = markdown(changed.model_copy(update={"verdict": verdict(changed)})).decode()
+    outside = re.sub(r"`[^`\n]*`", "", text)
+    assert text.count("img src") == 10 and "\\<img src=x>" in outside
+    assert not re.search(r"(?<!\\)[<\[]", outside)
+    assert sum(line.startswith("| \\<img") and line.endswith(r"\| c |") for line in text.splitlines()) == 1
 
 
 @pytest.mark.fault(11)

@@ -55,6 +55,8 @@ def environment() -> Environment:
         "tokens": tokens,
         "bytes": told_bytes,
         "basename": os.path.basename,
+        "plain": plain,
+        "code": lambda text: text.replace("`", "'"),
     }
     return found
 
@@ -143,6 +145,11 @@ def short(text: str) -> str:
     if len(text) > _LONG:
         text = f"{text[:_LONG]}… ({len(text):,} characters)"
     return "".join(_VISIBLE.get(character, character) for character in text)
+
+
+def plain(text: str) -> str:
+    """A name for Markdown, which nothing else escapes: no HTML, link or image, and in a table no cell, begins in it."""
+    return re.sub(r"([\\<\[\]|])", r"\\\1", text)
 
 
 def percent(share: float, digits: int = 1) -> str:
