@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from html import escape
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -90,9 +91,10 @@ def html(report: Report) -> bytes:
 
 def drawn(plots: Mapping[str, go.Figure]) -> dict[str, Any]:
     """What a template needs for plots by id: their numbers as tables, and the scripts that draw them."""
-    given = ",".join(f"{json.dumps(name)}:{one.to_json()}" for name, one in plots.items())
+    tables = {name: table(one) for name, one in plots.items()}
+    given = ",".join(f"{json.dumps(name)}:{_as_text(one).to_json()}" for name, one in plots.items())
     return {
-        "tables": {name: table(one) for name, one in plots.items()},
+        "tables": tables,
         "figures": embedded(f"{{{given}}}"),
         "script": asset("report.js"),
         "plotly": Markup(get_plotlyjs().replace("</script", "<\\/script")),
@@ -176,6 +178,16 @@ def flat(settings: dict[str, Any], start: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in settings.items():
         found |= flat(value, f"{start}{name}.") if isinstance(value, dict) else {f"{start}{name}": json.dumps(value)}
+    return found
+
+
+def _as_text(figure: go.Figure) -> go.Figure:
+    """A copy in which no name is markup: Plotly takes some elements of HTML in texts for such, links among them."""
+    found = go.Figure(figure)
+    for trace in found.data:
+        trace.name = escape(trace.name, quote=False)
+        if trace.type == "scatter" and trace.text is not None:
+            trace.text = [escape(text, quote=False) for text in trace.text]
     return found
 
 
