@@ -331,6 +331,16 @@ def test_what_cannot_be_reported_is_said(command: Command, run: Path, tmp_path: 
     assert none.code == 2 and "7" in none.err and not (run / "report.html").exists()
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_samples_that_cannot_be_read_are_said(command: Command, run: Path, which: int) -> None:
+    damaged = paths(run, STEPS)[which]
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    told = command("report", run)
+    assert told.code == 1 and f"error: {damaged}: not readable" in told.err and not (run / "report.html").exists()
+    damaged.unlink()
+    assert command("report", run).code == 0
+
+
 def test_text_of_the_corpus_is_never_markup(command: Command, run: Path) -> None:
     contexts, _ = paths(run, STEPS)
     samples = pq.read_table(contexts)
