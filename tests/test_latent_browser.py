@@ -242,6 +242,9 @@ def test_the_list_sorts_searches_filters_and_turns_pages(page_file: Path, table:
         assert set(searched(page, "word20", f"{len(peaks)} of")) == peaks
         digits = {f for f, tokens in enumerate(table["peaks"].to_pylist()) if 15 in tokens}
         assert set(searched(page, '"2024"', f"{len(digits)} of")) == digits
+        for shown, token in (("↵", 11), ("␣the", 14), ('" the" ', 14)):  # as the page writes them
+            found = {f for f, tokens in enumerate(table["peaks"].to_pylist()) if token in tokens}
+            assert set(searched(page, shown, f"{len(found)} of")) == found and 0 < len(found) < 50, shown
         page.select_option("#scope", "suppressed")
         assert len(searched(page, "</script>", f"{F} of")) == 50
         page.fill("#query", "23")

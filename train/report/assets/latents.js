@@ -130,7 +130,8 @@ const link = (id) => h("a", { href: `#latent-${id}` }, String(id));
 
 /** Which words hold the query; null: it asks for no word. */
 function wordsWith(query) {
-  const wanted = query.replace(/^"(.*)"$/, "$1").replaceAll("↵", "\n").trimEnd().toLowerCase();
+  const asked = query.trimEnd().replace(/^"(.*)"$/, "$1");
+  const wanted = asked.replaceAll("↵", "\n").replaceAll("⇥", "\t").replaceAll("␣", " ").toLowerCase();
   if (!wanted) return null;
   words.lower ??= Array.from(words.ids, (_, word) => text(word).toLowerCase());
   return Uint8Array.from(words.lower, (word) => word.includes(wanted));
