@@ -71,7 +71,7 @@ function ofLatent(data, id) {
   for (let i = before; i < before + data.contexts[at]; i++) {
     const end = token + data.length[i];
     contexts.push({
-      bin: data.bin[i], activation: data.activation[i], stratum: data.stratum[i], position: data.position[i],
+      bin: data.bin[i], activation: data.activation[i], position: data.position[i],
       sequence: data.sequence[i], document: data.document[i], peak: data.peak[i],
       tokens: data.tokens.slice(token, end), values: data.values.slice(token, end),
     });
