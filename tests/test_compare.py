@@ -285,6 +285,16 @@ def test_a_page_names_each_point_by_its_run_and_no_name_is_markup(command: Comma
     assert "<b>bold" not in text and ">a&lt;b&gt;bold&lt;<br>" in text  # the table is no plot: escaped once
 
 
+def test_names_in_brackets_are_printed(command: Command, store: SyntheticStore) -> None:
+    run, other = (
+        train(command, store, f"a[{name}]", "--set", f"optimizer.lr={lr}") for name, lr in (("b", 1e-3), ("c", 2e-3))
+    )
+    printed = command("compare", run, other).out
+    assert all(re.search(rf"^a\[{name}\]: .*optimizer.lr", printed, re.M) for name in "bc")
+    assert all(f"a[{name}]" in printed.split("fvu")[0] for name in "bc")
+    assert "a[b], step 30 of 30" in command("report", run).err
+
+
 def test_what_cannot_be_compared_is_refused(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
     run = train(command, store, "a")
     relu = train(command, store, "relu", "--set", "activation.kind=relu")

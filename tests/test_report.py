@@ -283,7 +283,9 @@ def test_linear_and_an_earlier_step_and_samples_that_are_not_there(
     earlier = read(run)
     assert earlier.step == steps[0]
     assert max(earlier.training.steps) == steps[0] < STEPS
-    assert check(earlier, "finished").said == "An earlier checkpoint: step 60 of a run that went on to its last one, 120."
+    assert (
+        check(earlier, "finished").said == "An earlier checkpoint: step 60 of a run that went on to its last one, 120."
+    )
     assert earlier.usage
     there = earlier.model_copy(update={"usage": earlier.usage.model_copy(update={"step": steps[0]})})
     assert "continue with `python -m train resume`" in check(there, "finished").said
