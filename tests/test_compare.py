@@ -14,13 +14,14 @@ from shared.store import Store
 from tests.runs import SMALL, Outcome
 from tests.stores import SyntheticStore, make_store
 from train import checkpoint
-from train.compare.arms import spread
+from train.compare.arms import Comparison, spread
 from train.compare.consistency import densest, matched_cosine
 from train.compare.figures import bos_share_of_top, cost_per_step, measure_run
 from train.compare.merging import _refitted, alike, densest_of, merge, without
 from train.evaluate import evaluate, evaluate_whole, natural_weights, threshold_at
 from train.held_out import HeldOutActive, held_out_active
 from train.loop import build_transcoder, load_weights
+from train.report import comparison
 from train.rows import held_out_rows
 from train.settings import read_config
 from train.sparsity import Active
@@ -265,6 +266,33 @@ def test_the_trade_off_is_that_of_the_same_weights_at_other_thresholds(
     assert drawn["tradeoff"]["data"][0]["x"] == pytest.approx(mean)
     assert len(drawn["share_above_0_7"]["data"][0]["x"]) == 2 and len(drawn["training"]["data"]) == 3
     assert "optimizer.lr=0.001" in text and not re.search(r"(src|href)=.https?:", text.split('id="figures">')[0])
+
+
+def test_a_page_names_each_point_by_its_run_and_no_name_is_markup(command: Command, store: SyntheticStore) -> None:
+    names = ("a<b>bold<", "b<b>bold<")
+    runs = [train(command, store, name, "--seed", seed) for seed, name in enumerate(names)]
+    found = Comparison.model_validate_json(command("compare", *runs, "--json").out)
+    costs = {
+        path: figures.model_copy(update={"cpu_ms_per_step": 3.0 if path == str(runs[1]) else None})
+        for path, figures in found.arms[0].runs.items()
+    }
+    arm = found.arms[0].model_copy(update={"name": names[0], "runs": costs})
+    text = comparison.html(found.model_copy(update={"arms": [arm]})).decode()
+    drawn = json.loads(text.split('id="figures">')[1].split("</script>")[0])
+    (cost,) = drawn["cpu_ms_per_step"]["data"]
+    assert (cost["x"], cost["text"]) == ([3.0], ["b&lt;b&gt;bold&lt;"])
+    assert drawn["tradeoff"]["data"][0]["name"] == "a&lt;b&gt;bold&lt;"
+    assert "<b>bold" not in text and ">a&lt;b&gt;bold&lt;<br>" in text  # the table is no plot: escaped once
+
+
+def test_names_in_brackets_are_printed(command: Command, store: SyntheticStore) -> None:
+    run, other = (
+        train(command, store, f"a[{name}]", "--set", f"optimizer.lr={lr}") for name, lr in (("b", 1e-3), ("c", 2e-3))
+    )
+    printed = command("compare", run, other).out
+    assert all(re.search(rf"^a\[{name}\]: .*optimizer.lr", printed, re.M) for name in "bc")
+    assert all(f"a[{name}]" in printed.split("fvu")[0] for name in "bc")
+    assert "a[b], step 30 of 30" in command("report", run).err
 
 
 def test_what_cannot_be_compared_is_refused(command: Command, store: SyntheticStore, tmp_path: Path) -> None:

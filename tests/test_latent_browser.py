@@ -88,7 +88,6 @@ def handed(script: bytes) -> tuple[str, int | None, dict]:
 
 def test_chunks_hold_the_contexts_of_the_samples(run: Reported, files: dict[str, bytes]) -> None:
     ids, rows, latent, nulls = handed(files["latents/tokens.js"])[2]["ids"], run.contexts.to_pylist(), 0, 0
-    strata = list(run.store.strata)
     expected = iter(rows)
     for number in range(run.model.d_sae // CHUNK):
         function, told, data = handed(files[f"latents/{number:03d}.js"])
@@ -100,7 +99,6 @@ def test_chunks_hold_the_contexts_of_the_samples(run: Reported, files: dict[str,
                 assert row["latent"] == latent
                 for name in ("bin", "position", "sequence", "document", "peak"):
                     assert data[name][at] == row[name]
-                assert strata[data["stratum"][at]] == row["stratum"]
                 assert data["activation"][at] == pytest.approx(row["activation"], rel=6e-3)
                 assert [ids[next(tokens)] for _ in range(data["length"][at])] == row["tokens"]
                 shown = [next(values) for _ in row["tokens"]]
@@ -242,6 +240,9 @@ def test_the_list_sorts_searches_filters_and_turns_pages(page_file: Path, table:
         assert set(searched(page, "word20", f"{len(peaks)} of")) == peaks
         digits = {f for f, tokens in enumerate(table["peaks"].to_pylist()) if 15 in tokens}
         assert set(searched(page, '"2024"', f"{len(digits)} of")) == digits
+        for shown, token in (("↵", 11), ("␣the", 14), ('" the" ', 14)):  # as the page writes them
+            found = {f for f, tokens in enumerate(table["peaks"].to_pylist()) if token in tokens}
+            assert set(searched(page, shown, f"{len(found)} of")) == found and 0 < len(found) < 50, shown
         page.select_option("#scope", "suppressed")
         assert len(searched(page, "</script>", f"{F} of")) == 50
         page.fill("#query", "23")

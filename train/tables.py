@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from train.checkpoint import Listed
@@ -35,10 +36,11 @@ def print_checkpoints(found: Sequence[Listed], run: str) -> None:
 
 def print_verdict(report: Report) -> None:
     """Print what a report found good, worth a look, or failed, the worst first."""
-    table = Table("", "", "", title=f"{report.run}, step {report.step:,} of {report.steps:,}", title_justify="left")
+    title = escape(f"{report.run}, step {report.step:,} of {report.steps:,}")
+    table = Table("", "", "", title=title, title_justify="left")
     for check in report.worst_first:
         sign, word = STATES[check.state]
-        table.add_row(f"{sign} {word}", check.name, check.said)
+        table.add_row(f"{sign} {word}", check.name, escape(check.said))
     Console(stderr=True).print(table)
 
 

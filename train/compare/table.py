@@ -1,6 +1,7 @@
 """A comparison as a table: a column for every arm, with the spread over its seeds and the change against the first."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from train.compare.arms import Comparison, Spread
@@ -38,7 +39,7 @@ def print_comparison(comparison: Comparison, stderr: bool = False) -> None:
     seeds = "seed" if all(len(arm.runs) == 1 for arm in comparison.arms) else "seeds"
     table = Table(
         "",
-        *(f"{arm.name}\n{len(arm.runs)} {seeds}" for arm in comparison.arms),
+        *(f"{escape(arm.name)}\n{len(arm.runs)} {seeds}" for arm in comparison.arms),
         title=f"{comparison.report_rows:,} held-out rows at l0 {comparison.l0:g}; mean ± deviation over seeds; in "
         "brackets: against the first",
         title_justify="left",
@@ -53,7 +54,8 @@ def print_comparison(comparison: Comparison, stderr: bool = False) -> None:
     console.print(table)
     for arm in comparison.arms:
         if arm.differs:
-            console.print(f"{arm.name}: " + ", ".join(f"{key}={value}" for key, value in arm.differs.items()))
+            differs = ", ".join(f"{key}={value}" for key, value in arm.differs.items())
+            console.print(f"{arm.name}: {differs}", markup=False)
 
 
 def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:

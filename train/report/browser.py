@@ -143,7 +143,6 @@ def _chunk(table: pa.Table, shown: Contexts, words: _Words, low: int) -> dict[st
     part = table.slice(low, CHUNK)
     first, last = shown.starts[low], shown.starts[min(low + CHUNK, len(table))]
     of_tokens, contexts = slice(shown.ends[first], shown.ends[last]), shown.table.slice(first, last - first)
-    strata = contexts["stratum"].cast(pa.string()).to_pylist()
     names = [name.removeprefix("density_") for name in table.schema.names if name.startswith("density_")]
     return {
         **{f"density_{name}": _column(part[f"density_{name}"]) for name in names},
@@ -155,7 +154,6 @@ def _chunk(table: pa.Table, shown: Contexts, words: _Words, low: int) -> dict[st
         "contexts": np.diff(shown.starts[low : low + CHUNK + 1]).tolist(),
         "bin": contexts["bin"].to_pylist(),
         "activation": _column(contexts["activation"]),
-        "stratum": [names.index(name) for name in strata],
         **{name: contexts[name].to_pylist() for name in ("position", "sequence", "document")},
         "peak": shown.peaks[first:last].tolist(),
         "length": np.diff(shown.ends[first : last + 1]).tolist(),

@@ -84,15 +84,15 @@ def _against(arms: Sequence[Arm], name: str, label: str) -> go.Figure | None:
     """A point per run."""
     traces = []
     for i, arm in enumerate(arms):
-        points = [(value, one.fvu) for one in arm.runs.values() if (value := getattr(one, name)) is not None]
-        if points:
+        there = {path: one for path, one in arm.runs.items() if getattr(one, name) is not None}
+        if there:
             traces.append(
                 go.Scatter(
-                    x=[x for x, _ in points],
-                    y=[y for _, y in points],
+                    x=[getattr(one, name) for one in there.values()],
+                    y=[one.fvu for one in there.values()],
                     name=arm.name,
                     mode="markers",
-                    text=[Path(path).name for path in arm.runs],
+                    text=[Path(path).name for path in there],
                     **look(i),
                 )
             )

@@ -5,6 +5,7 @@ Series differ in dash and marker as well as in colour.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
@@ -30,7 +31,7 @@ def figures(report: Report) -> dict[str, go.Figure]:
         "strata": _strata(report),
         "prefixes": _by_prefix(report, "fvu", "fvu, held out"),
         "prefixes_l0": _by_prefix(report, "l0", "active latents per row, held out"),
-        "density": _histogram(report.density, "share of rows on which a latent is active", log=True),
+        "density": _histogram(report.density, "share of rows without position 0 on which a latent is active", log=True),
         "bos": _histogram(report.at_position_0, "share of a latent's active rows at position 0"),
         "nearest": _nearest(report),
         "repeats": _lines(
@@ -146,16 +147,20 @@ def _nearest(report: Report) -> go.Figure | None:
 
 
 def _bars(found: Histogram, name: str, *, log: bool = False) -> go.Bar:
-    centres = [(a * b) ** 0.5 if log else (a + b) / 2 for a, b in zip(found.edges, found.edges[1:], strict=False)]
-    widths = [b - a for a, b in zip(found.edges, found.edges[1:], strict=False)]
-    told = [f"{a:.3g} to {b:.3g}" for a, b in zip(found.edges, found.edges[1:], strict=False)]
+    centres = [(a * b) ** 0.5 for a, b in pairwise(found.edges)] if log else _centres(found)
+    widths = [b - a for a, b in pairwise(found.edges)]
+    told = [f"{a:.3g} to {b:.3g}" for a, b in pairwise(found.edges)]
     return go.Bar(x=centres, y=found.counts, width=widths, name=name, customdata=told,
                   hovertemplate="%{customdata}: %{y:,}<extra>" + name + "</extra>")  # fmt: skip
 
 
 def _steps(found: Histogram, name: str) -> go.Scatter:
-    return go.Scatter(x=found.edges[:-1], y=[count or None for count in found.counts], name=name, mode="lines",
-                      line={"shape": "hv", "dash": "dash", "width": 2})  # fmt: skip
+    return go.Scatter(x=_centres(found), y=found.counts, name=name, mode="lines",
+                      line={"shape": "hvh", "dash": "dash", "width": 2})  # fmt: skip
+
+
+def _centres(found: Histogram) -> list[float]:
+    return [(a + b) / 2 for a, b in pairwise(found.edges)]
 
 
 def figure(

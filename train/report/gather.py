@@ -38,7 +38,7 @@ _DENSITY_EDGES = np.logspace(-7, 0, 57)
 _COSINE_EDGES = np.linspace(-1, 1, 81)
 _SHARE_EDGES = np.linspace(0, 1, 21)
 _RANDOM_ROWS = 1024
-"""Of random directions, against all of them: their nearest cosines hardly differ."""
+"""Of random directions, against all of them: the spread of their nearest cosines is known from a part."""
 _PAIRS, _CLUSTERS, _OF_A_CLUSTER, _CONTEXTS = 20, 10, 6, 3
 """Whose contexts are shown, and how many of each latent."""
 
@@ -115,7 +115,7 @@ def usage(run: Path) -> UsageRecord | None:
 
 
 def density(table: pa.Table) -> Histogram:
-    """Of all latents; `outside` are those that are never active."""
+    """Of all latents, without position 0; `outside` are those that are active nowhere else, or never."""
     values = table["density"].to_numpy()
     return histogram(values[values > 0], _DENSITY_EDGES, outside=int((values == 0).sum()))
 

@@ -7,8 +7,10 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from shared import durable
+from shared.errors import CorruptData
 from shared.progress import Progress
 from shared.store import Store
+from shared.terminal import say
 from train.checkpoint import Checkpoint
 from train.evaluate import Evaluation, evaluate
 from train.linear import linear_map_fvu
@@ -43,16 +45,20 @@ def make_report(run: Path, config: RunConfig, found: Checkpoint, store: Store, *
     if not (contexts.is_file() and latents.is_file()):
         wanted = settings.samples if settings.samples.rows else SamplesConfig()
         make_samples(model, store, threshold, config, wanted, found.step).publish(run)
+    sampled = _read(contexts)
     with Progress("report", 4, "parts") as progress:
         progress.update(0, "neighbours")
-        table = latents_table(model, store, threshold, config, pq.read_table(latents), pq.read_table(contexts))
+        table = latents_table(model, store, threshold, config, _read(latents), sampled)
         progress.update(1, "held-out rows")
         held_out = _held_out(run, config, found, model, store, threshold)
         chunk = settings.evaluation.chunk_rows
+        if linear and settings.source == "target":
+            say("note: the best linear map of the targets to themselves leaves nothing: --linear says nothing here")
+            linear = False
         fvu = linear_map_fvu(store, chunk, threshold.device, settings.source) if linear else None
         progress.update(2, "the browser of latents")
         report = _report(run, config, found.step, store, table, held_out, fvu)
-        beside = browser_files(report.run, store, table, pq.read_table(contexts))
+        beside = browser_files(report.run, store, table, sampled)
         progress.update(3, "writing")
         _publish(run, report, beside)
         progress.update(4)
@@ -100,6 +106,14 @@ def _report(
         software=config.software,
     )
     return report.model_copy(update={"verdict": verdict(report)})
+
+
+def _read(samples: Path) -> pa.Table:
+    """A file of samples. Raises `CorruptData`."""
+    try:
+        return pq.read_table(samples)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptData(f"{samples}: not readable ({error}); remove it, and the report makes it anew") from error
 
 
 def _held_out(

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from html import escape
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from train.report.figures import figures
 from train.report.record import STATES, Context, Report
 
 _ROWS = 24
-"""Of the table beside a plot."""
+"""Of the table beside a plot of curves, beside those of series with as few points."""
 _LONG = 60
 """Characters of a token that are shown."""
 _VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
@@ -55,6 +56,8 @@ def environment() -> Environment:
         "tokens": tokens,
         "bytes": told_bytes,
         "basename": os.path.basename,
+        "plain": plain,
+        "code": lambda text: text.replace("`", "'"),
     }
     return found
 
@@ -88,9 +91,10 @@ def html(report: Report) -> bytes:
 
 def drawn(plots: Mapping[str, go.Figure]) -> dict[str, Any]:
     """What a template needs for plots by id: their numbers as tables, and the scripts that draw them."""
-    given = ",".join(f"{json.dumps(name)}:{one.to_json()}" for name, one in plots.items())
+    tables = {name: table(one) for name, one in plots.items()}
+    given = ",".join(f"{json.dumps(name)}:{_as_text(one).to_json()}" for name, one in plots.items())
     return {
-        "tables": {name: table(one) for name, one in plots.items()},
+        "tables": tables,
         "figures": embedded(f"{{{given}}}"),
         "script": asset("report.js"),
         "plotly": Markup(get_plotlyjs().replace("</script", "<\\/script")),
@@ -105,18 +109,24 @@ def markdown(report: Report) -> bytes:
 
 
 def table(figure: go.Figure) -> Table:
-    """The numbers of a plot by its x values, thinned to some dozen rows."""
+    """The numbers of a plot by its x values: of a histogram each bin that holds any, of curves some dozen rows.
+
+    A series of few points, such as evaluations, is there whole.
+    """
     axis = figure.layout.xaxis.title.text or ""
     traces = list(figure.data)
     by_x: dict[Any, dict[int, Any]] = {}
     for i, trace in enumerate(traces):
         for x, y in zip(trace.x, trace.y, strict=True):
             by_x.setdefault(x, {})[i] = y
-    shown = [(x, row) for x, row in sorted(by_x.items(), key=_key) if any(row.values())] or sorted(
-        by_x.items(), key=_key
-    )
-    every = -(-len(shown) // _ROWS)
-    kept = shown if every <= 1 else [*shown[:-1:every], shown[-1]]
+    rows = sorted(by_x.items(), key=_key)
+    bins = {x: told for trace in traces if trace.customdata for x, told in zip(trace.x, trace.customdata, strict=True)}
+    if bins:
+        kept = [(bins[x], row) for x, row in rows if any(row.values())]
+    else:
+        few = {x for trace in traces if len(trace.x) <= _ROWS for x in trace.x}
+        every = -(-len(rows) // _ROWS)
+        kept = [one for i, one in enumerate(rows) if i % every == 0 or i == len(rows) - 1 or one[0] in few]
     return Table(
         [axis, *(trace.name for trace in traces)],
         [[_number(x), *(_number(row.get(i)) for i in range(len(traces)))] for x, row in kept],
@@ -137,6 +147,11 @@ def short(text: str) -> str:
     if len(text) > _LONG:
         text = f"{text[:_LONG]}… ({len(text):,} characters)"
     return "".join(_VISIBLE.get(character, character) for character in text)
+
+
+def plain(text: str) -> str:
+    """A name for Markdown, which nothing else escapes: no HTML, link or image, and in a table no cell, begins in it."""
+    return re.sub(r"([\\<\[\]|])", r"\\\1", text)
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -166,6 +181,16 @@ def flat(settings: dict[str, Any], start: str = "") -> dict[str, str]:
     return found
 
 
+def _as_text(figure: go.Figure) -> go.Figure:
+    """A copy in which no name is markup: Plotly takes some elements of HTML in texts for such, links among them."""
+    found = go.Figure(figure)
+    for trace in found.data:
+        trace.name = escape(trace.name, quote=False)
+        if trace.type == "scatter" and trace.text is not None:
+            trace.text = [escape(text, quote=False) for text in trace.text]
+    return found
+
+
 def _key(item: tuple[Any, Any]) -> Any:
     return item[0] if not isinstance(item[0], str) else 0  # names stay in their order
 
@@ -175,4 +200,4 @@ def _number(value: Any) -> str:
         return ""
     if isinstance(value, str):
         return value
-    return f"{value:,}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"

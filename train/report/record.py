@@ -59,6 +59,7 @@ class Nearest(Config):
     largest: float
     random_median: float
     random_largest: float
+    """Of that part: the largest of all is a little larger."""
 
 
 class Context(Config):
@@ -78,6 +79,7 @@ class Example(Config):
 
     latent: int
     density: float
+    """Share of rows on which it is active, without position 0."""
     largest: float | None
     """Activation; none: never active."""
     contexts: list[Context]
@@ -149,7 +151,7 @@ class Report(Config):
     monitor: Curves
     """Reports of the correlation monitor."""
     density: Histogram
-    """Of latents by the share of rows on which they are active; logarithmic."""
+    """Of latents by the share of rows on which they are active, without position 0; logarithmic."""
     at_position_0: Histogram | None
     """Of live latents by the share of their active rows that are of position 0; none: the store tells it not apart."""
     nearest: Nearest
@@ -162,6 +164,11 @@ class Report(Config):
     store: StoreFacts
     settings: dict[str, Any]
     software: dict[str, str]
+
+    @property
+    def reads(self) -> str:
+        """The hook that the transcoder reads: of an autoencoder that of the targets."""
+        return self.store.target_hook if self.settings["source"] == "target" else self.store.source_hook
 
     @property
     def worst_first(self) -> list[Check]:

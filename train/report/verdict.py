@@ -41,7 +41,9 @@ def _check(name: str, said: str, figure: float, look: float, bad: float, see: st
 def _finished(report: Report) -> Iterator[Check]:
     share = report.step / report.steps
     said = f"Trained for all of its {report.steps:,} steps."
-    if share < 1:
+    if share < 1 and report.usage and report.usage.step == report.steps:
+        said = f"An earlier checkpoint: step {report.step:,} of a run that went on to its last one, {report.steps:,}."
+    elif share < 1:
         said = f"At step {report.step:,} of {report.steps:,}: continue with `python -m train resume`."
     yield _check("finished", said, share, 1.0, 0.0, "curves")
 
@@ -53,7 +55,7 @@ def _reconstruction(report: Report) -> Iterator[Check]:
     )
     if report.linear_fvu is not None:
         yield _check("reconstruction", f"{said}; the best linear map leaves {report.linear_fvu:.4f}.", fvu,
-                     report.linear_fvu, 1.0, "strata")  # fmt: skip
+                     min(report.linear_fvu, 1.0), 1.0, "strata")  # fmt: skip
     else:
         yield _check("reconstruction", f"{said}; the mean alone leaves 1.", fvu, 0.5, 1.0, "strata")
 

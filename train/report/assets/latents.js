@@ -71,7 +71,7 @@ function ofLatent(data, id) {
   for (let i = before; i < before + data.contexts[at]; i++) {
     const end = token + data.length[i];
     contexts.push({
-      bin: data.bin[i], activation: data.activation[i], stratum: data.stratum[i], position: data.position[i],
+      bin: data.bin[i], activation: data.activation[i], position: data.position[i],
       sequence: data.sequence[i], document: data.document[i], peak: data.peak[i],
       tokens: data.tokens.slice(token, end), values: data.values.slice(token, end),
     });
@@ -130,7 +130,8 @@ const link = (id) => h("a", { href: `#latent-${id}` }, String(id));
 
 /** Which words hold the query; null: it asks for no word. */
 function wordsWith(query) {
-  const wanted = query.replace(/^"(.*)"$/, "$1").replaceAll("↵", "\n").trimEnd().toLowerCase();
+  const asked = query.trimEnd().replace(/^"(.*)"$/, "$1");
+  const wanted = asked.replaceAll("↵", "\n").replaceAll("⇥", "\t").replaceAll("␣", " ").toLowerCase();
   if (!wanted) return null;
   words.lower ??= Array.from(words.ids, (_, word) => text(word).toLowerCase());
   return Uint8Array.from(words.lower, (word) => word.includes(wanted));
