@@ -54,7 +54,7 @@ train: $(STAMP) ## Train a transcoder from STORE, or from the last store of `mak
 	if [[ -z $$store ]]; then \
 		echo 'error: no store for preset $(PRESET): run `make harvest` first or pass STORE=FOLDER' >&2; exit 2; \
 	fi; \
-	mkdir -p $(dir $(LAST_RUN)); \
+	mkdir -p $(dir $(LAST_RUN)); rm -f $(LAST_RUN); \
 	$(BIN)/python -m train run $(PRESET) --store "$$store" $(TRAIN_ARGS) | tee $(LAST_RUN).part
 	@tail -n 1 $(LAST_RUN).part > $(LAST_RUN).new
 	@mv $(LAST_RUN).new $(LAST_RUN); rm -f $(LAST_RUN).part

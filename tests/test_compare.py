@@ -1,6 +1,7 @@
 """`train compare`: every figure against a dense one in float64, arms, spreads, and what it refuses."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from itertools import permutations
@@ -316,6 +317,15 @@ def test_what_cannot_be_compared_is_refused(command: Command, store: SyntheticSt
         found = command("compare", *arguments)
         assert found.code == 2 and said in found.err and "Traceback" not in found.err
     assert command("compare", run, relu, "--l0", 4).code == 0
+
+
+def test_a_page_that_cannot_be_written_is_said_before_the_measuring(
+    command: Command, store: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(command, store, "a")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    refused = command("compare", run, "--html", tmp_path / "page.html")
+    assert refused.code == 2 and "cannot be written to" in refused.err and "compare 0" not in refused.err
 
 
 def test_an_autoencoder_of_the_targets_is_compared(command: Command, store: SyntheticStore) -> None:

@@ -13,12 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from markupsafe import escape
 from safetensors.numpy import load_file
 
 from tests.faults.disk import small_disk
 from tests.runs import SMALL, Outcome, rows
 from tests.stores import SyntheticStore, make_store
 from train import checkpoint
+from train.report import gather
 from train.report.page import asset, embedded, html, markdown, short, table
 from train.report.record import Check, Cluster, Curves, Histogram, Report
 from train.report.verdict import verdict
@@ -184,8 +187,8 @@ def test_pairs_are_shown_with_both_latents_contexts(report: Report, reported: Pa
 def test_a_finished_good_run_is_told_from_a_bad_one(report: Report) -> None:
     assert check(report, "finished").state == "good" and check(report, "usage").state == "good"
     assert {one.name for one in report.verdict} == {
-        "finished", "reconstruction", "generalisation", "convergence", "l0", "dead", "directions", "correlations",
-        "position 0", "strata", "usage", "reading",
+        "finished", "reconstruction", "generalisation", "convergence", "stability", "l0", "dead", "directions",
+        "correlations", "position 0", "strata", "usage", "reading",
     }  # fmt: skip
     assert report.verdict == verdict(report)
     for one in report.verdict:
@@ -253,19 +256,34 @@ def test_worse_than_the_best_linear_map_is_worth_a_look(report: Report) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "state", "words"),
+    ("name", "values", "state", "words"),
     [
-        ([1.0] * 8 + [1.0, 0.99], "good", "fell by 1.0%: it has levelled off"),
-        ([1.0] * 8 + [1.0, 0.8], "look", "fell by 20.0%: more steps would still help"),
-        ([1.0] * 8 + [1.0, 1.1], "look", "rose by 10.0%: was it unstable?"),
-        ([1.0] * 8 + [1.0, 2.0], "bad", "rose by 100.0%"),
+        (
+            "convergence",
+            [1, 1, 1, 1.0, 0.99, 0.5, 0.4, 0.3, 0.2, 0.1],
+            "good",
+            "fell by 1.0%: a longer run at this rate",
+        ),
+        (
+            "convergence",
+            [1, 1, 1, 1.0, 0.8, 0.5, 0.4, 0.3, 0.2, 0.1],
+            "look",
+            "fell by 20.0%: a longer run would still",
+        ),
+        ("convergence", [1, 1, 1, 1.0, 1.5, 0.5, 0.4, 0.3, 0.2, 0.1], "good", "rose by 50.0%"),
+        ("stability", [1.0] * 8 + [1.0, 0.5], "good", "fell by 50.0%."),
+        ("stability", [1.0] * 8 + [1.0, 1.1], "look", "rose by 10.0%."),
+        ("stability", [1.0] * 8 + [1.0, 2.0], "bad", "rose by 100.0%."),
     ],
 )
-def test_convergence(report: Report, values: list[float], state: str, words: str) -> None:
+def test_convergence_is_judged_before_the_rate_falls_and_stability_at_the_end(
+    report: Report, name: str, values: list[float], state: str, words: str
+) -> None:
+    assert report.decay_share == 0.5
     training = report.training.model_copy(
         update={"steps": [12 * (i + 1) for i in range(10)], "series": {"fvu_natural": values}}
     )
-    found = check(report.model_copy(update={"training": training}), "convergence")
+    found = check(report.model_copy(update={"training": training}), name)
     assert found.state == state and words in found.said
 
 
@@ -323,7 +341,25 @@ def test_without_a_tokenizer_contexts_are_numbers_of_tokens(command: Command, tm
     for latent, contexts in shown.items():
         tokens = next(row["tokens"] for row in rows if row["latent"] == latent and row["kind"] == "top")
         assert contexts[0].text == [f"#{token}" for token in tokens]
-    assert shown and f"&lt;{tokens[0]}&gt;" in (done.path / "report.html").read_text()
+    assert shown and f">#{tokens[0]}</span>" in (done.path / "report.html").read_text()
+
+
+def test_random_directions_are_compared_with_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "_BLOCK", 7)
+    rows = torch.randn(50, 5, generator=torch.Generator().manual_seed(0)).double()
+    rows /= rows.norm(dim=1, keepdim=True)
+    cosines = (rows @ rows.T).fill_diagonal_(-1)
+    np.testing.assert_allclose(gather._nearest_of_random(50, 5), cosines.amax(1), atol=1e-6)
+    monkeypatch.setattr(gather, "_RANDOM_ROWS", 10)
+    np.testing.assert_allclose(gather._nearest_of_random(50, 5), cosines.amax(1)[:10], atol=1e-6)
+    assert len(gather._nearest_of_random(0, 5)) == 0 and gather._nearest_of_random(1, 5).tolist() == [-1]
+
+
+def test_reports_of_the_monitor_are_in_order_of_step(run: Path) -> None:
+    logs = run / "anti_duplication_logs"
+    report = json.loads((logs / "correlation-000120.json").read_text())
+    (logs / "correlation-1000000.json").write_text(json.dumps(report | {"step": 1_000_000}))
+    assert gather.monitor_curves(run, 2_000_000).steps == [20, 40, 60, 80, 100, 120, 1_000_000]
 
 
 def test_what_cannot_be_reported_is_said(command: Command, run: Path, tmp_path: Path) -> None:
@@ -416,7 +452,8 @@ def test_clusters_are_shown_with_their_latents_contexts(report: Report) -> None:
     part = page[page.index("<h3>Clusters</h3>") : page.index('<section id="usage"')]
     assert f"3 latents: {', '.join(map(str, shown))}</summary>" in part
     for latent in shown:
-        assert f"#latent-{latent}" in part and report.examples[latent].contexts[0].text[0] in part
+        assert f"#latent-{latent}" in part
+        assert str(escape(report.examples[latent].contexts[0].text[0])) in part
     assert "2 smaller clusters are in" in part
 
 
@@ -426,6 +463,7 @@ def test_what_stands_in_a_script_cannot_end_it() -> None:
 
 
 def test_tokens_are_shown_with_their_line_ends() -> None:
+    assert short("\u202e\u200bx\u2066") == "[U+202E][U+200B]x[U+2066]" and short("👩\u200d🔬שלום") == "👩\u200d🔬שלום"
     assert short("a\n\tb") == "a↵⇥b" and short("y" * 61) == "y" * 60 + "… (61 characters)"
 
 

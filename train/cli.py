@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import click
 import shared.cli
 from shared import durable
 from shared.config import build
+from shared.errors import UserError
 from shared.store import Local, Store
 from shared.terminal import Volume, volume
 
@@ -254,6 +256,10 @@ def compare(
     from train.compare.arms import compare as compare_runs
     from train.compare.table import print_comparison
 
+    if html:  # before all the measuring
+        durable.make_folder(html.parent)
+        if not os.access(html.parent, os.W_OK):
+            raise UserError(f"--html {html}: the folder cannot be written to; name a file in another one")
     found = compare_runs(runs, store, l0, matched_latents)
     if html:
         from train.report import comparison

@@ -46,10 +46,12 @@ class Watched:
         self.state = self._state(held)
 
     def _state(self, held: bool) -> State:
+        done = self.status.usage.get("step") == self.status.steps and bool(self.status.components)
+        if done and all(one["calls"] for one in self.status.components.values()):
+            return "finished"  # also while its report is made, which holds the lock
         if held:
             return "running" if self.status.row else "starting"
-        done = self.status.usage.get("step") == self.status.steps and bool(self.status.components)
-        return "finished" if done and all(one["calls"] for one in self.status.components.values()) else "stopped"
+        return "stopped"
 
     @property
     def _checkpoint(self) -> int:

@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from shared import durable
 from shared.config import read_record
@@ -37,8 +36,8 @@ from train.usage import USAGE, UsageRecord
 _DENSITY_EDGES = np.logspace(-7, 0, 57)
 _COSINE_EDGES = np.linspace(-1, 1, 81)
 _SHARE_EDGES = np.linspace(0, 1, 21)
-_RANDOM_ROWS = 1024
-"""Of random directions, against all of them: the spread of their nearest cosines is known from a part."""
+_RANDOM_ROWS, _BLOCK = 2**15, 1024
+"""Of random directions, at most, against all of them: the same distribution from a part."""
 _PAIRS, _CLUSTERS, _OF_A_CLUSTER, _CONTEXTS = 20, 10, 6, 3
 """Whose contexts are shown, and how many of each latent."""
 
@@ -67,7 +66,7 @@ def timing_curves(run: Path, step: int) -> Curves:
 def monitor_curves(run: Path, step: int) -> Curves:
     """The trend over reports of the correlation monitor."""
     found = []
-    for path in sorted((run / FOLDER).glob("correlation-[0-9]*.json")):
+    for path in _monitor_reports(run):
         report = read_correlations(path)
         if report.step <= step:
             found.append(
@@ -82,6 +81,12 @@ def monitor_curves(run: Path, step: int) -> Curves:
     return _curves(found)
 
 
+def _monitor_reports(run: Path) -> list[Path]:
+    """In order of step."""
+    found = [path for path in (run / FOLDER).glob("correlation-*.json") if path.stem.split("-")[1].isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem.split("-")[1]))
+
+
 def read_correlations(path: Path) -> CorrelationReport:
     """A report of the monitor. Raises `CorruptData`."""
     return read_record(CorrelationReport, durable.read_json(path), path)
@@ -90,10 +95,9 @@ def read_correlations(path: Path) -> CorrelationReport:
 def duplicates(run: Path, step: int) -> Duplicates | None:
     """The report on all held-out rows of `step`; where there is none, the last one up to it."""
     whole = run / FOLDER / HELD_OUT
-    paths = [path for path in sorted((run / FOLDER).glob("correlation-[0-9]*.json"))]
     found = [(read_correlations(path), path) for path in ([whole] if whole.is_file() else [])]
     if not found or found[0][0].step != step:
-        found = [(read_correlations(path), path) for path in paths[::-1]]
+        found = [(read_correlations(path), path) for path in _monitor_reports(run)[::-1]]
     report, path = next(((one, path) for one, path in found if one.step <= step), (None, None))
     if not report or not path:
         return None
@@ -210,16 +214,17 @@ def histogram(values: NDArray[Any], edges: NDArray[np.float64], outside: int = 0
 
 
 def _nearest_of_random(count: int, width: int) -> NDArray[np.float32]:
+    """The largest cosine of each of `count` random directions with another of them."""
     rows = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
     rows /= rows.norm(dim=1, keepdim=True)
     some = min(count, _RANDOM_ROWS)
-    largest: list[Tensor] = []
-    for low in range(0, count, _RANDOM_ROWS):
-        cosines = rows[:some] @ rows[low : low + _RANDOM_ROWS].T
-        if low == 0:
-            cosines.fill_diagonal_(-1)
-        largest.append(cosines.amax(1))
-    return torch.stack(largest).amax(0).numpy() if largest else np.zeros(0, np.float32)
+    largest = torch.full((some,), -1.0)
+    for low in range(0, count, _BLOCK):
+        cosines = rows[:some] @ rows[low : low + _BLOCK].T
+        itself = torch.arange(low, max(low, min(low + _BLOCK, some)))
+        cosines[itself, itself - low] = -1
+        largest = torch.maximum(largest, cosines.amax(1))
+    return largest.numpy()
 
 
 def _quantile(values: NDArray[Any], share: float) -> float:

@@ -87,6 +87,7 @@ def _report(
         run=run.resolve().name,
         step=step,
         steps=settings.steps,
+        decay_share=settings.optimizer.decay_share,
         d_sae=len(table),
         k=float(a.k) if isinstance(a := settings.activation, BatchTopK | TopK) else None,
         verdict=[],

@@ -20,6 +20,10 @@ _ROWS = 24
 """Of the table beside a plot of curves, beside those of series with as few points."""
 _LONG = 60
 """Characters of a token that are shown."""
+_UNSEEN = re.compile(
+    "[\\u0000-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff]"
+)
+"""Characters that are not seen, and those that turn the direction of text; the same as in latents.js."""
 _VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 
 
@@ -143,10 +147,10 @@ def tokens(context: Context) -> list[Token]:
 
 
 def short(text: str) -> str:
-    """A token as people can see it: line ends as signs, and of a long one the beginning."""
+    """A token as people can see it: unseen characters as signs, so that none turns text; of a long one the start."""
     if len(text) > _LONG:
         text = f"{text[:_LONG]}… ({len(text):,} characters)"
-    return "".join(_VISIBLE.get(character, character) for character in text)
+    return _UNSEEN.sub(lambda found: _VISIBLE.get(found[0], f"[U+{ord(found[0]):04X}]"), text)
 
 
 def plain(text: str) -> str:

@@ -54,12 +54,11 @@ class Nearest(Config):
 
     latents: Histogram
     random: Histogram
-    """As many directions at random in as many dimensions; of a part of them, its counts scaled up."""
+    """As many directions at random in as many dimensions; above 32,768 of that many, the counts scaled up."""
     median: float
     largest: float
     random_median: float
     random_largest: float
-    """Of that part: the largest of all is a little larger."""
 
 
 class Context(Config):
@@ -137,6 +136,8 @@ class Report(Config):
     """Of the weights that are described."""
     steps: int
     """That were asked for."""
+    decay_share: float
+    """Last share of the run, over which the learning rate falls."""
     d_sae: int
     k: float | None
     """Active latents per row that were asked for; none: the activation has no k."""

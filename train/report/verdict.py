@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from shared.strata import POSITION_0
 from train.report.record import Check, Report, State
 
-_FLAT_SHARE = 0.1
-"""Of the run: has fvu still fallen over this last part?"""
+_TENTH = 0.1
+"""Of the run: what fvu is averaged over."""
 
 
 def verdict(report: Report) -> list[Check]:
@@ -20,6 +20,7 @@ def verdict(report: Report) -> list[Check]:
         *_reconstruction(report),
         *_generalisation(report),
         *_convergence(report),
+        *_stability(report),
         *_l0(report),
         *_dead(report),
         *_directions(report),
@@ -72,20 +73,33 @@ def _generalisation(report: Report) -> Iterator[Check]:
 
 
 def _convergence(report: Report) -> Iterator[Check]:
+    """Before the learning rate falls: after that fvu does in any case."""
+    end = report.steps * (1 - report.decay_share)
+    if report.step >= end and (fall := _fall(report, end)) is not None:
+        said = f"In the last tenth before the learning rate falls, fvu {_moved(fall)}"
+        more = ": a longer run would still gain." if fall > 0.02 else ": a longer run at this rate would gain little."
+        yield _check("convergence", said + more, fall, 0.02, 1.0, "curves")
+
+
+def _stability(report: Report) -> Iterator[Check]:
+    if (fall := _fall(report, report.step)) is not None:
+        yield _check("stability", f"Over the last tenth of training fvu {_moved(fall)}.", -fall, 0.02, 0.2, "curves")
+
+
+def _fall(report: Report, end: float) -> float | None:
+    """How much lower fvu is over the tenth of the run before step `end` than over the tenth before that, as a share."""
     fvus = report.training.series.get("fvu_natural", [])
     found = [(step, value) for step, value in zip(report.training.steps, fvus, strict=True) if value is not None]
-    last = [value for step, value in found if step > report.step * (1 - _FLAT_SHARE)]
-    before = [
-        value for step, value in found if report.step * (1 - 2 * _FLAT_SHARE) < step <= report.step * (1 - _FLAT_SHARE)
-    ]
-    if last and before and (earlier := sum(before) / len(before)) > 0:
-        fall = 1 - sum(last) / len(last) / earlier
-        said = f"Over the last tenth of training fvu {'fell' if fall >= 0 else 'rose'} by {abs(fall):.1%}"
-        if fall < 0:
-            yield _check("convergence", f"{said}: was it unstable?", -fall, 0.02, 0.2, "curves")
-        else:
-            more = ": more steps would still help." if fall > 0.05 else ": it has levelled off."
-            yield _check("convergence", said + more, fall, 0.05, 1.0, "curves")
+    tenth = report.steps * _TENTH
+    last = [value for step, value in found if end - tenth < step <= end]
+    before = [value for step, value in found if end - 2 * tenth < step <= end - tenth]
+    if not last or not before or not (earlier := sum(before) / len(before)) > 0:
+        return None
+    return 1 - sum(last) / len(last) / earlier
+
+
+def _moved(fall: float) -> str:
+    return f"{'fell' if fall >= 0 else 'rose'} by {abs(fall):.1%}"
 
 
 def _l0(report: Report) -> Iterator[Check]:

@@ -41,18 +41,19 @@ const first = new Promise((resolve) => {
   globalThis.transcoderCache = {
     index: part("index"),
     tokens: part("tokens"),
-    chunk: (n, packed) => unpack(packed).then((data) => waiting.get(n)(data)),
+    chunk: (n, packed) => unpack(packed).then(waiting.get(n).resolve, waiting.get(n).reject),
   };
 });
 
-const waiting = new Map(); // by chunk: what its script is to call
+const waiting = new Map(); // by chunk: what to do with what its script brings
 const chunks = new Map(); // promises, the newest last
 
 function chunk(n) {
   const held = chunks.get(n) ?? new Promise((resolve, reject) => {
-    waiting.set(n, resolve);
     const script = h("script", { src: `latents/${String(n).padStart(3, "0")}.js` });
-    script.onerror = () => { chunks.delete(n); reject(new Error(`cannot read ${script.getAttribute("src")}`)); };
+    const failed = () => { chunks.delete(n); reject(new Error(`cannot read ${script.getAttribute("src")}`)); };
+    waiting.set(n, { resolve, reject: failed });
+    script.onerror = failed;
     script.onload = () => script.remove();
     document.head.append(script);
   });
@@ -335,7 +336,7 @@ function sample(context, max) {
   const where = `position ${count(context.position)} · sequence ${count(context.sequence)} · document ${count(context.document)}`;
   return h("div", { class: "sample" },
     h("div", { class: "number", title: "activation at the peak" }, number(context.activation)),
-    h("p", { class: "context" }, tokens), h("div", { class: "soft" }, where));
+    h("p", { class: "context", dir: "auto" }, tokens), h("div", { class: "soft" }, where));
 }
 
 function token(word, value, peak, max) {
