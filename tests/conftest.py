@@ -10,12 +10,18 @@ times slower (it waits by spinning) and a 2,048 x 256 one 2 times.
 import importlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # in a shell's background; the processes of tests would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 THREADS = "1"
 for pool in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA"):

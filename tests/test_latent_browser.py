@@ -315,6 +315,13 @@ def test_all_of_it_can_be_reached_by_keyboard(page_file: Path) -> None:
         page.wait_for_function("document.activeElement.id === 'query'")
         page.keyboard.type("j7")  # a letter in the field moves nowhere
         assert page.input_value("#query") == "j7" and page.url.endswith("#list")
+        page.goto(page_file.as_uri() + "#latent-3")
+        page.wait_for_selector("h2:has-text('Latent 3')")
+        page.locator("#reading summary").click()
+        page.locator("#shortcuts").uncheck()  # WCAG 2.2, 2.1.4: single keys can be switched off
+        page.locator("h2").focus()
+        page.keyboard.press("j")
+        assert page.evaluate("location.hash") == "#latent-3"
 
 
 @pytest.mark.slow
@@ -342,7 +349,8 @@ def test_a_hostile_corpus_is_text_and_fits_the_screen(page_file: Path, run: Repo
                 HOSTILE[13]: "[U+0000]\ufffd",
             }
             assert {shown for text, shown in told.items() if text in mine} <= texts
-        assert page.evaluate("getComputedStyle(document.querySelector('.token')).unicodeBidi") == "isolate"
+        isolated = "[...document.querySelectorAll('.context, .chip')].map((one) => getComputedStyle(one).unicodeBidi)"
+        assert set(page.evaluate(isolated)) == {"isolate"}
         assert page.locator("main script, main img, main svg").count() == 0
 
 

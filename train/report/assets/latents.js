@@ -379,6 +379,7 @@ function route() {
 }
 
 function pressed(event) {
+  if (!$("shortcuts").checked) return;
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.("input, select, textarea")) return;
   const next = shown !== null && beside(shown), key = event.key;
   const act = {
