@@ -37,7 +37,7 @@ def print_checkpoints(found: Sequence[Listed], run: str) -> None:
 def print_verdict(report: Report) -> None:
     """Print what a report found good, worth a look, or failed, the worst first."""
     title = escape(f"{report.run}, step {report.step:,} of {report.steps:,}")
-    table = Table("", "", "", title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", show_header=False)
     for check in report.worst_first:
         sign, word = STATES[check.state]
         table.add_row(f"{sign} {word}", check.name, escape(check.said))

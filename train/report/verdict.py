@@ -131,8 +131,9 @@ def _correlations(report: Report) -> Iterator[Check]:
         pairs = found.pairs_above["0.8"]
         share = pairs / max(found.directions.live, 1)
         said = (
-            f"{pairs:,} pairs of latents correlate above 0.8 over {found.rows:,} rows, {share:.2%} as many as there "
-            f"are live latents; the largest correlation is {found.largest_correlation:.2f}."
+            f"{pairs:,} {'pair' if pairs == 1 else 'pairs'} of latents correlated above 0.8 over {found.rows:,} rows, "
+            f"{share:.2%} as many as there are live latents; the largest correlation is "
+            f"{found.largest_correlation:.2f}."
         )
         yield _check("correlations", said, share, 0.005, 0.05, "pairs")
 
