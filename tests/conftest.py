@@ -43,6 +43,7 @@ from tests.stores import SyntheticStore, make_store  # noqa: E402
 
 if TYPE_CHECKING:
     from tests.llms import Line
+    from train.report.record import Report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -112,6 +113,38 @@ def longer(small: "Line", tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.llms import BLOCK_TOKENS, command
 
     return command(*small(tmp_path_factory.mktemp("cache"), tokens=8 * BLOCK_TOKENS)).store
+
+
+@pytest.fixture(scope="session")
+def report_store(tmp_path_factory: pytest.TempPathFactory) -> SyntheticStore:
+    return make_store(tmp_path_factory.mktemp("cache") / "store", keep={0: 0.5}, training_blocks=6, tokenizer=True)
+
+
+@pytest.fixture(scope="session")
+def trained(report_store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run without a report, that tests copy."""
+    from tests.reports import OPTIONS, train
+
+    runs = tmp_path_factory.mktemp("runs")
+    train("run", "--store", report_store.path, "--runs", runs, "--name", "run", *OPTIONS)
+    return runs / "run"
+
+
+@pytest.fixture(scope="session")
+def reported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its report, that tests only read."""
+    from tests.reports import train
+
+    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("reported") / "run"))
+    train("report", run)
+    return run
+
+
+@pytest.fixture
+def report(reported: Path) -> "Report":
+    from tests.reports import read
+
+    return read(reported)
 
 
 @pytest.fixture

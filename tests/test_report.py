@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -18,30 +16,17 @@ from markupsafe import escape
 from safetensors.numpy import load_file
 
 from tests.faults.disk import small_disk
+from tests.reports import OPTIONS, STEPS, check, read
 from tests.runs import SMALL, Outcome, rows
 from tests.stores import SyntheticStore, make_store
 from train import checkpoint
 from train.report import gather
 from train.report.page import asset, embedded, html, markdown, short, table
-from train.report.record import Check, Cluster, Curves, Histogram, Report
+from train.report.record import Cluster, Curves, Histogram, Report
 from train.report.verdict import verdict
 from train.samples.table import paths
 
 Command = Callable[..., Outcome]
-STEPS = 120
-OPTIONS = [
-    *SMALL,
-    "--steps",
-    STEPS,
-    "--set",
-    "evaluation.every=40",
-    "--set",
-    "log_every=10",
-    "--set",
-    "monitor.every=20",
-    "--set",
-    "checkpoint.every=60",
-]
 HOSTILE = [
     "<script>alert(1)</script>",
     "</script><img src=x onerror=alert(2)>",
@@ -52,21 +37,9 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> SyntheticStore:
-    return make_store(tmp_path_factory.mktemp("cache") / "store", keep={0: 0.5}, training_blocks=6, tokenizer=True)
-
-
-@pytest.fixture(scope="module")
-def trained(store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runs = tmp_path_factory.mktemp("runs")
-    python("run", "--store", store.path, "--runs", runs, "--name", "run", *OPTIONS)
-    return runs / "run"
-
-
-def python(*arguments: object) -> None:
-    done = subprocess.run([sys.executable, "-m", "train", *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def store(report_store: SyntheticStore) -> SyntheticStore:
+    return report_store
 
 
 @pytest.fixture
@@ -75,29 +48,8 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "runs" / "run"))
 
 
-@pytest.fixture(scope="module")
-def reported(trained: Path, store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with its report, that tests only read."""
-    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("reported") / "run"))
-    python("report", run)
-    return run
-
-
-@pytest.fixture
-def report(reported: Path) -> Report:
-    return read(reported)
-
-
-def read(run: Path) -> Report:
-    return Report.model_validate(json.loads((run / "report.json").read_text()))
-
-
 def page_of(run: Path) -> str:
     return (run / "report.html").read_text()
-
-
-def check(report: Report, name: str) -> Check:
-    return next(one for one in verdict(report) if one.name == name)
 
 
 def test_the_command_writes_the_page_and_its_twins_and_says_where(command: Command, run: Path) -> None:
@@ -182,109 +134,6 @@ def test_pairs_are_shown_with_both_latents_contexts(report: Report, reported: Pa
         assert [one.peak for one in shown] == list(top.peak)
     page = (reported / "report.html").read_text()
     assert f'href="report/latents.html#latent-{report.duplicates.pairs[0].key[0]}"' in page
-
-
-def test_a_finished_good_run_is_told_from_a_bad_one(report: Report) -> None:
-    assert check(report, "finished").state == "good" and check(report, "usage").state == "good"
-    assert {one.name for one in report.verdict} == {
-        "finished", "reconstruction", "generalisation", "convergence", "stability", "l0", "dead", "directions",
-        "correlations", "position 0", "strata", "usage", "reading",
-    }  # fmt: skip
-    assert report.verdict == verdict(report)
-    for one in report.verdict:
-        assert re.search(r"\d", one.said), one
-
-
-def test_the_run_that_this_project_starts_from_would_have_failed(report: Report) -> None:
-    """Latents that correlate 0.92 to 0.99 and fire at position 0 only, and components that never ran."""
-    assert report.duplicates and report.at_position_0 and report.usage
-    live = report.duplicates.directions.live
-    idle = {
-        name: one.model_copy(update={"calls": 0, "effect": 0.0}) if name in ("mined", "monitor") else one
-        for name, one in report.usage.components.items()
-    }
-    alike = {"0.5": 1.0, "0.7": 0.9, "0.8": 0.9, "0.9": 0.9}
-    bad = report.model_copy(
-        update={
-            "duplicates": report.duplicates.model_copy(
-                update={
-                    "pairs_above": {"0.5": 9 * live, "0.8": live, "0.9": live},
-                    "largest_correlation": 0.99,
-                    "directions": report.duplicates.directions.model_copy(update={"share_with_neighbour_above": alike}),
-                }
-            ),
-            "at_position_0": report.at_position_0.model_copy(update={"counts": [5, *[0] * 18, 5]}),
-            "usage": report.usage.model_copy(update={"components": idle}),
-        }
-    )
-    for name in ("directions", "correlations", "position 0"):
-        assert check(bad, name).state == "bad", name
-    assert check(bad, "position 0").said == "5 of 10 live latents have half or more of their active rows at position 0."
-    usage = check(bad, "usage")
-    assert usage.state == "look" and usage.said.endswith("had no effect: mined, monitor.")
-
-
-@pytest.mark.parametrize(
-    ("name", "changed", "state"),
-    [
-        ("reconstruction", {"fvu": 1.2}, "bad"),
-        ("reconstruction", {"fvu": 0.7}, "look"),
-        ("reconstruction", {"fvu": 0.2}, "good"),
-        ("dead", {"dead_share": 0.6}, "bad"),
-        ("dead", {"dead_share": 0.2}, "look"),
-        ("dead", {"dead_share": 0.0}, "good"),
-        ("l0", {"l0": 3.0}, "look"),
-        ("l0", {"l0": 12.1}, "bad"),
-        ("l0", {"l0": 6.1}, "good"),
-        ("generalisation", {"fvu_training_rule": 1e9}, "bad"),
-    ],
-)
-def test_limits_of_held_out_figures(report: Report, name: str, changed: dict[str, float], state: str) -> None:
-    assert report.k == 6
-    assert (
-        check(report.model_copy(update={"held_out": report.held_out.model_copy(update=changed)}), name).state == state
-    )
-
-
-def test_worse_than_the_best_linear_map_is_worth_a_look(report: Report) -> None:
-    held_out = report.held_out.model_copy(update={"fvu": 0.3})
-    worse = check(report.model_copy(update={"held_out": held_out, "linear_fvu": 0.2}), "reconstruction")
-    assert worse.state == "look" and "the best linear map leaves 0.2000" in worse.said
-    for fvu in (0.4, 1.5):  # of few rows, or wide ones, the best map is worse than the mean on others
-        better = check(report.model_copy(update={"held_out": held_out, "linear_fvu": fvu}), "reconstruction")
-        assert better.state == "good"
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "state", "words"),
-    [
-        (
-            "convergence",
-            [1, 1, 1, 1.0, 0.99, 0.5, 0.4, 0.3, 0.2, 0.1],
-            "good",
-            "fell by 1.0%: a longer run at this rate",
-        ),
-        (
-            "convergence",
-            [1, 1, 1, 1.0, 0.8, 0.5, 0.4, 0.3, 0.2, 0.1],
-            "look",
-            "fell by 20.0%: a longer run would still",
-        ),
-        ("convergence", [1, 1, 1, 1.0, 1.5, 0.5, 0.4, 0.3, 0.2, 0.1], "good", "rose by 50.0%"),
-        ("stability", [1.0] * 8 + [1.0, 0.5], "good", "fell by 50.0%."),
-        ("stability", [1.0] * 8 + [1.0, 1.1], "look", "rose by 10.0%."),
-        ("stability", [1.0] * 8 + [1.0, 2.0], "bad", "rose by 100.0%."),
-    ],
-)
-def test_convergence_is_judged_before_the_rate_falls_and_stability_at_the_end(
-    report: Report, name: str, values: list[float], state: str, words: str
-) -> None:
-    assert report.decay_share == 0.5
-    training = report.training.model_copy(
-        update={"steps": [12 * (i + 1) for i in range(10)], "series": {"fvu_natural": values}}
-    )
-    found = check(report.model_copy(update={"training": training}), name)
-    assert found.state == state and words in found.said
 
 
 def test_linear_and_an_earlier_step_and_samples_that_are_not_there(

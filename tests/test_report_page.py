@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -14,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.browser import open_page
+from tests.reports import train
 from tests.runs import SMALL, rows
 from tests.stores import make_store
 from train.samples.table import paths
@@ -61,11 +60,6 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train("report", run)
     train("compare", run, scratch / "other", "--html", scratch / "compare.html")
     return run
-
-
-def train(*arguments: object) -> None:
-    done = subprocess.run([sys.executable, "-m", "train", *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def drawn(page) -> None:
