@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from harvest.packing import Windows, model_positions
 from shared.keyed import permutation
 from shared.layout import RowCounts, StoreRequest
-from shared.statistics import BINS, Moments, moments_of
+from shared.statistics import BINS, Moments, decode, moments_of
 from shared.strata import Stratum, quota, stratum_ranges
 
 Array = NDArray[Any]
@@ -125,16 +125,9 @@ def stratum_arrays(
     }
 
 
-def decode(stored: Array) -> NDArray[np.float32]:
-    """The numbers that stored rows stand for; uint16 are the bits of bfloat16."""
-    if stored.dtype != np.uint16:
-        return stored.astype(np.float32)
-    return (stored.astype(np.uint32) << 16).view(np.float32)
-
-
 def stored_moments(rows: Array) -> Moments:
     """Moments of stored rows [n, d], as they will be read: after rounding to the storage type."""
-    return moments_of(rows, decode)
+    return moments_of(rows)
 
 
 def pack_moments(moments: Mapping[str, Moments]) -> dict[str, Array]:

@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from safetensors.numpy import save
 
-from harvest.blocks import SIDES, BlockLayout, Buffers, pack_moments, stored_moments, stratum_arrays
+from harvest.blocks import SIDES, Array, BlockLayout, Buffers, pack_moments, stored_moments, stratum_arrays
 from harvest.plan import Target
+from harvest.sinks import listed
 from shared import durable
 from shared.checks import belongs, buffers_record, check_size, read_ledger
 from shared.errors import CorruptData
@@ -20,6 +21,7 @@ from shared.layout import (
     row_specs,
     stratum_specs,
 )
+from shared.outliers import pack_long_rows
 from shared.statistics import Moments
 
 
@@ -37,6 +39,7 @@ def commit(target: Target, block: int, layout: BlockLayout, buffers: Buffers, ba
     d_in, d_out = (buffers[name].shape[1] for name in (request.source_hook, request.target_hook))
     files: dict[str, FileRecord] = {}
     moments: dict[str, Moments] = {}
+    sides: dict[str, Array] = {}
     with ThreadPoolExecutor(len(SIDES) + 1) as pool:
         for stratum in target.strata:
             arrays = stratum_arrays(request, stratum, block, layout, buffers)
@@ -49,7 +52,8 @@ def commit(target: Target, block: int, layout: BlockLayout, buffers: Buffers, ba
             durable.publish_files({target.path / ARRAYS / name: data for name, data in shards.items()})
             files |= dict(zip(shards, records, strict=True))
             moments |= {f"{stratum.name}/{side}": found.result() for side, found in gathered.items()}
-    saved = save(pack_moments(moments))
+            sides |= {f"{stratum.name}/{side}": arrays[side] for side in SIDES}
+    saved = save(pack_moments(moments) | pack_long_rows(listed(target.strata, moments, sides)))
     durable.publish_bytes(target.path / moments_path(block), saved)
     assert target.plan is not None
     record = LedgerRecord(

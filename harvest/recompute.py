@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harvest import plan
-from harvest.blocks import decode
 from harvest.capture import Capture, open_capture
 from harvest.model import load_model
 from harvest.packing import Windows, model_positions
@@ -19,6 +18,7 @@ from harvest.repair import own_model
 from shared.checks import read_ledger
 from shared.keyed import hash_integers
 from shared.progress import Progress
+from shared.statistics import decode
 from shared.store import Local, MappedArray, Store
 
 ROUNDING = 0.02

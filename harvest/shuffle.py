@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest.blocks import SIDES, decode
+from harvest.blocks import SIDES
 from shared.layout import STORAGE_DTYPES
 from shared.progress import Progress
 from shared.reader import RowReader, RowsConfig
+from shared.statistics import decode
 from shared.store import Store
 
 BATCH_ROWS = (1024, 4096)

@@ -4,6 +4,7 @@ Resuming needs the step alone, and two experiments with one seed see the same ro
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from pydantic import Field
 from shared.config import Config
 from shared.errors import UserError
 from shared.keyed import permutation
+from shared.statistics import OUTLIER_RATIO
 from shared.store import Run, Store, StratumRows
 from shared.strata import Stratum
 
@@ -29,8 +31,17 @@ class RowsConfig(Config):
     """Rows per step."""
     alpha: float = Field(1.0, ge=0)
     """A stratum's share of a batch is proportional to (rows the model computed)^alpha: 1 natural, 0 uniform."""
+    outlier_ratio: float = Field(OUTLIER_RATIO, ge=0)
+    """A row is an outlier if its source or its target is over this many times as long as the median of later positions;
+    0: no row is. dictionary_learning and SAEDashboard take 10, SAELens and sparsify have no such limit."""
+    outliers: Literal["leave_out", "train"] = "leave_out"
+    """What training does with outliers. A few attention sinks can take over the loss, the gradient's norm and a tenth
+    of the latents; dictionary_learning leaves them out, too."""
+    position_0: Literal["auto", "leave_out", "train"] = "auto"
+    """What training does with position 0. `auto` leaves it out where its rows are outliers, or one constant, as they
+    are where every window starts with BOS. dictionary_learning and Gemma Scope leave BOS out; SAELens can."""
     max_bos_batch_share: float = Field(1 / 256, ge=0, le=1)
-    """Most of a batch that may come from position 0."""
+    """Most of a batch that may come from position 0, where it is trained on."""
     run_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Neighbouring rows that are read together. 64 keep a cold disk as fast as reading in order; `auto` is fewer where
     blocks hold fewer than 252 windows, so that a run's rows still come from enough of them."""
@@ -48,12 +59,15 @@ class RowsConfig(Config):
 def rows_per_stratum(strata: Sequence[Stratum], config: RowsConfig) -> list[int]:
     """Rows of a batch that each stratum gives; they add up to `batch_rows`.
 
-    Proportional to natural_rows^alpha by largest remainder; the stratum that is position 0 alone is capped first.
+    Proportional to natural_rows^alpha by largest remainder, none for a stratum without natural rows; the stratum that
+    is position 0 alone is capped first.
     Raises `UserError` when the cap leaves no stratum to fill the batch.
     """
-    weights = np.array([float(s.natural_rows) ** config.alpha for s in strata])
+    weights = np.array([float(s.natural_rows) ** config.alpha if s.natural_rows else 0.0 for s in strata])
+    if not weights.any():
+        raise UserError("every row of the store is left out of training; set rows.outliers or rows.position_0 to train")
     counts = _largest_remainder(weights, config.batch_rows)
-    bos = next((i for i, s in enumerate(strata) if (s.start, s.stop) == (0, 1)), None)
+    bos = next((i for i, s in enumerate(strata) if s.is_position_0), None)
     cap = int(config.max_bos_batch_share * config.batch_rows)
     if bos is None or counts[bos] <= cap:
         return counts
@@ -73,12 +87,38 @@ def _largest_remainder(weights: NDArray[np.float64], total: int) -> list[int]:
     return [int(count) for count in counts]
 
 
-class RowStream:
-    """An endless stream over the rows of one stratum: every epoch is a keyed permutation of its runs."""
+def training_strata(store: Store, blocks: range) -> list[Stratum]:
+    """Return the store's strata with the natural rows that are not left out of training on `blocks`."""
+    exclusion, found = store.exclusion, []
+    for name, part in store.strata.items():
+        stratum, left = part.stratum, 1.0
+        if exclusion and exclusion.position_0 and stratum.is_position_0:
+            left = 0.0
+        elif exclusion and exclusion.training:
+            left = 1 - len(_within(store.outliers[name], blocks, stratum.rows)) / (len(blocks) * stratum.rows)
+        found.append(replace(stratum, natural_rows=stratum.natural_rows * left))
+    return found
 
-    def __init__(self, rows: int, run_rows: int, *key: int | str) -> None:
-        self.rows = rows
-        self._run = min(run_rows, rows)
+
+def _within(rows: NDArray[np.int64], blocks: range, per_block: int) -> NDArray[np.int64]:
+    """The `rows` of `blocks`, counted from their first."""
+    first = blocks.start * per_block
+    low, high = np.searchsorted(rows, [first, blocks.stop * per_block])
+    return rows[low:high] - first
+
+
+class RowStream:
+    """An endless stream over the rows of one stratum: every epoch is a keyed permutation of its runs.
+
+    Runs are of the rows that are left when those in `without` [n], rising, are left out.
+    """
+
+    def __init__(self, rows: int, run_rows: int, *key: int | str, without: NDArray[np.int64] | None = None) -> None:
+        self._without = np.zeros(0, np.int64) if without is None else without
+        self._shifts = self._without - np.arange(len(self._without))
+        """Where each row that is left out would be among those that are not."""
+        self.rows = rows - len(self._without)
+        self._run = min(run_rows, self.rows)
         self._key = key
         self._epochs: dict[int, tuple[NDArray[Any], int]] = {}
 
@@ -88,17 +128,27 @@ class RowStream:
         while count:
             epoch, offset = divmod(start, self.rows)
             taken = min(count, self.rows - offset)
-            found += self._runs_of_epoch(epoch, offset, offset + taken, base)
+            for low, high in self._runs_of_epoch(epoch, offset, offset + taken):
+                found += ((base + first, base + last) for first, last in self._stored(low, high))
             start, count = start + taken, count - taken
         return found
 
-    def _runs_of_epoch(self, epoch: int, start: int, stop: int, base: int) -> Iterator[Run]:
+    def _stored(self, low: int, high: int) -> list[Run]:
+        """The stored rows that are `low:high` of those not left out; more than one run where some lie between."""
+        if not len(self._without):
+            return [(low, high)]
+        first, last = np.searchsorted(self._shifts, [low, high - 1], side="right")
+        between = self._without[first:last].tolist()
+        starts, stops = [low + int(first), *(row + 1 for row in between)], [*between, high + int(last)]
+        return [(start, stop) for start, stop in zip(starts, stops, strict=True) if stop > start]
+
+    def _runs_of_epoch(self, epoch: int, start: int, stop: int) -> Iterator[Run]:
         order, short_slot = self._order(epoch)
         (first, skipped), (last, place) = self._slot(start, short_slot), self._slot(stop - 1, short_slot)
-        lows = [base + run * self._run for run in order[first : last + 1].tolist()]
+        lows = [run * self._run for run in order[first : last + 1].tolist()]
         highs = [low + self._run for low in lows]
         if first <= short_slot <= last:
-            highs[short_slot - first] = base + self.rows
+            highs[short_slot - first] = self.rows
         highs[-1] = lows[-1] + place + 1
         lows[0] += skipped
         return zip(lows, highs, strict=True)
@@ -141,11 +191,45 @@ class RowReader:
         assert isinstance(found, int)
         self.run_rows = found
         self._strata = list(store.strata.values())
-        self.counts = rows_per_stratum([s.stratum for s in self._strata], config)
+        used = training_strata(store, blocks)
+        self.natural_rows = [stratum.natural_rows for stratum in used]
+        """By stratum, rows of a training block that the batches stand for."""
+        self.counts = rows_per_stratum(used, config)
         self._streams = [
-            RowStream(len(blocks) * s.stratum.rows, self.run_rows, "rows", seed, s.stratum.name) for s in self._strata
+            RowStream(
+                len(blocks) * s.stratum.rows,
+                self.run_rows,
+                "rows",
+                seed,
+                s.stratum.name,
+                without=self._left_out(s.stratum),
+            )
+            for s in self._strata
         ]
         self._found: dict[int, list[tuple[StratumRows, list[Run], int]]] = {}
+
+    def _left_out(self, stratum: Stratum) -> NDArray[np.int64] | None:
+        """Rows of the pinned blocks that no batch has, counted from their first."""
+        if not (self.store.exclusion and self.store.exclusion.training):
+            return None
+        return _within(self.store.outliers[stratum.name], self.blocks, stratum.rows)
+
+    @property
+    def has_outliers(self) -> bool:
+        """Whether batches can hold rows that are outliers."""
+        return any(
+            count and len(_within(self.store.outliers[s.stratum.name], self.blocks, s.stratum.rows))
+            for s, count in zip(self._strata, self.counts, strict=True)
+        ) and not (self.store.exclusion and self.store.exclusion.training)
+
+    def outliers(self, step: int) -> NDArray[np.bool_]:  # [B]
+        """Tell which rows of `step` are outliers."""
+        found = np.zeros(sum(self.counts), bool)
+        for stratum, low, high, at in self.runs(step):
+            rows = self.store.outliers[stratum.stratum.name]
+            first, last = np.searchsorted(rows, [low, high])
+            found[rows[first:last] - low + at] = True
+        return found
 
     def read(self, step: int, array: str, out: NDArray[Any]) -> NDArray[Any]:
         """Fill `out` [B, ...] with the rows of `step`, counted from 0, of an array such as `source`, and return it."""
@@ -169,7 +253,7 @@ class RowReader:
     def epochs(self, step: int) -> dict[str, float]:
         """How often each stratum's rows have been seen before `step`."""
         return {
-            s.stratum.name: step * count / stream.rows
+            s.stratum.name: step * count / max(stream.rows, 1)
             for s, count, stream in zip(self._strata, self.counts, self._streams, strict=True)
         }
 

@@ -4,7 +4,6 @@ Differences to a first mean within a block, and the pairwise update of Chan, Gol
 so a dimension whose mean is a thousand times its deviation keeps its variance.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -16,8 +15,11 @@ BINS_PER_OCTAVE = 64
 _LOW, _HIGH = -32, 96
 BINS = (_HIGH - _LOW) * BINS_PER_OCTAVE
 OUTLIER_RATIO = 10.0
+"""Rows over this many times the overall median norm are outliers; as in dictionary_learning and SAEDashboard."""
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 0.999)
 _VALUES_AT_ONCE = 2**18
+_LONG = 100.0
+"""Times the median squared norm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,21 +60,31 @@ class Moments:
 
     def rows_above(self, norm: float) -> float:
         """Rows in bins above the one of `norm`."""
-        return float(self.norms[_bin(np.array([norm]))[0] + 1 :].sum())
+        return float(self.norms[norm_bin(norm) + 1 :].sum())
 
     def scaled(self, weight: float) -> "Moments":
         """The same distribution, each row counted `weight` times."""
         return Moments(rows=self.rows * weight, mean=self.mean, m2=self.m2 * weight, norms=self.norms * weight)
 
 
-def _copy(rows: NDArray[Any]) -> NDArray[np.float32]:
-    return np.array(rows, np.float32)
+def decode(stored: NDArray[Any]) -> NDArray[np.float32]:
+    """Return the numbers that stored rows stand for, as a copy; uint16 are the bits of bfloat16."""
+    if stored.dtype != np.uint16:
+        return np.array(stored, np.float32)
+    return (stored.astype(np.uint32) << 16).view(np.float32)
 
 
-def moments_of(rows: NDArray[Any], decode: Callable[[NDArray[Any]], NDArray[np.float32]] = _copy) -> Moments:
-    """Moments of the numbers that `rows` [n, d] stand for; n may be 0. `decode` gives them for some rows, as a copy.
+def row_norms(stored: NDArray[Any]) -> NDArray[np.float64]:  # [n]
+    """Return the Euclidean norms of stored rows [n, d]."""
+    values = decode(stored)
+    return np.sqrt(np.einsum("nd,nd->n", values, values, dtype=np.float64))
 
-    Sums are in float32 over some hundred rows, of differences to the first ones' mean, and in float64 beyond.
+
+def moments_of(rows: NDArray[Any]) -> Moments:
+    """Moments of the numbers that the stored `rows` [n, d] stand for; n may be 0.
+
+    Sums are in float32 over some hundred rows, of differences to the first ones' mean, and in float64 beyond, and
+    where one of these rows is many times as long as the others.
     """
     n, d = rows.shape
     step = min(1024, max(256, _VALUES_AT_ONCE // d))
@@ -80,7 +92,9 @@ def moments_of(rows: NDArray[Any], decode: Callable[[NDArray[Any]], NDArray[np.f
     first, second, squares = np.zeros(d), np.zeros(d), np.empty(n)
     for low in range(0, n, step):
         values = decode(rows[low : low + step])
-        squares[low : low + step] = np.einsum("nd,nd->n", values, values)
+        norms2 = squares[low : low + step] = np.einsum("nd,nd->n", values, values)
+        if norms2.max() > _LONG * np.median(norms2):  # in float32 a few enormous rows would hide the others
+            values = values.astype(np.float64)
         values -= shift
         first += values.sum(axis=0)
         second += np.einsum("nd,nd->d", values, values)
@@ -106,6 +120,11 @@ def _merge(a: Moments, b: Moments) -> Moments:
         m2=a.m2 + b.m2 + np.square(shift) * (a.rows * b.rows / rows),
         norms=a.norms + b.norms,
     )
+
+
+def norm_bin(norm: float) -> int:
+    """Return the histogram's bin of a norm."""
+    return int(_bin(np.array([norm]))[0])
 
 
 def _bin(norms: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -3,11 +3,13 @@
 import ctypes
 import mmap
 import os
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
+from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +51,17 @@ from shared.layout import (
     stratum_specs,
     tokens_spec,
 )
+from shared.outliers import Exclusion, block_outliers
 from shared.packed import LOCAL_BYTES, LocalFolder, packed_metadata
+from shared.progress import Progress
+from shared.statistics import OUTLIER_RATIO
 from shared.strata import Stratum
 
 Rows = NDArray[Any]
 Run = tuple[int, int]
 """Neighbouring rows of an array, a half-open range."""
+CONSTANT = 100.0
+"""Rows whose mean is so many times their deviation are one row for training."""
 _KINDS = ("mean", "variance")
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -186,6 +193,8 @@ class Store:
         """Raise `CorruptData` when the folder holds a link, or, of a packed store, `packed.json` is not its own."""
         refuse_links(path)
         self.path, self.record, self.request = path, record, record.request
+        self.exclusion: Exclusion | None = None
+        """Which rows are left out by what reads the store; none: all rows count."""
         self.packed = read_packed(path, self.arrays(), record.blocks) if is_packed(path) else None
         """The packed shard files, of a packed store."""
         self._local_given = local or Local()
@@ -231,6 +240,61 @@ class Store:
                 if not (path / name).is_file():
                     raise CorruptData(f"{path / name} is missing; repair block {block}: harvest repair {path}")
         return store
+
+    def excluding(self, exclusion: Exclusion | None) -> "Store":
+        """Return the same store as a run sees it that leaves out what `exclusion` says."""
+        view = copy(self)
+        view.__dict__.pop("outliers", None)
+        view.exclusion = exclusion
+        return view
+
+    def exclusion_at(self, ratio: float, *, training: bool, figures: bool, position_0: bool) -> Exclusion:
+        """Resolve an exclusion of rows over `ratio` times the median norm of later positions; 0: of none."""
+        overall = self.record.overall
+        source, target = (side.norm_quantiles["0.5"] * ratio or None for side in (overall.source, overall.target))
+        return Exclusion(
+            source_norm=source, target_norm=target, training=training, figures=figures, position_0=position_0
+        )
+
+    @property
+    def position_0_is_odd(self) -> bool:
+        """Whether position 0 is a stratum beside others, and its rows are outliers or one constant."""
+        first, overall = self.record.strata[0], self.record.overall
+        if len(self.record.strata) == 1 or not self.record.plan.stored_strata[0].is_position_0:
+            return False
+        sides = ((first.source, overall.source), (first.target, overall.target))
+        long = any(a.norm_quantiles["0.5"] > OUTLIER_RATIO * b.norm_quantiles["0.5"] for a, b in sides)
+        return long or first.source.mean_to_deviation > CONSTANT
+
+    @cached_property
+    def outliers(self) -> dict[str, NDArray[np.int64]]:
+        """By stratum, the rows of all blocks that `exclusion` calls outliers, rising; of position 0 none if it is out.
+
+        Raises `CorruptData` when a block's statistics are damaged.
+        """
+        found: dict[str, list[NDArray[np.int64]]] = {name: [np.zeros(0, np.int64)] for name in self.strata}
+        if self.exclusion and any(self.exclusion.limits.values()):
+            rows = {name: part.stratum.rows for name, part in self.strata.items()}
+            if self.exclusion.position_0:
+                rows = {name: count for name, count in rows.items() if not self.strata[name].stratum.is_position_0}
+            began = time.monotonic()
+            with Progress("finding outlier rows", self.record.blocks, "blocks") as progress:
+                for block in range(self.record.blocks):
+                    read = partial(self._block_rows, block)
+                    listed = block_outliers(self.path, block, rows, self.exclusion.limits, read)
+                    for name, numbers in listed.items():
+                        found[name].append(numbers + block * rows[name])
+                    if time.monotonic() > began + 2:  # most stores list theirs
+                        progress.update(block + 1)
+        return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    def _block_rows(self, block: int, stratum: str, side: str) -> Rows:
+        """The stored rows of a block's stratum."""
+        array: MappedArray = getattr(self.strata[stratum], side)
+        rows = self.strata[stratum].stratum.rows
+        out = np.empty((rows, array.spec.width or 1), array.spec.dtype)
+        array.read(block * rows, (block + 1) * rows, out)
+        return out
 
     def reading(self) -> AbstractContextManager[Lock]:
         """The readers' lock: the store is not removed while any process holds it. It may be extended."""

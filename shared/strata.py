@@ -26,6 +26,11 @@ class Stratum:
         """The name of the stratum's group in the store, for example `004-016`."""
         return stratum_name(self.start, self.stop)
 
+    @property
+    def is_position_0(self) -> bool:
+        """Whether it is position 0 alone."""
+        return (self.start, self.stop) == (0, 1)
+
 
 def stratum_name(start: int, stop: int) -> str:
     """The name of the group of positions `start` to `stop`."""

@@ -129,17 +129,19 @@ def make_store(
     tokenizer: bool = False,
     documents: DocumentLayout | None = None,
     draw: Draw | None = None,
+    sinks: Mapping[int, float] | None = None,
     **request: Any,
 ) -> SyntheticStore:
     """Write a finished store at `path`; further options are those of `make_request`.
 
     `noise` is the share of the target's deviation that the source does not explain; `bos_norm` the norm of the row at
     position 0 over that of other rows. Without `documents`, they are short and have no part in the rows. `draw` makes
-    other rows, without documents.
+    other rows, without documents. `sinks` are tokens whose rows are attention sinks wherever they stand: each has so
+    many times the norm of other rows.
     """
     wanted = make_request(**request)
     rng = np.random.default_rng(wanted.seed)
-    draw = draw or _Rows(rng, d_in, d_out, vocabulary, noise, bos_norm)
+    draw = draw or _Rows(rng, d_in, d_out, vocabulary, noise, bos_norm, sinks or {})
     files: dict[str, layout.FileRecord] = {}
     blocks = wanted.held_out_blocks + training_blocks
 
@@ -234,10 +236,17 @@ class _Rows:
     """Draws (source, target) rows for tokens; the map from one to the other is fixed by the first draws of `rng`."""
 
     def __init__(
-        self, rng: np.random.Generator, d_in: int, d_out: int, vocabulary: int, noise: float, bos_norm: float
+        self,
+        rng: np.random.Generator,
+        d_in: int,
+        d_out: int,
+        vocabulary: int,
+        noise: float,
+        bos_norm: float,
+        sinks: Mapping[int, float],
     ) -> None:
         hidden = 4 * d_in
-        self.rng, self.noise = rng, noise
+        self.rng, self.noise, self.sinks = rng, noise, sinks
         self.vectors = rng.normal(size=(vocabulary, d_in))
         self.mean = 2.0 * rng.normal(size=d_in)
         self.up = rng.normal(size=(d_in, hidden)) / np.sqrt(d_in)
@@ -249,6 +258,8 @@ class _Rows:
     def __call__(self, tokens: Array, position: Array, shared: Array | float) -> dict[str, NDArray[np.float32]]:
         source = self.vectors[tokens] + self.mean + 0.3 * self.rng.normal(size=(len(tokens), len(self.mean))) + shared
         source[position == 0] = self.bos
+        for token, times in self.sinks.items():
+            source[(tokens == token) & (position > 0)] = times / 20.0 * self.bos[::-1]
         target = np.maximum(source @ self.up, 0) @ self.down + self.offset
         target[position > 0] += self.noise * self.rng.normal(size=target[position > 0].shape)
         return {"source": source.astype(np.float32), "target": target.astype(np.float32)}

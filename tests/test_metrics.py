@@ -50,7 +50,13 @@ def test_a_windows_figures_are_those_of_its_rows_without_position_0() -> None:
     for name, rows in STRATA.items():
         expected = reference.fvu(target[:, rows].reshape(-1, 3), guess[:, rows, 1].reshape(-1, 3))
         assert row["strata"][name]["fvu"] == pytest.approx(expected, rel=1e-6)
-    assert row["strata"]["000-001"] | {"fvu": 0} == {"rows": 8, "fvu": 0, "l0_training_rule": 1.5}
+    first = row["strata"]["000-001"]
+    assert (first["rows"], first["l0_training_rule"]) == (8, 1.5)
+    errors = {name: (target[:, rows] - guess[:, rows, 1]).square().sum() for name, rows in STRATA.items()}
+    assert first["error_share"] == pytest.approx(float(errors["000-001"] / sum(errors.values())), rel=1e-6)
+    energy = target[:, STRATA["000-001"]].square().sum()
+    assert first["relative_error"] == pytest.approx(float(errors["000-001"] / energy), rel=1e-6)
+    assert sum(part["active_share"] for part in row["strata"].values()) == pytest.approx(1)
     assert row["l0_training_rule"] == 2 / 8
     assert row["terms"] == {"auxk": 1.0, "reconstruction": 3.5}
     assert row["loss"] == 4.5 and row["grad_norm"] == 2.0

@@ -10,6 +10,7 @@ from shared import durable
 from shared.config import build, override
 from shared.errors import DiskFull, Stopped, UserError
 from shared.store import Local, Store
+from shared.terminal import say
 from train import checkpoint
 from train.checkpoint import CONFIG, Checkpoint, Listed
 from train.evaluate import Evaluation, calibrate, evaluate
@@ -21,7 +22,7 @@ from train.samples.make import make_samples
 from train.samples.select import SamplesConfig
 from train.samples.table import SamplesRecord
 from train.saver import bring_home, require_own
-from train.settings import RunConfig, Settings, checkpoint_bytes, read_config, resolve
+from train.settings import RunConfig, Settings, checkpoint_bytes, read_config, resolve, resolve_exclusion
 
 if TYPE_CHECKING:
     from train.report.record import Report
@@ -55,6 +56,7 @@ def start(
         durable.require_space(
             run.parent, settings.checkpoint.most(settings.steps, size), "checkpoints (--force to go on all the same)"
         )
+    say(left_out(store.excluding(config.exclusion), range(config.first_block, config.last_block)))
     written = durable.json_bytes(config.model_dump(mode="json"))
     elsewhere = _fallback(run, fallback, written)
     with store.reading(), _resumable(run):
@@ -66,6 +68,25 @@ def start(
             with mirrored(run, project):
                 new.train()
     return run
+
+
+def left_out(store: Store, blocks: range) -> str:
+    """Tell which rows of the training blocks are left out, and why."""
+    exclusion, strata = store.exclusion, store.strata.values()
+    assert exclusion
+    first, last = blocks.start, blocks.stop
+    rows = len(blocks) * sum(part.stratum.rows for part in strata)
+    zero = len(blocks) * sum(part.stratum.rows for part in strata if part.stratum.is_position_0)
+    odd = sum(
+        len(numbers[(numbers >= first * part.stratum.rows) & (numbers < last * part.stratum.rows)])
+        for numbers, part in zip(store.outliers.values(), strata, strict=True)
+    )
+    at_0 = "left out (rows.position_0=train takes it in)" if exclusion.position_0 else "trained on"
+    limits = " or ".join(f"{side} norm above {limit:.4g}" for side, limit in exclusion.limits.items() if limit)
+    outliers = f"{odd:,} outliers ({limits})" if limits else "no row counts as an outlier (rows.outlier_ratio=0)"
+    fate = "left out (rows.outliers=train takes them in)" if exclusion.training else "trained on"
+    said = f"of {rows:,} stored training rows, {outliers}{f': {fate}' if odd else ''}"
+    return f"{said}; position 0, {zero:,} rows: {at_0}" if zero else said
 
 
 def resume(
@@ -235,7 +256,9 @@ def _open_for(run: Path, config: RunConfig, store_path: Path | None, local: Loca
             f"{store.path} has d_in {d_in} and d_out {d_out}, "
             f"{run} was trained with {config.d_in} and {config.d_out}; pass the --store of the same model and hooks"
         )
-    return store
+    same = store.request.digest == config.request
+    anew = config.exclusion and resolve_exclusion(store, config.settings)
+    return store.excluding(config.exclusion if same else anew)
 
 
 def find_initial(run: Path, config: RunConfig) -> Checkpoint:

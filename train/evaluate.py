@@ -8,8 +8,9 @@ without position 0: strata are weighted by the rows that the model computed, and
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -32,6 +33,9 @@ class EvaluationConfig(Config):
     """Rows per forward."""
     calibration_rows: int = Field(4096, ge=1)
     """Rows that thresholds of checkpoints on the way are calibrated on; the last one, and evaluations, take all."""
+    outliers: Literal["apart", "with_others"] = "apart"
+    """Whether outliers (rows.outlier_ratio) are left out of means, scales, thresholds and headline figures, and have
+    figures of their own. SAEDashboard leaves them out; SAELens and dictionary_learning evaluate with them."""
 
 
 class Part(Config):
@@ -45,12 +49,33 @@ class Part(Config):
     """Active latents per row by threshold."""
 
 
-class StratumPart(Part):
-    """One stratum."""
+class Weight(Config):
+    """How much some rows weigh among all held-out rows, at natural frequencies."""
+
+    relative_error: float | None = None
+    """Squared error over the target's squared distance from the mean of all: defined for constant rows as well. None in
+    evaluations of earlier versions, as the two below."""
+    error_share: float | None = None
+    """Of the squared error of all rows, outliers and position 0 included."""
+    active_share: float | None = None
+    """Of the active latents of all rows."""
+
+
+class StratumPart(Part, Weight):
+    """One stratum, its outliers left out."""
 
     l0_training_rule: float | None
     """Active latents per row by the rule of training, on batches of the natural mixture; none: no rows drawn."""
     prefixes: dict[int, Part]
+
+
+class Outliers(Weight):
+    """The rows that are left out of the headline for their norm."""
+
+    rows: float
+    """Rows, at natural frequencies."""
+    l0: float
+    """Active latents per row by threshold."""
 
 
 class Evaluation(Config):
@@ -66,10 +91,13 @@ class Evaluation(Config):
     threshold: float
     """Mean over latents, in units of the pre-activations."""
     dead_share: float
-    """Latents that fire on none of these rows by threshold."""
+    """Latents that fire on none of these rows by threshold; outliers, and position 0 where training leaves it out, do
+    not count."""
     rows: int
     prefixes: dict[int, Part]
     strata: dict[str, StratumPart]
+    outliers: Outliers | None = None
+    """None: no row is one."""
 
 
 @dataclass
@@ -132,11 +160,12 @@ def evaluate(
 ) -> Evaluation:
     """Figures on the store's report blocks under `threshold` [F] of `calibrate`; `source` is the side it reads."""
     device = transcoder.W_enc.device
-    strata, fired = _by_threshold(transcoder, store, threshold, chunk_rows, device, source)
+    strata, outliers, fired = _by_threshold(transcoder, store, threshold, chunk_rows, device, source)
     drawn = _by_training_rule(transcoder, store, chunk_rows, seed, device, source)
     whole, drawn_whole = _natural(strata, store), _natural(drawn, store)
     last = len(transcoder.prefixes) - 1
-    head = whole.part(last)
+    head, weigh = whole.part(last), _weigher(strata, outliers, store, last)
+    out = _summed([(sums, _times(store, name)) for name, sums in outliers.items()])
     return Evaluation(
         fvu=head.fvu,
         explained_variance=head.explained_variance,
@@ -145,17 +174,38 @@ def evaluate(
         fvu_training_rule=drawn_whole.part(last).fvu,
         threshold=float(threshold.mean()),
         dead_share=1 - float(fired.float().mean()),
-        rows=int(sum(sums.rows for sums in strata.values())),
+        rows=int(sum(sums.rows for sums in [*strata.values(), *outliers.values()])),
         prefixes=_parts(whole, transcoder.prefixes),
         strata={
             name: StratumPart(
                 **sums.part(last).model_dump(),
+                **weigh(sums, _times(store, name)).model_dump(),
                 l0_training_rule=drawn[name].part(last).l0 if name in drawn else None,
                 prefixes=_parts(sums, transcoder.prefixes),
             )
             for name, sums in strata.items()
         },
+        outliers=Outliers(**weigh(out, 1.0).model_dump(), rows=out.rows, l0=out.part(last).l0) if out else None,
     )
+
+
+def _weigher(
+    strata: dict[str, Sums], outliers: dict[str, Sums], store: Store, last: int
+) -> Callable[[Sums, float], Weight]:
+    """What gives the weight of some rows, each of which counts so many times, among all."""
+    every = [(sums, _times(store, name)) for part in (strata, outliers) for name, sums in part.items()]
+    errors, active = (
+        sum(float(getattr(sums, kind)[last]) * times for sums, times in every) for kind in ("errors", "active")
+    )
+
+    def weigh(sums: Sums, times: float) -> Weight:
+        return Weight(
+            relative_error=ratio(float(sums.errors[last]), sums.squares, sums.squares),
+            error_share=float(sums.errors[last]) * times / max(errors, 1e-300),
+            active_share=float(sums.active[last]) * times / max(active, 1e-300),
+        )
+
+    return weigh
 
 
 @torch.no_grad()
@@ -164,12 +214,13 @@ def evaluate_whole(
 ) -> Part:
     """The headline figures alone, as `evaluate` has them, for a fraction of the time."""
     strata: dict[str, Sums] = {}
-    for chunk in held_out_rows(store, store.record.report_blocks, chunk_rows, transcoder.W_enc.device, source):
-        if natural_weights(store)[chunk.stratum]:
+    for whole in held_out_rows(store, store.record.report_blocks, chunk_rows, transcoder.W_enc.device, source):
+        if natural_weights(store)[whole.stratum]:
+            chunk = whole.ordinary
             x, y = transcoder.normalised(chunk.source, chunk.target)
             active = transcoder.select_above(transcoder.pre_acts(x), threshold)
-            whole = transcoder.reconstruct_whole(active.values, active, x).unsqueeze(1)
-            sums = Sums.of(y, whole, torch.tensor([len(active.rows)], device=y.device))
+            reconstructions = transcoder.reconstruct_whole(active.values, active, x).unsqueeze(1)
+            sums = Sums.of(y, reconstructions, torch.tensor([len(active.rows)], device=y.device))
             strata[chunk.stratum] = strata[chunk.stratum].plus(sums) if chunk.stratum in strata else sums
     return _natural(strata, store).part(0)
 
@@ -241,7 +292,7 @@ def _weighted_cut(values: Tensor, weights: Tensor, total: float) -> float:
 def weighted_rows(
     store: Store, chunk_rows: int, device: torch.device, source: Side, most: int | None = None
 ) -> Iterator[tuple[HeldOutChunk, float]]:
-    """The calibration rows without position 0, and how often each of a chunk counts at natural frequencies.
+    """The calibration rows without position 0 and outliers, and how often each counts at natural frequencies.
 
     Of more than `most` rows, the same share of every stratum, its first: rows are permuted within their block.
     """
@@ -250,28 +301,44 @@ def weighted_rows(
     share = min(1.0, most / sum(rows.values())) if most else 1.0
     taken = {name: math.ceil(share * count) for name, count in rows.items()}
     for chunk in held_out_rows(store, blocks, chunk_rows, device, source, taken):
-        yield chunk, natural[chunk.stratum] * rows[chunk.stratum] / taken[chunk.stratum]
+        yield chunk.ordinary, natural[chunk.stratum] * rows[chunk.stratum] / taken[chunk.stratum]
 
 
 def natural_weights(store: Store) -> dict[str, float]:
     """How often a stored row of each stratum counts at natural frequencies; 0 for position 0, unless it is alone."""
     strata = store.record.plan.stored_strata
-    return {s.name: 0.0 if (s.start, s.stop) == (0, 1) and len(strata) > 1 else s.natural_rows / s.rows for s in strata}
+    return {s.name: 0.0 if s.is_position_0 and len(strata) > 1 else s.natural_rows / s.rows for s in strata}
+
+
+def _times(store: Store, name: str) -> float:
+    """How often a stored row of a stratum counts at natural frequencies, position 0 included."""
+    stratum = store.strata[name].stratum
+    return stratum.natural_rows / stratum.rows
 
 
 def _by_threshold(
     transcoder: Transcoder, store: Store, threshold: Tensor, chunk_rows: int, device: torch.device, source: Side
-) -> tuple[dict[str, Sums], Tensor]:
-    """Sums by stratum over all report rows, and which latents fired [F]."""
-    strata: dict[str, Sums] = {}
+) -> tuple[dict[str, Sums], dict[str, Sums], Tensor]:
+    """Sums by stratum over report rows that are no outliers, over those that are, and which latents fired [F]."""
+    strata, outliers = dict[str, Sums](), dict[str, Sums]()
     fired = torch.zeros(transcoder.d_sae, dtype=torch.bool, device=device)
     for chunk in held_out_rows(store, store.record.report_blocks, chunk_rows, device, source):
-        x, y = transcoder.normalised(chunk.source, chunk.target)
-        active = transcoder.select_above(transcoder.pre_acts(x), threshold)
-        fired[active.latents] = True
-        sums = _sums(transcoder, x, y, active)
-        strata[chunk.stratum] = strata[chunk.stratum].plus(sums) if chunk.stratum in strata else sums
-    return strata, fired
+        for found, part in ((strata, chunk.ordinary), (outliers, chunk.part(chunk.outliers))):
+            if found is outliers and not len(part.source):
+                continue
+            x, y = transcoder.normalised(part.source, part.target)
+            active = transcoder.select_above(transcoder.pre_acts(x), threshold)
+            if found is strata and counts_as_firing(store, chunk.stratum):
+                fired[active.latents] = True
+            sums = _sums(transcoder, x, y, active)
+            found[chunk.stratum] = found[chunk.stratum].plus(sums) if chunk.stratum in found else sums
+    return strata, outliers, fired
+
+
+def counts_as_firing(store: Store, stratum: str) -> bool:
+    """Whether a latent that fires on rows of a stratum alone is alive: not at a position 0 that training leaves out."""
+    left_out = store.exclusion is not None and store.exclusion.position_0
+    return not (left_out and store.strata[stratum].stratum.is_position_0)
 
 
 def _by_training_rule(
@@ -281,13 +348,18 @@ def _by_training_rule(
     blocks = store.record.report_blocks
     batch_rows = min(batch_rows, len(blocks) * store.request.block_sequences * store.request.context_size)
     reader = BatchReader(store, blocks, RowsConfig(batch_rows=batch_rows), seed, device, source)
+    apart = reader.has_outliers and store.exclusion is not None and store.exclusion.figures
     strata: dict[str, Sums] = {}
     for step in range(-(-len(blocks) * sum(s.rows for s in store.record.plan.stored_strata) // batch_rows)):
         batch = reader.batch(step)
         x, y = transcoder.normalised(batch.source, batch.target)
         active = transcoder.select_final(transcoder.pre_acts(x))
+        kept = torch.from_numpy(~reader.outliers(step)).to(device) if apart else None
         for name, rows in batch.strata.items():
-            sums = _sums(transcoder, x[rows], y[rows], active.slice(rows))
+            of, part = (x[rows], y[rows]), active.slice(rows)
+            if kept is not None:
+                of, part = (x[rows][kept[rows]], y[rows][kept[rows]]), part.of_rows(kept[rows])
+            sums = _sums(transcoder, *of, part)
             strata[name] = strata[name].plus(sums) if name in strata else sums
     return strata
 
@@ -300,10 +372,16 @@ def _sums(transcoder: Transcoder, x: Tensor, y: Tensor, active: Active) -> Sums:
 
 def _natural(strata: dict[str, Sums], store: Store) -> Sums:
     weights = natural_weights(store)
-    counted = [(sums, weights[name]) for name, sums in strata.items() if weights[name]]
-    total = counted[0][0].plus(counted[0][0], counted[0][1] - 1)
-    for sums, weight in counted[1:]:
-        total = total.plus(sums, weight)
+    found = _summed([(sums, weights[name]) for name, sums in strata.items() if weights[name]])
+    assert found
+    return found
+
+
+def _summed(parts: Sequence[tuple[Sums, float]]) -> Sums | None:
+    """The sums over all parts, rows of each counted so many times; none of none."""
+    total: Sums | None = None
+    for sums, weight in parts:
+        total = total.plus(sums, weight) if total else sums.plus(sums, weight - 1)
     return total
 
 

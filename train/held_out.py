@@ -53,7 +53,7 @@ def held_out_active(
     chunk_rows: int,
     source: Side = "source",
 ) -> HeldOutActive:
-    """Active pairs under `threshold` on all rows of `blocks`, thinned out to natural frequencies.
+    """Active pairs under `threshold` on all rows of `blocks` but outliers, thinned out to natural frequencies.
 
     Of a stratum that counts less than another, each block's first rows are taken: they are a random part of it. Rows of
     position 0 are taken as they are. Where so many latents are active that counting pairs of them would take more than
@@ -71,7 +71,8 @@ def held_out_active(
         number = torch.arange(seen[chunk.stratum], seen[chunk.stratum] + len(chunk.source))
         seen[chunk.stratum] += len(chunk.source)
         wanted = number % strata[chunk.stratum].stratum.rows < taken[chunk.stratum]
-        x, _ = transcoder.normalised(chunk.source[wanted], chunk.target[wanted])
+        ordinary = chunk.part(wanted.to(chunk.outliers.device) & ~chunk.outliers)
+        x, _ = transcoder.normalised(ordinary.source, ordinary.target)
         active = transcoder.select_above(transcoder.pre_acts(x), threshold).cpu()
         kept = countable(active, rows / max(len(x), 1), MOST_MEETINGS)
         parts.append(active if kept.all() else active.of_rows(kept))

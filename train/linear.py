@@ -10,7 +10,7 @@ from train.rows import Side, held_out_rows, source_width
 
 @torch.no_grad()
 def linear_map_fvu(store: Store, chunk_rows: int, device: torch.device, source: Side = "source") -> float:
-    """Fvu on the report blocks of the least-squares map fitted on all training blocks, headline weights for both."""
+    """Return fvu on the report blocks of the least-squares map of the training blocks, on the rows of the headline."""
     moments = _moments(store, store.record.training_blocks, chunk_rows, device, source)
     held_out = _moments(store, store.record.report_blocks, chunk_rows, device, source)
     # Minimum norm on CPU: directions without variance, and fewer rows than dimensions, are no error.
@@ -48,5 +48,5 @@ def _moments(store: Store, blocks: range, chunk_rows: int, device: torch.device,
     moments = _Moments(source_width(store, source), store.record.d_out, device)
     for chunk in held_out_rows(store, blocks, chunk_rows, device, source):
         if weights[chunk.stratum]:
-            moments.add(chunk.source, chunk.target, weights[chunk.stratum])
+            moments.add(chunk.ordinary.source, chunk.ordinary.target, weights[chunk.stratum])
     return moments

@@ -3,10 +3,8 @@
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numba
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +22,7 @@ from train.duplicates.monitor import CorrelationMonitor
 from train.evaluate import Evaluation, calibrate, evaluate
 from train.held_out import held_out_active
 from train.metrics import METRICS, TIMING, Counters, Log, Window
+from train.normalisation import normalisation
 from train.optimizer import Optimizer
 from train.panel import RunPanel
 from train.rows import BatchReader
@@ -33,7 +32,7 @@ from train.saver import Saver
 from train.settings import RunConfig, checkpoint_bytes, default_kernels
 from train.sparse_step import loops
 from train.status import Status
-from train.transcoder import Normalisation, Step, Transcoder
+from train.transcoder import Step, Transcoder
 from train.usage import SAMPLES, Usage, prove
 
 _NEVER = 2**62
@@ -55,6 +54,7 @@ class Run:
         inexact: bool = False,
     ) -> None:
         """`fallback`: a run's folder for checkpoints that have no room here. `inexact`: see `require_same`."""
+        store = store.excluding(config.exclusion)
         self._store, self._config, self._path = store, config, path
         self._settings = config.settings
         prove(self._settings)
@@ -72,7 +72,8 @@ class Run:
         self._diversity = Diversity(self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed)
         self._monitor = CorrelationMonitor(path, self._settings.monitor, self._transcoder, strata, self._settings.steps)
         self._counters = Counters(self._transcoder.d_sae, device)
-        self._window = Window(strata, self._transcoder.prefixes, config.d_out, weights)
+        apart = self._reader.has_outliers
+        self._window = Window(strata, self._transcoder.prefixes, config.d_out, weights, outliers=apart)
         self._usage = Usage(path, self._settings, self._reader.slices())
         self._parts = (
             self._optimizer,
@@ -188,7 +189,8 @@ class Run:
         self._monitor.add(output, step + 1)
         self._usage.call(*output.terms)
         self._counters.update(output)
-        self._window.add(output, grad_norm)
+        outliers = torch.from_numpy(self._reader.outliers(step)) if self._reader.has_outliers else None
+        self._window.add(output, grad_norm, outliers)
         return output, lr
 
     def _log(self, done: int, output: Step, lr: float, held_out: Evaluation | None) -> None:
@@ -318,19 +320,9 @@ def use_threads(count: int) -> None:
 
 def build_transcoder(config: RunConfig, store: Store) -> Transcoder:
     """The transcoder of a run with its store's normalisation, not initialised."""
-    overall, settings = store.statistics["overall"], config.settings
-    source, target = overall[settings.source], overall["target"]
-
-    def scale(variance: np.ndarray[Any, Any]) -> float:
-        return float(np.sqrt(variance.mean())) or 1.0  # a constant side is shifted only
-
-    normalisation = Normalisation(
-        torch.from_numpy(source.mean).float(),
-        scale(source.variance),
-        torch.from_numpy(target.mean).float(),
-        scale(target.variance),
-    )
-    model = Transcoder(config.d_in, config.d_out, settings.transcoder, settings.activation, normalisation)
+    settings = config.settings
+    shift_and_scale = normalisation(store, settings.source)
+    model = Transcoder(config.d_in, config.d_out, settings.transcoder, settings.activation, shift_and_scale)
     model.blas = "numpy" if settings.blas == "numpy" else "torch"  # `auto` only in runs from before there was a choice
     model.kernels = default_kernels(settings.device) if settings.kernels == "auto" else settings.kernels
     model.product_dtype = getattr(torch, settings.product_dtype)

@@ -20,11 +20,16 @@ from train.evaluate import ratio
 from train.transcoder import Step
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+OUTLIERS = "outliers"
+"""Their name among the strata."""
 _THRESHOLD_DECAY = 0.99
 
 
 class Window:
-    """Sums over the steps since the last row of metrics, by stratum (S, those with rows) and prefix (P)."""
+    """Sums over the steps since the last row of metrics, by stratum (S, those with rows) and prefix (P).
+
+    Where training takes outliers in, they are a stratum of their own, and left out of that of their position.
+    """
 
     def __init__(
         self,
@@ -32,10 +37,14 @@ class Window:
         prefixes: tuple[int, ...],
         d_out: int,
         weights: Tensor,  # [B] how often each row of a batch counts at natural frequencies
+        *,
+        outliers: bool = False,
     ) -> None:
         self._strata, self._prefixes, device = strata, prefixes, weights.device
-        self._weights = torch.tensor([float(weights[part.start]) for part in strata.values()], dtype=torch.float64)
-        s, rows = len(strata), max(part.stop for part in strata.values())
+        self._names = [*strata, *([OUTLIERS] if outliers else [])]
+        self._weights = torch.tensor([float(weights[part.start]) for part in strata.values()] + [0.0] * outliers,
+                                     dtype=torch.float64)  # fmt: skip
+        s, rows = len(self._names), max(part.stop for part in strata.values())
         self._member = torch.zeros(s, rows, device=device)
         """[S, B] which stratum a row of a batch is of"""
         for i, part in enumerate(strata.values()):
@@ -46,12 +55,19 @@ class Window:
             "target": torch.zeros(s, d_out, dtype=torch.float64, device=device),
             "squares": torch.zeros(s, dtype=torch.float64, device=device),
             "active": torch.zeros(s, dtype=torch.float64, device=device),
+            **({"rows": torch.zeros(s, dtype=torch.float64, device=device)} if outliers else {}),
             "grad_norm": torch.zeros((), dtype=torch.float64, device=device),
         }
         self._terms: dict[str, Tensor] = {}
 
-    def add(self, step: Step, grad_norm: Tensor) -> None:
-        """Add one step."""
+    def add(self, step: Step, grad_norm: Tensor, outliers: Tensor | None = None) -> None:
+        """Add one step; `outliers` [B] bool, if there can be some."""
+        member = self._member
+        if outliers is not None:
+            out = outliers.to(member)
+            member = member * (1 - out)
+            member[-1] = out
+            self._sums["rows"] += member.sum(1)
         active = (step.active.values > 0).to(torch.float32)
         counts = torch.zeros_like(self._member[0]).index_add_(0, step.active.rows, active)
         for name, rows in (
@@ -60,7 +76,7 @@ class Window:
             ("squares", torch.linalg.vector_norm(step.target, dim=1).square()),
             ("active", counts),
         ):
-            self._sums[name] += self._member @ rows  # in float32 within a batch
+            self._sums[name] += member @ rows  # in float32 within a batch
         self._sums["steps"] += 1
         self._sums["grad_norm"] += grad_norm
         for name, term in step.terms.items():
@@ -72,9 +88,10 @@ class Window:
         Overall figures leave position 0 out, and are over the rows as drawn, but for `fvu_natural`.
         """
         steps = float(self._sums["steps"])
-        sizes = torch.tensor([float(s.stop - s.start) for s in self._strata.values()]) * steps
-        counted = torch.tensor([name != POSITION_0 or len(self._strata) == 1 for name in self._strata])
         sums = {name: value.cpu() for name, value in self._sums.items()}
+        sizes = sums.get("rows", torch.tensor([float(s.stop - s.start) for s in self._strata.values()]) * steps)
+        left_out = {OUTLIERS, *([POSITION_0] if len(self._strata) > 1 else [])}
+        counted = torch.tensor([name not in left_out for name in self._names])
         overall, natural = _fvu(sums, sizes, counted.double()), _fvu(sums, sizes, counted * self._weights)
         terms = {name: float(value) / steps for name, value in sorted(self._terms.items())}
         row = {
@@ -91,9 +108,12 @@ class Window:
                 name: {
                     "rows": int(sizes[i]),
                     "fvu": _fvu(sums, sizes, (torch.arange(len(sizes)) == i).double())[-1],
-                    "l0_training_rule": float(sums["active"][i] / sizes[i]),
+                    "relative_error": _share(sums["errors"][i, -1], sums["squares"][i]),
+                    "error_share": _share(sums["errors"][i, -1], sums["errors"][:, -1].sum()),
+                    "active_share": _share(sums["active"][i], sums["active"].sum()),
+                    "l0_training_rule": _share(sums["active"][i], sizes[i]),
                 }
-                for i, name in enumerate(self._strata)
+                for i, name in enumerate(self._names)
             },
         }
         for value in self._sums.values():
@@ -122,8 +142,13 @@ class Window:
 def _fvu(sums: dict[str, Tensor], sizes: Tensor, weights: Tensor) -> list[float]:
     """Fvu per prefix; rows of each stratum count by `weights` [S], which are importance weights."""
     squares = float(weights @ sums["squares"])
-    total = squares - float((weights @ sums["target"]).square().sum()) / float(weights @ sizes.double())
+    total = squares - float((weights @ sums["target"]).square().sum()) / max(float(weights @ sizes.double()), 1e-300)
     return [ratio(float(error), total, squares) for error in weights @ sums["errors"]]
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    """`part` over `whole`; 0 where there is nothing."""
+    return float(part) / float(whole) if float(whole) else 0.0
 
 
 class Counters:

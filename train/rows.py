@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -76,7 +77,7 @@ class BatchReader(RowReader):
 
     def natural_weights(self) -> Tensor:
         """How often each row of a batch counts at natural frequencies: [B] float32, 1 on average."""
-        natural = torch.tensor([float(s.stratum.natural_rows) for s in self.store.strata.values()])
+        natural = torch.tensor(self.natural_rows)
         counts = torch.tensor(self.counts)
         weights = torch.where(counts > 0, natural / counts, 0.0).repeat_interleave(counts)
         return weights / weights.mean()
@@ -148,6 +149,19 @@ class HeldOutChunk(NamedTuple):
     """[n, d_in] float32"""
     target: Tensor
     """[n, d_out] float32"""
+    outliers: Tensor
+    """[n] bool, rows that the store's exclusion leaves out of figures"""
+
+    def part(self, wanted: Tensor) -> "HeldOutChunk":
+        """Return the rows that are `wanted`, [n] bool."""
+        if bool(wanted.all()):
+            return self
+        return HeldOutChunk(self.stratum, self.source[wanted], self.target[wanted], self.outliers[wanted])
+
+    @property
+    def ordinary(self) -> "HeldOutChunk":
+        """The rows that are no outliers."""
+        return self.part(~self.outliers)
 
 
 def held_out_rows(
@@ -173,7 +187,17 @@ def held_out_rows(
                 array: MappedArray = getattr(stratum, side)
                 array.will_need([(low, min(low + 2 * chunk_rows, stop))])  # this chunk and the next
                 found.append(read_rows(array, low, high, store.request.storage, device))
-            yield HeldOutChunk(name, found[0], found[-1])
+            yield HeldOutChunk(name, found[0], found[-1], _outliers(store, name, low, high, device))
+
+
+def _outliers(store: Store, stratum: str, low: int, high: int, device: torch.device) -> Tensor:
+    """Which of the rows `low:high` of a stratum are left out of figures, [n] bool."""
+    found = torch.zeros(high - low, dtype=torch.bool)
+    if store.exclusion and store.exclusion.figures:
+        rows = store.outliers[stratum]
+        first, last = np.searchsorted(rows, [low, high])
+        found[torch.from_numpy(rows[first:last] - low)] = True
+    return found.to(device)
 
 
 def read_rows(array: MappedArray, low: int, high: int, storage: StorageType, device: torch.device) -> Tensor:

@@ -15,7 +15,8 @@ from shared import durable
 from shared.bounds import Blocks, Width
 from shared.config import Config, load_preset, override, read_record
 from shared.errors import UserError
-from shared.reader import RowsConfig, rows_per_stratum
+from shared.outliers import Exclusion
+from shared.reader import RowsConfig, rows_per_stratum, training_strata
 from shared.store import Store
 from train.blas import Blas, faster_here
 from train.checkpoint import CONFIG
@@ -85,6 +86,8 @@ class RunConfig(Config):
     """The checkpoint that the weights started from."""
     software: dict[str, str]
     """Versions that the run started with."""
+    exclusion: Exclusion | None = None
+    """Rows that are left out; none, as in runs from before there were exclusions: no row is."""
 
 
 def load_settings(preset: str, file: Path | None, assignments: list[str]) -> dict[str, object]:
@@ -101,7 +104,7 @@ def read_config(run: Path) -> RunConfig:
 
 def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConfig:
     """The run that `settings` ask for on `store`, every automatic choice made. Raises `UserError`."""
-    record = store.record
+    record, exclusion = store.record, resolve_exclusion(store, settings)
     if settings.device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device must be auto, cpu or cuda, got {settings.device}")
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,11 +122,13 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
         raise UserError(
             f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the store's {rows:,} training rows"
         )
-    counts = rows_per_stratum(record.plan.stored_strata, settings.rows)
-    at_0 = [n for s, n in zip(record.plan.stored_strata, counts, strict=True) if (s.start, s.stop) == (0, 1)]
+    strata = training_strata(store.excluding(exclusion), blocks)
+    counts = rows_per_stratum(strata, settings.rows)
+    at_0 = [n for s, n in zip(strata, counts, strict=True) if s.is_position_0]
     if settings.diversity.position.weight and not any(at_0):
         raise UserError(
-            "diversity.position needs rows of position 0, and a batch has none: the store keeps none, or "
+            "diversity.position needs rows of position 0, and a batch has none: the store keeps none, training leaves "
+            "them out (rows.position_0 = train takes them in), or "
             f"rows.max_bos_batch_share = {settings.rows.max_bos_batch_share:.4g} of {settings.rows.batch_rows} rows is "
             "less than one"
         )
@@ -175,6 +180,18 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
             "numpy": np.__version__,
             "safetensors": safetensors.__version__,
         },
+        exclusion=exclusion,
+    )
+
+
+def resolve_exclusion(store: Store, settings: Settings) -> Exclusion:
+    """Return which rows of `store` a run with these settings leaves out."""
+    rows = settings.rows
+    return store.exclusion_at(
+        rows.outlier_ratio,
+        training=rows.outliers == "leave_out",
+        figures=settings.evaluation.outliers == "apart",
+        position_0=rows.position_0 == "leave_out" or (rows.position_0 == "auto" and store.position_0_is_odd),
     )
 
 

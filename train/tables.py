@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from train.checkpoint import Listed
-from train.evaluate import Evaluation
+from train.evaluate import Evaluation, Weight
 from train.report.record import STATES, Report
 
 
@@ -73,14 +73,22 @@ def _prefixes(e: Evaluation) -> Table:
 
 
 def _strata(e: Evaluation) -> Table:
-    table = Table("positions", "rows", "fvu", "explained variance", "l0", "l0 by training rule")
+    table = Table(
+        "positions", "rows", "fvu", "l0", "l0 by training rule", "relative error", "of all error", "of active"
+    )
     for name, part in e.strata.items():
         drawn = "-" if part.l0_training_rule is None else f"{part.l0_training_rule:.2f}"
-        table.add_row(
-            name, f"{part.rows:,.0f}", f"{part.fvu:.4f}", f"{part.explained_variance:.4f}", f"{part.l0:.2f}", drawn
-        )
+        table.add_row(name, f"{part.rows:,.0f}", f"{part.fvu:.4f}", f"{part.l0:.2f}", drawn, *_weight(part))
+    if e.outliers:
+        table.add_row("outliers", f"{e.outliers.rows:,.0f}", "-", f"{e.outliers.l0:.2f}", "-", *_weight(e.outliers))
     _right(table)
     return table
+
+
+def _weight(part: Weight) -> list[str]:
+    """The cells of how much some rows weigh among all."""
+    error = "-" if part.relative_error is None else f"{part.relative_error:.4g}"
+    return [error, *("-" if share is None else f"{share:.2%}" for share in (part.error_share, part.active_share))]
 
 
 def _right(table: Table) -> None:

@@ -14,7 +14,7 @@ from shared.progress import Progress
 from shared.store import Store
 from train.compare.consistency import densest, matched_cosine
 from train.compare.figures import Figures, Measured, Point, measure_run, require_finished
-from train.settings import RunConfig, read_config
+from train.settings import RunConfig, Settings, read_config, resolve_exclusion
 from train.transcoder import BatchTopK, TopK
 
 
@@ -111,7 +111,7 @@ def _store(runs: Sequence[Path], configs: Sequence[RunConfig], path: Path | None
             f"{runs[0]} was trained on request {first.request[:6]}, {store.path} is {store.request.digest[:6]}: pass "
             "the --store that the runs were trained on"
         )
-    return store
+    return store.excluding(resolve_exclusion(store, Settings()))  # all runs are judged on the same rows
 
 
 def _common_k(configs: Sequence[RunConfig]) -> float:

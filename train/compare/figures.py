@@ -139,7 +139,8 @@ def measure_run(run: Path, store: Store, l0: float, chunk_rows: int) -> Measured
     threshold = threshold_at(model, store, l0, chunk_rows, source)
     held_out = held_out_active(model, store, store.record.report_blocks, threshold, chunk_rows, source)
     rest, W_dec = held_out.without_position_0, model.W_dec.detach()
-    live = torch.bincount(held_out.active.latents, minlength=model.d_sae).nonzero().squeeze(1)
+    trained_on = rest if store.exclusion and store.exclusion.position_0 else held_out.active
+    live = torch.bincount(trained_on.latents, minlength=model.d_sae).nonzero().squeeze(1)
     density = torch.bincount(rest.latents, minlength=model.d_sae)
 
     close, cosines = close_pairs(W_dec, live.to(W_dec.device), _COSINE, model.blas)

@@ -26,6 +26,7 @@ def verdict(report: Report) -> list[Check]:
         *_directions(report),
         *_correlations(report),
         *_position_0(report),
+        *_outliers(report),
         *_strata(report),
         *_usage(report),
         *_reading(report),
@@ -144,6 +145,20 @@ def _position_0(report: Report) -> Iterator[Check]:
         most = sum(count for low, count in zip(found.edges, found.counts, strict=False) if low >= 0.5 - 1e-9)
         said = f"{most:,} of {total:,} live latents have half or more of their active rows at position 0."
         yield _check("position 0", said, most / max(total, 1), 0.01, 0.1, "density")
+
+
+def _outliers(report: Report) -> Iterator[Check]:
+    """Whether rows that are enormous or constant take latents from the others: outliers, and position 0."""
+    first, out = report.held_out.strata.get(POSITION_0), report.held_out.outliers
+    named = [("position 0", first.l0) if first else None, ("an outlier", out.l0) if out else None]
+    found = [part for part in named if part]
+    if found and report.held_out.l0 > 0:
+        name, most = max(found, key=lambda part: part[1])
+        said = (
+            f"{most:,.0f} latents are active on a row of {name}, {most / report.held_out.l0:.1f} times as many as on "
+            "an ordinary row."
+        )
+        yield _check("outliers", said, most / report.held_out.l0, 4.0, 16.0, "strata")
 
 
 def _strata(report: Report) -> Iterator[Check]:

@@ -213,12 +213,14 @@ class _Encoder:
             rows, array = stratum.stratum.rows, getattr(stratum, self._source)
             numbers, offsets = (_marks(marks, rows, block) for marks in (stratum.sequence, stratum.offset))
             places = (numbers - block * per_block + done) * context + offsets
+            ordinary = np.ones(rows, bool)
+            ordinary[outliers_of(self._store, stratum.stratum.name, block, rows)] = False
             for low in range(0, rows, self._chunk_rows):
                 if self._stop:
                     raise Stopped("stopped while sampling")
                 high = min(low + self._chunk_rows, rows)
                 array.will_need([(block * rows + low, block * rows + min(high + self._chunk_rows, rows))])
-                wanted = np.flatnonzero(places[low:high] < (done + sequences) * context)
+                wanted = np.flatnonzero((places[low:high] < (done + sequences) * context) & ordinary[low:high])
                 if not len(wanted):
                     continue
                 found.append(self._chunk(array, block * rows + low, places[low:high], wanted, index))
@@ -246,6 +248,13 @@ class _Encoder:
             active.latents.numpy().astype(np.int32),
             active.values.numpy(),
         )
+
+
+def outliers_of(store: Store, stratum: str, block: int, rows: int) -> Array:
+    """The outliers of a block, counted from its first of `rows` rows of the stratum: their contexts are not shown."""
+    found = store.outliers[stratum]
+    low, high = np.searchsorted(found, [block * rows, (block + 1) * rows])
+    return found[low:high] - block * rows
 
 
 def _by_latent(found: list[_Rows], d_sae: int) -> tuple[Array, Array, Array]:
