@@ -15,6 +15,7 @@ from pydantic import Field
 from shared.config import Config
 from shared.errors import UserError
 from shared.keyed import permutation
+from shared.outliers import Exclusion
 from shared.statistics import OUTLIER_RATIO
 from shared.store import Run, Store, StratumRows
 from shared.strata import Stratum
@@ -45,6 +46,15 @@ class RowsConfig(Config):
     run_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Neighbouring rows that are read together. 64 keep a cold disk as fast as reading in order; `auto` is fewer where
     blocks hold fewer than 252 windows, so that a run's rows still come from enough of them."""
+
+    def exclusion(self, store: Store, *, figures: bool) -> Exclusion:
+        """Return which rows of `store` are left out; `figures`: whether outliers are left out of figures, too."""
+        return store.exclusion_at(
+            self.outlier_ratio,
+            training=self.outliers == "leave_out",
+            figures=figures,
+            position_0=self.position_0 == "leave_out" or (self.position_0 == "auto" and store.position_0_is_odd),
+        )
 
     def resolve(self, block_sequences: int) -> "RowsConfig":
         """With a number of `run_rows` for a store whose blocks hold `block_sequences` windows.

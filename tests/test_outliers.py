@@ -14,6 +14,7 @@ from shared.outliers import Exclusion, long_rows, pack_long_rows
 from shared.reader import RowReader, RowsConfig, RowStream, rows_per_stratum, training_strata
 from shared.statistics import decode, moments_of, row_norms
 from shared.store import Store
+from tests.runs import SMALL, rows
 from tests.stores import SyntheticStore, make_store
 from train.evaluate import calibrate, evaluate, natural_weights
 from train.normalisation import moments, without
@@ -302,3 +303,28 @@ def test_position_0_that_varies_is_trained_on(tmp_path: Path) -> None:
     varied = make_store(tmp_path / "varied", draw=Varied())
     assert not Store.open(varied.path).position_0_is_odd
     assert Store.open(make_store(tmp_path / "constant", bos_norm=1.0).path).position_0_is_odd
+
+
+def held_out(run: Path) -> dict:
+    return [row["held_out"] for row in rows(run) if "held_out" in row][-1]
+
+
+def test_a_default_run_loses_nothing_to_planted_sinks(command, tmp_path: Path) -> None:
+    """Sinks at position 0 and at single tokens: against a store without them, and against a run that takes them in."""
+    sinks = make_store(tmp_path / "sinks", sinks=SINKS, bos_norm=100.0, training_blocks=8)
+    plain = make_store(tmp_path / "plain", bos_norm=1.0, training_blocks=8)
+    takes = ["--set", "rows.outliers=train", "--set", "rows.position_0=train"]
+    lines = {"default": (sinks, []), "without": (plain, []), "taken in": (sinks, takes)}
+    found = {}
+    for name, (store, options) in lines.items():
+        done = command("run", "--store", store.path, "--runs", tmp_path, "--name", name, "--steps", 400, *SMALL,
+                       "--set", "optimizer.lr=0.01", "--set", "samples.rows=500", *options)  # fmt: skip
+        assert done.code == 0, done.err
+        found[name] = held_out(tmp_path / name)
+        told = "outliers (source norm above" in done.err and "left out (rows.outliers=train takes them in)" in done.err
+        assert told == (name == "default"), done.err
+    assert found["default"]["fvu"] < 1.1 * found["without"]["fvu"]
+    assert found["taken in"]["fvu"] > 1.3 * found["default"]["fvu"]
+    assert found["default"]["outliers"]["rows"] > 0 and found["without"]["outliers"] is None
+    shares = rows(tmp_path / "taken in")[-1]["strata"]
+    assert shares["outliers"]["error_share"] > 0.2 and "outliers" not in rows(tmp_path / "default")[-1]["strata"]

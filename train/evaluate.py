@@ -37,6 +37,11 @@ class EvaluationConfig(Config):
     """Whether outliers (rows.outlier_ratio) are left out of means, scales, thresholds and headline figures, and have
     figures of their own. SAEDashboard leaves them out; SAELens and dictionary_learning evaluate with them."""
 
+    @property
+    def leaves_outliers_out(self) -> bool:
+        """Whether outliers are apart."""
+        return self.outliers == "apart"
+
 
 class Part(Config):
     """Figures over some rows, under some prefix."""

@@ -1,7 +1,7 @@
 """Adam on float32 master weights, the learning rate's schedule, and what happens around a step."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -11,15 +11,19 @@ from torch import Tensor, nn
 
 from shared.config import Config
 from train.checkpoint import fitting
+from train.schedule import warmup_steps
 from train.sparse_step import loops
 from train.transcoder import Transcoder
+
+_LR_TIMES_ROOT_WIDTH = 0.045
 
 
 class OptimizerConfig(Config):
     """Adam (Kingma and Ba 2015) with linear warm-up and a linear decay to zero."""
 
-    lr: float = Field(3e-4, gt=0)
-    """Learning rate between warm-up and decay."""
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = 3e-4
+    """Learning rate between warm-up and decay. `auto`: 0.045 / sqrt(d_in), so that a step turns the encoder's columns
+    as far at any width (decisions/010)."""
     decoder_rate: float = Field(1.0, gt=0)
     """The learning rate of `W_dec` over `lr`. Decoder rows have norm 1, and their part of the gradient along themselves
     is dropped: Adam moves them as far as the encoder's columns, and they want 4 to 8 times that (decisions/010)."""
@@ -29,16 +33,25 @@ class OptimizerConfig(Config):
     """Decay of the second moment."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps over which the rate rises linearly from 0."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps over which the rate rises linearly from 0; none: by `warmup_share`."""
+    warmup_share: float = Field(0.0, ge=0, le=1)
+    """The same as a share of the run; read when `warmup_steps` is not set."""
     decay_share: float = Field(0.2, ge=0, le=1)
     """Last share of the run, over which the rate falls linearly to 0."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm; none: never."""
 
+    def resolve(self, steps: int, d_in: int) -> "OptimizerConfig":
+        """Return the same with numbers, for a run of so many steps. Raises `UserError` when they do not fit."""
+        warmup = warmup_steps("optimizer.warmup", self.warmup_steps, self.warmup_share, steps)
+        lr = float(f"{_LR_TIMES_ROOT_WIDTH / d_in**0.5:.3g}") if self.lr == "auto" else self.lr
+        return self.model_copy(update={"warmup_steps": warmup, "lr": lr})
+
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of `step`, counted from 0, in a run of `steps`."""
-        rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        assert self.lr != "auto", "resolve the configuration first"
+        rise = min(1.0, (step + 1) / ((self.warmup_steps or 0) + 1))
         decay = self.decay_share * steps
         return self.lr * rise * (min(1.0, (steps - step) / decay) if decay else 1.0)
 
@@ -83,7 +96,7 @@ class TorchAdam:
         self._transcoder = transcoder
         self._adam = torch.optim.Adam(
             [{"params": [p], "times": config.rate_of(name)} for name, p in transcoder.named_parameters()],
-            lr=config.lr,
+            lr=1.0,  # set at every step
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             fused=True,

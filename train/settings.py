@@ -111,7 +111,8 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, and torch finds no CUDA device; use device=cpu")
     d_in = source_width(store, settings.source)
-    shape = settings.transcoder.resolve(d_in, settings.activation)
+    activation = settings.activation.resolve(settings.steps)
+    shape = settings.transcoder.resolve(d_in, activation)
     if not record.report_blocks:
         raise UserError(
             f"{store.path} holds no held-out blocks to evaluate on; harvest with store.held_out_blocks >= 2"
@@ -139,7 +140,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     ):
         if goal is not None and not any(weights):
             raise UserError(f"diversity.controller.{name} has no weight to move: set one of the terms' weights above 0")
-    shaped = settings.model_copy(update={"transcoder": shape})
+    shaped = settings.model_copy(update={"transcoder": shape, "activation": activation})
     settings.checkpoint.check(settings.steps, settings.evaluation.every, checkpoint_bytes(shaped, d_in, record.d_out))
     monitor = settings.monitor.resolve(settings.steps)
     assert isinstance(monitor.every, int)
@@ -159,6 +160,8 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
         settings=settings.model_copy(
             update={
                 "transcoder": shape,
+                "activation": activation,
+                "optimizer": settings.optimizer.resolve(settings.steps, d_in),
                 "device": device,
                 "threads": settings.threads or torch.get_num_threads(),
                 "blas": _blas(settings.blas, device),
@@ -186,13 +189,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
 
 def resolve_exclusion(store: Store, settings: Settings) -> Exclusion:
     """Return which rows of `store` a run with these settings leaves out."""
-    rows = settings.rows
-    return store.exclusion_at(
-        rows.outlier_ratio,
-        training=rows.outliers == "leave_out",
-        figures=settings.evaluation.outliers == "apart",
-        position_0=rows.position_0 == "leave_out" or (rows.position_0 == "auto" and store.position_0_is_odd),
-    )
+    return settings.rows.exclusion(store, figures=settings.evaluation.leaves_outliers_out)
 
 
 def _blas(wanted: Literal["auto", "torch", "numpy"], device: str) -> Blas:
@@ -224,6 +221,6 @@ def checkpoint_bytes(settings: Settings, d_in: int, d_out: int) -> int:
     shape, activation, batch = settings.transcoder, settings.activation, settings.rows.batch_rows
     assert isinstance(shape.d_sae, int)
     skip = d_in * d_out if shape.skip else 0
-    per_row = max(activation.k, activation.k_start or 0) if isinstance(activation, BatchTopK | TopK) else shape.d_sae
+    per_row = activation.largest_k if isinstance(activation, BatchTopK | TopK) else shape.d_sae
     parameters = 12 * (shape.d_sae * (d_in + d_out + 2) + skip) + 32 * shape.d_sae
     return parameters + settings.monitor.sample_bytes(batch, per_row) + 2**20

@@ -10,7 +10,7 @@ Legend: B rows, D d_in, O d_out, F d_sae, P prefixes, N pairs.
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from shared.errors import UserError
 from shared.keyed import key_bits
 from train import blas
 from train.losses import AuxKConfig, auxk_weight, jumprelu, l0_loss, l1_loss, matryoshka_weight
+from train.schedule import warmup_steps
 from train.sparse_step import compiled, dense, plain
 from train.sparsity import Active
 
@@ -30,16 +31,30 @@ class WarmedK(Config):
 
     k: int = Field(32, ge=1)
     """Active latents per row."""
-    k_start: int | None = Field(None, ge=1)
-    """Active latents per row at step 0; none: `k`."""
-    k_warmup_steps: int = Field(0, ge=0)
-    """Steps over which `k_start` moves linearly to `k`."""
+    k_start: int | str | None = None
+    """Active latents per row at step 0, or a multiple of k, such as `3x`; none: `k`."""
+    k_warmup_steps: int | None = Field(None, ge=0)
+    """Steps over which `k_start` moves linearly to `k`; none: by `k_warmup_share`."""
+    k_warmup_share: float = Field(0.0, ge=0, le=1)
+    """The same as a share of the run; read when `k_warmup_steps` is not set."""
+
+    def resolve(self, steps: int) -> Self:
+        """Return the same with numbers, for a run of so many steps. Raises `UserError` when they do not fit."""
+        warmup = warmup_steps("activation.k_warmup", self.k_warmup_steps, self.k_warmup_share, steps)
+        start = None if self.k_start is None else multiple("activation.k_start", self.k_start, self.k, "3x")
+        return self.model_copy(update={"k_warmup_steps": warmup, "k_start": start})
+
+    @property
+    def largest_k(self) -> int:
+        """The most active latents per row, at any step."""
+        return max(self.k, self.k_at(0))
 
     def k_at(self, step: int) -> int:
         """Active latents per row at `step`."""
-        if self.k_start is None or step >= self.k_warmup_steps:
+        if self.k_start is None or step >= (warmup := self.k_warmup_steps or 0):
             return self.k
-        return round(self.k_start + (self.k - self.k_start) * step / self.k_warmup_steps)
+        assert isinstance(self.k_start, int), "resolve the configuration first"
+        return round(self.k_start + (self.k - self.k_start) * step / warmup)
 
 
 class BatchTopK(WarmedK):
@@ -64,8 +79,15 @@ class JumpReLU(Config):
     """Width of the estimator's window, in units of the pre-activations."""
     initial_threshold: float = Field(0.5, gt=0)
     """Threshold of every latent at the start, in units of the pre-activations."""
-    penalty_warmup_steps: int = Field(0, ge=0)
-    """Steps over which the penalty rises linearly to its weight."""
+    penalty_warmup_steps: int | None = Field(None, ge=0)
+    """Steps over which the penalty rises linearly to its weight; none: by `penalty_warmup_share`."""
+    penalty_warmup_share: float = Field(0.0, ge=0, le=1)
+    """The same as a share of the run; read when `penalty_warmup_steps` is not set."""
+
+    def resolve(self, steps: int) -> Self:
+        """Return the same with a number of warm-up steps. Raises `UserError` when the run has fewer."""
+        warmup = warmup_steps("activation.penalty_warmup", self.penalty_warmup_steps, self.penalty_warmup_share, steps)
+        return self.model_copy(update={"penalty_warmup_steps": warmup})
 
 
 class ReLU(Config):
@@ -74,8 +96,24 @@ class ReLU(Config):
     kind: Literal["relu"] = "relu"
     l1_coefficient: float = Field(1e-2, ge=0)
     """Weight of the mean sum of latent values per row."""
-    penalty_warmup_steps: int = Field(0, ge=0)
-    """Steps over which the penalty rises linearly to its weight."""
+    penalty_warmup_steps: int | None = Field(None, ge=0)
+    """Steps over which the penalty rises linearly to its weight; none: by `penalty_warmup_share`."""
+    penalty_warmup_share: float = Field(0.0, ge=0, le=1)
+    """The same as a share of the run; read when `penalty_warmup_steps` is not set."""
+
+    def resolve(self, steps: int) -> Self:
+        """Return the same with a number of warm-up steps. Raises `UserError` when the run has fewer."""
+        warmup = warmup_steps("activation.penalty_warmup", self.penalty_warmup_steps, self.penalty_warmup_share, steps)
+        return self.model_copy(update={"penalty_warmup_steps": warmup})
+
+
+def multiple(name: str, value: int | str, unit: int, example: str) -> int:
+    """Return a number that is given as such, or as a multiple of `unit`. Raises `UserError` when it is neither."""
+    text = str(value)
+    number = text.removesuffix("x")
+    if not number.isdigit() or int(number) < 1:
+        raise UserError(f"{name} must be a positive number or a multiple such as {example}, got {text}")
+    return int(number) * (unit if text.endswith("x") else 1)
 
 
 Kernels = Literal["compiled", "triton", "plain", "dense"]
@@ -97,7 +135,7 @@ class TranscoderConfig(Config):
 
     def resolve(self, d_in: int, activation: Activation) -> "TranscoderConfig":
         """The same with `d_sae` and `prefixes` as numbers. Raises `UserError` when they do not fit."""
-        d_sae = self._width(d_in)
+        d_sae = multiple("transcoder.d_sae", self.d_sae, d_in, "8x")
         default = tuple(sorted({max(1, d_sae // n) for n in (16, 8, 4, 2, 1)}))
         prefixes = self.prefixes or default
         if any(a >= b for a, b in pairwise((0, *prefixes))):
@@ -106,18 +144,12 @@ class TranscoderConfig(Config):
             raise UserError(f"transcoder.prefixes must end at d_sae = {d_sae}, got {list(prefixes)}")
         if isinstance(activation, WarmedK):
             for name, k in (("k", activation.k), ("k_start", activation.k_start or 0)):
+                assert isinstance(k, int), "resolve the activation first"
                 if k > d_sae:
                     raise UserError(
                         f"activation.{name} = {k} is more than d_sae = {d_sae}; lower it or raise transcoder.d_sae"
                     )
         return self.model_copy(update={"d_sae": d_sae, "prefixes": prefixes})
-
-    def _width(self, d_in: int) -> int:
-        text = str(self.d_sae)
-        number = text.removesuffix("x")
-        if not number.isdigit() or int(number) < 1:
-            raise UserError(f"transcoder.d_sae must be a positive number or a multiple such as 8x, got {text}")
-        return int(number) * (d_in if text.endswith("x") else 1)
 
 
 class Normalisation(NamedTuple):
@@ -335,10 +367,10 @@ class Transcoder(nn.Module):
         match self.activation:
             case JumpReLU() as a:
                 thresholds = self.threshold()[active.latents]
-                weight = a.l0_coefficient * _ramp(step, a.penalty_warmup_steps)
+                weight = a.l0_coefficient * _ramp(step, a.penalty_warmup_steps or 0)
                 return {"l0": weight * l0_loss(gathered, thresholds, a.bandwidth, rows)}
             case ReLU() as a:
-                return {"l1": a.l1_coefficient * _ramp(step, a.penalty_warmup_steps) * l1_loss(values, rows)}
+                return {"l1": a.l1_coefficient * _ramp(step, a.penalty_warmup_steps or 0) * l1_loss(values, rows)}
             case _:
                 return {}
 
