@@ -4,6 +4,7 @@ A field that does not exist is an error, and the message names the nearest one t
 """
 
 import difflib
+import re
 import reprlib
 import tomllib
 from collections.abc import Container, Iterable, Mapping
@@ -19,6 +20,8 @@ MOST_CONFIG_BYTES = 2**16
 _MOST_DOTS = 1000
 """In a line of TOML: reading a key takes the cube of its parts."""
 _MOST_PLACE, _MOST_MESSAGE = 200, 1000
+_BRANCH = re.compile(r"constrained-\w+$|literal\[|(int|float|str)$")
+"""What names a branch of a union in the place of an error, and no field."""
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 120
 _brief.maxlist = _brief.maxtuple = 40
@@ -129,7 +132,8 @@ def _copy(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    where = _one_line(".".join(str(part) for part in first["loc"])[:_MOST_PLACE] or "settings")
+    parts = [str(part) for part in first["loc"] if not _BRANCH.match(str(part))]
+    where = _one_line(".".join(parts)[:_MOST_PLACE] or "settings")
     if first["type"] == "extra_forbidden":
         fields = _fields_at(cls, first["loc"][:-1])
         return f"unknown option {where!r}{_nearest(str(first['loc'][-1]), fields)}"

@@ -24,7 +24,7 @@ from train.held_out import HeldOutActive, held_out_active
 from train.loop import build_transcoder, load_weights
 from train.report import comparison
 from train.rows import held_out_rows
-from train.settings import read_config
+from train.settings import Settings, read_config, resolve_exclusion
 from train.sparsity import Active
 from train.transcoder import Transcoder
 
@@ -160,7 +160,7 @@ def test_pw_mcc_is_the_best_matching() -> None:
 def test_copies_merge_for_nothing_and_others_do_not(command: Command, store: SyntheticStore) -> None:
     """One latent split into two of half the effect, which fire together: merging must bring back the whole."""
     opened = Store.open(store.path)
-    model = loaded(train(command, store, "a"), opened)
+    model = loaded(train(command, store, "a", "--set", "transcoder.skip=false"), opened)
     threshold = threshold_at(model, opened, 5.0, 100)
     density = torch.bincount(
         held_out_active(model, opened, opened.record.report_blocks, threshold, 100).active.latents, minlength=64
@@ -231,6 +231,7 @@ def test_seeds_are_one_arm_with_their_spread(command: Command, store: SyntheticS
     assert base["spread"]["fvu"]["deviation"] == pytest.approx(np.std(values, ddof=1)) and values[0] != values[1]
     assert other["pw_mcc"] is None and other["spread"]["fvu"]["deviation"] is None
     opened = Store.open(store.path)
+    opened = opened.excluding(resolve_exclusion(opened, Settings()))
     rows = [measure_run(run, opened, 6.0, 1024) for run in runs]
     expected = matched_cosine(*(one.W_dec[one.live] for one in rows))
     assert base["pw_mcc"]["mean"] == pytest.approx(expected)

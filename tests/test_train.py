@@ -301,7 +301,7 @@ def test_resume_refuses_another_store_and_another_thread_count(command, store: S
 
 
 BAD = {
-    "unknown preset": (["tinny"], "no preset 'tinny'; presets: gemma-2-2b, tiny; did you mean 'tiny'?"),
+    "unknown preset": (["tinny"], "no preset 'tinny'; presets: base, gemma-2-2b, tiny; did you mean 'tiny'?"),
     "unknown setting": (["--set", "optimizer.lrr=1"], "unknown option 'optimizer.lrr'; did you mean 'lr'?"),
     "unknown option": (["--stpes", "1"], "No such option"),
     "setting of another activation": (["--set", "activation.l1_coefficient=1"], "activation.batchtopk.l1_coefficient"),

@@ -103,6 +103,8 @@ class Evaluation(Config):
     strata: dict[str, StratumPart]
     outliers: Outliers | None = None
     """None: no row is one."""
+    fvu_of_skip: float | None = None
+    """Of the skip connection alone, with no latent active; none: there is no skip connection."""
 
 
 @dataclass
@@ -165,7 +167,7 @@ def evaluate(
 ) -> Evaluation:
     """Figures on the store's report blocks under `threshold` [F] of `calibrate`; `source` is the side it reads."""
     device = transcoder.W_enc.device
-    strata, outliers, fired = _by_threshold(transcoder, store, threshold, chunk_rows, device, source)
+    strata, outliers, skip, fired = _by_threshold(transcoder, store, threshold, chunk_rows, device, source)
     drawn = _by_training_rule(transcoder, store, chunk_rows, seed, device, source)
     whole, drawn_whole = _natural(strata, store), _natural(drawn, store)
     last = len(transcoder.prefixes) - 1
@@ -191,6 +193,7 @@ def evaluate(
             for name, sums in strata.items()
         },
         outliers=Outliers(**weigh(out, 1.0).model_dump(), rows=out.rows, l0=out.part(last).l0) if out else None,
+        fvu_of_skip=_natural(skip, store).part(0).fvu if skip else None,
     )
 
 
@@ -225,8 +228,7 @@ def evaluate_whole(
             x, y = transcoder.normalised(chunk.source, chunk.target)
             active = transcoder.select_above(transcoder.pre_acts(x), threshold)
             reconstructions = transcoder.reconstruct_whole(active.values, active, x).unsqueeze(1)
-            sums = Sums.of(y, reconstructions, torch.tensor([len(active.rows)], device=y.device))
-            strata[chunk.stratum] = strata[chunk.stratum].plus(sums) if chunk.stratum in strata else sums
+            _add(strata, chunk.stratum, Sums.of(y, reconstructions, torch.tensor([len(active.rows)], device=y.device)))
     return _natural(strata, store).part(0)
 
 
@@ -323,9 +325,12 @@ def _times(store: Store, name: str) -> float:
 
 def _by_threshold(
     transcoder: Transcoder, store: Store, threshold: Tensor, chunk_rows: int, device: torch.device, source: Side
-) -> tuple[dict[str, Sums], dict[str, Sums], Tensor]:
-    """Sums by stratum over report rows that are no outliers, over those that are, and which latents fired [F]."""
-    strata, outliers = dict[str, Sums](), dict[str, Sums]()
+) -> tuple[dict[str, Sums], dict[str, Sums], dict[str, Sums], Tensor]:
+    """Sums by stratum over report rows that are no outliers and over those that are, and which latents fired [F].
+
+    The third are of the skip connection alone, over the first rows; none without one.
+    """
+    strata, outliers, skip = dict[str, Sums](), dict[str, Sums](), dict[str, Sums]()
     fired = torch.zeros(transcoder.d_sae, dtype=torch.bool, device=device)
     for chunk in held_out_rows(store, store.record.report_blocks, chunk_rows, device, source):
         for found, part in ((strata, chunk.ordinary), (outliers, chunk.part(chunk.outliers))):
@@ -335,9 +340,15 @@ def _by_threshold(
             active = transcoder.select_above(transcoder.pre_acts(x), threshold)
             if found is strata and counts_as_firing(store, chunk.stratum):
                 fired[active.latents] = True
-            sums = _sums(transcoder, x, y, active)
-            found[chunk.stratum] = found[chunk.stratum].plus(sums) if chunk.stratum in found else sums
-    return strata, outliers, fired
+            _add(found, chunk.stratum, _sums(transcoder, x, y, active))
+            if found is strata and transcoder.W_skip is not None:
+                none = torch.zeros(1, device=device)
+                _add(skip, chunk.stratum, Sums.of(y, transcoder.linear_part(x).unsqueeze(1), none))
+    return strata, outliers, skip, fired
+
+
+def _add(found: dict[str, Sums], stratum: str, sums: Sums) -> None:
+    found[stratum] = found[stratum].plus(sums) if stratum in found else sums
 
 
 def counts_as_firing(store: Store, stratum: str) -> bool:
@@ -364,8 +375,7 @@ def _by_training_rule(
             of, part = (x[rows], y[rows]), active.slice(rows)
             if kept is not None:
                 of, part = (x[rows][kept[rows]], y[rows][kept[rows]]), part.of_rows(kept[rows])
-            sums = _sums(transcoder, *of, part)
-            strata[name] = strata[name].plus(sums) if name in strata else sums
+            _add(strata, name, _sums(transcoder, *of, part))
     return strata
 
 

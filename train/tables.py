@@ -56,6 +56,8 @@ def _headline(e: Evaluation, title: str, linear_fvu: float | None) -> Table:
         "never fires on these rows": f"{e.dead_share:.1%}",
         "rows": f"{e.rows:,}",
     }
+    if e.fvu_of_skip is not None:
+        rows["fvu of the skip connection alone"] = f"{e.fvu_of_skip:.4f}"
     if linear_fvu is not None:
         rows["fvu of the best linear map"] = f"{linear_fvu:.4f}"
     for name, value in rows.items():

@@ -264,7 +264,7 @@ class Transcoder(nn.Module):
         values = self.activate(gathered, active)
         weight = matryoshka_weight(len(y), len(self.prefixes), y.shape[1])
         loss, errors, residual = self._ops.prefix_loss(
-            values, self.W_dec, self._base(x), y, active, self.segment, len(self.prefixes), weight
+            values, self.W_dec, self.linear_part(x), y, active, self.segment, len(self.prefixes), weight
         )
         terms = {"reconstruction": loss} | self._penalty(gathered, values, active, len(x), step)
         if auxk.coefficient:
@@ -324,16 +324,15 @@ class Transcoder(nn.Module):
     def reconstruct(self, values: Tensor, active: Active, x: Tensor) -> Tensor:
         """[B, P, O]: every prefix's reconstruction of the normalised targets."""
         decoded = plain.decode_prefixes(values, self.W_dec, active, self.segment, len(self.prefixes))
-        return decoded + self._base(x).unsqueeze(1)
+        return decoded + self.linear_part(x).unsqueeze(1)
 
     def reconstruct_whole(self, values: Tensor, active: Active, x: Tensor) -> Tensor:
         """[B, O]: the last prefix's alone."""
-        return plain.decode_prefixes(values, self.W_dec, active, torch.zeros_like(self.segment), 1)[:, 0] + self._base(
-            x
-        )
+        whole = plain.decode_prefixes(values, self.W_dec, active, torch.zeros_like(self.segment), 1)[:, 0]
+        return whole + self.linear_part(x)
 
-    def _base(self, x: Tensor) -> Tensor:
-        """What every prefix's reconstruction starts from: [1, O], or [B, O] with a skip connection."""
+    def linear_part(self, x: Tensor) -> Tensor:
+        """Return what every prefix's reconstruction starts from: [1, O], or [B, O] with a skip connection."""
         return self.b_dec.unsqueeze(0) if self.W_skip is None else x @ self.W_skip + self.b_dec
 
     @property
