@@ -1,0 +1,165 @@
+"""What each part of the recipe is worth: one change at a time, several seeds, on any store.
+
+    python -m tests.bench.recipe NAME STORE [--preset base] [--arms A ...] [--seeds 0 1 2] [--set a.b=value ...]
+                                 [--work DIR]
+
+writes docs/benchmarks.json and docs/benchmarks.md under "recipe, NAME". Each run is the real command's. Runs are judged
+alike, at the threshold at which rows have k active latents, on both halves of the held-out blocks: the *choosing* half,
+by which the recipe was chosen, and the *reporting* half, which no choice looked at. Outliers and position 0 are left
+out of both, whatever a run was trained on. What was trained and judged is kept in `--work`, and not done again.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from shared import durable
+from shared.config import build
+from shared.store import Store
+from tests.bench.judge import Rows, Weights, judge
+from tests.bench.record import record, run
+from tests.bench.same_rows import CPU, last
+from train import checkpoint
+from train.evaluate import natural_weights
+from train.loop import build_transcoder
+from train.metrics import TIMING, Log
+from train.rows import held_out_rows
+from train.settings import RunConfig, Settings, load_settings, read_config, resolve_exclusion
+
+COMMAND = "python -m tests.bench.recipe"
+BEFORE = (
+    "transcoder.skip=false", "optimizer.decoder_rate=1", "rows.outliers=train", "rows.position_0=train",
+    "evaluation.outliers=with_others",
+)  # fmt: skip
+ARMS: dict[str, tuple[str, ...]] = {
+    "recipe": (),
+    "before": BEFORE,
+    "before, outliers and position 0 left out": BEFORE[:2],
+    "no skip": ("transcoder.skip=false",),
+    "decoder rate 1": ("optimizer.decoder_rate=1",),
+    "decoder rate 2": ("optimizer.decoder_rate=2",),
+    "decoder rate 8": ("optimizer.decoder_rate=8",),
+    "lr half": ("optimizer.lr={half}",),
+    "lr double": ("optimizer.lr={double}",),
+    "beta2 0.99": ("optimizer.beta2=0.99",),
+    "aux-k 0.06": ("auxk.coefficient=0.06",),
+    "aux-k 0.25": ("auxk.coefficient=0.25",),
+    "decay over the whole run": ("optimizer.decay_share=1",),
+    "decay over the last fifth": ("optimizer.decay_share=0.2",),
+    "no k warm-up": ("activation.k_start={k}",),
+    "encoder scale 1": ("transcoder.encoder_scale=1",),
+    "clip 1": ("optimizer.max_grad_norm=1",),
+    "no Matryoshka": ("transcoder.prefixes=[{d_sae}]",),
+}
+"""Changes of the preset."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train what is missing, judge, and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--preset", default="base")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=value")
+    parser.add_argument("--work", type=Path, default=Path(".recipe"))
+    options = parser.parse_args(arguments)
+    figures: dict[str, tuple[float, str]] = {}
+    for arm in options.arms:
+        found = [measured(options, arm, seed) for seed in options.seeds]
+        figures |= summary(arm, found)
+        print(
+            f"{arm}: " + ", ".join(f"{key} {value:.4g}" for key, (value, _) in summary("", found).items()), flush=True
+        )
+    extra = "".join(f" {assignment}" for assignment in options.set)
+    record(f"recipe, {options.name}", f"{COMMAND} {options.name} STORE --preset {options.preset} --set{extra}", figures)
+
+
+def summary(arm: str, found: list[dict[str, float]]) -> dict[str, tuple[float, str]]:
+    """Means over seeds, and the deviation of the reported fvu."""
+    units = {"active on a row of position 0": "latents", "pairs above 0.8": "pairs", "cosines above 0.9": "pairs",
+             "training": "CPU-s"}  # fmt: skip
+    head = f"{arm}: " if arm else ""
+    means = {name: statistics.mean(one[name] for one in found) for name in found[0]}
+    figures = {f"{head}{name}": (value, units.get(name, "")) for name, value in means.items()}
+    if len(found) > 1:
+        spread = statistics.stdev(one["fvu, reported"] for one in found)
+        figures[f"{head}fvu, reported: deviation of {len(found)} seeds"] = (spread, "")
+    return figures
+
+
+def measured(options: argparse.Namespace, arm: str, seed: int) -> dict[str, float]:
+    """One run's figures; trained and judged if they are not kept."""
+    base = build(Settings, load_settings(options.preset, None, options.set), "the bench")
+    store = Store.open(options.store)
+    lr = base.optimizer.resolve(base.steps, store.record.d_in).lr
+    assert isinstance(lr, float) and base.activation.kind == "batchtopk"
+    d_sae = base.transcoder.resolve(store.record.d_in, base.activation.resolve(base.steps)).d_sae
+    values = {"half": lr / 2, "double": lr * 2, "k": base.activation.k, "d_sae": d_sae}
+    changes = [change.format(**values) for change in ARMS[arm]]
+    fixed = [f"seed={seed}", "threads=1", "samples.rows=0"]
+    told = [store.request.digest, store.record.blocks, options.preset, *options.set, *changes, *fixed]
+    name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+    kept = options.work.resolve() / f"{name}.json"
+    if not kept.exists():
+        path = kept.parent / f"run-{name}"
+        if path.is_dir() and not (path / "config.json").exists():
+            path.rmdir()
+        sets = [part for one in (*options.set, *fixed, *changes) for part in ("--set", one)]
+        line = ["run", options.preset, "--store", options.store.resolve(), "--runs", kept.parent, "--name", path.name]
+        again = ["resume", path]
+        run(sys.executable, "-m", "train", *(again if path.is_dir() else line + sets), "--quiet")
+        durable.make_folder(kept.parent)
+        durable.publish_bytes(kept, json.dumps(figures_of(path, store)).encode())
+    found: dict[str, float] = json.loads(kept.read_text())
+    return found
+
+
+def figures_of(path: Path, store: Store) -> dict[str, float]:
+    """What a finished run reaches on both halves of the held-out rows, and what it took."""
+    config, row = read_config(path), last(path)
+    k = config.settings.activation.k if config.settings.activation.kind == "batchtopk" else 0
+    found = load_file(checkpoint.find(path).path / checkpoint.WEIGHTS)
+    weights = Weights(**{name: found[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
+                      W_skip=found.get("W_skip"), threshold=float(found["threshold"][0]))  # fmt: skip
+    halves = {
+        half: judge(weights, rows(store, blocks, config), k)
+        for half, blocks in (("chosen by", store.record.calibration_blocks), ("reported", store.record.report_blocks))
+    }
+    reported = halves["reported"]
+    held_out: dict[str, Any] = row["held_out"]
+    at_0 = next((part for name, part in held_out["strata"].items() if name == "000-001"), None)
+    return {
+        **{f"fvu, {half}": part.equal.fvu for half, part in halves.items()},
+        "l0": reported.equal.l0,
+        "dead": reported.dead,
+        "dead in training": row["dead_share"],
+        "pairs above 0.8": reported.correlated,
+        "cosines above 0.9": reported.parallel,
+        "fvu on training rows": row["fvu_natural"],
+        **({"active on a row of position 0": at_0["l0"]} if at_0 else {}),
+        **({"fvu of the skip connection alone": held_out["fvu_of_skip"]} if held_out["fvu_of_skip"] else {}),
+        "training": Log(path / TIMING).rows()[-1]["cpu_seconds"],
+    }
+
+
+def rows(store: Store, blocks: range, config: RunConfig) -> list[Rows]:
+    """Normalised held-out rows as the run's transcoder reads them, at natural frequencies, none of them an outlier."""
+    judged, weights = store.excluding(resolve_exclusion(store, Settings())), natural_weights(store)
+    normalised = build_transcoder(config, store.excluding(config.exclusion)).normalised
+    found = []
+    for chunk in held_out_rows(judged, blocks, 1024, CPU, config.settings.source):
+        if weight := weights[chunk.stratum]:
+            found.append(Rows(*normalised(chunk.ordinary.source, chunk.ordinary.target), weight))
+    return found
+
+
+if __name__ == "__main__":
+    main()
