@@ -64,7 +64,10 @@ class LongRows(NamedTuple):
 
 
 def long_rows(stored: Array, above: float) -> LongRows:
-    """List the rows of `stored` [n, d] that are longer than `above`; one that is not finite is a fault, and no outlier."""
+    """List the rows of `stored` [n, d] that are longer than `above`.
+
+    A row that is not finite is a fault and no outlier: training on it fails, and says so.
+    """
     norms = np.concatenate([row_norms(stored[low : low + _ROWS_AT_ONCE])
                             for low in range(0, len(stored), _ROWS_AT_ONCE)] or [np.zeros(0)])  # fmt: skip
     rows = np.flatnonzero((norms > above) & np.isfinite(norms))

@@ -43,9 +43,19 @@ class RowsConfig(Config):
     are where every window starts with BOS. dictionary_learning and Gemma Scope leave BOS out; SAELens can."""
     max_bos_batch_share: float = Field(1 / 256, ge=0, le=1)
     """Most of a batch that may come from position 0, where it is trained on."""
+    blocks: int | None = Field(None, ge=1)
+    """How many of the store's training blocks are used, the first ones; none: all. Windows are shuffled over the store,
+    so fewer blocks are less of the same text."""
     run_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Neighbouring rows that are read together. 64 keep a cold disk as fast as reading in order; `auto` is fewer where
     blocks hold fewer than 252 windows, so that a run's rows still come from enough of them."""
+
+    def training_blocks(self, store: Store) -> range:
+        """Return the blocks that are trained on. Raises `UserError` when the store has fewer than asked for."""
+        there = store.record.training_blocks
+        if self.blocks and self.blocks > len(there):
+            raise UserError(f"rows.blocks = {self.blocks:,}, and the store has {len(there):,} blocks to train on")
+        return there[: self.blocks]
 
     def exclusion(self, store: Store, *, figures: bool) -> Exclusion:
         """Return which rows of `store` are left out; `figures`: whether outliers are left out of figures, too."""

@@ -22,7 +22,7 @@ CHECKS = {str(ROOT / "train" / name) for name in ("settings.py", "usage.py")}
 COMMON = ("transcoder.d_sae=64", "rows.batch_rows=48", "threads=1")
 RUNS = (
     ["activation.k=6", "activation.k_start=8", "activation.k_warmup_steps=5", "rows.max_bos_batch_share=0.1",
-     "rows.position_0=train",
+     "rows.position_0=train", "rows.blocks=2",
      "diversity.orthogonality.weight=1", "diversity.mined.weight=1", "diversity.co_activation.weight=1",
      "diversity.position.weight=1", "diversity.controller.max_share_above_0_7=0.1",
      "diversity.controller.max_pairs_above_0_8=0", "monitor.every=6", "monitor.least_together=2", "checkpoint.every=5"],

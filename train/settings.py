@@ -117,11 +117,11 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
         raise UserError(
             f"{store.path} holds no held-out blocks to evaluate on; harvest with store.held_out_blocks >= 2"
         )
-    blocks = record.training_blocks
+    blocks = settings.rows.training_blocks(store)
     rows = len(blocks) * sum(s.rows for s in store.record.plan.stored_strata)
     if settings.rows.batch_rows > rows:
         raise UserError(
-            f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the store's {rows:,} training rows"
+            f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the {rows:,} rows to train on"
         )
     strata = training_strata(store.excluding(exclusion), blocks)
     counts = rows_per_stratum(strata, settings.rows)

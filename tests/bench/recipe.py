@@ -26,6 +26,7 @@ from tests.bench.judge import Rows, Weights, judge
 from tests.bench.record import record, run
 from tests.bench.same_rows import CPU, last
 from train import checkpoint
+from train.checkpoint import CONFIG
 from train.evaluate import natural_weights
 from train.loop import build_transcoder
 from train.metrics import TIMING, Log
@@ -104,19 +105,21 @@ def measured(options: argparse.Namespace, arm: str, seed: int) -> dict[str, floa
     d_sae = base.transcoder.resolve(store.record.d_in, base.activation.resolve(base.steps)).d_sae
     values = {"half": lr / 2, "double": lr * 2, "k": base.activation.k, "d_sae": d_sae}
     changes = [change.format(**values) for change in ARMS[arm]]
-    fixed = [f"seed={seed}", "threads=1", "samples.rows=0"]
-    told = [store.request.digest, store.record.blocks, options.preset, *options.set, *changes, *fixed]
+    return run_and_judge(store, options.preset, [*options.set, f"seed={seed}", *changes], options.work)
+
+
+def run_and_judge(store: Store, preset: str, settings: list[str], work: Path) -> dict[str, float]:
+    """Train a run with these settings and judge it, or find what was judged before; a killed one is resumed."""
+    settings = [*settings, "threads=1", "samples.rows=0"]
+    told = [store.request.digest, store.record.blocks, preset, *settings]
     name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
-    kept = options.work.resolve() / f"{name}.json"
+    kept = work.resolve() / f"{name}.json"
     if not kept.exists():
         path = kept.parent / f"run-{name}"
-        if path.is_dir() and not (path / "config.json").exists():
-            path.rmdir()
-        sets = [part for one in (*options.set, *fixed, *changes) for part in ("--set", one)]
-        line = ["run", options.preset, "--store", options.store.resolve(), "--runs", kept.parent, "--name", path.name]
-        again = ["resume", path]
-        run(sys.executable, "-m", "train", *(again if path.is_dir() else line + sets), "--quiet")
-        durable.make_folder(kept.parent)
+        sets = [part for one in settings for part in ("--set", one)]
+        line = ["run", preset, "--store", store.path.resolve(), "--runs", kept.parent, "--name", path.name, *sets]
+        begun = (path / CONFIG).exists()
+        run(sys.executable, "-m", "train", *(["resume", path] if begun else line), "--quiet")
         durable.publish_bytes(kept, json.dumps(figures_of(path, store)).encode())
     found: dict[str, float] = json.loads(kept.read_text())
     return found
