@@ -1,6 +1,7 @@
 """Outlier rows against brute force: which they are, the stream without them, and the statistics without them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from shared.reader import RowReader, RowsConfig, RowStream, rows_per_stratum, tr
 from shared.statistics import decode, moments_of, row_norms
 from shared.store import Store
 from tests.runs import SMALL, rows
-from tests.stores import SyntheticStore, make_store
+from tests.stores import SyntheticStore, edit, make_store
+from train import checkpoint
 from train.evaluate import calibrate, evaluate, natural_weights
 from train.normalisation import moments, without
 from train.rows import BatchReader, held_out_rows
@@ -328,3 +330,22 @@ def test_a_default_run_loses_nothing_to_planted_sinks(command, tmp_path: Path) -
     assert found["default"]["outliers"]["rows"] > 0 and found["without"]["outliers"] is None
     shares = rows(tmp_path / "taken in")[-1]["strata"]
     assert shares["outliers"]["error_share"] > 0.2 and "outliers" not in rows(tmp_path / "default")[-1]["strata"]
+
+
+def test_a_run_from_before_there_were_exclusions_goes_on_as_it_was(
+    command, made: SyntheticStore, tmp_path: Path
+) -> None:
+    """Its config.json names none: every row is read, as a run reads them that leaves nothing out."""
+    whole = ["rows.outlier_ratio=0", "rows.position_0=train", "checkpoint.every=10", "samples.rows=500"]
+    sets = [part for one in whole for part in ("--set", one)]
+    line = ("run", "--store", made.path, "--runs", tmp_path, "--steps", 20, *SMALL, *sets)
+    assert command(*line, "--name", "new").code == 0
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    for left in ("checkpoints/step-000020", "samples", "anti_duplication_logs"):
+        shutil.rmtree(tmp_path / "old" / left)
+    edit(tmp_path / "old" / "config.json", lambda config: config.pop("exclusion"))
+    assert command("resume", tmp_path / "old").code == 0
+    left, right = checkpoint.find(tmp_path / "new"), checkpoint.find(tmp_path / "old")
+    assert left.step == right.step == 20
+    for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
+        assert (left.path / name).read_bytes() == (right.path / name).read_bytes()
