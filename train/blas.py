@@ -26,6 +26,12 @@ def faster_here() -> Blas:
     return "numpy" if other else "torch"
 
 
+def bfloat16_units() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32, and torch has what makes use of it."""
+    flags = _first_line("flags").split()
+    return torch.backends.mkldnn.is_available() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
 def addmm(blas: Blas, bias: Tensor, x: Tensor, W: Tensor) -> Tensor:
     """Bias [F] + x [B, D] @ W [D, F], without gradient."""
     if blas == "torch":
@@ -67,6 +73,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _vendor() -> str:
+    return _first_line("vendor_id") or platform.processor()
+
+
+def _first_line(name: str) -> str:
+    """That of /proc/cpuinfo that begins with `name`; empty where there is none."""
     place = Path("/proc/cpuinfo")
     lines = place.read_text().splitlines() if place.exists() else []
-    return next((line for line in lines if line.startswith("vendor_id")), platform.processor())
+    return next((line for line in lines if line.startswith(name)), "")

@@ -30,7 +30,7 @@ from train.samples.make import make_samples
 from train.samples.table import paths
 from train.saver import Saver
 from train.settings import RunConfig, checkpoint_bytes, default_kernels
-from train.sparse_step import loops
+from train.sparse_step import guarded, loops
 from train.status import Status
 from train.transcoder import Step, Transcoder
 from train.usage import SAMPLES, Usage, prove
@@ -181,7 +181,10 @@ class Run:
     def _step(self, step: int) -> tuple[Step, float]:
         batch = self._reader.batch(step)
         dead = self._counters.dead(self._dead_after)
-        output = self._transcoder.step(batch.source, batch.target, dead, self._settings.auxk, step)
+        logged = any(
+            self._due(step + 1, every) for every in (self._settings.log_every, self._settings.evaluation.every)
+        )
+        output = self._transcoder.step(batch.source, batch.target, dead, self._settings.auxk, step, whole=logged)
         whole, apart = self._diversity.value_terms(output), self._diversity.direction_terms(dead, step)
         lr, grad_norm = self._optimizer.step([output.loss + sum(whole.values()), *apart.values()], step)
         self._note_nan(output.loss + sum((whole | apart).values()) + grad_norm, batch.source, step)
@@ -217,6 +220,8 @@ class Run:
             "cpu_seconds": time.process_time() - self._cpu_began,
             "rows_per_second": rate,
         } | self._data_wait(seconds)
+        if self._transcoder.guarded:
+            timing |= self._transcoder.guarded.figures()
         self._timing.append(head | timing)
         self._status.add(head | row)
         self._status.update(head | timing, usage.model_dump(mode="json"))
@@ -291,8 +296,9 @@ class Run:
         else:
             self._transcoder.initialise(self._settings.seed)
 
-    def _l0_by_running_threshold(self, pre_acts: Tensor) -> float:
+    def _l0_by_running_threshold(self, pre_acts: Tensor | None) -> float:
         """Active latents per row of one batch by the running threshold, without position 0."""
+        assert pre_acts is not None, "a step that is logged has all pre-activations"
         counts, strata = (pre_acts > self._counters.threshold).sum(1), self._reader.slices()
         rows = [counts[s] for name, s in strata.items() if name != POSITION_0 or len(strata) == 1]
         return float(torch.cat(rows).double().mean())
@@ -325,7 +331,8 @@ def build_transcoder(config: RunConfig, store: Store) -> Transcoder:
     model = Transcoder(config.d_in, config.d_out, settings.transcoder, settings.activation, shift_and_scale)
     model.blas = "numpy" if settings.blas == "numpy" else "torch"  # `auto` only in runs from before there was a choice
     model.kernels = default_kernels(settings.device) if settings.kernels == "auto" else settings.kernels
-    model.product_dtype = getattr(torch, settings.product_dtype)
+    model.product_dtype = torch.bfloat16 if settings.product_dtype == "bfloat16" else torch.float32
+    model.guarded = guarded.Guarded() if settings.product_dtype == "guarded-bfloat16" else None
     return model.to(settings.device)
 
 

@@ -18,7 +18,7 @@ from shared.errors import UserError
 from shared.outliers import Exclusion
 from shared.reader import RowsConfig, rows_per_stratum, training_strata
 from shared.store import Store
-from train.blas import Blas, faster_here
+from train.blas import Blas, bfloat16_units, faster_here
 from train.checkpoint import CONFIG
 from train.duplicates.diversity import DiversityConfig
 from train.duplicates.monitor import MonitorConfig
@@ -29,6 +29,8 @@ from train.rows import Side, source_width
 from train.samples.select import SamplesConfig
 from train.saver import CheckpointConfig
 from train.transcoder import Activation, BatchTopK, Kernels, TopK, TranscoderConfig
+
+ProductDtype = Literal["float32", "bfloat16", "guarded-bfloat16"]
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -52,9 +54,11 @@ class Settings(Config):
     kernels: Literal["auto", Kernels] = "auto"
     """What the sparse half of a step runs on: `compiled` loops on CPU, `triton` kernels on CUDA, `plain` torch on any
     device, or `dense`, the slow reference. `auto`: `compiled` on CPU, else `plain`. Recorded in the run."""
-    product_dtype: Literal["float32", "bfloat16"] = "float32"
+    product_dtype: Literal["auto", ProductDtype] = "auto"
     """Of the encoder's product in training, among whose values latents are selected. The values of those that are, and
-    all gradients and weights, are float32 either way."""
+    all gradients and weights, are float32 in any case. `bfloat16` may select others than `float32` does;
+    `guarded-bfloat16` (BatchTopK on compiled loops) selects those that float32 gives, which it proves at every step.
+    `auto`: that one where it can be and the processor has units for bfloat16, else `float32`. Recorded in the run."""
     log_every: int = Field(50, ge=1)
     """Steps between rows of metrics.jsonl."""
     transcoder: TranscoderConfig = TranscoderConfig()
@@ -156,6 +160,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
             f"monitor.least_together = {monitor.least_together} is more than the {sampled:,} rows of a sample "
             "(monitor.rows), so no pair could be listed"
         )
+    kernels = _kernels(settings.kernels, device)
     return RunConfig(
         settings=settings.model_copy(
             update={
@@ -165,7 +170,8 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
                 "device": device,
                 "threads": settings.threads or torch.get_num_threads(),
                 "blas": _blas(settings.blas, device),
-                "kernels": _kernels(settings.kernels, device),
+                "kernels": kernels,
+                "product_dtype": _product_dtype(settings.product_dtype, kernels, settings.activation),
                 "rows": settings.rows.resolve(store.request.block_sequences),
                 "monitor": monitor,
             }
@@ -214,6 +220,18 @@ def _kernels(wanted: Literal["auto", Kernels], device: str) -> Kernels:
         if find_spec("triton") is None:
             raise UserError("kernels = triton needs the package triton: pip install triton, or use kernels=plain")
     return default_kernels(device) if wanted == "auto" else wanted
+
+
+def _product_dtype(wanted: Literal["auto", ProductDtype], kernels: Kernels, activation: Activation) -> ProductDtype:
+    can = kernels == "compiled" and isinstance(activation, BatchTopK)
+    if wanted == "guarded-bfloat16" and not can:
+        raise UserError(
+            "product_dtype = guarded-bfloat16 is for activation.kind = batchtopk on kernels = compiled, got "
+            f"{activation.kind} on {kernels}; use product_dtype=float32"
+        )
+    if wanted == "auto":
+        return "guarded-bfloat16" if can and bfloat16_units() else "float32"
+    return wanted
 
 
 def checkpoint_bytes(settings: Settings, d_in: int, d_out: int) -> int:

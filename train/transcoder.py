@@ -22,7 +22,7 @@ from shared.keyed import key_bits
 from train import blas
 from train.losses import AuxKConfig, auxk_weight, jumprelu, l0_loss, l1_loss, matryoshka_weight
 from train.schedule import warmup_steps
-from train.sparse_step import compiled, dense, plain
+from train.sparse_step import compiled, dense, guarded, plain
 from train.sparsity import Active
 
 
@@ -181,8 +181,8 @@ class Step:
     """The same values with their gradient"""
     threshold: Tensor
     """Smallest pre-activation of the batch that is selected and positive."""
-    pre_acts: Tensor
-    """[B, F] without gradient"""
+    pre_acts: Tensor | None
+    """[B, F] without gradient; none from a guarded search, unless they were wanted"""
 
     def with_terms(self, terms: dict[str, Tensor]) -> "Step":
         """The same with further terms beside those of the loss."""
@@ -214,6 +214,8 @@ class Transcoder(nn.Module):
         self.blas: blas.Blas = "torch"
         self.kernels: Kernels = "plain"
         self.product_dtype = torch.float32
+        self.guarded: guarded.Guarded | None = None
+        """The search of training steps, where it is not `select` on a whole product."""
         self.segment = nn.Buffer(torch.bucketize(torch.arange(self.d_sae), edges, right=True), persistent=False)
         self._guess = torch.zeros(())
 
@@ -255,11 +257,15 @@ class Transcoder(nn.Module):
         """[B, F] from normalised rows [B, D]."""
         return blas.addmm(self.blas, self.b_enc, x, self.W_enc)
 
-    def step(self, source: Tensor, target: Tensor, dead: Tensor, auxk: AuxKConfig, step: int) -> Step:
-        """The loss of one batch. `dead` [F] bool are the latents that aux-k may use."""
+    def step(
+        self, source: Tensor, target: Tensor, dead: Tensor, auxk: AuxKConfig, step: int, whole: bool = False
+    ) -> Step:
+        """The loss of one batch. `dead` [F] bool are the latents that aux-k may use.
+
+        `whole`: a guarded search gives `pre_acts` as well, which costs it time and changes nothing else.
+        """
         x, y = self.normalised(source, target)
-        pre_acts = self._searched(x)
-        active, smallest = self.select(pre_acts, step)
+        pre_acts, active, smallest = self._selected(x, step, whole)
         gathered = self._ops.encode(x, self.W_enc, self.b_enc, active)
         values = self.activate(gathered, active)
         weight = matryoshka_weight(len(y), len(self.prefixes), y.shape[1])
@@ -269,7 +275,8 @@ class Transcoder(nn.Module):
         terms = {"reconstruction": loss} | self._penalty(gathered, values, active, len(x), step)
         if auxk.coefficient:
             rows = slice(step % auxk.row_stride, None, auxk.row_stride)
-            terms["auxk"] = self._auxk(x[rows].contiguous(), pre_acts[rows], residual[rows].contiguous(), dead, auxk)
+            some = None if self.guarded or pre_acts is None else pre_acts[rows]
+            terms["auxk"] = self._auxk(x[rows].contiguous(), some, residual[rows].contiguous(), dead, auxk)
         return Step(
             loss=torch.stack(list(terms.values())).sum(),
             terms={name: term.detach() for name, term in terms.items()},
@@ -350,6 +357,17 @@ class Transcoder(nn.Module):
                 return dense
 
     @torch.no_grad()
+    def _selected(self, x: Tensor, step: int, whole: bool) -> tuple[Tensor | None, Active, Tensor]:
+        """The pre-activations, where there are all of them, and the selection of a step, as of `select`."""
+        if self.guarded is None:
+            pre_acts = self._searched(x)
+            return pre_acts, *self.select(pre_acts, step)
+        assert isinstance(self.activation, BatchTopK)
+        n = self.activation.k_at(step) * len(x)
+        active, smallest, found = self.guarded.batch_topk(self.blas, x, self.W_enc, self.b_enc, n, whole)
+        return found, active, smallest
+
+    @torch.no_grad()
     def _searched(self, x: Tensor) -> Tensor:
         """[B, F] the pre-activations among which a step selects."""
         if self.product_dtype == torch.float32:
@@ -373,9 +391,15 @@ class Transcoder(nn.Module):
             case _:
                 return {}
 
-    def _auxk(self, x: Tensor, pre_acts: Tensor, residual: Tensor, dead: Tensor, config: AuxKConfig) -> Tensor:
-        """Dead latents are dead because their pre-activations are negative: they are taken before the ReLU."""
-        active = self._ops.row_topk(pre_acts, config.k, dead)
+    def _auxk(self, x: Tensor, pre_acts: Tensor | None, residual: Tensor, dead: Tensor, config: AuxKConfig) -> Tensor:
+        """Dead latents are dead because their pre-activations are negative: they are taken before the ReLU.
+
+        Without `pre_acts`, those of the dead latents are made here.
+        """
+        if pre_acts is None:
+            active = guarded.row_topk(self.blas, x, self.W_enc, self.b_enc, config.k, dead)
+        else:
+            active = self._ops.row_topk(pre_acts, config.k, dead)
         values = self._ops.encode(x, self.W_enc, self.b_enc, active).where(dead[active.latents], 0.0)
         whole, nothing = torch.zeros_like(self.segment), torch.zeros_like(residual[:1])
         weight = config.coefficient * auxk_weight(residual, dead)

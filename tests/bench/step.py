@@ -2,6 +2,7 @@
 
 python -m tests.bench.step [S] [M] [L]              all shapes when none is named
 python -m tests.bench.step threads [S] [M] [L]      two threads beside one, by wall time
+python -m tests.bench.step guarded [S] [M] [L]      the guarded search in bfloat16 beside a product in float32
 """
 
 import statistics
@@ -17,11 +18,11 @@ from shared.process import keep_freed_memory
 from tests import reference
 from tests.bench.peer_worker import peak_mib
 from tests.bench.record import record, run
-from train.blas import addmm, faster_here
+from train.blas import addmm, faster_here, product
 from train.losses import AuxKConfig
 from train.metrics import Counters, Window
 from train.optimizer import Optimizer, OptimizerConfig
-from train.sparse_step import compiled
+from train.sparse_step import compiled, guarded
 from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
 
 B = 1024
@@ -95,9 +96,9 @@ def main() -> None:
     if sys.argv[1:2] == ["peak"]:
         peak(sys.argv[2], sys.argv[3])
         return
-    if sys.argv[1:2] == ["threads"]:
+    if sys.argv[1:2] in (["threads"], ["guarded"]):
         for shape in sys.argv[2:] or list(SHAPES):
-            threads(shape)
+            {"threads": threads, "guarded": search}[sys.argv[1]](shape)
         return
     for shape in sys.argv[1:] or list(SHAPES):
         measure(shape)
@@ -206,6 +207,39 @@ def threads(shape: str) -> None:
         figures[f"{name}: two threads over one"] = (taken[f"{name}, 1 thread"] / taken[f"{name}, 2 threads"], "times")
     d, d_sae, k = SHAPES[shape]
     record(f"threads {shape}: d {d}, d_sae {d_sae}, k {k}, B {B}", f"{LINE} threads {shape}", figures)
+
+
+def search(shape: str) -> None:
+    """A step by a guarded search and one by a product in float32, taking turns, with their products and selections."""
+    whole, low, k = setup(shape), setup(shape), SHAPES[shape][2]
+    low.model.guarded = guarded.Guarded()
+    x, W_enc, b_enc = whole.source, whole.model.W_enc.detach().clone(), whole.model.b_enc.detach().clone()
+    near, pre_acts, alone = guarded.in_bfloat16(x, W_enc, b_enc), whole.model.pre_acts(x), guarded.Guarded()
+    alone.batch_topk(whole.model.blas, x, W_enc, b_enc, k * B, True)  # so that it has a guess, as `select` has
+
+    low_x, low_W = x.bfloat16(), W_enc.T.bfloat16().T
+
+    def find() -> None:
+        guarded._rounded(x), guarded._rounded(W_enc.T)
+        alone._search(near, x, W_enc, k * B).largest(k * B)
+
+    taken = interleaved(
+        {
+            "step, float32": whole.ours,
+            "step, guarded-bfloat16": low.ours,
+            "product, float32": lambda: product(whole.model.blas, x, W_enc),
+            "product, bfloat16": lambda: low_x @ low_W,
+            "selection, float32": lambda: whole.model.select(pre_acts, 0),
+            "selection and rounding of both sides, guarded-bfloat16": find,
+        }
+    )
+    figures: dict[str, tuple[float, str]] = {name: (seconds * 1e3, "CPU-ms") for name, seconds in taken.items()}
+    ratio = taken["step, float32"] / taken["step, guarded-bfloat16"]
+    figures["step, guarded-bfloat16 over float32"] = (ratio, "times as fast")
+    units = {"search_computed": "values per selected pair", "search_again": "steps", "search_fallbacks": "steps"}
+    figures |= {name: (value, units[name]) for name, value in low.model.guarded.figures().items()}
+    d, d_sae, _ = SHAPES[shape]
+    record(f"guarded {shape}: d {d}, d_sae {d_sae}, k {k}, B {B}, one thread", f"{LINE} guarded {shape}", figures)
 
 
 def peak(shape: str, name: str) -> None:

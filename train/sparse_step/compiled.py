@@ -3,6 +3,7 @@
 Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,11 @@ def batch_topk(
     """
     floors = (float(guess), 0.0) if guess > 0 else (0.0,)
     for floor in floors:
-        found = _Found(pre_acts, pre_acts.new_full((pre_acts.shape[1],), floor))
+        found = _above(pre_acts, pre_acts.new_full((pre_acts.shape[1],), floor))
         if found.count >= n:
-            return found.largest(n)
-    return found.largest(found.count)
+            break
+    active, smallest = found.largest(min(n, found.count))
+    return active.with_values(active.values.to(pre_acts.dtype)), smallest
 
 
 def row_topk(
@@ -57,8 +59,9 @@ def above(
     thresholds: Tensor,  # [F]
 ) -> Active:
     """As `plain.above`."""
-    found = _Found(pre_acts, thresholds.to(pre_acts.dtype).expand(pre_acts.shape[1]).contiguous())
-    return found.largest(found.count)[0]
+    found = _above(pre_acts, thresholds.to(pre_acts.dtype).expand(pre_acts.shape[1]).contiguous())
+    active = found.largest(found.count)[0]
+    return active.with_values(active.values.to(pre_acts.dtype))
 
 
 def encode(
@@ -85,33 +88,53 @@ def prefix_loss(
     return fused.prefix_loss(_Arrays(), values, W_dec, base, y, active, segment, prefixes, weight)
 
 
-class _Found:
-    """What lies above a floor, in as many parts as were searched."""
+@dataclass(frozen=True)
+class Found:
+    """Pairs of a matrix of `shape` [B, F] that a search found, in as many parts as were searched."""
 
-    def __init__(self, pre_acts: Tensor, floors: Tensor) -> None:
-        rows, self._width = pre_acts.shape
-        parts = min(_PARTS, max(rows, 1))
-        searched = _array(_searched(pre_acts))
-        self._rows, self._size, self._dtype = rows, -(-rows // parts) * self._width, pre_acts.dtype
-        self._counts = np.empty(parts, np.int64)
-        self._flat = np.empty(rows * self._width, np.int64)  # pages that are not written to take no room
-        self._values = np.empty(len(self._flat), searched.dtype)
-        loops.find_above(searched, _array(_searched(floors)), self._counts, self._flat, self._values)
-        self.count = int(self._counts.sum())
+    shape: torch.Size
+    counts: Any
+    """Of each part"""
+    flat: Any
+    """Places, rising; those of part i begin at i * size"""
+    values: Any
+    """Of the same places"""
+    size: int
+
+    @property
+    def count(self) -> int:
+        """Of all parts."""
+        return int(self.counts.sum())
 
     def largest(self, n: int) -> tuple[Active, Tensor]:
         """The `n` largest, and the smallest of them; 0 for none."""
-        least = np.partition(np.concatenate(self._parts()), self.count - n)[self.count - n] if n else 0.0
-        rows, latents, starts = (torch.empty(size, dtype=torch.int64) for size in (n, n, self._rows + 1))
-        kept = torch.from_numpy(np.empty(n, self._values.dtype))
-        places = (rows, latents, kept, starts)
-        found = (self._flat, self._values, self._counts, self._size, self._width)
-        loops.keep_pairs(*found, self._values.dtype.type(least), *map(_array, places))
-        return Active(rows, latents, kept.to(self._dtype), starts, self._width), kept.new_tensor(least)
+        count, kind = self.count, self.values.dtype.type
+        least = np.partition(self.joined(self.values), count - n)[count - n] if n else 0.0
+        rows, latents, starts = (torch.empty(size, dtype=torch.int64) for size in (n, n, self.shape[0] + 1))
+        kept = torch.from_numpy(np.empty(n, kind))
+        found = (self.flat, self.values, self.counts, self.size, self.shape[1], kind(least))
+        loops.keep_pairs(*found, *map(_array, (rows, latents, kept, starts)))
+        return Active(rows, latents, kept, starts, self.shape[1]), kept.new_tensor(least)
 
-    def _parts(self) -> list[Any]:
-        counts = self._counts.tolist()
-        return [self._values[i * self._size : i * self._size + count] for i, count in enumerate(counts)]
+    def joined(self, values: Any) -> Any:
+        """What lies as `flat` does, without the room between parts."""
+        counts = self.counts.tolist()
+        return np.concatenate([values[i * self.size : i * self.size + count] for i, count in enumerate(counts)])
+
+
+def parts_of(shape: torch.Size) -> tuple[Any, int]:
+    """Room for the counts of the parts that are searched side by side, and the places of each."""
+    parts = min(_PARTS, max(shape[0], 1))
+    return np.empty(parts, np.int64), -(-shape[0] // parts) * shape[1]
+
+
+def _above(pre_acts: Tensor, floors: Tensor) -> Found:
+    searched = _array(_searched(pre_acts))
+    counts, size = parts_of(pre_acts.shape)
+    flat = np.empty(searched.size, np.int64)  # pages that are not written to take no room
+    values = np.empty(searched.size, searched.dtype)
+    loops.find_above(searched, _array(_searched(floors)), counts, flat, values)
+    return Found(pre_acts.shape, counts, flat, values, size)
 
 
 class _Arrays:

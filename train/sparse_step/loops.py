@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 Floats = NDArray[Any]
@@ -52,6 +54,88 @@ def find_above(pre_acts: Floats, floors: Floats, counts: Ints, flat: Ints, value
             for f in range(whole, width):
                 if row[f] > floors[f]:
                     flat[at], values[at] = b * width + f, row[f]
+                    at += 1
+        counts[part] = at - low * width
+
+
+@intrinsic
+def _widened(_: Any, value: Any) -> Any:
+    """The bits of a bfloat16 as a float32; a float32 as it is."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        if value != types.uint16:
+            return arguments[0]
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], word), word(16)), ir.FloatType())
+
+    return types.float32(value), generate
+
+
+@njit(**_COMPILED)
+def round_rows(rows: Floats, words: Any, bits: Any, norms: Floats, lost: Floats) -> None:
+    """Round `rows` [N, D] to the nearest bfloat16, ties to even: `bits` [N, D].
+
+    `words` are the rows' own bits, uint32. `norms` [N] and `lost` [N] get the norms of each row and of what rounding
+    took from it, which float32 holds exactly; both sums are in float64.
+    """
+    for i in prange(len(rows)):
+        whole, rest = 0.0, 0.0
+        for d in range(rows.shape[1]):
+            word = words[i, d]
+            short = np.uint16((word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+            bits[i, d] = short
+            left = np.float64(rows[i, d] - _widened(short))
+            whole += np.float64(rows[i, d]) * np.float64(rows[i, d])
+            rest += left * left
+        norms[i], lost[i] = np.sqrt(whole), np.sqrt(rest)
+
+
+@njit(**_COMPILED)
+def find_reaching(
+    products: Any,
+    bias: Floats,
+    rows: Floats,
+    columns: Floats,
+    relative: float,
+    floor: float,
+    counts: Ints,
+    flat: Ints,
+    near: Floats,
+    upper: Floats,
+) -> None:
+    """Where the upper bound of a pre-activation is not below `floor`, in as many parts of rows as `counts` has.
+
+    `products` [B, F] are float32, or the bits of bfloat16, and with `bias` [F] near the pre-activations: these are at
+    most relative * |product| + rows[0, b] * columns[0, f] + rows[1, b] * columns[1, f] + columns[2, f] above. Results
+    lie as those of `find_above`; one that is NaN is not below any floor.
+    """
+    width = products.shape[1]
+    one, two, alone = columns[0], columns[1], columns[2]
+    size = -(-len(products) // len(counts))
+    for part in prange(len(counts)):
+        whole = width // _LANE * _LANE  # here it is known not to be negative: indices are not checked for it
+        low = np.int64(min(np.int64(part) * size, np.int64(len(products))))
+        high, at = np.int64(min(low + size, np.int64(len(products)))), low * width
+        for b in range(low, high):
+            row, first, second = products[b], rows[0, b], rows[1, b]
+            for lane in range(0, whole, _LANE):
+                some = np.int32(0)
+                for f in range(lane, lane + _LANE):
+                    value = _widened(row[f])
+                    margin = relative * abs(value) + (first * one[f] + (second * two[f] + alone[f]))
+                    some |= np.int32(not (value + bias[f] + margin < floor))
+                if some:
+                    for f in range(lane, lane + _LANE):
+                        value = _widened(row[f])
+                        margin = relative * abs(value) + (first * one[f] + (second * two[f] + alone[f]))
+                        if not (value + bias[f] + margin < floor):
+                            flat[at], near[at], upper[at] = b * width + f, value + bias[f], value + bias[f] + margin
+                            at += 1
+            for f in range(whole, width):
+                value = _widened(row[f])
+                margin = relative * abs(value) + (first * one[f] + (second * two[f] + alone[f]))
+                if not (value + bias[f] + margin < floor):
+                    flat[at], near[at], upper[at] = b * width + f, value + bias[f], value + bias[f] + margin
                     at += 1
         counts[part] = at - low * width
 
