@@ -313,8 +313,9 @@ def held_out(run: Path) -> dict:
 
 def test_a_default_run_loses_nothing_to_planted_sinks(command, tmp_path: Path) -> None:
     """Sinks at position 0 and at single tokens: against a store without them, and against a run that takes them in."""
-    sinks = make_store(tmp_path / "sinks", sinks=SINKS, bos_norm=100.0, training_blocks=8)
-    plain = make_store(tmp_path / "plain", bos_norm=1.0, training_blocks=8)
+    shape = {"training_blocks": 8, "d_in": 48, "d_out": 48}
+    sinks = make_store(tmp_path / "sinks", sinks=SINKS, bos_norm=100.0, **shape)
+    plain = make_store(tmp_path / "plain", bos_norm=1.0, **shape)
     takes = ["--set", "rows.outliers=train", "--set", "rows.position_0=train"]
     lines = {"default": (sinks, []), "without": (plain, []), "taken in": (sinks, takes)}
     found = {}
@@ -326,6 +327,8 @@ def test_a_default_run_loses_nothing_to_planted_sinks(command, tmp_path: Path) -
         told = "outliers (source norm above" in done.err and "left out (rows.outliers=train takes them in)" in done.err
         assert told == (name == "default"), done.err
     assert found["default"]["fvu"] < 1.1 * found["without"]["fvu"]
+    for sunk in (found["default"]["strata"]["000-001"], found["default"]["outliers"]):
+        assert sunk["l0"] < found["default"]["l0"] < 8  # without the term that keeps latents silent there: 30 and more
     assert found["taken in"]["fvu"] > 1.3 * found["default"]["fvu"]
     assert found["default"]["outliers"]["rows"] > 0 and found["without"]["outliers"] is None
     shares = rows(tmp_path / "taken in")[-1]["strata"]

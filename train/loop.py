@@ -25,6 +25,7 @@ from train.metrics import METRICS, TIMING, Counters, Log, Window
 from train.normalisation import normalisation
 from train.optimizer import Optimizer
 from train.panel import RunPanel
+from train.quiet import Quiet
 from train.rows import BatchReader
 from train.samples.make import make_samples
 from train.samples.table import paths
@@ -70,6 +71,14 @@ class Run:
         weights = self._reader.natural_weights().to(device)
         at_0 = strata.get(POSITION_0, slice(0, 0))
         self._diversity = Diversity(self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed)
+        self._quiet = Quiet.of(
+            self._transcoder,
+            self._settings.quiet,
+            store,
+            blocks,
+            self._settings.source,
+            self._settings.rows.batch_rows,
+        )
         self._monitor = CorrelationMonitor(path, self._settings.monitor, self._transcoder, strata, self._settings.steps)
         self._counters = Counters(self._transcoder.d_sae, device)
         apart = self._reader.has_outliers
@@ -185,7 +194,8 @@ class Run:
             self._due(step + 1, every) for every in (self._settings.log_every, self._settings.evaluation.every)
         )
         output = self._transcoder.step(batch.source, batch.target, dead, self._settings.auxk, step, whole=logged)
-        whole, apart = self._diversity.value_terms(output), self._diversity.direction_terms(dead, step)
+        whole = self._diversity.value_terms(output)
+        apart = self._diversity.direction_terms(dead, step) | self._quiet.terms(step)
         lr, grad_norm = self._optimizer.step([output.loss + sum(whole.values()), *apart.values()], step)
         self._note_nan(output.loss + sum((whole | apart).values()) + grad_norm, batch.source, step)
         output = output.with_terms(whole | apart)

@@ -25,6 +25,7 @@ from train.duplicates.monitor import MonitorConfig
 from train.evaluate import EvaluationConfig
 from train.losses import AuxKConfig
 from train.optimizer import OptimizerConfig
+from train.quiet import QuietConfig
 from train.rows import Side, source_width
 from train.samples.select import SamplesConfig
 from train.saver import CheckpointConfig
@@ -65,6 +66,7 @@ class Settings(Config):
     activation: Activation = BatchTopK()
     rows: RowsConfig = RowsConfig()
     auxk: AuxKConfig = AuxKConfig()
+    quiet: QuietConfig = QuietConfig()
     diversity: DiversityConfig = DiversityConfig()
     monitor: MonitorConfig = MonitorConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -124,10 +126,9 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     blocks = settings.rows.training_blocks(store)
     rows = len(blocks) * sum(s.rows for s in store.record.plan.stored_strata)
     if settings.rows.batch_rows > rows:
-        raise UserError(
-            f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the {rows:,} rows to train on"
-        )
-    strata = training_strata(store.excluding(exclusion), blocks)
+        raise UserError(f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the {rows:,} rows to train on")
+    view = store.excluding(exclusion)
+    strata = training_strata(view, blocks)
     counts = rows_per_stratum(strata, settings.rows)
     at_0 = [n for s, n in zip(strata, counts, strict=True) if s.is_position_0]
     if settings.diversity.position.weight and not any(at_0):
@@ -166,6 +167,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
             update={
                 "transcoder": shape,
                 "activation": activation,
+                "quiet": settings.quiet.resolve(view, blocks),
                 "optimizer": settings.optimizer.resolve(settings.steps, d_in),
                 "device": device,
                 "threads": settings.threads or torch.get_num_threads(),

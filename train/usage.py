@@ -20,6 +20,7 @@ from shared.terminal import say
 from train.checkpoint import fitting
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
+from train.quiet import Quiet
 from train.samples.proof import sampled_rightly
 from train.settings import Settings
 from train.sparsity import Active
@@ -58,6 +59,7 @@ def components(settings: Settings) -> dict[str, str]:
     wanted = {
         "reconstruction": True,
         "auxk": settings.auxk.coefficient > 0,
+        "quiet": settings.quiet.weight > 0,
         "l0": isinstance(settings.activation, JumpReLU),
         "l1": isinstance(settings.activation, ReLU),
         "orthogonality": diversity.orthogonality.weight > 0,
@@ -191,6 +193,11 @@ def prove(settings: Settings) -> None:
             moved, at = _moved(terms, name, step.values), torch.isin(step.active.latents, torch.tensor(_BOS))
             if not moved[at].sum() < step.values.detach()[at].sum():
                 raise _inert(f"diversity.{name}")
+        elif name == "quiet":
+            sinks = 50 * torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+            moved = _moved(Quiet(model, settings.quiet, sinks, rows).terms(0), name, model.W_enc)
+            if not (sinks @ moved).relu().sum() < (sinks @ model.W_enc.detach()).relu().sum():
+                raise _inert(name)
         elif name == SAMPLES and not sampled_rightly(
             step.active, strata[POSITION_0].stop, _SAME[0], _BOS, settings.samples, settings.seed
         ):
