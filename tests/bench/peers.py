@@ -17,7 +17,11 @@ from tests.bench.record import ROOT, record
 from tests.bench.step import SHAPES, B
 
 PLACE = ROOT / ".venv-peers"
-PACKAGES = {"SAELens": "sae-lens==6.54.12", "dictionary_learning": "dictionary-learning", "sparsify": "eai-sparsify"}
+PACKAGES = {
+    "SAELens": "sae-lens==6.54.12",
+    "dictionary_learning": "dictionary-learning==0.1.0",
+    "sparsify": "eai-sparsify==1.3.3",
+}
 TORCH = "torch==2.13.0"
 ROUNDS = {"S": 12, "M": 8, "L": 3}
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_TOP_PAD_": str(2**26)}

@@ -25,14 +25,15 @@ from shared.store import Store
 from shared.strata import POSITION_0
 from tests.bench import peer_training
 from tests.bench.judge import Judged, Part, Rows, Weights, judge
-from tests.bench.peers import PLACE, TUNED, environment
+from tests.bench.peers import PACKAGES, PLACE, TUNED, environment
 from tests.bench.record import ROOT, run
 from train import checkpoint
+from train.compare.figures import cost_per_step
 from train.evaluate import natural_weights
 from train.loop import build_transcoder
 from train.metrics import METRICS, TIMING, Log
 from train.rows import BatchReader, Side, held_out_rows
-from train.settings import RunConfig, Settings, load_settings, resolve
+from train.settings import RunConfig, Settings, load_settings, read_config, resolve
 
 CPU = torch.device("cpu")
 
@@ -73,7 +74,7 @@ class Result(NamedTuple):
 
     judged: Judged
     seconds: float
-    """CPU time of training"""
+    """CPU time of training alone"""
 
 
 class SameRows:
@@ -157,6 +158,7 @@ def told_peer(name: str, config: RunConfig, lr: float) -> dict[str, Any]:
     trainer = peer_training.TRAINERS[name]
     return {
         "trainer": name,
+        "package": PACKAGES[name.split()[0]],
         "widths": [config.d_out] if settings.source == "target" else [config.d_in, config.d_out],
         "d_sae": shape.d_sae,
         "prefixes": shape.prefixes,
@@ -200,12 +202,19 @@ def train_ours(store: Store, sets: list[str], out: Path) -> None:
     found = load_file(checkpoint.find(path).path / checkpoint.WEIGHTS)
     kept = {name: found[name].double().numpy() for name in Weights._fields if name in found}
     assert (found["threshold"] == found["threshold"][0]).all(), "the judge has one threshold for all latents"
-    seconds = Log(path / TIMING).rows()[-1]["cpu_seconds"]
-    kept |= {"threshold": kept["threshold"][0], "seconds": seconds, "said": last(path)["held_out"]["fvu"]}
+    kept |= {"threshold": kept["threshold"][0], "seconds": cpu_seconds(path), "said": last(path)["held_out"]["fvu"]}
     partial_ = out.with_name(f"partial-{out.name}")
     np.savez(partial_, **kept)
     partial_.replace(out)
     shutil.rmtree(path)
+
+
+def cpu_seconds(path: Path) -> float:
+    """CPU time of a run's steps without compiling and evaluating; of one too short to tell, of all it did."""
+    settings = read_config(path).settings
+    per_step, _ = cost_per_step(path, settings)
+    whole: float = Log(path / TIMING).rows()[-1]["cpu_seconds"]
+    return per_step * settings.steps / 1e3 if per_step else whole
 
 
 def train_peer(store: Store, config: RunConfig, told: dict[str, Any], out: Path) -> None:
