@@ -32,9 +32,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shared.store import Store
-from tests.bench.peer_training import TRAINERS
-from tests.bench.peers import PLACE, TUNED, environment
-from tests.bench.record import ROOT, record, run
+from tests.bench import peer_training
+from tests.bench.peers import PLACE, TUNED, environment, others
+from tests.bench.record import ROOT, record, run, sized
+from tests.runs import SMALL
 from train import checkpoint
 from train.evaluate import natural_weights
 from train.rows import BatchReader, held_out_rows
@@ -43,6 +44,7 @@ from train.settings import RunConfig, read_config
 LIMIT = 0.005
 """Relative difference of fvu that still counts as the same answer."""
 CPU = torch.device("cpu")
+TRAINERS = others(peer_training.TRAINERS)
 
 
 class Weights(NamedTuple):
@@ -72,7 +74,7 @@ def main() -> None:
     """Measure the parts that are named, or both, and record."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.same_answer")
     parser.add_argument("store", type=Path)
-    parser.add_argument("parts", nargs="*", choices=["reference", "peers"], default=["reference", "peers"])
+    parser.add_argument("parts", nargs="*", choices=[[], "reference", "peers"], default=[])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3], help="learning rates for everyone")
@@ -83,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     line = f"python -m tests.bench.same_answer STORE {{}} --steps {options.steps}"
     for part, measure in (("reference", reference), ("peers", peers)):
-        if part not in options.parts:
+        if options.parts and part not in options.parts:
             continue
         with tempfile.TemporaryDirectory() as folder:
             figures = measure(options, Path(folder))
@@ -101,7 +103,7 @@ def train(store: Path, runs: Path, name: str, steps: int, *assignments: str) -> 
     """A run of the preset `tiny` with its warm-ups shortened as the run is."""
     warmups = f"activation.k_warmup_steps={steps // 7}", f"optimizer.warmup_steps={min(100, steps // 20)}"
     settings = (*warmups, f"evaluation.every={steps}", *assignments)
-    sets = [part for setting in settings for part in ("--set", setting)]
+    sets = [part for setting in settings for part in ("--set", setting)] + sized([], SMALL)
     command = ("train", "run", "tiny", "--store", store, "--runs", runs, "--name", name, "--steps", steps, *sets)
     run(sys.executable, "-m", *command)
     return runs / name
