@@ -6,18 +6,14 @@ from pathlib import Path
 
 from train import checkpoint
 
-SMALL = [
-    "--set",
-    "transcoder.d_sae=64",
-    "--set",
-    "activation.k=6",
-    "--set",
-    "activation.k_start=6",
-    "--set",
-    "rows.batch_rows=48",
-    "--set",
-    "threads=1",
-]
+VALUES = {
+    "transcoder.d_sae": 64,
+    "activation.k": 6,
+    "activation.k_start": 6,
+    "rows.batch_rows": 48,
+    "threads": 1,
+}
+SMALL = [part for key, value in VALUES.items() for part in ("--set", f"{key}={value}")]
 
 
 @dataclass

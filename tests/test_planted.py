@@ -12,7 +12,7 @@ SHAPE = Shape(d=24, latents=60, active=4.0, pairs=6, noise=0.0)
 
 
 def test_rows_are_sums_of_true_directions(tmp_path: Path) -> None:
-    store = planted_store(tmp_path / "store", SHAPE, blocks=2, block_sequences=16)
+    store = planted_store(tmp_path / "store", SHAPE, blocks=2, windows=16)
     again, truth = Planted(SHAPE), SHAPE.truth(0)
     strata = make_strata(store.record.request)
     read = dict.fromkeys((s.name for s in strata), 0)

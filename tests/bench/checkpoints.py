@@ -10,19 +10,23 @@ the training's thread (calibration, the copy) and beside it (writing, checksums)
 import argparse
 import json
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-from tests.bench.record import ROOT, record
+from tests.bench.record import record, run, sized
+from tests.runs import VALUES
 
-STEPS, EVERY = 500, 125
+STEPS, EVERY = sized((500, 125), (12, 4))
 ARMS = {"beside training": "true", "training waits": "false"}
 OPTIONS = ["samples.rows=0", "threads=1", "steps=7000", f"checkpoint.every={EVERY}"]
+OPTIONS += sized([], [f"log_every={EVERY}", *(f"{key}={value}" for key, value in VALUES.items())])
+D_SAE, D = sized((18_432, 2_304), (256, 64))
+"""Of the large checkpoint: a layer of Gemma 2 2B."""
 
 
 def main() -> None:
@@ -43,9 +47,8 @@ def compare(store: str) -> None:
     """Both arms."""
     figures: dict[str, tuple[float, str]] = {}
     for arm in ARMS:
-        command = [sys.executable, "-m", "tests.bench.checkpoints", store, "--arm", arm]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+        done = run(sys.executable, "-m", "tests.bench.checkpoints", store, "--arm", arm)
+        found = json.loads(done.out.splitlines()[-1])
         print(arm, found, file=sys.stderr)
         per_step = (found["run"] - found["inside"] - found["beside"]) / STEPS
         figures |= {
@@ -96,13 +99,19 @@ def worker(store: str, arm: str) -> dict[str, float]:
         return real(self, done)
 
     real = loop.Run._step
-    loop.Run._checkpoint, Saver._try, loop.Run._step = inside, beside, step  # type: ignore[method-assign]
     raw = load_settings("tiny", None, [*OPTIONS, f"checkpoint.background={ARMS[arm]}"])
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder, "run")
-        with suppress(Stopped):
-            commands.start(Store.open(Path(store)), build(Settings, raw, "bench"), run, None, force=False)
-        row = next(row for row in Log(run / TIMING).rows() if row["step"] == STEPS)
+        path = Path(folder, "run")
+        with ExitStack() as stack:
+            for place, name, measured in (
+                (loop.Run, "_checkpoint", inside),
+                (Saver, "_try", beside),
+                (loop.Run, "_step", step),
+            ):
+                stack.enter_context(patch.object(place, name, measured))
+            stack.enter_context(suppress(Stopped))
+            commands.start(Store.open(Path(store)), build(Settings, raw, "bench"), path, None, force=False)
+        row = next(row for row in Log(path / TIMING).rows() if row["step"] == STEPS)
         return found | {"run": row["cpu_seconds"]}
 
 
@@ -113,10 +122,9 @@ def large() -> None:
     from train import checkpoint
     from train.saver import CheckpointConfig, Saver
 
-    d_sae, d = 18_432, 2_304
-    weights = {name: torch.randn(d_sae, d) for name in ("W_enc", "W_dec")}
-    optimizer = {f"{name}.{kind}": torch.randn(d_sae, d) for name in weights for kind in ("exp_avg", "exp_avg_sq")}
-    size, held, whole = 12 * 2 * d_sae * d, {}, {}
+    weights = {name: torch.randn(D_SAE, D) for name in ("W_enc", "W_dec")}
+    optimizer = {f"{name}.{kind}": torch.randn(D_SAE, D) for name in weights for kind in ("exp_avg", "exp_avg_sq")}
+    size, held, whole = 12 * 2 * D_SAE * D, dict[str, float](), dict[str, float]()
     with tempfile.TemporaryDirectory() as folder:
         for name, background in (("beside training", True), ("training waits", False)):
             config = CheckpointConfig(background=background, keep_last=1, reserve=False)
@@ -127,7 +135,7 @@ def large() -> None:
             whole[name] = time.perf_counter() - began
             taken = sum(file.stat().st_size for file in checkpoint.folder(Path(folder), 1).iterdir())
     record(
-        "one checkpoint, d_sae 18,432, d 2,304",
+        f"one checkpoint, d_sae {D_SAE:,}, d {D:,}",
         "python -m tests.bench.checkpoints large",
         {"size": (taken, "bytes")}
         | {f"training held up, {name}": (seconds, "s") for name, seconds in held.items()}

@@ -20,7 +20,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.bench.record import ROOT, record, run
+from tests.bench.record import ROOT, SMOKE, record, run, sized
+from tests.llms import SMALL
+from tests.runs import VALUES
 from train.compare.arms import Comparison
 from train.compare.table import print_comparison
 
@@ -44,6 +46,9 @@ SETTINGS: dict[str, tuple[list[str], dict[str, float]]] = {
     ),
 }
 """What the harvest is told, and what all runs are."""
+HARVEST = ["--cache", str(SMOKE / "cache"), "--tokens", "1536", *SMALL] if SMOKE else []
+TINY: dict[str, float] = sized({}, {"steps": 20, "activation.k_warmup_steps": 5, **VALUES})
+"""Of every run, before what its arm is."""
 SHOWN = {
     "fvu": "",
     "live": "latents",
@@ -69,7 +74,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["baseline", "ortsae", "full"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=Path("runs/diversity"))
+    parser.add_argument("--folder", type=Path, default=(SMOKE or Path("runs")) / "diversity")
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
     os.environ |= {f"{pool}_NUM_THREADS": "1" for pool in ("OMP", "MKL", "OPENBLAS", "NUMBA")}
@@ -88,10 +93,11 @@ def experiment(setting: str, options: argparse.Namespace) -> Comparison:
     python = [sys.executable, "-m"]
     harvest, _ = SETTINGS[setting]
     told = [part for assignment in harvest for part in ("--set", assignment)]
-    store = run(*python, "harvest", "run", "tiny", *told).out.splitlines()[-1]
-    wanted = [(arm, seed) for seed in range(options.seeds) for arm in options.arms]
+    store = run(*python, "harvest", "run", "tiny", *HARVEST, *told).out.splitlines()[-1]
+    wanted: list[tuple[str, int]] = [(arm, seed) for seed in range(options.seeds) for arm in options.arms]
     with ThreadPoolExecutor(options.jobs) as pool:
-        runs = list(pool.map(lambda one: train(store, setting, *one, options.folder), wanted))
+        at_once = pool.map if options.jobs > 1 else map
+        runs = list(at_once(lambda one: train(store, setting, one[0], one[1], options.folder), wanted))
     by_arm = sorted(runs, key=lambda path: options.arms.index(path.name.split("-")[1]))
     return Comparison.model_validate_json(run(*python, "train", "compare", *by_arm, "--json").out)
 
@@ -99,14 +105,10 @@ def experiment(setting: str, options: argparse.Namespace) -> Comparison:
 def train(store: str, setting: str, arm: str, seed: int, folder: Path) -> Path:
     """The finished run of one arm and seed."""
     path = folder / f"{setting}-{arm}-{seed}"
-    done = (ROOT / path / "checkpoints" / f"step-{SETTINGS[setting][1]['steps']:06d}").exists()
+    shape = SETTINGS[setting][1] | TINY
+    done = (ROOT / path / "checkpoints" / f"step-{shape['steps']:06d}").exists()
     if not (ROOT / path / "config.json").exists():
-        values = (
-            {"threads": 1, "seed": seed, "checkpoint.keep_last": 1, "samples.rows": 0}
-            | SETTINGS[setting][1]
-            | OFF
-            | ARMS[arm]
-        )
+        values = {"threads": 1, "seed": seed, "checkpoint.keep_last": 1, "samples.rows": 0} | shape | OFF | ARMS[arm]
         told = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
         run(
             sys.executable, "-m", "train", "run", "tiny", "--store", store, "--runs", folder, "--name", path.name, *told
@@ -118,7 +120,7 @@ def train(store: str, setting: str, arm: str, seed: int, folder: Path) -> Path:
 
 def describe(setting: str) -> str:
     """What its runs are, in words."""
-    values = SETTINGS[setting][1]
+    values = SETTINGS[setting][1] | TINY
     return f"d_sae {values['transcoder.d_sae']:,}, {values['steps']:,} steps of 1,024"
 
 

@@ -13,23 +13,21 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numba
 import numpy as np
 import torch
 
-from shared.process import keep_freed_memory
 from shared.strata import POSITION_0
-from tests.bench.record import record, run
-from tests.bench.step import AUXK, SHAPES, B, Setup, setup
+from tests.bench.record import record, run, sized
+from tests.bench.step import AUXK, SHAPES, B, Setup, one_thread, setup
 from train.blas import faster_here
 from train.duplicates.diversity import Diversity, DiversityConfig
 from train.duplicates.monitor import CorrelationMonitor, MonitorConfig
 from train.sparsity import Active
 from train.transcoder import BatchTopK, Normalisation, Step, Transcoder, TranscoderConfig
 
-REPORTS = {4096: (32, 128, 1), 18432: (48, 2304, 1), 131072: (64, 4096, 8)}
+REPORTS = sized({4096: (32, 128, 1), 18432: (48, 2304, 1), 131072: (64, 4096, 8)}, {128: (4, 16, 1)})
 """By d_sae: active latents per row, d_out, and of which part of the latents all decoder rows are scanned: one in n."""
-REPEATS = {"S": 21, "M": 11, "L": 7}
+REPEATS = sized({"S": 21, "M": 11, "L": 7}, {"S": 2})
 BOS = 4
 """Rows of a batch at position 0."""
 STRATA = {POSITION_0: slice(0, BOS), "001-256": slice(BOS, B)}
@@ -37,6 +35,8 @@ GROUP, CENTRE = 8, 0.8
 """Decoder rows lie in groups of 8 around centres, whose cosines are about 0.4: some thousand pairs above the margin."""
 TINY = 1e-6
 """Weight of the terms that are measured: latents stay where they are."""
+MONITORED, EVERY = sized(8192, 512), 100
+"""Rows of a report's sample, and steps between reports."""
 TERMS = ("orthogonality", "mined", "co_activation", "position")
 EXACT = "MALLOC_MMAP_THRESHOLD_=65536"
 """Freed memory goes back at once, so that a peak is what was needed, and not what was there."""
@@ -45,25 +45,24 @@ LINE = "python -m tests.bench.duplicates"
 
 def main() -> None:
     """Measure what the command line names, and record."""
-    torch.set_num_threads(1)
-    numba.set_num_threads(1)
-    keep_freed_memory()
     match sys.argv[1:]:
         case ["child", d_sae]:
+            one_thread()
             print(json.dumps(report_costs(int(d_sae))))
         case ["report", *widths]:
-            for d_sae in map(int, widths or REPORTS):
-                k, d_out, part = REPORTS[d_sae]
-                done = run("env", EXACT, sys.executable, "-m", "tests.bench.duplicates", "child", d_sae)
+            for width in map(int, widths or REPORTS):
+                k, d_out, part = REPORTS[width]
+                done = run("env", EXACT, sys.executable, "-m", "tests.bench.duplicates", "child", width)
                 figures = {name: (value, unit) for name, (value, unit) in json.loads(done.out).items()}
                 of = f", of every {part}th decoder row" if part > 1 else ""
-                title = f"report: d_sae {d_sae:,}, k {k}, d_out {d_out:,}, 8,192 rows{of}, one thread"
+                title = f"report: d_sae {width:,}, k {k}, d_out {d_out:,}, {MONITORED:,} rows{of}, one thread"
                 show(title, figures)
-                record(title, f"{LINE} report {d_sae}", figures)
+                record(title, f"{LINE} report {width}", figures)
         case ["terms", *shapes]:
+            one_thread()
             for shape in shapes or SHAPES:
-                d, d_sae, k = SHAPES[shape]
-                title = f"diversity {shape}: d {d}, d_sae {d_sae}, k {k}, B {B}, one thread"
+                d, width, k = SHAPES[shape]
+                title = f"diversity {shape}: d {d}, d_sae {width}, k {k}, B {B}, one thread"
                 figures = term_costs(shape)
                 show(title, figures)
                 record(title, f"{LINE} terms {shape}", figures)
@@ -87,7 +86,7 @@ def report_costs(d_sae: int) -> dict[str, tuple[float, str]]:
     model = Transcoder(1, d_out, TranscoderConfig(d_sae=d_sae).resolve(1, activation), activation, still)
     model.blas = faster_here()
     group_decoder_rows(model)
-    config, rng = MonitorConfig(every=100), np.random.default_rng(0)
+    config, rng = MonitorConfig(every=EVERY, rows=MONITORED), np.random.default_rng(0)
     steps = [step_of(sample(rng, d_sae, k), model) for _ in range(-(-config.rows // B))]
     all_dead, some_dead = torch.ones(d_sae, dtype=torch.bool), torch.arange(d_sae) % part > 0
     figures: dict[str, tuple[float, str]] = {}
@@ -96,12 +95,12 @@ def report_costs(d_sae: int) -> dict[str, tuple[float, str]]:
         seconds = []
         for _ in range(repeats):
             with tempfile.TemporaryDirectory() as folder:
-                monitor = CorrelationMonitor(Path(folder), config, model, STRATA, config.every)
+                monitor = CorrelationMonitor(Path(folder), config, model, STRATA, EVERY)
                 for i, step in enumerate(steps):
-                    monitor.add(step, config.every - len(steps) + 1 + i)
+                    monitor.add(step, EVERY - len(steps) + 1 + i)
                 start = forget_peak()
                 began = time.process_time()
-                found = monitor.report(config.every, dead)
+                found = monitor.report(EVERY, dead)
                 seconds.append(time.process_time() - began)
         taken[name] = statistics.median(seconds)
         figures[f"{name}: peak beyond the start"] = (memory("VmHWM") - start, "MiB")
@@ -202,20 +201,20 @@ def term_costs(shape: str) -> dict[str, tuple[float, str]]:
     parts["all"] = step(diversity(made, **dict.fromkeys(TERMS, TINY)), 1)
     taken = beside(off, parts, REPEATS[shape])
     whole, extra = taken["off"], taken
-    config = MonitorConfig(every=100)
+    config = MonitorConfig(every=EVERY, rows=MONITORED)
     watching = monitor_costs(made, config)
     looks = -(-config.rows // B)
     figures: dict[str, tuple[float, str]] = {"step without": (whole * 1e3, "CPU-ms")}
     figures |= {f"{name}: one step beside one without": (extra[name] * 1e3, "CPU-ms") for name in parts}
     figures |= {f"monitor: {name}": (seconds * 1e3, "CPU-ms") for name, seconds in watching.items()}
     figures["pairs mined"], figures["steps between scans"] = (pairs, "pairs"), (scans, "steps")
-    scan_steps = max(scans, config.every)
+    scan_steps = max(scans, EVERY)
     share = {
         "orthogonality": extra["chunk"] / every,
         "mined": extra["mined"] + max(extra["scan"] - extra["mined"], 0) / scans,
         "co_activation": extra["co_activation"],
         "position": extra["position"],
-        "monitor": (looks * watching["batch of the sample"] + watching["counting"]) / config.every
+        "monitor": (looks * watching["batch of the sample"] + watching["counting"]) / EVERY
         + watching["scan"] / scan_steps,
     }
     figures |= {f"share of a step: {name}": (100 * seconds / whole, "%") for name, seconds in share.items()}
@@ -238,10 +237,10 @@ def monitor_costs(made: Setup, config: MonitorConfig) -> dict[str, float]:
     for _ in range(5):
         for name, dead in (("counting", torch.ones_like(made.dead)), ("report", made.dead)):
             with tempfile.TemporaryDirectory() as folder:
-                monitor = CorrelationMonitor(Path(folder), config, made.model, STRATA, config.every)
+                monitor = CorrelationMonitor(Path(folder), config, made.model, STRATA, EVERY)
                 for i, one in enumerate(steps):
-                    timed("batch of the sample", partial(monitor.add, one, config.every - len(steps) + 1 + i))
-                timed(name, partial(monitor.report, config.every, dead))
+                    timed("batch of the sample", partial(monitor.add, one, EVERY - len(steps) + 1 + i))
+                timed(name, partial(monitor.report, EVERY, dead))
     found = {name: statistics.median(seconds) for name, seconds in taken.items()}
     return {name: found[name] for name in ("batch of the sample", "counting")} | {
         "scan": found["report"] - found["counting"]

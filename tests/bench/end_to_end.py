@@ -27,11 +27,15 @@ from typing import NamedTuple
 from harvest.corpus import open_corpus
 from harvest.embedded import MODEL_FOLDER
 from harvest.settings import TextSettings
+from tests.bench.peer_worker import STAND_IN
 from tests.bench.peers import TUNED, environment
-from tests.bench.record import ROOT, Finished, record, run
+from tests.bench.record import ROOT, Finished, record, run, sized
+from tests.llms import SMALL as SMALL_HARVEST
+from tests.runs import SMALL
 
-RUNS = 5
-ROWS, MOST_TOKENS = 1024, 1_200_000
+RUNS = sized(5, 2)
+ROWS, MOST_TOKENS = 1024, sized(1_200_000, 1_536)
+PEER = sized("SAELens", STAND_IN)
 HOOK = "model.layers.8.post_feedforward_layernorm"
 """Transformers' name of the module whose output is `blocks.8.hook_mlp_out`."""
 SHAPE = {"d": 128, "d_sae": 4096, "k": 32, "prefixes": [256, 512, 1024, 2048, 4096], "context_size": 256, "rows": ROWS}
@@ -56,13 +60,13 @@ class Cost(NamedTuple):
 def main() -> None:
     """Measure ours, then theirs, and record."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.end_to_end")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=sized(400, 20))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--live", type=int, default=1, choices=range(1, RUNS + 1), help="live runs that are timed")
     parser.add_argument("--no-at-once", action="store_true", help="leave out five runs on one LLM")
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
-    environment("SAELens")
+    environment(PEER)
     os.environ |= {f"{pool}_NUM_THREADS": str(options.threads) for pool in ("OMP", "MKL", "OPENBLAS", "NUMBA")}
     with tempfile.TemporaryDirectory() as folder:
         figures = compare(options, Path(folder))
@@ -109,10 +113,18 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, tuple[float
 def ours(options: argparse.Namespace, scratch: Path) -> tuple[Finished, list[Finished]]:
     """A harvest and five runs."""
     cache, tokens = scratch / "cache", min(MOST_TOKENS, options.steps * ROWS)
-    workers = ("--tokens", tokens, "--set", f"workers={options.threads}")
+    workers = ("--tokens", tokens, "--set", f"workers={options.threads}", *sized([], SMALL_HARVEST))
     harvest = run(sys.executable, "-m", "harvest", "run", "tiny", "--cache", cache, *workers)
     train = (sys.executable, "-m", "train", "run", "tiny", "--store", harvest.out.splitlines()[-1])
-    settings = ("--runs", scratch / "runs", "--steps", options.steps, "--set", f"threads={options.threads}")
+    settings = (
+        "--runs",
+        scratch / "runs",
+        "--steps",
+        options.steps,
+        "--set",
+        f"threads={options.threads}",
+        *sized([], SMALL),
+    )
     return harvest, [run(*train, *settings, "--seed", seed) for seed in range(RUNS)]
 
 
@@ -128,10 +140,11 @@ def live(options: argparse.Namespace, text: Path, count: int, out: Path) -> Fini
     """One process of SAELens, for `count` autoencoders."""
     out.mkdir()
     told = {"text": str(text), "model": str(MODEL_FOLDER), "hook": HOOK, "count": count, "out": str(out)}
+    told |= {"stand_in": PEER == STAND_IN}
     told |= {"steps": options.steps, "threads": options.threads, **SHAPE}
     settings = TUNED | {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     env = ("env", *(f"{name}={value}" for name, value in settings.items()))
-    return run(*env, environment("SAELens"), "-I", ROOT / "tests/bench/live_worker.py", json.dumps(told))
+    return run(*env, environment(PEER), "-I", ROOT / "tests/bench/live_worker.py", json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -30,13 +30,20 @@ from shared.config import build, load_preset, override
 from shared.layout import block_bytes, store_specs
 from shared.packed import LEVEL
 from shared.store import Store
-from tests.bench.record import record, run
+from tests.bench.record import record, run, sized
 from tests.llms import make_gemma, texts, write_jsonl
 
-REPEATS = 3
-SPEED_REPEATS, SPEED_BLOCKS, NAIVE_BATCH = 8, 2, 32
+REPEATS = sized(3, 1)
+SPEED_REPEATS, SPEED_BLOCKS, NAIVE_BATCH = sized((8, 2, 32), (1, 1, 1))
+WINDOWS = sized(256, 2)
+WIDE = sized(2304, 64)
+"""The width of Gemma 2 2B."""
+MEMORY = sized(((1, 32, 98_304), (26, 256, 12_288)), ((1, 1, 512), (2, 1, 512)))
+"""Layers, windows per block at most, and tokens of harvests whose memory is measured."""
+TEXTS = sized(8_000, 80)
 BARE = "forward only"
 LINE = "python -m tests.bench.harvest"
+BLOCK, ONE_BLOCK = f"store.block_sequences={WINDOWS}", f"tokens={WINDOWS * 256}"
 
 
 def main() -> None:
@@ -51,7 +58,7 @@ def main() -> None:
 def planned(folder: Path, name: str, *assignments: str) -> tuple[Target, pipeline.Inputs, Settings]:
     """A store with its tokens on disk and no block yet; nothing held out."""
     given = {"label": "bench", **load_preset(PRESETS, "tiny", None)}
-    settings = build(Settings, override(given, ["store.held_out_blocks=0", *assignments]), "bench")
+    settings = build(Settings, override(given, ["store.held_out_blocks=0", BLOCK, *assignments]), "bench")
     inputs = pipeline.identify(settings)
     request = inputs.requests[0]
     pipeline.prepare([Target(path=folder / name, request=request)], inputs, settings, force=True)
@@ -63,7 +70,7 @@ def speed(folder: Path) -> None:
 
     The parts take turns, each time in another order; a ratio is of two parts of one round.
     """
-    tokens = f"tokens={SPEED_BLOCKS * 256 * 256}"
+    tokens = f"tokens={SPEED_BLOCKS * WINDOWS * 256}"
     target, inputs, _ = planned(folder, "0", tokens)
     request, cores = target.request, Ranks().cores
     widths = pipeline.hook_widths([target], inputs)
@@ -136,15 +143,15 @@ def whole(target: Target, capture: Capture, widths: dict[str, int], batch: int) 
 
 def writing(folder: Path) -> None:
     """Committing blocks of width 2,304 against plain writes of the same bytes, each file with fsync."""
-    target, _, _ = planned(folder, "w", "tokens=65536", "store.unembedding=false")
+    target, _, _ = planned(folder, "w", ONE_BLOCK, "store.unembedding=false")
     request, rng = target.request, np.random.default_rng(0)
     windows = plan.read_block(target, 0)
     layout = block_layout(request, target.strata, windows, 0, ())
-    widths = dict.fromkeys((request.source_hook, request.target_hook), 2304)
+    widths = dict.fromkeys((request.source_hook, request.target_hook), WIDE)
     buffers = fitting_buffers({}, widths, len(layout.rows), "bfloat16")
     for rows in buffers.values():
         rows[:] = torch.from_numpy(rng.normal(size=rows.shape).astype(np.float32)).bfloat16().view(torch.uint16).numpy()
-    size = block_bytes(store_specs(request, target.strata, 2304, 2304))
+    size = block_bytes(store_specs(request, target.strata, WIDE, WIDE))
     found: dict[str, list[float]] = {"plain": [], "commit": []}
     for repeat in range(REPEATS):
         seconds = timed(lambda: plain_writes(folder / f"plain{repeat}", target, buffers))  # noqa: B023
@@ -177,7 +184,7 @@ def plain_writes(folder: Path, target: Target, buffers: dict[str, np.ndarray]) -
 
 def packing(folder: Path) -> None:
     """Blosc on the activations of a block of the embedded model: the codec of `pack` beside other settings of it."""
-    target, _, settings = planned(folder, "p", "tokens=65536", "store.unembedding=false")
+    target, _, settings = planned(folder, "p", ONE_BLOCK, "store.unembedding=false")
     pipeline.harvest(settings, folder / "cache")
     store = Store.open(folder / "cache" / target.request.folder)
     rows = store.strata["064-256"]
@@ -208,9 +215,9 @@ def timed(part: Callable[[], object]) -> float:
 
 def memory(folder: Path) -> None:
     """Peak memory at the width of Gemma 2 2B, of one layer and of 26 at once, beyond two blocks and the model."""
-    text = write_jsonl(folder / "text.jsonl", [{"text": one} for one in texts(8_000)])
-    for layers, windows, tokens in ((1, 32, 98_304), (26, 256, 12_288)):
-        sizes = {"hidden_size": 2304, "num_hidden_layers": layers + 1, "sliding_window": 512}
+    text = write_jsonl(folder / "text.jsonl", [{"text": one} for one in texts(TEXTS)])
+    for layers, windows, tokens in MEMORY:
+        sizes = {"hidden_size": WIDE, "num_hidden_layers": layers + 1, "sliding_window": 512}
         model = make_gemma(folder / f"model{layers}", **sizes)
         base = run(sys.executable, "-c", LOAD, model, layers).peak_mib
         names = [f"--layer={layer}" for layer in range(1, layers + 1)]

@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import torch
 
-from tests.bench.record import record
+from tests.bench.record import record, sized
 from train.sparse_step import compiled, plain
 from train.sparsity import offsets
 
-B, D, F, K, PREFIXES = 1024, 128, 4096, 32, (256, 512, 1024, 2048, 4096)
-REPEATS = 15
+B, D, F, K = sized((1024, 128, 4096, 32), (64, 16, 128, 4))
+PREFIXES = tuple(F // n for n in (16, 8, 4, 2, 1))
+REPEATS = sized(15, 2)
 
 
 def main() -> None:

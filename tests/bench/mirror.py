@@ -16,18 +16,22 @@ import time
 from pathlib import Path
 
 from shared import durable
-from tests.bench.record import record
-from tests.mirrors import core, environment, files, marked, trainer
+from tests.bench.record import SMOKE, record, sized
+from tests.mirrors import core, environment, files, paused_while_mirrored, trainer
 from tests.stores import make_store
-from train.mirror.process import SECONDS
+from train.mirror import process
 
-D, BLOCKS, STEPS, WARM, ROUNDS = 64, 8, 800, 100, 2
+D, BLOCKS, WINDOWS, STEPS, WARM, ROUNDS = sized((64, 8, 256, 800, 100, 2), (16, 3, 4, 40, 5, 1))
+D_SAE, ROWS = sized((1024, 512), (64, 64))
+WAIT: dict[str, float] = sized({}, {"with": 60.0, "stopped": 2.0})
+"""By kind, how long the trainer waits for its mirror at its end, if not as long as by default."""
+SPACE = sized(2**30, 2**20)
 LINE = "python -m tests.bench.mirror"
 KINDS = {"without": "no mirror", "with": "mirror", "stopped": "mirror, wandb's process stopped"}
 OPTIONS = ("--steps", STEPS, "--set", "log_every=1", "--set", f"evaluation.every={STEPS}", "--set", "samples.rows=0",
            "--set", f"checkpoint.every={STEPS}", "--set", "monitor.every=0", "--set", "diversity.mined.weight=0",
            "--set", "diversity.co_activation.weight=0", "--set", "activation.k_start=32",
-           "--set", "transcoder.d_sae=1024", "--set", "rows.batch_rows=512")  # fmt: skip
+           "--set", f"transcoder.d_sae={D_SAE}", "--set", f"rows.batch_rows={ROWS}")  # fmt: skip
 
 
 def main() -> None:
@@ -35,9 +39,9 @@ def main() -> None:
     steps: dict[str, list[float]] = {kind: [] for kind in KINDS}
     totals: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
-        durable.require_space(Path(folder), 2**30, "the bench's store")
+        durable.require_space(Path(folder), SPACE, "the bench's store")
         store = make_store(Path(folder, "store"), d_in=D, d_out=D, training_blocks=BLOCKS, context_size=256,
-                           edges=(0, 1, 4, 16, 64), keep={0: 0.0625}, block_sequences=256)  # fmt: skip
+                           edges=(0, 1, 4, 16, 64), keep={0: 0.0625}, block_sequences=WINDOWS)  # fmt: skip
         for i in range(ROUNDS):
             for kind in KINDS:
                 found, total = measure(store.path, Path(folder), f"{kind}-{i}", kind)
@@ -54,8 +58,8 @@ def main() -> None:
         figures[f"whole command, {name}"] = (statistics.median(totals[kind]), "s")
     for kind in ("with", "stopped"):
         figures[f"median step, {KINDS[kind]}, by that without"] = (median[kind] / median["without"], "x")
-    figures["bound of the wait at the end"] = (SECONDS, "s")
-    record("mirror: every step logged, d 64, 1,024 latents, 512 rows", LINE, figures)
+    figures["bound of the wait at the end"] = (process.SECONDS, "s")
+    record(f"mirror: every step logged, d {D}, {D_SAE:,} latents, {ROWS} rows", LINE, figures)
 
 
 def measure(store: Path, folder: Path, name: str, kind: str) -> tuple[list[float], float]:
@@ -63,17 +67,21 @@ def measure(store: Path, folder: Path, name: str, kind: str) -> tuple[list[float
     options = ("--wandb",) if kind != "without" else ()
     began = time.monotonic()
     done = trainer("run", "tiny", "--store", store, "--runs", folder, "--name", name, *OPTIONS, *options,
-                   seconds=SECONDS, env=environment(folder))  # fmt: skip
+                   seconds=WAIT.get(kind, process.SECONDS), env=environment(folder))  # fmt: skip
     if kind == "stopped":
+        if SMOKE:  # the steps are too few to wait for it
+            paused_while_mirrored(done, folder / name)
         while not files(folder / name):
             if done.poll() is not None:
                 sys.exit(f"the training ended before its mirror began: {done.communicate()[1]}")
             time.sleep(0.01)
         os.kill(core(folder / name), signal.SIGSTOP)
+        done.send_signal(signal.SIGCONT)
     _, err = done.communicate()
     total = time.monotonic() - began
-    if done.returncode or marked(folder / name):
-        sys.exit(f"{name}: exit code {done.returncode}, left behind {marked(folder / name)}: {err}")
+    left = process.marked(folder / name)
+    if done.returncode or left:
+        sys.exit(f"{name}: exit code {done.returncode}, left behind {left}: {err}")
     if ("did not finish" in err) != (kind == "stopped"):
         sys.exit(f"{name}: {err}")
     seconds = [json.loads(line)["seconds"] for line in (folder / name / "timing.jsonl").read_text().splitlines()]

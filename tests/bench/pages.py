@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.bench.record import ROOT, record, run
+from tests.bench.record import ROOT, SMOKE, record, run, sized
 from tests.browser import open_page
 from train.settings import read_config
 
-PICTURES = ROOT / "docs" / "images"
-_TIMES = 5
+PICTURES = (SMOKE or ROOT / "docs") / "images"
+_TIMES = sized(5, 1)
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def painted(path: Path) -> float:
     """From the address to the first paint, which has the verdict: it stands before all scripts."""
     with opened(path) as page:
         drawn(page)
-        return page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1000
+        return float(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")) / 1000
 
 
 def from_list(path: Path) -> float:
@@ -115,7 +115,7 @@ def shown(page: Any) -> None:
 
 def pictures(path: Path) -> None:
     """Of the report's beginning, and of a latent that the report links to first."""
-    PICTURES.mkdir(exist_ok=True)
+    PICTURES.mkdir(parents=True, exist_ok=True)
     with open_page(path / "report.html", width=1180, height=760) as page:
         drawn(page)
         page.screenshot(path=PICTURES / "report.png")

@@ -208,7 +208,30 @@ def _pairs_model(batches: Batches) -> Any:
     return Model()
 
 
+def stand_in(settings: dict[str, Any], batches: Batches) -> Trained:
+    """A plain BatchTopK autoencoder, which needs no other package: for showing that a bench runs."""
+    (d,), d_sae, lr = settings["widths"], settings["d_sae"], settings["lr"]
+    encoder, decoder = torch.nn.Linear(d, d_sae), torch.nn.Linear(d_sae, d)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=lr)
+    least = torch.zeros(())
+    for (x,) in batches:
+        pre_acts = encoder(x)
+        least = pre_acts.detach().flatten().topk(settings["k"] * len(x)).values[-1].clamp_min(0)
+        (decoder(pre_acts * (pre_acts > least)) - x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folded = {
+        "W_enc": encoder.weight.T,
+        "b_enc": encoder.bias,
+        "W_dec": decoder.weight.T,
+        "b_dec": decoder.bias,
+        "threshold": least,
+    }
+    return Trained(encoder, decoder, folded)
+
+
 TRAINERS: dict[str, Callable[[dict[str, Any], Batches], Trained]] = {
+    "stand-in": stand_in,
     "SAELens Matryoshka BatchTopK": sae_lens,
     "dictionary_learning Matryoshka BatchTopK": dictionary_learning,
     "sparsify TopK, Signum": sparsify,

@@ -6,7 +6,7 @@ python peer_worker.py NAME D D_SAE K B      run by tests.bench.peers; imports no
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ def prefixes(d_sae: int) -> list[int]:
     return [d_sae // n for n in (16, 8, 4, 2, 1)]
 
 
-def batches(d: int, rows: int) -> Any:
+def batches(d: int, rows: int) -> Iterator[torch.Tensor]:
     """Sixteen batches, over and over."""
     generator = torch.Generator().manual_seed(0)
     return itertools.cycle([torch.randn(rows, d, generator=generator) for _ in range(16)])
@@ -153,6 +153,21 @@ def ours(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
     return step
 
 
+def stand_in(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
+    """A plain TopK autoencoder, which needs no other package: for showing that a bench runs."""
+    encoder, decoder = torch.nn.Linear(d, d_sae), torch.nn.Linear(d_sae, d)
+    optimizer, data = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=3e-4), batches(d, rows)
+
+    def step() -> None:
+        x = next(data)
+        values, latents = encoder(x).topk(k)
+        (decoder(torch.zeros(rows, d_sae).scatter(1, latents, values)) - x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def peak_mib() -> float:
     """This program's peak memory: not that of the process that started it, as `getrusage` may say."""
     with open("/proc/self/status") as status:
@@ -160,8 +175,10 @@ def peak_mib() -> float:
     return int(line.split()[1]) / 1024
 
 
+STAND_IN = "stand-in"
 STEPS = {
     "ours": ours,
+    STAND_IN: stand_in,
     "SAELens Matryoshka BatchTopK": sae_lens_matryoshka,
     "SAELens TopK": sae_lens_topk,
     "dictionary_learning Matryoshka BatchTopK": dictionary_learning,

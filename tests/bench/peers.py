@@ -10,26 +10,34 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from tests.bench.peer_worker import STEPS
-from tests.bench.record import ROOT, record
+from tests.bench.peer_worker import STAND_IN, STEPS
+from tests.bench.record import ROOT, SMOKE, record, sized
 from tests.bench.step import SHAPES, B
 
-PLACE = ROOT / ".venv-peers"
+PLACE = sized(ROOT / ".venv-peers", ROOT)
 PACKAGES = {
     "SAELens": "sae-lens==6.54.12",
     "dictionary_learning": "dictionary-learning==0.1.0",
     "sparsify": "eai-sparsify==1.3.3",
 }
 TORCH = "torch==2.13.0"
-ROUNDS = {"S": 12, "M": 8, "L": 3}
+ROUNDS = sized({"S": 12, "M": 8, "L": 3}, {"S": 1})
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_TOP_PAD_": str(2**26)}
 LINE = "python -m tests.bench.peers"
 
 
+def others(known: Iterable[str]) -> list[str]:
+    """The other trainers among `known`; where a bench only shows that it runs, one that needs no installation."""
+    return [name for name in known if name != "ours" and (name == STAND_IN) == bool(SMOKE)]
+
+
 def environment(package: str) -> Path:
     """The Python of a peer's environment, made if it is missing."""
+    if package == STAND_IN:
+        return Path(sys.executable)
     folder = PLACE / package
     python = folder / "bin" / "python"
     if not (folder / "made").exists():
@@ -53,6 +61,7 @@ class Worker:
         where = {"PYTHONPATH": str(ROOT)} if name == "ours" else {}
         # -P: a peer must not take this folder's modules for its own
         line = [python, "-P", ROOT / "tests/bench/peer_worker.py", name, d, d_sae, k, B]
+        self._name = name
         self._process = subprocess.Popen(
             [str(part) for part in line],
             stdin=subprocess.PIPE,
@@ -79,7 +88,7 @@ class Worker:
     def _read(self) -> str:
         assert self._process.stdout is not None
         if not (line := self._process.stdout.readline()):
-            sys.exit(f"{self._process.args} ended with exit code {self._process.wait()}")
+            sys.exit(f"{self._name} ended with exit code {self._process.wait()}")
         return line
 
 
@@ -91,16 +100,16 @@ def main() -> None:
 
 def measure(shape: str) -> None:
     """Every trainer in turn, round by round, after two rounds to warm up."""
-    wanted = [("ours", False), *((name, tuned) for name in STEPS if name != "ours" for tuned in (False, True))]
+    wanted = [("ours", False), *((name, tuned) for name in others(STEPS) for tuned in (False, True))]
     workers = {one: Worker(one[0], shape, one[1]) for one in wanted}
     seconds: dict[tuple[str, bool], list[float]] = {one: [] for one in wanted}
     peaks = {}
     try:
         for round_ in range(ROUNDS[shape] + 2):
             for one, worker in workers.items():
-                taken, peaks[one] = worker.step()
+                once, peaks[one] = worker.step()
                 if round_ >= 2:
-                    seconds[one].append(taken)
+                    seconds[one].append(once)
     finally:
         for worker in workers.values():
             worker.stop()

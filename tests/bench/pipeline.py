@@ -10,11 +10,16 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from tests.bench.record import record, run
+from tests.bench.record import record, run, sized
+from tests.llms import SMALL as SMALL_HARVEST
+from tests.runs import SMALL
 
 COMMAND = "python -m tests.bench.pipeline"
 EMBEDDED = Path(__file__).parents[2] / "harvest" / "embedded" / "model"
+HARVEST = sized([], ["--tokens", "1536", *SMALL_HARVEST])
+TRAIN = sized([], ["--steps", "20", *SMALL])
 
 
 def main() -> None:
@@ -30,13 +35,13 @@ def main() -> None:
             record("same transcoder on random weights", COMMAND, quality(random["evaluation"]))
 
 
-def pipeline(scratch: Path, *options: object) -> dict:
+def pipeline(scratch: Path, *options: object) -> dict[str, Any]:
     """Harvest, harvest again, train and evaluate with the preset `tiny`."""
-    harvest = (sys.executable, "-m", "harvest", "run", "tiny", "--cache", scratch / "cache", *options)
+    harvest = (sys.executable, "-m", "harvest", "run", "tiny", "--cache", scratch / "cache", *HARVEST, *options)
     first, second = run(*harvest), run(*harvest)
     store = first.out.splitlines()[-1]
     assert second.out.splitlines()[-1] == store
-    train = run(sys.executable, "-m", "train", "run", "tiny", "--store", store, "--runs", scratch / "runs")
+    train = run(sys.executable, "-m", "train", "run", "tiny", "--store", store, "--runs", scratch / "runs", *TRAIN)
     found = run(sys.executable, "-m", "train", "evaluate", train.out.splitlines()[-1], "--linear", "--json")
     metrics = (Path(train.out.splitlines()[-1]) / "metrics.jsonl").read_text().splitlines()
     return {
@@ -49,7 +54,7 @@ def pipeline(scratch: Path, *options: object) -> dict:
     }
 
 
-def costs(measured: dict) -> dict[str, tuple[float, str]]:
+def costs(measured: dict[str, Any]) -> dict[str, tuple[float, str]]:
     """Seconds, bytes and rates."""
     rows = sum(stratum["rows"] for stratum in measured["store"]["strata"])
     plan, request = measured["store"]["plan"], measured["store"]["request"]
@@ -69,7 +74,7 @@ def costs(measured: dict) -> dict[str, tuple[float, str]]:
     }
 
 
-def quality(evaluation: dict) -> dict[str, tuple[float, str]]:
+def quality(evaluation: dict[str, Any]) -> dict[str, tuple[float, str]]:
     """Held-out figures."""
     figures = {
         "held-out fvu": (evaluation["fvu"], ""),

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from shared import layout
-from tests.bench.record import record, run
+from tests.bench.record import record, run, sized
+from tests.runs import VALUES
 from tests.stores import BOS, Array, SyntheticStore, make_store
 from train import checkpoint
 from train.settings import read_config
@@ -69,8 +70,8 @@ keep_last = 1
 """
 CLOSE = 0.9
 """Cosine above which a latent is a true one."""
-BLOCKS = 38
-"""Training blocks of 8,192 rows."""
+BLOCKS, WINDOWS, STEPS = sized((38, 256, 2000), (3, 16, 20))
+"""Training blocks of 8,192 rows: 256 windows of 32; and steps of a run."""
 
 
 class Truth(NamedTuple):
@@ -119,6 +120,10 @@ _CHILD, _TOGETHER, _DEVIATION = 0.4, 0.75, 0.3
 """How often a child fires with its parent, and each of a pair with the other; deviation of the values' logarithm."""
 
 
+SHAPE = sized(Shape(), Shape(d=16, latents=32, active=2.0, pairs=4))
+TINY = sized((), ("transcoder.prefixes=[32, 64]", *(f"{key}={value}" for key, value in VALUES.items())))
+
+
 class Planted:
     """Draws the rows of a planted store; one that was made anew draws the same."""
 
@@ -149,9 +154,8 @@ class Planted:
         return {"source": source, "target": target}
 
 
-def planted_store(path: Path, shape: Shape, blocks: int = BLOCKS, **settings: int) -> SyntheticStore:
-    """Write a store of `shape`: two held-out blocks, and `blocks` to train on."""
-    sizes = {"block_sequences": 256, "context_size": 32} | settings
+def planted_store(path: Path, shape: Shape, blocks: int = BLOCKS, windows: int = WINDOWS) -> SyntheticStore:
+    """Write a store of `shape`: two held-out blocks, and `blocks` to train on, each of some windows."""
     return make_store(
         path,
         d_in=shape.d,
@@ -160,7 +164,8 @@ def planted_store(path: Path, shape: Shape, blocks: int = BLOCKS, **settings: in
         draw=Planted(shape),
         keep={0: 0.25},
         label="planted",
-        **sizes,
+        block_sequences=windows,
+        context_size=32,
     )
 
 
@@ -238,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.planted")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="A.B=VALUE")
     parser.add_argument("--store", type=Path, help="where the planted store is kept; default: made and removed")
     parser.add_argument("--no-record", action="store_true")
@@ -257,14 +262,14 @@ def main() -> None:
         print(line)
     if not options.no_record:
         settings = "".join(f" --set {assignment}" for assignment in options.assignments)
-        title = f"planted: {Shape().latents} true latents, {options.seeds} seeds, {options.steps:,} steps of 512 rows"
+        title = f"planted: {SHAPE.latents} true latents, {options.seeds} seeds, {options.steps:,} steps of 512 rows"
         line = f"python -m tests.bench.planted --seeds {options.seeds} --steps {options.steps}{settings}"
         record(title, line, figures)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, float]]]:
     """The runs of every arm, taking turns by seed."""
-    shape, store = Shape(), options.store or folder / "store"
+    shape, store = SHAPE, options.store or folder / "store"
     if not (store / layout.STORE).is_file():
         planted_store(store, shape)
     config = folder / "planted.toml"
@@ -274,7 +279,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[dict[st
         for arm in options.arms:
             name = f"{arm.replace(', ', '-')}-{seed}"
             where = ("--config", config, "--store", store, "--runs", folder, "--name", name)
-            sets = [part for one in (*OFF, *options.assignments, *ARMS[arm]) for part in ("--set", one)]
+            sets = [part for one in (*TINY, *OFF, *options.assignments, *ARMS[arm]) for part in ("--set", one)]
             command = (sys.executable, "-m", "train", "run", *where, "--steps", options.steps, "--seed", seed, *sets)
             done = run(*command)
             results[arm].append(judge(folder / name, shape.truth(0)))

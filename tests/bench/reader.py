@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -28,22 +28,27 @@ from shared.layout import ARRAYS
 from shared.process import keep_freed_memory
 from shared.reader import RowReader, RowsConfig
 from shared.store import Store
-from tests.bench.record import record
+from tests.bench.record import record, sized
 from tests.stores import Array, make_store
 from train.rows import BatchReader
 
-BLOCKS = {256: 16, 2304: 2}
+BLOCKS = sized({256: 16, 2304: 2}, {16: 1})
 """Blocks of 65,536 rows by width: about 1.1 GB."""
+CONTEXT, WINDOWS = 256, sized(256, 16)
 B, RUN = 1024, 64
-ROUNDS = 7
-MAPPED = 0.1
+ROUNDS = sized(7, 1)
+SPACE = sized(6 * 2**30, 2**20)
+LEAST_BYTES = sized(2**20, 2**12)
+"""Of a file whose pages are dropped."""
+MAPPED = sized(0.1, 1.0)
 """Share of a file's pages that may stay in memory: opening a dataset maps the head of every record batch."""
-WARM_SECONDS, COLD_SECONDS = 0.3, 3.0
+WARM_SECONDS, COLD_SECONDS = sized((0.3, 3.0), (0.01, 0.01))
 """A reader's turn: at least and at most."""
 SIDES = ("source", "target")
 LINE = "python -m tests.bench.reader"
 
-Reader = Callable[[], Iterator[int]]
+Batches = Generator[int, None, None]
+Reader = Callable[[], Batches]
 """Opens the files and yields 0, then reads batch after batch and yields how many rows."""
 
 
@@ -54,7 +59,7 @@ def main() -> None:
     disable_progress_bars()
     for d in map(int, sys.argv[1:] or BLOCKS):
         with tempfile.TemporaryDirectory() as folder:
-            durable.require_space(Path(folder), 6 * 2**30, "the bench's stores")
+            durable.require_space(Path(folder), SPACE, "the bench's stores")
             measure(d, Path(folder))
 
 
@@ -100,7 +105,7 @@ def measure(d: int, folder: Path) -> None:
 def turns(state: str, readers: dict[str, Reader], folder: Path, d: int) -> dict[str, list[float]]:
     """Rows per second of each reader in each round."""
     found: dict[str, list[float]] = {name: [] for name in readers}
-    most_rows, most = (2**30, WARM_SECONDS) if state == "warm" else (BLOCKS[d] * 65_536 // 16, COLD_SECONDS)
+    most_rows, most = (2**30, WARM_SECONDS) if state == "warm" else (BLOCKS[d] * WINDOWS * CONTEXT // 16, COLD_SECONDS)
     clock = time.process_time if state == "warm" else time.perf_counter
     for _ in range(ROUNDS):
         for name, reader in readers.items():
@@ -122,7 +127,7 @@ def turns(state: str, readers: dict[str, Reader], folder: Path, d: int) -> dict[
 
 def drop(folder: Path) -> None:
     """Have no page of the files in memory, but for what opening them has mapped."""
-    for path in (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 2**20):
+    for path in (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > LEAST_BYTES):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             for _ in range(100):
@@ -150,8 +155,17 @@ def write_store(path: Path, d: int) -> Path:
     def draw(tokens: Array, position: Array, shared: object) -> dict[str, Array]:
         return dict.fromkeys(SIDES, np.resize(pool, (len(tokens), d)))
 
-    sizes = {"context_size": 256, "block_sequences": 256, "edges": (0, 1, 4, 16, 64)}
-    return make_store(path, d_in=d, d_out=d, training_blocks=BLOCKS[d], held_out_blocks=0, draw=draw, **sizes).path
+    return make_store(
+        path,
+        d_in=d,
+        d_out=d,
+        training_blocks=BLOCKS[d],
+        held_out_blocks=0,
+        draw=draw,
+        context_size=CONTEXT,
+        block_sequences=WINDOWS,
+        edges=(0, 1, 4, 16, 64),
+    ).path
 
 
 def shards(path: Path, d: int) -> list[tuple[np.memmap, ...]]:
@@ -182,7 +196,7 @@ def write_dataset(path: Path, into: Path, d: int) -> None:
     Dataset(pyarrow.concat_tables(parts)).save_to_disk(into)
 
 
-def sequential(path: Path, d: int) -> Iterator[int]:
+def sequential(path: Path, d: int) -> Batches:
     """Both sides of shard after shard."""
     out, maps = np.empty((2, B, d), np.uint16), shards(path, d)
     yield 0
@@ -194,7 +208,7 @@ def sequential(path: Path, d: int) -> Iterator[int]:
                 yield B
 
 
-def raw_runs(path: Path, d: int, run: int) -> Iterator[int]:
+def raw_runs(path: Path, d: int, run: int) -> Batches:
     """Runs in random order, a tight loop."""
     maps, out, rng = shards(path, d), np.empty((2, B, d), np.uint16), np.random.default_rng(1)
     every = [(i, low) for i, pair in enumerate(maps) for low in range(0, len(pair[0]) - run + 1, run)]
@@ -211,7 +225,7 @@ def raw_runs(path: Path, d: int, run: int) -> Iterator[int]:
             yield at
 
 
-def rows(path: Path, d: int, run: int) -> Iterator[int]:
+def rows(path: Path, d: int, run: int) -> Batches:
     """Batches as stored, one after the other, in one thread; nothing is asked for ahead."""
     store = Store.open(path)
     reader = RowReader(store, store.record.training_blocks, RowsConfig(batch_rows=B, run_rows=run), 0)
@@ -224,7 +238,7 @@ def rows(path: Path, d: int, run: int) -> Iterator[int]:
         yield B
 
 
-def batches(path: Path, ahead: bool) -> Iterator[int]:
+def batches(path: Path, ahead: bool) -> Batches:
     """Batches as training gets them, as float32, the next ones asked for ahead."""
     store = Store.open(path)
     config = RowsConfig(batch_rows=B, run_rows=RUN)
@@ -236,7 +250,7 @@ def batches(path: Path, ahead: bool) -> Iterator[int]:
             step += 1
 
 
-def zarr_slices(path: Path) -> Iterator[int]:
+def zarr_slices(path: Path) -> Batches:
     """The runs of the same batches through zarr."""
     store, group = Store.open(path), zarr.open_group(path / ARRAYS, mode="r")
     reader = RowReader(store, store.record.training_blocks, RowsConfig(batch_rows=B, run_rows=RUN), 0)
@@ -251,7 +265,7 @@ def zarr_slices(path: Path) -> Iterator[int]:
         yield B
 
 
-def from_dataset(path: Path, kind: str, run: int) -> Iterator[int]:
+def from_dataset(path: Path, kind: str, run: int) -> Batches:
     """Batches of random runs, as float32 tensors or as Arrow's columns."""
     data, rng = load_from_disk(path).with_format(kind), np.random.default_rng(1)
     yield 0

@@ -23,8 +23,9 @@ from shared import durable
 from shared.config import build
 from shared.store import Store
 from tests.bench.judge import Rows, Weights, judge
-from tests.bench.record import record, run
-from tests.bench.same_rows import CPU, last
+from tests.bench.record import record, run, sized
+from tests.bench.same_rows import CPU, code, last
+from tests.runs import VALUES
 from train import checkpoint
 from train.checkpoint import CONFIG
 from train.evaluate import natural_weights
@@ -34,6 +35,9 @@ from train.rows import held_out_rows
 from train.settings import RunConfig, Settings, load_settings, read_config, resolve_exclusion
 
 COMMAND = "python -m tests.bench.recipe"
+SMALL: list[str] = sized(
+    [], [*(f"{name}={value}" for name, value in VALUES.items()), "steps=20", "evaluation.every=20"]
+)
 BEFORE = (
     "transcoder.skip=false", "optimizer.decoder_rate=1", "rows.outliers=train", "rows.position_0=train",
     "evaluation.outliers=with_others",
@@ -98,20 +102,21 @@ def summary(arm: str, found: list[dict[str, float]]) -> dict[str, tuple[float, s
 
 def measured(options: argparse.Namespace, arm: str, seed: int) -> dict[str, float]:
     """One run's figures; trained and judged if they are not kept."""
-    base = build(Settings, load_settings(options.preset, None, options.set), "the bench")
+    given = [*options.set, *SMALL]
+    base = build(Settings, load_settings(options.preset, None, given), "the bench")
     store = Store.open(options.store)
     lr = base.optimizer.resolve(base.steps, store.record.d_in).lr
     assert isinstance(lr, float) and base.activation.kind == "batchtopk"
     d_sae = base.transcoder.resolve(store.record.d_in, base.activation.resolve(base.steps)).d_sae
     values = {"half": lr / 2, "double": lr * 2, "k": base.activation.k, "d_sae": d_sae}
     changes = [change.format(**values) for change in ARMS[arm]]
-    return run_and_judge(store, options.preset, [*options.set, f"seed={seed}", *changes], options.work)
+    return run_and_judge(store, options.preset, [*given, f"seed={seed}", *changes], options.work)
 
 
 def run_and_judge(store: Store, preset: str, settings: list[str], work: Path) -> dict[str, float]:
     """Train a run with these settings and judge it, or find what was judged before; a killed one is resumed."""
     settings = [*settings, "threads=1", "samples.rows=0"]
-    told = [store.request.digest, store.record.blocks, preset, *settings]
+    told = [code(), store.request.digest, store.record.blocks, preset, *settings]
     name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
     kept = work.resolve() / f"{name}.json"
     if not kept.exists():

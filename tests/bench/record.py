@@ -1,4 +1,9 @@
-"""Figures with their origin: `docs/benchmarks.json`, and `docs/benchmarks.md`, which is generated from it."""
+"""Figures with their origin: `docs/benchmarks.json`, and `docs/benchmarks.md`, which is generated from it.
+
+    BENCH_SMOKE=FOLDER python -m tests.bench.NAME      shows within seconds that a bench runs; figures go to FOLDER
+
+Sizes of a bench that are `sized` are then so small that its figures mean nothing.
+"""
 
 import json
 import os
@@ -9,9 +14,12 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[2]
-FIGURES, PAGE = ROOT / "docs" / "benchmarks.json", ROOT / "docs" / "benchmarks.md"
+SMOKE = Path(os.environ["BENCH_SMOKE"]).absolute() if os.environ.get("BENCH_SMOKE") else None
+"""Where figures go when benches only show that they run."""
+FIGURES, PAGE = ((SMOKE or ROOT / "docs") / f"benchmarks.{kind}" for kind in ("json", "md"))
 README, BEGIN, END = ROOT / "README.md", "<!-- default run -->", "<!-- /default run -->"
 _DEFAULT_RUN = {
     "harvest": "`make harvest`",
@@ -23,6 +31,12 @@ _DEFAULT_RUN = {
     "latents that never fire on the report rows": "dead on held-out rows",
 }
 """Figures of the bench `pipeline` that the README shows."""
+T = TypeVar("T")
+
+
+def sized(full: T, smoke: T) -> T:
+    """`full`, or `smoke` where a bench only shows that it runs."""
+    return smoke if SMOKE else full
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ def machine() -> str:
 
 
 def record(bench: str, command: str, figures: dict[str, tuple[float, str]]) -> None:
-    """Replace the figures of `bench` (name -> value, unit) and write the page anew."""
+    """Replace the figures of `bench` (name -> value, unit) and write the page anew, and the README's if not `SMOKE`."""
     known = json.loads(FIGURES.read_text()) if FIGURES.exists() else []
     date = datetime.now(UTC).date().isoformat()
     origin = {"command": command, "machine": machine(), "date": date}
@@ -69,12 +83,14 @@ def record(bench: str, command: str, figures: dict[str, tuple[float, str]]) -> N
         {"bench": bench, "name": name, "value": value, "unit": unit} | origin for name, (value, unit) in figures.items()
     ]
     kept = [figure for figure in known if figure["bench"] != bench]
+    FIGURES.parent.mkdir(parents=True, exist_ok=True)
     FIGURES.write_text(json.dumps(kept + fresh, indent=1) + "\n")
     PAGE.write_text(page(kept + fresh))
-    README.write_text(readme(README.read_text(), kept + fresh))
+    if not SMOKE:
+        README.write_text(readme(README.read_text(), kept + fresh))
 
 
-def readme(text: str, figures: list[dict]) -> str:
+def readme(text: str, figures: list[dict[str, Any]]) -> str:
     """The README with the default run's figures between its marks."""
     known = {figure["name"]: figure for figure in figures if figure["bench"] == "pipeline"}
     rows = [
@@ -85,7 +101,7 @@ def readme(text: str, figures: list[dict]) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
 
-def page(figures: list[dict]) -> str:
+def page(figures: list[dict[str, Any]]) -> str:
     """The figures as Markdown, one table per bench."""
     parts = ["# Benchmarks\n\nGenerated from `benchmarks.json`; every figure names the command that measured it.\n"]
     for bench in dict.fromkeys(figure["bench"] for figure in figures):

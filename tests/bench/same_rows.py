@@ -25,8 +25,9 @@ from shared.store import Store
 from shared.strata import POSITION_0
 from tests.bench import peer_training
 from tests.bench.judge import Judged, Part, Rows, Weights, judge
-from tests.bench.peers import PACKAGES, PLACE, TUNED, environment
-from tests.bench.record import ROOT, run
+from tests.bench.peers import PACKAGES, PLACE, TUNED, environment, others
+from tests.bench.record import ROOT, run, sized
+from tests.runs import VALUES
 from train import checkpoint
 from train.compare.figures import cost_per_step
 from train.evaluate import natural_weights
@@ -61,12 +62,16 @@ OURS = {
     ),
     "ours, Matryoshka BatchTopK": Trainer("transcoder", (2e-3, 4e-3, 8e-3)),
 }
-TRAINERS = OURS | {
+PEERS = {
+    "stand-in": Trainer("autoencoder", (1e-3,)),
     "SAELens Matryoshka BatchTopK": Trainer("autoencoder", (2e-3, 4e-3, 8e-3)),
     "dictionary_learning Matryoshka BatchTopK": Trainer("autoencoder", (2e-3, 4e-3, 8e-3)),
     "sparsify TopK, Signum": Trainer("transcoder", (5e-3, 1e-2, 2e-2)),  # its own choice at 4,096 latents: 1e-2
     "sparsify TopK, Adam": Trainer("transcoder", (1e-3, 2e-3, 4e-3)),  # 4e-4
 }
+
+
+TRAINERS = sized(OURS, {"ours, autoencoder": OURS["ours, autoencoder"]}) | {name: PEERS[name] for name in others(PEERS)}
 
 
 class Result(NamedTuple):
@@ -111,7 +116,8 @@ class SameRows:
     def _resolved(self, sets: list[str]) -> tuple[Store, RunConfig]:
         """The store, and the run of these settings."""
         store = Store.open(self._options.store)
-        return store, resolve(store, build(Settings, load_settings("tiny", None, sets), "the bench"), None)
+        config = resolve(store, build(Settings, load_settings("tiny", None, sets), "the bench"), None)
+        return store.excluding(config.exclusion), config
 
     def _judge(self, name: str, weights: Path) -> dict[str, Any]:
         """What is kept of a judged training."""
@@ -123,33 +129,37 @@ class SameRows:
         return {"parts": found[:3], "counts": found[3:], "seconds": float(arrays["seconds"])}
 
     def _read_rows(self, source: Side) -> list[Rows]:
-        """The report blocks' rows at natural frequencies, without position 0."""
+        """The report blocks' rows at natural frequencies, without position 0 and outliers."""
         name = next(name for name, trainer in OURS.items() if trainer.source == source)
         store, config = self._resolved(self._settings(name, 1e-3, 0))
         weights, normalised = natural_weights(store), build_transcoder(config, store).normalised
         found = []
         for chunk in held_out_rows(store, store.record.report_blocks, 1024, CPU, source):
             if weight := weights[chunk.stratum]:
-                x, y = normalised(chunk.source, chunk.target)
+                x, y = normalised(chunk.ordinary.source, chunk.ordinary.target)
                 found.append(Rows(y if source == "target" else x, y, weight))
         return found
 
 
 def own_settings(steps: int, k: int, d_sae: int, *assignments: str) -> list[str]:
-    """Settings for a run of the preset `tiny`, its warm-ups shortened as the run is."""
+    """Settings for a run of the preset `tiny` that trains on no row of position 0."""
     kinds = [setting for setting in assignments if setting.startswith("activation.kind=")]  # drops others of the kind
-    warmups = [f"optimizer.warmup_steps={min(100, steps // 20)}"]
-    warmups += [] if kinds else [f"activation.k_warmup_steps={steps // 7}"]
     given = f"steps={steps}", f"activation.k={k}", f"transcoder.d_sae={d_sae}", f"evaluation.every={steps}"
+    small = sized([], [f"{name}={value}" for name, value in VALUES.items() if name != "activation.k"])
     rest = (setting for setting in assignments if setting not in kinds)
-    return [*kinds, *warmups, *given, "rows.max_bos_batch_share=0", *rest]
+    return [*kinds, *given, "rows.position_0=leave_out", *small, *rest]
 
 
 def told_ours(config: RunConfig) -> dict[str, Any]:
     """All that decides what this trainer makes of a store."""
+    return config.model_dump(mode="json", exclude={"store", "software"}) | {"code": code()}
+
+
+@cache
+def code() -> str:
+    """A digest of this project's trainer."""
     files = sorted(path for part in ("train", "shared") for path in (ROOT / part).rglob("*.py"))
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-    return config.model_dump(mode="json", exclude={"store", "software"}) | {"code": code}
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def told_peer(name: str, config: RunConfig, lr: float) -> dict[str, Any]:
@@ -158,7 +168,7 @@ def told_peer(name: str, config: RunConfig, lr: float) -> dict[str, Any]:
     trainer = peer_training.TRAINERS[name]
     return {
         "trainer": name,
-        "package": PACKAGES[name.split()[0]],
+        "package": PACKAGES.get(name.split()[0], ""),
         "widths": [config.d_out] if settings.source == "target" else [config.d_in, config.d_out],
         "d_sae": shape.d_sae,
         "prefixes": shape.prefixes,

@@ -12,17 +12,19 @@ import tempfile
 from pathlib import Path
 
 from shared import durable
-from tests.bench.record import record, run
+from tests.bench.record import record, run, sized
+from tests.runs import SMALL
 from tests.stores import make_store
 
-D, BLOCKS, STEPS = 128, 16, 200
+D, BLOCKS, WINDOWS, STEPS = sized((128, 16, 256, 200), (16, 3, 4, 20))
+SPACE = sized(2**30, 2**20)
 LINE = "python -m tests.bench.samples"
 
 
 def main() -> None:
     """Make a store and a transcoder, measure, and record."""
     with tempfile.TemporaryDirectory() as folder:
-        durable.require_space(Path(folder), 2**30, "the bench's store")
+        durable.require_space(Path(folder), SPACE, "the bench's store")
         store = make_store(
             Path(folder, "store"),
             d_in=D,
@@ -31,11 +33,11 @@ def main() -> None:
             context_size=256,
             edges=(0, 1, 4, 16, 64),
             keep={0: 0.0625},
-            block_sequences=256,
+            block_sequences=WINDOWS,
             vocabulary=1000,
             tokenizer=True,
         )
-        options = ("--steps", STEPS, "--set", "samples.rows=0", "--set", "activation.k_start=32")
+        options = ("--steps", STEPS, "--set", "samples.rows=0", "--set", "activation.k_start=32", *sized([], SMALL))
         train = (sys.executable, "-m", "train")
         done = run(*train, "run", "tiny", "--store", store.path, "--runs", folder, *options)
         path = Path(done.out.splitlines()[-1])

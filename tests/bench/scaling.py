@@ -15,15 +15,21 @@ import numpy as np
 
 from shared.store import Store
 from tests.bench.recipe import run_and_judge
-from tests.bench.record import record
+from tests.bench.record import record, sized
 
-CENTRE = {"steps": 1500, "transcoder.d_sae": 4096, "activation.k": 32}
-GRID = {
-    "steps": (375, 750, 3000),
-    "transcoder.d_sae": (1024, 2048, 8192),
-    "activation.k": (8, 16, 64),
-    "rows.blocks": (1, 2, 5),
-}
+CENTRE = sized(
+    {"steps": 1500, "transcoder.d_sae": 4096, "activation.k": 32},
+    {"steps": 20, "transcoder.d_sae": 64, "activation.k": 6},
+)
+GRID: dict[str, tuple[int, ...]] = sized(
+    {
+        "steps": (375, 750, 3000),
+        "transcoder.d_sae": (1024, 2048, 8192),
+        "activation.k": (8, 16, 64),
+        "rows.blocks": (1, 2, 5),
+    },
+    {"steps": (10,), "transcoder.d_sae": (32,), "activation.k": (3,), "rows.blocks": (1,)},
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     store = Store.open(options.store)
     centre = CENTRE | {"rows.blocks": len(store.record.training_blocks)}
-    given = dict(assignment.split("=") for assignment in options.set)
+    given = dict(assignment.split("=") for assignment in [*options.set, *sized([], ["rows.batch_rows=48"])])
     points = [centre, *(centre | {name: value} for name, values in GRID.items() for value in values)]
     points = [point for point in points if point["rows.blocks"] <= centre["rows.blocks"]]
     measured, figures = [], dict[str, tuple[float, str]]()

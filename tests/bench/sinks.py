@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from harvest.embedded import MODEL_FOLDER
 from shared.store import Store
 from tests.bench.recipe import figures_of
-from tests.bench.record import record, run
+from tests.bench.record import record, run, sized
+from tests.runs import VALUES
 
+SMALL = sized(["threads=1"], [f"{name}={value}" for name, value in VALUES.items()])
 TIMES = 60.0
 BOS_ROW = "model.embed_tokens.weight"
 RUNS = {
@@ -33,20 +35,21 @@ RUNS = {
 def main(arguments: list[str] | None = None) -> None:
     """Harvest, train three times, and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=300_000)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=sized(300_000, 1))
+    parser.add_argument("--steps", type=int, default=sized(1000, 20))
     parser.add_argument("--set", nargs="+", default=[], metavar="a.b=value")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         line = ("run", "tiny", "--model", sink_model(scratch / "sink"), "--cache", scratch / "cache")
-        harvested = run(sys.executable, "-m", "harvest", *line, "--tokens", options.tokens, "--quiet")
+        small = sized((), ("--set", "windows.context_size=32", "--set", "store.block_sequences=16"))
+        harvested = run(sys.executable, "-m", "harvest", *line, "--tokens", options.tokens, *small, "--quiet")
         store, figures = Store.open(Path(harvested.out.splitlines()[-1])), dict[str, tuple[float, str]]()
         first, overall = store.record.strata[0].source, store.record.overall.source
         ratio = first.norm_quantiles["0.5"] / overall.norm_quantiles["0.5"]
         figures["norm at position 0 over the median"] = (ratio, "times")
         for name, changes in RUNS.items():
-            sets = [part for one in (*changes, *options.set, "threads=1", "samples.rows=0") for part in ("--set", one)]
+            sets = [part for one in (*changes, *options.set, *SMALL, "samples.rows=0") for part in ("--set", one)]
             line = ("run", "tiny", "--store", store.path, "--runs", scratch / "runs", "--name", name.replace(" ", "-"))
             done = run(sys.executable, "-m", "train", *line, "--steps", options.steps, *sets, "--quiet")
             found = figures_of(Path(done.out.splitlines()[-1]), store)

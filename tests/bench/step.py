@@ -17,7 +17,7 @@ import torch
 from shared.process import keep_freed_memory
 from tests import reference
 from tests.bench.peer_worker import peak_mib
-from tests.bench.record import record, run
+from tests.bench.record import record, run, sized
 from train.blas import addmm, faster_here, product
 from train.losses import AuxKConfig
 from train.metrics import Counters, Window
@@ -25,12 +25,12 @@ from train.optimizer import Optimizer, OptimizerConfig
 from train.sparse_step import compiled, guarded
 from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
 
-B = 1024
-SHAPES = {"S": (256, 4096, 32), "M": (512, 8192, 32), "L": (768, 16384, 48)}
+B = sized(1024, 64)
+SHAPES = sized({"S": (256, 4096, 32), "M": (512, 8192, 32), "L": (768, 16384, 48)}, {"S": (16, 128, 4)})
 DEAD = 4
 """Every this-many-th latent counts as dead."""
-REPEATS = 9
-AUXK = AuxKConfig(coefficient=1 / 32, k=64, row_stride=4)
+REPEATS = sized(9, 2)
+AUXK = AuxKConfig(coefficient=1 / 32, k=sized(64, 8), row_stride=4)
 LINE = "python -m tests.bench.step"
 
 
@@ -90,10 +90,8 @@ def dense_auxk(model: Transcoder, x: torch.Tensor, residual: torch.Tensor, dead:
 
 def main() -> None:
     """Measure the shapes named on the command line, and record."""
-    torch.set_num_threads(1)
-    numba.set_num_threads(1)
-    keep_freed_memory()
     if sys.argv[1:2] == ["peak"]:
+        one_thread()
         peak(sys.argv[2], sys.argv[3])
         return
     if sys.argv[1:2] in (["threads"], ["guarded"]):
@@ -104,13 +102,26 @@ def main() -> None:
         measure(shape)
 
 
+def one_thread() -> None:
+    """Have this process use one thread, and keep its memory as a run does."""
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    keep_freed_memory()
+
+
 def measure(shape: str) -> None:
-    """Parity first, then every part in turn, by CPU time."""
+    """Memory and parity first, then every part in turn, by CPU time."""
+    peaks: dict[str, tuple[float, str]] = {}
+    for name in ("ours", "dense"):
+        done = run(sys.executable, "-m", "tests.bench.step", "peak", shape, name)
+        peaks[f"peak memory, {name}"] = (float(done.out), "MiB")
+    one_thread()
     ours, dense = setup(shape), setup(shape)
     output = ours.model.step(ours.source, ours.target, ours.dead, AUXK, 0)
     expected = dense_loss(dense.model, dense.source, dense.target, dense.dead)
-    difference = abs(float(output.loss) - float(expected)) / float(expected)
-    assert difference < 1e-5, f"the loss is {float(output.loss)}, the dense reference's {float(expected)}"
+    loss, plain = float(output.loss.detach()), float(expected.detach())
+    difference = abs(loss - plain) / plain
+    assert difference < 1e-5, f"the loss is {loss}, the dense reference's {plain}"
     adam = torch.optim.Adam(dense.model.parameters(), lr=1e-4, fused=True)
 
     def dense_step() -> None:
@@ -173,28 +184,27 @@ def measure(shape: str) -> None:
     low_product = taken["encoder's product in bfloat16"]
     figures["step over encoder's product in bfloat16"] = (taken["step"] / low_product, "times the time")
     figures["loss beside the dense reference, relative difference"] = (difference, "")
-    for name in ("ours", "dense"):
-        done = run(sys.executable, "-m", "tests.bench.step", "peak", shape, name)
-        figures[f"peak memory, {name}"] = (float(done.out), "MiB")
+    figures |= peaks
     d, d_sae, k = SHAPES[shape]
     record(f"step {shape}: d {d}, d_sae {d_sae}, k {k}, B {B}, one thread", f"{LINE} {shape}", figures)
 
 
 def figures_of(model: Transcoder) -> tuple[Counters, Window]:
     """What a run counts and sums after every step."""
-    device, width = torch.device("cpu"), model.W_dec.shape[1]
-    return Counters(model.d_sae, device), Window({"001-256": slice(0, B)}, model.prefixes, width, device)
+    strata, width = {"001-256": slice(0, B)}, model.W_dec.shape[1]
+    return Counters(model.d_sae, torch.device("cpu")), Window(strata, model.prefixes, width, torch.ones(B))
 
 
 def threads(shape: str) -> None:
     """A step with one thread and with two, taking turns, by wall time."""
+    one_thread()
     made = setup(shape)
     x, _ = made.model.normalised(made.source, made.target)
 
     def on(number: int, part: Callable[[], object]) -> Callable[[], object]:
         def call() -> None:
             torch.set_num_threads(number)
-            numba.set_num_threads(number)
+            numba.set_num_threads(sized(number, 1))
             part()
 
         return call

@@ -10,11 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.bench.record import ROOT, record
+from tests.bench.record import ROOT, record, sized
 from tests.stores import make_store
 
-STEPS = 200
-BUSY = "while True: pass"
+STEPS = sized(200, 5)
+BUSY = sized("while True: pass", "import time; time.sleep(600)")
 
 
 def main() -> None:
