@@ -29,7 +29,7 @@ COMMANDS: dict[str, list[str]] = {
     "planted": ["--arms baseline mined --seeds 2"],
     "recipe": ["synthetic STORE --arms recipe before --seeds 0 1 --work WORK"],
     "scaling": ["synthetic STORE --work WORK"],
-    "same_answer": ["--store STORE --steps 20 --k 6 --d-sae 64 --seeds 1 --most 1 --work WORK"],
+    "same_answer": ["--store STORE --k 6 --d-sae 64 --seeds 1 --most 1 --work WORK"],
     "step": ["", "threads"],
 }
 """What each is told, if anything; a word in capitals is what tests make for it."""

@@ -32,7 +32,7 @@ import torch
 from shared.store import Store
 from tests.bench.judge import CORRELATION, COSINE
 from tests.bench.peers import environment
-from tests.bench.record import ROOT, record
+from tests.bench.record import ROOT, record, sized
 from tests.bench.same_rows import OURS, TRAINERS, Result, SameRows, last, own_settings, train
 
 LIMIT = 0.005
@@ -43,9 +43,9 @@ Figures = dict[str, tuple[float, str]]
 def main() -> None:
     """Measure the parts that are named, or both, and record."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.same_answer")
-    parser.add_argument("parts", nargs="*", choices=["reference", "peers"], default=["reference", "peers"])
+    parser.add_argument("parts", nargs="*", choices=[[], "reference", "peers"], default=[])
     parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=sized(1000, 20))
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--d-sae", type=int, default=4096)
     parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
@@ -63,7 +63,7 @@ def main() -> None:
     store = Store.open(options.store).record
     where = options.label or f"{store.d_in} to {store.d_out}"
     for part, compare in (("reference", reference), ("peers", peers)):
-        if part not in options.parts:
+        if options.parts and part not in options.parts:
             continue
         figures = compare(options)
         for name, (value, unit) in figures.items():
