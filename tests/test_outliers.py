@@ -346,7 +346,7 @@ def test_a_run_from_before_there_were_exclusions_goes_on_as_it_was(
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     for left in ("checkpoints/step-000020", "samples", "anti_duplication_logs"):
         shutil.rmtree(tmp_path / "old" / left)
-    edit(tmp_path / "old" / "config.json", lambda config: config.pop("exclusion"))
+    edit(tmp_path / "old" / "config.json", lambda config: (config.pop("exclusion"), config["settings"].pop("quiet")))
     assert command("resume", tmp_path / "old").code == 0
     left, right = checkpoint.find(tmp_path / "new"), checkpoint.find(tmp_path / "old")
     assert left.step == right.step == 20

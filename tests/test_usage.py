@@ -11,6 +11,7 @@ from train import usage
 from train.duplicates import diversity, monitor
 from train.duplicates.activations import co_activation_loss
 from train.duplicates.directions import direction_loss
+from train.quiet import Quiet
 from train.settings import Settings
 from train.sparsity import Active
 from train.status import Status
@@ -29,6 +30,7 @@ ALL_ON = Settings.model_validate(
 OFF = Settings.model_validate(
     {
         "auxk": {"coefficient": 0},
+        "quiet": {"weight": 0},
         "samples": {"rows": 0},
         "diversity": {"mined": {"weight": 0}, "co_activation": {"weight": 0}},
     }
@@ -38,9 +40,9 @@ STRATA = {"000-001": slice(0, 2), "001-004": slice(2, 10)}
 
 def test_every_component_that_is_on_is_expected_and_no_other() -> None:
     assert set(components(OFF)) == {"reconstruction", "monitor", "evaluation", "checkpoint"}
-    assert set(components(Settings())) == set(components(OFF)) | {"auxk", "samples", "mined", "co_activation"}
+    assert set(components(Settings())) == set(components(OFF)) | {"auxk", "quiet", "samples", "mined", "co_activation"}
     assert set(components(ALL_ON)) == set(components(OFF)) | {
-        "auxk", "orthogonality", "mined", "co_activation", "position", "samples"
+        "auxk", "quiet", "orthogonality", "mined", "co_activation", "position", "samples"
     }  # fmt: skip
     jumprelu = Settings.model_validate({"activation": {"kind": "jumprelu"}})
     assert "l0" in components(jumprelu) and "l1" not in components(jumprelu)
@@ -69,6 +71,8 @@ def no_loss(W_dec: torch.Tensor, *_: object) -> torch.Tensor:
         (diversity, "direction_loss", lambda *args: -direction_loss(*args), "diversity.orthogonality"),
         (diversity, "co_activation_loss", lambda *args: -co_activation_loss(*args), "diversity.co_activation"),
         (diversity, "position_loss", lambda values, *_: values.sum() * 0, "diversity.position"),
+        (Quiet, "terms", lambda self, _: {"quiet": self._transcoder.W_enc.sum() * 0}, "quiet"),
+        (Quiet, "terms", lambda self, _: {}, "quiet"),
         (
             monitor,
             "correlated_pairs",

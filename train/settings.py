@@ -105,7 +105,11 @@ def read_config(run: Path) -> RunConfig:
     """`config.json` of a run. Raises `UserError` when `run` is none."""
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is not a run: it has no {CONFIG}")
-    return read_record(RunConfig, durable.read_json(run / CONFIG), run / CONFIG)
+    config = read_record(RunConfig, durable.read_json(run / CONFIG), run / CONFIG)
+    if config.exclusion is None:  # from before there were any, and so without the term that goes with them
+        quiet = config.settings.quiet.model_copy(update={"weight": 0.0})
+        return config.model_copy(update={"settings": config.settings.model_copy(update={"quiet": quiet})})
+    return config
 
 
 def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConfig:
