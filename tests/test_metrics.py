@@ -1,6 +1,7 @@
 """The window's figures against the rows themselves, the dead counters, and the log."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,14 @@ def test_a_row_is_one_line_of_strict_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 1, "a": {"b": 0.1}}
     with pytest.raises(ValueError, match="JSON compliant"):
         Log(tmp_path / "m.jsonl").append({"step": 1, "loss": float("nan")})
+
+
+def test_one_row_repeated_has_no_variance_to_explain() -> None:
+    """Sums in float32 leave rounding noise, which is none: fvu is 1, and not millions."""
+    window = Window(STRATA, PREFIXES, 3, WEIGHTS)
+    step, target, _ = make_step(0)
+    target = target.clone()
+    target[STRATA["000-001"]] = torch.tensor([0.1, 31.7, -12.3])
+    for _ in range(50):
+        window.add(replace(step, target=target, errors=torch.full_like(step.errors, 1e3)), torch.tensor(1.0))
+    assert window.row()["strata"]["000-001"]["fvu"] == 1.0

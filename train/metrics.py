@@ -143,6 +143,7 @@ def _fvu(sums: dict[str, Tensor], sizes: Tensor, weights: Tensor) -> list[float]
     """Fvu per prefix; rows of each stratum count by `weights` [S], which are importance weights."""
     squares = float(weights @ sums["squares"])
     total = squares - float((weights @ sums["target"]).square().sum()) / max(float(weights @ sizes.double()), 1e-300)
+    total = total if total > 1e-6 * squares else 0.0  # sums of a batch are in float32: one row repeated has no variance
     return [ratio(float(error), total, squares) for error in weights @ sums["errors"]]
 
 
