@@ -161,10 +161,10 @@ def test_a_bench_that_was_killed_goes_on_with_what_it_has(
     name = "ours, Matryoshka BatchTopK"
     with pytest.raises(KeyboardInterrupt):
         measure(SameRows(given), name, given)
-    figures, fvu = measure(SameRows(given), name, given)
+    figures, seeds = measure(SameRows(given), name, given)
     assert len(trained) - 1 == len(set(trained)), "only what was on its way is trained again"
     again = measure(SameRows(given), name, given)
-    assert again == (figures, fvu) and len(trained) - 1 == len(set(trained))
+    assert again == (figures, seeds) and len(trained) - 1 == len(set(trained))
 
     changed = options(pristine.path, tmp_path)
     changed.steps = 2

@@ -12,9 +12,11 @@ k, on one thread each. SAELens and dictionary_learning train no transcoders: the
 the store's target are set against this trainer with `source=target`, which is the same map. sparsify's TopK transcoder
 is set against this trainer's with `activation.kind=topk` and no prefixes, which has its loss, and against its default
 kind. Every trainer has a grid of learning rates of its own, which grows by factors of two until its best is not at an
-edge (or `--most` rates are tried, which is then said); at the best rate `--seeds` seeds count, each with another order
-of rows. tests/bench/judge.py measures all of them alike on the report rows without position 0, and
-tests/bench/peer_training.py says what else peers are given. Rows that this trainer leaves out nobody sees.
+edge (or `--most` rates are tried, which is then said): by the fvu of the k largest latents of every row for trainers
+that train so, and for the others by that under the threshold of k latents on average; both are told of all. At the
+best rate `--seeds` seeds count, each with another order of rows. tests/bench/judge.py measures all of them alike on the
+report rows without position 0, and tests/bench/peer_training.py says what else peers are given. Rows that this trainer
+leaves out nobody sees.
 
 What was trained and judged is kept in `--work`, by what it was made from, so that a killed bench goes on where it was.
 """
@@ -37,6 +39,8 @@ from tests.bench.same_rows import OURS, TRAINERS, Result, SameRows, last, own_se
 
 LIMIT = 0.005
 """Relative difference of fvu that still counts as the same answer."""
+RULES = {"equal": "fvu at l0 {k}", "per_row": "fvu of the {k} largest latents of every row"}
+"""Those of `Judged` that give everybody the same l0"""
 Figures = dict[str, tuple[float, str]]
 
 
@@ -105,29 +109,34 @@ def peers(options: argparse.Namespace) -> Figures:
     with ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(lambda name: measure(rows, name, options), options.trainers))
     figures: Figures = {name: value for told, _ in found for name, value in told.items()}
-    best = dict(zip(options.trainers, (fvu for _, fvu in found), strict=True))
+    best = {name: results for name, (_, results) in zip(options.trainers, found, strict=True)}
     for own in (name for name in best if name in OURS):
         for peer in (name for name in best if name not in OURS and TRAINERS[name].map == TRAINERS[own].map):
-            figures[f"fvu at l0 {options.k}: {own} over {peer}"] = (best[own] / best[peer], "times")
+            for rule, words in RULES.items():
+                ratio = mean_fvu(best[own], rule) / mean_fvu(best[peer], rule)
+                figures[f"{words.format(k=options.k)}: {own} over {peer}"] = (ratio, "times")
     return figures
 
 
-def measure(rows: SameRows, name: str, options: argparse.Namespace) -> tuple[Figures, float]:
-    """A trainer's figures, and its mean fvu at its best learning rate."""
-    results: dict[float, Result] = {}
+def measure(rows: SameRows, name: str, options: argparse.Namespace) -> tuple[Figures, list[Result]]:
+    """A trainer's figures, and its seeds at its best learning rate."""
+    results, rule = dict[float, Result](), TRAINERS[name].rule
 
     def at(lr: float) -> float:
         results[lr] = rows.result(name, lr, 0)
-        return results[lr].judged.equal.fvu
+        return mean_fvu([results[lr]], rule)
 
     best, inside = search(at, TRAINERS[name].rates, options.most)
     seeds = [results[best], *(rows.result(name, best, seed) for seed in range(1, options.seeds))]
-    figures: Figures = {
-        f"{name}: fvu at l0 {options.k}, lr {lr:.3g}": (results[lr].judged.equal.fvu, "") for lr in sorted(results)
-    }
+    words = RULES[rule].format(k=options.k)
+    figures: Figures = {f"{name}: {words}, lr {lr:.3g}": (mean_fvu([results[lr]], rule), "") for lr in sorted(results)}
     figures[f"{name}: best lr{'' if inside else ', at the edge of the grid'}"] = (best, "")
-    told = summary(seeds, options.k)
-    return figures | {f"{name}: {key}": value for key, value in told.items()}, next(iter(told.values()))[0]
+    return figures | {f"{name}: {key}": value for key, value in summary(seeds, options.k).items()}, seeds
+
+
+def mean_fvu(results: Sequence[Result], rule: str) -> float:
+    """Over seeds, under one of the rules that give everybody the same l0."""
+    return statistics.fmean(getattr(result.judged, rule).fvu for result in results)
 
 
 def search(fvu_at: Callable[[float], float], rates: Sequence[float], most: int) -> tuple[float, bool]:
@@ -142,17 +151,18 @@ def search(fvu_at: Callable[[float], float], rates: Sequence[float], most: int) 
 
 
 def summary(results: Sequence[Result], k: int) -> Figures:
-    """Means over seeds, the fvu first."""
-    judged = [result.judged for result in results]
-    fvus, own = [one.equal.fvu for one in judged], [one.own for one in judged if one.own]
-    figures: Figures = {f"fvu at l0 {k}, mean of {len(fvus)} seeds": (statistics.fmean(fvus), "")}
-    if len(fvus) > 1:
-        figures[f"fvu at l0 {k}, standard deviation"] = (statistics.stdev(fvus), "")
+    """Means over seeds."""
+    judged, figures = [result.judged for result in results], Figures()
+    own = [one.own for one in judged if one.own]
+    for rule, words in RULES.items():
+        fvus = [getattr(one, rule).fvu for one in judged]
+        figures[f"{words.format(k=k)}, mean of {len(fvus)} seeds"] = (statistics.fmean(fvus), "")
+        if len(fvus) > 1:
+            figures[f"{words.format(k=k)}, standard deviation"] = (statistics.stdev(fvus), "")
     if own:
         figures["fvu by its own threshold"] = (statistics.fmean(part.fvu for part in own), "")
         figures["l0 by its own threshold"] = (statistics.fmean(part.l0 for part in own), "latents")
     return figures | {
-        f"fvu of the {k} largest latents of every row": (statistics.fmean(one.per_row.fvu for one in judged), ""),
         "dead on held-out rows": (statistics.fmean(one.dead for one in judged), "share"),
         f"pairs correlated above {CORRELATION}": (statistics.fmean(one.correlated for one in judged), "pairs"),
         f"pairs of cosine above {COSINE}": (statistics.fmean(one.parallel for one in judged), "pairs"),

@@ -12,7 +12,7 @@ from functools import cache, partial
 from inspect import getsource
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,8 @@ class Trainer(NamedTuple):
     """Where the grid of learning rates begins."""
     settings: tuple[str, ...] = ()
     """Of this project's trainer, beside the preset's; with {k} and {d_sae}"""
+    rule: Literal["equal", "per_row"] = "equal"
+    """Of those in `Judged`, the one whose fvu decides which learning rate is best."""
 
     @property
     def source(self) -> Side:
@@ -58,7 +60,7 @@ class Trainer(NamedTuple):
 OURS = {
     "ours, autoencoder": Trainer("autoencoder", (2e-3, 4e-3, 8e-3), ("activation.k_start={k}",)),
     "ours, TopK without prefixes": Trainer(
-        "transcoder", (2e-3, 4e-3, 8e-3), ("activation.kind=topk", "transcoder.prefixes=[{d_sae}]")
+        "transcoder", (2e-3, 4e-3, 8e-3), ("activation.kind=topk", "transcoder.prefixes=[{d_sae}]"), "per_row"
     ),
     "ours, Matryoshka BatchTopK": Trainer("transcoder", (2e-3, 4e-3, 8e-3)),
 }
@@ -66,8 +68,10 @@ PEERS = {
     "stand-in": Trainer("autoencoder", (1e-3,)),
     "SAELens Matryoshka BatchTopK": Trainer("autoencoder", (2e-3, 4e-3, 8e-3)),
     "dictionary_learning Matryoshka BatchTopK": Trainer("autoencoder", (2e-3, 4e-3, 8e-3)),
-    "sparsify TopK, Signum": Trainer("transcoder", (5e-3, 1e-2, 2e-2)),  # its own choice at 4,096 latents: 1e-2
-    "sparsify TopK, Adam": Trainer("transcoder", (1e-3, 2e-3, 4e-3)),  # 4e-4
+    "sparsify TopK, Signum": Trainer(
+        "transcoder", (5e-3, 1e-2, 2e-2), rule="per_row"
+    ),  # its own choice at 4,096 latents: 1e-2
+    "sparsify TopK, Adam": Trainer("transcoder", (1e-3, 2e-3, 4e-3), rule="per_row"),  # 4e-4
 }
 
 
