@@ -69,9 +69,11 @@ def test_float32_results_repeat_bit_for_bit(ops: ModuleType) -> None:
 @pytest.mark.parametrize("every_row", [False, True])
 @pytest.mark.parametrize("prefixes", [PREFIXES, (F,)])
 @pytest.mark.parametrize("per_row", [4, 20])
+@pytest.mark.parametrize("by_prefix", [False, True])
 def test_loss_and_gradients_equal_dense_autograd(
-    ops: ModuleType, prefixes: tuple[int, ...], every_row: bool, per_row: int
+    ops: ModuleType, prefixes: tuple[int, ...], every_row: bool, per_row: int, by_prefix: bool
 ) -> None:
+    weight = torch.linspace(0.3, 0.9, len(prefixes)).double() if by_prefix else torch.tensor(0.3).double()
     x, y = draw(B, D, seed=0), draw(B, O, seed=5)
     W_enc, b_enc, W_dec = parameters_of_a_step()
     base = draw(B if every_row else 1, O, seed=6).requires_grad_()
@@ -80,7 +82,7 @@ def test_loss_and_gradients_equal_dense_autograd(
 
     active = select((x @ W_enc + b_enc).detach(), per_row * B)
     values = ops.encode(x, W_enc, b_enc, active)
-    loss, errors, left = ops.prefix_loss(values, W_dec, base, y, active, segment, len(prefixes), 0.3)
+    loss, errors, left = ops.prefix_loss(values, W_dec, base, y, active, segment, len(prefixes), weight)
     (7 * loss).backward()
     found = [p.grad for p in parameters]
 
@@ -90,10 +92,10 @@ def test_loss_and_gradients_equal_dense_autograd(
     latents = pre_acts * reference.top_of_batch(pre_acts.detach(), per_row * B)
     parts = torch.stack(reference.reconstructions(latents, W_dec, torch.zeros(O), prefixes), dim=1) + base[:, None]
     expected = (parts - y[:, None]).square().sum(2)
-    (7 * 0.3 * expected.sum()).backward()
+    (7 * (weight * expected).sum()).backward()
 
     torch.testing.assert_close(values, pre_acts[active.rows, active.latents], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(loss, 0.3 * expected.sum(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, (weight * expected).sum(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(errors, expected.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(left, (y - parts[:, -1]).detach(), rtol=1e-12, atol=1e-12)
     assert not errors.requires_grad and not left.requires_grad

@@ -159,7 +159,8 @@ class _Arrays:
         errors, meet = y.new_empty(len(y), prefixes), y.new_empty(len(y), prefixes, y.shape[1])
         left, grad = torch.empty_like(y), torch.empty_like(values)
         tensors = (values, active.latents, active.starts, segment, W_dec, base, y)
-        loops.prefix_loss(*map(_array, tensors), float(weight), *map(_array, (meet, errors, left, grad)))
+        weights = np.broadcast_to(np.asarray(weight, np.float64), prefixes).copy()
+        loops.prefix_loss(*map(_array, tensors), weights, *map(_array, (meet, errors, left, grad)))
         return errors, left, meet, grad
 
     def sums_by_latent(

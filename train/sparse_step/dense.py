@@ -6,7 +6,7 @@ Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
 import torch
 from torch import Tensor
 
-from train.sparse_step.plain import above, batch_topk, row_topk
+from train.sparse_step.plain import above, batch_topk, row_topk, weighted
 from train.sparsity import Active
 
 __all__ = ["above", "batch_topk", "encode", "prefix_loss", "row_topk"]
@@ -36,4 +36,4 @@ def prefix_loss(
     latents = values.new_zeros(len(y), len(W_dec)).index_put((active.rows, active.latents), values, accumulate=True)
     parts = [latents * (segment <= p) @ W_dec + base for p in range(prefixes)]
     errors = torch.stack([(part - y).square().sum(dim=1) for part in parts], dim=1)
-    return weight * errors.sum(), errors.detach(), (y - parts[-1]).detach()
+    return weighted(errors, weight), errors.detach(), (y - parts[-1]).detach()

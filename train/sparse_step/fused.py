@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from train.sparse_step.plain import weighted
 from train.sparsity import Active
 
 
@@ -38,11 +39,11 @@ class Loops(Protocol):
         weight: Tensor | float,
         prefixes: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [B, P], [B, O], [B, P, O], [N]
-        """Errors, what is left of `y`, and gradients of `weight` times all errors.
+        """Errors, what is left of `y`, and gradients of `weight` times all errors; `weight` is one number or [P].
 
         With residual[b, p] = base[b] + sum over the row's latents of prefix p of value * W_dec[latent] - y[b]:
         errors[b, p] = |residual[b, p]|^2; left[b] = -residual[b, last]; meet[b, p] = sum over q >= p of
-        2 * weight * residual[b, q], which is the gradient that latents of segment p meet; and of every pair
+        2 * weight[q] * residual[b, q], which is the gradient that latents of segment p meet; and of every pair
         grad[i] = <W_dec[latent], meet[b, segment of latent]>.
         """
 
@@ -119,7 +120,7 @@ class _PrefixLoss(torch.autograd.Function):
         ctx.save_for_backward(values, segment, meet, grad)
         ctx.loops, ctx.active, ctx.W_dec, ctx.every_row = loops, active, W_dec, len(base) > 1
         ctx.mark_non_differentiable(errors, left)
-        return weight * errors.sum(), errors, left
+        return weighted(errors, weight), errors, left
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -253,15 +253,15 @@ def prefix_loss(
     W_dec: Floats,
     base: Floats,
     y: Floats,
-    weight: float,
+    weights: Floats,
     meet: Floats,
     errors: Floats,
     left: Floats,
     grad: Floats,
 ) -> None:
-    """As `fused.Loops.prefix_loss`. Four pairs at a time: sums are loaded and stored less often."""
+    """As `fused.Loops.prefix_loss`, `weights` [P]. Four pairs at a time: sums are loaded and stored less often."""
     prefixes, width = meet.shape[1], meet.shape[2]
-    twice = meet.dtype.type(2 * weight)
+    kind = meet.dtype.type
     for b in prange(len(meet)):
         first, i, end = base[np.int64(b) if len(base) > 1 else np.int64(0)], starts[b], starts[b + 1]
         for o in range(width):
@@ -290,8 +290,9 @@ def prefix_loss(
             errors[b, p] = total
         for o in range(width):
             left[b, o] = -meet[b, prefixes - 1, o]
-            meet[b, prefixes - 1, o] *= twice
+            meet[b, prefixes - 1, o] *= kind(2 * weights[prefixes - 1])
         for p in range(prefixes - 2, -1, -1):
+            twice = kind(2 * weights[p])
             for o in range(width):
                 meet[b, p, o] = meet[b, p + 1, o] + twice * meet[b, p, o]
         for j in range(starts[b], end):

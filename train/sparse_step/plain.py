@@ -81,13 +81,18 @@ def prefix_loss(
     prefixes: int,
     weight: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [], [B, P], [B, O]
-    """`weight` times the squared error of all rows under all prefixes.
+    """`weight`, one number or one per prefix, times the squared error of all rows under all prefixes.
 
     And, without gradient, the squared error of every row under every prefix, and what the last prefix leaves of `y`.
     """
     reconstructions = decode_prefixes(values, W_dec, active, segment, prefixes) + base.unsqueeze(1)
     errors = (reconstructions - y.unsqueeze(1)).square().sum(dim=2)
-    return weight * errors.sum(), errors.detach(), (y - reconstructions[:, -1]).detach()
+    return weighted(errors, weight), errors.detach(), (y - reconstructions[:, -1]).detach()
+
+
+def weighted(errors: Tensor, weight: Tensor | float) -> Tensor:  # [B, P] -> []
+    """Return the sum of all errors, each `weight` times, or by prefix where that is [P]."""
+    return errors.sum(0) @ weight if isinstance(weight, Tensor) and weight.dim() else weight * errors.sum()
 
 
 def decode_prefixes(

@@ -116,7 +116,9 @@ class _Kernels:
         errors, meet = y.new_empty(rows, prefixes), y.new_empty(rows, prefixes, width)
         left, grad = torch.empty_like(y), torch.empty_like(values)
         starts = offsets(active.rows * prefixes + segment[active.latents], rows * prefixes)
-        sides = (values, active.latents, starts, W_dec, base.contiguous(), y, weight)
+        assert isinstance(weight, Tensor)
+        weights = weight.expand(prefixes).contiguous()
+        sides = (values, active.latents, starts, W_dec, base.contiguous(), y, weights)
         step = width if len(base) > 1 else 0
         block = triton.next_power_of_2(width)
         _prefix_loss[(rows,)](*sides, meet, errors, left, grad, step, width, PREFIXES=prefixes, BLOCK=block)
@@ -224,7 +226,7 @@ def _prefix_loss(
     W_dec: Any,
     base: Any,
     y: Any,
-    weight: Any,
+    weights: Any,
     meet: Any,
     errors: Any,
     left: Any,
@@ -248,10 +250,10 @@ def _prefix_loss(
         tl.store(errors + group, tl.sum(total * total, 0))
     tl.store(left + row * width + o, -total, mask=inside)
     tl.debug_barrier()
-    twice = 2 * tl.load(weight)
     total = total * 0
     for q in range(PREFIXES):
         group = row * PREFIXES + PREFIXES - 1 - q
+        twice = 2 * tl.load(weights + PREFIXES - 1 - q)
         total += twice * tl.load(meet + group * width + o, mask=inside, other=0.0)
         tl.store(meet + group * width + o, total, mask=inside)
         for i in range(tl.load(starts + group), tl.load(starts + group + 1)):
