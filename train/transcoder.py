@@ -225,10 +225,10 @@ class Transcoder(nn.Module):
         self.guarded: guarded.Guarded | None = None
         """The search of training steps, where it is not `select` on a whole product."""
         self.segment = nn.Buffer(torch.bucketize(torch.arange(self.d_sae), edges, right=True), persistent=False)
-        self.prefix_shares: Tensor | None = None
-        if config.prefix_weights:
-            shares = torch.tensor(config.prefix_weights)
-            self.prefix_shares = nn.Buffer(shares / shares.mean(), persistent=False)
+        given = torch.tensor(config.prefix_weights or [1.0])
+        shares = nn.Buffer(given / given.mean(), persistent=False)
+        self.prefix_shares: Tensor | None = shares if config.prefix_weights else None
+        """[P] What each prefix's error weighs, 1 on average; none: all the same."""
         self._guess = torch.zeros(())
 
     @torch.no_grad()
