@@ -302,3 +302,25 @@ def test_a_shape_that_does_not_fit_is_refused_with_both_numbers(config: dict, ac
 def test_an_expansion_factor_multiplies_d_in_and_default_prefixes_halve() -> None:
     config = TranscoderConfig(d_sae="8x").resolve(D, BatchTopK(k=1))
     assert (config.d_sae, config.prefixes) == (48, (3, 6, 12, 24, 48))
+
+
+@KERNELS
+def test_prefixes_weigh_in_the_loss_as_they_are_told(kernels: Kernels) -> None:
+    model = make(ACTIVATIONS["batchtopk"], PREFIXES, False, kernels)
+    given = (1.0, 1.0, 2.0, 2.0, 4.0)  # shares that float32 holds exactly
+    config = TranscoderConfig(d_sae=F, prefixes=PREFIXES, prefix_weights=given).resolve(D, model.activation)
+    zeros = Normalisation(torch.zeros(D), 1.0, torch.zeros(O), 1.0)
+    model.prefix_shares = Transcoder(D, O, config, model.activation, zeros).double().prefix_shares
+    source, target = draw(B, D, seed=1) * 2, draw(B, O, seed=2)
+    found = model.step(source, target, NO_DEAD, NO_AUXK, 0)
+    x, y = model.normalised(source, target.clone())
+    pre_acts = x @ model.W_enc + model.b_enc
+    latents = pre_acts * reference.top_of_batch(pre_acts.detach(), model.activation.k * B)
+    parts = reference.reconstructions(latents, model.W_dec, model.b_dec, model.prefixes, 0.0)
+    expected = sum(w * reference.prefix_loss(part, y) for w, part in zip(given, parts, strict=True)) / sum(given)
+    assert float(found.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    mine, theirs = gradients(model, found.loss), gradients(model, expected)
+    for name in theirs:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-10, atol=1e-12, msg=name)
+    with pytest.raises(UserError, match="prefix_weights has 2 numbers, and there are"):
+        TranscoderConfig(d_sae=F, prefixes=PREFIXES, prefix_weights=(1.0, 2.0)).resolve(D, model.activation)
