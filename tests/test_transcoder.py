@@ -307,10 +307,12 @@ def test_an_expansion_factor_multiplies_d_in_and_default_prefixes_halve() -> Non
 @KERNELS
 def test_prefixes_weigh_in_the_loss_as_they_are_told(kernels: Kernels) -> None:
     model = make(ACTIVATIONS["batchtopk"], PREFIXES, False, kernels)
-    given = (1.0, 1.0, 2.0, 2.0, 4.0)  # shares that float32 holds exactly
-    config = TranscoderConfig(d_sae=F, prefixes=PREFIXES, prefix_weights=given).resolve(D, model.activation)
+    config = TranscoderConfig(d_sae=F, prefixes=PREFIXES, whole_weight=6.0).resolve(D, model.activation)
     zeros = Normalisation(torch.zeros(D), 1.0, torch.zeros(O), 1.0)
-    model.prefix_shares = Transcoder(D, O, config, model.activation, zeros).double().prefix_shares
+    weighs = Transcoder(D, O, config, model.activation, zeros).double()
+    weighs.load_state_dict(model.state_dict())
+    weighs.kernels, model = kernels, weighs
+    given = (1.0, 1.0, 1.0, 1.0, 6.0)  # a mean of 2: shares that float32 holds exactly
     source, target = draw(B, D, seed=1) * 2, draw(B, O, seed=2)
     found = model.step(source, target, NO_DEAD, NO_AUXK, 0)
     x, y = model.normalised(source, target.clone())
@@ -322,5 +324,3 @@ def test_prefixes_weigh_in_the_loss_as_they_are_told(kernels: Kernels) -> None:
     mine, theirs = gradients(model, found.loss), gradients(model, expected)
     for name in theirs:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-10, atol=1e-12, msg=name)
-    with pytest.raises(UserError, match="prefix_weights has 2 numbers, and there are"):
-        TranscoderConfig(d_sae=F, prefixes=PREFIXES, prefix_weights=(1.0, 2.0)).resolve(D, model.activation)

@@ -128,9 +128,9 @@ class TranscoderConfig(Config):
     """Latents; or a multiple of d_in, such as `8x`."""
     prefixes: tuple[int, ...] | None = None
     """Sizes of the Matryoshka prefixes, rising to d_sae; none: n/16, n/8, n/4, n/2, n. `[d_sae]`: no Matryoshka."""
-    prefix_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
-    """What each prefix's error weighs in the loss, in proportion to each other; none: all the same. What the last one
-    weighs decides how much of the whole's fvu Matryoshka costs."""
+    whole_weight: float = Field(1.0, gt=0)
+    """What the error of the whole transcoder weighs in the loss, over that of each smaller prefix: more of it makes the
+    whole better and the smaller prefixes worse. The mean weight is 1."""
     encoder_scale: float = Field(1.0, gt=0)
     """Norm of the encoder's columns at the start, where decoder rows have norm 1."""
     skip: bool = False
@@ -145,11 +145,6 @@ class TranscoderConfig(Config):
             raise UserError(f"transcoder.prefixes must rise from 1 up, got {list(prefixes)}")
         if prefixes[-1] != d_sae:
             raise UserError(f"transcoder.prefixes must end at d_sae = {d_sae}, got {list(prefixes)}")
-        if self.prefix_weights and len(self.prefix_weights) != len(prefixes):
-            raise UserError(
-                f"transcoder.prefix_weights has {len(self.prefix_weights)} numbers, and there are {len(prefixes)} "
-                f"prefixes: {list(prefixes)}"
-            )
         if isinstance(activation, WarmedK):
             for name, k in (("k", activation.k), ("k_start", activation.k_start or 0)):
                 assert isinstance(k, int), "resolve the activation first"
@@ -225,10 +220,11 @@ class Transcoder(nn.Module):
         self.guarded: guarded.Guarded | None = None
         """The search of training steps, where it is not `select` on a whole product."""
         self.segment = nn.Buffer(torch.bucketize(torch.arange(self.d_sae), edges, right=True), persistent=False)
-        given = torch.tensor(config.prefix_weights or [1.0])
-        shares = nn.Buffer(given / given.mean(), persistent=False)
-        self.prefix_shares: Tensor | None = shares if config.prefix_weights else None
-        """[P] What each prefix's error weighs, 1 on average; none: all the same."""
+        shares = torch.ones(len(self.prefixes))
+        shares[-1] = config.whole_weight
+        self.prefix_shares = nn.Buffer(shares / shares.mean(), persistent=False)
+        """[P] What each prefix's error weighs, 1 on average."""
+        self._evenly = config.whole_weight == 1
         self._guess = torch.zeros(())
 
     @torch.no_grad()
@@ -281,7 +277,7 @@ class Transcoder(nn.Module):
         gathered = self._ops.encode(x, self.W_enc, self.b_enc, active)
         values = self.activate(gathered, active)
         weight: Tensor | float = matryoshka_weight(len(y), len(self.prefixes), y.shape[1])
-        if self.prefix_shares is not None:
+        if not self._evenly:
             weight = weight * self.prefix_shares
         loss, errors, residual = self._ops.prefix_loss(
             values, self.W_dec, self.linear_part(x), y, active, self.segment, len(self.prefixes), weight

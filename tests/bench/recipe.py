@@ -60,9 +60,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "no k warm-up": ("activation.k_start={k}",),
     "encoder scale 1": ("transcoder.encoder_scale=1",),
     "clip 1": ("optimizer.max_grad_norm=1",),
-    "last prefix weighs 2": ("transcoder.prefix_weights=[1, 1, 1, 1, 2]",),
-    "last prefix weighs 4": ("transcoder.prefix_weights=[1, 1, 1, 1, 4]",),
-    "last prefix weighs 8": ("transcoder.prefix_weights=[1, 1, 1, 1, 8]",),
+    "whole weighs 2": ("transcoder.whole_weight=2",),
+    "whole weighs 4": ("transcoder.whole_weight=4",),
+    "whole weighs 8": ("transcoder.whole_weight=8",),
     "no Matryoshka": ("transcoder.prefixes=[{d_sae}]",),
 }
 """Changes of the preset."""
