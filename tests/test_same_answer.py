@@ -154,7 +154,8 @@ def test_a_bench_that_was_killed_goes_on_with_what_it_has(
         torch.manual_seed(len(trained))
         shapes = {"W_enc": (store.record.d_in, 128), "b_enc": (128,), "W_dec": (128, store.record.d_out)}
         shapes["b_dec"] = (store.record.d_out,)
-        np.savez(out, **{name: torch.randn(shape).numpy() for name, shape in shapes.items()}, seconds=1.0)
+        arrays = {name: torch.randn(shape).numpy() for name, shape in shapes.items()}
+        np.savez(out, allow_pickle=False, **arrays, seconds=np.array(1.0))
 
     monkeypatch.setattr(same_rows, "train_ours", train)
     given = options(pristine.path, tmp_path)

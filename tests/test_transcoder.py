@@ -167,7 +167,7 @@ def test_a_step_with_a_product_in_bfloat16_keeps_values_and_gradients_exact(kern
     mask = torch.zeros(B, F).index_put((found.active.rows, found.active.latents), torch.tensor(1.0))
     latents = (x @ model.W_enc + model.b_enc).relu() * mask
     parts = reference.reconstructions(latents, model.W_dec, model.b_dec, PREFIXES)
-    expected = sum(reference.prefix_loss(part, y) for part in parts) / len(parts)
+    expected = torch.stack([reference.prefix_loss(part, y) for part in parts]).mean()
     assert float(found.loss) == pytest.approx(float(expected), rel=1e-5)
     for name, gradient in gradients(model, expected).items():
         torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
@@ -262,6 +262,7 @@ def test_the_parallel_part_of_the_decoder_gradient_is_dropped() -> None:
     model = make(BatchTopK(k=K))
     model.step(draw(B, D, seed=1), draw(B, O, seed=2), NO_DEAD, NO_AUXK, 0).loss.backward()
     model.remove_parallel_gradient()
+    assert model.W_dec.grad is not None
     assert (model.W_dec.grad * model.W_dec).sum(1).abs().max() < 1e-15
     assert model.W_dec.grad.abs().max() > 0
 
@@ -271,6 +272,7 @@ def test_the_final_selection_is_what_a_late_step_activates(kind: str) -> None:
     model = make(ACTIVATIONS[kind])
     source, target = draw(B, D, seed=1), draw(B, O, seed=2)
     step = model.step(source, target, NO_DEAD, NO_AUXK, 10**6)
+    assert step.pre_acts is not None
     final = model.select_final(step.pre_acts)
     active = step.active.positive()
     assert torch.equal(final.rows, active.rows) and torch.equal(final.latents, active.latents)
@@ -317,9 +319,10 @@ def test_prefixes_weigh_in_the_loss_as_they_are_told(kernels: Kernels) -> None:
     found = model.step(source, target, NO_DEAD, NO_AUXK, 0)
     x, y = model.normalised(source, target.clone())
     pre_acts = x @ model.W_enc + model.b_enc
-    latents = pre_acts * reference.top_of_batch(pre_acts.detach(), model.activation.k * B)
+    latents = pre_acts * reference.top_of_batch(pre_acts.detach(), K * B)
     parts = reference.reconstructions(latents, model.W_dec, model.b_dec, model.prefixes, 0.0)
-    expected = sum(w * reference.prefix_loss(part, y) for w, part in zip(given, parts, strict=True)) / sum(given)
+    errors = torch.stack([reference.prefix_loss(part, y) for part in parts])
+    expected = errors @ torch.tensor(given).double() / sum(given)
     assert float(found.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
     mine, theirs = gradients(model, found.loss), gradients(model, expected)
     for name in theirs:

@@ -127,8 +127,8 @@ def threshold_at(weights: Weights, rows: list[Rows], k: int) -> float:
     """The threshold above which the rows, at natural frequencies, have k latents on average."""
     kept, counts, floor, total = [], [], 0.0, 0.0
     for part in rows:
-        found = weights.pre_acts(part.source).relu().view(-1)
-        top = found.topk(min(8 * k * len(part.source), found.numel()), sorted=False).values
+        pre_acts = weights.pre_acts(part.source).relu().view(-1)
+        top = pre_acts.topk(min(8 * k * len(part.source), pre_acts.numel()), sorted=False).values
         floor = max(floor, float(top.min()))
         kept.append(top)
         counts.append(torch.full_like(top, part.weight, dtype=torch.float64))

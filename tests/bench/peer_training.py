@@ -187,6 +187,8 @@ def _pairs_model(batches: Batches) -> Any:
     """A model for sparsify whose module `pairs` is called with the sources of a step and returns its targets."""
 
     class Pairs(torch.nn.Module):
+        target: Tensor
+
         def forward(self, source: Tensor) -> Tensor:
             return self.target
 
@@ -280,7 +282,7 @@ def main() -> None:
             check(trained, kept[0], settings["k"])
         arrays = {name: value.detach().double().numpy() for name, value in trained.folded.items()}
     partial = out.with_name(f"partial-{out.name}")
-    np.savez(partial, **arrays, seconds=seconds)
+    np.savez(partial, allow_pickle=False, **arrays, seconds=np.array(seconds))
     partial.replace(out)
 
 

@@ -216,9 +216,10 @@ def train_ours(store: Store, sets: list[str], out: Path) -> None:
     found = load_file(checkpoint.find(path).path / checkpoint.WEIGHTS)
     kept = {name: found[name].double().numpy() for name in Weights._fields if name in found}
     assert (found["threshold"] == found["threshold"][0]).all(), "the judge has one threshold for all latents"
-    kept |= {"threshold": kept["threshold"][0], "seconds": cpu_seconds(path), "said": last(path)["held_out"]["fvu"]}
+    said = last(path)["held_out"]["fvu"]
+    kept |= {"threshold": kept["threshold"][0], "seconds": np.array(cpu_seconds(path)), "said": np.array(said)}
     partial_ = out.with_name(f"partial-{out.name}")
-    np.savez(partial_, **kept)
+    np.savez(partial_, allow_pickle=False, **kept)
     partial_.replace(out)
     shutil.rmtree(path)
 

@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        line = ("run", "tiny", "--model", sink_model(scratch / "sink"), "--cache", scratch / "cache")
+        source = ("run", "tiny", "--model", sink_model(scratch / "sink"), "--cache", scratch / "cache")
         small = sized((), ("--set", "windows.context_size=32", "--set", "store.block_sequences=16"))
-        harvested = run(sys.executable, "-m", "harvest", *line, "--tokens", options.tokens, *small, "--quiet")
+        harvested = run(sys.executable, "-m", "harvest", *source, "--tokens", options.tokens, *small, "--quiet")
         store, figures = Store.open(Path(harvested.out.splitlines()[-1])), dict[str, tuple[float, str]]()
         first, overall = store.record.strata[0].source, store.record.overall.source
         ratio = first.norm_quantiles["0.5"] / overall.norm_quantiles["0.5"]
