@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from shared.errors import UserError
 from train.losses import AuxKConfig
 from train.optimizer import CompiledAdam, Optimizer, OptimizerConfig, TorchAdam
 from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
@@ -35,8 +36,9 @@ def loss_of(model: Transcoder, seed: int) -> torch.Tensor:
 
 
 @KINDS
-def test_three_steps_equal_adam_written_out(kind: type) -> None:
-    config = OptimizerConfig(lr=0.01, warmup_steps=1, decay_share=0.5, max_grad_norm=0.05)
+@pytest.mark.parametrize("decoder_rate", [1.0, 4.0])
+def test_three_steps_equal_adam_written_out(kind: type, decoder_rate: float) -> None:
+    config = OptimizerConfig(lr=0.01, decoder_rate=decoder_rate, warmup_steps=1, decay_share=0.5, max_grad_norm=0.05)
     model, plain = make(), make()
     optimizer = optimizer_of(kind, model, config, steps=4)
     moments = {
@@ -59,7 +61,7 @@ def test_three_steps_equal_adam_written_out(kind: type) -> None:
                 m.mul_(0.9).add_(0.1 * scale * grads[name])
                 v.mul_(0.999).add_(0.001 * (scale * grads[name]) ** 2)
                 update = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-                p.copy_(p.double() - lr * update)
+                p.copy_(p.double() - lr * (decoder_rate if name == "W_dec" else 1) * update)
             plain.W_dec.div_(plain.W_dec.norm(dim=1, keepdim=True))
         for name, p in plain.named_parameters():
             torch.testing.assert_close(dict(model.named_parameters())[name], p, rtol=2e-5, atol=2e-6, msg=name)
@@ -110,3 +112,19 @@ def test_saved_moments_continue_bit_for_bit(kind: type) -> None:
         after.step([loss_of(second, step)], step)
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_learning_rate_follows_the_width_and_warm_ups_the_run() -> None:
+    found = OptimizerConfig(lr="auto", warmup_share=0.02).resolve(steps=5000, d_in=576)
+    assert found.lr == pytest.approx(0.045 / 24, rel=1e-2) and found.warmup_steps == 100
+    assert found.resolve(steps=5000, d_in=128) == found  # what is resolved stays
+    given = OptimizerConfig(lr=1e-3, warmup_steps=7, warmup_share=0.5).resolve(steps=10, d_in=4)
+    assert (given.lr, given.warmup_steps) == (1e-3, 7)
+    with pytest.raises(UserError, match="optimizer.warmup_steps = 11, and the run has 10 steps"):
+        OptimizerConfig(warmup_steps=11).resolve(steps=10, d_in=4)
+    activation = BatchTopK(k=5, k_start="3x", k_warmup_share=0.2).resolve(50)
+    assert [activation.k_at(step) for step in (0, 5, 10, 49)] == [15, 10, 5, 5] and activation.largest_k == 15
+    with pytest.raises(UserError, match="activation.k_warmup_steps = 51"):
+        BatchTopK(k_warmup_steps=51).resolve(50)
+    with pytest.raises(UserError, match="activation.k_start must be a positive number or a multiple such as 3x"):
+        BatchTopK(k_start="x").resolve(50)
