@@ -75,9 +75,9 @@ def _prefixes(e: Evaluation) -> Table:
 
 
 def _strata(e: Evaluation) -> Table:
-    table = Table(
-        "positions", "rows", "fvu", "l0", "l0 by training rule", "relative error", "of all error", "of active"
-    )
+    heads = ("positions", "rows", "fvu", "l0", "l0 trained", "relative error", "of all error", "of all active")
+    table = Table(*heads)
+    table.columns[0].no_wrap = True
     for name, part in e.strata.items():
         drawn = "-" if part.l0_training_rule is None else f"{part.l0_training_rule:.2f}"
         table.add_row(name, f"{part.rows:,.0f}", f"{part.fvu:.4f}", f"{part.l0:.2f}", drawn, *_weight(part))

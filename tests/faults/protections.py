@@ -229,9 +229,9 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (34,),
-        "train/loop.py",
-        "        return float(np.sqrt(variance.mean())) or 1.0",
-        "        return float(np.sqrt(variance.mean()))",
+        "train/normalisation.py",
+        "    return float(np.sqrt(variance.mean())) or 1.0",
+        "    return float(np.sqrt(variance.mean()))",
         (f"{_DATA}::test_degenerate_rows_have_defined_results",),
     ),
     Protection(

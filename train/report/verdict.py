@@ -155,8 +155,8 @@ def _outliers(report: Report) -> Iterator[Check]:
     if found and report.held_out.l0 > 0:
         name, most = max(found, key=lambda part: part[1])
         said = (
-            f"{most:,.0f} latents are active on a row of {name}, {most / report.held_out.l0:.1f} times as many as on "
-            "an ordinary row."
+            f"{most:,.0f} {'latent is' if round(most) == 1 else 'latents are'} active on a row of {name}, "
+            f"{most / report.held_out.l0:.1f} times as many as on an ordinary row."
         )
         yield _check("outliers", said, most / report.held_out.l0, 4.0, 16.0, "strata")
 
