@@ -22,7 +22,7 @@ DIVERSE = [
     "--set", "diversity.mined.weight=8", "--set", "diversity.mined.cost_share=0.2",
     "--set", "diversity.co_activation.weight=2", "--set", "diversity.co_activation.margin=0.1",
     "--set", "diversity.position.weight=1", "--set", "diversity.position.max_bos_mass_share=0.01",
-    "--set", "rows.max_bos_batch_share=0.1",
+    "--set", "rows.position_0=train", "--set", "rows.max_bos_batch_share=0.1",
     "--set", "monitor.every=6", "--set", "monitor.rows=150", "--set", "monitor.least_together=3",
 ]  # fmt: skip
 OFF = ["--set", "diversity.mined.weight=0", "--set", "diversity.co_activation.weight=0"]
@@ -34,7 +34,7 @@ def test_the_diversity_loss_parts_latents_and_every_term_is_logged(
     common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 120, *SMALL, "--set", "optimizer.lr=0.01")
     plain, diverse = command(*common, *DIVERSE[-8:], *OFF).path, command(*common, *DIVERSE).path
     last = [json.loads((run / FOLDER / "correlation-000120.json").read_text()) for run in (plain, diverse)]
-    assert rows(plain)[-1]["terms"].keys() == {"reconstruction", "auxk"}
+    assert rows(plain)[-1]["terms"].keys() == {"reconstruction", "auxk", "quiet"}
     terms = rows(diverse)[-1]["terms"]
     assert terms.keys() == {"reconstruction", "auxk", "orthogonality", "mined", "co_activation", "position"}
     assert all(terms[name] > 0 for name in ("orthogonality", "mined", "co_activation", "position"))

@@ -130,7 +130,9 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     blocks = settings.rows.training_blocks(store)
     rows = len(blocks) * sum(s.rows for s in store.record.plan.stored_strata)
     if settings.rows.batch_rows > rows:
-        raise UserError(f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the {rows:,} rows to train on")
+        raise UserError(
+            f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the store's {rows:,} training rows"
+        )
     view = store.excluding(exclusion)
     strata = training_strata(view, blocks)
     counts = rows_per_stratum(strata, settings.rows)
