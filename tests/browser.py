@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock, Timeout
@@ -27,13 +28,20 @@ _SECONDS = 200
 
 
 @contextmanager
-def open_page(path: Path, width: int = 1280, height: int = 800, dark: bool = False, fragment: str = "") -> Iterator:
+def open_page(
+    path: Path, width: int = 1280, height: int = 800, dark: bool = False, fragment: str = ""
+) -> Iterator[Any]:
     """A Playwright page of the file at `path`, loaded. Raises `AssertionError` on leaving when anything went wrong.
 
     Skips the test where there is no browser. A width below 600 is a phone with a touch screen.
     """
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    executable, wrong = chromium(), []
+    executable, wrong = chromium(), list[str]()
+
+    def dismissed(dialog: Any) -> None:
+        wrong.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=executable, args=ARGS)
         try:
@@ -48,7 +56,7 @@ def open_page(path: Path, width: int = 1280, height: int = 800, dark: bool = Fal
             page.on("console", lambda m: wrong.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else 0)
             page.on("pageerror", lambda error: wrong.append(f"thrown: {error}"))
             page.on("requestfailed", lambda request: wrong.append(f"not loaded: {request.url} ({request.failure})"))
-            page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+            page.on("dialog", dismissed)
             page.goto(path.resolve().as_uri() + fragment)
             yield page
         finally:
@@ -79,10 +87,16 @@ def _install() -> None:
         with FileLock(f"{place}.lock", timeout=_SECONDS):
             if _found() or place.exists():
                 return
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
             env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
             for command in ("apt-get update", _INSTALL):
-                subprocess.run(command.split(), env=env, timeout=_SECONDS // 2, **quiet)
+                subprocess.run(
+                    command.split(),
+                    env=env,
+                    timeout=_SECONDS // 2,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
             place.touch()
     except (Timeout, subprocess.TimeoutExpired):
         place.touch()

@@ -42,7 +42,10 @@ import pytest  # noqa: E402
 from tests.stores import SyntheticStore, make_store  # noqa: E402
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.llms import Line
+    from tests.runs import Outcome
     from train.report.record import Report
 
 
@@ -148,7 +151,7 @@ def report(reported: Path) -> "Report":
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> "Callable[..., Outcome]":
     """Runs `python -m train ARGS` in this process."""
 
     from shared import cli

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from train.mirror.process import FOLDER, marked
 from train.mirror.written import records
@@ -89,7 +90,7 @@ def histories(run: Path) -> list[dict]:
 
 def summaries(run: Path) -> dict:
     """The last summary of the run."""
-    found = {}
+    found: dict[str, Any] = {}
     for path in files(run):
         for record in records(path):
             if record.WhichOneof("record_type") == "summary":

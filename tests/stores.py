@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
@@ -20,6 +20,9 @@ from safetensors.numpy import save
 from shared import arrays, durable, keyed, layout, statistics
 from shared.store import Store
 from shared.strata import Stratum, quota, stratum_ranges
+
+if TYPE_CHECKING:
+    import zarr
 
 Array = NDArray[Any]
 SIDES = ("source", "target")
@@ -45,10 +48,10 @@ class DocumentLayout:
         first = place.reshape(blocks, -1, 1)[block] * request.context_size
         return ((first + np.arange(request.context_size)) // self.tokens).astype(np.int32)
 
-    def vectors(self, owners: Array, like: Array) -> Array:
+    def vectors(self, owners: Array, d_in: int) -> Array:
         """What each row has of its document [n, D]."""
         numbers, places = np.unique(owners, return_inverse=True)
-        drawn = [np.random.default_rng(int(number)).normal(size=like.shape) for number in numbers]
+        drawn = [np.random.default_rng(int(number)).normal(size=d_in) for number in numbers]
         return self.deviation * np.array(drawn)[places]
 
 
@@ -155,7 +158,7 @@ def make_store(
         for spec, rows in ((layout.tokens_spec(wanted), tokens), (layout.documents_spec(wanted), owners)):
             parts.setdefault(spec.path, []).append(rows)
             token_files |= _write_block(path, spec, block, rows)
-        written, gathered = _write_strata(path, wanted, draw, block, tokens, owners, documents, parts)
+        written, gathered = _write_strata(path, wanted, draw, d_in, block, tokens, owners, documents, parts)
         moments.append(gathered)
         raw = save({f"{stratum}/{side}/mean": every.mean for (stratum, side), (every, _) in gathered.items()})
         done = layout.LedgerRecord(
@@ -230,6 +233,20 @@ def faults(path: Path) -> dict[str, str]:
     return {name: wrong for name, wrong in Store.open(path).verify() if wrong}
 
 
+def stock_array(path: Path, name: str) -> "zarr.Array[Any]":
+    """An array of the store at `path`, as any reader opens it."""
+    import zarr
+
+    found = zarr.open_group(path / layout.ARRAYS, mode="r")[name]
+    assert isinstance(found, zarr.Array)
+    return found
+
+
+def stock_rows(path: Path, name: str) -> Array:
+    """All rows of it."""
+    return np.asarray(stock_array(path, name)[:])
+
+
 class _Rows:
     """Draws (source, target) rows for tokens; the map from one to the other is fixed by the first draws of `rng`."""
 
@@ -267,6 +284,7 @@ def _write_strata(
     path: Path,
     request: layout.StoreRequest,
     draw: Draw,
+    d_in: int,
     block: int,
     tokens: Array,
     owners: Array,
@@ -281,7 +299,7 @@ def _write_strata(
         order = (order if documents is None or documents.shuffled else np.sort(order))[: stratum.rows]
         sequence, position = order // width, stratum.start + order % width
         owner = owners[sequence, position]
-        sides = draw(tokens[sequence, position], position, documents.vectors(owner, draw.mean) if documents else 0.0)
+        sides = draw(tokens[sequence, position], position, documents.vectors(owner, d_in) if documents else 0.0)
         arrays = {side: encode(rows, request.storage) for side, rows in sides.items()}
         arrays["position"] = position.astype(np.uint16)
         arrays["sequence"] = (sequence + block * request.block_sequences).astype(np.uint32)
@@ -298,7 +316,7 @@ def _write_strata(
 
 
 def _write_block(path: Path, spec: arrays.ArraySpec, block: int, rows: Array) -> dict[str, layout.FileRecord]:
-    written = {}
+    written: dict[str, layout.FileRecord] = {}
     for shard, buffers in zip(spec.block_shards(block), spec.shard_buffers(rows), strict=True):
         name = spec.shard_path(shard)
         _write_file(path / layout.ARRAYS, name, b"".join(bytes(part) for part in buffers), written)
@@ -364,12 +382,14 @@ def _summarise(
 ) -> tuple[tuple[layout.StratumSummary, ...], layout.StratumSummary, dict[str, Array]]:
     tensors: dict[str, Array] = {}
 
-    def summary(name: str, where: dict[str, int], sides: dict[str, statistics.Moments]) -> layout.StratumSummary:
+    def summary(name: str, where: dict[str, float], sides: dict[str, statistics.Moments]) -> layout.StratumSummary:
         for side, moments in sides.items():
             tensors[f"{name}/{side}/mean"], tensors[f"{name}/{side}/variance"] = moments.mean, moments.variance
-        return layout.StratumSummary(**where, **{side: _norms(moments) for side, moments in sides.items()})
+        return layout.StratumSummary.model_validate(
+            {**where, **{side: _norms(moments) for side, moments in sides.items()}}
+        )
 
-    def rows(stratum: Stratum) -> dict[str, int]:
+    def rows(stratum: Stratum) -> dict[str, float]:
         counts = {"rows": stratum.rows * len(blocks), "natural_rows": stratum.natural_rows * len(blocks)}
         return {"start": stratum.start, "stop": stratum.stop, **counts}
 
@@ -380,7 +400,8 @@ def _summarise(
     later = [s for s in make_strata(request) if s.stop > 1]
     whole = {side: statistics.merge([block[s.name, side][1] for s in later for block in blocks]) for side in SIDES}
     natural = (request.context_size - 1) * request.block_sequences * len(blocks)
-    where = {"start": 1, "stop": request.context_size, "rows": sum(s.rows for s in later) * len(blocks)}
+    rows_ = sum(s.rows for s in later) * len(blocks)
+    where: dict[str, float] = {"start": 1, "stop": request.context_size, "rows": rows_}
     return strata, summary("overall", {**where, "natural_rows": natural}, whole), tensors
 
 

@@ -95,11 +95,13 @@ def test_arrays_equal_a_row_by_row_loop(block: int, changes: dict, special: tupl
         wanted.source_hook: encode(rng.normal(size=(SEQUENCES, CONTEXT, 6)).astype(np.float32), "bfloat16"),
         wanted.target_hook: encode(rng.normal(size=(SEQUENCES, CONTEXT, 3)).astype(np.float32), "bfloat16"),
     }
-    buffers = {name: np.zeros((len(layout.rows) + 5, found.shape[2]), np.uint16) for name, found in values.items()}
+    buffers = {
+        name: np.zeros((len(layout.rows) + 5, captured.shape[2]), np.uint16) for name, captured in values.items()
+    }
     for start in range(0, SEQUENCES, 10):  # as a capture does: batch by batch, the last one shorter
         places, rows_ = layout.batch(start, min(start + 10, SEQUENCES))
-        for name, found in values.items():
-            buffers[name][places] = found[start : start + 10].reshape(-1, found.shape[2])[rows_]
+        for name, captured in values.items():
+            buffers[name][places] = captured[start : start + 10].reshape(-1, captured.shape[2])[rows_]
     for stratum in strata:
         found = stratum_arrays(wanted, stratum, block, layout, buffers)
         expected = naive(wanted, stratum, given, special, block, values[wanted.source_hook])

@@ -13,7 +13,9 @@ import pytest
 
 from harvest import cache as stores
 from shared import durable
+from shared.errors import UserError
 from shared.layout import PLAN, REQUEST, STORE, record_path
+from shared.space import size_of
 from tests.llms import ROOT, command, edit_json
 from tests.stores import make_request, make_store
 
@@ -124,7 +126,7 @@ def test_a_removal_that_was_killed_leaves_no_part_of_a_store(cache: Path, monkey
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores.shutil, "rmtree", killed)
+        patch.setattr(shutil, "rmtree", killed)
         assert command("rm", "whole", "--cache", cache).code == 3
     assert listed(cache) == {}
     assert [path.name for path in cache.iterdir() if path.is_dir()] == ["whole.tmp"]
@@ -141,7 +143,7 @@ def test_a_file_with_two_names_counts_once(tmp_path: Path) -> None:
     (tmp_path / "a" / "file").write_bytes(b"x" * 1000)
     (tmp_path / "b" / "file").hardlink_to(tmp_path / "a" / "file")
     (tmp_path / "b" / "own").write_bytes(b"x" * 10)
-    assert stores.size_of(tmp_path / "b") == 1010 == stores.size_of(tmp_path / "a", tmp_path / "b")
+    assert size_of(tmp_path / "b") == 1010 == size_of(tmp_path / "a", tmp_path / "b")
 
 
 def test_the_nearest_store_and_what_differs(cache: Path) -> None:
@@ -176,7 +178,7 @@ def test_a_lock_file_that_was_removed_meanwhile_is_not_mistaken_for_the_lock(tmp
         patch.setattr(durable, "_open_to_lock", removed_after_opening)
         with durable.lock(path, "it"):
             patch.undo()
-            with pytest.raises(durable.UserError, match="locked"), durable.lock(path, "it"):
+            with pytest.raises(UserError, match="locked"), durable.lock(path, "it"):
                 pass
     assert swapped
 
@@ -184,12 +186,12 @@ def test_a_lock_file_that_was_removed_meanwhile_is_not_mistaken_for_the_lock(tmp
 def test_an_exclusive_lock_can_be_shared(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with durable.lock(path, "it") as first:
-        with pytest.raises(durable.UserError, match="locked"), durable.lock(path, "it", shared=True):
+        with pytest.raises(UserError, match="locked"), durable.lock(path, "it", shared=True):
             pass
         first.share()
         with durable.lock(path, "it", shared=True):
             pass
-        with pytest.raises(durable.UserError, match="locked"), durable.lock(path, "it"):
+        with pytest.raises(UserError, match="locked"), durable.lock(path, "it"):
             pass
     with durable.lock(path, "it"):
         pass

@@ -12,6 +12,7 @@ from harvest.capture import as_array, fitting_buffers, open_capture, to_storage
 from harvest.model import Model, load_model
 from harvest.packing import Windows
 from shared.errors import ProjectError
+from shared.layout import StorageType
 from tests.llms import make_gemma
 from tests.stores import encode
 
@@ -37,7 +38,7 @@ def shuffled(sequences: int) -> BlockLayout:
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
-def test_storage_rounds_to_nearest_even(storage: str) -> None:
+def test_storage_rounds_to_nearest_even(storage: StorageType) -> None:
     values = np.random.default_rng(0).normal(0, 30, (3, 5, 7)).astype(np.float32)
     values[0, 0, :2] = 1 + 2**-8, 1 + 3 * 2**-8  # halfway in bfloat16: down and up
     found = to_storage(torch.from_numpy(values), storage, "hook", 0)
@@ -64,7 +65,7 @@ def test_overflow_of_the_storage_type_names_the_value() -> None:
 
 
 def test_rows_go_to_their_places_whatever_the_number_of_workers(folder: Path) -> None:
-    given, layout, found, counted = windows(22), shuffled(22), [], []
+    given, layout, found, counted = windows(22), shuffled(22), [], list[int]()
     model = load_model(folder, "float32", "cpu", HOOKS)
     for workers in (1, 2, 3):
         buffers = fitting_buffers({}, WIDTHS, len(layout.rows), "float32")

@@ -35,8 +35,8 @@ def test_a_checkpoint_holds_what_was_saved(tmp_path: Path) -> None:
     found = checkpoint.load_tensors(path / checkpoint.WEIGHTS, WEIGHTS)
     assert all(torch.equal(found[name], WEIGHTS[name]) for name in WEIGHTS)
     assert torch.equal(checkpoint.load_state(path / checkpoint.OPTIMIZER)["rows_since_fired"], torch.tensor([3, 4]))
-    found = checkpoint.find(tmp_path)
-    assert (found.path, found.step, found.state.arithmetic) == (path, 500, ARITHMETIC)
+    newest = checkpoint.find(tmp_path)
+    assert (newest.path, newest.step, newest.state.arithmetic) == (path, 500, ARITHMETIC)
 
 
 def test_a_transposed_parameter_is_saved_as_it_reads(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_figures_equal_those_of_dense_activations(command: Command, store: Synth
     assert found.largest_correlation == pytest.approx(float(correlation.max()))
 
     evaluation = evaluate(model, opened, threshold, 100, seed=0)
-    assert (found.fvu, found.l0) == (pytest.approx(evaluation.fvu, rel=1e-5), pytest.approx(evaluation.l0))
+    assert found.fvu == pytest.approx(evaluation.fvu, rel=1e-5) and found.l0 == pytest.approx(evaluation.l0)
     assert found.l0 == pytest.approx(5.0, rel=0.3)  # calibrated on other rows
     assert found.cpu_ms_per_step and found.ms_per_step
 
@@ -376,12 +376,12 @@ def test_a_steps_cost_leaves_evaluations_checkpoints_and_the_first_out(command: 
         clock += seconds.get(row["step"], 0.02)
         row |= {"seconds": clock, "cpu_seconds": 2 * clock}
     (run / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cost_per_step(run, read_config(run).settings) == (pytest.approx(20.0), pytest.approx(10.0))
+    assert cost_per_step(run, read_config(run).settings) == pytest.approx((20.0, 10.0))
     for row in rows[5:]:
         row |= {"from_step": 10, "seconds": row["seconds"] + 7, "cpu_seconds": row["cpu_seconds"] + 9}  # resumed
     lines = [json.dumps(row) for row in rows]
     (run / "timing.jsonl").write_text("\n".join(lines) + '\n{"step": 3')
-    assert cost_per_step(run, read_config(run).settings) == (pytest.approx(20.0), pytest.approx(10.0))
+    assert cost_per_step(run, read_config(run).settings) == pytest.approx((20.0, 10.0))
     (run / "timing.jsonl").unlink()
     assert cost_per_step(run, read_config(run).settings) == (None, None)
 
@@ -394,9 +394,10 @@ def test_a_checkpoint_between_rows_of_the_log_is_left_out(command: Command, stor
         clock += {16: 5.0, 20: 5.0, 30: 5.0}.get(row["step"], 0.02)  # 15 was saved within those of 16
         row |= {"seconds": clock, "cpu_seconds": clock}
     (run / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cost_per_step(run, read_config(run).settings) == (pytest.approx(10.0), pytest.approx(10.0))
+    assert cost_per_step(run, read_config(run).settings) == pytest.approx((10.0, 10.0))
 
 
 def test_a_spread_is_the_mean_and_the_sample_deviation() -> None:
     assert spread([2.0]).deviation is None
-    assert (spread([1.0, 2.0, 6.0]).mean, spread([1.0, 2.0, 6.0]).deviation) == (3.0, pytest.approx(7**0.5))
+    found = spread([1.0, 2.0, 6.0])
+    assert found.mean == 3.0 and found.deviation == pytest.approx(7**0.5)

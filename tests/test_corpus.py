@@ -10,6 +10,7 @@ import pytest
 
 from harvest.corpus import open_corpus
 from harvest.embedded.corpus import documents
+from harvest.embedded.tokenizer import BOS_ID, EOS_ID
 from harvest.encoding import Encoder, clean, split_at
 from harvest.hub import dataset_commit, explain
 from harvest.repair import own_text
@@ -17,7 +18,7 @@ from harvest.rows import LineRows
 from harvest.settings import TextSettings
 from shared.errors import UserError
 from shared.keyed import permutation
-from tests.llms import BOS_ID, EOS_ID, VOCABULARY, edit_json, make_gemma, texts, write_jsonl
+from tests.llms import VOCABULARY, edit_json, make_gemma, texts, write_jsonl
 
 CHAT = [[{"role": "user", "content": f"index {i}"}, {"role": "assistant", "content": "value"}] for i in range(5)]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"

@@ -181,6 +181,7 @@ def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_products(dev
     columns = dense.clone().requires_grad_()
     expected = sum(w * (columns[:, i] * columns[:, j]).sum() for i, j, w in zip(*PAIRS, STRENGTH, strict=True)) / R
     expected.backward()
+    assert columns.grad is not None
     assert float(loss) > 0
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(grad, columns.grad[active.rows, active.latents], rtol=1e-12, atol=1e-14)
@@ -224,6 +225,7 @@ def test_the_position_loss_is_the_excess_activation_at_rows_with_a_weight() -> N
     columns = dense.clone().requires_grad_()
     expected = (columns[:5] * 0.5 * excess).sum() / R
     expected.backward()
+    assert columns.grad is not None
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(values.grad, columns.grad[active.rows, active.latents])
 

@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zarr
 
+from harvest.embedded.tokenizer import BOS_ID, EOS_ID
 from shared.keyed import permutation
 from shared.layout import ARRAYS, STORE, UNEMBEDDING
 from shared.store import Store
 from tests.llms import (
     BLOCK_TOKENS,
-    BOS_ID,
-    EOS_ID,
     Line,
     command,
     contents,
@@ -28,7 +26,7 @@ from tests.llms import (
     wait_for,
     write_jsonl,
 )
-from tests.stores import decode, encode
+from tests.stores import decode, encode, stock_rows
 
 
 def plain_rows(model: Path, layer: int, tokens: np.ndarray, batch: int, dtype: str) -> dict[str, np.ndarray]:
@@ -49,23 +47,22 @@ def plain_rows(model: Path, layer: int, tokens: np.ndarray, batch: int, dtype: s
 def check_store(path: Path, model: Path, rows: int = 200) -> None:
     """Compare a store, read by stock zarr, with plain transformers on random rows of every stratum."""
     store = Store.open(path)
-    request, root = store.request, zarr.open_group(path / ARRAYS, mode="r")
-    tokens = root["tokens"][:]
+    request, tokens = store.request, stock_rows(path, "tokens")
     assert tokens.shape == (store.record.blocks * request.block_sequences, request.context_size)
     assert (tokens[:, 0] == BOS_ID).all() and (tokens[:, 1:] != BOS_ID).all()
     expected = plain_rows(model, request.layer, tokens, request.batch_sequences, request.model.dtype)
     rng = np.random.default_rng(0)
     for stratum in store.record.plan.stored_strata:
-        group = root[f"strata/{stratum.name}"]
+        group = f"strata/{stratum.name}"
         count = store.record.blocks * stratum.rows
-        sequence, position = group["sequence"][:], group["position"][:]
+        sequence, position = stock_rows(path, f"{group}/sequence"), stock_rows(path, f"{group}/position")
         assert len(sequence) == len(position) == count
         assert len(set(zip(sequence.tolist(), position.tolist(), strict=True))) == count
         assert ((position >= stratum.start) & (position < stratum.stop)).all()
         assert (sequence // request.block_sequences == np.arange(count) // stratum.rows).all()
         chosen = rng.choice(count, min(rows, count), replace=False)
         for side, values in expected.items():
-            stored = group[side][:][chosen]
+            stored = stock_rows(path, f"{group}/{side}")[chosen]
             wanted = encode(values[sequence[chosen], position[chosen]], request.storage)
             assert (stored == wanted).all()
     check_statistics(store)

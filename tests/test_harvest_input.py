@@ -75,7 +75,7 @@ def test_what_model_or_text_cannot_give(small: Line, tmp_path: Path, arguments: 
 def test_text_and_model_by_option_leave_the_presets_columns_and_revisions_behind(tmp_path: Path) -> None:
     from harvest.cli import resolve
 
-    nothing = {"config": None, "model": None, "text": (), "layers": (), "tokens": None, "seed": None}
+    nothing: dict[str, Any] = {"config": None, "model": None, "text": (), "layers": (), "tokens": None, "seed": None}
     given = {**nothing, "preset": "gemma-2-2b", "text": ("chats.jsonl",), "model": "folder"}
     found = resolve(**given, assignments=("text.kind=messages",))
     assert (found.text.name, found.text.column, found.text.kind) == (("chats.jsonl",), None, "messages")
@@ -129,7 +129,8 @@ def test_models_that_do_not_fit(small: Line, model: Path, tmp_path: Path) -> Non
 
 @pytest.mark.fault(38)
 def test_a_text_without_any_text_leaves_no_store(small: Line, tmp_path: Path) -> None:
-    for name, rows in {"none": [], "empty": [{"text": ""}, {"text": ""}], "null": [{"text": None}]}.items():
+    cases: dict[str, list[dict[str, Any]]] = {"none": [], "empty": [{"text": ""}] * 2, "null": [{"text": None}]}
+    for name, rows in cases.items():
         text = write_jsonl(tmp_path / f"{name}.jsonl", rows)
         found = command(*small(tmp_path / "cache", "--set", "text.column=text", text=text))
         refused(found, f"{name}.jsonl", folder=tmp_path / "cache")

@@ -5,12 +5,13 @@ Each ends with rows that are the model's own: `verify --against-model`, not chec
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from harvest import archive, finish
-from shared import durable
+from shared import checks, durable, packed
 from shared import store as store_module
 from shared.layout import ARRAYS, PLAN, REQUEST, STORE
 from shared.store import Store
@@ -23,6 +24,9 @@ def flip(path: Path, at: int = 3) -> None:
     path.write_bytes(data)
 
 
+Extended = Callable[..., list[object]]
+
+
 @pytest.fixture
 def store(finished: Path, tmp_path: Path) -> Path:
     """A finished store of three training blocks, in a cache of its own."""
@@ -31,16 +35,16 @@ def store(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def line(small: Line, store: Path) -> Line:
+def line(small: Line, store: Path) -> Extended:
     """The arguments of a harvest into that cache."""
 
     def given(*more: object, blocks: int = 3) -> list[object]:
         return small(store.parent, *more, tokens=blocks * BLOCK_TOKENS)
 
-    return given  # type: ignore[return-value]
+    return given
 
 
-def cut_off(line: Line, blocks: int, where: str) -> None:
+def cut_off(line: Extended, blocks: int, where: str) -> None:
     """Extend to `blocks` training blocks; ended before the last steps, or between statistics and store.json."""
 
     def killed(*_: object) -> None:
@@ -64,7 +68,7 @@ def check(store: Path, model: Path, training_blocks: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["before finishing", "before store.json"])
-def test_repair_during_an_extension_that_was_cut_off(line: Line, store: Path, model: Path, where: str) -> None:
+def test_repair_during_an_extension_that_was_cut_off(line: Extended, store: Path, model: Path, where: str) -> None:
     """The old blocks are mended, the plan of the longer store stays, and another length is refused or finishes."""
     before = contents(store)
     cut_off(line, 4, where)
@@ -81,7 +85,7 @@ def test_repair_during_an_extension_that_was_cut_off(line: Line, store: Path, mo
     assert all((store / name).read_bytes() == before[name] for name in shards)
 
 
-def test_a_plan_that_was_lost_is_found_in_store_json(line: Line, store: Path, model: Path) -> None:
+def test_a_plan_that_was_lost_is_found_in_store_json(line: Extended, store: Path, model: Path) -> None:
     before = contents(store)
     (store / PLAN).unlink()
     assert command("verify", store).code == 1
@@ -92,7 +96,7 @@ def test_a_plan_that_was_lost_is_found_in_store_json(line: Line, store: Path, mo
 
 
 def test_rows_of_a_longer_plan_that_was_lost_are_not_taken_for_those_of_a_new_one(
-    line: Line, store: Path, model: Path
+    line: Extended, store: Path, model: Path
 ) -> None:
     """Its last block's tokens come from windows shuffled in another way."""
     cut_off(line, 5, "before finishing")
@@ -105,7 +109,7 @@ def test_rows_of_a_longer_plan_that_was_lost_are_not_taken_for_those_of_a_new_on
 @pytest.mark.parametrize("name", [PLAN, REQUEST, "ledger/000000.json", "statistics-000005.safetensors", STORE])
 @pytest.mark.parametrize("way", ["run", "repair"])
 def test_a_record_that_does_not_parse_is_written_anew(
-    line: Line, store: Path, model: Path, name: str, way: str
+    line: Extended, store: Path, model: Path, name: str, way: str
 ) -> None:
     before = contents(store)
     (store / name).write_text('{"block": 0')
@@ -120,7 +124,7 @@ def test_a_record_that_does_not_parse_is_written_anew(
     assert contents(store) == before
 
 
-def test_an_extension_does_not_pass_a_damaged_unembedding_on(line: Line, store: Path) -> None:
+def test_an_extension_does_not_pass_a_damaged_unembedding_on(line: Extended, store: Path) -> None:
     path = store / "unembedding.safetensors"
     before = path.read_bytes()
     flip(path, 5000)
@@ -166,9 +170,9 @@ def test_rows_in_other_numbers_than_a_new_plan_has_are_made_again(
 
 
 def test_opening_a_store_while_an_extension_finishes_gives_one_or_the_other(
-    line: Line, store: Path, monkeypatch: pytest.MonkeyPatch
+    line: Extended, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_shard, extended = store_module.check_shard, []
+    check_shard, extended = checks.check_shard, list[bool]()
 
     def slow(*given: object) -> None:
         if not extended:
@@ -182,7 +186,7 @@ def test_opening_a_store_while_an_extension_finishes_gives_one_or_the_other(
 
 @pytest.mark.fault(1)
 def test_a_kill_in_the_last_step_of_an_extension_leaves_no_litter_behind(
-    line: Line, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: Extended, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = store / "statistics-000005.safetensors"
     data = old.read_bytes()
@@ -195,7 +199,7 @@ def test_a_kill_in_the_last_step_of_an_extension_leaves_no_litter_behind(
 
 
 def test_packing_a_store_that_is_extended_meanwhile_gives_the_one_that_was_opened(
-    line: Line, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: Extended, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, each = contents(store), archive._for_each_shard
 
@@ -213,7 +217,7 @@ def test_packing_a_store_that_is_extended_meanwhile_gives_the_one_that_was_opene
 
 
 def test_packing_goes_on_where_the_rest_just_fits(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packing, count = archive.pack_shard, 0
+    packing, count = packed.pack_shard, 0
 
     def killed(*given: object) -> bytes:
         nonlocal count

@@ -60,7 +60,7 @@ def test_hash_does_not_depend_on_the_type_of_the_values(dtype):
 
 
 def test_parts_of_a_key_do_not_run_together():
-    keys = [
+    keys: list[tuple[int | str, ...]] = [
         (),
         (1,),
         ("1",),
@@ -93,7 +93,8 @@ def test_permutation_orders_by_hash():
 
 def test_different_keys_give_unrelated_permutations():
     n = 10_000
-    orders = [permutation(n, *key) for key in [("a",), ("b",), (0,), (1,), ("a", 0), (0, "a")]]
+    keys: list[tuple[int | str, ...]] = [("a",), ("b",), (0,), (1,), ("a", 0), (0, "a")]
+    orders = [permutation(n, *key) for key in keys]
     for i, first in enumerate(orders):
         for second in orders[i + 1 :]:
             assert (first == second).sum() < 10  # one is expected by chance

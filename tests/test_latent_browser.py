@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
+from shared.store import Store
 from tests.browser import open_page
 from tests.reported import DEAD, Reported, reported
 from train.report import browser
@@ -62,11 +64,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def store_with(tokenizer: Path) -> Store:
+    """As much of a store as the browser's files are made from."""
+    return cast(Store, SimpleNamespace(tokenizer=tokenizer))
+
+
 @pytest.fixture(scope="module")
 def files(run: Reported, table: pa.Table, tokenizer: Path) -> dict[str, bytes]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(browser, "CHUNK", CHUNK)
-        return browser_files("<b>a run</b>", SimpleNamespace(tokenizer=tokenizer), table, run.contexts)
+        return browser_files("<b>a run</b>", store_with(tokenizer), table, run.contexts)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +152,7 @@ def test_every_text_is_there_once_and_no_script_can_end_early(files: dict[str, b
 
 
 def test_the_same_input_gives_the_same_bytes(run: Reported, table: pa.Table, tokenizer: Path) -> None:
-    store = SimpleNamespace(tokenizer=tokenizer)
+    store = store_with(tokenizer)
     one, other = (browser_files("a run", store, table, run.contexts) for _ in range(2))
     assert one == other
     assert not any(str(run.path).encode() in data for data in one.values())
@@ -158,7 +165,7 @@ def test_latents_take_so_few_bytes_that_18_432_of_them_fit_into_60_mb(files: dic
 
 
 def test_without_a_tokenizer_there_are_numbers(run: Reported, table: pa.Table, tmp_path: Path) -> None:
-    files = browser_files("a run", SimpleNamespace(tokenizer=tmp_path), table, run.contexts)
+    files = browser_files("a run", store_with(tmp_path), table, run.contexts)
     assert handed(files["latents/tokens.js"])[2]["texts"] is None
 
 
@@ -215,7 +222,7 @@ def test_the_list_sorts_searches_filters_and_turns_pages(page_file: Path, table:
             ("BOS share", "bos_share"),
             ("Nearest", "nearest_cosines"),
         ):
-            values = [
+            values: list[Any] = [
                 v[0] if isinstance(v, list) and v else None if isinstance(v, list) else v
                 for v in table[column].to_pylist()
             ]
@@ -242,8 +249,8 @@ def test_the_list_sorts_searches_filters_and_turns_pages(page_file: Path, table:
         digits = {f for f, tokens in enumerate(table["peaks"].to_pylist()) if 15 in tokens}
         assert set(searched(page, '"2024"', f"{len(digits)} of")) == digits
         for shown, token in (("↵", 11), ("␣the", 14), ('" the" ', 14)):  # as the page writes them
-            found = {f for f, tokens in enumerate(table["peaks"].to_pylist()) if token in tokens}
-            assert set(searched(page, shown, f"{len(found)} of")) == found and 0 < len(found) < 50, shown
+            there = {f for f, tokens in enumerate(table["peaks"].to_pylist()) if token in tokens}
+            assert set(searched(page, shown, f"{len(there)} of")) == there and 0 < len(there) < 50, shown
         page.select_option("#scope", "suppressed")
         assert len(searched(page, "</script>", f"{F} of")) == 50
         page.fill("#query", "23")

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import zarr
 from pydantic import BaseModel, ValidationError
+from zarr.core.metadata import ArrayV3Metadata
 
 from shared import arrays, durable, layout
 from shared.arrays import ArraySpec
 from shared.layout import FileRecord, StoreRequest
-from tests.stores import decode, encode, make_request, make_store
+from tests.stores import decode, encode, make_request, make_store, stock_array
 
 
 def spec(rows: int, width: int | None = 8, dtype: str = "uint16") -> ArraySpec:
@@ -203,7 +204,7 @@ def test_a_request_that_no_store_can_hold_is_refused(option, message):
 def test_a_record_names_nothing_outside_its_store(name):
     file = FileRecord(bytes=0, crc32c="00000000")
     with pytest.raises(ValidationError, match="not the path of a file below the store"):
-        layout.LedgerRecord(block=0, d_in=1, d_out=1, files={name: file}, moments=file)
+        layout.LedgerRecord(block=0, batch_sequences=1, d_in=1, d_out=1, files={name: file}, tokens={}, moments=file)
 
 
 def test_block_bytes_are_what_lies_on_disk(tmp_path):
@@ -222,7 +223,7 @@ def test_record_paths():
 # Stock zarr reads what we write
 
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "rows below a chunk": {"context_size": 8, "edges": (0, 1, 4), "block_sequences": 5},
     "several chunks per shard": {"context_size": 6, "edges": (0, 1, 4), "block_sequences": 256},
     "one stratum": {"context_size": 4, "edges": (0,), "block_sequences": 64},
@@ -267,13 +268,15 @@ def test_several_shards_per_block_really_occur(tmp_path, monkeypatch):
 
 def test_names_and_attributes_reach_zarr(tmp_path):
     made = make_store(tmp_path / "s", storage="bfloat16")
-    group = zarr.open_group(made.path / layout.ARRAYS, mode="r")
-    source = group["strata/004-016/source"]
+    source, target, position, tokens = (
+        stock_array(made.path, name)
+        for name in (*(f"strata/004-016/{side}" for side in ("source", "target", "position")), "tokens")
+    )
     assert dict(source.attrs) == {"torch_dtype": "bfloat16", "hook_name": "blocks.3.hook_resid_mid"}
-    assert dict(group["strata/004-016/target"].attrs)["hook_name"] == "blocks.3.hook_mlp_out"
-    assert source.metadata.dimension_names == ("row", "source_dimension")
-    assert group["tokens"].metadata.dimension_names == ("sequence", "offset")
-    assert group["strata/004-016/position"].metadata.dimension_names == ("row",)
+    assert dict(target.attrs)["hook_name"] == "blocks.3.hook_mlp_out"
+    wanted = (("row", "source_dimension"), ("sequence", "offset"), ("row",))
+    for array, names in zip((source, tokens, position), wanted, strict=True):
+        assert isinstance(array.metadata, ArrayV3Metadata) and array.metadata.dimension_names == names
 
 
 def test_bfloat16_bits_are_the_upper_half_of_fp32():
@@ -293,7 +296,7 @@ def test_zarr_notices_a_damaged_index(tmp_path):
     data = bytearray(shard.read_bytes())
     data[-10] ^= 1
     shard.write_bytes(data)
-    array = zarr.open_group(made.path / layout.ARRAYS, mode="r")[name]
+    array = stock_array(made.path, name)
     rows = made.record.plan.stored_strata[2].rows
     assert np.asarray(array[:rows]).tobytes() == made.arrays[name][:rows].tobytes()
     with pytest.raises(Exception, match=r"(?i)checksum|crc32c"):
@@ -305,7 +308,7 @@ def test_zarr_notices_a_truncated_shard(tmp_path):
     shard = made.path / layout.ARRAYS / "tokens" / "c" / "0" / "0"
     shard.write_bytes(shard.read_bytes()[:-64])
     with pytest.raises(Exception, match=r"(?i)checksum|crc32c"):
-        zarr.open_group(made.path / layout.ARRAYS, mode="r")["tokens"][0:1]
+        stock_array(made.path, "tokens")[0:1]
 
 
 def test_a_grown_shape_is_all_that_changes_between_blocks():

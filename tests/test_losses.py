@@ -34,6 +34,7 @@ def test_jumprelu_gradients_are_the_papers_pseudo_derivatives() -> None:
     out = losses.jumprelu(values, threshold, 0.1)
     assert out.tolist() == [0.0, 0.0, 0.52, 0.90]
     out.backward(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    assert values.grad is not None and threshold.grad is not None
     assert values.grad.tolist() == [0.0, 0.0, 3.0, 4.0]
     assert threshold.grad.tolist() == pytest.approx([0.0, -2 * 0.5 / 0.1, -3 * 0.5 / 0.1, 0.0])
 
@@ -44,6 +45,7 @@ def test_l0_loss_counts_and_pushes_thresholds_up() -> None:
     loss = losses.l0_loss(values, threshold, 0.1, rows=2)
     assert float(loss) == 1.0
     loss.backward()
+    assert threshold.grad is not None
     assert threshold.grad.tolist() == pytest.approx([0.0, -5.0, -5.0, 0.0])
     assert values.grad is None
 

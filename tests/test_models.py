@@ -11,6 +11,7 @@ import torch
 from harvest.model import check_isolation, load_model, probe
 from harvest.model_files import read_shape
 from shared.errors import UserError
+from shared.layout import StorageType
 from shared.store import Store
 from tests.llms import SHAPES, VOCABULARY, command, make_gemma3_multimodal, texts, write_jsonl
 
@@ -47,7 +48,7 @@ def plain(folder: Path, dtype: torch.dtype, ids: torch.Tensor) -> list[torch.Ten
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_hooks_equal_plain_transformers(folders: dict[str, Path], shape: str, dtype: str) -> None:
+def test_hooks_equal_plain_transformers(folders: dict[str, Path], shape: str, dtype: StorageType) -> None:
     ids = torch.randint(4, 300, (3, 40), generator=torch.Generator().manual_seed(0))
     found = load_model(folders[shape], dtype, "cpu", HOOKS)(ids)
     for name, expected in zip(HOOKS, plain(folders[shape], getattr(torch, dtype), ids), strict=True):

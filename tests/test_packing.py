@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from harvest.packing import Packed, Quota, TokenStream, Windows, model_positions, pack
+from shared.layout import Documents
 
 CONTEXT = 8
 BOS, SEPARATOR = 2, 1
@@ -43,7 +44,11 @@ def naive(docs: list[np.ndarray], quota: Quota, kind: str, bos: int | None, sepa
 
 
 def run(
-    docs: list[np.ndarray], quota: Quota, kind: str = "joined", bos: int | None = BOS, separator: int | None = SEPARATOR
+    docs: list[np.ndarray],
+    quota: Quota,
+    kind: Documents = "joined",
+    bos: int | None = BOS,
+    separator: int | None = SEPARATOR,
 ) -> tuple[Packed, list]:
     kept: list = []
     stream = TokenStream(docs, bos=bos, separator=separator, context=CONTEXT, kind=kind)
@@ -62,7 +67,9 @@ def as_lists(windows: list) -> list:
 @pytest.mark.parametrize("separator", [SEPARATOR, None])
 @pytest.mark.parametrize("bos", [BOS, None])
 @pytest.mark.parametrize("kind", KINDS)
-def test_windows_equal_those_of_a_naive_loop(seed: int, separator: int | None, bos: int | None, kind: str) -> None:
+def test_windows_equal_those_of_a_naive_loop(
+    seed: int, separator: int | None, bos: int | None, kind: Documents
+) -> None:
     docs = documents(seed)
     quota = Quota(held_out=seed % 5, skipped=0, wanted=20 if seed % 2 else 10_000)
     packed, kept = run(docs, quota, kind, bos, separator)
@@ -73,7 +80,7 @@ def test_windows_equal_those_of_a_naive_loop(seed: int, separator: int | None, b
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_positions_are_those_the_model_counts(kind: str) -> None:
+def test_positions_are_those_the_model_counts(kind: Documents) -> None:
     _, kept = run(documents(0), Quota(held_out=2, skipped=0, wanted=50), kind)
     windows = Windows(*np.moveaxis(np.array(kept, np.int32), -1, 0))
     for found, window in zip(model_positions(windows, kind), kept, strict=True):
@@ -90,7 +97,7 @@ def test_positions_are_those_the_model_counts(kind: str) -> None:
 @pytest.mark.fault(39)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(4))
-def test_every_token_read_is_somewhere(seed: int, kind: str) -> None:
+def test_every_token_read_is_somewhere(seed: int, kind: Documents) -> None:
     docs = documents(seed)
     packed, kept = run(docs, Quota(held_out=4, skipped=0, wanted=10_000), kind)
     full = [doc for doc in docs if len(doc)]
@@ -104,7 +111,7 @@ def test_every_token_read_is_somewhere(seed: int, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(4))
-def test_no_document_is_on_both_sides(seed: int, kind: str) -> None:
+def test_no_document_is_on_both_sides(seed: int, kind: Documents) -> None:
     packed, kept = run(documents(seed), Quota(held_out=6, skipped=0, wanted=10_000), kind)
     held_out = set(packed.held_out.documents.ravel().tolist())
     training = {document for window in kept for _, document in window}
@@ -128,7 +135,7 @@ def test_reads_no_more_documents_than_needed() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(4))
-def test_segments_continue_one_another(seed: int, kind: str) -> None:
+def test_segments_continue_one_another(seed: int, kind: Documents) -> None:
     docs = documents(seed)
     _, whole = run(docs, Quota(held_out=3, skipped=0, wanted=30), kind)
     first, a = run(docs, Quota(held_out=3, skipped=0, wanted=12), kind)

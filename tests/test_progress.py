@@ -1,8 +1,9 @@
 """Plain lines of progress: when they come, and how much of them."""
 
+import time
+
 import pytest
 
-from shared import progress
 from shared.progress import Progress
 from shared.terminal import Volume, speaking
 
@@ -11,7 +12,7 @@ from shared.terminal import Volume, speaking
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, which only the test moves."""
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 

@@ -64,9 +64,9 @@ def test_a_stream_is_a_keyed_permutation_of_runs_per_epoch(rows: int, run: int) 
 def test_every_array_of_a_batch_is_of_the_same_rows(synthetic: SyntheticStore) -> None:
     store = Store.open(synthetic.path)
     reader = RowReader(store, store.record.training_blocks, RowsConfig(batch_rows=40, run_rows=8), seed=3)
-    kinds = {"source": (np.uint16, 16), "position": (np.uint16,), "sequence": (np.uint32,), "offset": (np.uint16,)}
+    kinds = {"source": ("u2", [16]), "position": ("u2", []), "sequence": ("u4", []), "offset": ("u2", [])}
     for step in (0, 9):
-        for name, (kind, *width) in kinds.items():
+        for name, (kind, width) in kinds.items():
             found = reader.read(step, name, np.zeros((40, *width), kind))
             rows = [
                 synthetic.arrays[f"strata/{s.stratum.name}/{name}"][low:high] for s, low, high, _ in reader.runs(step)

@@ -2,8 +2,10 @@
 
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,11 +143,16 @@ def test_batches_are_read_before_they_are_asked_for_by_one_thread_that_ends(
 def test_the_kernel_is_asked_for_every_batch_before_it_is_read(
     synthetic: SyntheticStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, done = Store.open(synthetic.path), []
+    store, done = Store.open(synthetic.path), list[str]()
     reader = BatchReader(store, store.record.training_blocks, RowsConfig(batch_rows=32), 0, CPU)
     read = reader.read
     monkeypatch.setattr(reader, "will_need", lambda step: done.append(f"ask {step}"))
-    monkeypatch.setattr(reader, "read", lambda step, *rest: done.append(f"read {step}") or read(step, *rest))
+
+    def noted(step: int, *rest: Any) -> Any:
+        done.append(f"read {step}")
+        return read(step, *rest)
+
+    monkeypatch.setattr(reader, "read", noted)
     for step in (0, 1, 7):
         reader.batch(step)
     twice = [[f"read {step}"] * 2 for step in (0, 1, 7)]
@@ -172,7 +179,7 @@ def test_what_goes_wrong_ahead_is_raised_at_its_step(synthetic: SyntheticStore, 
         pack(synthetic.path, path)
     store = Store.open(path, Local(folder=tmp_path / "local") if kind == "packed" else None)
     shard = path / "activations.zarr/strata/001-004/target/c/4/0"
-    harm = {
+    harm: dict[str, Callable[[], object]] = {
         "cut": lambda: shard.write_bytes(shard.read_bytes()[:2000]),
         "gone": shard.unlink,
         "packed": lambda: flip(shard, 4),

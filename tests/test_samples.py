@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,8 +80,8 @@ class Reference:
         return sorted(best.values(), key=lambda peak: (-peak[0], peak[1], peak[2]))
 
     def take(self, preferred: list, wanted: int, share: float) -> list:
-        most, counts = int(np.ceil(share * wanted - 1e-9)), Counter()
-        taken, passed = [], []
+        most, counts = int(np.ceil(share * wanted - 1e-9)), Counter[Any]()
+        taken, passed = list[Any](), list[Any]()
         for peak in preferred:
             stratum = self.stratum[peak[1:]]
             (taken if counts[stratum] < most and len(taken) < wanted else passed).append(peak)
@@ -91,7 +92,8 @@ class Reference:
     def select(self, latent: int, config: SamplesConfig, seed: int) -> dict[tuple[str, int | None], list]:
         """The samples of one latent by (kind, bin)."""
         windows = self.windows(latent)
-        found = {("top", None): self.take(windows, config.top, config.max_stratum_share)}
+        found: dict[tuple[str, int | None], list] = {}
+        found["top", None] = self.take(windows, config.top, config.max_stratum_share)
         rest = [peak for peak in windows if peak not in found["top", None]][::-1]
         key = int(hash_integers(np.array([latent]), "samples", seed)[0])
         for b in range(config.bins):
@@ -339,7 +341,7 @@ def test_bins_hold_as_many_sequences_each_and_the_seed_decides_which_are_shown()
 
 
 def test_the_draw_from_a_bin_is_even() -> None:
-    config, counts = SamplesConfig(top=1, bins=1, per_bin=1, max_stratum_share=1.0), Counter()
+    config, counts = SamplesConfig(top=1, bins=1, per_bin=1, max_stratum_share=1.0), Counter[Any]()
     found = planted({(s, 20): 1.0 + s for s in range(11)})
     for seed in range(1000):
         counts.update(chosen_places(found, select(found, config, seed), 0))

@@ -1,5 +1,6 @@
 """Which checkpoints are kept, in what order they give way, and what a run takes at most."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ WEIGHTS, STATE = {"w": torch.arange(1000.0)}, {"s": torch.zeros(10)}
 FVU = {100: 0.5, 200: 0.2, 300: 0.3, 400: 0.25, 500: 0.4}
 
 
-def found(fvu: dict[int, float | None], size: int = 10) -> list[Checkpoint]:
+def found(fvu: Mapping[int, float | None], size: int = 10) -> list[Checkpoint]:
     record = FileRecord(bytes=size, crc32c="00000000")
     return [
         Checkpoint(

@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,13 @@ def test_permuted_rows_are_within_the_limit(store: Store) -> None:
 def measured(path: Path, *, shuffled: bool, deviation: float) -> Shuffle:
     """The shuffle of a store of documents of five windows each."""
     layout = DocumentLayout(tokens=160, deviation=deviation, shuffled=shuffled)
-    sizes = {"d_in": 64, "d_out": 64, "block_sequences": 256, "training_blocks": 24, "held_out_blocks": 0}
+    sizes: dict[str, Any] = {
+        "d_in": 64,
+        "d_out": 64,
+        "block_sequences": 256,
+        "training_blocks": 24,
+        "held_out_blocks": 0,
+    }
     return measure(Store.open(make_store(path, **sizes, documents=layout).path), 1024)
 
 
@@ -102,7 +109,13 @@ def test_runs_are_shorter_where_blocks_are_small(tmp_path: Path) -> None:
     The expectation is an upper bound: rows of a block are drawn without replacement, and batches end within runs.
     """
     layout = DocumentLayout(tokens=160, deviation=0.7, shuffled=True)
-    sizes = {"d_in": 64, "d_out": 64, "block_sequences": 16, "training_blocks": 384, "held_out_blocks": 0}
+    sizes: dict[str, Any] = {
+        "d_in": 64,
+        "d_out": 64,
+        "block_sequences": 16,
+        "training_blocks": 384,
+        "held_out_blocks": 0,
+    }
     store = Store.open(make_store(tmp_path / "store", **sizes, documents=layout).path)
     decided = 0.7**2 / (0.7**2 + 1.04**2)
     long, short = measure(store, 1024, run_rows=64), measure(store, 1024)

@@ -1,16 +1,16 @@
 """Bytes that folders take, and when they are measured."""
 
+import time
 from pathlib import Path
 
 import pytest
 
-from shared import space
 from shared.space import Measured, size_of
 
 
 def test_figures_that_cost_something_are_measured_at_times(monkeypatch: pytest.MonkeyPatch) -> None:
     now, found = [0.0], [5]
-    monkeypatch.setattr(space.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def measure() -> int:
         if not found:

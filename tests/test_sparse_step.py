@@ -134,6 +134,7 @@ def test_no_active_pairs_leave_the_target(ops: ModuleType) -> None:
     loss, errors, left = ops.prefix_loss(values, W_dec, nothing, y, active, torch.zeros(F, dtype=torch.int64), 1, 1.0)
     torch.testing.assert_close(errors[:, 0], y.square().sum(1))
     loss.backward()
+    assert W_enc.grad is not None and W_dec.grad is not None
     assert torch.equal(left, y) and not W_enc.grad.any() and not W_dec.grad.any()
 
 
@@ -183,6 +184,7 @@ def step_of_loops() -> list[torch.Tensor]:
         loss, errors, left = compiled.prefix_loss(values, W_dec, torch.zeros(1, width), y, active, segment, 3, 0.1)
         loss.backward()
         found += [active.rows, active.latents, active.values, errors, left]
+    assert W_enc.grad is not None and W_dec.grad is not None
     return [*found, W_enc.grad, W_dec.grad]
 
 

@@ -188,7 +188,7 @@ def test_a_drawing_that_fails_stops_nothing(capsys: pytest.CaptureFixture[str], 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     done = []
-    with panel_shown(lambda: 1 / 0):
+    with panel_shown(lambda: str(1 / 0)):
         print("warning: seen all the same", file=sys.stderr)
         done.append(1)
     err = capsys.readouterr().err

@@ -207,7 +207,7 @@ def test_killed_anywhere_and_resumed_a_run_is_the_uninterrupted_one(store: Synth
         process.kill()
         process.wait()
         resumed = popen("resume", name)
-        assert resumed.wait(120) == 0, resumed.stderr.read()
+        assert resumed.wait(120) == 0, resumed.communicate()[1]
         assert_same_run(tmp_path / "whole", name)
         assert not list(name.rglob("*.tmp"))
 

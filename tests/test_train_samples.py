@@ -19,6 +19,7 @@ from shared.store import Local, Store
 from tests.runs import SMALL
 from tests.stores import SyntheticStore, make_store
 from train import checkpoint
+from train import rows as reading
 from train.samples import encode as encoding
 from train.samples.encode import Activations, encode
 from train.samples.select import SamplesConfig, Selection, select
@@ -136,7 +137,7 @@ def test_resume_makes_the_samples_that_a_finished_run_lacks(command, trained: Pa
 def test_a_signal_during_the_pass_stops_it_and_resume_makes_the_samples(
     command, made: SyntheticStore, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = encoding.read_rows
+    read = reading.read_rows
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -9,7 +9,7 @@ import torch
 from shared.errors import ProjectError
 from train import usage
 from train.duplicates import diversity, monitor
-from train.duplicates.activations import co_activation_loss
+from train.duplicates.activations import Correlated, co_activation_loss
 from train.duplicates.directions import direction_loss
 from train.settings import Settings
 from train.sparsity import Active
@@ -72,7 +72,7 @@ def no_loss(W_dec: torch.Tensor, *_: object) -> torch.Tensor:
         (
             monitor,
             "correlated_pairs",
-            lambda *_, **__: (monitor.Correlated.none(), dict.fromkeys(monitor.LEVELS, 0)),
+            lambda *_, **__: (Correlated.none(), dict.fromkeys(monitor.LEVELS, 0)),
             "monitor",
         ),
     ],

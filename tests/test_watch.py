@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -14,8 +15,7 @@ from shared import durable
 from tests.runs import SMALL, rows
 from tests.stores import SyntheticStore, make_store
 from tests.test_train import popen, rows_so_far, wait_for
-from train import metrics, usage
-from train import settings as train_settings
+from train import checkpoint, metrics, usage
 from train.files import CONFIG, LOCK, METRICS, TIMING, USAGE, Lines
 from train.watch import Watched
 
@@ -161,7 +161,7 @@ def test_settings_that_are_none_are_told(command, finished: Path) -> None:
 
 
 def test_names_of_files_are_the_trainers() -> None:
-    assert FILES == (train_settings.CONFIG, metrics.METRICS, metrics.TIMING, usage.USAGE)
+    assert FILES == (checkpoint.CONFIG, metrics.METRICS, metrics.TIMING, usage.USAGE)
 
 
 def test_lines_of_a_file_that_is_not_there_are_none(tmp_path: Path) -> None:
@@ -199,19 +199,24 @@ def test_a_running_run_is_followed_to_its_end(command, store: SyntheticStore, tm
     assert {one["state"] for one in found[:-1]} == {"running"}
 
 
+def _stream(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe
+
+
 @pytest.mark.slow
 def test_ctrl_c_leaves_quietly_and_the_trainer_goes_on(command, store: SyntheticStore, tmp_path: Path) -> None:
     run = tmp_path / "one"
     trainer = popen("run", "--store", store.path, "--runs", tmp_path, "--name", "one", "--steps", 10**6, *SMALL)
     wait_for(lambda: (run / METRICS).exists() and len(rows_so_far(run)) >= 2)
     watcher = popen("watch", run)
-    assert watcher.stdout.readline().startswith("train ")
+    assert _stream(watcher.stdout).readline().startswith("train ")
     watcher.send_signal(signal.SIGINT)
-    assert watcher.wait(30) == 0 and watcher.stderr.read() == ""
+    assert watcher.wait(30) == 0 and _stream(watcher.stderr).read() == ""
     watcher = popen("watch", run)
-    assert watcher.stdout.readline().startswith("train ")
+    assert _stream(watcher.stdout).readline().startswith("train ")
     assert trainer.poll() is None
     os.kill(trainer.pid, signal.SIGTERM)
     assert trainer.wait(60) == 3
     assert watcher.wait(30) == 0
-    assert f"; continue with: python -m train resume {run}" in watcher.stdout.read().splitlines()[-1]
+    assert f"; continue with: python -m train resume {run}" in _stream(watcher.stdout).read().splitlines()[-1]

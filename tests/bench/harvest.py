@@ -129,8 +129,8 @@ def speed(folder: Path) -> None:
         figures[f"{name} over {BARE}, median of {SPEED_REPEATS}"] = (median(ratios), "ratio")
         for which, value in (("lowest", min(ratios)), ("highest", max(ratios))):
             figures[f"{name} over {BARE}, {which}"] = (value, "ratio")
-        used = [base / own for own, base in zip(cpu[name], cpu[BARE], strict=True)]
-        figures[f"{name} over {BARE}, tokens per CPU-second, median"] = (median(used), "ratio")
+        per_cpu = [base / own for own, base in zip(cpu[name], cpu[BARE], strict=True)]
+        figures[f"{name} over {BARE}, tokens per CPU-second, median"] = (median(per_cpu), "ratio")
     record(f"harvest speed: embedded model, {cores} threads, {SPEED_BLOCKS} blocks", f"{LINE} speed", figures)
 
 
@@ -175,7 +175,7 @@ def plain_writes(folder: Path, target: Target, buffers: dict[str, np.ndarray]) -
     for stratum in target.strata:
         for number, rows in enumerate(buffers.values()):
             with open(folder / f"{stratum.name}-{number}", "wb", buffering=0) as file:
-                view = memoryview(rows[first : first + stratum.rows]).cast("B")
+                view = rows[first : first + stratum.rows].data.cast("B")
                 while view:
                     view = view[file.write(view) :]
                 os.fsync(file.fileno())

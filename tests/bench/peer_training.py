@@ -184,7 +184,8 @@ def main() -> None:
     with torch.no_grad():
         check(trained, kept)
         arrays = {name: value.detach().double().numpy() for name, value in trained.folded.items()}
-    np.savez(settings["out"], **arrays, lr=trained.lr, seconds=seconds)
+    arrays |= {"lr": np.array(trained.lr), "seconds": np.array(seconds)}
+    np.savez(settings["out"], allow_pickle=False, **arrays)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from statistics import median
 import numpy as np
 import pyarrow
 import torch
-import zarr
 from datasets import Dataset, disable_progress_bars, load_from_disk
 
 from shared import durable
@@ -29,7 +28,7 @@ from shared.process import keep_freed_memory
 from shared.reader import RowReader, RowsConfig
 from shared.store import Store
 from tests.bench.record import record, sized
-from tests.stores import Array, make_store
+from tests.stores import Array, make_store, stock_array
 from train.rows import BatchReader
 
 BLOCKS = sized({256: 16, 2304: 2}, {16: 1})
@@ -168,7 +167,7 @@ def write_store(path: Path, d: int) -> Path:
     ).path
 
 
-def shards(path: Path, d: int) -> list[tuple[np.memmap, ...]]:
+def shards(path: Path, d: int) -> list[tuple[Array, ...]]:
     """Maps of the shard files of every stratum but the first, source beside target [rows, d]."""
     names = [file for file in path.glob(f"{ARRAYS}/strata/*/source/c/*/0") if "000-001" not in str(file)]
     maps = []
@@ -252,9 +251,9 @@ def batches(path: Path, ahead: bool) -> Batches:
 
 def zarr_slices(path: Path) -> Batches:
     """The runs of the same batches through zarr."""
-    store, group = Store.open(path), zarr.open_group(path / ARRAYS, mode="r")
+    store = Store.open(path)
     reader = RowReader(store, store.record.training_blocks, RowsConfig(batch_rows=B, run_rows=RUN), 0)
-    arrays = {name: [group[f"strata/{name}/{side}"] for side in SIDES] for name in store.strata}
+    arrays = {name: [stock_array(path, f"strata/{name}/{side}") for side in SIDES] for name in store.strata}
     step = 0
     yield 0
     while True:

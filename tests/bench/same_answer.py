@@ -149,11 +149,13 @@ def peers(options: argparse.Namespace, folder: Path) -> dict[str, tuple[float, s
         found, said = note("ours", lr, ours(own, store)), last(own)["held_out"]["fvu"]
         assert abs(found["own"][0] / said - 1) < 1e-3, f"judged {found}, the run says {said}"
     config = read_config(own)
-    wanted = [(trainer, lr) for trainer in TRAINERS for lr in (*([None] * options.own), *options.rates)]
+    wanted: list[tuple[str, float | None]] = [
+        (trainer, lr) for trainer in TRAINERS for lr in (*([None] * options.own), *options.rates)
+    ]
     for trainer in TRAINERS:
         environment(trainer.split()[0])
     with ThreadPoolExecutor(options.jobs) as pool:
-        outs = list(pool.map(lambda one: train_peer(store, config, *one, folder), wanted))
+        outs = list(pool.map(lambda one: train_peer(store, config, one[0], one[1], folder), wanted))
     for (trainer, _), out in zip(wanted, outs, strict=True):
         arrays = np.load(out)
         note(trainer, float(arrays["lr"]), from_arrays(arrays))
@@ -187,14 +189,16 @@ def ours(path: Path, store: Store) -> Weights:
     for side in ("source", "target"):
         assert torch.allclose(found[f"{side}_mean"], mean), f"{side} is not shifted as the target is"
         assert abs(float(found[f"{side}_scale"]) / scale - 1) < 1e-6, f"{side} is not scaled as the target is"
-    parts = [found[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
-    return Weights(*parts, float(found["threshold"][0]))
+    W_enc, b_enc, W_dec, b_dec = (found[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    return Weights(W_enc, b_enc, W_dec, b_dec, float(found["threshold"][0]))
 
 
 def from_arrays(arrays: Any) -> Weights:
     """What a peer exported."""
-    parts = [torch.from_numpy(arrays[name]).float() for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
-    return Weights(*parts, float(arrays["threshold"]))
+    W_enc, b_enc, W_dec, b_dec = (
+        torch.from_numpy(arrays[name]).float() for name in ("W_enc", "b_enc", "W_dec", "b_dec")
+    )
+    return Weights(W_enc, b_enc, W_dec, b_dec, float(arrays["threshold"]))
 
 
 def train_peer(store: Store, config: RunConfig, trainer: str, lr: float | None, folder: Path) -> Path:
@@ -272,9 +276,9 @@ def threshold_at(weights: Weights, rows: list[Rows], k: int) -> float:
         total += part.weight * len(part.values)
     values, order = torch.cat(kept).sort(descending=True)
     place = int(torch.searchsorted(torch.cat(counts)[order].cumsum(0), k * total, right=True))
-    found = float(values[place]) if place < len(values) else 0.0
-    assert found >= floor, "some rows have more than 8 k latents above the threshold"
-    return found
+    threshold = float(values[place]) if place < len(values) else 0.0
+    assert threshold >= floor, "some rows have more than 8 k latents above the threshold"
+    return threshold
 
 
 def fvu(weights: Weights, rows: list[Rows], threshold: float) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """A small real harvest and a small real training run: their commands, what they end with, what a kill may leave."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,13 @@ from tests.faults.server import Result, Server
 class Case(Protocol):
     """A command that is killed and resumed."""
 
-    stage: str
+    @property
+    def stage(self) -> str:
+        """Whose command it is."""
+        ...
 
-    def first(self, where: Path) -> list[object]:
-        """The arguments that make the result in the folder `where`."""
+    def first(self, where: Path, *more: object) -> list[object]:
+        """The arguments that make the result in the folder `where`, and more."""
         ...
 
     def resume(self, server: Server, where: Path) -> Result:
@@ -149,7 +152,7 @@ class Training:
         return {name: data for name, data in power.read(where).items() if Path(name).name != "timing.jsonl"}
 
 
-CASES = {"harvest": Harvest.make, "train": Training.make}
+CASES: dict[str, Callable[[Path], Case]] = {"harvest": Harvest.make, "train": Training.make}
 
 
 @contextmanager

@@ -46,13 +46,13 @@ def _changed(value: Any, draw: random.Random) -> Any:
     """`value` with one place of it replaced, removed, doubled or renamed."""
     if draw.random() < 0.15 or not isinstance(value, dict | list) or not value:
         return draw.choice(ODD)
-    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    keys: list[Any] = list(value) if isinstance(value, dict) else list(range(len(value)))
     key, kind = draw.choice(keys), draw.random()
     if kind < 0.1:
         del value[key]
     elif kind < 0.2 and isinstance(value, dict):
         value[draw.choice(["x", "", "../x", key + "x"])] = value.pop(key)
-    elif kind < 0.2:
+    elif kind < 0.2 and isinstance(value, list):
         value.append(value[key])
     elif isinstance(value[key], int) and kind < 0.4:
         value[key] += draw.choice([-1, 1, 255, 2**16, 2**32])
@@ -79,7 +79,7 @@ def minimise(target: str, found: Path) -> list[bytes]:
     code = "from tests.faults.fuzz import lines_reached; import sys; lines_reached(sys.argv[1], sys.argv[2])"
     line = [sys.executable, "-c", code, target, str(found)]
     reached = json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
-    kept, covered = [], set()
+    kept, covered = [], set[str]()
     for name in sorted(reached, key=lambda one: (-len(reached[one]), (found / one).stat().st_size)):
         if new := set(reached[name]) - covered:
             kept.append((found / name).read_bytes())

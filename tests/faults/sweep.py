@@ -153,7 +153,7 @@ def main() -> None:
     if given.every == 1:
         from tests.bench.record import record
 
-        figures = {f"{kind}": (count, "points") for kind, count in sorted(kinds.items())}
+        figures: dict[str, tuple[float, str]] = {f"{kind}": (count, "points") for kind, count in sorted(kinds.items())}
         figures |= {"faults, each resumed": (points, "runs"), "invalid states": (len(wrong), "states")}
         name, command = f"{given.sweep} at every operation, {given.stage}", f"{given.stage} {given.sweep}"
         record(name, f"python -m tests.faults.sweep {command}", figures)

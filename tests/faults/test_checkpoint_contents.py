@@ -64,7 +64,7 @@ def test_other_arithmetic_is_refused_unless_asked_for(command: Command, store: S
     torch.set_num_threads(1)
 
 
-def rewritten(run: Path, step: int, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def rewritten(run: Path, step: int, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change tensors of the optimizer's file, and make its record fit again."""
     path = checkpoint.folder(run, step) / checkpoint.OPTIMIZER
     tensors = load_file(path)

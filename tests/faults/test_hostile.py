@@ -20,6 +20,7 @@ from shared.files import MOST_NESTED
 from shared.layout import PLAN, REQUEST, STORE, record_path
 from shared.store import Store
 from shared.unembedding import Unembedding
+from tests import llms
 from tests.llms import command as harvest
 from tests.runs import Outcome
 from tests.stores import SyntheticStore, edit
@@ -293,7 +294,7 @@ def test_a_preset_made_to_hurt_is_one_line(
         os.mkfifo(path)
     else:
         path.write_text(content)
-    lines = [harvest("run", "--config", path, "--cache", tmp_path / "cache")]
+    lines: list[Outcome | llms.Outcome] = [harvest("run", "--config", path, "--cache", tmp_path / "cache")]
     if "seed" not in cause:
         lines.append(
             command("run", "--config", path, "--store", pristine.path, "--runs", tmp_path / "runs", "--steps", 1)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from shared import files
 from shared.durable import read_json
 from shared.errors import CorruptData
 from shared.files import read_file, refuse_links
 from shared.layout import ARRAYS, STORE, record_path
 from shared.store import Store
+from tests import llms
 from tests.llms import BLOCK_TOKENS, Line, contents
 from tests.llms import command as harvest
 from tests.runs import Outcome
@@ -86,7 +86,7 @@ def test_a_link_anywhere_in_a_store_is_refused_and_not_followed(
     outside = link_out(store.path, name)
     before = contents(outside)
     with opened_paths() as opened:
-        lines = [harvest("info", store.path), harvest("verify", store.path)]
+        lines: list[Outcome | llms.Outcome] = [harvest("info", store.path), harvest("verify", store.path)]
         lines.append(command("run", "--store", store.path, "--runs", tmp_path / "runs", "--steps", 1))
     for done in lines:
         assert done.code == 1 and len(done.err.splitlines()) == 1, done
@@ -182,7 +182,7 @@ def test_what_is_removed_meanwhile_is_no_link(tmp_path: Path, monkeypatch: pytes
             (tmp_path / "a").rmdir()
         return found
 
-    monkeypatch.setattr(files.os, "scandir", then_gone)
+    monkeypatch.setattr(os, "scandir", then_gone)
     refuse_links(tmp_path)
     refuse_links(tmp_path / "none")
 
@@ -198,7 +198,7 @@ HOSTILE_NAMES = (
 @pytest.mark.parametrize("record", [STORE, record_path(0)])
 def test_a_record_names_nothing_but_files_below_the_store(
     pristine: SyntheticStore, tmp_path: Path, name: str, record: str
-):
+) -> None:
     copy = tmp_path / "store"
     shutil.copytree(pristine.path, copy, copy_function=os.link)
     data = (copy / record).read_bytes()

@@ -11,23 +11,26 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests import mirrors
 from tests.mirrors import ROOT, core, files, histories, summaries, trainer, wait_for
-from tests.runs import SMALL, assert_same_run, rows
+from tests.runs import SMALL, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
 from tests.wandb_server import Server
 from train import files as run_files
 from train import metrics, usage
 from train.duplicates import monitor
-from train.mirror import child, process, records
+from train.files import CONFIG
+from train.mirror import child, process, records, written
 from train.mirror.process import FOLDER, LOG, SECONDS, marked, unsent
 from train.samples import table
-from train.settings import CONFIG
 
+Command = Callable[..., Outcome]
+SmallDisk = Callable[[str, int], tuple["subprocess.Popen[str]", Path]]
 pytestmark = [pytest.mark.slow, pytest.mark.fault(13)]
 
 STEPS = 200
@@ -116,7 +119,9 @@ def test_off_is_off(plain: Path) -> None:
     ]  # fmt: skip
 
 
-def test_off_starts_no_process(command, store: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_off_starts_no_process(
+    command: Command, store: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(process, "_start")
     common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 2, *SMALL)
     assert command(*common).code == 0
@@ -137,7 +142,7 @@ def test_only_the_childs_modules_import_wandb_and_the_trainer_imports_none_of_th
                 "import_module",
                 "__import__",
             ):
-                names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+                names = [str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)]
             for name in names:
                 for module, found in importing.items():
                     if name == module or name.startswith(module + "."):
@@ -206,7 +211,7 @@ def test_the_report_of_an_unfinished_run_is_not_mirrored(mirrored: Path, tmp_pat
 
 
 def test_the_mirror_knows_the_runs_settings_and_its_axis_and_has_no_checkpoints(mirrored: Path) -> None:
-    found = {record.WhichOneof("record_type"): record for record in mirrors.records(files(mirrored)[0])}
+    found = {record.WhichOneof("record_type"): record for record in written.records(files(mirrored)[0])}
     config = {item.key: json.loads(item.value_json) for item in found["run"].run.config.update}
     assert config["settings"] == json.loads((mirrored / CONFIG).read_text())["settings"]
     assert found["run"].run.project == "transcoder-cache" and found["run"].run.display_name == "run"
@@ -301,7 +306,7 @@ SMALL_DISK = 'mount -t tmpfs -o size=$0 none "$1" && head -c "$2" /dev/zero > "$
 
 
 @pytest.fixture
-def resumed_on_small_disk(plain: Path, tmp_path: Path, env: dict[str, str]):
+def resumed_on_small_disk(plain: Path, tmp_path: Path, env: dict[str, str]) -> SmallDisk:
     """Starts to resume a copy of a run whose folder of the mirror is a disk of a size, with a filler of another."""
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
         pytest.skip("no file systems can be mounted here: user namespaces are not allowed")
@@ -321,14 +326,18 @@ def resumed_on_small_disk(plain: Path, tmp_path: Path, env: dict[str, str]):
 
 
 @pytest.mark.parametrize(("size", "filler"), [("4k", 4096), ("100k", 0)], ids=["from the start", "on the way"])
-def test_a_full_disk_of_wandbs(resumed_on_small_disk, plain: Path, tmp_path: Path, size: str, filler: int) -> None:
+def test_a_full_disk_of_wandbs(
+    resumed_on_small_disk: SmallDisk, plain: Path, tmp_path: Path, size: str, filler: int
+) -> None:
     done, folder = resumed_on_small_disk(size, filler)
     wait_for(lambda: shutil.disk_usage(folder).free == 0, done)
     err = finished(done, tmp_path / "run", plain)
     assert err.count("warning: ") == 1 and UNAFFECTED in err
 
 
-def test_rows_that_wandb_lost_on_a_full_disk_are_noticed(resumed_on_small_disk, plain: Path, tmp_path: Path) -> None:
+def test_rows_that_wandb_lost_on_a_full_disk_are_noticed(
+    resumed_on_small_disk: SmallDisk, plain: Path, tmp_path: Path
+) -> None:
     """It reports success."""
     done, folder = resumed_on_small_disk("260k", 150_000)
     wait_for(lambda: shutil.disk_usage(folder).free == 0, done)
@@ -445,14 +454,18 @@ def test_wandb_is_not_installed(store: SyntheticStore, plain: Path, tmp_path: Pa
     assert not (run / FOLDER).exists()
 
 
-def test_a_folder_called_wandb_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_folder_called_wandb_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """wandb itself makes one where it is used."""
     monkeypatch.setattr(process, "find_spec", lambda name: type("Namespace", (), {"origin": None}))
     assert process._start(tmp_path, "project") is None
     assert "is not installed" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_to_costs_the_mirror(command, store: SyntheticStore, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_costs_the_mirror(
+    command: Command, store: SyntheticStore, tmp_path: Path
+) -> None:
     done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 2, *SMALL)
     (done.path / FOLDER).write_text("no folder")
     again = command("resume", done.path, "--wandb")
@@ -460,7 +473,9 @@ def test_a_folder_that_cannot_be_written_to_costs_the_mirror(command, store: Syn
     assert f"warning: the run is not mirrored to W&B: {done.path / FOLDER}: File exists" in again.err
 
 
-def test_the_trainer_waits_for_ten_seconds_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_trainer_waits_for_ten_seconds_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert SECONDS == 10
     monkeypatch.setattr(process, "SECONDS", 0.25)
     waited, wait = [], subprocess.Popen.wait
@@ -470,10 +485,11 @@ def test_the_trainer_waits_for_ten_seconds_at_most(tmp_path: Path, monkeypatch: 
         return wait(self, timeout)
 
     with monkeypatch.context() as patch:
-        patch.setattr(process.sys, "executable", shutil.which("sleep"))
+        patch.setattr(sys, "executable", shutil.which("sleep"))
         start = subprocess.Popen
-        patch.setattr(process.subprocess, "Popen", lambda command, **given: start([command[0], "600"], **given))
+        patch.setattr(subprocess, "Popen", lambda command, **given: start([command[0], "600"], **given))
         started = process._start(tmp_path, "project")
+    assert started
     monkeypatch.setattr(subprocess.Popen, "wait", noted)
     process._end(started, tmp_path, complete=True)
     assert waited == [0.25, 1]

@@ -58,7 +58,8 @@ def mutated(draw: st.DrawFn, data: bytes) -> bytes:
     """A JSON text with up to two places replaced, removed or renamed."""
     value = {"": json.loads(data)}
     for _ in range(draw(st.integers(1, 2))):
-        *parents, last = ("", *draw(st.sampled_from(list(places(value[""])))))
+        place: tuple[Any, ...] = draw(st.sampled_from(list(places(value[""]))))
+        *parents, last = ("", *place)
         table: Any = value
         for key in parents:
             table = table[key]
