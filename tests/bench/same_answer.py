@@ -155,7 +155,8 @@ def peers(options: argparse.Namespace, folder: Path) -> dict[str, tuple[float, s
     for trainer in TRAINERS:
         environment(trainer.split()[0])
     with ThreadPoolExecutor(options.jobs) as pool:
-        outs = list(pool.map(lambda one: train_peer(store, config, one[0], one[1], folder), wanted))
+        at_once = pool.map if options.jobs > 1 else map
+        outs = list(at_once(lambda one: train_peer(store, config, one[0], one[1], folder), wanted))
     for (trainer, _), out in zip(wanted, outs, strict=True):
         arrays = np.load(out)
         note(trainer, float(arrays["lr"]), from_arrays(arrays))
