@@ -74,7 +74,8 @@ def main() -> None:
         print(f"{name}: {value:.6g} {unit}")
     if not options.no_record:
         title = f"end to end: d_sae 4,096, k 32, {options.steps * ROWS:,} tokens a run, {options.threads} threads"
-        record(title, f"python -m tests.bench.end_to_end --steps {options.steps}", figures)
+        line = f"python -m tests.bench.end_to_end --steps {options.steps} --threads {options.threads}"
+        record(title, line, figures)
 
 
 def compare(options: argparse.Namespace, scratch: Path) -> dict[str, tuple[float, str]]:
