@@ -227,6 +227,18 @@ SMALL = [
 BLOCK_TOKENS = 16 * 32
 
 
+def small_inputs(folder: Path) -> tuple[Path, Path]:
+    """A small model and a text in `folder`, made if they are missing."""
+    model = folder / "model" if (folder / "model").exists() else make_gemma(folder / "model")
+    return model, write_jsonl(folder / "text.jsonl", [{"text": one} for one in texts(80)])
+
+
+def small_harvest(folder: Path) -> list[object]:
+    """Options of a harvest of a second, of the inputs in `folder`."""
+    model, text = small_inputs(folder)
+    return ["--model", model, "--text", text, "--layer", 2, "--tokens", 3 * BLOCK_TOKENS, *SMALL]
+
+
 class Line:
     """The arguments of a harvest that takes a second: by default two held-out blocks and three training blocks."""
 

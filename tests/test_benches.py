@@ -33,8 +33,6 @@ COMMANDS: dict[str, list[str]] = {
     "step": ["", "threads"],
 }
 """What each is told, if anything; a word in capitals is what tests make for it."""
-QUICK = {"kernels", "step", "reader", "initialisation", "checkpoints", "duplicates", "peers"}
-"""Those that take less than about five seconds."""
 IMPORTED = (
     *("torch", "torch._dynamo", "numba.np.ufunc.parallel", "transformer_lens", "datasets", "zarr"),
     *("transformers.models.gemma2.modeling_gemma2", "harvest.cli", "harvest.pipeline", "harvest.model"),
@@ -63,7 +61,7 @@ def benches() -> list[str]:
 
 def commands() -> list[Any]:
     return [
-        pytest.param(name, rest.split(), marks=() if name in QUICK else pytest.mark.slow, id=f"{name} {rest}".strip())
+        pytest.param(name, rest.split(), id=f"{name} {rest}".strip())
         for name in benches()
         for rest in COMMANDS.get(name, [""])
     ]
@@ -86,12 +84,14 @@ def test_every_bench_has_sizes_that_take_seconds(name: str) -> None:
     assert "sized(" in text and "record(" in text
 
 
+@pytest.mark.slow
 def test_documents_are_left_alone_where_benches_only_show_that_they_run(tmp_path: Path, forks: Forks) -> None:
     done = forks.run("tests.bench.kernels", scratch=tmp_path, env={"BENCH_SMOKE": str(tmp_path / "figures")})
     assert done.code == 0, done.err
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"benchmarks.json", "benchmarks.md"}
 
 
+@pytest.mark.slow  # all of them, although many take less: what they fork takes longer to begin
 @pytest.mark.parametrize(("name", "rest"), commands())
 def test_a_bench_runs(
     name: str, rest: list[str], forks: Forks, store: Path, tmp_path: Path, request: pytest.FixtureRequest

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.bench.record import ROOT, SMOKE, record, run, sized
-from tests.llms import SMALL
+from tests.llms import small_harvest
 from tests.runs import VALUES
 from train.compare.arms import Comparison
 from train.compare.table import print_comparison
@@ -46,7 +46,6 @@ SETTINGS: dict[str, tuple[list[str], dict[str, float]]] = {
     ),
 }
 """What the harvest is told, and what all runs are."""
-HARVEST = ["--cache", str(SMOKE / "cache"), "--tokens", "1536", *SMALL] if SMOKE else []
 TINY: dict[str, float] = sized({}, {"steps": 20, "activation.k_warmup_steps": 5, **VALUES})
 """Of every run, before what its arm is."""
 SHOWN = {
@@ -93,7 +92,8 @@ def experiment(setting: str, options: argparse.Namespace) -> Comparison:
     python = [sys.executable, "-m"]
     harvest, _ = SETTINGS[setting]
     told = [part for assignment in harvest for part in ("--set", assignment)]
-    store = run(*python, "harvest", "run", "tiny", *HARVEST, *told).out.splitlines()[-1]
+    small = ["--cache", SMOKE / "cache", *small_harvest(SMOKE)] if SMOKE else []
+    store = run(*python, "harvest", "run", "tiny", *small, *told).out.splitlines()[-1]
     wanted: list[tuple[str, int]] = [(arm, seed) for seed in range(options.seeds) for arm in options.arms]
     with ThreadPoolExecutor(options.jobs) as pool:
         at_once = pool.map if options.jobs > 1 else map

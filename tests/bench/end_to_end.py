@@ -29,12 +29,12 @@ from harvest.embedded import MODEL_FOLDER
 from harvest.settings import TextSettings
 from tests.bench.peer_worker import STAND_IN
 from tests.bench.peers import TUNED, environment
-from tests.bench.record import ROOT, Finished, record, run, sized
-from tests.llms import SMALL as SMALL_HARVEST
+from tests.bench.record import ROOT, SMOKE, Finished, record, run, sized
+from tests.llms import small_harvest
 from tests.runs import SMALL
 
 RUNS = sized(5, 2)
-ROWS, MOST_TOKENS = 1024, sized(1_200_000, 1_536)
+ROWS, MOST_TOKENS = 1024, 1_200_000
 PEER = sized("SAELens", STAND_IN)
 HOOK = "model.layers.8.post_feedforward_layernorm"
 """Transformers' name of the module whose output is `blocks.8.hook_mlp_out`."""
@@ -74,7 +74,8 @@ def main() -> None:
         print(f"{name}: {value:.6g} {unit}")
     if not options.no_record:
         title = f"end to end: d_sae 4,096, k 32, {options.steps * ROWS:,} tokens a run, {options.threads} threads"
-        record(title, f"python -m tests.bench.end_to_end --steps {options.steps}", figures)
+        line = f"python -m tests.bench.end_to_end --steps {options.steps} --threads {options.threads}"
+        record(title, line, figures)
 
 
 def compare(options: argparse.Namespace, scratch: Path) -> dict[str, tuple[float, str]]:
@@ -113,8 +114,9 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, tuple[float
 def ours(options: argparse.Namespace, scratch: Path) -> tuple[Finished, list[Finished]]:
     """A harvest and five runs."""
     cache, tokens = scratch / "cache", min(MOST_TOKENS, options.steps * ROWS)
-    workers = ("--tokens", tokens, "--set", f"workers={options.threads}", *sized([], SMALL_HARVEST))
-    harvest = run(sys.executable, "-m", "harvest", "run", "tiny", "--cache", cache, *workers)
+    workers = ("--tokens", tokens, "--set", f"workers={options.threads}")
+    small = small_harvest(scratch) if SMOKE else []
+    harvest = run(sys.executable, "-m", "harvest", "run", "tiny", "--cache", cache, *workers, *small)
     train = (sys.executable, "-m", "train", "run", "tiny", "--store", harvest.out.splitlines()[-1])
     settings = (
         "--runs",

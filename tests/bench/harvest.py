@@ -30,8 +30,8 @@ from shared.config import build, load_preset, override
 from shared.layout import block_bytes, store_specs
 from shared.packed import LEVEL
 from shared.store import Store
-from tests.bench.record import record, run, sized
-from tests.llms import make_gemma, texts, write_jsonl
+from tests.bench.record import SMOKE, record, run, sized
+from tests.llms import make_gemma, small_inputs, texts, write_jsonl
 
 REPEATS = sized(3, 1)
 SPEED_REPEATS, SPEED_BLOCKS, NAIVE_BATCH = sized((8, 2, 32), (1, 1, 1))
@@ -58,6 +58,9 @@ def main() -> None:
 def planned(folder: Path, name: str, *assignments: str) -> tuple[Target, pipeline.Inputs, Settings]:
     """A store with its tokens on disk and no block yet; nothing held out."""
     given = {"label": "bench", **load_preset(PRESETS, "tiny", None)}
+    if SMOKE:
+        model, text = small_inputs(folder / "small")
+        assignments = (f"model.name={model}", f"text.name={text}", "capture.layers=[2]", *assignments)
     settings = build(Settings, override(given, ["store.held_out_blocks=0", BLOCK, *assignments]), "bench")
     inputs = pipeline.identify(settings)
     request = inputs.requests[0]

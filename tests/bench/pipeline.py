@@ -12,13 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.bench.record import record, run, sized
-from tests.llms import SMALL as SMALL_HARVEST
+from tests.bench.record import SMOKE, record, run, sized
+from tests.llms import small_harvest
 from tests.runs import SMALL
 
 COMMAND = "python -m tests.bench.pipeline"
 EMBEDDED = Path(__file__).parents[2] / "harvest" / "embedded" / "model"
-HARVEST = sized([], ["--tokens", "1536", *SMALL_HARVEST])
 TRAIN = sized([], ["--steps", "20", *SMALL])
 
 
@@ -37,7 +36,8 @@ def main() -> None:
 
 def pipeline(scratch: Path, *options: object) -> dict[str, Any]:
     """Harvest, harvest again, train and evaluate with the preset `tiny`."""
-    harvest = (sys.executable, "-m", "harvest", "run", "tiny", "--cache", scratch / "cache", *HARVEST, *options)
+    small = small_harvest(scratch) if SMOKE else []
+    harvest = (sys.executable, "-m", "harvest", "run", "tiny", "--cache", scratch / "cache", *small, *options)
     first, second = run(*harvest), run(*harvest)
     store = first.out.splitlines()[-1]
     assert second.out.splitlines()[-1] == store
