@@ -23,7 +23,7 @@ from train.mirror import process
 
 D, BLOCKS, WINDOWS, STEPS, WARM, ROUNDS = sized((64, 8, 256, 800, 100, 2), (16, 3, 4, 40, 5, 1))
 D_SAE, ROWS = sized((1024, 512), (64, 64))
-WAIT: dict[str, float] = sized({}, {"with": 60.0, "stopped": 2.0})
+WAIT: dict[str, float] = sized({}, {"with": 200.0, "stopped": 2.0})
 """By kind, how long the trainer waits for its mirror at its end, if not as long as by default."""
 SPACE = sized(2**30, 2**20)
 LINE = "python -m tests.bench.mirror"
