@@ -58,7 +58,7 @@ coefficient = 0.125
 
 [optimizer]
 lr = 8e-3
-warmup_steps = 100
+warmup_share = 0.02
 decay_share = 0.5
 
 [evaluation]
