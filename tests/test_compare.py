@@ -331,7 +331,7 @@ def test_a_page_that_cannot_be_written_is_said_before_the_measuring(
 
 
 def test_an_autoencoder_of_the_targets_is_compared(command: Command, store: SyntheticStore) -> None:
-    run = train(command, store, "t", "--set", "source=target")
+    run = train(command, store, "t", "--set", "source=target", "--set", "transcoder.skip=false")
     found = command("compare", run, "--json")
     assert found.code == 0 and json.loads(found.out)["arms"][0]["spread"]["fvu"]["mean"] < 2
 

@@ -309,6 +309,10 @@ BAD = {
     "negative": (["--steps", "-5"], "steps: Input should be greater than or equal to 1 (got -5)"),
     "k above d_sae": (["--set", "transcoder.d_sae=16"], "activation.k = 32 is more than d_sae = 16"),
     "prefixes": (["--set", "transcoder.prefixes=[64, 128]"], "must end at d_sae = 4096, got [64, 128]"),
+    "a skip from the targets to themselves": (
+        ["--set", "source=target", "--set", "transcoder.skip=true"],
+        "transcoder.skip is on and source = target",
+    ),
     "batch above the store": (["--set", "rows.batch_rows=10_000_000"], "is more than the store's"),
     "no cuda": (["--set", "device=cuda"], "finds no CUDA device"),
     "no rows of position 0": (

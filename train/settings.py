@@ -123,6 +123,11 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     d_in = source_width(store, settings.source)
     activation = settings.activation.resolve(settings.steps)
     shape = settings.transcoder.resolve(d_in, activation)
+    if settings.source == "target" and shape.skip:
+        raise UserError(
+            "transcoder.skip is on and source = target: a linear map from the targets to themselves copies them, and "
+            "nothing is left for the latents; use --set transcoder.skip=false"
+        )
     if not record.report_blocks:
         raise UserError(
             f"{store.path} holds no held-out blocks to evaluate on; harvest with store.held_out_blocks >= 2"

@@ -58,7 +58,9 @@ class Trainer(NamedTuple):
 
 
 OURS = {
-    "ours, autoencoder": Trainer("autoencoder", (2e-3, 4e-3, 8e-3), ("activation.k_start={k}",)),
+    "ours, autoencoder": Trainer(
+        "autoencoder", (2e-3, 4e-3, 8e-3), ("activation.k_start={k}", "transcoder.skip=false")
+    ),
     "ours, TopK without prefixes": Trainer(
         "transcoder", (2e-3, 4e-3, 8e-3), ("activation.kind=topk", "transcoder.prefixes=[{d_sae}]"), "per_row"
     ),
