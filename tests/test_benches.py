@@ -21,7 +21,10 @@ PARTS = {"__init__", "record", "peer_worker", "peer_training", "live_worker", "j
 """What is no bench, but of one; and what downloads a model, which has a test of its own."""
 COMMANDS: dict[str, list[str]] = {
     "checkpoints": ["STORE", "large"],
-    "diversity": ["narrow --arms baseline full --seeds 2 --jobs 1"],
+    "diversity": [
+        "narrow --arms baseline full --seeds 2 --jobs 1",
+        "given --store STORE --arms full --seeds 1 --jobs 1",
+    ],
     "duplicates": ["report", "terms"],
     "harvest": ["speed", "writing", "packing", "memory"],
     "initialisation": ["STORE"],

@@ -1,11 +1,13 @@
-"""The experiment on the diversity loss: arms, three seeds each, on two stores; figures by `train compare`.
+"""The experiment on the diversity loss: arms, three seeds each, on three stores; figures by `train compare`.
 
     python -m tests.bench.diversity [SETTING ...] [--arms NAME ...] [--seeds N] [--jobs N] [--folder DIR] [--no-record]
+    python -m tests.bench.diversity given --store STORE --label "real model" [...]
 
 Settings: `narrow` is d_sae 4,096 on the store of `make harvest`; `wide` is d_sae 8,192 on one that keeps every row of
-position 0, where latents repeat each other more. Both from scratch through the real commands: harvest, train, compare.
-A run that is there already is kept, so that a stopped experiment goes on; each trains on one thread, `--jobs` of them
-at a time. An hour and a half on two cores.
+position 0, where latents repeat each other more; `given` is d_sae 4,096 on a store of any model, with the preset
+`base`. From scratch through the real commands: harvest (but for `given`), train, compare. A run that is there already
+is kept, so that a stopped experiment goes on; each trains on one thread, `--jobs` of them at a time. An hour and a half
+on two cores.
 
 Arms: `baseline` has no diversity loss; `ortsae` the penalty on random chunks of decoder rows alone (arXiv 2509.22033),
 of half of all rows or a quarter, every 5 steps; `mined` the one on the closest pairs of all; `full` is that and the
@@ -44,6 +46,7 @@ SETTINGS: dict[str, tuple[list[str], dict[str, float]]] = {
         ["store.keep={}"],
         {"steps": 1500, "transcoder.d_sae": 8192, "activation.k_warmup_steps": 500},
     ),
+    "given": ([], {"steps": 1000, "transcoder.d_sae": 4096}),
 }
 """What the harvest is told, and what all runs are."""
 TINY: dict[str, float] = sized({}, {"steps": 20, "activation.k_warmup_steps": 5, **VALUES})
@@ -70,6 +73,8 @@ def main() -> None:
     """Make what is missing, compare, and record."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.diversity")
     parser.add_argument("settings", nargs="*", choices=[[], *SETTINGS], default=[])
+    parser.add_argument("--store", type=Path, help="of the setting `given`")
+    parser.add_argument("--label", default="given", help="of that store in the title")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["baseline", "ortsae", "full"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
@@ -77,29 +82,38 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
     os.environ |= {f"{pool}_NUM_THREADS": "1" for pool in ("OMP", "MKL", "OPENBLAS", "NUMBA")}
-    for setting in options.settings or SETTINGS:
+    chosen = options.settings or [name for name in SETTINGS if name != "given"]
+    if "given" in chosen and options.store is None:
+        parser.error("`given` needs --store STORE")
+    for setting in chosen:
         found = experiment(setting, options)
         print_comparison(found)
         (options.folder / f"{setting}.json").write_text(json.dumps(found.model_dump(mode="json"), indent=2) + "\n")
         if not options.no_record:
-            title = f"diversity, {setting}: {describe(setting)}, {options.seeds} seeds"
-            command = f"python -m tests.bench.diversity {setting} --arms {' '.join(options.arms)}"
+            of = options.label if setting == "given" else setting
+            title = f"diversity, {of}: {describe(setting)}, {options.seeds} seeds"
+            store = " --store STORE" if setting == "given" else ""
+            command = f"python -m tests.bench.diversity {setting}{store} --arms {' '.join(options.arms)}"
             record(title, command, figures(found))
 
 
 def experiment(setting: str, options: argparse.Namespace) -> Comparison:
     """Harvest, train and compare one setting."""
     python = [sys.executable, "-m"]
-    harvest, _ = SETTINGS[setting]
-    told = [part for assignment in harvest for part in ("--set", assignment)]
-    small = ["--cache", SMOKE / "cache", *small_harvest(SMOKE)] if SMOKE else []
-    store = run(*python, "harvest", "run", "tiny", *small, *told).out.splitlines()[-1]
+    store = str(options.store.resolve()) if setting == "given" else harvested(setting)
     wanted: list[tuple[str, int]] = [(arm, seed) for seed in range(options.seeds) for arm in options.arms]
     with ThreadPoolExecutor(options.jobs) as pool:
         at_once = pool.map if options.jobs > 1 else map
         runs = list(at_once(lambda one: train(store, setting, one[0], one[1], options.folder), wanted))
     by_arm = sorted(runs, key=lambda path: options.arms.index(path.name.split("-")[1]))
     return Comparison.model_validate_json(run(*python, "train", "compare", *by_arm, "--json").out)
+
+
+def harvested(setting: str) -> str:
+    """The store of a setting."""
+    told = [part for assignment in SETTINGS[setting][0] for part in ("--set", assignment)]
+    small = ["--cache", SMOKE / "cache", *small_harvest(SMOKE)] if SMOKE else []
+    return run(sys.executable, "-m", "harvest", "run", "tiny", *small, *told).out.splitlines()[-1]
 
 
 def train(store: str, setting: str, arm: str, seed: int, folder: Path) -> Path:
@@ -110,9 +124,9 @@ def train(store: str, setting: str, arm: str, seed: int, folder: Path) -> Path:
     if not (ROOT / path / "config.json").exists():
         values = {"threads": 1, "seed": seed, "checkpoint.keep_last": 1, "samples.rows": 0} | shape | OFF | ARMS[arm]
         told = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-        run(
-            sys.executable, "-m", "train", "run", "tiny", "--store", store, "--runs", folder, "--name", path.name, *told
-        )
+        preset = "base" if setting == "given" else "tiny"
+        line = ("run", preset, "--store", store, "--runs", folder, "--name", path.name, *told)
+        run(sys.executable, "-m", "train", *line)
     elif not done:
         run(sys.executable, "-m", "train", "resume", path)
     return path
