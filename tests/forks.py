@@ -31,13 +31,13 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 250
 """Most that a process may take; pytest ends a test after 300."""
 
-_ENVIRONMENT = {
+ONE_THREAD = {
     **{f"{pool}_NUM_THREADS": "1" for pool in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA")},
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
-"""One in which libraries begin no thread."""
+"""An environment in which libraries begin no thread: only a process with one can be forked."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Forks:
 
     def __init__(self, *modules: str) -> None:
         line = [sys.executable, "-m", "tests.forks", *modules]
-        environment = {**os.environ, **_ENVIRONMENT}
+        environment = {**os.environ, **ONE_THREAD}
         self._process = subprocess.Popen(
             line, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -55,6 +55,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "beta2 0.99": ("optimizer.beta2=0.99",),
     "aux-k 0.06": ("auxk.coefficient=0.06",),
     "aux-k 0.25": ("auxk.coefficient=0.25",),
+    "aux-k 0.5": ("auxk.coefficient=0.5",),
+    "aux-k 0.25, beta2 0.99": ("auxk.coefficient=0.25", "optimizer.beta2=0.99"),
     "decay over the whole run": ("optimizer.decay_share=1",),
     "decay over the last fifth": ("optimizer.decay_share=0.2",),
     "no k warm-up": ("activation.k_start={k}",),

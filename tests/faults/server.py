@@ -5,7 +5,6 @@ and answers each with how the run ended. The commands are those of `python -m ha
 arguments, in a process of their own; only its start is shared.
 """
 
-import atexit
 import gc
 import importlib
 import json
@@ -15,28 +14,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from tests.faults import inject
 from tests.faults.inject import Fault
+from tests.forks import ONE_THREAD, code_of, leave
 
 SECONDS, WARM_SECONDS = 120, 600
 """Most that a run may take; the first one on a machine compiles loops."""
-_ENVIRONMENT = {
-    **{f"{pool}_NUM_THREADS": "1" for pool in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA")},
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "JE_ARROW_MALLOC_CONF": "background_thread:false",
-}
-"""A fork has one thread, so its parent must: no pool of any library may have begun one."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,7 @@ class Server:
         self._scratch = scratch
         scratch.mkdir(parents=True, exist_ok=True)
         line = [*_private(), sys.executable, "-m", "tests.faults.server", stage]
-        environment = {**os.environ, **_ENVIRONMENT, "LD_PRELOAD": str(inject.library())}
+        environment = {**os.environ, **ONE_THREAD, "LD_PRELOAD": str(inject.library())}
         self._process = subprocess.Popen(
             line, cwd=inject.ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -152,16 +143,16 @@ def _serve(stage: str) -> None:
         modules = Path(request["scratch"], "modules")
         if stage == "harvest" and request["warm"]:
             _become(stage, request)
-            code: int | None = _code(command)
+            code: int | None = code_of(command)
             sys.stdout.flush()
         elif child := os.fork():
             code = _wait(child, WARM_SECONDS if request["warm"] else SECONDS)
         else:
             _become(stage, request)
-            code = _code(command)
+            code = code_of(command)
             if request["warm"]:
                 modules.write_text("\n".join(sorted(sys.modules)))
-            _end(code)
+            leave(code)
         if request["warm"]:
             if stage == "train" and modules.exists():
                 _import(modules.read_text().split())
@@ -175,28 +166,6 @@ def _import(names: Sequence[str]) -> None:
     for name in names:
         with suppress(ModuleNotFoundError):  # parts of compiled modules, which are in none by that name
             importlib.import_module(name)
-
-
-def _code(command: Callable[[], None]) -> int:
-    try:
-        command()
-    except SystemExit as end:
-        return int(end.code or 0)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-
-def _end(code: int) -> NoReturn:
-    """What the interpreter does at its end, but taking thousands of modules apart, which takes half a second."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _wait(child: int, seconds: float) -> int | None:
