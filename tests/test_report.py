@@ -171,7 +171,8 @@ def test_a_run_without_monitor_and_samples_has_a_report(
 
 
 def test_an_autoencoder_of_the_targets_is_called_one(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
-    done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 20, *SMALL, "--set", "source=target")
+    reads = ("--set", "source=target", "--set", "transcoder.skip=false")
+    done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 20, *SMALL, *reads)
     told = command("report", done.path, "--linear")
     assert told.code == 0 and "--linear says nothing here" in told.err
     found = read(done.path)
