@@ -9,13 +9,13 @@ from typing import Any
 
 import click
 
-import shared.cli
+import shared.command_line
 from harvest.settings import EMBEDDED, Settings
 from shared.config import build, load_preset, override
+from shared.console.signals import stop_at_once
+from shared.console.terminal import say
 from shared.errors import UserError
-from shared.signals import stop_at_once
-from shared.store import Local
-from shared.terminal import say
+from shared.store.store import Local
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "tiny"
@@ -62,11 +62,11 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 @group.command()
 @request_options
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
-@shared.cli.volume_options
+@shared.command_line.volume_options
 def run(cache: Path, force: bool, **given: Any) -> None:
     """Make the store of PRESET, or continue, extend or find it; prints its path last (a line per layer)."""
     settings = resolve(**given)
-    from harvest.pipeline import harvest
+    from harvest.run.pipeline import harvest
 
     for path in harvest(settings, cache, force=force):
         print(path)
@@ -80,7 +80,7 @@ def run(cache: Path, force: bool, **given: Any) -> None:
 def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> None:
     """Say what `run` would write: rows and bytes by stratum, files, free disk. Refuses what does not fit."""
     settings = resolve(**given)
-    from harvest import estimate, pipeline
+    from harvest.run import estimate, pipeline
 
     found = pipeline.estimates(settings, cache)
     seconds = pipeline.measure(settings, cache) if eta else None
@@ -98,10 +98,10 @@ def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> No
 @click.option("--shuffle", is_flag=True, help="Measure how well rows are shuffled, too, on batches of training.")
 @click.option("--run-rows", type=click.IntRange(1), help="With --shuffle: as rows.run_rows of training.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-@shared.cli.local_options
+@shared.command_line.local_options
 def info(store: Path, shuffle: bool, run_rows: int | None, as_json: bool, local: Local | None) -> None:
     """Describe the finished store at STORE: request, strata, blocks, packing, size."""
-    from harvest.describe import describe, show
+    from harvest.commands.describe import describe, show
 
     if run_rows and not shuffle:
         raise UserError("--run-rows says how --shuffle reads; add --shuffle")
@@ -120,18 +120,18 @@ def info(store: Path, shuffle: bool, run_rows: int | None, as_json: bool, local:
 @click.option("--model", help="Where the store's model lies, if not where the store says.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which rows are recomputed.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-@shared.cli.quiet_option
-@shared.cli.local_options
+@shared.command_line.quiet_option
+@shared.command_line.local_options
 def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json: bool, local: Local | None) -> None:
     """Read every file of STORE and compare it with its checksum; fails with the list of damaged files."""
-    from harvest.describe import verify as check
+    from harvest.commands.describe import verify as check
 
     if local and not rows:
         raise UserError("--local-folder and --local-bytes say where --against-model decodes rows; add it")
     report = check(store)
     facts, lines, wrong = report.as_json(), [report.text()], bool(report.faults)
     if rows and not wrong:
-        from harvest.recompute import against_model
+        from harvest.commands.recompute import against_model
 
         found = against_model(store, rows, model, seed, local)
         facts["against_model"], lines, wrong = asdict(found), [*lines, found.text()], bool(found.wrong)
@@ -146,10 +146,10 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
 @click.option("--text", multiple=True, help="Where the store's text lies, if its tokens are damaged (repeatable).")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads that run batches; 0 is one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-@shared.cli.volume_options
+@shared.command_line.volume_options
 def repair(store: Path, model: str | None, text: tuple[str, ...], workers: int, as_json: bool) -> None:
     """Verify STORE and make what is damaged anew: the blocks concerned, and no others."""
-    from harvest.repair import repair as mend
+    from harvest.commands.repair import repair as mend
 
     damage = mend(store, model, text, workers)
     print(json.dumps(asdict(damage), indent=2) if as_json else damage.text())
@@ -160,10 +160,10 @@ def repair(store: Path, model: str | None, text: tuple[str, ...], workers: int, 
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-@shared.cli.quiet_option
+@shared.command_line.quiet_option
 def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
     """Write STORE compressed to FOLDER, for archives and uploads; prints the folder last."""
-    from harvest.archive import pack as write
+    from harvest.commands.archive import pack as write
 
     size, packed = write(store, folder, force=force)
     if as_json:
@@ -178,10 +178,10 @@ def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-@shared.cli.quiet_option
+@shared.command_line.quiet_option
 def unpack(packed: Path, folder: Path, force: bool, as_json: bool) -> None:
     """Write the packed store PACKED to FOLDER as it was before, byte for byte; prints the folder last."""
-    from harvest.archive import unpack as write
+    from harvest.commands.archive import unpack as write
 
     size = write(packed, folder, force=force)
     print(json.dumps({"path": str(folder), "shard_bytes": size}, indent=2) if as_json else folder)
@@ -192,7 +192,7 @@ def unpack(packed: Path, folder: Path, force: bool, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def ls(cache: Path, as_json: bool) -> None:
     """List the stores of the cache: what they hold, how far they are, and who uses them."""
-    from harvest import cache as stores
+    from harvest.commands import stores
 
     found = stores.list_stores(cache)
     if as_json:
@@ -208,7 +208,7 @@ def ls(cache: Path, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Say what would be removed.")
 def rm(store: tuple[str, ...], cache: Path, yes: bool, dry_run: bool) -> None:
     """Remove stores, given by path or by name in the cache; refuses while one is trained from or written."""
-    from harvest import cache as stores
+    from harvest.commands import stores
 
     paths = [path if (path := Path(name)).is_dir() else cache / name for name in store]
     for path in paths:
@@ -270,4 +270,4 @@ def _put(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 def main() -> None:
     """Run the command line; every signal to stop is as Ctrl-C: what is published stays, and resumes."""
     stop_at_once()
-    shared.cli.run(group)
+    shared.command_line.run(group)

@@ -6,8 +6,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from shared import durable
 from shared.errors import CorruptData, DiskFull
+from shared.files import durable
 
 SMALLEST = 64 * 2**20
 """Bytes from which on a file's digest is remembered."""

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from shared.bounds import MAX_BLOCKS, MAX_CONTEXT, MAX_STRATA, Count, Edges, Label, Position, Seed, Sequences
 from shared.config import Config
-from shared.layout import Documents, StorageType, check_strata
+from shared.store.layout import Documents, StorageType, check_strata
 
 EMBEDDED = "embedded"
 

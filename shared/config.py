@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import CorruptData, UserError
-from shared.files import MOST_NESTED, nests_too_deep, read_file
+from shared.files.untrusted import MOST_NESTED, nests_too_deep, read_file
 
 MOST_CONFIG_BYTES = 2**16
 _MOST_DOTS = 1000

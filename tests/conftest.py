@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from tests.llms import Line
     from tests.runs import Outcome
-    from train.report.record import Report
+    from train.report.report_record import Report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,11 +60,11 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture
 def ops(request: pytest.FixtureRequest) -> ModuleType:
-    """A module of `train.sparse_step` by the name of its kernels; Triton's run in its interpreter."""
+    """A module of `train.model.kernels` by the name of its kernels; Triton's run in its interpreter."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="triton is not installed: there is none for this platform")
-        return importlib.import_module("train.sparse_step.triton_kernels")
-    return importlib.import_module(f"train.sparse_step.{request.param}")
+        return importlib.import_module("train.model.kernels.triton_kernels")
+    return importlib.import_module(f"train.model.kernels.{request.param}")
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +154,7 @@ def report(reported: Path) -> "Report":
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> "Callable[..., Outcome]":
     """Runs `python -m train ARGS` in this process."""
 
-    from shared import cli
+    from shared import command_line
     from tests.runs import Outcome
     from train.cli import main
 
@@ -162,7 +162,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         monkeypatch.setattr(sys, "argv", ["train", *map(str, args)])
         code = 0
         try:
-            cli.run(main)
+            command_line.run(main)
         except SystemExit as stop:
             code = int(stop.code or 0)
         captured = capsys.readouterr()

@@ -189,7 +189,7 @@ class Outcome:
 
 def command(*arguments: object) -> Outcome:
     """Run `python -m harvest` in this process, through the same entry point."""
-    import shared.cli
+    import shared.command_line
     from harvest.cli import group
 
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -199,7 +199,7 @@ def command(*arguments: object) -> Outcome:
         contextlib.redirect_stderr(err),
     ):
         try:
-            shared.cli.run(group)
+            shared.command_line.run(group)
         except SystemExit as stop:
             code = int(stop.code or 0)
     return Outcome(code, out.getvalue(), err.getvalue())

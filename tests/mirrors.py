@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.mirror.process import FOLDER, marked
-from train.mirror.written import records
+from train.wandb_sync.read_back import records
+from train.wandb_sync.sync import FOLDER, marked
 
 ROOT = Path(__file__).parent.parent
 TRAINER = """
 import runpy, sys
-from train.mirror import process
+from train.wandb_sync import sync as process
 process.SECONDS = float(sys.argv.pop(1))
 runpy.run_module("train", run_name="__main__", alter_sys=True)
 assert "wandb" not in sys.modules
@@ -53,7 +53,7 @@ def core(run: Path) -> int:
 
 def child(run: Path) -> int:
     """The mirror's own process."""
-    return next(pid for pid in marked(run) if "train.mirror.child" in Path(f"/proc/{pid}/cmdline").read_text())
+    return next(pid for pid in marked(run) if "train.wandb_sync.worker" in Path(f"/proc/{pid}/cmdline").read_text())
 
 
 def paused_while_mirrored(process: subprocess.Popen, run: Path, rows: int = 3) -> None:

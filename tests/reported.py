@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared import cli
-from shared.store import Store
+from shared import command_line
+from shared.store.store import Store
 from tests.runs import SMALL
 from tests.stores import SyntheticStore, make_store
-from train import checkpoint
 from train.cli import main
-from train.loop import build_transcoder, load_weights
+from train.model import checkpoint
+from train.model.transcoder import Transcoder
 from train.report.latents import latents_table
-from train.samples.make import make_samples
+from train.run.load_run import build_transcoder, rows_of
+from train.run.settings import RunConfig, read_config
+from train.samples.make_samples import make_samples
 from train.samples.select import SamplesConfig
-from train.settings import RunConfig, read_config
-from train.transcoder import Transcoder
 
 STEPS = 30
 DEAD = [3, 40, 41]
@@ -41,7 +41,7 @@ class Reported:
     """As sampled"""
 
     def table(self) -> pa.Table:
-        return latents_table(self.model, self.store, self.threshold, self.config, self.latents, self.contexts)
+        return latents_table(self.model, rows_of(self.config, self.store), self.threshold, self.latents, self.contexts)
 
 
 def reported(folder: Path, **options: Any) -> Reported:
@@ -53,14 +53,15 @@ def reported(folder: Path, **options: Any) -> Reported:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train", *map(str, args)])
         try:
-            cli.run(main)
+            command_line.run(main)
         except SystemExit as stop:
             assert not stop.code
     path = folder / "runs" / "small"
     store, config = Store.open(made.path), read_config(path)
     model = build_transcoder(config, store)
-    threshold = load_weights(model, checkpoint.find(path).path)
+    threshold = model.load_checkpoint(checkpoint.find(path))
     with torch.no_grad():
         model.b_enc[DEAD] = -1e3
-    samples = make_samples(model, store, threshold, config, SamplesConfig(), STEPS)
+    rows, seed = rows_of(config, store), config.settings.seed
+    samples = make_samples(model, rows, config.training_blocks, threshold, SamplesConfig(), seed=seed, step=STEPS)
     return Reported(path, made, store, config, model, threshold, samples.contexts, samples.latents)

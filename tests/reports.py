@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.runs import SMALL
-from train.report.record import Check, Report
+from train.report.report_record import Check, Report
 from train.report.verdict import verdict
 
 STEPS = 120

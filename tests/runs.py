@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from train import checkpoint
+from train.model import checkpoint
 
 VALUES = {
     "transcoder.d_sae": 64,

@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from shared import arrays, durable, keyed, layout, statistics
-from shared.store import Store
-from shared.strata import Stratum, quota, stratum_ranges
+from shared import keyed
+from shared.files import durable
+from shared.store import arrays, layout, statistics
+from shared.store.store import Store
+from shared.store.strata import Stratum, quota, stratum_ranges
 
 if TYPE_CHECKING:
     import zarr

@@ -38,8 +38,8 @@ COMMANDS: dict[str, list[str]] = {
 """What each is told, if anything; a word in capitals is what tests make for it."""
 IMPORTED = (
     *("torch", "torch._dynamo", "numba.np.ufunc.parallel", "transformer_lens", "datasets", "zarr"),
-    *("transformers.models.gemma2.modeling_gemma2", "harvest.cli", "harvest.pipeline", "harvest.model"),
-    *("train.cli", "train.commands", "train.evaluate", "train.loop", "tests.stores", "tests.llms"),
+    *("transformers.models.gemma2.modeling_gemma2", "harvest.cli", "harvest.run.pipeline", "harvest.llm.model"),
+    *("train.cli", "train.commands", "train.evaluation.evaluate", "train.run.trainer", "tests.stores", "tests.llms"),
 )
 POSITIVE = {
     "s",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train import blas
+from train.model import blas
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:

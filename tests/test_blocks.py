@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harvest.blocks import (
+from harvest.text.packing import Windows
+from harvest.writer.blocks import (
     block_counts,
     block_layout,
     over_norm,
@@ -15,11 +16,10 @@ from harvest.blocks import (
     stratum_arrays,
     unpack_moments,
 )
-from harvest.packing import Windows
 from shared.keyed import permutation
-from shared.layout import StoreRequest
-from shared.statistics import decode, moments_of
-from shared.strata import Stratum, stratum_ranges
+from shared.store.layout import StoreRequest
+from shared.store.statistics import decode, moments_of
+from shared.store.strata import Stratum, stratum_ranges
 from tests.stores import decode as reference_decode
 from tests.stores import encode, make_request
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from harvest import cache as stores
-from shared import durable
+from harvest.commands import stores
+from harvest.writer.request_differences import differences, explain_new
 from shared.errors import UserError
-from shared.layout import PLAN, REQUEST, STORE, record_path
-from shared.space import size_of
+from shared.files import durable
+from shared.files.disk_usage import size_of
+from shared.store.layout import PLAN, REQUEST, STORE, record_path
 from tests.llms import ROOT, command, edit_json
 from tests.stores import make_request, make_store
 
@@ -41,7 +42,7 @@ def holding(path: Path, shared: bool) -> Iterator[int]:
     code = """
         import sys
         from pathlib import Path
-        from shared.durable import lock
+        from shared.files.durable import lock
         with lock(Path(sys.argv[1]), "it", shared=sys.argv[2] == "True"):
             print("held", flush=True)
             sys.stdin.read()
@@ -147,19 +148,19 @@ def test_a_file_with_two_names_counts_once(tmp_path: Path) -> None:
 
 
 def test_the_nearest_store_and_what_differs(cache: Path) -> None:
-    assert stores.explain_new(cache / "none" / "new", make_request()) is None
+    assert explain_new(cache / "none" / "new", make_request()) is None
     make_store(cache / "far", seed=3, context_size=16, storage="float32")
-    line = stores.explain_new(cache / "new", make_request(seed=4))
+    line = explain_new(cache / "new", make_request(seed=4))
     assert line == "new store new; the nearest in the cache is whole: seed 0 there, 4 here"
     edit_json(cache / "whole" / REQUEST, seed="x")  # a store that cannot be read is passed over
-    line = stores.explain_new(cache / "new", make_request(seed=4))
+    line = explain_new(cache / "new", make_request(seed=4))
     assert line is not None and "is far: " in line
     assert "context_size 16 there, 32 here" in line and "storage float32 there, bfloat16 here" in line
     many = make_request().model_copy(
         update={f"{name}_hook": "x" for name in ("source", "target")} | {"label": "a" * 50}
     )
-    assert stores.differences(make_request(), many)["label"] == ("synthetic", "a" * 50)
-    assert "aaaaaaaaaaaa... here" in str(stores.explain_new(cache / "new", many))
+    assert differences(make_request(), many)["label"] == ("synthetic", "a" * 50)
+    assert "aaaaaaaaaaaa... here" in str(explain_new(cache / "new", many))
 
 
 def test_a_lock_file_that_was_removed_meanwhile_is_not_mistaken_for_the_lock(tmp_path: Path) -> None:

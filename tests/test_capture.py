@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from harvest.blocks import BlockLayout
-from harvest.capture import as_array, fitting_buffers, open_capture, to_storage
-from harvest.model import Model, load_model
-from harvest.packing import Windows
+from harvest.llm.model import Model, load_model
+from harvest.run.capture import as_array, fitting_buffers, open_capture, to_storage
+from harvest.text.packing import Windows
+from harvest.writer.blocks import BlockLayout
 from shared.errors import ProjectError
-from shared.layout import StorageType
+from shared.store.layout import StorageType
 from tests.llms import make_gemma
 from tests.stores import encode
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.errors import CorruptData, UserError
-from train import checkpoint
+from train.model import checkpoint
 
 WEIGHTS = {"W_dec": torch.arange(6.0).reshape(2, 3), "b_dec": torch.ones(3)}
 STATE = {"rows_since_fired": torch.tensor([3, 4])}
@@ -60,7 +60,7 @@ def test_torn_newest_checkpoints_are_skipped_with_a_warning(tmp_path: Path) -> N
 def test_a_full_disk_is_named_and_leaves_the_checkpoints_before(tmp_path: Path) -> None:
     publish(tmp_path, 1)
     program = (
-        "import resource, sys, torch; from pathlib import Path; from train import checkpoint; "
+        "import resource, sys, torch; from pathlib import Path; from train.model import checkpoint; "
         "from shared.errors import DiskFull; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "try: checkpoint.publish(Path(sys.argv[1]), 2, {'w': torch.ones(10**5)}, {}, {})\n"

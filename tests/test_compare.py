@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 import torch
 
-from shared.store import Store
+from shared.store.store import Store
 from tests.runs import SMALL, Outcome
 from tests.stores import SyntheticStore, make_store
-from train import checkpoint
 from train.compare.arms import Comparison, spread
 from train.compare.consistency import densest, matched_cosine
-from train.compare.figures import bos_share_of_top, cost_per_step, measure_run
+from train.compare.measure import bos_share_of_top, cost_per_step, measure_run
 from train.compare.merging import _refitted, alike, densest_of, merge, without
-from train.evaluate import evaluate, evaluate_whole, natural_weights, threshold_at
-from train.held_out import HeldOutActive, held_out_active
-from train.loop import build_transcoder, load_weights
-from train.report import comparison
-from train.rows import held_out_rows
-from train.settings import Settings, read_config, resolve_exclusion
-from train.sparsity import Active
-from train.transcoder import Transcoder
+from train.data.batches import StoreRows
+from train.evaluation.evaluate import evaluate, evaluate_whole, natural_weights, threshold_at
+from train.evaluation.held_out import HeldOutActive, held_out_active
+from train.model import checkpoint
+from train.model.sparse_latents import SparseLatents
+from train.model.transcoder import Transcoder
+from train.report import comparison_page
+from train.run.load_run import build_transcoder
+from train.run.settings import Settings, read_config, resolve_exclusion
 
 CPU = torch.device("cpu")
 Command = Callable[..., Outcome]
@@ -47,14 +47,14 @@ def train(command: Command, store: SyntheticStore, name: str, *options: object) 
 
 def loaded(run: Path, store: Store) -> Transcoder:
     model = build_transcoder(read_config(run), store)
-    load_weights(model, checkpoint.find(run).path)
+    model.load_checkpoint(checkpoint.find(run))
     return model
 
 
 def dense_rows(model: Transcoder, store: Store, threshold: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
     """Latents [R, F] of all report rows in float64, and their strata."""
     latents, strata = [], []
-    for chunk in held_out_rows(store, store.record.report_blocks, 10**9, CPU):
+    for chunk in StoreRows(store, 10**9).chunks(store.record.report_blocks, CPU):
         x = model.normalised(chunk.source, chunk.target)[0].double()
         pre_acts = x @ model.W_enc.detach().double() + model.b_enc.detach().double()
         latents.append(pre_acts * (pre_acts > threshold))
@@ -64,8 +64,8 @@ def dense_rows(model: Transcoder, store: Store, threshold: torch.Tensor) -> tupl
 
 def test_figures_equal_those_of_dense_activations(command: Command, store: SyntheticStore) -> None:
     run, opened = train(command, store, "a"), Store.open(store.path)
-    found, model = measure_run(run, opened, l0=5.0, chunk_rows=37).figures, loaded(run, opened)
-    threshold = threshold_at(model, opened, 5.0, 1000)
+    found, model = measure_run(run, opened, l0=5.0).figures, loaded(run, opened)
+    threshold = threshold_at(model, StoreRows(opened, 1000), 5.0)
     dense, strata = dense_rows(model, opened, threshold)
     weights, blocks = natural_weights(opened), len(opened.record.report_blocks)
     per_block = {name: s.stratum.rows for name, s in opened.strata.items()}
@@ -96,7 +96,7 @@ def test_figures_equal_those_of_dense_activations(command: Command, store: Synth
     assert found.pairs_correlated_above_0_8 == int((correlation > 0.8).sum())
     assert found.largest_correlation == pytest.approx(float(correlation.max()))
 
-    evaluation = evaluate(model, opened, threshold, 100, seed=0)
+    evaluation = evaluate(model, StoreRows(opened, 100), threshold, seed=0)
     assert found.fvu == pytest.approx(evaluation.fvu, rel=1e-5) and found.l0 == pytest.approx(evaluation.l0)
     assert found.l0 == pytest.approx(5.0, rel=0.3)  # calibrated on other rows
     assert found.cpu_ms_per_step and found.ms_per_step
@@ -105,8 +105,11 @@ def test_figures_equal_those_of_dense_activations(command: Command, store: Synth
 def test_the_whole_alone_is_evaluated_as_with_all_prefixes(command: Command, store: SyntheticStore) -> None:
     opened = Store.open(store.path)
     model = loaded(train(command, store, "a"), opened)
-    threshold = threshold_at(model, opened, 3.0, 64)
-    whole, part = evaluate_whole(model, opened, threshold, 50), evaluate(model, opened, threshold, 64, seed=0)
+    threshold = threshold_at(model, StoreRows(opened, 64), 3.0)
+    whole, part = (
+        evaluate_whole(model, StoreRows(opened, 50), threshold),
+        evaluate(model, StoreRows(opened, 64), threshold, seed=0),
+    )
     for name in ("fvu", "explained_variance", "l0"):
         assert getattr(whole, name) == pytest.approx(getattr(part, name), rel=1e-6)
 
@@ -116,10 +119,10 @@ def test_a_common_l0_moves_learned_thresholds_together(command: Command, store: 
     model = loaded(train(command, store, "j", "--set", "activation.kind=jumprelu"), opened)
     learned = model.threshold().detach()
     for l0 in (2.0, 9.0):
-        found = threshold_at(model, opened, l0, 77)
+        found = threshold_at(model, StoreRows(opened, 77), l0)
         moved = found[found > 0] - learned[found > 0]
         torch.testing.assert_close(moved, moved[:1].expand_as(moved), atol=1e-5, rtol=0)
-        rows = held_out_active(model, opened, opened.record.calibration_blocks, found, 1000)
+        rows = held_out_active(model, StoreRows(opened, 1000), opened.record.calibration_blocks, found)
         assert len(rows.without_position_0.rows) / int((~rows.at_position_0).sum()) == pytest.approx(l0, rel=0.1)
 
 
@@ -127,7 +130,7 @@ def planted(values: list[tuple[int, int, float]], at_0: list[bool], weight: floa
     rows, latents, found = zip(*sorted(values), strict=True)
     shape = torch.Size((len(at_0), d_sae))
     return HeldOutActive(
-        active=Active.of(torch.tensor(rows), torch.tensor(latents), torch.tensor(found), shape),
+        active=SparseLatents.of(torch.tensor(rows), torch.tensor(latents), torch.tensor(found), shape),
         stratum=torch.tensor([0 if first else 1 for first in at_0]),
         strata=("000-001", "001-004"),
         weight_of_position_0=weight,
@@ -161,23 +164,24 @@ def test_copies_merge_for_nothing_and_others_do_not(command: Command, store: Syn
     """One latent split into two of half the effect, which fire together: merging must bring back the whole."""
     opened = Store.open(store.path)
     model = loaded(train(command, store, "a", "--set", "transcoder.skip=false"), opened)
-    threshold = threshold_at(model, opened, 5.0, 100)
+    threshold = threshold_at(model, StoreRows(opened, 100), 5.0)
     density = torch.bincount(
-        held_out_active(model, opened, opened.record.report_blocks, threshold, 100).active.latents, minlength=64
+        held_out_active(model, StoreRows(opened, 100), opened.record.report_blocks, threshold).active.latents,
+        minlength=64,
     )
     one, other = density.argsort(descending=True)[:2].tolist()
     with torch.no_grad():
         model.W_enc[:, other], model.b_enc[other] = model.W_enc[:, one], model.b_enc[one]
         model.W_dec[one] *= 0.5
         model.W_dec[other] = model.W_dec[one]
-    before = evaluate_whole(model, opened, threshold, 100).fvu
+    before = evaluate_whole(model, StoreRows(opened, 100), threshold).fvu
     weights = model.W_dec.detach().clone()
     kept, dropped = densest_of([[one, other]], density)
     assert (kept.tolist(), dropped.tolist()) == ([one], [other])
-    merged = merge(model, kept, dropped, opened, threshold, 100)
+    merged = merge(model, StoreRows(opened, 100), kept, dropped, threshold)
     assert torch.equal(model.W_dec, weights)
     assert merged < 1.005 * before  # fitted on other rows, and never worse on those
-    removed = without(model, torch.tensor([other]), opened, threshold, 100)
+    removed = without(model, StoreRows(opened, 100), torch.tensor([other]), threshold)
     assert removed > merged
     y, latents = reference_rows(model, opened, opened.record.calibration_blocks, threshold)
     with torch.no_grad():
@@ -185,11 +189,11 @@ def test_copies_merge_for_nothing_and_others_do_not(command: Command, store: Syn
         rest += latents[:, [one, other]] @ model.W_dec[[one, other]].double()
         fitted = torch.linalg.lstsq(latents[:, [one]], rest).solution[0]
         model.W_dec[one] = fitted
-    alone = without(model, torch.tensor([other]), opened, threshold, 100)
+    alone = without(model, StoreRows(opened, 100), torch.tensor([other]), threshold)
     assert merged == pytest.approx(alone, rel=1e-4)
     silent = threshold.clone()
     silent[one] = torch.inf  # active on no row: its decoder row stays
-    assert _refitted(model, torch.tensor([one]), silent, opened, 100, "source").equal(model.W_dec[[one]])
+    assert _refitted(model, StoreRows(opened, 100), torch.tensor([one]), silent).equal(model.W_dec[[one]])
 
 
 def reference_rows(
@@ -197,7 +201,7 @@ def reference_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Targets less the bias, with it put back, and latents [R, F], both by the roots of the rows' weights."""
     ys, latents = [], []
-    for chunk in held_out_rows(store, blocks, 10**9, CPU):
+    for chunk in StoreRows(store, 10**9).chunks(blocks, CPU):
         scale = natural_weights(store)[chunk.stratum] ** 0.5
         if scale:
             x, y = (side.double() for side in model.normalised(chunk.source, chunk.target))
@@ -232,7 +236,7 @@ def test_seeds_are_one_arm_with_their_spread(command: Command, store: SyntheticS
     assert other["pw_mcc"] is None and other["spread"]["fvu"]["deviation"] is None
     opened = Store.open(store.path)
     opened = opened.excluding(resolve_exclusion(opened, Settings()))
-    rows = [measure_run(run, opened, 6.0, 1024) for run in runs]
+    rows = [measure_run(run, opened, 6.0) for run in runs]
     expected = matched_cosine(*(one.W_dec[one.live] for one in rows))
     assert base["pw_mcc"]["mean"] == pytest.approx(expected)
     table = command("compare", *runs, wide)
@@ -256,7 +260,7 @@ def test_the_trade_off_is_that_of_the_same_weights_at_other_thresholds(
         assert {"l0": figures["l0"], "fvu": figures["fvu"]} in points and len(points) == 5
         for wanted, point in zip((3.0, 4.2, 6.0, 8.4, 12.0), points, strict=True):
             assert point["l0"] == pytest.approx(wanted, rel=0.15)
-            threshold = threshold_at(model, opened, wanted, 10**9)
+            threshold = threshold_at(model, StoreRows(opened, 10**9), wanted)
             latents, strata = dense_rows(model, opened, threshold)
             counted = latents[[name != "000-001" for name in strata]]
             assert point["l0"] == pytest.approx(float((counted > 0).sum(1).double().mean()), rel=0.05)
@@ -279,7 +283,7 @@ def test_a_page_names_each_point_by_its_run_and_no_name_is_markup(command: Comma
         for path, figures in found.arms[0].runs.items()
     }
     arm = found.arms[0].model_copy(update={"name": names[0], "runs": costs})
-    text = comparison.html(found.model_copy(update={"arms": [arm]})).decode()
+    text = comparison_page.html(found.model_copy(update={"arms": [arm]})).decode()
     drawn = json.loads(text.split('id="figures">')[1].split("</script>")[0])
     (cost,) = drawn["cpu_ms_per_step"]["data"]
     assert (cost["x"], cost["text"]) == ([3.0], ["b&lt;b&gt;bold&lt;"])
@@ -350,10 +354,10 @@ def test_where_very_many_latents_are_active_every_nth_row_is_counted(
     opened = Store.open(store.path)
     model = loaded(train(command, store, "a"), opened)
     blocks, threshold = opened.record.report_blocks, torch.zeros(64)
-    whole = held_out_active(model, opened, blocks, threshold, 10**9)
+    whole = held_out_active(model, StoreRows(opened, 10**9), blocks, threshold)
     meetings = int(whole.active.starts.diff().square().sum())
-    monkeypatch.setattr("train.held_out.MOST_MEETINGS", meetings // 4)
-    found = held_out_active(model, opened, blocks, threshold, 10**9)
+    monkeypatch.setattr("train.evaluation.held_out.MOST_MEETINGS", meetings // 4)
+    found = held_out_active(model, StoreRows(opened, 10**9), blocks, threshold)
     assert 0.15 * len(whole.stratum) < len(found.stratum) < 0.35 * len(whole.stratum)
     assert len(found.active.starts) - 1 == len(found.stratum)
     first = whole.active.of_rows(torch.arange(len(whole.stratum)) == 0)

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harvest.corpus import open_corpus
+from harvest.commands.repair import own_text
 from harvest.embedded.corpus import documents
 from harvest.embedded.tokenizer import BOS_ID, EOS_ID
-from harvest.encoding import Encoder, clean, split_at
 from harvest.hub import dataset_commit, explain
-from harvest.repair import own_text
-from harvest.rows import LineRows
 from harvest.settings import TextSettings
+from harvest.text.corpus import open_corpus
+from harvest.text.dataset_rows import LineRows
+from harvest.text.tokenize import Encoder, clean, split_at
 from shared.errors import UserError
 from shared.keyed import permutation
 from tests.llms import VOCABULARY, edit_json, make_gemma, texts, write_jsonl
@@ -220,8 +220,8 @@ def test_a_hub_text_is_one_whether_its_column_was_named_or_found(
 ) -> None:
     """And repair finds it by its identity alone."""
     rows = LineRows([write_jsonl(tmp_path / "x.jsonl", [{"id": 1, "story": "one"}])])
-    monkeypatch.setattr("harvest.corpus.dataset_commit", lambda name, revision: revision or "c0ffee")
-    monkeypatch.setattr("harvest.corpus.hub_rows", lambda name, subset, split, commit: rows)
+    monkeypatch.setattr("harvest.text.corpus.dataset_commit", lambda name, revision: revision or "c0ffee")
+    monkeypatch.setattr("harvest.text.corpus.hub_rows", lambda name, subset, split, commit: rows)
     found = open_corpus(settings("some/stories", subset="en", split="test"), None, 0).identity
     named = open_corpus(
         settings("some/stories", subset="en", split="test", column="story", kind="text"), None, 0

@@ -54,7 +54,7 @@ def test_a_damaged_memory_is_no_memory(file: Path, tmp_path: Path, content: byte
 
 
 def durable_json(path: Path) -> dict:
-    from shared.durable import read_json
+    from shared.files.durable import read_json
 
     return read_json(path)
 

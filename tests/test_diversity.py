@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from train.duplicates.activations import Correlated
+from train.duplicates.correlation_report import CorrelationReport, Correlations, Directions, Sample
 from train.duplicates.diversity import ControllerConfig, Diversity, DiversityConfig
-from train.duplicates.report import CorrelationReport, Correlations, Directions, Sample
-from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
+from train.model.activations import BatchTopK
+from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 
 
 def make(config: dict, d_sae: int = 64) -> Diversity:

@@ -11,6 +11,7 @@ import pytest
 import harvest.cli
 import train.cli
 from tests.bench import record
+from tests.test_imports import LAYERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,19 +51,33 @@ def test_every_command_is_told(stage: str) -> None:
         )
 
 
-def test_the_readme_lists_every_module() -> None:
-    tree = (ROOT / "README.md").read_text().split("## The house")[1]
-    for stage in ("shared", "harvest", "train"):
-        for path in (ROOT / stage).rglob("*.py"):
-            if path.stem not in ("__main__", "__init__") and path.parent.name != "embedded":  # that has one line
-                assert re.search(rf"\b{path.stem}\b", tree), path.relative_to(ROOT)
-
-
 def test_links_lead_somewhere() -> None:
     for path in PAGES:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_readme_lists_every_module_in_its_folder_and_in_the_order_of_imports() -> None:
+    readme = (ROOT / "README.md").read_text()
+    tree = readme[readme.index("## Code layout") :]
+    folders, listed = list[str](), list[str]()
+    for indent, entry in re.findall(r"^    ( *)((?:[\w./]+, )*[\w./]+)", tree, re.M):
+        depth = len(indent) // 2
+        if entry.endswith("/"):
+            folders[depth:] = [entry]
+        else:
+            listed += ["".join(folders[:depth]) + name for name in entry.split(", ")]
+    own = [path for package in ("shared", "harvest", "train") for path in (ROOT / package).rglob("*.py")]
+    there = {path.relative_to(ROOT).as_posix() for path in own if not path.name.startswith("__")}
+    assert {name for name in listed if name.endswith(".py")} == {
+        name for name in there if not name.startswith("harvest/embedded/")
+    }
+    for package, layers in LAYERS.items():
+        order = [re.match(rf"{package}/(\w+)", name)[1] for name in listed if name.startswith(f"{package}/")]  # type: ignore[index]
+        floors = {name: floor for floor, names in enumerate(layers)
+                  for name in ([names] if isinstance(names, str) else names)}  # fmt: skip
+        assert [floors[name] for name in order] == sorted(floors[name] for name in order)
 
 
 def test_figures_are_those_that_were_measured() -> None:

@@ -23,7 +23,7 @@ from train.duplicates.directions import (
     nearest,
     nearest_cosines,
 )
-from train.sparsity import Active
+from train.model.sparse_latents import SparseLatents
 
 F, O, R = 40, 6, 60
 
@@ -77,13 +77,13 @@ def test_a_pair_counts_for_the_latents_whose_closest_it_is() -> None:
     assert nearest(pairs, torch.tensor([0.9, 0.5, 0.7]), 5).tolist() == [2.0, 1.0, 1.0]
 
 
-def planted() -> tuple[torch.Tensor, Active]:
+def planted() -> tuple[torch.Tensor, SparseLatents]:
     """Activations of which 3 and 7 are the same but for their scale, and 11 and 12 never meet."""
     dense = draw(R, F, seed=2).clamp_min(0) * (draw(R, F, seed=3) > 0.3)
     dense[:, 7] = 2 * dense[:, 3]
     dense[: R // 2, 11], dense[R // 2 :, 12] = 0, 0
     rows, latents = dense.nonzero(as_tuple=True)
-    return dense, Active.of(rows, latents, dense[rows, latents], dense.shape)
+    return dense, SparseLatents.of(rows, latents, dense[rows, latents], dense.shape)
 
 
 def dense_measures(dense: torch.Tensor) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
@@ -137,7 +137,7 @@ def test_constant_latents_correlate_with_nothing() -> None:
     dense = torch.full((1000, 4), 0.1)
     dense[:, 1], dense[:, 2] = 0.17, torch.rand(1000, generator=torch.Generator().manual_seed(0))
     rows, latents = dense.nonzero(as_tuple=True)
-    active = Active.of(rows, latents, dense[rows, latents], dense.shape)
+    active = SparseLatents.of(rows, latents, dense[rows, latents], dense.shape)
     (pairs, _, _), above = correlated_pairs(active, 2, levels=(0.5,))
     assert above == {0.5: 0} and not len(pairs.first)
     assert measure(active, Pairs(torch.tensor([0]), torch.tensor([1]))).correlation.tolist() == [0.0]
@@ -153,7 +153,7 @@ def test_every_latent_keeps_its_largest_correlations() -> None:
 
 def test_latents_that_are_never_active_have_no_partner() -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
-    active = Active.of(nothing, nothing, torch.zeros(0), torch.Size((4, 9)))
+    active = SparseLatents.of(nothing, nothing, torch.zeros(0), torch.Size((4, 9)))
     (pairs, _, _), above = correlated_pairs(active, 1)
     assert len(pairs.first) == 0 and set(above.values()) == {0}
     assert measure(active, Pairs(torch.tensor([0]), torch.tensor([3]))).correlation.tolist() == [0.0]
@@ -163,7 +163,7 @@ STRENGTH = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.float64)
 PAIRS = Pairs(torch.tensor([3, 3, 11, 0]), torch.tensor([7, 9, 12, 39]))
 
 
-def loss_and_gradient(device: str, values: torch.Tensor, active: Active) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_and_gradient(device: str, values: torch.Tensor, active: SparseLatents) -> tuple[torch.Tensor, torch.Tensor]:
     values = values.clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         if device == "any":
@@ -198,7 +198,7 @@ def test_a_pair_of_a_row_and_a_latent_that_is_there_twice_counts_once(device: st
         empty = active.values.where(active.latents != 7, 0)
         assert not loss_and_gradient(device, empty, active.with_values(empty))[1][active.latents == 7].any()
     for filled in (again.diff(append=torch.tensor([-1])) == 0, again.diff(prepend=torch.tensor([-1])) == 0):
-        twice = Active.of(active.rows[again], active.latents[again], active.values[again], dense.shape)
+        twice = SparseLatents.of(active.rows[again], active.latents[again], active.values[again], dense.shape)
         values = twice.values.where(~filled, 0)
         found, more = loss_and_gradient(device, values, twice.with_values(values))
         assert int(filled.sum()) == int((active.latents == 7).sum()) > 3
@@ -210,7 +210,7 @@ def test_a_latent_that_is_active_on_no_row_costs_nothing() -> None:
     dense, _ = planted()
     dense[:, 3] = dense[:, 11] = dense[:, 0] = 0
     rows, latents = dense.nonzero(as_tuple=True)
-    active = Active.of(rows, latents, dense[rows, latents], dense.shape)
+    active = SparseLatents.of(rows, latents, dense[rows, latents], dense.shape)
     loss, grad = loss_and_gradient("cpu", active.values, active)
     assert float(loss) == 0 and not grad.any()
 

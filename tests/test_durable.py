@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared import durable
 from shared.errors import CorruptData, DiskFull, UserError
+from shared.files import durable
 
 
 class Disk:
@@ -203,7 +203,7 @@ def test_a_real_file_size_limit(tmp_path):
     code = """
         import resource, sys
         from pathlib import Path
-        from shared.durable import publish_bytes
+        from shared.files.durable import publish_bytes
         from shared.errors import DiskFull
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
@@ -371,7 +371,7 @@ def test_a_second_process_is_told_at_once_and_a_killed_holder_lets_go(tmp_path):
     code = """
         import sys
         from pathlib import Path
-        from shared.durable import lock
+        from shared.files.durable import lock
         with lock(Path(sys.argv[1]), "the store"):
             print("held", flush=True)
             sys.stdin.read()

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.store import Store
+from shared.store.store import Store
 from tests import reference
 from tests.stores import make_store
-from train import linear
-from train.evaluate import Sums, calibrate, evaluate, natural_weights, ratio
-from train.rows import held_out_rows
-from train.transcoder import Activation, BatchTopK, JumpReLU, Normalisation, ReLU, TopK, Transcoder, TranscoderConfig
+from train.data.batches import StoreRows
+from train.evaluation import linear_baseline
+from train.evaluation.evaluate import Sums, calibrate, evaluate, natural_weights, ratio
+from train.model.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 
 CPU = torch.device("cpu")
 F, K, PREFIXES = 64, 6, (4, 16, 64)
@@ -32,7 +33,7 @@ def make_model(store: Store, activation: Activation) -> Transcoder:
 def rows_of(model: Transcoder, store: Store, blocks: range) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Normalised rows of each stratum in float64."""
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for chunk in held_out_rows(store, blocks, 10**9, CPU):
+    for chunk in StoreRows(store, 10**9).chunks(blocks, CPU):
         x, y = model.normalised(chunk.source, chunk.target)
         found[chunk.stratum] = x.double(), y.double()
     return found
@@ -53,7 +54,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_fvu_explained_variance_and_l0_equal_the_formulas_at_natural_frequencies(store: Store) -> None:
     model, threshold = make_model(store, BatchTopK(k=K)), torch.full((F,), 0.8)
-    found = evaluate(model, store, threshold, 37, seed=0)
+    found = evaluate(model, StoreRows(store, 37), threshold, seed=0)
     rows, weights = rows_of(model, store, store.record.report_blocks), natural_weights(store)
     assert weights["000-001"] == 0 and weights["004-016"] > 1
     for i, size in enumerate(PREFIXES):
@@ -89,10 +90,10 @@ def test_an_autoencoder_of_the_targets_is_measured_on_targets_alone(store: Store
     config = TranscoderConfig(d_sae=F, prefixes=PREFIXES).resolve(24, activation)
     model = Transcoder(24, 24, config, activation, Normalisation(mean, 0.7, mean, 0.7))
     model.initialise(1)
-    threshold = calibrate(model, store, 37, "target")
-    found = evaluate(model, store, threshold, 37, 0, "target")
+    threshold = calibrate(model, StoreRows(store, 37, "target"))
+    found = evaluate(model, StoreRows(store, 37, "target"), threshold, seed=0)
     weights, error, total, blocks = natural_weights(store), 0.0, 0.0, store.record.report_blocks
-    rows = {c.stratum: ((c.target - mean) / 0.7).double() for c in held_out_rows(store, blocks, 10**9, CPU)}
+    rows = {c.stratum: ((c.target - mean) / 0.7).double() for c in StoreRows(store, 10**9).chunks(blocks, CPU)}
     n = sum(weights[name] * len(y) for name, y in rows.items())
     mean_y = sum(weights[name] * y.sum(0) for name, y in rows.items()) / n
     for name, y in rows.items():
@@ -100,13 +101,13 @@ def test_an_autoencoder_of_the_targets_is_measured_on_targets_alone(store: Store
         total += weights[name] * float((y - mean_y).square().sum())
     assert found.fvu == pytest.approx(error / total, rel=1e-5)
     assert found.l0_training_rule == pytest.approx(K, rel=0.15)
-    assert linear.linear_map_fvu(store, 50, CPU, "target") == pytest.approx(0, abs=1e-9)
+    assert linear_baseline.linear_map_fvu(StoreRows(store, 50, "target"), CPU) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_calibrated_threshold_gives_k_active_latents_on_the_calibration_blocks(store: Store) -> None:
     for activation in (BatchTopK(k=K), TopK(k=K)):
         model = make_model(store, activation)
-        threshold = calibrate(model, store, 37)
+        threshold = calibrate(model, StoreRows(store, 37))
         assert threshold.dtype == torch.float32 and (threshold == threshold[0]).all()
         weights, rows = natural_weights(store), rows_of(model, store, store.record.calibration_blocks)
         n = sum(weights[name] * len(x) for name, (x, _) in rows.items())
@@ -121,29 +122,29 @@ def test_a_share_of_the_calibration_rows_is_the_first_of_every_stratum_at_the_sa
     }
     share = 100 / sum(len(x) for x, _ in whole.values())
     taken = {name: math.ceil(share * len(x)) for name, (x, _) in whole.items()}
-    threshold = calibrate(model, store, 37, rows=100)
+    threshold = calibrate(model, StoreRows(store, 37), most=100)
     n = active = 0.0
     for name, (x, _) in whole.items():
         weight = weights[name] * len(x) / taken[name]
         n += weight * taken[name]
         active += weight * float((dense(model, x[: taken[name]], threshold, F)[1] > 0).sum())
     assert active / n == pytest.approx(K, abs=4 * max(weights.values()) * len(x) / taken[name] / n)
-    assert not torch.equal(threshold, calibrate(model, store, 37))
-    assert torch.equal(calibrate(model, store, 37, rows=10**6), calibrate(model, store, 37))
+    assert not torch.equal(threshold, calibrate(model, StoreRows(store, 37)))
+    assert torch.equal(calibrate(model, StoreRows(store, 37), most=10**6), calibrate(model, StoreRows(store, 37)))
 
 
 def test_other_activations_bring_their_own_thresholds(store: Store) -> None:
     jump = make_model(store, JumpReLU(initial_threshold=0.25))
-    torch.testing.assert_close(calibrate(jump, store, 64), torch.full((F,), 0.25))
-    assert not calibrate(make_model(store, ReLU()), store, 64).any()
+    torch.testing.assert_close(calibrate(jump, StoreRows(store, 64)), torch.full((F,), 0.25))
+    assert not calibrate(make_model(store, ReLU()), StoreRows(store, 64)).any()
 
 
 def test_the_training_rule_is_k_per_row_and_reported_beside_the_threshold(store: Store) -> None:
     model = make_model(store, TopK(k=K))
-    found = evaluate(model, store, torch.full((F,), 0.2), 64, seed=0)
+    found = evaluate(model, StoreRows(store, 64), torch.full((F,), 0.2), seed=0)
     assert found.l0_training_rule == pytest.approx(K)
     assert found.l0 > K + 1
-    batch = evaluate(make_model(store, BatchTopK(k=K)), store, torch.full((F,), 0.2), 64, seed=0)
+    batch = evaluate(make_model(store, BatchTopK(k=K)), StoreRows(store, 64), torch.full((F,), 0.2), seed=0)
     assert batch.l0_training_rule == pytest.approx(K, rel=0.15)
 
 
@@ -151,8 +152,8 @@ def test_evaluation_changes_nothing(store: Store) -> None:
     model = make_model(store, BatchTopK(k=K))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     guess = model._guess
-    first = evaluate(model, store, calibrate(model, store, 64), 64, seed=0)
-    assert first == evaluate(model, store, calibrate(model, store, 64), 64, seed=0)
+    first = evaluate(model, StoreRows(store, 64), calibrate(model, StoreRows(store, 64)), seed=0)
+    assert first == evaluate(model, StoreRows(store, 64), calibrate(model, StoreRows(store, 64)), seed=0)
     assert model._guess == guess and all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
@@ -182,4 +183,4 @@ def test_the_linear_map_is_the_weighted_least_squares_fit(store: Store) -> None:
     x, y, w = stack(store.record.report_blocks)
     error = y - torch.cat([x, torch.ones(len(x), 1)], 1) @ fit
     expected = float((w * error**2).sum() / (w * (y - (w * y).sum(0) / w.sum()) ** 2).sum())
-    assert linear.linear_map_fvu(store, 50, CPU) == pytest.approx(expected, rel=1e-6)
+    assert linear_baseline.linear_map_fvu(StoreRows(store, 50), CPU) == pytest.approx(expected, rel=1e-6)

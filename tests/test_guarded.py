@@ -12,14 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import UserError
-from shared.store import Store
+from shared.store.store import Store
 from tests.runs import assert_same_run
 from tests.stores import SyntheticStore
-from train import blas, checkpoint
-from train.loop import build_transcoder
-from train.settings import Settings, resolve
-from train.sparse_step import compiled, guarded, loops
-from train.sparsity import Active
+from train.model import blas, checkpoint
+from train.model.kernels import compiled, guarded, numba_loops
+from train.model.sparse_latents import SparseLatents
+from train.run.load_run import build_transcoder
+from train.run.settings import Settings, resolve
 
 Sides = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 WORST = 1 + 2.0**-8
@@ -33,7 +33,7 @@ def all_values(x: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor) -> tor
     flat = np.arange(rows * width)
     out = np.empty(len(flat), np.float32)
     sides = (side.detach().numpy() for side in (x, W_enc.T, b_enc))
-    loops.products(flat // width, flat % width, *sides, out)
+    numba_loops.products(flat // width, flat % width, *sides, out)
     return torch.from_numpy(out).view(rows, width)
 
 
@@ -83,7 +83,7 @@ def draw(kind: str, seed: int, rows: int, width: int, latents: int) -> Sides:
     return one, other.T, bias
 
 
-def assert_expected(active: Active, smallest: torch.Tensor, sides: Sides, n: int) -> None:
+def assert_expected(active: SparseLatents, smallest: torch.Tensor, sides: Sides, n: int) -> None:
     rows, latents, values = expected(sides, n)
     assert torch.equal(active.rows, rows) and torch.equal(active.latents, latents)
     assert torch.equal(active.values, values)

@@ -12,8 +12,8 @@ import torch
 
 from harvest.embedded.tokenizer import BOS_ID, EOS_ID
 from shared.keyed import permutation
-from shared.layout import ARRAYS, STORE, UNEMBEDDING
-from shared.store import Store
+from shared.store.layout import ARRAYS, STORE, UNEMBEDDING
+from shared.store.store import Store
 from tests.llms import (
     BLOCK_TOKENS,
     Line,

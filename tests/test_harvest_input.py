@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from harvest.corpus import open_corpus
-from shared.layout import STORE
-from shared.store import Store
+from harvest.text.corpus import open_corpus
+from shared.store.layout import STORE
+from shared.store.store import Store
 from tests.llms import (
     BLOCK_TOKENS,
     Line,
@@ -92,7 +92,7 @@ def test_text_and_model_by_option_leave_the_presets_columns_and_revisions_behind
 def test_a_store_of_another_device_is_not_recomputed_here(finished: Path, model: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    from harvest.model import load_model
+    from harvest.llm.model import load_model
     from shared.errors import UserError
 
     with pytest.raises(UserError, match="this torch sees no CUDA device"):
@@ -140,7 +140,7 @@ def test_a_text_without_any_text_leaves_no_store(small: Line, tmp_path: Path) ->
 def test_a_cache_that_cannot_be_written_is_refused_before_the_model(small: Line, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harvest.model.probe", lambda *_: pytest.fail("the model was touched"))
+        patch.setattr("harvest.llm.model.probe", lambda *_: pytest.fail("the model was touched"))
         refused(command(*small(tmp_path / "file" / "cache")), "cannot write to")
 
 
@@ -154,7 +154,7 @@ def test_an_edited_request_is_refused_by_field(small: Line, finished: Path, tmp_
 
 @pytest.mark.fault(28)
 def test_a_second_harvester_is_told_at_once(small: Line, finished: Path, tmp_path: Path) -> None:
-    from shared.durable import lock
+    from shared.files.durable import lock
 
     with lock(tmp_path / f"{finished.name}.lock", "test"):
         refused(command(*small(tmp_path)), "locked")

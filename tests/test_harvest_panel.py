@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from harvest.panel import Status
-from harvest.plan import Target
-from shared.panel import Pace, size
-from shared.space import Measured, size_of
-from shared.terminal import Volume, speaking
+from harvest.run.harvest_panel import Status
+from harvest.writer.target import Target
+from shared.console.panel import Pace, size
+from shared.console.terminal import Volume, speaking
+from shared.files.disk_usage import Measured, size_of
 from tests.stores import SyntheticStore
 from tests.test_panel import drawn
 

@@ -12,7 +12,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("harvest", "train", "shared")
 LLM_LIBRARIES = {"transformer_lens", "transformers", "datasets"}
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-DURABLE = Path("shared/durable.py")
+DURABLE = Path("shared/files/durable.py")
+
+
+LAYERS = {
+    "shared": (("errors", "bounds", "keyed"), "files", "config", "console", "store", "command_line", "program"),
+    "harvest": (("embedded", "settings", "hub", "digests"), "text", "llm", "writer", "run", "commands", "cli"),
+    "train": (
+        ("data", "live"), "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"), "compare", "report",
+        ("commands", "tables"), "cli",
+    ),
+}  # fmt: skip
+"""Each package's folders and modules from the bottom up: what stands in a line imports only from lines before it."""
 
 
 def module_of(path: Path) -> str:
@@ -52,7 +63,7 @@ def offenders(package: str, forbidden: set[str]) -> list[str]:
 
 def test_there_is_something_to_look_at():
     assert all(files_of(package) for package in PACKAGES)
-    assert "shared" in roots(ROOT / "shared" / "store.py")
+    assert "shared" in roots(ROOT / "shared" / "store" / "store.py")
 
 
 def test_the_stages_never_import_each_other():
@@ -62,6 +73,28 @@ def test_the_stages_never_import_each_other():
 
 def test_shared_imports_neither_stage_nor_torch():
     assert offenders("shared", {"harvest", "train", "torch", *LLM_LIBRARIES}) == []
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_folders_import_only_from_layers_below(package: str) -> None:
+    floors = {name: floor for floor, names in enumerate(LAYERS[package])
+              for name in ([names] if isinstance(names, str) else names)}  # fmt: skip
+    upward = []
+    for path in files_of(package):
+        if (here := layer_of(module_of(path), package)) is None:
+            continue
+        assert here in floors, f"{here} of {package} is in no layer"
+        for target in imports(path):
+            there = layer_of(target, package)
+            if there is not None and there in floors and there != here and floors[there] >= floors[here]:
+                upward.append(f"{module_of(path)} imports {target}")
+    assert upward == []
+
+
+def layer_of(module: str, package: str) -> str | None:
+    """The folder or module directly below a package; none for what is elsewhere, or starts a program."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == package and len(parts) > 1 and parts[1] != "__main__" else None
 
 
 def test_nothing_under_train_names_an_llm_library():

@@ -7,7 +7,7 @@ import pytest
 import tensorstore
 import xarray
 
-from shared.layout import ARRAYS
+from shared.store.layout import ARRAYS
 from tests.llms import command
 from tests.stores import make_store
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from harvest import archive, finish
-from shared import checks, durable, packed
-from shared import store as store_module
-from shared.layout import ARRAYS, PLAN, REQUEST, STORE
-from shared.store import Store
+from harvest.commands import archive
+from harvest.writer import finish
+from shared.files import durable
+from shared.store import checks, packed
+from shared.store import store as store_module
+from shared.store.layout import ARRAYS, PLAN, REQUEST, STORE
+from shared.store.store import Store
 from tests.llms import BLOCK_TOKENS, Line, command, contents, edit_json, refused, texts, write_jsonl
 
 
@@ -234,9 +236,9 @@ def test_packing_goes_on_where_the_rest_just_fits(store: Path, tmp_path: Path, m
         file.stat().st_size for file in store.rglob("*") if file.suffix == ".safetensors" or "ledger" in file.parts
     )
     with monkeypatch.context() as patch:
-        patch.setattr("shared.durable.free_bytes", lambda _: size - there - 10**5)
+        patch.setattr("shared.files.durable.free_bytes", lambda _: size - there - 10**5)
         assert command("pack", store, tmp_path / "packed").code == 2
-    monkeypatch.setattr("shared.durable.free_bytes", lambda _: size - there + 10**5)
+    monkeypatch.setattr("shared.files.durable.free_bytes", lambda _: size - there + 10**5)
     assert command("pack", store, tmp_path / "packed").code == 0
 
 

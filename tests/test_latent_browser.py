@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from shared.store import Store
+from shared.store.store import Store
 from tests.browser import open_page
 from tests.reported import DEAD, Reported, reported
 from train.report import browser
 from train.report.browser import browser_files, cut
-from train.samples.text import pieces
+from train.samples.token_text import pieces
 
 CHUNK = 16
 HOSTILE = {

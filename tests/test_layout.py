@@ -9,9 +9,10 @@ import zarr
 from pydantic import BaseModel, ValidationError
 from zarr.core.metadata import ArrayV3Metadata
 
-from shared import arrays, durable, layout
-from shared.arrays import ArraySpec
-from shared.layout import FileRecord, StoreRequest
+from shared.files import durable
+from shared.store import arrays, layout
+from shared.store.arrays import ArraySpec
+from shared.store.layout import FileRecord, StoreRequest
 from tests.stores import decode, encode, make_request, make_store, stock_array
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import reference
-from train import losses
+from train.model import losses
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:

@@ -8,22 +8,23 @@ import pytest
 import torch
 
 from tests import reference
-from train.metrics import Counters, Log, Window
-from train.sparsity import Active
-from train.transcoder import Step
+from train.model.sparse_latents import SparseLatents
+from train.model.transcoder import StepOutput
+from train.run.latent_counters import Counters
+from train.run.metrics import Log, Window
 
 STRATA = {"000-001": slice(0, 2), "001-004": slice(2, 10)}
 PREFIXES = (2, 8)
 WEIGHTS = torch.ones(10)
 
 
-def make_step(seed: int, latents: list[int] | None = None) -> tuple[Step, torch.Tensor, torch.Tensor]:
+def make_step(seed: int, latents: list[int] | None = None) -> tuple[StepOutput, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     target, guess = torch.randn(10, 3, generator=generator) + 2, torch.randn(10, 2, 3, generator=generator) + 2
     rows = torch.tensor([0, 0, 0, 3, 5, 5])
     values = torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0, 0.0])  # the last is not active
-    active = Active.of(rows, torch.tensor([*(latents or [1, 2, 3, 2, 6]), 5]), values, torch.Size((10, 8)))
-    step = Step(
+    active = SparseLatents.of(rows, torch.tensor([*(latents or [1, 2, 3, 2, 6]), 5]), values, torch.Size((10, 8)))
+    step = StepOutput(
         loss=torch.tensor(3.0),
         terms={"reconstruction": torch.tensor(2.0 + seed), "auxk": torch.tensor(1.0)},
         errors=(guess - target.unsqueeze(1)).square().sum(2),

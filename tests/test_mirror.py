@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from train.mirror import child, records, written
-from train.mirror.records import Records, flatten
+from train.wandb_sync import log_records, read_back, worker
+from train.wandb_sync.log_records import Records, flatten
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def append(path: Path, *rows: dict) -> None:
 
 
 def report(run: Path, step: int) -> None:
-    (run / records.REPORTS).mkdir(exist_ok=True)
+    (run / log_records.REPORTS).mkdir(exist_ok=True)
     content = {"step": step, "schema_version": 1, "sample": {}, "pairs": [{}, {}], "clusters": [[1, 2]], "rank": 1.5}
-    (run / records.REPORTS / f"correlation-{step:06d}.json").write_text(json.dumps(content))
+    (run / log_records.REPORTS / f"correlation-{step:06d}.json").write_text(json.dumps(content))
 
 
 def test_names_are_flat_and_without_points() -> None:
@@ -85,23 +85,23 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wandbs_file_is_read_back(file: Path) -> None:
-    assert file.stat().st_size > 5 * written.BLOCK
-    assert written.steps(file) == {3 * step for step in range(200)}
+    assert file.stat().st_size > 5 * read_back.BLOCK
+    assert read_back.steps(file) == {3 * step for step in range(200)}
 
 
 def test_a_torn_or_damaged_file_is_read_back_but_for_what_is_lost(file: Path, tmp_path: Path) -> None:
     data, torn = file.read_bytes(), tmp_path / "torn.wandb"
     torn.write_bytes(data[:70_000])
-    found = written.steps(torn)
+    found = read_back.steps(torn)
     assert 20 < len(found) < 200 and found == {3 * step for step in range(len(found))}
     for place in (0, 6):
         torn.write_bytes(data[:place])
-        assert written.steps(torn) == set()
+        assert read_back.steps(torn) == set()
     damaged = bytearray(data)
     damaged[40_000:40_004] = b"\0\0\0\0"
     torn.write_bytes(damaged)
-    lost = written.steps(file) - written.steps(torn)
-    assert 0 < len(lost) < 45 and max(written.steps(torn)) == 3 * 199
+    lost = read_back.steps(file) - read_back.steps(torn)
+    assert 0 < len(lost) < 45 and max(read_back.steps(torn)) == 3 * 199
 
 
 @pytest.mark.parametrize(
@@ -123,6 +123,6 @@ def test_a_key_is_found_where_wandb_finds_it(
     if netrc is not None:
         (tmp_path / "netrc").write_text(netrc + "\n")
     settings = SimpleNamespace(api_key=None, base_url=url)
-    assert child._has_key(settings) is expected
+    assert worker._has_key(settings) is expected
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    assert child._has_key(settings)
+    assert worker._has_key(settings)

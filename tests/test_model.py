@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from harvest.model import check_device, load_model, probe
-from harvest.model_files import ModelFiles, find_model, read_shape, read_special_tokens, resolve_device
+from harvest.llm.model import check_device, load_model, probe
+from harvest.llm.model_files import ModelFiles, find_model, read_shape, read_special_tokens, resolve_device
 from harvest.settings import ModelSettings
 from shared.errors import UserError
 from tests.llms import edit_json, make_gemma, make_neox

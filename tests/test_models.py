@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from harvest.model import check_isolation, load_model, probe
-from harvest.model_files import read_shape
+from harvest.llm.model import check_isolation, load_model, probe
+from harvest.llm.model_files import read_shape
 from shared.errors import UserError
-from shared.layout import StorageType
-from shared.store import Store
+from shared.store.layout import StorageType
+from shared.store.store import Store
 from tests.llms import SHAPES, VOCABULARY, command, make_gemma3_multimodal, texts, write_jsonl
 
 LAYER = 2

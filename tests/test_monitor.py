@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared import durable
+from shared.files import durable
 from train.duplicates.monitor import FOLDER, HELD_OUT, CorrelationMonitor, MonitorConfig
-from train.held_out import HeldOutActive
-from train.sparsity import Active
-from train.transcoder import BatchTopK, Normalisation, Step, Transcoder, TranscoderConfig
+from train.evaluation.held_out import HeldOutActive
+from train.model.activations import BatchTopK
+from train.model.sparse_latents import SparseLatents
+from train.model.transcoder import Normalisation, StepOutput, Transcoder, TranscoderConfig
 
 D, F, B = 8, 32, 40
 STRATA = {"000-001": slice(0, 4), "001-004": slice(4, B)}
@@ -30,7 +31,7 @@ def make_model() -> Transcoder:
     return model
 
 
-def make_step(seed: int) -> Step:
+def make_step(seed: int) -> StepOutput:
     """3 and 20 fire together; 9 and 10 at position 0 only, always."""
     generator = torch.Generator().manual_seed(seed)
     dense = torch.rand(B, F, generator=generator) * (torch.rand(B, F, generator=generator) > 0.7)
@@ -38,9 +39,9 @@ def make_step(seed: int) -> Step:
     dense[:, 9:11] = 0
     dense[:4, 9:11] = 1
     rows, latents = dense.nonzero(as_tuple=True)
-    active = Active.of(rows, latents, dense[rows, latents], dense.shape)
+    active = SparseLatents.of(rows, latents, dense[rows, latents], dense.shape)
     nothing = torch.zeros(())
-    return Step(
+    return StepOutput(
         loss=nothing,
         terms={},
         errors=torch.zeros(B, 2),
@@ -60,7 +61,7 @@ def make_monitor(path: Path, **config: object) -> CorrelationMonitor:
 ALIVE = torch.zeros(F, dtype=torch.bool)
 
 
-def dense_of(step: Step) -> torch.Tensor:
+def dense_of(step: StepOutput) -> torch.Tensor:
     """[B, F] its pre-activations."""
     assert step.pre_acts is not None
     return step.pre_acts
@@ -215,7 +216,7 @@ def test_the_report_on_held_out_rows_counts_all_of_them_and_by_stratum(tmp_path:
     steps = [make_step(seed) for seed in (11, 12, 13)]
     at_0 = torch.arange(B).lt(4).repeat(3)
     rows = HeldOutActive(
-        active=Active.joined([step.active for step in steps]).positive(),
+        active=SparseLatents.joined([step.active for step in steps]).positive(),
         stratum=(~at_0).long(),
         strata=tuple(STRATA),
         weight_of_position_0=1.0,

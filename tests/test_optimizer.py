@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from shared.errors import UserError
-from train.losses import AuxKConfig
-from train.optimizer import CompiledAdam, Optimizer, OptimizerConfig, TorchAdam
-from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
+from train.model.activations import BatchTopK
+from train.model.losses import AuxKConfig
+from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
+from train.run.optimizer import CompiledAdam, Optimizer, OptimizerConfig, TorchAdam
 
 KINDS = pytest.mark.parametrize("kind", [TorchAdam, CompiledAdam])
 D, O, F = 6, 5, 24

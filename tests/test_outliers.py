@@ -8,21 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from harvest.blocks import pack_moments
+from harvest.writer.blocks import pack_moments
 from shared.errors import CorruptData, UserError
-from shared.layout import moments_path, record_path
-from shared.outliers import Exclusion, long_rows, pack_long_rows
-from shared.reader import RowReader, RowsConfig, RowStream, rows_per_stratum, training_strata
-from shared.statistics import decode, moments_of, row_norms
-from shared.store import Store
+from shared.store.layout import moments_path, record_path
+from shared.store.outliers import Exclusion, long_rows, pack_long_rows
+from shared.store.reader import RowReader, RowsConfig, RowStream, rows_per_stratum, training_strata
+from shared.store.statistics import decode, moments_of, row_norms
+from shared.store.store import Store
 from tests.runs import SMALL, rows
 from tests.stores import SyntheticStore, edit, make_store
-from train import checkpoint
-from train.evaluate import calibrate, evaluate, natural_weights
-from train.normalisation import moments, without
-from train.rows import BatchReader, held_out_rows
-from train.settings import Settings, resolve
-from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
+from train.data.batches import BatchReader, StoreRows
+from train.evaluation.evaluate import calibrate, evaluate, natural_weights
+from train.model import checkpoint
+from train.model.activations import BatchTopK
+from train.model.normalisation import moments, without
+from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
+from train.run.settings import Settings, resolve
 
 CPU = torch.device("cpu")
 SINKS = {5: 40.0, 17: 300.0}
@@ -62,7 +63,7 @@ def write_statistics(made: SyntheticStore, *, listed: bool, above: float = 1.0) 
 def write_block(path: Path, block: int, tensors: dict) -> None:
     from safetensors.numpy import save
 
-    from shared.checks import buffers_record
+    from shared.store.checks import buffers_record
 
     data = save(tensors)
     (path / moments_path(block)).write_bytes(data)
@@ -228,12 +229,12 @@ def test_figures_of_ordinary_rows_and_of_outliers_are_apart(made: SyntheticStore
     means = [torch.from_numpy(moments(store, side)[0]).float() for side in ("source", "target")]
     model = Transcoder(16, 24, config, activation, Normalisation(means[0], 1.5, means[1], 0.7))
     model.initialise(1)
-    threshold = calibrate(model, store, 37)
-    found = evaluate(model, store, threshold, 37, 0)
+    threshold = calibrate(model, StoreRows(store, 37))
+    found = evaluate(model, StoreRows(store, 37), threshold, seed=0)
     weights, error, out_error, out_squares, active, out_active = natural_weights(store), 0.0, 0.0, 0.0, 0.0, 0.0
     zero_error = zero_active = total = n = out_n = 0.0
     mean = torch.zeros(24).double()
-    for chunk in held_out_rows(store, store.record.report_blocks, 10**9, CPU):
+    for chunk in StoreRows(store, 10**9).chunks(store.record.report_blocks, CPU):
         x, y = model.normalised(chunk.source, chunk.target)
         pre_acts = (x @ model.W_enc + model.b_enc).detach()
         latents = pre_acts * (pre_acts > threshold)
@@ -262,7 +263,7 @@ def test_figures_of_ordinary_rows_and_of_outliers_are_apart(made: SyntheticStore
     assert found.outliers.active_share == pytest.approx(out_active / (active + out_active + zero_active), rel=1e-6)
     assert found.outliers.l0 == pytest.approx(out_active / out_n, rel=1e-6)
     assert found.strata["000-001"].error_share == pytest.approx(zero_error / whole, rel=1e-4)
-    with_them = evaluate(model, excluding(store, figures=False), threshold, 37, 0)
+    with_them = evaluate(model, StoreRows(excluding(store, figures=False), 37), threshold, seed=0)
     assert with_them.outliers is None and abs(with_them.fvu / found.fvu - 1) > 0.1
 
 

@@ -13,11 +13,11 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from shared import packed
 from shared.errors import CorruptData, UserError
-from shared.layout import ARRAYS, PACKED, STORE
-from shared.packed import LocalFolder, pack_shard, unpack_shard
-from shared.store import Local, Store
+from shared.store import packed
+from shared.store.layout import ARRAYS, PACKED, STORE
+from shared.store.packed import LocalFolder, pack_shard, unpack_shard
+from shared.store.store import Local, Store
 from tests.llms import ROOT, command, contents, edit_json, start
 from tests.stores import SyntheticStore, make_store, stock_rows
 
@@ -80,7 +80,7 @@ def test_rows_are_those_of_the_raw_store_whatever_the_bound(pair: tuple[Path, Pa
 def test_a_disk_without_room_for_unpacked_rows_is_named_before_any_is_read(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared.durable.free_bytes", lambda _: 99_999)
+    monkeypatch.setattr("shared.files.durable.free_bytes", lambda _: 99_999)
     small = Store.open(pair[1], Local(folder=tmp_path / "local", bytes=90_000))
     assert small.strata["004-016"].source.shard(0).any()
     with pytest.raises(
@@ -96,7 +96,7 @@ def test_what_a_killed_process_left_is_removed_before_room_is_measured(
     litter.mkdir(parents=True)
     litter.with_name(f"{litter.name}.lock").touch()
     whole = Store.open(pair[0]).shard_bytes
-    monkeypatch.setattr("shared.durable.free_bytes", lambda _: whole - 10**6 * litter.exists())
+    monkeypatch.setattr("shared.files.durable.free_bytes", lambda _: whole - 10**6 * litter.exists())
     assert Store.open(pair[1], Local(folder=tmp_path / "local")).strata["004-016"].source.shard(0).any()
 
 
@@ -283,7 +283,7 @@ def test_what_another_command_left_is_not_written_over(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("harvest.archive.shutil.copyfile", killed)
+        patch.setattr("harvest.commands.archive.shutil.copyfile", killed)
         assert command("pack", pair[0], tmp_path / "out").code == 3
     before = contents(tmp_path / "out")
     (other / STORE).rename(tmp_path / "kept")

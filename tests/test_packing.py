@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from harvest.packing import Packed, Quota, TokenStream, Windows, model_positions, pack
-from shared.layout import Documents
+from harvest.text.packing import Packed, Quota, TokenStream, Windows, model_positions, pack
+from shared.store.layout import Documents
 
 CONTEXT = 8
 BOS, SEPARATOR = 2, 1

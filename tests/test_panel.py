@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from shared.panel import Fitted, Kept, Pace, duration, pairs, panel, per_second, short, size, sparkline
-from shared.terminal import Volume, speaking
-from train.panel import RunPanel
-from train.status import Status
+from shared.console.panel import Fitted, Kept, Pace, duration, pairs, panel, per_second, short, size, sparkline
+from shared.console.terminal import Volume, speaking
+from train.live.status import Status
+from train.live.training_panel import RunPanel
 
 PACE = Pace(done=4200, total=7000, unit="steps", seconds=318.0, rate=13.2)
 

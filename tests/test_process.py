@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from shared.process import let_idle_threads_sleep
+from shared.console.process import let_idle_threads_sleep
 
 FAULTS = """
 import resource, sys
-from shared.process import keep_freed_memory
+from shared.console.process import keep_freed_memory
 if sys.argv[1] == "on":
     keep_freed_memory()
 import numpy as np

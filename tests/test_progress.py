@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from shared.progress import Progress
-from shared.terminal import Volume, speaking
+from shared.console.progress import Progress
+from shared.console.terminal import Volume, speaking
 
 
 @pytest.fixture

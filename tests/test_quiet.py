@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from shared.store import Store
+from shared.store.store import Store
 from tests.stores import SyntheticStore, make_store
-from train.quiet import Quiet, QuietConfig, left_out
-from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
+from train.model.activations import BatchTopK
+from train.model.silence import Quiet, QuietConfig, left_out
+from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 
 D, O, F = 16, 24, 32
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.layout import STORE
+from shared.store.layout import STORE
 from tests.llms import ROOT, command, contents, make_gemma, texts, write_jsonl
 
 BLOCK_TOKENS = 16 * 32

@@ -5,9 +5,9 @@ import pytest
 
 from shared.errors import UserError
 from shared.keyed import permutation
-from shared.reader import RowReader, RowsConfig, RowStream, rows_per_stratum
-from shared.store import Store
-from shared.strata import Stratum
+from shared.store.reader import RowReader, RowsConfig, RowStream, rows_per_stratum
+from shared.store.store import Store
+from shared.store.strata import Stratum
 from tests.stores import SyntheticStore
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.layout import ARRAYS
+from shared.store.layout import ARRAYS
 from tests.llms import (
     BLOCK_TOKENS,
     Line,
@@ -136,7 +136,7 @@ def test_a_row_that_is_not_the_models_is_found(finished: Path, model: Path, tmp_
     data = np.frombuffer(path.read_bytes(), np.uint16).copy()
     data[: 32 * 16 * 8] ^= 0x8000  # half the rows of the block change sign
     path.write_bytes(data.tobytes())
-    from shared.checks import file_crc32c
+    from shared.store.checks import file_crc32c
 
     record = json.loads((copy / "ledger/000002.json").read_text())
     record["files"]["strata/016-032/target/c/2/0"]["crc32c"] = file_crc32c(path)

@@ -19,12 +19,12 @@ from tests.faults.disk import small_disk
 from tests.reports import OPTIONS, STEPS, check, read
 from tests.runs import SMALL, Outcome, rows
 from tests.stores import SyntheticStore, make_store
-from train import checkpoint
+from train.model import checkpoint
 from train.report import gather
 from train.report.page import asset, embedded, html, markdown, short, table
-from train.report.record import Cluster, Curves, Histogram, Report
+from train.report.report_record import Cluster, Curves, Histogram, Report
 from train.report.verdict import verdict
-from train.samples.table import paths
+from train.samples.parquet import paths
 
 Command = Callable[..., Outcome]
 HOSTILE = [
@@ -318,7 +318,7 @@ def test_tokens_are_shown_with_their_line_ends() -> None:
 
 
 def test_tables_have_the_numbers_of_their_plots(report: Report) -> None:
-    from train.report.figures import figures
+    from train.report.plots import figures
 
     drawn = figures(report)
     assert {"fvu", "l0", "terms", "dead", "lr", "throughput", "strata", "prefixes", "density", "nearest"} <= set(drawn)
@@ -329,7 +329,7 @@ def test_tables_have_the_numbers_of_their_plots(report: Report) -> None:
 
 
 def test_a_table_of_a_histogram_has_every_bin_and_one_of_curves_every_evaluation(report: Report) -> None:
-    from train.report.figures import figures
+    from train.report.plots import figures
 
     drawn = figures(report)
     latents, random = report.nearest.latents, report.nearest.random

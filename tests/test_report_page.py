@@ -15,7 +15,7 @@ from tests.browser import open_page
 from tests.reports import train
 from tests.runs import SMALL, rows
 from tests.stores import make_store
-from train.samples.table import paths
+from train.samples.parquet import paths
 
 pytestmark = pytest.mark.slow
 STEPS = 60

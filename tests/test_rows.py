@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from harvest.archive import pack
+from harvest.commands.archive import pack
 from shared.errors import CorruptData
-from shared.reader import RowsConfig
-from shared.store import Local, Store
+from shared.store.reader import RowsConfig
+from shared.store.store import Local, Store
 from tests.stores import SyntheticStore, flip, make_store
 from tests.test_reader import naive_stream
-from train.rows import BatchReader, Side, held_out_rows
+from train.data.batches import BatchReader, Side, StoreRows
 
 CPU = torch.device("cpu")
 
@@ -100,15 +100,15 @@ def test_reading_ahead_gives_the_same_bits_in_any_order_of_steps(opened: Store, 
         assert torch.equal(reader.batch(12).source, plain.batch(12).source)
 
 
-def test_held_out_rows_are_read_while_the_thread_reads_ahead(opened: Store) -> None:
+def test_StoreRows_are_read_while_the_thread_reads_ahead(opened: Store) -> None:
     """Both decode into one small folder, and evict what the other needs."""
     blocks = opened.record.report_blocks
-    expected = [chunk.source for chunk in held_out_rows(opened, blocks, 7, CPU)]
+    expected = [chunk.source for chunk in StoreRows(opened, 7).chunks(blocks, CPU)]
     plain, reader = (BatchReader(opened, opened.record.training_blocks, RowsConfig(), 0, CPU) for _ in range(2))
     with reader:
         for step in range(8):
             batch = reader.batch(step)
-            for found, chunk in zip(held_out_rows(opened, blocks, 7, CPU), expected, strict=True):
+            for found, chunk in zip(StoreRows(opened, 7).chunks(blocks, CPU), expected, strict=True):
                 assert torch.equal(found.source, chunk)
             assert torch.equal(batch.source, plain.batch(step).source)
 
@@ -213,16 +213,16 @@ def test_with_the_target_as_source_the_source_is_never_read(synthetic: Synthetic
         assert torch.equal(batch.source, torch.from_numpy(expected_batch(synthetic, reader, step, 8, 5)["target"]))
         assert torch.equal(batch.target, batch.source)
     blocks = store.record.report_blocks
-    for chunk in held_out_rows(store, blocks, 10**9, CPU, "target"):
+    for chunk in StoreRows(store, 10**9, "target").chunks(blocks, CPU):
         rows = store.strata[chunk.stratum].stratum.rows
         expected = synthetic.values(f"strata/{chunk.stratum}/target")[blocks.start * rows : blocks.stop * rows]
         assert torch.equal(chunk.source, torch.from_numpy(expected)) and torch.equal(chunk.target, chunk.source)
 
 
-def test_held_out_rows_are_all_rows_of_their_blocks_in_order(synthetic: SyntheticStore) -> None:
+def test_StoreRows_are_all_rows_of_their_blocks_in_order(synthetic: SyntheticStore) -> None:
     store = Store.open(synthetic.path)
     for blocks in (store.record.calibration_blocks, store.record.report_blocks):
-        chunks = list(held_out_rows(store, blocks, 7, CPU))
+        chunks = list(StoreRows(store, 7).chunks(blocks, CPU))
         assert max(len(chunk.source) for chunk in chunks) <= 7
         for name, stratum in store.strata.items():
             rows = slice(blocks.start * stratum.stratum.rows, blocks.stop * stratum.stratum.rows)

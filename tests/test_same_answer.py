@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from shared.store import Store
+from shared.store.store import Store
 from tests import reference
 from tests.bench import peer_training, same_rows
 from tests.bench.judge import COSINE, Part, Rows, Weights, judge
 from tests.bench.same_answer import measure, search
 from tests.bench.same_rows import SameRows, batches, from_arrays
 from tests.stores import SyntheticStore
-from train.loop import build_transcoder
-from train.rows import BatchReader
+from train.data.batches import BatchReader
+from train.run.load_run import build_transcoder
 
 D, O, F, K = 8, 6, 64, 4
 

@@ -12,16 +12,17 @@ from tokenizers import Tokenizer, decoders, models
 
 from shared.errors import CorruptData, Stopped
 from shared.keyed import hash_integers
-from shared.store import Store
+from shared.store.store import Store
 from tests.stores import SyntheticStore, make_store
-from train.rows import Side
+from train.data.batches import Side, StoreRows
+from train.model.activations import BatchTopK
+from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
+from train.samples import context_loops
 from train.samples import encode as encoding
-from train.samples import loops
 from train.samples.encode import Activations, encode
+from train.samples.parquet import contexts_table, latents_table
 from train.samples.select import TOP, SamplesConfig, Selection, select
-from train.samples.table import contexts_table, latents_table
-from train.samples.text import pieces
-from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
+from train.samples.token_text import pieces
 
 F, T = 48, 32
 MASK = 2**64 - 1
@@ -118,7 +119,7 @@ def slow_mix(x: int) -> int:
 def encoded(
     store: Store, model: Transcoder, threshold: float = 0.5, rows: int = 10**6, source: Side = "source"
 ) -> Activations:
-    return encode(model, store, store.record.training_blocks, torch.full((F,), threshold), rows, 37, source)
+    return encode(model, StoreRows(store, 37, source), store.record.training_blocks, torch.full((F,), threshold), rows)
 
 
 def assert_samples(table, reference: Reference, config: SamplesConfig, seed: int) -> None:
@@ -261,7 +262,10 @@ def test_a_row_that_the_store_repeats_counts_once(tmp_path: Path) -> None:
     found = encoded(store, model)
     assert found.rows.tolist() == [48, 144, 576, 767]
     lost = (second[0] - found.first) * T + second[1]
-    assert found.stratum[lost] == loops.NOT_STORED and np.count_nonzero(found.stratum == loops.NOT_STORED) == 1
+    assert (
+        found.stratum[lost] == context_loops.NOT_STORED
+        and np.count_nonzero(found.stratum == context_loops.NOT_STORED) == 1
+    )
     assert np.count_nonzero(found.places == (first[0] - found.first) * T + first[1]) > 3
     for latent in range(F):
         places = found.places[found.starts[latent] : found.starts[latent + 1]]
@@ -353,7 +357,7 @@ def test_contexts_of_documents_apart_end_where_the_document_does() -> None:
     tokens = np.tile(np.arange(T, dtype=np.int32), (4, 1))
     tokens[:, [0, 10, 25]] = 99
     stratum = np.zeros(4 * T, np.uint8)
-    stratum[[T, T + 10, T + 26]] = loops.NOT_STORED  # two starts of documents, and another token
+    stratum[[T, T + 10, T + 26]] = context_loops.NOT_STORED  # two starts of documents, and another token
     found = planted({(0, 0): 5.0, (1, 12): 9.0, (1, 27): 1.0, (2, 25): 5.0}, 4, True,
                     documents=documents, tokens=tokens, stratum=stratum)  # fmt: skip
     assert found.known[0].tolist() == [99] and found.known[1].tolist() == [0]
@@ -447,4 +451,4 @@ def test_a_pass_that_is_told_to_stop_stops(tmp_path: Path) -> None:
     store = Store.open(make_store(tmp_path / "store").path)
     model, blocks = make_model(16, 24, np.zeros(16)), store.record.training_blocks
     with pytest.raises(Stopped, match="stopped while sampling"):
-        encode(model, store, blocks, torch.zeros(F), 100, 16, stop=[1])
+        encode(model, StoreRows(store, 16), blocks, torch.zeros(F), 100, stop=[1])

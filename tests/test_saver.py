@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from shared.errors import UserError
-from shared.layout import FileRecord
-from train import checkpoint
-from train.checkpoint import Checkpoint, CheckpointState, HeldOut
-from train.saver import CheckpointConfig, Saver
+from shared.store.layout import FileRecord
+from train.model import checkpoint
+from train.model.checkpoint import Checkpoint, CheckpointState, HeldOut
+from train.run.saver import CheckpointConfig, Saver
 
 WEIGHTS, STATE = {"w": torch.arange(1000.0)}, {"s": torch.zeros(10)}
 FVU = {100: 0.5, 200: 0.2, 300: 0.3, 400: 0.25, 500: 0.4}

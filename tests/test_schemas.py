@@ -10,10 +10,10 @@ import pytest
 
 from shared.config import Config
 from train.compare.arms import Comparison
-from train.duplicates.report import CorrelationReport
-from train.report.record import Report
-from train.samples.table import SamplesRecord
-from train.usage import UsageRecord
+from train.duplicates.correlation_report import CorrelationReport
+from train.report.report_record import Report
+from train.run.usage import UsageRecord
+from train.samples.parquet import SamplesRecord
 
 SCHEMAS: dict[str, type[Config]] = {
     "comparison": Comparison,

@@ -14,10 +14,10 @@ from pydantic import BaseModel
 import harvest.settings
 from shared.config import Config
 from tests.stores import make_store
-from train.settings import Settings
+from train.run.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-CHECKS = {str(ROOT / "train" / name) for name in ("settings.py", "usage.py")}
+CHECKS = {str(ROOT / "train" / "run" / name) for name in ("settings.py", "self_test.py", "usage.py")}
 """What resolves and checks settings, and what proves components before a run: reads there do not count."""
 COMMON = ("transcoder.d_sae=64", "rows.batch_rows=48", "threads=1")
 RUNS = (

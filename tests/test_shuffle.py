@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harvest.shuffle import Shuffle, measure, shuffled_share, variance_ratio
-from shared.reader import RowReader, RowsConfig
-from shared.store import Store
+from harvest.commands.shuffle_quality import Shuffle, measure, shuffled_share, variance_ratio
+from shared.store.reader import RowReader, RowsConfig
+from shared.store.store import Store
 from tests.llms import command, make_gemma, write_jsonl
 from tests.stores import DocumentLayout, make_store
 

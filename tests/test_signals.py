@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from shared.signals import STOP, stop_signals
+from shared.console.signals import STOP, stop_signals
 
 
 @pytest.mark.fault(5)
@@ -37,7 +37,7 @@ def test_signals_of_the_scheduler_are_among_them() -> None:
 @pytest.mark.fault(5)
 def test_leaving_does_not_wait_for_threads() -> None:
     code = (
-        "import threading, time; from shared.signals import leave\n"
+        "import threading, time; from shared.console.signals import leave\n"
         "threading.Thread(target=time.sleep, args=(600,)).start(); leave('stopped at once')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

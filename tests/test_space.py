@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.space import Measured, size_of
+from shared.files.disk_usage import Measured, size_of
 
 
 def test_figures_that_cost_something_are_measured_at_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests import reference
-from train.sparse_step import compiled, loops, plain
-from train.sparsity import Active
+from train.model.kernels import compiled, numba_loops, plain
+from train.model.sparse_latents import SparseLatents
 
 ROOT = Path(__file__).parents[1]
 KERNELS = pytest.mark.parametrize("ops", ["plain", "compiled", "dense", "triton"], indirect=True)
@@ -29,7 +29,7 @@ def parameters_of_a_step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return W_enc.requires_grad_(), b_enc.requires_grad_(), W_dec.requires_grad_()
 
 
-def select(pre_acts: torch.Tensor, n: int) -> Active:
+def select(pre_acts: torch.Tensor, n: int) -> SparseLatents:
     return compiled.batch_topk(pre_acts, n, torch.zeros(()))[0]
 
 
@@ -157,7 +157,7 @@ def test_values_of_pairs_found_in_lower_precision_are_computed_again(ops: Module
 def test_pairs_are_grouped_in_the_order_they_come() -> None:
     keys = np.random.default_rng(0).integers(0, 9, 200)
     order, starts = np.empty_like(keys), np.empty(12, np.int64)
-    loops.group(keys, order, starts)
+    numba_loops.group(keys, order, starts)
     assert order.tolist() == np.argsort(keys, kind="stable").tolist()
     assert starts.tolist() == [int((keys < key).sum()) for key in range(12)]
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests import reference
-from train.sparse_step import compiled, plain
-from train.sparsity import Active, offsets
+from train.model.kernels import compiled, plain
+from train.model.sparse_latents import SparseLatents, offsets
 
 KERNELS = pytest.mark.parametrize("ops", ["plain", "compiled", "dense", "triton"], indirect=True)
 
 
-def mask_of(active: Active, shape: torch.Size) -> torch.Tensor:
+def mask_of(active: SparseLatents, shape: torch.Size) -> torch.Tensor:
     """The pairs that are active."""
     mask = torch.zeros(shape, dtype=torch.bool)
     on = active.values > 0
@@ -20,7 +20,7 @@ def mask_of(active: Active, shape: torch.Size) -> torch.Tensor:
     return mask
 
 
-def assert_well_formed(active: Active, pre_acts: torch.Tensor) -> None:
+def assert_well_formed(active: SparseLatents, pre_acts: torch.Tensor) -> None:
     """Pairs in order, each active one once with its value, and where rows begin."""
     flat = active.rows * active.d_sae + active.latents
     assert (flat.diff() >= 0).all()
@@ -159,7 +159,7 @@ def test_values_that_are_not_numbers_are_not_above(ops: ModuleType) -> None:
 
 def test_grouping_by_latent_is_a_stable_sort_with_offsets() -> None:
     rows, latents = torch.tensor([0, 0, 1, 2]), torch.tensor([2, 3, 0, 2])
-    active = Active.of(rows, latents, torch.ones(4), torch.Size((3, 5)))
+    active = SparseLatents.of(rows, latents, torch.ones(4), torch.Size((3, 5)))
     order, starts = active.by_latent
     assert order.tolist() == [2, 0, 3, 1]
     assert starts.tolist() == [0, 1, 1, 3, 4, 4]

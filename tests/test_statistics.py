@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from shared.statistics import BINS, QUANTILES, Moments, merge, moments_of
+from shared.store.statistics import BINS, QUANTILES, Moments, merge, moments_of
 
 BIN = 2 ** (1 / 64)  # bins are 1/64 octave wide
 

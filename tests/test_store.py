@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared import arrays, layout
-from shared.checks import buffers_record, fault, file_crc32c, read_store_record
 from shared.errors import CorruptData
-from shared.store import MappedArray, Store
+from shared.store import arrays, layout
+from shared.store.checks import buffers_record, fault, file_crc32c, read_store_record
+from shared.store.store import MappedArray, Store
 from tests.stores import SyntheticStore, cut, faults, flip, make_store
 
 SOURCE = "strata/004-016/source"
@@ -146,7 +146,7 @@ def test_opening_does_not_read_rows_or_import_torch(pristine):
     code = f"""
 import sys
 from pathlib import Path
-from shared.store import Store
+from shared.store.store import Store
 store = Store.open(Path({str(pristine.path)!r}))
 assert not any("maps" in k and v for k, v in vars(store.strata["004-016"].source).items()), "mapped at open"
 assert "torch" not in sys.modules

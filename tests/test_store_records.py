@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 
-from shared import durable, layout
-from shared.checks import file_crc32c, progress
 from shared.errors import CorruptData, UserError
-from shared.store import Store
+from shared.files import durable
+from shared.store import layout
+from shared.store.checks import file_crc32c, progress
+from shared.store.store import Store
 from tests.stores import cut, edit, faults, flip, make_store
 
 SOURCE = "strata/004-016/source"

@@ -1,7 +1,7 @@
 import pytest
 
-from shared.layout import check_strata
-from shared.strata import QUANTUM, quota, stratum_name, stratum_ranges
+from shared.store.layout import check_strata
+from shared.store.strata import QUANTUM, quota, stratum_name, stratum_ranges
 
 EDGES = (0, 1, 4, 16, 64, 256)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from shared import terminal
-from shared.terminal import Volume, panel_shown, speaking
+from shared.console import terminal
+from shared.console.terminal import Volume, panel_shown, speaking
 from tests.llms import Line
 from tests.llms import command as harvest
 from tests.runs import SMALL, rows
@@ -25,7 +25,7 @@ CONTROL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 WARNING = "warning: planted " + "and long " * 20 + "to its end"
 PLANTED = f"""
 import sys
-from train.saver import Saver
+from train.run.saver import Saver
 save = Saver.save
 
 def warning(self, *job):
@@ -34,9 +34,9 @@ def warning(self, *job):
 
 Saver.save = warning
 sys.argv[0] = "train"
-import shared.cli
+import shared.command_line
 from train.cli import main
-shared.cli.run(main)
+shared.command_line.run(main)
 """
 
 

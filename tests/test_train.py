@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared import durable
+from shared.files import durable
 from tests.runs import SMALL, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
-from train import checkpoint
-from train.settings import checkpoint_bytes, read_config
+from train.model import checkpoint
+from train.run.settings import checkpoint_bytes, read_config
 
 CADENCE = ["--set", "log_every=7", "--set", "evaluation.every=20", "--set", "checkpoint.every=10"]
 
@@ -83,7 +83,7 @@ def test_the_process_that_compiles_the_loops_gets_what_those_that_load_them_get(
         run = popen("run", "--store", store.path, "--runs", tmp_path, "--name", name, "--steps", 40, *SMALL, *CADENCE)
         _, err = run.communicate(timeout=280)
         assert run.returncode == 0, err
-    assert any((tmp_path / "loops").rglob("loops.adam-*.nbi"))
+    assert any((tmp_path / "loops").rglob("numba_loops.adam-*.nbi"))
     assert_same_run(tmp_path / "compiles", tmp_path / "loads")
 
 

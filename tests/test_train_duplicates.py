@@ -8,8 +8,8 @@ import pytest
 
 from tests.runs import SMALL, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
-from train import checkpoint
 from train.duplicates.monitor import FOLDER, HELD_OUT
+from train.model import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,16 @@ import pandas
 import pyarrow.parquet as pq
 import pytest
 
-from shared import durable
-from shared.store import Local, Store
+from shared.files import durable
+from shared.store.store import Local, Store
 from tests.runs import SMALL
 from tests.stores import SyntheticStore, make_store
-from train import checkpoint
-from train import rows as reading
+from train.data import batches
+from train.model import checkpoint
 from train.samples import encode as encoding
 from train.samples.encode import Activations, encode
+from train.samples.parquet import RECORD, paths
 from train.samples.select import SamplesConfig, Selection, select
-from train.samples.table import RECORD, paths
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_resume_makes_the_samples_that_a_finished_run_lacks(command, trained: Pa
 def test_a_signal_during_the_pass_stops_it_and_resume_makes_the_samples(
     command, made: SyntheticStore, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = reading.read_rows
+    read = batches.read_rows
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -183,8 +183,8 @@ def test_a_run_whose_latents_are_never_active_says_so(
     command, made: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "train.samples.make.encode",
-        lambda model, store, blocks, threshold, *rest: encode(model, store, blocks, threshold + 1e9, *rest),
+        "train.samples.make_samples.encode",
+        lambda model, rows, blocks, threshold, *rest: encode(model, rows, blocks, threshold + 1e9, *rest),
     )
     done = command("run", "--store", made.path, "--runs", tmp_path, "--steps", 5, *SMALL)
     assert done.code == 0 and "note: samples ran and found nothing to do" in done.err
@@ -208,7 +208,7 @@ def test_sampling_that_goes_wrong_stops_a_run_before_its_first_step(
             return select(replace(found, values=-found.values + 100), config, seed)
         return Selection(*(part[:0] for part in chosen))
 
-    monkeypatch.setattr("train.samples.proof.select", wrong)
+    monkeypatch.setattr("train.run.self_test.select", wrong)
     done = command("run", "--store", made.path, "--runs", tmp_path, "--steps", 5, *SMALL)
     assert done.code == 1 and "planted latents are sampled wrongly: the run was not started" in done.err
     assert not (tmp_path / "tiny-001" / "metrics.jsonl").exists()

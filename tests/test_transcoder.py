@@ -9,20 +9,12 @@ from torch.utils._pytree import tree_leaves
 
 from shared.errors import UserError
 from tests import reference
-from train.losses import AuxKConfig
-from train.metrics import Counters, Window
-from train.optimizer import Optimizer, OptimizerConfig
-from train.transcoder import (
-    Activation,
-    BatchTopK,
-    JumpReLU,
-    Kernels,
-    Normalisation,
-    ReLU,
-    TopK,
-    Transcoder,
-    TranscoderConfig,
-)
+from train.model.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from train.model.losses import AuxKConfig
+from train.model.transcoder import Kernels, Normalisation, Transcoder, TranscoderConfig
+from train.run.latent_counters import Counters
+from train.run.metrics import Window
+from train.run.optimizer import Optimizer, OptimizerConfig
 
 B, D, O, F, K = 16, 6, 5, 32, 4
 PREFIXES = (2, 4, 8, 16, 32)

@@ -9,12 +9,12 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-import shared.unembedding
-from harvest.model import load_model
-from harvest.unembedding import norm_effect, publish_unembedding
+import shared.store.unembedding
+from harvest.llm.extract_unembedding import norm_effect, publish_unembedding
+from harvest.llm.model import load_model
 from shared.errors import CorruptData, UserError
-from shared.layout import StorageType
-from shared.unembedding import Unembedding
+from shared.store.layout import StorageType
+from shared.store.unembedding import Unembedding
 from tests.llms import SHAPES, make_cohere, make_gemma, make_granite
 
 MAKERS = {**SHAPES, "granite": make_granite, "cohere": make_cohere}
@@ -81,7 +81,7 @@ def test_a_layer_norm_is_told_apart_in_every_type(dtype: str) -> None:
 def test_promoted_tokens_equal_a_dense_reference(
     dtype: StorageType, block_values: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared.unembedding, "_BLOCK_VALUES", block_values)
+    monkeypatch.setattr(shared.store.unembedding, "_BLOCK_VALUES", block_values)
     model = load_model(make_gemma(tmp_path / "model"), dtype, "cpu", ["blocks.1.hook_mlp_out"])
     publish_unembedding(model, tmp_path / "u")
     with safe_open(tmp_path / "u", "pt") as file:
@@ -100,7 +100,7 @@ def test_of_equal_tokens_the_first_are_taken(
     block_values: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens that no text had are often the same row of `W_U`."""
-    monkeypatch.setattr(shared.unembedding, "_BLOCK_VALUES", block_values)
+    monkeypatch.setattr(shared.store.unembedding, "_BLOCK_VALUES", block_values)
     weight = np.zeros((320, 32), np.float32)
     weight[40:, 0], weight[100:130, 0], weight[5, 0] = 1, 3, 2
     save_file({"W_U": weight, "final_norm.gain": np.ones(32, np.float32)}, tmp_path / "u")

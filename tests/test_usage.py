@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from shared.errors import ProjectError
-from train import usage
 from train.duplicates import diversity, monitor
 from train.duplicates.activations import Correlated, co_activation_loss
 from train.duplicates.directions import direction_loss
-from train.quiet import Quiet
-from train.settings import Settings
-from train.sparsity import Active
-from train.status import Status
-from train.usage import Usage, components, prove
+from train.live.status import Status
+from train.model.silence import Quiet
+from train.model.sparse_latents import SparseLatents
+from train.run import usage
+from train.run.self_test import prove
+from train.run.settings import Settings
+from train.run.usage import Usage, components
 
 ALL_ON = Settings.model_validate(
     {
@@ -90,7 +91,7 @@ def test_a_component_patched_inert_is_named(
 
 
 def test_a_monitor_that_lists_latents_of_position_0_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Active, "of_rows", lambda active, _: active)
+    monkeypatch.setattr(SparseLatents, "of_rows", lambda active, _: active)
     with pytest.raises(ProjectError, match="monitor is on"):
         prove(OFF)
 

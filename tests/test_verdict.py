@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.reports import check
-from train.report.record import Report
+from train.report.report_record import Report
 from train.report.verdict import verdict
 
 

@@ -11,13 +11,14 @@ from typing import IO
 
 import pytest
 
-from shared import durable
+from shared.files import durable
 from tests.runs import SMALL, rows
 from tests.stores import SyntheticStore, make_store
 from tests.test_train import popen, rows_so_far, wait_for
-from train import checkpoint, metrics, usage
-from train.files import CONFIG, LOCK, METRICS, TIMING, USAGE, Lines
-from train.watch import Watched
+from train.live.run_files import CONFIG, LOCK, METRICS, TIMING, USAGE, Lines
+from train.live.watch import Watched
+from train.model import checkpoint
+from train.run import metrics, usage
 
 FILES = (CONFIG, METRICS, TIMING, USAGE)
 

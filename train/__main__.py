@@ -1,7 +1,7 @@
 """`python -m train`."""
 
-from shared.cli import run
-from shared.process import keep_freed_memory
+from shared.command_line import run
+from shared.console.process import keep_freed_memory
 from train.cli import main
 
 keep_freed_memory()

@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-import shared.cli
-from shared import durable
+import shared.command_line
 from shared.config import build
+from shared.console.terminal import Volume, volume
 from shared.errors import UserError
-from shared.store import Local, Store
-from shared.terminal import Volume, volume
+from shared.files import durable
+from shared.store.store import Local, Store
 
 _fallback_option = click.option(
     "--fallback-dir",
@@ -60,8 +60,8 @@ def mirror_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
 @_fallback_option
 @mirror_options
-@shared.cli.volume_options
-@shared.cli.local_options
+@shared.command_line.volume_options
+@shared.command_line.local_options
 def run(
     preset: str,
     store: Path,
@@ -78,7 +78,7 @@ def run(
     local: Local | None,
 ) -> None:
     """Train a transcoder. Prints the run's path as its last line."""
-    from train.settings import Settings, load_settings
+    from train.run.settings import Settings, load_settings
 
     short = [f"{key}={value}" for key, value in (("steps", steps), ("seed", seed)) if value is not None]
     raw = load_settings(preset, file, [*assignments, *short])
@@ -99,8 +99,8 @@ def run(
 @click.option("--inexact", is_flag=True, help="Go on on another processor or other versions; the last bits may differ.")
 @_fallback_option
 @mirror_options
-@shared.cli.volume_options
-@shared.cli.local_options
+@shared.command_line.volume_options
+@shared.command_line.local_options
 def resume(
     run: Path,
     store: Path | None,
@@ -122,10 +122,10 @@ def resume(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--once", is_flag=True, help="Show the run as it is now, and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, an object for each new row.")
-@shared.cli.verbose_option
+@shared.command_line.verbose_option
 def watch(run: Path, once: bool, as_json: bool) -> None:
     """Show how far a run is, running or not, by its files; ends with the run, or by Ctrl-C. Changes nothing."""
-    from train.watch import watch as watch_run
+    from train.live.watch import watch as watch_run
 
     watch_run(run, once=once, as_json=as_json)
 
@@ -151,7 +151,7 @@ def checkpoints(run: Path, as_json: bool) -> None:
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@shared.cli.local_options
+@shared.command_line.local_options
 def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool, local: Local | None) -> None:
     """Held-out figures of a checkpoint, by stratum and prefix. Changes nothing."""
     from train.commands import evaluate_run
@@ -172,8 +172,8 @@ def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_j
 @click.option("--rows", type=click.IntRange(1), help="Stored rows that are looked at, at most.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override samples.*; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@shared.cli.quiet_option
-@shared.cli.local_options
+@shared.command_line.quiet_option
+@shared.command_line.local_options
 def samples(
     run: Path,
     store: Path | None,
@@ -204,8 +204,8 @@ def samples(
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @mirror_options
-@shared.cli.quiet_option
-@shared.cli.local_options
+@shared.command_line.quiet_option
+@shared.command_line.local_options
 def report(
     run: Path,
     store: Path | None,
@@ -248,13 +248,13 @@ def report(
 )
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page with plots here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@shared.cli.quiet_option
+@shared.command_line.quiet_option
 def compare(
     runs: tuple[Path, ...], store: Path | None, l0: float | None, matched_latents: int, html: Path | None, as_json: bool
 ) -> None:
     """Held-out figures of RUNS of one store side by side; those that differ in their seed alone are one arm."""
     from train.compare.arms import compare as compare_runs
-    from train.compare.table import print_comparison
+    from train.compare.comparison_table import print_comparison
 
     if html:  # before all the measuring
         durable.make_folder(html.parent)
@@ -262,9 +262,9 @@ def compare(
             raise UserError(f"--html {html}: the folder cannot be written to; name a file in another one")
     found = compare_runs(runs, store, l0, matched_latents)
     if html:
-        from train.report import comparison
+        from train.report import comparison_page
 
-        durable.publish_bytes(html, comparison.html(found))
+        durable.publish_bytes(html, comparison_page.html(found))
     if as_json:
         click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
     else:
@@ -279,8 +279,8 @@ def _summarise(run: Path) -> None:
     """The last held-out figures of the run, on stderr, unless the user wants quiet."""
     if volume() == Volume.QUIET:
         return
-    from train.evaluate import Evaluation
-    from train.metrics import METRICS, Log
+    from train.evaluation.evaluate import Evaluation
+    from train.run.metrics import METRICS, Log
     from train.tables import print_evaluation
 
     last = next((row for row in reversed(Log(run / METRICS).rows()) if "held_out" in row), None)

@@ -6,26 +6,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared import durable
 from shared.config import build, override
+from shared.console.terminal import say
 from shared.errors import DiskFull, Stopped, UserError
-from shared.store import Local, Store
-from shared.terminal import say
-from train import checkpoint
-from train.checkpoint import CONFIG, Checkpoint, Listed
-from train.evaluate import Evaluation, calibrate, evaluate
-from train.linear import linear_map_fvu
-from train.loop import Run, build_transcoder, load_weights, use_threads
-from train.mirror.process import FOLDER, REPORT, mirrored
-from train.rows import source_width
-from train.samples.make import make_samples
+from shared.files import durable
+from shared.store.store import Local, Store
+from train.evaluation.evaluate import Evaluation, calibrate, evaluate
+from train.evaluation.linear_baseline import linear_map_fvu
+from train.model import checkpoint
+from train.model.checkpoint import CONFIG, Checkpoint, Listed
+from train.run.load_run import load_run, open_store, samples_of
+from train.run.saver import bring_home, require_own
+from train.run.settings import RunConfig, Settings, checkpoint_bytes, read_config, resolve
+from train.run.trainer import Trainer, use_threads
+from train.samples.parquet import SamplesRecord
 from train.samples.select import SamplesConfig
-from train.samples.table import SamplesRecord
-from train.saver import bring_home, require_own
-from train.settings import RunConfig, Settings, checkpoint_bytes, read_config, resolve, resolve_exclusion
+from train.wandb_sync.sync import FOLDER, REPORT, mirrored
 
 if TYPE_CHECKING:
-    from train.report.record import Report
+    from train.report.report_record import Report
 
 _BEFORE_CONFIG = {".lock", CONFIG + durable.TEMPORARY}
 """What a run that was killed before its configuration was written leaves; it is started again."""
@@ -56,11 +55,11 @@ def start(
         durable.require_space(
             run.parent, settings.checkpoint.most(settings.steps, size), "checkpoints (--force to go on all the same)"
         )
-    say(left_out(store.excluding(config.exclusion), range(config.first_block, config.last_block)))
+    say(left_out(store.excluding(config.exclusion), config.training_blocks))
     written = durable.json_bytes(config.model_dump(mode="json"))
     elsewhere = _fallback(run, fallback, written)
     with store.reading(), _resumable(run):
-        new = Run(store, config, run, initial=source, fallback=elsewhere)  # raises before anything is written
+        new = Trainer(store, config, run, initial=source, fallback=elsewhere)  # raises before anything is written
         with durable.lock(run / ".lock", f"run {run}"):
             if (run / CONFIG).exists():  # of a run that was started meanwhile
                 raise exists
@@ -119,7 +118,7 @@ def resume(
         durable.sweep(run)
         found = _newest(run, elsewhere)
         source = find_initial(config.init_from, config) if config.init_from and not found else None
-        continued = Run(store, config, run, initial=source, resumed=found, fallback=elsewhere, inexact=inexact)
+        continued = Trainer(store, config, run, initial=source, resumed=found, fallback=elsewhere, inexact=inexact)
         with mirrored(run, project):
             continued.train()
     return run
@@ -172,14 +171,13 @@ def evaluate_run(
     """Evaluate a checkpoint of `run` with thresholds calibrated on the store, and the best linear map if asked for."""
     config = read_config(run)
     found = checkpoint.find(run, step)
-    store, source = _open_for(run, config, store_path, local), config.settings.source
+    store = open_store(run, config, store_path, local)
     with store.reading():
-        transcoder = build_transcoder(config, store)
-        load_weights(transcoder, found.path)
-        chunk = config.settings.evaluation.chunk_rows
-        threshold = calibrate(transcoder, store, chunk, source)
-        evaluation = evaluate(transcoder, store, threshold, chunk, config.settings.seed, source)
-        return found, evaluation, linear_map_fvu(store, chunk, threshold.device, source) if linear else None
+        loaded = load_run(run, store=store, found=found)
+        transcoder, rows = loaded.transcoder, loaded.rows
+        threshold = calibrate(transcoder, rows)
+        evaluation = evaluate(transcoder, rows, threshold, config.settings.seed)
+        return found, evaluation, linear_map_fvu(rows, threshold.device) if linear else None
 
 
 def sample_run(
@@ -198,13 +196,11 @@ def sample_run(
     config = read_config(run)
     settings = _samples_config(config.settings.samples, rows, assignments)
     found = checkpoint.find(run, step)
-    store = _open_for(run, config, store_path, local)
+    store = open_store(run, config, store_path, local)
     with store.reading(), durable.lock(run / ".lock", f"run {run}"):
         durable.sweep(run)
         use_threads(config.settings.threads)
-        transcoder = build_transcoder(config, store)
-        threshold = load_weights(transcoder, found.path)
-        samples = make_samples(transcoder, store, threshold, config, settings, found.step)
+        samples = samples_of(load_run(run, store=store, found=found), settings)
         return samples.publish(run), samples.record
 
 
@@ -216,7 +212,7 @@ def report_run(
     Returns the page's path, and what it holds. Raises `DiskFull`, and `UserError` when the report of an unfinished run
     is to be mirrored: rows that come later would be of earlier steps.
     """
-    from train.report.make import HTML, make_report, plots  # they take half a second to import
+    from train.report.make_report import HTML, make_report, plots  # they take half a second to import
 
     config = read_config(run)
     found = checkpoint.find(run, step)
@@ -225,10 +221,11 @@ def report_run(
             f"--wandb mirrors reports of finished runs, and this one is of step {found.step} of {steps} of {run}; "
             f"finish it with: python -m train resume {run} --wandb"
         )
-    store = _open_for(run, config, store_path, local)
+    store = open_store(run, config, store_path, local)
     with store.reading(), durable.lock(run / ".lock", f"run {run}"):
         durable.sweep(run)
-        report = make_report(run, config, found, store, linear=linear)
+        use_threads(config.settings.threads)  # first, for the last bits of what follows
+        report = make_report(load_run(run, store=store, found=found), linear=linear)
         if project:
             durable.publish_json(run / FOLDER / REPORT, plots(report))
             with mirrored(run, project):
@@ -245,20 +242,6 @@ def _samples_config(given: SamplesConfig, rows: int | None, assignments: Sequenc
     if not settings.rows:
         raise UserError("samples.rows is 0, and nothing would be sampled; leave it out, or ask for some with --rows")
     return settings
-
-
-def _open_for(run: Path, config: RunConfig, store_path: Path | None, local: Local | None) -> Store:
-    """The store of `run`, or another one of the same widths. Raises `UserError`."""
-    store = Store.open(store_path or config.store, local)
-    d_in, d_out = source_width(store, config.settings.source), store.record.d_out
-    if (d_in, d_out) != (config.d_in, config.d_out):
-        raise UserError(
-            f"{store.path} has d_in {d_in} and d_out {d_out}, "
-            f"{run} was trained with {config.d_in} and {config.d_out}; pass the --store of the same model and hooks"
-        )
-    same = store.request.digest == config.request
-    anew = config.exclusion and resolve_exclusion(store, config.settings)
-    return store.excluding(config.exclusion if same else anew)
 
 
 def find_initial(run: Path, config: RunConfig) -> Checkpoint:

@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from train.checkpoint import Listed
-from train.evaluate import Evaluation, Weight
-from train.report.record import STATES, Report
+from train.evaluation.evaluate import Evaluation, Weight
+from train.model.checkpoint import Listed
+from train.report.report_record import STATES, Report
 
 
 def print_evaluation(evaluation: Evaluation, title: str, linear_fvu: float | None, stderr: bool = False) -> None:

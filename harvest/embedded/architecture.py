@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from harvest.embedded.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCABULARY, save_tokenizer
-from shared import durable
+from shared.files import durable
 
 
 def model_config() -> Gemma2Config:

@@ -31,7 +31,7 @@ from harvest.embedded.evaluation import bigram_loss, check_forward, evaluate, un
 from harvest.embedded.forward import training_loss
 from harvest.embedded.muon import Muon
 from harvest.embedded.tokenizer import VOCABULARY
-from shared import durable
+from shared.files import durable
 
 QUICK_WINDOWS = 48
 
@@ -56,7 +56,7 @@ class Settings:
 
 
 @dataclass
-class Run:
+class TrainingState:
     """A training run's state."""
 
     model: Gemma2ForCausalLM
@@ -85,7 +85,7 @@ def rate_factor(step: int, settings: Settings) -> float:
     return min(1.0, (step + 1) / settings.warmup_steps, 2.0 * (1.0 - step / settings.steps))
 
 
-def training_step(run: Run, inputs: Tensor, labels: Tensor, settings: Settings) -> float:
+def training_step(run: TrainingState, inputs: Tensor, labels: Tensor, settings: Settings) -> float:
     """One update; gives the batch's loss in nats per token."""
     loss = training_loss(run.model, inputs, labels)
     loss.backward()
@@ -120,14 +120,14 @@ def describe(corpus: Corpus, data: Data, settings: Settings) -> dict[str, Any]:
     }
 
 
-def final_figures(run: Run, data: Data) -> dict[str, dict[str, float]]:
+def final_figures(run: TrainingState, data: Data) -> dict[str, dict[str, float]]:
     """The loss on all held-out tokens, as trained and as shipped (rounded to bfloat16, computed in float32)."""
     windows = evaluation_windows(data.held_out)
     losses = {"float32": evaluate(run.model, *windows), "bfloat16": evaluate(rounded(run.model).float(), *windows)}
     return {name: {"nats_per_token": loss, "bits_per_byte": data.bits_per_byte(loss)} for name, loss in losses.items()}
 
 
-def write_record(run: Run, data: Data, description: dict[str, Any], out: Path) -> None:
+def write_record(run: TrainingState, data: Data, description: dict[str, Any], out: Path) -> None:
     """Write ``training.json`` below ``out``."""
     figures = final_figures(run, data)
     click.echo(json.dumps(figures))
@@ -144,7 +144,7 @@ def write_record(run: Run, data: Data, description: dict[str, Any], out: Path) -
 
 
 def train(
-    run: Run,
+    run: TrainingState,
     data: Data,
     settings: Settings,
     every: int,
@@ -203,7 +203,7 @@ def main(out: Path, every: int, **options: Any) -> None:
     click.echo(json.dumps({name: description[name] for name in ("settings", "references_nats_per_token")}))
     click.echo(f"{len(data.train)} training and {len(data.held_out)} held-out tokens")
     model = initial_model()
-    run = Run(model, make_optimizers(model, settings), [])
+    run = TrainingState(model, make_optimizers(model, settings), [])
     sample = evaluation_windows(data.held_out)[0][:2]
     check_forward(model, sample)
     train(run, data, settings, every)

@@ -70,16 +70,17 @@ def worker(store: str, arm: str) -> dict[str, float]:
     """One run: its processor seconds, those of its checkpoints on the way, and how long they held training up."""
     from shared.config import build
     from shared.errors import Stopped
-    from shared.store import Store
-    from train import commands, loop
-    from train.metrics import TIMING, Log
-    from train.saver import Saver
-    from train.settings import Settings, load_settings
+    from shared.store.store import Store
+    from train import commands
+    from train.run import trainer
+    from train.run.metrics import TIMING, Log
+    from train.run.saver import Saver
+    from train.run.settings import Settings, load_settings
 
     found = {"inside": 0.0, "beside": 0.0, "held_up": 0.0, "count": 0.0}
-    checkpoint, write = loop.Run._checkpoint, Saver._try
+    checkpoint, write = trainer.Trainer._checkpoint, Saver._try
 
-    def inside(self: loop.Run, done: int, held_out: Any, *, last: bool) -> None:
+    def inside(self: trainer.Trainer, done: int, held_out: Any, *, last: bool) -> None:
         began, cpu = time.perf_counter(), time.thread_time()
         checkpoint(self, done, held_out, last=last)
         if done < STEPS:
@@ -93,20 +94,20 @@ def worker(store: str, arm: str) -> dict[str, float]:
         if ARMS[arm] == "true" and job.step < STEPS:
             found["beside"] += time.thread_time() - cpu
 
-    def step(self: loop.Run, done: int) -> Any:
+    def step(self: trainer.Trainer, done: int) -> Any:
         if done == STEPS + 5:  # what is measured is over
             signal.raise_signal(signal.SIGTERM)
         return real(self, done)
 
-    real = loop.Run._step
+    real = trainer.Trainer._step
     raw = load_settings("tiny", None, [*OPTIONS, f"checkpoint.background={ARMS[arm]}"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "run")
         with ExitStack() as stack:
             for place, name, measured in (
-                (loop.Run, "_checkpoint", inside),
+                (trainer.Trainer, "_checkpoint", inside),
                 (Saver, "_try", beside),
-                (loop.Run, "_step", step),
+                (trainer.Trainer, "_step", step),
             ):
                 stack.enter_context(patch.object(place, name, measured))
             stack.enter_context(suppress(Stopped))
@@ -119,8 +120,8 @@ def large() -> None:
     """A checkpoint of the size of Gemma 2 2B's layer."""
     import torch
 
-    from train import checkpoint
-    from train.saver import CheckpointConfig, Saver
+    from train.model import checkpoint
+    from train.run.saver import CheckpointConfig, Saver
 
     weights = {name: torch.randn(D_SAE, D) for name in ("W_enc", "W_dec")}
     optimizer = {f"{name}.{kind}": torch.randn(D_SAE, D) for name in weights for kind in ("exp_avg", "exp_avg_sq")}

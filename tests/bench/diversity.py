@@ -26,7 +26,7 @@ from tests.bench.record import ROOT, SMOKE, record, run, sized
 from tests.llms import small_harvest
 from tests.runs import VALUES
 from train.compare.arms import Comparison
-from train.compare.table import print_comparison
+from train.compare.comparison_table import print_comparison
 
 OFF = {f"diversity.{term}.weight": 0 for term in ("orthogonality", "mined", "co_activation", "position")}
 ARMS: dict[str, dict[str, float]] = {

@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared.strata import POSITION_0
+from shared.store.strata import POSITION_0
 from tests.bench.record import record, run, sized
 from tests.bench.step import AUXK, SHAPES, B, Setup, one_thread, setup
-from train.blas import faster_here
 from train.duplicates.diversity import Diversity, DiversityConfig
 from train.duplicates.monitor import CorrelationMonitor, MonitorConfig
-from train.sparsity import Active
-from train.transcoder import BatchTopK, Normalisation, Step, Transcoder, TranscoderConfig
+from train.model.activations import BatchTopK
+from train.model.blas import faster_here
+from train.model.sparse_latents import SparseLatents
+from train.model.transcoder import Normalisation, StepOutput, Transcoder, TranscoderConfig
 
 REPORTS = sized({4096: (32, 128, 1), 18432: (48, 2304, 1), 131072: (64, 4096, 8)}, {128: (4, 16, 1)})
 """By d_sae: active latents per row, d_out, and of which part of the latents all decoder rows are scanned: one in n."""
@@ -123,7 +124,7 @@ def memory(name: str) -> float:
     return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
 
 
-def sample(rng: np.random.Generator, d_sae: int, k: int) -> Active:
+def sample(rng: np.random.Generator, d_sae: int, k: int) -> SparseLatents:
     """A batch's pairs: k latents of every row, the latent of rank r as often as (r + 10)^-0.8."""
     share = (np.arange(d_sae) + 10.0) ** -0.8
     edges = np.cumsum(share / share.sum())
@@ -133,13 +134,13 @@ def sample(rng: np.random.Generator, d_sae: int, k: int) -> Active:
     values = rng.lognormal(0, 0.5, latents.shape).astype(np.float32)
     rows = torch.arange(B).repeat_interleave(k)
     shape = torch.Size((B, d_sae))
-    return Active.of(rows, torch.from_numpy(latents.ravel()), torch.from_numpy(values.ravel()), shape)
+    return SparseLatents.of(rows, torch.from_numpy(latents.ravel()), torch.from_numpy(values.ravel()), shape)
 
 
-def step_of(active: Active, model: Transcoder) -> Step:
+def step_of(active: SparseLatents, model: Transcoder) -> StepOutput:
     """What the monitor reads of a step."""
     nothing = torch.zeros(())
-    return Step(
+    return StepOutput(
         loss=nothing,
         terms={},
         errors=nothing,

@@ -24,9 +24,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from harvest.corpus import open_corpus
 from harvest.embedded import MODEL_FOLDER
 from harvest.settings import TextSettings
+from harvest.text.corpus import open_corpus
 from tests.bench.peer_worker import STAND_IN
 from tests.bench.peers import TUNED, environment
 from tests.bench.record import ROOT, SMOKE, Finished, record, run, sized

@@ -16,20 +16,21 @@ import numpy as np
 import torch
 from numcodecs import Blosc
 
-from harvest import ledger, pipeline, plan
-from harvest.blocks import block_layout
-from harvest.capture import Capture, fitting_buffers, open_capture
 from harvest.cli import PRESETS
-from harvest.model import load_model
-from harvest.plan import Target
-from harvest.ranks import Ranks
-from harvest.runner import Blocks
+from harvest.llm.model import load_model
+from harvest.run import pipeline
+from harvest.run.capture import Capture, fitting_buffers, open_capture
+from harvest.run.ranks import Ranks
+from harvest.run.runner import Blocks
 from harvest.settings import Settings
-from shared.checks import read_store_record
+from harvest.writer import ledger
+from harvest.writer.blocks import block_layout
+from harvest.writer.target import Target, load_target, read_block
 from shared.config import build, load_preset, override
-from shared.layout import block_bytes, store_specs
-from shared.packed import LEVEL
-from shared.store import Store
+from shared.store.checks import read_store_record
+from shared.store.layout import block_bytes, store_specs
+from shared.store.packed import LEVEL
+from shared.store.store import Store
 from tests.bench.record import SMOKE, record, run, sized
 from tests.llms import make_gemma, small_inputs, texts, write_jsonl
 
@@ -65,7 +66,7 @@ def planned(folder: Path, name: str, *assignments: str) -> tuple[Target, pipelin
     inputs = pipeline.identify(settings)
     request = inputs.requests[0]
     pipeline.prepare([Target(path=folder / name, request=request)], inputs, settings, force=True)
-    return plan.load_target(folder / name, request), inputs, settings
+    return load_target(folder / name, request), inputs, settings
 
 
 def speed(folder: Path) -> None:
@@ -77,7 +78,7 @@ def speed(folder: Path) -> None:
     target, inputs, _ = planned(folder, "0", tokens)
     request, cores = target.request, Ranks().cores
     widths = pipeline.hook_widths([target], inputs)
-    blocks = [plan.read_block(target, block) for block in range(target.blocks)]
+    blocks = [read_block(target, block) for block in range(target.blocks)]
     layouts = [block_layout(request, target.strata, rows, i, ()) for i, rows in enumerate(blocks)]
     network = load_model(inputs.model.folder, "float32", "cpu", list(widths))
     batch = request.batch_sequences
@@ -148,7 +149,7 @@ def writing(folder: Path) -> None:
     """Committing blocks of width 2,304 against plain writes of the same bytes, each file with fsync."""
     target, _, _ = planned(folder, "w", ONE_BLOCK, "store.unembedding=false")
     request, rng = target.request, np.random.default_rng(0)
-    windows = plan.read_block(target, 0)
+    windows = read_block(target, 0)
     layout = block_layout(request, target.strata, windows, 0, ())
     widths = dict.fromkeys((request.source_hook, request.target_hook), WIDE)
     buffers = fitting_buffers({}, widths, len(layout.rows), "bfloat16")
@@ -251,7 +252,7 @@ SETTINGS = (
 LOAD = """
 import sys
 from pathlib import Path
-from harvest.model import load_model
+from harvest.llm.model import load_model
 load_model(Path(sys.argv[1]), "float32", "cpu", [f"blocks.{sys.argv[2]}.hook_mlp_out"])
 """
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from train.compare.figures import LEAST_TOGETHER
+from train.compare.measure import LEAST_TOGETHER
 from train.duplicates.activations import correlated_pairs
 from train.duplicates.directions import close_pairs
-from train.sparsity import Active
+from train.model.sparse_latents import SparseLatents
 
 CORRELATION, COSINE = 0.8, 0.9
 """Above these a pair of latents says the same."""
@@ -103,14 +103,14 @@ def judge(weights: Weights, rows: list[Rows], k: int) -> Judged:
         pre_acts = weights.pre_acts(part.source)
         for name, rule in rules.items():
             row, latent = rule(pre_acts).nonzero(as_tuple=True)
-            active = Active.of(row, latent, pre_acts[row, latent], pre_acts.shape)
+            active = SparseLatents.of(row, latent, pre_acts[row, latent], pre_acts.shape)
             sums[name].add(part, active)
             if name == "equal":
                 fired[latent] = True
                 few = round(part.weight / most * len(pre_acts))  # rows are in random order: a random part of them
                 thinned.append(active.slice(slice(0, few)))
     parts = {name: found.part() for name, found in sums.items()}
-    levels = correlated_pairs(Active.joined(thinned), LEAST_TOGETHER, partners=1, levels=(CORRELATION,))[1]
+    levels = correlated_pairs(SparseLatents.joined(thinned), LEAST_TOGETHER, partners=1, levels=(CORRELATION,))[1]
     unit = weights.W_dec / weights.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     close = close_pairs(unit, fired.nonzero().squeeze(1), COSINE, "torch")[1]
     return Judged(
@@ -158,7 +158,7 @@ class _Sums:
         self._errors = self._squares = self._active = self._n = 0.0
         self._sum = torch.zeros_like(weights.b_dec, dtype=torch.float64)
 
-    def add(self, part: Rows, active: Active) -> None:
+    def add(self, part: Rows, active: SparseLatents) -> None:
         """Count rows with these latents."""
         found = embedding_bag(
             active.latents,

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 
 from tests.bench.record import record, sized
-from train.sparse_step import compiled, plain
-from train.sparsity import offsets
+from train.model.kernels import compiled, plain
+from train.model.sparse_latents import offsets
 
 B, D, F, K = sized((1024, 128, 4096, 32), (64, 16, 128, 4))
 PREFIXES = tuple(F // n for n in (16, 8, 4, 2, 1))

@@ -15,11 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from shared import durable
+from shared.files import durable
 from tests.bench.record import SMOKE, record, sized
 from tests.mirrors import core, environment, files, paused_while_mirrored, trainer
 from tests.stores import make_store
-from train.mirror import process
+from train.wandb_sync import sync as process
 
 D, BLOCKS, WINDOWS, STEPS, WARM, ROUNDS = sized((64, 8, 256, 800, 100, 2), (16, 3, 4, 40, 5, 1))
 D_SAE, ROWS = sized((1024, 512), (64, 64))

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.bench.record import ROOT, SMOKE, record, run, sized
 from tests.browser import open_page
-from train.settings import read_config
+from train.run.settings import read_config
 
 PICTURES = (SMOKE or ROOT / "docs") / "images"
 _TIMES = sized(5, 1)

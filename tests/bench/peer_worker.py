@@ -129,9 +129,10 @@ def ours(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
     import numba
 
     from tests.bench.step import AUXK, figures_of
-    from train.blas import faster_here
-    from train.optimizer import Optimizer, OptimizerConfig
-    from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
+    from train.model.activations import BatchTopK
+    from train.model.blas import faster_here
+    from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
+    from train.run.optimizer import Optimizer, OptimizerConfig
 
     numba.set_num_threads(torch.get_num_threads())
     activation = BatchTopK(k=k)
@@ -191,7 +192,7 @@ def main() -> None:
     torch.set_num_threads(1)
     name, *sizes = sys.argv[1:]
     if name == "ours":
-        from shared.process import keep_freed_memory
+        from shared.console.process import keep_freed_memory
 
         keep_freed_memory()
     step = STEPS[name](*map(int, sizes))

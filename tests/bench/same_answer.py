@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from shared.store import Store
+from shared.store.store import Store
 from tests.bench.judge import CORRELATION, COSINE
 from tests.bench.peers import environment
 from tests.bench.record import ROOT, record, sized

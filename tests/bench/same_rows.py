@@ -19,22 +19,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shared import durable
 from shared.config import build
-from shared.store import Store
-from shared.strata import POSITION_0
+from shared.files import durable
+from shared.store.store import Store
+from shared.store.strata import POSITION_0
 from tests.bench import peer_training
 from tests.bench.judge import Judged, Part, Rows, Weights, judge
 from tests.bench.peers import PACKAGES, PLACE, TUNED, environment, others
 from tests.bench.record import ROOT, run, sized
 from tests.runs import VALUES
-from train import checkpoint
-from train.compare.figures import cost_per_step
-from train.evaluate import natural_weights
-from train.loop import build_transcoder
-from train.metrics import METRICS, TIMING, Log
-from train.rows import BatchReader, Side, held_out_rows
-from train.settings import RunConfig, Settings, load_settings, read_config, resolve
+from train.compare.measure import cost_per_step
+from train.data.batches import BatchReader, Side, StoreRows
+from train.evaluation.evaluate import natural_weights
+from train.model import checkpoint
+from train.run.load_run import build_transcoder
+from train.run.metrics import METRICS, TIMING, Log
+from train.run.settings import RunConfig, Settings, load_settings, read_config, resolve
 
 CPU = torch.device("cpu")
 
@@ -58,9 +58,7 @@ class Trainer(NamedTuple):
 
 
 OURS = {
-    "ours, autoencoder": Trainer(
-        "autoencoder", (2e-3, 4e-3, 8e-3), ("activation.k_start={k}", "transcoder.skip=false")
-    ),
+    "ours, autoencoder": Trainer("autoencoder", (2e-3, 4e-3, 8e-3), ("activation.k_start={k}",)),
     "ours, TopK without prefixes": Trainer(
         "transcoder", (2e-3, 4e-3, 8e-3), ("activation.kind=topk", "transcoder.prefixes=[{d_sae}]"), "per_row"
     ),
@@ -115,7 +113,8 @@ class SameRows:
     def _settings(self, name: str, lr: float, seed: int) -> list[str]:
         """Settings of this trainer's run whose rows everybody gets."""
         options, trainer = self._options, TRAINERS[name]
-        own = (setting.format(k=options.k, d_sae=options.d_sae) for setting in trainer.settings)
+        own = [setting.format(k=options.k, d_sae=options.d_sae) for setting in trainer.settings]
+        own += ["transcoder.skip=false"] if trainer.map == "autoencoder" else []
         chosen = f"source={trainer.source}", f"seed={seed}", f"optimizer.lr={lr!r}", "threads=1", "samples.rows=0"
         return own_settings(options.steps, options.k, options.d_sae, *own, *chosen, *options.set)
 
@@ -140,7 +139,7 @@ class SameRows:
         store, config = self._resolved(self._settings(name, 1e-3, 0))
         weights, normalised = natural_weights(store), build_transcoder(config, store).normalised
         found = []
-        for chunk in held_out_rows(store, store.record.report_blocks, 1024, CPU, source):
+        for chunk in StoreRows(store, 1024, source).chunks(store.record.report_blocks, CPU):
             if weight := weights[chunk.stratum]:
                 x, y = normalised(chunk.ordinary.source, chunk.ordinary.target)
                 found.append(Rows(y if source == "target" else x, y, weight))

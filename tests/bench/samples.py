@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from shared import durable
+from shared.files import durable
 from tests.bench.record import record, run, sized
 from tests.runs import SMALL
 from tests.stores import make_store

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.store import Store
+from shared.store.store import Store
 from tests.bench.recipe import run_and_judge
 from tests.bench.record import record, sized
 

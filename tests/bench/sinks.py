@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from harvest.embedded import MODEL_FOLDER
-from shared.store import Store
+from shared.store.store import Store
 from tests.bench.recipe import figures_of
 from tests.bench.record import record, run, sized
 from tests.runs import VALUES

@@ -14,16 +14,18 @@ from dataclasses import dataclass
 import numba
 import torch
 
-from shared.process import keep_freed_memory
+from shared.console.process import keep_freed_memory
 from tests import reference
 from tests.bench.peer_worker import peak_mib
 from tests.bench.record import record, run, sized
-from train.blas import addmm, faster_here, product
-from train.losses import AuxKConfig
-from train.metrics import Counters, Window
-from train.optimizer import Optimizer, OptimizerConfig
-from train.sparse_step import compiled, guarded
-from train.transcoder import BatchTopK, Normalisation, Transcoder, TranscoderConfig
+from train.model.activations import BatchTopK
+from train.model.blas import addmm, faster_here, product
+from train.model.kernels import compiled, guarded
+from train.model.losses import AuxKConfig
+from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
+from train.run.latent_counters import Counters
+from train.run.metrics import Window
+from train.run.optimizer import Optimizer, OptimizerConfig
 
 B = sized(1024, 64)
 SHAPES = sized({"S": (256, 4096, 32), "M": (512, 8192, 32), "L": (768, 16384, 48)}, {"S": (16, 128, 4)})

@@ -74,9 +74,9 @@ class Harvest:
 
     def wrong(self, where: Path) -> str | None:
         """Records tell the truth: what the ledger names is there, and a finished store verifies."""
-        from shared.checks import fault, read_ledger
-        from shared.layout import ARRAYS, LEDGER, STORE
-        from shared.store import Store
+        from shared.store.checks import fault, read_ledger
+        from shared.store.layout import ARRAYS, LEDGER, STORE
+        from shared.store.store import Store
 
         for store in [path for path in where.iterdir() if path.is_dir()] if where.is_dir() else []:
             try:
@@ -137,7 +137,7 @@ class Training:
 
     def wrong(self, where: Path) -> str | None:
         """Every checkpoint that has its name verifies."""
-        from train import checkpoint
+        from train.model import checkpoint
 
         try:
             for path in checkpoint.steps(where / "run"):

@@ -15,28 +15,28 @@ PROTECTIONS: tuple[Protection, ...] = (
     *INPUT,
     Protection(
         (1, 2),
-        "harvest/pipeline.py",
+        "harvest/run/pipeline.py",
         "        durable.sweep(target.path)\n",
         "",
         ("tests/faults/test_sweeps.py::test_a_harvest_killed_at_any_operation_resumes_to_the_same_store",),
     ),
     Protection(
         (1, 2),
-        "harvest/ledger.py",
+        "harvest/writer/ledger.py",
         "    except CorruptData:\n        return False\n    return True",
         "    except CorruptData:\n        return True\n    return True",
         ("tests/test_repair.py::test_verify_lists_every_damaged_file_and_a_new_run_heals",),
     ),
     Protection(
         (1, 7),
-        "harvest/pipeline.py",
-        "        plan.spool_path(target.path).unlink(missing_ok=True)\n",
+        "harvest/run/pipeline.py",
+        "        spool_path(target.path).unlink(missing_ok=True)\n",
         "",
         ("tests/faults/test_power.py::test_a_power_cut_in_a_harvest",),
     ),
     Protection(
         (2,),
-        "shared/durable.py",
+        "shared/files/durable.py",
         "        for path in files:\n            os.replace(path.with_name(path.name + TEMPORARY), path)\n",
         "        for path, data in files.items():\n            _write_synced(path, data)\n",
         (
@@ -46,7 +46,7 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (4,),
-        "train/loop.py",
+        "train/run/trainer.py",
         "            log.cut(self._first)\n",
         "            pass\n",
         ("tests/faults/test_sweeps.py::test_a_training_killed_at_any_operation_resumes_to_the_same_run",),
@@ -60,7 +60,7 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (5,),
-        "shared/signals.py",
+        "shared/console/signals.py",
         '("SIGINT", "SIGTERM", "SIGUSR1")',
         '("SIGINT", "SIGTERM")',
         (
@@ -70,14 +70,14 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (5,),
-        "shared/signals.py",
+        "shared/console/signals.py",
         "            raise KeyboardInterrupt\n",
         "            pass\n",
         ("tests/test_signals.py::test_only_a_second_ctrl_c_interrupts",),
     ),
     Protection(
         (5,),
-        "shared/signals.py",
+        "shared/console/signals.py",
         "    os._exit(Stopped.exit_code)",
         "    sys.exit(Stopped.exit_code)",
         (
@@ -87,14 +87,14 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (5,),
-        "harvest/capture.py",
+        "harvest/run/capture.py",
         "            if stop:\n                return False\n",
         "",
         ("tests/test_capture.py::test_no_pass_is_begun_after_a_signal",),
     ),
     Protection(
         (5,),
-        "harvest/runner.py",
+        "harvest/run/runner.py",
         "            with stop_signals() as stop, bar:",
         "            stop: list[int] = []\n            with bar:",
         (
@@ -103,7 +103,7 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (7,),
-        "shared/durable.py",
+        "shared/files/durable.py",
         "            _write(file, part)\n        os.fsync(file.fileno())\n",
         "            _write(file, part)\n",
         (
@@ -113,21 +113,21 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (7,),
-        "shared/durable.py",
+        "shared/files/durable.py",
         "        for folder in sorted({path.parent for path in files}):\n            fsync_folder(folder)\n",
         "",
         ("tests/faults/test_power.py::test_a_power_cut_in_a_harvest",),
     ),
     Protection(
         (7,),
-        "shared/durable.py",
+        "shared/files/durable.py",
         "            for name in names:\n                fsync_file(Path(folder, name))\n",
         "",
         ("tests/faults/test_power.py::test_a_power_cut_in_a_training_run",),
     ),
     Protection(
         (9,),
-        "shared/durable.py",
+        "shared/files/durable.py",
         "        raise explain(error, next(iter(files)), sum(map(_size, files.values()))) from error",
         "        raise",
         (
@@ -137,7 +137,7 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (9,),
-        "shared/durable.py",
+        "shared/files/durable.py",
         "_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}",
         "_FULL = {errno.ENOSPC}",
         (
@@ -147,14 +147,14 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (14,),
-        "shared/durable.py",
+        "shared/files/durable.py",
         "    try:\n        os.fsync(descriptor)\n    finally:",
         "    try:\n        with suppress(OSError):\n            os.fsync(descriptor)\n    finally:",
         ("tests/faults/test_sweeps.py::test_an_fsync_or_rename_that_fails_in_a_harvest_publishes_nothing",),
     ),
     Protection(
         (15,),
-        "harvest/pipeline.py",
+        "harvest/run/pipeline.py",
         "    if not force:\n        require_space([estimate(target, inputs",
         "    if False:\n        require_space([estimate(target, inputs",
         (
@@ -164,14 +164,14 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (16,),
-        "harvest/capture.py",
+        "harvest/run/capture.py",
         '            if "DefaultCPUAllocator" not in str(error):\n',
         "            if True:\n",
         ("tests/faults/test_harvest_resources.py::test_memory_that_a_pass_cannot_have_is_one_line",),
     ),
     Protection(
         (17,),
-        "harvest/pipeline.py",
+        "harvest/run/pipeline.py",
         "        _require_writable(target.path)\n",
         "",
         (
@@ -181,14 +181,14 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (17,),
-        "shared/durable.py",
+        "shared/files/durable.py",
         '        raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error',
         "        raise",
         ("tests/faults/test_harvest_resources.py::test_a_read_only_disk_is_told_before_the_model_is_touched",),
     ),
     Protection(
         (28, 29),
-        "shared/durable.py",
+        "shared/files/durable.py",
         "            _take(descriptor, kind)\n",
         "            pass\n",
         (
@@ -198,21 +198,21 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (31,),
-        "shared/store.py",
+        "shared/store/store.py",
         'f"store {self.path.name}", shared=True, make=False)',
         'f"store {self.path.name}", make=False)',
         (f"{_DATA}::test_eight_trainers_at_once_get_what_each_gets_alone",),
     ),
     Protection(
         (32,),
-        "harvest/capture.py",
+        "harvest/run/capture.py",
         '        _check_finite(values, values, name, first, "the value is")\n',
         "",
         ("tests/faults/test_harvest_data.py::test_a_value_that_is_not_finite_is_named_by_layer_sequence_and_position",),
     ),
     Protection(
         (33,),
-        "harvest/capture.py",
+        "harvest/run/capture.py",
         '        _check_finite(stored, values, name, first, f"{storage} cannot hold the value")\n',
         "",
         (
@@ -222,56 +222,56 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (34,),
-        "train/evaluate.py",
+        "train/evaluation/evaluate.py",
         "    if total > 1e-12 * scale:\n",
         "    if True:\n",
         (f"{_DATA}::test_degenerate_rows_have_defined_results",),
     ),
     Protection(
         (34,),
-        "train/normalisation.py",
+        "train/model/normalisation.py",
         "    return float(np.sqrt(variance.mean())) or 1.0",
         "    return float(np.sqrt(variance.mean()))",
         (f"{_DATA}::test_degenerate_rows_have_defined_results",),
     ),
     Protection(
         (36,),
-        "train/transcoder.py",
+        "train/model/transcoder.py",
         "                if k > d_sae:\n",
         "                if False:\n",
         ("tests/test_train.py::test_bad_input_is_one_line_and_writes_nothing",),
     ),
     Protection(
         (37,),
-        "harvest/model_files.py",
+        "harvest/llm/model_files.py",
         '    if re.match(r"[./~]", settings.name) or settings.name.count("/") > 1:',
         "    if False:",
         ("tests/test_harvest_input.py::test_bad_input_is_one_line",),
     ),
     Protection(
         (38,),
-        "harvest/plan.py",
+        "harvest/writer/tokens.py",
         "    if blocks == 0 or (not quota.skipped",
         "    if False and (not quota.skipped",
         ("tests/test_harvest_input.py::test_what_model_or_text_cannot_give",),
     ),
     Protection(
         (38,),
-        "harvest/corpus.py",
+        "harvest/text/corpus.py",
         '    raise UserError(f"{name}: no rows; there is no text to harvest")',
         '    return "text"',
         ("tests/test_corpus.py::test_an_empty_file_has_no_text",),
     ),
     Protection(
         (40,),
-        "harvest/rows.py",
+        "harvest/text/dataset_rows.py",
         'line.decode("utf-8", "replace")',
         'line.decode("utf-8")',
         ("tests/test_corpus.py::test_bad_unicode_becomes_the_replacement_character",),
     ),
     Protection(
         (41,),
-        "train/settings.py",
+        "train/run/settings.py",
         "    if settings.rows.batch_rows > rows:",
         "    if False:",
         (f"{_DATA}::test_batches_of_one_row_and_of_all_rows",),

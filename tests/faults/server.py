@@ -124,13 +124,13 @@ def _command(stage: str) -> Callable[[], None]:
         from harvest.cli import main
 
         return main
-    import shared.cli
+    import shared.command_line
     import train.cli
-    from shared.process import keep_freed_memory
+    from shared.console.process import keep_freed_memory
 
     def run() -> None:
         keep_freed_memory()
-        shared.cli.run(train.cli.main)
+        shared.command_line.run(train.cli.main)
 
     return run
 

@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from harvest.archive import pack
-from shared import packed
-from shared.arrays import ArraySpec
-from shared.checks import read_vectors
+from harvest.commands.archive import pack
 from shared.config import Config, load_preset, override, read_record
-from shared.durable import read_json
 from shared.errors import CorruptData, ProjectError
-from shared.layout import ARRAYS, LedgerRecord, StorePlan, StoreRecord, StoreRequest, moments_path, record_path
-from shared.store import Local, Store
-from shared.unembedding import Unembedding
+from shared.files.durable import read_json
+from shared.store import packed
+from shared.store.arrays import ArraySpec
+from shared.store.checks import read_vectors
+from shared.store.layout import ARRAYS, LedgerRecord, StorePlan, StoreRecord, StoreRequest, moments_path, record_path
+from shared.store.store import Local, Store
+from shared.store.unembedding import Unembedding
 from tests.stores import make_store
 
 MODELS: tuple[type[Config], ...] = (StoreRecord, StoreRequest, StorePlan, LedgerRecord, packed.PackedRecord)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.checks import file_record
-from shared.layout import FileRecord
+from shared.store.checks import file_record
+from shared.store.layout import FileRecord
 from tests.runs import SMALL, Outcome, rows
 from tests.stores import SyntheticStore, make_store
-from train import checkpoint
+from train.model import checkpoint
 
 Command = Callable[..., Outcome]
 

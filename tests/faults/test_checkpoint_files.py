@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.checks import file_record
+from shared.store.checks import file_record
 from tests.runs import SMALL, Outcome
 from tests.stores import SyntheticStore, edit, flip
-from train import checkpoint
+from train.model import checkpoint
 
 Command = Callable[..., Outcome]
 WEIGHTS, OPTIMIZER, STATE = checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.STATE

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from tests.faults.disk import fill, small_disk
 from tests.runs import SMALL, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
-from train import checkpoint, loop, saver
+from train.model import checkpoint
+from train.run import saver, trainer
 
 pytestmark = pytest.mark.slow
 Command = Callable[..., Outcome]
@@ -48,7 +49,7 @@ def whole(store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def train(*arguments: object, code: int = 0, patch: str = "") -> str:
     """Run the real command in a process of its own, after `patch`; returns what it said on stderr."""
-    program = f"{patch}\nimport sys\nfrom train.cli import main\nimport shared.cli\nshared.cli.run(main)"
+    program = f"{patch}\nimport sys\nfrom train.cli import main\nfrom shared.command_line import run\nrun(main)"
     command = [sys.executable, "-c", program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == code, done.stderr
@@ -296,7 +297,7 @@ def test_a_kill_while_old_checkpoints_are_removed_leaves_valid_ones(
     condition = "True" if where == "before the rename" else "str(path).endswith('step-000010.tmp') and path.exists()"
     patch = (
         "import os, shutil\n"
-        "from shared import durable\n"
+        "from shared.files import durable\n"
         f"def killed(path, *rest, real=durable.{function}, **more):\n"
         f"    if {condition}: os.kill(os.getpid(), 9)\n"
         "    return real(path, *rest, **more)\n"
@@ -351,7 +352,7 @@ def test_a_signal_finishes_the_step_and_publishes(
 def test_a_second_interrupt_exits_at_once(
     command: Command, store: SyntheticStore, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def twice(run: loop.Run) -> None:
+    def twice(run: trainer.Trainer) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
@@ -366,16 +367,16 @@ def test_a_second_interrupt_exits_at_once(
     assert_same_run(whole, run)
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[loop.Run], object]) -> None:
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[trainer.Trainer], object]) -> None:
     """Do `act` at the start of step `number`, counted from 0."""
-    real = loop.Run._step
+    real = trainer.Trainer._step
 
-    def step(self: loop.Run, done: int) -> Any:
+    def step(self: trainer.Trainer, done: int) -> Any:
         if done == number:
             act(self)
         return real(self, done)
 
-    monkeypatch.setattr(loop.Run, "_step", step)
+    monkeypatch.setattr(trainer.Trainer, "_step", step)
 
 
 @pytest.mark.fault(8)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.layout import ARRAYS, record_path
-from shared.store import Store
+from shared.store.layout import ARRAYS, record_path
+from shared.store.store import Store
 from tests import llms
 from tests.llms import command as harvest
 from tests.llms import contents

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from shared.layout import ARRAYS, FORMAT_VERSION
-from shared.store import Local, MappedArray, Store
+from shared.store.layout import ARRAYS, FORMAT_VERSION
+from shared.store.store import Local, MappedArray, Store
 from tests.llms import command, contents
 from tests.stores import SyntheticStore, edit, stock_rows
 
@@ -113,8 +113,8 @@ def test_an_array_of_a_newer_zarr_format_is_named(synthetic: SyntheticStore) -> 
 def test_reports_and_samples_say_their_version_and_refuse_another() -> None:
     """The project only writes them; their models are what other readers validate with."""
     from train.compare.arms import Comparison
-    from train.duplicates.report import CorrelationReport
-    from train.samples.table import SamplesRecord
+    from train.duplicates.correlation_report import CorrelationReport
+    from train.samples.parquet import SamplesRecord
 
     models: tuple[Any, ...] = (Comparison, CorrelationReport, SamplesRecord)
     for model in models:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.layout import LEDGER
-from shared.store import Store
+from shared.store.layout import LEDGER
+from shared.store.store import Store
 from tests.llms import Line, command, make_gemma
 
 WIDTH, CONTEXT = 32, 32

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import durable
+from shared.files import durable
 from tests.faults.cases import Harvest, same
 from tests.faults.conftest import Bench
 from tests.faults.disk import fill
@@ -165,21 +165,21 @@ def test_a_read_only_disk_is_told_before_the_model_is_touched(small: Line, tmp_p
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(durable, "make_folder", refuse)
-        patch.setattr("harvest.model.probe", lambda *_: pytest.fail("the model was touched"))
+        patch.setattr("harvest.llm.model.probe", lambda *_: pytest.fail("the model was touched"))
         refused(command(*small(tmp_path / "cache")), "cannot write to", "Read-only file system")
 
 
 ENDLESS = """
 import torch
-import harvest.model
+import harvest.llm.model
 
-visit = harvest.model.Model.visit
+visit = harvest.llm.model.Model.visit
 
 def too_large(self, ids, positions, take):
     visit(self, ids, positions, take)
     torch.empty(2**60 if {after} else 1)
 
-harvest.model.Model.visit = too_large
+harvest.llm.model.Model.visit = too_large
 """
 
 

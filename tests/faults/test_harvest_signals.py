@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.layout import LEDGER, STORE
+from shared.store.layout import LEDGER, STORE
 from tests.faults.cases import Harvest
 from tests.faults.conftest import Bench
 from tests.faults.inject import ROOT, Fault
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STUCK = """
 import time
 from pathlib import Path
-from harvest.capture import Capture
+from harvest.run.capture import Capture
 
 def stuck(*arguments):
     Path({mark!r}).touch()

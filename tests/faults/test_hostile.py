@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from shared.checks import buffers_record, read_vectors
-from shared.durable import json_bytes, read_json
 from shared.errors import CorruptData, ProjectError
-from shared.files import MOST_NESTED
-from shared.layout import PLAN, REQUEST, STORE, record_path
-from shared.store import Store
-from shared.unembedding import Unembedding
+from shared.files.durable import json_bytes, read_json
+from shared.files.untrusted import MOST_NESTED
+from shared.store.checks import buffers_record, read_vectors
+from shared.store.layout import PLAN, REQUEST, STORE, record_path
+from shared.store.store import Store
+from shared.store.unembedding import Unembedding
 from tests import llms
 from tests.llms import command as harvest
 from tests.runs import Outcome

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from shared.durable import read_json
 from shared.errors import CorruptData
-from shared.files import read_file, refuse_links
-from shared.layout import ARRAYS, STORE, record_path
-from shared.store import Store
+from shared.files.durable import read_json
+from shared.files.untrusted import read_file, refuse_links
+from shared.store.layout import ARRAYS, STORE, record_path
+from shared.store.store import Store
 from tests import llms
 from tests.llms import BLOCK_TOKENS, Line, contents
 from tests.llms import command as harvest

@@ -21,13 +21,14 @@ from tests.mirrors import ROOT, core, files, histories, summaries, trainer, wait
 from tests.runs import SMALL, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
 from tests.wandb_server import Server
-from train import files as run_files
-from train import metrics, usage
 from train.duplicates import monitor
-from train.files import CONFIG
-from train.mirror import child, process, records, written
-from train.mirror.process import FOLDER, LOG, SECONDS, marked, unsent
-from train.samples import table
+from train.live import run_files
+from train.live.run_files import CONFIG
+from train.run import metrics, usage
+from train.samples import parquet
+from train.wandb_sync import log_records, read_back, worker
+from train.wandb_sync import sync as process
+from train.wandb_sync.sync import FOLDER, LOG, SECONDS, marked, unsent
 
 Command = Callable[..., Outcome]
 SmallDisk = Callable[[str, int], tuple["subprocess.Popen[str]", Path]]
@@ -92,7 +93,7 @@ def assert_mirrored_once(run: Path) -> None:
     found = histories(run)
     assert sorted(row["step"] for row in found) == sorted({row["step"] for row in found})
     assert_holds_metrics(found, run)
-    state = json.loads((run / FOLDER / child.STATE).read_text())
+    state = json.loads((run / FOLDER / worker.STATE).read_text())
     assert state["step"] == STEPS
     assert {path.name for path in files(run)} == {f"run-{state['id']}.wandb"}
 
@@ -100,7 +101,7 @@ def assert_mirrored_once(run: Path) -> None:
 def assert_holds_metrics(found: list[dict], run: Path) -> None:
     by_step = {row["step"]: row for row in found}
     for row in rows(run):
-        for name, value in records.flatten(row).items():
+        for name, value in log_records.flatten(row).items():
             assert by_step[row["step"]][name] == value
 
 
@@ -130,7 +131,11 @@ def test_off_starts_no_process(
 
 
 def test_only_the_childs_modules_import_wandb_and_the_trainer_imports_none_of_them() -> None:
-    importing: dict[str, set[Path]] = {"wandb": set(), "train.mirror.child": set(), "train.mirror.written": set()}
+    importing: dict[str, set[Path]] = {
+        "wandb": set(),
+        "train.wandb_sync.worker": set(),
+        "train.wandb_sync.read_back": set(),
+    }
     for path in sorted((ROOT / "train").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
@@ -146,11 +151,11 @@ def test_only_the_childs_modules_import_wandb_and_the_trainer_imports_none_of_th
             for name in names:
                 for module, found in importing.items():
                     if name == module or name.startswith(module + "."):
-                        found.add(path.relative_to(ROOT / "train/mirror"))
+                        found.add(path.relative_to(ROOT / "train/wandb_sync"))
     assert importing == {
-        "wandb": {Path("child.py"), Path("written.py")},
-        "train.mirror.child": set(),
-        "train.mirror.written": {Path("child.py")},
+        "wandb": {Path("worker.py"), Path("read_back.py")},
+        "train.wandb_sync.worker": set(),
+        "train.wandb_sync.read_back": {Path("worker.py")},
     }
 
 
@@ -211,7 +216,7 @@ def test_the_report_of_an_unfinished_run_is_not_mirrored(mirrored: Path, tmp_pat
 
 
 def test_the_mirror_knows_the_runs_settings_and_its_axis_and_has_no_checkpoints(mirrored: Path) -> None:
-    found = {record.WhichOneof("record_type"): record for record in written.records(files(mirrored)[0])}
+    found = {record.WhichOneof("record_type"): record for record in read_back.records(files(mirrored)[0])}
     config = {item.key: json.loads(item.value_json) for item in found["run"].run.config.update}
     assert config["settings"] == json.loads((mirrored / CONFIG).read_text())["settings"]
     assert found["run"].run.project == "transcoder-cache" and found["run"].run.display_name == "run"
@@ -265,8 +270,8 @@ def test_a_killed_run_goes_on_at_the_server(
 def test_names_of_files_are_the_trainers() -> None:
     assert (run_files.METRICS, run_files.TIMING) == (metrics.METRICS, metrics.TIMING)
     assert (run_files.USAGE, run_files.CONFIG) == (usage.USAGE, CONFIG)
-    assert (records.REPORTS, records.HELD_OUT) == (monitor.FOLDER, monitor.HELD_OUT)
-    assert Path("run", records.LATENTS.format(7)) == table.paths(Path("run"), 7)[1]
+    assert (log_records.REPORTS, log_records.HELD_OUT) == (monitor.FOLDER, monitor.HELD_OUT)
+    assert Path("run", log_records.LATENTS.format(7)) == parquet.paths(Path("run"), 7)[1]
 
 
 @pytest.mark.fault(4)
@@ -290,7 +295,7 @@ def test_a_killed_run_goes_on_as_the_same_run_of_wandb(
     assert_same_run(plain, run)
     assert_mirrored_once(run)
     assert len(files(run)) == 2
-    assert json.loads((run / FOLDER / child.STATE).read_text())["project"] == "of-its-own"
+    assert json.loads((run / FOLDER / worker.STATE).read_text())["project"] == "of-its-own"
 
 
 def test_a_run_that_was_trained_without_a_mirror_gets_one(plain: Path, tmp_path: Path, env: dict[str, str]) -> None:

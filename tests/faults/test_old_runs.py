@@ -12,7 +12,7 @@ import pytest
 
 from tests.runs import Outcome, rows
 from tests.stores import make_store
-from train import checkpoint
+from train.model import checkpoint
 
 FIXTURE = Path(__file__).parent / "fixtures" / "run-format-3"
 FVU = {20: 1.7829015, 30: 1.7493864}

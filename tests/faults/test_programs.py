@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.store import Store
+from shared.store.store import Store
 from tests.llms import BLOCK_TOKENS, Line, command, edit_json, refused, start
 
 MODULES = ("configuration_theirs", "modeling_theirs", "tokenization_theirs")

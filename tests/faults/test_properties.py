@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from harvest.settings import Settings
-from shared.checks import read_vectors
 from shared.config import build, load_preset, override
-from shared.durable import json_bytes, read_json
 from shared.errors import CorruptData, ProjectError, UserError
-from shared.packed import pack_shard, unpack_chunk, unpack_shard
-from shared.strata import stratum_ranges
+from shared.files.durable import json_bytes, read_json
+from shared.store.checks import read_vectors
+from shared.store.packed import pack_shard, unpack_chunk, unpack_shard
+from shared.store.strata import stratum_ranges
 from tests.faults import targets
 from tests.faults.targets import MODELS, RECORDS, SPEC, WIDTHS, seeds
 
@@ -254,7 +254,7 @@ ROW = st.builds(
 def test_rows_of_metrics_survive_a_torn_last_line(
     path: Path, rows: list[dict[str, Any]], cut: int, noise: bytes
 ) -> None:
-    from train.metrics import Log
+    from train.run.metrics import Log
 
     whole = "".join(
         json.dumps(row, allow_nan=False) + "\n" for row in rows if all(abs(v) < 1e300 for v in row.values())

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from shared.durable import publish_json, read_json
-from shared.layout import REQUEST, STORE, CorpusIdentity, ModelIdentity, StoreRequest
+from shared.files.durable import publish_json, read_json
+from shared.store.layout import REQUEST, STORE, CorpusIdentity, ModelIdentity, StoreRequest
 from tests.llms import BLOCK_TOKENS, Line, command, contents, refused, start, wait_for
 from tests.runs import Outcome
 

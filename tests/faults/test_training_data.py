@@ -90,9 +90,9 @@ def test_batches_of_one_row_and_of_all_rows(command: Command, tmp_path: Path) ->
 TOGETHER = """
 import time
 from pathlib import Path
-from train.loop import Run
+from train.run.trainer import Trainer
 
-train = Run.train
+train = Trainer.train
 
 def when_all_are_here(self):
     Path({folder!r}, str(self._path.name)).touch()
@@ -100,8 +100,8 @@ def when_all_are_here(self):
         time.sleep(0.05)
     train(self)
 
-Run.train = when_all_are_here
-from shared.cli import run
+Trainer.train = when_all_are_here
+from shared.command_line import run
 from train.cli import main
 run(main)
 """

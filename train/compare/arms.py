@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.config import Config
+from shared.console.progress import Progress
 from shared.errors import UserError
-from shared.progress import Progress
-from shared.store import Store
+from shared.store.store import Store
 from train.compare.consistency import densest, matched_cosine
-from train.compare.figures import Figures, Measured, Point, measure_run, require_finished
-from train.settings import RunConfig, Settings, read_config, resolve_exclusion
-from train.transcoder import BatchTopK, TopK
+from train.compare.measure import Figures, Measured, Point, measure_run, require_finished
+from train.model.activations import BatchTopK, TopK
+from train.run.settings import RunConfig, Settings, read_config, resolve_exclusion
 
 
 class Spread(Config):
@@ -58,9 +58,7 @@ class Comparison(Config):
     """In the order in which the runs were given; others are compared with the first."""
 
 
-def compare(
-    runs: Sequence[Path], store_path: Path | None, l0: float | None, matched_latents: int, chunk_rows: int = 1024
-) -> Comparison:
+def compare(runs: Sequence[Path], store_path: Path | None, l0: float | None, matched_latents: int) -> Comparison:
     """Measure finished `runs` on one store at one l0: that of their k, unless another is given.
 
     Raises `UserError` when there are none, one is not finished, two are one run, they are not of one store, or have no
@@ -78,7 +76,7 @@ def compare(
     with store.reading(), Progress("compare", len(runs), "runs") as progress:
         measured = []
         for i, run in enumerate(runs):
-            measured.append(measure_run(run, store, wanted, chunk_rows))
+            measured.append(measure_run(run, store, wanted))
             progress.update(i + 1, run.name)
     arms = [_arm([measured[i] for i in group], matched_latents) for group in groups]
     if len({arm.name for arm in arms}) < len(arms):

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from shared.keyed import key_bits
-from shared.store import Store
-from train.evaluate import evaluate_whole, weighted_rows
-from train.rows import Side
-from train.sparsity import Active
-from train.transcoder import Transcoder
+from train.data.batches import StoreRows
+from train.evaluation.evaluate import evaluate_whole, weighted_rows
+from train.model.sparse_latents import SparseLatents
+from train.model.transcoder import Transcoder
 
 Groups = list[list[int]]
 
@@ -29,12 +28,10 @@ def densest_of(
 @torch.no_grad()
 def merge(
     transcoder: Transcoder,
+    rows: StoreRows,
     kept: Tensor,  # [G]
     dropped: Tensor,  # [n]
-    store: Store,
     threshold: Tensor,  # [F]
-    chunk_rows: int,
-    source: Side = "source",
 ) -> float:
     """Fvu on the report rows when `dropped` are never active and `kept` have new decoder rows.
 
@@ -43,25 +40,23 @@ def merge(
     """
     silent, before = threshold.clone(), transcoder.W_dec.detach().clone()
     silent[dropped] = torch.inf
-    transcoder.W_dec[kept] = _refitted(transcoder, kept, silent, store, chunk_rows, source)
+    transcoder.W_dec[kept] = _refitted(transcoder, rows, kept, silent)
     try:
-        return without(transcoder, dropped, store, threshold, chunk_rows, source)
+        return without(transcoder, rows, dropped, threshold)
     finally:
         transcoder.W_dec.copy_(before)
 
 
 def without(
     transcoder: Transcoder,
+    rows: StoreRows,
     latents: Tensor,  # [n]
-    store: Store,
     threshold: Tensor,  # [F]
-    chunk_rows: int,
-    source: Side = "source",
 ) -> float:
     """Fvu on the report rows when `latents` are never active."""
     silent = threshold.clone()
     silent[latents] = torch.inf
-    return evaluate_whole(transcoder, store, silent, chunk_rows, source).fvu
+    return evaluate_whole(transcoder, rows, silent).fvu
 
 
 def alike(
@@ -84,16 +79,14 @@ def alike(
     return torch.tensor(found, dtype=torch.int64)
 
 
-def _refitted(
-    transcoder: Transcoder, kept: Tensor, threshold: Tensor, store: Store, chunk_rows: int, source: Side
-) -> Tensor:  # [G, O]
+def _refitted(transcoder: Transcoder, rows: StoreRows, kept: Tensor, threshold: Tensor) -> Tensor:  # [G, O]
     """Decoder rows of `kept` of least squared error where all other latents are as they are."""
     device, count = transcoder.W_dec.device, len(kept)
     column = torch.full((transcoder.d_sae,), count, device=device)
     column[kept] = torch.arange(count, device=device)
     squares = torch.zeros(count, count, dtype=torch.float64, device=device)
     moments = torch.zeros(count, transcoder.W_dec.shape[1], dtype=torch.float64, device=device)
-    for chunk, weight in weighted_rows(store, chunk_rows, device, source):
+    for chunk, weight in weighted_rows(rows, device):
         x, y = transcoder.normalised(chunk.source, chunk.target)
         active = transcoder.select_above(transcoder.pre_acts(x), threshold)
         dense = _columns(active, column, count)
@@ -104,7 +97,7 @@ def _refitted(
     return (transcoder.W_dec[kept] + change).to(transcoder.W_dec.dtype)
 
 
-def _columns(active: Active, column: Tensor, count: int) -> Tensor:  # [R, G] float64
+def _columns(active: SparseLatents, column: Tensor, count: int) -> Tensor:  # [R, G] float64
     """The values of the latents that have a column."""
     room = torch.zeros(len(active.starts) - 1, count + 1, dtype=torch.float64, device=column.device)
     room[active.rows, column[active.latents]] = active.values.double()

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.duplicates import loops
+from train.duplicates import pair_loops
 from train.duplicates.directions import Pairs
-from train.sparsity import Active
+from train.model.sparse_latents import SparseLatents
 
 
 class Measures(NamedTuple):
@@ -24,19 +24,6 @@ class Measures(NamedTuple):
     """[C] float64, Pearson's over all rows, those on which a latent is not active as 0; 0 for a constant latent"""
     jaccard: Tensor
     """[C] float64, rows on which both are active by rows on which either is; 0 for none"""
-
-
-def countable(
-    active: Active,
-    times: float,
-    most: int,
-) -> Tensor:  # [B] bool
-    """Every n-th row, so that counting pairs of latents on `times` as many rows meets `most` of them.
-
-    Of two latents on a row, each pair of them twice: the cost is the square of a row's active latents.
-    """
-    meetings = int(int(active.starts.diff().square().sum()) * times)
-    return torch.arange(len(active.starts) - 1) % max(1, -(-meetings // most)) == 0
 
 
 class Correlated(NamedTuple):
@@ -56,7 +43,7 @@ class Correlated(NamedTuple):
 
 
 def correlated_pairs(
-    active: Active,
+    active: SparseLatents,
     least_together: int,
     partners: int = 8,
     levels: tuple[float, ...] = (0.5, 0.8, 0.9),
@@ -65,7 +52,7 @@ def correlated_pairs(
 
     Of every latent, the `partners` largest correlations above 0 with latents after it; and how many pairs there are
     above each level, those that are not listed included. `active` is on CPU and holds active pairs alone
-    (`Active.positive`).
+    (`SparseLatents.positive`).
     """
     found, correlation, over, spread = _partners(active, least_together, partners, levels, both=False)
     first, place = np.nonzero(found >= 0)
@@ -77,7 +64,7 @@ def correlated_pairs(
     return Correlated(Pairs(one, other), r, scale), dict(zip(levels, over.sum(0).tolist(), strict=True))
 
 
-def most_correlated(active: Active, least_together: int, partners: int) -> tuple[Tensor, Tensor]:  # [F, M] each
+def most_correlated(active: SparseLatents, least_together: int, partners: int) -> tuple[Tensor, Tensor]:  # [F, M] each
     """For every latent, which others it has the largest correlations above 0 with, falling, and these; -1: no more.
 
     As `correlated_pairs`, but with latents before it, too.
@@ -87,7 +74,7 @@ def most_correlated(active: Active, least_together: int, partners: int) -> tuple
 
 
 def _partners(
-    active: Active, least_together: int, partners: int, levels: tuple[float, ...], both: bool
+    active: SparseLatents, least_together: int, partners: int, levels: tuple[float, ...], both: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
     """Partners and their correlation [F, M], how many are above each level, and the deviation [F] of each latent."""
     order, starts = active.by_latent
@@ -100,16 +87,16 @@ def _partners(
     )
     sides = (t.numpy() for t in (active.rows, active.latents, active.values, active.starts, order, starts))
     total, above = len(active.starts) - 1, np.array(levels, np.float64)
-    loops.partners(*sides, total, least_together, both, above, over, found, correlation, spread)
+    pair_loops.partners(*sides, total, least_together, both, above, over, found, correlation, spread)
     return found, correlation, over, spread
 
 
-def measure(active: Active, pairs: Pairs) -> Measures:
+def measure(active: SparseLatents, pairs: Pairs) -> Measures:
     """Of any pairs of latents; `active` as for `correlated_pairs`."""
     order, starts = active.by_latent
     rows, products = np.empty(len(pairs.first), np.int64), np.empty(len(pairs.first))
     sides = (t.numpy() for t in (*pairs, active.rows, active.values, order, starts))
-    loops.meetings(*sides, rows, products)
+    pair_loops.meetings(*sides, rows, products)
     total, counts = len(active.starts) - 1, starts.diff()
     mean, spread = moments(active)
     scale = spread[pairs.first] * spread[pairs.second]
@@ -119,7 +106,7 @@ def measure(active: Active, pairs: Pairs) -> Measures:
     return Measures(both, torch.where(scale > 0, covariance / scale, 0.0), both / either.clamp_min(1).double())
 
 
-def moments(active: Active) -> tuple[Tensor, Tensor]:  # [F] float64 each
+def moments(active: SparseLatents) -> tuple[Tensor, Tensor]:  # [F] float64 each
     """Mean and standard deviation of every latent over all rows, those on which it is not active as 0."""
     total, values = len(active.starts) - 1, active.values.double()
     nothing = torch.zeros(active.d_sae, dtype=torch.float64)
@@ -131,7 +118,7 @@ def moments(active: Active) -> tuple[Tensor, Tensor]:  # [F] float64 each
 
 def position_loss(
     values: Tensor,  # [N] of the latents, with gradient
-    active: Active,
+    active: SparseLatents,
     weights: Tensor,  # [B] how often each row counts; 0 for those of other positions
     excess: Tensor,  # [F]
 ) -> Tensor:  # []
@@ -140,7 +127,7 @@ def position_loss(
 
 
 def mass(
-    active: Active,
+    active: SparseLatents,
     weights: Tensor,  # [B]
 ) -> Tensor:  # [F]
     """Summed activation of every latent, rows counting by their weights."""
@@ -153,7 +140,7 @@ def mass(
 
 def co_activation_loss(
     values: Tensor,  # [N] of the latents, with gradient
-    active: Active,
+    active: SparseLatents,
     pairs: Pairs,
     strength: Tensor,  # [C]
 ) -> Tensor:  # []
@@ -169,7 +156,7 @@ def co_activation_loss(
     return (strength * products).sum() / (len(active.starts) - 1)
 
 
-def _dense(values: Tensor, active: Active, pairs: Pairs) -> Tensor:
+def _dense(values: Tensor, active: SparseLatents, pairs: Pairs) -> Tensor:
     """[C] the same as `_Products`; by a room of latents by rows, which needs no size that only the device knows."""
     latents = torch.cat(pairs)
     column = torch.full((active.d_sae,), len(latents), device=latents.device)
@@ -183,10 +170,10 @@ class _Products(torch.autograd.Function):
     """Of each pair of latents, the sum over rows of the product of their values, from their own active rows."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, active: Active, pairs: Pairs) -> Tensor:
+    def forward(ctx: Any, values: Tensor, active: SparseLatents, pairs: Pairs) -> Tensor:
         sides = (*pairs, active.rows, values.detach(), *active.by_latent)
         together, products = np.empty(len(pairs.first), np.int64), np.empty(len(pairs.first))
-        loops.meetings(*(t.numpy() for t in sides), together, products)
+        pair_loops.meetings(*(t.numpy() for t in sides), together, products)
         ctx.save_for_backward(*sides)
         return torch.from_numpy(products).to(values.dtype)
 
@@ -194,5 +181,5 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         sides = ctx.saved_tensors
         found = torch.zeros_like(sides[3])
-        loops.add_product_gradients(*(t.numpy() for t in (*sides, grads[0].contiguous(), found)))
+        pair_loops.add_product_gradients(*(t.numpy() for t in (*sides, grads[0].contiguous(), found)))
         return found, None, None

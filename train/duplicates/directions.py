@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from train import blas
-from train.blas import Blas
-from train.duplicates import loops
+from train.duplicates import pair_loops
+from train.model import blas
+from train.model.blas import Blas
 
 
 class Pairs(NamedTuple):
@@ -100,11 +100,11 @@ def _above(
         rows, columns = torch.triu(products, 1).gt(floor).nonzero(as_tuple=True)
         return rows, columns, products[rows, columns]
     counts = torch.empty(len(products), dtype=torch.int64)
-    loops.count_above(products.numpy(), floor, counts.numpy())
+    pair_loops.count_above(products.numpy(), floor, counts.numpy())
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     rows, columns = starts.new_empty(2, int(starts[-1]))
     values = products.new_empty(len(rows))
-    loops.list_above(products.numpy(), floor, *(t.numpy() for t in (starts, rows, columns, values)))
+    pair_loops.list_above(products.numpy(), floor, *(t.numpy() for t in (starts, rows, columns, values)))
     return rows, columns, values
 
 
@@ -174,7 +174,7 @@ class _Cosines(torch.autograd.Function):
         if W_dec.device.type != "cpu":
             return torch.linalg.vecdot(W_dec[first], W_dec[second])
         found = W_dec.new_zeros(len(first))
-        loops.dots(*(t.numpy() for t in (W_dec.detach(), first, second, found)))
+        pair_loops.dots(*(t.numpy() for t in (W_dec.detach(), first, second, found)))
         return found
 
     @staticmethod
@@ -185,7 +185,7 @@ class _Cosines(torch.autograd.Function):
         rows = W_dec.detach()
         if rows.device.type == "cpu":
             sides = (t.numpy() for t in (rows, first, second, grad.contiguous()))
-            loops.add_partners(*sides, torch.get_num_threads(), W_dec.grad.numpy())
+            pair_loops.add_partners(*sides, torch.get_num_threads(), W_dec.grad.numpy())
             return None, None, None
         for one, other in ((first, second), (second, first)):
             W_dec.grad.index_put_((one,), grad.unsqueeze(1) * rows[other], accumulate=True)  # repeats in one order

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from shared.config import Config
 from shared.keyed import key_bits
-from train.checkpoint import fitting, numbers
 from train.duplicates.activations import Correlated, co_activation_loss, mass, position_loss
+from train.duplicates.correlation_report import CorrelationReport
 from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest, steps_between_scans
-from train.duplicates.report import CorrelationReport
-from train.transcoder import Step, Transcoder
+from train.model.saved_tensors import fitting, numbers
+from train.model.transcoder import StepOutput, Transcoder
 
 _DECAY = 0.99
 
@@ -127,7 +127,7 @@ class Diversity:
         self._mass = weights.new_zeros(2, d_sae)
         """Moving averages of every latent's activation: at position 0, and everywhere."""
 
-    def value_terms(self, output: Step) -> dict[str, Tensor]:
+    def value_terms(self, output: StepOutput) -> dict[str, Tensor]:
         """Terms whose gradient reaches the latents' values; they belong into one backward with the step's loss."""
         together, position, terms = self._config.co_activation, self._config.position, {}
         if together.weight:

@@ -16,16 +16,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from shared import durable
 from shared.config import Config
 from shared.errors import DiskFull
-from shared.strata import POSITION_0
-from train import blas
-from train.blas import Blas
-from train.checkpoint import fitting, numbers
-from train.duplicates.activations import Correlated, correlated_pairs, countable, measure
-from train.duplicates.directions import Pairs, close_pairs, connected, effective_number, steps_between_scans
-from train.duplicates.report import (
+from shared.files import durable
+from shared.store.strata import POSITION_0
+from train.duplicates.activations import Correlated, correlated_pairs, measure
+from train.duplicates.correlation_report import (
     CorrelatedPair,
     CorrelationReport,
     Correlations,
@@ -34,9 +30,13 @@ from train.duplicates.report import (
     Sample,
     change_of,
 )
-from train.held_out import HeldOutActive
-from train.sparsity import Active, offsets
-from train.transcoder import Step, Transcoder
+from train.duplicates.directions import Pairs, close_pairs, connected, effective_number, steps_between_scans
+from train.evaluation.held_out import HeldOutActive
+from train.model import blas
+from train.model.blas import Blas
+from train.model.saved_tensors import fitting, numbers
+from train.model.sparse_latents import SparseLatents, countable, offsets
+from train.model.transcoder import StepOutput, Transcoder
 
 FOLDER, HELD_OUT = "anti_duplication_logs", "correlation-held-out.json"
 LEVELS = (0.5, 0.7, 0.8, 0.9)
@@ -89,7 +89,7 @@ class CorrelationMonitor:
         sides = transcoder.W_enc, transcoder.W_dec
         self._scan_every = steps_between_scans(*sides, len(self._of_row), config.cost_share)
         self._window = -(-config.rows // len(self._of_row))
-        self._kept: list[tuple[Active, Tensor]] = []
+        self._kept: list[tuple[SparseLatents, Tensor]] = []
         """The active pairs of each batch of the sample, and the stratum of each of their rows"""
         self._last: CorrelationReport | None = None
         self.lost_reports = 0
@@ -100,7 +100,7 @@ class CorrelationMonitor:
         """Whether a report follows step `done`, counted from 1."""
         return bool(self._every) and (done % self._every == 0 or done == self._steps)
 
-    def add(self, step: Step, done: int) -> None:
+    def add(self, step: StepOutput, done: int) -> None:
         """Keep the pairs of step `done`, if a report will look at them.
 
         Counting costs the square of a row's active latents: where these are so many that a report would take more than
@@ -182,7 +182,7 @@ class CorrelationMonitor:
         count = sum(name.startswith("monitor.") and name.endswith(".rows") for name in tensors)
         self._kept = [self._loaded_batch(tensors, f"monitor.{i:04d}") for i in range(count)]
 
-    def _loaded_batch(self, tensors: dict[str, Tensor], name: str) -> tuple[Active, Tensor]:
+    def _loaded_batch(self, tensors: dict[str, Tensor], name: str) -> tuple[SparseLatents, Tensor]:
         stratum = numbers(tensors, f"{name}.stratum", len(self._strata))
         rows = numbers(tensors, f"{name}.rows", len(stratum))
         latents = numbers(tensors, f"{name}.latents", self._transcoder.d_sae, len(rows))
@@ -190,17 +190,19 @@ class CorrelationMonitor:
         values = fitting(tensors, f"{name}.values", torch.empty(len(rows)))
         if not torch.equal(starts, offsets(rows, len(stratum))) or bool((rows.diff() < 0).any()):
             raise ValueError(f"tensor '{name}.starts' does not say where the rows of '{name}.rows' begin")
-        return Active(rows, latents, values, starts, self._transcoder.d_sae), stratum
+        return SparseLatents(rows, latents, values, starts, self._transcoder.d_sae), stratum
 
     def _report_after(self, done: int) -> int:
         return min(-(-done // self._every) * self._every, self._steps)
 
-    def _sample(self) -> tuple[Active, Tensor]:
+    def _sample(self) -> tuple[SparseLatents, Tensor]:
         """The active pairs of all rows kept, and the stratum of every row."""
-        return Active.joined([active for active, _ in self._kept]), torch.cat([stratum for _, stratum in self._kept])
+        return SparseLatents.joined([active for active, _ in self._kept]), torch.cat(
+            [stratum for _, stratum in self._kept]
+        )
 
     def _make(
-        self, sample: Sample, every: Active, stratum: Tensor, dead: Tensor, before: CorrelationReport | None
+        self, sample: Sample, every: SparseLatents, stratum: Tensor, dead: Tensor, before: CorrelationReport | None
     ) -> tuple[CorrelationReport, Correlated]:
         config, done = self._config, sample.last_step
         strata = list(sample.strata)
@@ -233,8 +235,8 @@ class CorrelationMonitor:
     def _listed(
         self,
         pairs: Pairs,
-        every: Active,
-        rest: Active,
+        every: SparseLatents,
+        rest: SparseLatents,
         stratum: Tensor,
         strata: list[str],
         before: CorrelationReport | None,
@@ -268,7 +270,7 @@ class CorrelationMonitor:
             for i, (first, second) in enumerate(zip(*(side.tolist() for side in pairs), strict=True))
         ]
 
-    def _scan(self, done: int, every: Active, dead: Tensor) -> tuple[Directions, list[list[int]]]:
+    def _scan(self, done: int, every: SparseLatents, dead: Tensor) -> tuple[Directions, list[list[int]]]:
         model, live = self._transcoder, int((~dead).sum())
         latents = (~dead).nonzero().squeeze(1).to(model.W_dec.device)
         close, cosines = close_pairs(model.W_dec.detach(), latents, min(LEVELS), model.blas)
@@ -297,7 +299,7 @@ def _rows_of_each(strata: Sequence[str], stratum: Tensor) -> dict[str, int]:
     return dict(zip(strata, torch.bincount(stratum, minlength=len(strata)).tolist(), strict=True))
 
 
-def _correlations(active: Active, config: MonitorConfig) -> tuple[Correlated, Correlations]:
+def _correlations(active: SparseLatents, config: MonitorConfig) -> tuple[Correlated, Correlations]:
     found, above = correlated_pairs(active, config.least_together, levels=LEVELS)
     return found, Correlations(
         rows=len(active.starts) - 1,

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shared.store import Store
+from shared.store.store import Store
 from train.report.page import environment
-from train.samples.table import RECORD, SamplesRecord, parquet
-from train.samples.text import pieces
+from train.samples.parquet import RECORD, SamplesRecord, parquet
+from train.samples.token_text import pieces
 
 Array = NDArray[Any]
 

@@ -15,13 +15,12 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from shared import durable
 from shared.config import read_record
-from shared.store import Store
+from shared.files import durable
+from shared.store.store import Store
+from train.duplicates.correlation_report import CorrelationReport
 from train.duplicates.monitor import FOLDER, HELD_OUT
-from train.duplicates.report import CorrelationReport
-from train.metrics import METRICS, TIMING, Log
-from train.report.record import (
+from train.report.report_record import (
     Cluster,
     Context,
     Curves,
@@ -31,7 +30,8 @@ from train.report.record import (
     Nearest,
     StoreFacts,
 )
-from train.usage import USAGE, UsageRecord
+from train.run.metrics import METRICS, TIMING, Log
+from train.run.usage import USAGE, UsageRecord
 
 _DENSITY_EDGES = np.logspace(-7, 0, 57)
 _COSINE_EDGES = np.linspace(-1, 1, 81)

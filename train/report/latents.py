@@ -12,16 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.layout import UNEMBEDDING
-from shared.store import Store
-from shared.strata import POSITION_0
-from shared.unembedding import Unembedding
-from train import blas
-from train.blas import Blas
+from shared.store.layout import UNEMBEDDING
+from shared.store.store import Store
+from shared.store.strata import POSITION_0
+from shared.store.unembedding import Unembedding
+from train.data.batches import StoreRows
 from train.duplicates.activations import most_correlated
-from train.held_out import held_out_active
-from train.settings import RunConfig
-from train.transcoder import Transcoder
+from train.evaluation.held_out import held_out_active
+from train.model import blas
+from train.model.blas import Blas
+from train.model.transcoder import Transcoder
 
 Array = NDArray[Any]
 
@@ -38,22 +38,21 @@ _TAKEN = ("latent", "prefix", "contexts", "density", "max", "mean", "bin_edges")
 
 def latents_table(
     transcoder: Transcoder,
-    store: Store,
+    rows: StoreRows,
     threshold: Tensor,  # [F]
-    config: RunConfig,
     latents: pa.Table,
     contexts: pa.Table,
 ) -> pa.Table:
     """All columns, each with a description; `latents` and `contexts` are the samples of `transcoder`.
 
-    Correlations are of latents under `threshold` on the rows of `store` that reports are made of.
+    Correlations are of latents under `threshold` on the store's report rows.
     """
     taken = [latents.schema.field(name) for name in _TAKEN] + [f for f in latents.schema if _stratum(f.name)]
     columns = {f.name: (latents[f.name].combine_chunks(), f.metadata[b"description"].decode()) for f in taken}
     live = torch.from_numpy(np.flatnonzero(latents["max"].is_valid().to_numpy()))
     near, cosines = nearest(transcoder.W_dec, live, NEIGHBOURS, transcoder.blas)
-    rows, chunk_rows = store.record.report_blocks, config.settings.evaluation.chunk_rows
-    held_out = held_out_active(transcoder, store, rows, threshold, chunk_rows, config.settings.source)
+    store = rows.store
+    held_out = held_out_active(transcoder, rows, store.record.report_blocks, threshold)
     together, correlations = most_correlated(held_out.without_position_0, LEAST_TOGETHER, NEIGHBOURS)
     columns |= {
         "bos_share": (

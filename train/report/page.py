@@ -13,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from train.report.figures import figures
-from train.report.record import STATES, Context, Report
+from train.report.plots import figures
+from train.report.report_record import STATES, Context, Report
 
 _ROWS = 24
 """Of the table beside a plot of curves, beside those of series with as few points."""

@@ -6,8 +6,8 @@ fired at position 0 alone. Each is in the report beside its figure.
 
 from collections.abc import Iterator
 
-from shared.strata import POSITION_0
-from train.report.record import Check, Report, State
+from shared.store.strata import POSITION_0
+from train.report.report_record import Check, Report, State
 
 _TENTH = 0.1
 """Of the run: what fvu is averaged over."""

@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.console.progress import Progress
 from shared.errors import Stopped
-from shared.progress import Progress
-from shared.store import MappedArray, Store
-from train.rows import Side, read_rows
-from train.samples import loops
-from train.samples.loops import NOT_STORED
-from train.transcoder import Transcoder
+from shared.store.store import MappedArray, Store
+from train.data.batches import StoreRows, read_rows
+from train.model.transcoder import Transcoder
+from train.samples import context_loops
+from train.samples.context_loops import NOT_STORED
 
 Array = NDArray[Any]
 
@@ -113,12 +113,10 @@ _NO_ROWS = _Rows(*(np.zeros(0, kind) for kind in (np.int32, np.uint8, np.int64, 
 @torch.no_grad()
 def encode(
     transcoder: Transcoder,
-    store: Store,
+    rows: StoreRows,
     blocks: range,
     threshold: Tensor,
     most_rows: int,
-    chunk_rows: int,
-    source: Side = "source",
     stop: Sequence[object] = (),
 ) -> Activations:
     """Encode the first sequences of `blocks` that have `most_rows` stored rows in all, whole ones and at least one.
@@ -126,12 +124,13 @@ def encode(
     Latents are active above `threshold` [F], the rule of inference. Windows are shuffled over the store, so the first
     are as good as any. Raises `Stopped` when `stop` is filled meanwhile.
     """
+    store = rows.store
     context, per_block = store.request.context_size, store.request.block_sequences
-    sequences, rows = _extent(store, blocks, most_rows)
+    sequences, total = _extent(store, blocks, most_rows)
     found: list[_Rows] = []
     done = pairs = 0
-    with Progress("samples", rows, "rows") as progress:
-        encoder = _Encoder(transcoder, store, threshold, chunk_rows, source, progress, stop)
+    with Progress("samples", total, "rows") as progress:
+        encoder = _Encoder(transcoder, rows, threshold, progress, stop)
         for block in blocks[: -(-sequences // per_block)]:
             wanted = min(per_block, sequences - done)
             part, got = encoder.block(block, done, wanted, MOST_PAIRS - pairs)
@@ -191,15 +190,13 @@ class _Encoder:
     def __init__(
         self,
         transcoder: Transcoder,
-        store: Store,
+        rows: StoreRows,
         threshold: Tensor,
-        chunk_rows: int,
-        source: Side,
         progress: Progress,
         stop: Sequence[object],
     ) -> None:
-        self._transcoder, self._store, self._threshold = transcoder, store, threshold
-        self._chunk_rows, self._source, self._progress, self._stop = chunk_rows, source, progress, stop
+        self._transcoder, self._store, self._threshold = transcoder, rows.store, threshold
+        self._chunk_rows, self._source, self._progress, self._stop = rows.chunk_rows, rows.source, progress, stop
         self._rows = 0
 
     def block(self, block: int, done: int, sequences: int, most_pairs: int) -> tuple[_Rows, int]:
@@ -265,5 +262,7 @@ def _by_latent(found: list[_Rows], d_sae: int) -> tuple[Array, Array, Array]:
     while found:
         part = found.pop(0)
         pairs = np.concatenate([[0], np.cumsum(part.counts)])
-        loops.scatter(np.argsort(part.places), part.places, pairs, part.latents, part.values, ends, places, values)
+        context_loops.scatter(
+            np.argsort(part.places), part.places, pairs, part.latents, part.values, ends, places, values
+        )
     return starts, places, values

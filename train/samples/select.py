@@ -14,7 +14,7 @@ from pydantic import Field
 
 from shared.config import Config
 from shared.keyed import hash_integers
-from train.samples import loops
+from train.samples import context_loops
 from train.samples.encode import Activations
 
 Array = NDArray[Any]
@@ -67,7 +67,7 @@ def select(found: Activations, config: SamplesConfig, seed: int) -> Selection:
     top = np.full((d_sae, config.top), -1, np.int64)
     binned = np.full((d_sae, config.bins, config.per_bin), -1, np.int64)
     edges = np.full((d_sae, config.bins + 1), np.nan, np.float32)
-    loops.select(
+    context_loops.select(
         found.starts, found.places, found.values, found.stratum, found.repeats, found.tokens.shape[1],
         hash_integers(np.arange(d_sae), "samples", seed),
         config.most_of(config.top), config.most_of(config.per_bin), top, binned, edges,

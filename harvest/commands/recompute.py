@@ -1,0 +1,139 @@
+"""Stored rows beside those that the model gives now."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harvest.commands.repair import own_model
+from harvest.llm.model import load_model
+from harvest.run.capture import Capture, open_capture
+from harvest.run.ranks import Ranks
+from harvest.text.packing import Windows, model_positions
+from harvest.writer.target import Target, read_block
+from shared.console.progress import Progress
+from shared.keyed import hash_integers
+from shared.store.checks import read_ledger
+from shared.store.statistics import decode
+from shared.store.store import Local, MappedArray, Store
+
+ROUNDING = 0.02
+"""The relative difference of a row that rounding explains: five units in the last place of bfloat16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A stored row."""
+
+    stratum: str
+    row: int
+    sequence: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Rows of a store beside the model's own."""
+
+    rows: int
+    equal: int
+    """Rows whose source and target are equal bit for bit."""
+    largest: float
+    """The largest relative difference of a row, |stored - recomputed| / |recomputed|."""
+    wrong: tuple[str, ...]
+    """Rows that differ by more than `ROUNDING`."""
+
+    def text(self) -> str:
+        """One line, and one more for each row that is wrong."""
+        line = f"{self.rows:,} rows recomputed: {self.equal:,} equal bit for bit, largest difference {self.largest:.2g}"
+        return "\n".join([line, *self.wrong])
+
+
+def against_model(path: Path, count: int, model: str | None, seed: int, local: Local | None) -> Comparison:
+    """Recompute `count` random rows of the store at `path`, in passes of the shape that they were made with.
+
+    Software and processor of another kind may round differently; more than that is an error in the store.
+    """
+    store = Store.open(path, local)
+    request, files = store.request, own_model(store.request, model)
+    batch = read_ledger(path, 0).batch_sequences
+    by_pass: dict[int, list[Place]] = defaultdict(list)
+    for place in random_places(store, count, seed):
+        block, sequence = divmod(place.sequence, request.block_sequences)
+        by_pass[block * request.block_sequences + sequence // batch * batch].append(place)
+    target = Target(path=path, request=request, plan=store.record.plan)
+    network = load_model(
+        files.folder, request.model.dtype, request.model.device, [request.source_hook, request.target_hook]
+    )
+    differences: dict[Place, float] = {}
+    with (
+        open_capture(network, Ranks().cores, request.model.device, request.storage, request.documents) as capture,
+        Progress("recompute", len(by_pass), "passes") as bar,
+    ):
+        for done, (first, places) in enumerate(sorted(by_pass.items()), 1):
+            differences |= _compare(store, capture, _windows(target, first, batch), first, places)
+            bar.update(done)
+    wrong = tuple(
+        f"strata/{p.stratum} row {p.row} (sequence {p.sequence}, offset {p.offset}): differs by {value:.2g}"
+        for p, value in differences.items()
+        if not value <= ROUNDING
+    )
+    values = list(differences.values())
+    return Comparison(rows=len(values), equal=values.count(0.0), largest=max(values), wrong=wrong)
+
+
+def random_places(store: Store, count: int, seed: int) -> list[Place]:
+    """`count` different rows of the store, or all of them; every row is as likely."""
+    strata = list(store.strata.values())
+    edges = np.cumsum([0, *(s.source.rows for s in strata)])
+    order = hash_integers(np.arange(8 * count), "rows to recompute", seed) % np.uint64(edges[-1])
+    chosen = np.arange(edges[-1]) if count >= edges[-1] else np.array(list(dict.fromkeys(order.tolist()))[:count])
+    places = []
+    for number in chosen.astype(np.int64).tolist():
+        at = int(np.searchsorted(edges, number, side="right")) - 1
+        row = number - int(edges[at])
+        places.append(
+            Place(
+                stratum=strata[at].stratum.name,
+                row=row,
+                sequence=int(_row(strata[at].sequence, row)),
+                offset=int(_row(strata[at].offset, row)),
+            )
+        )
+    return places
+
+
+def _windows(target: Target, first: int, batch: int) -> Windows:
+    """The windows of the pass that starts with sequence `first`; a block's last pass may be shorter."""
+    block, start = divmod(first, target.request.block_sequences)
+    return Windows(*(part[start : start + batch] for part in read_block(target, block)))
+
+
+def _compare(store: Store, capture: Capture, windows: Windows, first: int, places: list[Place]) -> dict[Place, float]:
+    request = store.request
+    found = capture.rows(windows, model_positions(windows, request.documents))
+    differences = {}
+    for place in places:
+        row = (place.sequence - first) * request.context_size + place.offset
+        rows = store.strata[place.stratum]
+        differences[place] = max(
+            _difference(_row(array, place.row), found[hook][row])
+            for array, hook in ((rows.source, request.source_hook), (rows.target, request.target_hook))
+        )
+    return differences
+
+
+def _row(array: MappedArray, row: int) -> NDArray[Any]:
+    shard, within = divmod(row, array.spec.rows_per_shard)
+    return np.asarray(array.shard(shard)[within])
+
+
+def _difference(stored: NDArray[Any], recomputed: NDArray[Any]) -> float:
+    """0 when equal bit for bit, else the relative difference, above 0."""
+    if stored.tobytes() == recomputed.tobytes():
+        return 0.0
+    theirs, ours = (decode(rows).astype(np.float64) for rows in (stored, recomputed))
+    return max(float(np.linalg.norm(theirs - ours)) / max(float(np.linalg.norm(ours)), 1e-30), 1e-30)

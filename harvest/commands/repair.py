@@ -1,0 +1,145 @@
+"""Finds what is damaged in a store, and makes exactly that anew."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from harvest.commands.describe import verify
+from harvest.llm.model_files import ModelFiles, find_model, read_shape
+from harvest.run.pipeline import lock_store
+from harvest.run.ranks import Ranks
+from harvest.settings import EMBEDDED, ModelSettings, TextSettings
+from harvest.text.corpus import open_corpus
+from harvest.writer import finish, ledger
+from harvest.writer.recover_records import refuse_packed
+from harvest.writer.target import Target, publish_records
+from harvest.writer.tokens import restore
+from shared.errors import CorruptData, UserError
+from shared.files import durable
+from shared.files.untrusted import refuse_links
+from shared.store.checks import read_store_record
+from shared.store.layout import ARRAYS, DOCUMENTS, LEDGER, TOKENS, CorpusIdentity, StoreRequest, row_specs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """What is wrong with a store."""
+
+    blocks: tuple[int, ...]
+    """Blocks to compute again."""
+    token_files: tuple[str, ...]
+    """Shard files of `tokens` and `documents`, by path below the Zarr root."""
+    others: tuple[str, ...]
+    """Other files, by path below the store."""
+
+    def __bool__(self) -> bool:
+        """Whether anything is wrong."""
+        return bool(self.blocks or self.token_files or self.others)
+
+    def text(self) -> str:
+        """What was made anew, in one line."""
+        blocks = f"blocks {', '.join(map(str, self.blocks))}" if self.blocks else ""
+        parts = [part for part in (blocks, *self.token_files, *self.others) if part]
+        return f"made anew: {'; '.join(parts)}" if parts else "nothing is damaged"
+
+
+def find_damage(path: Path) -> Damage:
+    """Read every file of the store at `path`. Raises `UserError` when there is no store."""
+    record = read_store_record(path)
+    block_of = {
+        f"{ARRAYS}/{spec.shard_path(shard)}": block
+        for spec in row_specs(record.request, record.plan.stored_strata, record.d_in, record.d_out)
+        for block in range(record.blocks)
+        for shard in spec.block_shards(block)
+    }
+    blocks, token_files, others = set(), [], []
+    for name in verify(path).faults:
+        if name in block_of:
+            blocks.add(block_of[name])
+        elif name.startswith(f"{LEDGER}/"):
+            blocks.add(int(name.split("/")[1].split(".")[0]))
+        elif name.startswith((f"{ARRAYS}/{TOKENS}/c/", f"{ARRAYS}/{DOCUMENTS}/c/")):
+            token_files.append(name.removeprefix(f"{ARRAYS}/"))
+        else:
+            others.append(name)
+    return Damage(blocks=tuple(sorted(blocks)), token_files=tuple(token_files), others=tuple(others))
+
+
+def repair(path: Path, model: str | None, text: Sequence[str], workers: int) -> Damage:
+    """Make what is damaged anew, and nothing else; returns what it was.
+
+    `model` and `text` say where they lie, if that is not what the store names. Raises `UserError` when they are not
+    the store's own, and `CorruptData` when the store is still damaged at the end.
+    """
+    refuse_packed(path)
+    with ExitStack() as stack:
+        stack.enter_context(lock_store(path))
+        refuse_links(path)
+        durable.sweep(path)
+        damage = find_damage(path)
+        if not damage:
+            return damage
+        record = read_store_record(path)
+        target = Target(path=path, request=record.request, plan=record.plan)
+        files = own_model(record.request, model)
+        if damage.token_files:
+            _restore(target, damage.token_files, files, text)
+        finish.drop_damaged(target)
+        from harvest.run.runner import Runner
+
+        widths = {record.request.source_hook: record.d_in, record.request.target_hook: record.d_out}
+        ranks = Ranks()
+        runner = Runner(folder=files.folder, widths=widths, workers=workers or ranks.cores, ranks=ranks)
+        runner.capture([target], {path: set(damage.blocks)})
+        publish_records(target)
+        ledger.grow_arrays(target, range(target.blocks))
+        finish.finish(target, files)
+        if left := find_damage(path):
+            raise CorruptData(f"{path} is still damaged: {left}; remove it and harvest it again")
+    return damage
+
+
+def own_model(request: StoreRequest, name: str | None) -> ModelFiles:
+    """The model that a store was made with, found by its own name or by the one given. Raises `UserError`."""
+    wanted = request.model
+    settings = ModelSettings(name=name or wanted.name, revision=None if name else wanted.revision)
+    files = find_model(settings)
+    for what, found, expected in (
+        ("weights", files.weights_digest(), wanted.weights),
+        ("tokenizer", files.tokenizer_digest(), request.tokenizer),
+    ):
+        if found != expected:
+            raise UserError(
+                f"{files.folder} is not the model of the store: its {what} has the digest {found[:12]}, that of the "
+                f"store's {wanted.name} {expected[:12]}; pass --model FOLDER"
+            )
+    return files
+
+
+def own_text(corpus: CorpusIdentity, names: Sequence[str]) -> TextSettings:
+    """The settings that find a store's text again, by its own name or at the places given."""
+    if corpus.name == EMBEDDED:
+        return TextSettings()
+    hub = {"revision": corpus.revision, "subset": corpus.subset, "split": corpus.split or "train"}
+    return TextSettings(
+        name=tuple(names) or (corpus.name,),
+        column=corpus.column,
+        kind=corpus.kind,
+        streaming=corpus.order == "as_read",
+        **({} if names else hub),
+    )
+
+
+def _restore(target: Target, names: Sequence[str], files: ModelFiles, text: Sequence[str]) -> None:
+    from harvest.text.tokenize import Encoder
+
+    wanted = target.request.corpus
+    settings = own_text(wanted, text)
+    corpus = open_corpus(settings, wanted.separator, target.request.seed)
+    if corpus.identity != wanted:
+        raise UserError(
+            f"{target.path}: its tokens are damaged, and {', '.join(settings.name)} is not the text it was made from; "
+            "pass --text, or run the harvest that made it again"
+        )
+    restore(target, names, corpus, Encoder(files.folder, wanted, read_shape(files.folder).vocabulary))

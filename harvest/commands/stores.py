@@ -1,0 +1,161 @@
+"""The folder that stores are made in: what is there, what is nearest to a request, and removing what is not used."""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from shared.console.panel import size
+from shared.errors import ProjectError, UserError
+from shared.files import durable
+from shared.files.disk_usage import size_of
+from shared.store.checks import is_packed, progress, read_plan, read_request, read_store_record
+from shared.store.layout import LEDGER, PLAN, REQUEST, STORE, StoreRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A store in the cache, whole or not."""
+
+    name: str
+    state: str
+    """`complete`, `packed`, `12 of 40 blocks`, `complete; extended: 12 of 40 blocks`, `packing`, or `damaged: ...`"""
+    bytes: int
+    """On disk, all files."""
+    age_seconds: float
+    """Since a file of the store was last published."""
+    used_by: list[str]
+    """Processes that train from it, and those that write it."""
+    model: str = ""
+    layer: int | None = None
+    hooks: str = ""
+    context_size: int | None = None
+    tokens: int | None = None
+    """To train on."""
+    rows: int | None = None
+    """To train on, stored."""
+
+
+def list_stores(cache: Path) -> list[Entry]:
+    """Every store in the folder `cache`, by name; no shard is opened."""
+    if not cache.is_dir():
+        return []
+    found = [path for path in sorted(cache.iterdir()) if (path / REQUEST).is_file()]
+    return [_entry(path) for path in found if path.suffix != durable.TEMPORARY]
+
+
+def show(entries: Sequence[Entry], cache: Path) -> None:
+    """Print the stores as a table on stdout."""
+    console = Console(width=None if Console().is_terminal else 160)
+    if not entries:
+        console.print(f"no stores in {cache}", highlight=False)
+        return
+    table = Table("store", "model", "layer", "hooks", "context", "tokens", "rows", "size", "age", "state", "used by")
+    table.columns[0].no_wrap = True
+    for entry in entries:
+        numbers = [f"{n:,}" if n is not None else "" for n in (entry.context_size, entry.tokens, entry.rows)]
+        layer = "" if entry.layer is None else str(entry.layer)
+        taken, age, users = size(entry.bytes), _age(entry.age_seconds), ", ".join(entry.used_by)
+        table.add_row(entry.name, entry.model, layer, entry.hooks, *numbers, taken, age, entry.state, users)
+    console.print(table)
+    total, free = size_of(*(cache / entry.name for entry in entries)), durable.free_bytes(cache)
+    console.print(f"{len(entries)} stores, {size(total)}; {size(free)} free", highlight=False)
+
+
+def as_json(entries: Sequence[Entry], cache: Path) -> dict[str, Any]:
+    """Plain values."""
+    free = durable.free_bytes(cache) if cache.is_dir() else None
+    return {"cache": str(cache), "free_bytes": free, "stores": [asdict(entry) for entry in entries]}
+
+
+def check_removable(path: Path) -> int:
+    """The size of the store at `path`, in bytes. Raises `UserError` when it is none, or is used or written."""
+    with _alone(path):
+        return size_of(path)
+
+
+def remove(path: Path) -> None:
+    """Remove the store at `path`. Raises `UserError` when it is none, or when a process uses or writes it.
+
+    It is renamed first: a kill leaves litter, which `sweep` removes, and never a part of a store.
+    """
+    with _alone(path) as lock:
+        path = lock.with_suffix("")
+        durable.remove_folder(path)
+        lock.unlink()
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """Hold the writers' and the readers' lock of the store at `path`; gives the writers' lock file."""
+    if not (path / REQUEST).is_file():
+        raise UserError(f"{path} is not a store: it has no {REQUEST}")
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link to {path.resolve()}; remove that, or the link with rm")
+    path = path.resolve()
+    lock = path.with_name(f"{path.name}.lock")
+    with durable.lock(lock, f"store {path.name}"), durable.lock(path / REQUEST, f"store {path.name}"):
+        yield lock
+
+
+def sweep(cache: Path) -> None:
+    """Remove what a killed `remove` or harvest left of stores that nobody writes; nothing without a store's lock."""
+    for lock in cache.glob("*.lock"):
+        store = lock.with_suffix("")
+        litter = [cache / f"{store.name}{end}{durable.TEMPORARY}" for end in ("", ".spool")]
+        if any(path.exists() for path in litter):
+            with suppress(UserError), durable.lock(lock, f"store {store.name}"):  # in use: its writer sweeps
+                shutil.rmtree(litter[0], ignore_errors=True)
+                litter[1].unlink(missing_ok=True)
+                if not store.exists():
+                    lock.unlink()
+
+
+def _entry(path: Path) -> Entry:
+    users = durable.holders(path / REQUEST)
+    writers = [f"{who}, harvesting" for who in durable.holders(path.with_name(f"{path.name}.lock"))]
+    newest = max(
+        (file.stat().st_mtime for file in (path / STORE, path / PLAN, path / REQUEST, path / LEDGER) if file.exists()),
+        default=time.time(),
+    )
+    common: dict[str, Any] = {"name": path.name, "bytes": size_of(path), "age_seconds": max(0.0, time.time() - newest)}
+    try:
+        request = read_request(path)
+        plan = read_plan(path) if (path / PLAN).is_file() else None
+        if (path / STORE).is_file():
+            record = read_store_record(path)
+            growing = plan is not None and plan.training_blocks > record.plan.training_blocks
+            state = "packed" if is_packed(path) else "complete"
+            state, plan = f"{state}; extended: {progress(path)}" if growing else state, record.plan
+        else:
+            state = progress(path)
+    except ProjectError as error:
+        return Entry(**common, state=f"damaged: {error}", used_by=[*users, *writers])
+    return Entry(
+        **common,
+        state=state,
+        used_by=[*users, *writers],
+        model=request.model.name,
+        layer=request.layer,
+        hooks=" -> ".join(hook.removeprefix(f"blocks.{request.layer}.") for hook in _hooks(request)),
+        context_size=request.context_size,
+        tokens=plan.training_blocks * request.block_tokens if plan else None,
+        rows=sum(stratum.total("stored") for stratum in plan.strata) if plan else None,
+    )
+
+
+def _hooks(request: StoreRequest) -> tuple[str, str]:
+    return request.source_hook, request.target_hook
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,311 @@
+"""A harvest from settings to finished stores: identify, plan, capture, finish."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from harvest.llm.model_files import (
+    ModelFiles,
+    ModelShape,
+    find_model,
+    read_shape,
+    read_special_tokens,
+    resolve_device,
+    window_tokens,
+)
+from harvest.run.estimate import Estimate, estimate, require_space
+from harvest.run.ranks import Ranks
+from harvest.settings import Settings
+from harvest.text.corpus import Corpus, open_corpus
+from harvest.writer import finish, ledger
+from harvest.writer.recover_records import check_request, read_records
+from harvest.writer.request_differences import explain_new
+from harvest.writer.target import Target, damaged_files, load_target, needs_packing, publish_records
+from harvest.writer.tokens import extend, restore, spool_path
+from shared.config import build
+from shared.console.terminal import say
+from shared.errors import CorruptData, UserError
+from shared.files import durable
+from shared.store.arrays import INNER_ROWS
+from shared.store.layout import STATISTICS, STORE, ModelIdentity, StoreRequest
+from shared.store.store import Store
+
+_CUDA_TOKENS, _CPU_TOKENS, _CPU_VALUES = 8192, 2048, 2**22
+"""Tokens per forward pass, and on CPU the values of one activation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """A model and a text, found and identified, and the request of each layer's store."""
+
+    model: ModelFiles
+    shape: ModelShape
+    corpus: Corpus
+    requests: tuple[StoreRequest, ...]
+    training_blocks: int
+    """Blocks that hold at least the tokens asked for."""
+
+
+def harvest(settings: Settings, cache: Path, *, force: bool = False) -> list[Path]:
+    """Make (or find, or extend) one store per layer in `cache`; returns their folders, in order of the layers.
+
+    Finished stores are found without torch. `force` goes on where the disk looks too small. Of several processes, the
+    first plans and finishes the stores, under a lock that it then shares with the others, and returns the folders.
+    """
+    inputs = identify(settings)
+    paths = [cache / request.folder for request in inputs.requests]
+    with Ranks() as ranks, ExitStack() as locks:
+        if ranks.first:
+            with ranks.leading():
+                unfinished = _unfinished(paths, inputs)
+                held = [locks.enter_context(lock_store(path)) for path, _ in unfinished]
+                widths = prepare(_targets(paths, inputs), inputs, settings, force=force) if held else {}
+                for lock in held:
+                    lock.share()
+        else:
+            ranks.follow()
+            unfinished, widths = _unfinished(paths, inputs), {}
+            for path, _ in unfinished:
+                locks.enter_context(lock_store(path, shared=True))
+        if unfinished:
+            _make(_targets(paths, inputs), inputs, settings, ranks, widths)
+    return paths if ranks.first else []
+
+
+def estimates(settings: Settings, cache: Path) -> list[Estimate]:
+    """What `harvest` would write, a store per layer; no weights are loaded, nothing is written."""
+    inputs = identify(settings)
+    targets = [load_target(cache / request.folder, request) for request in inputs.requests]
+    widths = hook_widths(targets, inputs)
+    return [estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets]
+
+
+def measure(settings: Settings, cache: Path) -> float:
+    """Seconds that the forward passes of all blocks to come will take, by the speed of a few batches."""
+    inputs = identify(settings)
+    targets = [load_target(cache / request.folder, request) for request in inputs.requests]
+    from harvest.run.runner import seconds_per_token
+
+    workers = settings.workers or Ranks().cores
+    per_token = seconds_per_token(inputs.model.folder, targets, inputs.shape.vocabulary, workers)
+    blocks = targets[0].request.held_out_blocks + inputs.training_blocks
+    todo = max(blocks - (t.blocks - len(ledger.missing_blocks(t)) if t.plan else 0) for t in targets)
+    return per_token * todo * targets[0].request.block_tokens
+
+
+def identify(settings: Settings) -> Inputs:
+    """Find model and text, and state what determines the stores' bytes. Raises `UserError` on what cannot work."""
+    model = find_model(settings.model)
+    shape = read_shape(model.folder)
+    bos, separator = window_tokens(settings.windows, model.folder, read_special_tokens(model))
+    _check_sizes(settings, shape)
+    corpus = open_corpus(settings.text, separator, settings.seed)
+    common = {
+        "model": _model_identity(settings, model),
+        "tokenizer": model.tokenizer_digest(),
+        "corpus": corpus.identity,
+        "bos": bos,
+        "block_sequences": block_sequences(settings, shape),
+        "batch_sequences": batch_sequences(settings, shape),
+    }
+    requests = tuple(_request(settings, layer, common) for layer in settings.capture.layers)
+    blocks = -(-settings.tokens // requests[0].block_tokens)
+    return Inputs(model=model, shape=shape, corpus=corpus, requests=requests, training_blocks=blocks)
+
+
+def block_sequences(settings: Settings, shape: ModelShape) -> int:
+    """Windows per block: as set, or half of that and so on, until a block of all layers keeps `max_block_bytes`.
+
+    Rows are taken to be as wide as the residual stream.
+    """
+    store = settings.store
+    hooks = {name for layer in settings.capture.layers for name in settings.capture.hooks(layer)}
+    item = 4 if store.storage == "float32" else 2
+    window = settings.windows.context_size * shape.d_model * item * len(hooks)
+    sequences = store.block_sequences
+    while sequences > 1 and sequences * window > store.max_block_bytes:
+        sequences //= 2
+        sequences -= sequences % INNER_ROWS if sequences > INNER_ROWS else 0
+    return sequences
+
+
+def batch_sequences(settings: Settings, shape: ModelShape) -> int:
+    """Windows per forward pass: as set, or as many as keep a processor busy and its temporary tensors small."""
+    if settings.capture.batch_sequences != "auto":
+        return settings.capture.batch_sequences
+    context = settings.windows.context_size
+    if resolve_device(settings.model.device) == "cuda":
+        return max(1, _CUDA_TOKENS // context)
+    return max(1, min(_CPU_TOKENS, _CPU_VALUES // shape.d_model) // context)
+
+
+def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool:
+    """Whether the store at `path` holds what is asked for; one that is damaged does not, and is made whole again."""
+    if not (path / STORE).is_file():
+        return False
+    check_request(path, read_records(path).request, request)
+    try:
+        record = Store.open(path).record
+    except CorruptData as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return False
+    if len(list(path.glob(STATISTICS))) > 1:
+        return False  # killed in its last step
+    return record.plan.exhausted or len(record.training_blocks) >= training_blocks
+
+
+def _unfinished(paths: Sequence[Path], inputs: Inputs) -> list[tuple[Path, StoreRequest]]:
+    return [
+        (path, request)
+        for path, request in zip(paths, inputs.requests, strict=True)
+        if not is_finished(path, request, inputs.training_blocks)
+    ]
+
+
+def _targets(paths: Sequence[Path], inputs: Inputs) -> list[Target]:
+    return [load_target(path, request) for path, request in _unfinished(paths, inputs)]
+
+
+def lock_store(path: Path, *, shared: bool = False) -> AbstractContextManager[durable.Lock]:
+    """The writers' lock of the store at `path`."""
+    path = path.resolve()
+    return durable.lock(path.with_name(f"{path.name}.lock"), f"store {path.name}", shared=shared)
+
+
+def _model_identity(settings: Settings, model: ModelFiles) -> ModelIdentity:
+    found = {
+        "name": model.name,
+        "revision": model.revision,
+        "weights": model.weights_digest(),
+        "dtype": settings.model.dtype,
+        "device": resolve_device(settings.model.device),
+    }
+    return build(ModelIdentity, found, f"model {settings.model.name}")
+
+
+def _request(settings: Settings, layer: int, common: Mapping[str, object]) -> StoreRequest:
+    source, target = settings.capture.hooks(layer)
+    store = settings.store
+    return build(
+        StoreRequest,
+        {
+            **common,
+            "label": settings.label,
+            "context_size": settings.windows.context_size,
+            "documents": settings.windows.documents,
+            "layer": layer,
+            "source_hook": source,
+            "target_hook": target,
+            "edges": store.edges,
+            "keep": store.keep,
+            "cap": store.cap,
+            "exclude_special": store.exclude_special,
+            "max_norm_quantile": store.max_norm_quantile,
+            "storage": store.storage,
+            "held_out_blocks": store.held_out_blocks,
+            "unembedding": store.unembedding,
+            "seed": settings.seed,
+        },
+        f"request of layer {layer}",
+    )
+
+
+def _check_sizes(settings: Settings, shape: ModelShape) -> None:
+    names = [name for layer in settings.capture.layers for name in settings.capture.hooks(layer)]
+    for name in names:
+        number = name.split(".")[1]
+        if not number.isdigit() or int(number) >= shape.layers:
+            raise UserError(f"no layer for hook {name}: the model has {shape.layers} layers, 0 to {shape.layers - 1}")
+    if shape.max_context is not None and settings.windows.context_size > shape.max_context:
+        raise UserError(
+            f"windows.context_size is {settings.windows.context_size}, and the model has {shape.max_context} positions"
+        )
+
+
+def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, force: bool) -> dict[str, int]:
+    """Plan the tokens of stores whose locks are held, once it is known that the model and the disk will do.
+
+    Returns the width of each hook.
+    """
+    if not targets:
+        return {}
+    for target in targets:
+        _require_writable(target.path)
+        durable.sweep(target.path)
+        spool_path(target.path).unlink(missing_ok=True)
+        if target.plan:
+            publish_records(target)
+            finish.drop_damaged(target)
+        elif line := explain_new(target.path, target.request):
+            say(line)
+    widths = hook_widths(targets, inputs)
+    if not force:
+        require_space([estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets])
+    needing = [target for target in targets if needs_packing(target, inputs.training_blocks)]
+    damaged = {target.path: damaged_files(target) for target in targets}
+    if needing or any(damaged.values()):
+        from harvest.text.tokenize import Encoder
+
+        encoder = Encoder(inputs.model.folder, inputs.corpus.identity, inputs.shape.vocabulary)
+        for target in targets:
+            if damaged[target.path]:
+                restore(target, damaged[target.path], inputs.corpus, encoder)
+        for group in _alike(needing):
+            extend(group, inputs.training_blocks, inputs.corpus, encoder)
+        if not force:  # now that rows are counted where they depend on the tokens
+            planned = [load_target(target.path, target.request) for target in targets]
+            require_space([estimate(target, inputs.training_blocks, widths, inputs.model) for target in planned])
+    return widths
+
+
+def _require_writable(path: Path) -> None:
+    """Raise `UserError` where the store at `path` cannot grow: a lock file that is there already tells nothing."""
+    for folder in (path.parent, path):
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write to {folder}: it is read-only; make it writable, or choose another --cache")
+
+
+def hook_widths(targets: Sequence[Target], inputs: Inputs) -> dict[str, int]:
+    """The width of each hook that the targets record, from the model without its weights."""
+    from harvest.llm.model import check_device, probe
+
+    check_device(targets[0].request.model.device)
+    hooks = sorted({name for t in targets for name in (t.request.source_hook, t.request.target_hook)})
+    return probe(inputs.model.folder, hooks, targets[0].request.context_size)
+
+
+def _alike(targets: Sequence[Target]) -> Iterator[list[Target]]:
+    """Groups of targets whose blocks hold the same tokens, and are made with as many windows per pass."""
+
+    def kind(target: Target) -> tuple[tuple[int, ...], int]:
+        return target.segments, ledger.fixed_batch(target) or 0
+
+    for _, group in groupby(sorted(targets, key=kind), key=kind):
+        yield list(group)
+
+
+def _make(targets: Sequence[Target], inputs: Inputs, settings: Settings, ranks: Ranks, widths: dict[str, int]) -> None:
+    """Commit what planned stores lack, and finish them. `widths` of the hooks, if they are known already."""
+    if not targets:  # finished by another harvest before their locks were had
+        return
+    missing = {target.path: set(ledger.missing_blocks(target)) for target in targets}
+    groups = list(_alike(targets))
+    ranks.wait()
+    from harvest.run.runner import Runner
+
+    runner = Runner(
+        folder=inputs.model.folder,
+        widths=widths or hook_widths(targets, inputs),
+        workers=settings.workers or ranks.cores,
+        ranks=ranks,
+    )
+    for group in groups:
+        runner.capture(group, {target.path: missing[target.path] for target in group})
+    if ranks.first:
+        for target in targets:
+            ledger.grow_arrays(target, range(target.blocks))
+            finish.finish(target, inputs.model)

@@ -1,0 +1,225 @@
+"""Captures and commits blocks: forward passes, the block before being written, and the next one begun side by side."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from harvest.llm.extract_unembedding import publish_unembedding
+from harvest.llm.model import Model, check_isolation, load_model
+from harvest.run.capture import Capture, fitting_buffers, open_capture
+from harvest.run.harvest_panel import Status, free_on
+from harvest.run.ranks import Ranks
+from harvest.text.packing import Windows, model_positions
+from harvest.writer import attention_sinks, ledger
+from harvest.writer.blocks import BlockLayout, Buffers, block_layout
+from harvest.writer.target import Target, read_block
+from shared.console.progress import Progress
+from shared.console.signals import leave, stop_signals
+from shared.console.terminal import Volume, volume
+from shared.errors import Stopped
+from shared.files import durable
+from shared.store.layout import UNEMBEDDING
+from shared.store.statistics import Moments
+
+_BLOCKS_HELD = 2
+Missing = Mapping[Path, set[int]]
+"""Blocks that each target lacks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runner:
+    """Where the model lies, the width of each hook, the threads to use, and the processes that share the blocks."""
+
+    folder: Path
+    widths: Mapping[str, int]
+    workers: int
+    ranks: Ranks
+    unembeddings: list[Path] = field(default_factory=list)
+    """Those written so far: a gigabyte for a large vocabulary, the same for every layer."""
+
+    def capture(self, targets: Sequence[Target], missing: Missing) -> None:
+        """Commit the blocks that are missing; targets, whose tokens are the same, take their rows from one pass.
+
+        The processes take turns with the blocks. Returns when all are committed.
+        """
+        todo = sorted(set().union(*missing.values()))
+        lacking = [t for t in targets if t.request.unembedding and not (t.path / UNEMBEDDING).is_file()]
+        if todo or lacking:
+            model = self._load(targets)
+            if self.ranks.first:
+                for path in [target.path / UNEMBEDDING for target in lacking]:
+                    if self.unembeddings:
+                        durable.publish_link(path, self.unembeddings[0])
+                    else:
+                        publish_unembedding(model, path)
+                    self.unembeddings.append(path)
+            if todo:
+                self._run(model, [t for t in targets if missing[t.path]], missing, todo)
+        self.ranks.wait()
+
+    def _load(self, targets: Sequence[Target]) -> Model:
+        request = targets[0].request
+        hooks = sorted({name for t in targets for name in (t.request.source_hook, t.request.target_hook)})
+        return load_model(self.folder, request.model.dtype, self._device(request.model.device), hooks)
+
+    def _device(self, kind: str) -> str:
+        return f"cuda:{self.ranks.local_rank}" if kind == "cuda" else kind
+
+    def _run(self, model: Model, targets: Sequence[Target], missing: Missing, todo: Sequence[int]) -> None:
+        request, mine = targets[0].request, todo[self.ranks.rank :: self.ranks.size]
+        done = targets[0].blocks - len(todo) if self.ranks.size == 1 else 0
+        device = self._device(request.model.device)
+        if request.documents == "apart":
+            check_isolation(model, request.context_size, device)
+        name = "harvest" if self.ranks.size == 1 else f"harvest, process {self.ranks.rank} of {self.ranks.size}"
+        with (
+            ThreadPoolExecutor(1, "write") as writer,
+            open_capture(model, self.workers, device, request.storage, request.documents) as capture,
+        ):
+            batch = self._batch(capture, targets, mine)
+            size = request.block_tokens
+            status = Status(
+                targets=targets,
+                missing=missing,
+                mine=frozenset(mine),
+                there=done,
+                widths=self.widths,
+                batch=batch,
+                device=device,
+                workers=self.workers,
+                disk=free_on(targets[0].path),
+            )
+            alone = self.ranks.size == 1
+            bar = Progress(name, (done + len(mine)) * size, "tokens", done * size, draw=status.panel, alone=alone)
+            count = _Counter(bar, done * size, status)
+            with stop_signals() as stop, bar:
+                blocks = Blocks(targets, missing, self.widths, batch, self.ranks.first)
+                try:
+                    blocks.run(mine, capture, writer, count.tokens, stop, count.block)
+                except KeyboardInterrupt:  # the second one: a pass of a large model takes a minute
+                    leave("stopped at once; run the same command again to continue")
+                if stop:
+                    left = len(set(mine) & set().union(*missing.values()))
+                    raise Stopped(
+                        f"stopped with {left} of {len(mine)} blocks to go; run the same command again to continue"
+                    )
+
+    def _batch(self, capture: Capture, targets: Sequence[Target], mine: Sequence[int]) -> int:
+        """Windows per pass: those that committed blocks were made with, or the most that fit on every process."""
+        fixed, batch = ledger.fixed_batch(targets[0]), targets[0].request.batch_sequences
+        if fixed is None and mine:
+            windows = read_block(targets[0], mine[0])
+            batch = capture.fitting_batch(windows, model_positions(windows, targets[0].request.documents), batch)
+        return self.ranks.least(fixed or batch)
+
+
+class Blocks:
+    """The blocks of some targets on their way to disk."""
+
+    def __init__(
+        self, targets: Sequence[Target], missing: Missing, widths: Mapping[str, int], batch: int, first: bool
+    ) -> None:
+        self._targets, self._missing, self._batch, self._first = targets, missing, batch, first
+        self._widths = {name: widths[name] for t in targets for name in (t.request.source_hook, t.request.target_hook)}
+        self._warned = not first
+
+    def run(
+        self,
+        blocks: Sequence[int],
+        capture: Capture,
+        writer: ThreadPoolExecutor,
+        done: Callable[[int], None],
+        stop: Sequence[int] = (),
+        written: Callable[[int], None] = lambda block: None,
+    ) -> None:
+        """Capture and commit `blocks`; a block is begun when the one before the last is on disk.
+
+        `done` hears of tokens whose passes are made, `written` of blocks that are committed.
+        When `stop` has a signal, no pass is begun any more, and blocks that lack one are left out.
+        """
+        target, request = self._targets[0], self._targets[0].request
+        pending: deque[Future[Buffers]] = deque()
+        for block in blocks:
+            if stop:
+                break
+            windows = read_block(target, block)
+            layout = block_layout(request, target.strata, windows, block, target.special)
+            used = pending.popleft().result() if len(pending) == _BLOCKS_HELD else {}
+            buffers = fitting_buffers(used, self._widths, len(layout.rows), request.storage)
+            passes = capture.submit(windows, layout, self._batch, buffers, done, stop)
+            pending.append(writer.submit(self._write, block, windows, layout, buffers, passes, written))
+        while pending:
+            pending.popleft().result()
+
+    def _write(
+        self,
+        block: int,
+        windows: Windows,
+        layout: BlockLayout,
+        buffers: Buffers,
+        passes: Sequence[Future[bool]],
+        written: Callable[[int], None],
+    ) -> Buffers:
+        """Commit a block when its passes are done, if all of them ran; gives its buffers back."""
+        if not all([future.result() for future in passes]):
+            return buffers
+        for target in self._targets:
+            if block in self._missing[target.path]:
+                moments = ledger.commit(target, block, layout, buffers, self._batch)
+                self._missing[target.path].discard(block)
+                if self._first:
+                    ledger.grow_arrays(target, set(range(target.blocks)) - self._missing[target.path])
+                self._warn(target, block, moments)
+        written(block)
+        return buffers
+
+    def _warn(self, target: Target, block: int, moments: Mapping[str, Moments]) -> None:
+        """Tell of attention sinks as soon as a block to train on has been seen."""
+        if self._warned or block < target.request.held_out_blocks:
+            return
+        self._warned = target is self._targets[-1]
+        for line in attention_sinks.warnings(target.strata, moments):
+            print(f"warning: layer {target.request.layer}: {line}", file=sys.stderr)
+
+
+def seconds_per_token(folder: Path, targets: Sequence[Target], vocabulary: int, workers: int) -> float:
+    """Seconds that a token takes on this machine, by two batches for each of `workers` threads."""
+    request = targets[0].request
+    hooks = sorted({name for t in targets for name in (t.request.source_hook, t.request.target_hook)})
+    model = load_model(folder, request.model.dtype, request.model.device, hooks)
+    ids = np.random.default_rng(0).integers(0, vocabulary, (request.batch_sequences, request.context_size))
+    windows = Windows(ids.astype(np.int32), np.zeros_like(ids, np.int32))
+    positions = model_positions(windows, "joined")
+    with open_capture(model, workers, request.model.device, request.storage, "joined") as capture:
+        batch = capture.fitting_batch(windows, positions, request.batch_sequences)
+        part, passes = Windows(*(rows[:batch] for rows in windows)), 2 * workers
+        began = time.monotonic()
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda _: capture.rows(part, positions[:batch]), range(passes)))
+        return (time.monotonic() - began) / (passes * part.tokens.size)
+
+
+class _Counter:
+    """Tells a progress bar of tokens and blocks, which several threads finish."""
+
+    def __init__(self, bar: Progress, done: int, status: Status) -> None:
+        self._bar, self._done, self._status, self._lock = bar, done, status, Lock()
+
+    def tokens(self, count: int) -> None:
+        """So many more are done."""
+        with self._lock:
+            self._done += count
+            self._bar.update(self._done)
+
+    def block(self, block: int) -> None:
+        """One is on disk."""
+        with self._lock:
+            detail = self._status.detail(block) if volume() == Volume.VERBOSE else ""
+            self._bar.update(self._done, self._status.note(), detail)

@@ -1,0 +1,110 @@
+"""Commits blocks: shard files, then the record that says they exist, then the arrays' metadata."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from safetensors.numpy import save
+
+from harvest.writer.attention_sinks import listed
+from harvest.writer.blocks import SIDES, Array, BlockLayout, Buffers, pack_moments, stored_moments, stratum_arrays
+from harvest.writer.target import Target
+from shared.errors import CorruptData
+from shared.files import durable
+from shared.store.checks import belongs, buffers_record, check_size, read_ledger
+from shared.store.layout import (
+    ARRAYS,
+    FileRecord,
+    LedgerRecord,
+    block_token_files,
+    moments_path,
+    record_path,
+    row_specs,
+    stratum_specs,
+)
+from shared.store.outliers import pack_long_rows
+from shared.store.statistics import Moments
+
+
+def missing_blocks(target: Target) -> list[int]:
+    """Planned blocks without a ledger record, or with files that are not there in full."""
+    return [block for block in range(target.blocks) if not _is_committed(target, block)]
+
+
+def commit(target: Target, block: int, layout: BlockLayout, buffers: Buffers, batch: int) -> dict[str, Moments]:
+    """Publish a block. A kill at any point leaves it either committed, or to be done again with the same bytes.
+
+    `batch`: windows per forward pass that it was computed with. Returns the moments by stratum and side.
+    """
+    request = target.request
+    d_in, d_out = (buffers[name].shape[1] for name in (request.source_hook, request.target_hook))
+    files: dict[str, FileRecord] = {}
+    moments: dict[str, Moments] = {}
+    sides: dict[str, Array] = {}
+    with ThreadPoolExecutor(len(SIDES) + 1) as pool:
+        for stratum in target.strata:
+            arrays = stratum_arrays(request, stratum, block, layout, buffers)
+            gathered = {side: pool.submit(stored_moments, arrays[side]) for side in SIDES}
+            shards: dict[str, durable.Buffers] = {}
+            for name, spec in stratum_specs(request, stratum, d_in, d_out).items():
+                paths = [spec.shard_path(shard) for shard in spec.block_shards(block)]
+                shards |= dict(zip(paths, spec.shard_buffers(arrays[name]), strict=True))
+            records = pool.map(buffers_record, shards.values())
+            durable.publish_files({target.path / ARRAYS / name: data for name, data in shards.items()})
+            files |= dict(zip(shards, records, strict=True))
+            moments |= {f"{stratum.name}/{side}": found.result() for side, found in gathered.items()}
+            sides |= {f"{stratum.name}/{side}": arrays[side] for side in SIDES}
+    saved = save(pack_moments(moments) | pack_long_rows(listed(target.strata, moments, sides)))
+    durable.publish_bytes(target.path / moments_path(block), saved)
+    assert target.plan is not None
+    record = LedgerRecord(
+        block=block,
+        batch_sequences=batch,
+        d_in=d_in,
+        d_out=d_out,
+        files=files,
+        tokens=block_token_files(target.plan, request, block),
+        moments=buffers_record([saved]),
+    )
+    durable.publish_json(target.path / record_path(block), record.model_dump(mode="json"))
+    return moments
+
+
+def fixed_batch(target: Target) -> int | None:
+    """Windows per forward pass that the committed blocks were made with, or None when there are none."""
+    records = (_readable(target, block) for block in range(target.blocks))
+    return next((record.batch_sequences for record in records if record), None)
+
+
+def grow_arrays(target: Target, committed: Iterable[int]) -> None:
+    """Set the arrays' shapes to the blocks that are committed without a gap; `committed` are block numbers."""
+    known = set(committed)
+    prefix = next(block for block in range(target.blocks + 1) if block not in known)
+    if prefix == 0:
+        return
+    record = read_ledger(target.path, 0)
+    files = {
+        target.path / ARRAYS / spec.path / "zarr.json": durable.json_bytes(spec.metadata(prefix))
+        for spec in row_specs(target.request, target.strata, record.d_in, record.d_out)
+    }
+    durable.publish_changed(files)
+
+
+def _is_committed(target: Target, block: int) -> bool:
+    record = _readable(target, block)
+    if record is None or target.plan is None or not belongs(record, target.request, target.plan):
+        return False
+    try:
+        for name, file in record.files.items():
+            check_size(target.path / ARRAYS / name, file)
+        check_size(target.path / moments_path(block), record.moments)
+    except CorruptData:
+        return False
+    return True
+
+
+def _readable(target: Target, block: int) -> LedgerRecord | None:
+    """A block's record, if it is there and whole; else the block is made again."""
+    try:
+        return read_ledger(target.path, block)
+    except CorruptData:
+        return None

@@ -1,0 +1,291 @@
+"""Token windows on disk, and the plan of a store: exact before any model is loaded.
+
+A segment's windows are spooled in order of the text, then permuted on their own into whole blocks. The order of
+publishing is request, groups, shards of tokens and documents, array metadata, plan: a plan that exists names tokens
+that exist.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harvest.text.corpus import Corpus
+from harvest.text.packing import Packed, Quota, TokenStream, Windows, model_positions, pack
+from harvest.text.prefetch import ahead
+from harvest.text.tokenize import Encoder
+from harvest.writer.blocks import block_counts, quotas
+from harvest.writer.target import Target, begin
+from shared.bounds import MAX_BLOCKS
+from shared.console.progress import Progress
+from shared.errors import CorruptData, UserError
+from shared.files import durable
+from shared.keyed import permutation
+from shared.store.checks import buffers_record, fault, read_ledger
+from shared.store.layout import (
+    ARRAYS,
+    DOCUMENTS,
+    LEDGER,
+    PLAN,
+    TOKENS,
+    FileRecord,
+    RowCounts,
+    StorePlan,
+    StoreRequest,
+    StratumPlan,
+    documents_spec,
+    moments_path,
+    tokens_spec,
+)
+from shared.store.strata import stratum_ranges
+
+_DOCUMENTS_AHEAD = 256
+
+
+def extend(targets: Sequence[Target], training_blocks: int, corpus: Corpus, encoder: Encoder) -> list[Target]:
+    """Add a segment to each target, so that it plans `training_blocks`, or all that the corpus holds.
+
+    The targets' requests differ in nothing that tokens depend on, and their segments are the same. Raises `UserError`,
+    with nothing written, when the corpus has no whole training block.
+    """
+    first, before = targets[0], sum(targets[0].segments)
+    if (blocks := first.request.held_out_blocks + training_blocks) > MAX_BLOCKS:
+        raise UserError(f"{blocks:,} blocks, and a store has at most {MAX_BLOCKS:,}; raise store.block_sequences")
+    with _packed(first, before, training_blocks, corpus, encoder) as (windows, packed, quota):
+        segment = _Segment(first.request, len(first.segments), before, windows, packed.held_out)
+        _check(packed, quota, before + segment.blocks, training_blocks, first.request)
+        if not segment.blocks:
+            return [_exhausted(target) for target in targets]
+        special = first.plan.special_tokens if first.plan else encoder.special if first.request.exclude_special else ()
+        strata = _plan_strata(first, segment, special)
+        exhausted = packed.windows < quota.wanted
+        return [_publish(target, segment, packed, strata, special, exhausted=exhausted) for target in targets]
+
+
+def restore(target: Target, files: Sequence[str], corpus: Corpus, encoder: Encoder) -> None:
+    """Write damaged shard files of `tokens` and `documents` anew from the text. Raises `CorruptData` if they differ."""
+    assert target.plan is not None
+    before = 0
+    for number, blocks in enumerate(target.segments):
+        with _packed(target, before, before + blocks, corpus, encoder) as (windows, packed, _):
+            for block, part in _Segment(target.request, number, before, windows, packed.held_out):
+                for name, data in _window_shards(target.request, block, part).items():
+                    if name in files and buffers_record(data) == target.plan.token_files[name]:
+                        durable.publish_bytes(target.path / ARRAYS / name, data)
+        before += blocks
+    if wrong := [name for name in files if fault(target.path / ARRAYS / name, target.plan.token_files[name])]:
+        raise CorruptData(
+            f"{target.path / ARRAYS / wrong[0]} does not come out of this text as it was; remove {target.path} and "
+            "harvest it again"
+        )
+
+
+class _Segment:
+    """The blocks that a segment adds, in order: number and windows. The first segment has the held-out ones, too."""
+
+    def __init__(self, request: StoreRequest, number: int, before: int, windows: Windows, held_out: Windows) -> None:
+        """`before`: training blocks of the segments before."""
+        self.blocks = len(windows.tokens) // request.block_sequences
+        self.held_out_blocks = len(held_out.tokens) // request.block_sequences
+        self._size, self._windows, self._held_out = request.block_sequences, windows, held_out
+        self._first = request.held_out_blocks + before
+        self._order = permutation(len(windows.tokens), "windows", request.seed, number)
+
+    def __iter__(self) -> Iterator[tuple[int, Windows]]:
+        """Yield (block, windows)."""
+        size = self._size
+        for i in range(self.held_out_blocks):
+            yield i, Windows(*(part[i * size : (i + 1) * size] for part in self._held_out))
+        for i in range(self.blocks):
+            chosen = self._order[i * size : (i + 1) * size]
+            yield self._first + i, Windows(*(part[chosen] for part in self._windows))
+
+    def training(self) -> Iterator[Windows]:
+        """Yield the windows of the blocks to train on."""
+        yield from (windows for _, windows in islice(self, self.held_out_blocks, None))
+
+
+@contextmanager
+def _packed(
+    target: Target, before: int, after: int, corpus: Corpus, encoder: Encoder
+) -> Iterator[tuple[Windows, Packed, Quota]]:
+    """The windows of training blocks `before` to `after`, whole blocks of them, in order of the text."""
+    request, size = target.request, target.request.block_sequences
+    quota = Quota(held_out=request.held_out_blocks * size, skipped=before * size, wanted=(after - before) * size)
+    stream = TokenStream(
+        ahead(encoder.encode(corpus.read()), _DOCUMENTS_AHEAD),
+        bos=encoder.bos if request.bos else None,
+        separator=encoder.separator,
+        context=request.context_size,
+        kind=request.documents,
+    )
+    with _spool(target.path) as path, Progress("pack", quota.wanted * request.context_size, "tokens") as bar:
+        written = 0
+
+        def keep(part: Windows) -> None:
+            """Tokens and documents of one window after the other."""
+            nonlocal written
+            data = np.stack(part, axis=1).tobytes()
+            durable.write_at(path, written, data)
+            written += len(data)
+            bar.update(written // 8)
+
+        packed = pack(stream, request.context_size, quota, keep)
+        whole = packed.windows // size * size
+        shape = (whole, 2, request.context_size)
+        spooled = np.memmap(path, np.int32, "r", shape=shape) if whole else np.zeros(shape, np.int32)
+        yield Windows(spooled[:, 0], spooled[:, 1]), packed, quota
+
+
+def _plan_strata(target: Target, segment: _Segment, special: Sequence[int]) -> tuple[StratumPlan, ...]:
+    """The strata of a target with one segment more. Rows per block are those that every block of the first has."""
+    request = target.request
+    fixed = [stratum.rows for stratum in target.plan.strata] if target.plan else None
+    if request.documents == "joined" and not special:
+        _, windows = next(iter(segment))
+        counts = [block_counts(request, windows, special)] * (segment.held_out_blocks + segment.blocks)
+    else:
+        counts = [block_counts(request, windows, special) for _, windows in segment]
+    usable = [[c.natural - c.special - c.over_norm for c in by_block] for by_block in zip(*counts, strict=True)]
+    rows = fixed or quotas(request, [min(found) for found in usable])
+    ranges = stratum_ranges(request.edges, request.context_size)
+    for (start, stop), found, wanted in zip(ranges, usable, rows, strict=True):
+        if wanted and not min(found):
+            raise UserError(
+                f"a block of the tokens now asked for has no row at positions {start} to {stop - 1}, of which the "
+                "store holds some from every block; ask for fewer tokens, or harvest another store with other edges"
+            )
+    before = [stratum.segments for stratum in target.plan.strata] if target.plan else [()] * len(ranges)
+    training = zip(*counts[segment.held_out_blocks :], strict=True)
+    added = [_total(by_block, wanted) for by_block, wanted in zip(training, rows, strict=True)]
+    return tuple(
+        StratumPlan(start=start, stop=stop, rows=wanted, segments=(*earlier, counts_))
+        for (start, stop), wanted, earlier, counts_ in zip(ranges, rows, before, added, strict=True)
+    )
+
+
+def _total(blocks: Sequence[RowCounts], rows: int) -> RowCounts:
+    """The counts of all `blocks` of a stratum, each storing `rows`."""
+    natural, special, over = (sum(getattr(c, kind) for c in blocks) for kind in ("natural", "special", "over_norm"))
+    repeated = sum(max(0, rows - (c.natural - c.special - c.over_norm)) for c in blocks)
+    return RowCounts(natural=natural, special=special, over_norm=over, stored=rows * len(blocks), repeated=repeated)
+
+
+def _publish(
+    target: Target,
+    segment: _Segment,
+    packed: Packed,
+    strata: tuple[StratumPlan, ...],
+    special: tuple[int, ...],
+    *,
+    exhausted: bool,
+) -> Target:
+    request, root = target.request, target.path / ARRAYS
+    if target.plan is None:
+        begin(target, strata)
+    files = dict(target.plan.token_files) if target.plan else {}
+    _remove_unplanned(root, files)
+    _remove_beyond(target.path, target.blocks + segment.blocks)
+    for block, windows in segment:
+        shards = _window_shards(request, block, windows)
+        durable.publish_files({root / name: data for name, data in shards.items()})
+        files |= {name: buffers_record(data) for name, data in shards.items()}
+    kept = sum(_payload(request, windows) for windows in segment.training())
+    counts = packed.counts(kept, _payload(request, packed.held_out))
+    plan = StorePlan(
+        request=request.digest,
+        segments=(*target.segments, segment.blocks),
+        packing=(*(target.plan.packing if target.plan else ()), counts),
+        strata=strata,
+        special_tokens=special,
+        token_files=files,
+        exhausted=exhausted,
+    )
+    done = replace(target, plan=plan)
+    for spec in (tokens_spec(request), documents_spec(request)):
+        durable.publish_json(root / spec.path / "zarr.json", spec.metadata(done.blocks))
+    durable.publish_json(target.path / PLAN, plan.model_dump(mode="json"))
+    return done
+
+
+def _exhausted(target: Target) -> Target:
+    """The target with its plan saying that the corpus holds no further block."""
+    assert target.plan is not None
+    plan = target.plan.model_copy(update={"exhausted": True})
+    durable.publish_json(target.path / PLAN, plan.model_dump(mode="json"))
+    return replace(target, plan=plan)
+
+
+def _payload(request: StoreRequest, windows: Windows) -> int:
+    """Tokens that are not a BOS put in."""
+    starts = (model_positions(windows, request.documents) == 0).sum() if request.bos else 0
+    return windows.tokens.size - int(starts)
+
+
+def _window_shards(request: StoreRequest, block: int, windows: Windows) -> dict[str, list[Any]]:
+    """The shard files of a block's tokens and documents: buffers by path below the Zarr root."""
+    return {
+        spec.shard_path(shard): data
+        for spec, rows in zip((tokens_spec(request), documents_spec(request)), windows, strict=True)
+        for shard, data in zip(spec.block_shards(block), spec.shard_buffers(np.asarray(rows)), strict=True)
+    }
+
+
+def _remove_unplanned(root: Path, planned: Mapping[str, FileRecord]) -> None:
+    """Token shards that a killed harvest wrote before it could publish its plan."""
+    for path in [*(root / TOKENS / "c").glob("*/*"), *(root / DOCUMENTS / "c").glob("*/*")]:
+        if path.relative_to(root).as_posix() not in planned:
+            path.unlink()
+            path.parent.rmdir()
+
+
+def _remove_beyond(path: Path, blocks: int) -> None:
+    """Blocks of a longer plan that was lost: their records, and the files that those name."""
+    for record in sorted((path / LEDGER).glob("[0-9]*.json")):
+        block = int(record.stem)
+        if block < blocks:
+            continue
+        with suppress(CorruptData):
+            for name in read_ledger(path, block).files:
+                (path / ARRAYS / name).unlink(missing_ok=True)
+        (path / moments_path(block)).unlink(missing_ok=True)
+        record.unlink()
+
+
+def spool_path(store: Path) -> Path:
+    """Where a store's windows are spooled; litter if a harvest was killed."""
+    return store.parent / f"{store.name}.spool{durable.TEMPORARY}"
+
+
+@contextmanager
+def _spool(store: Path) -> Iterator[Path]:
+    """A file beside the store for the windows in order of the text: tokens of a large harvest do not fit in memory."""
+    path = spool_path(store)
+    try:
+        durable.make_sparse(path, 0)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _check(packed: Packed, quota: Quota, blocks: int, wanted: int, request: StoreRequest) -> None:
+    """Refuse a corpus without a whole training block, and warn about one that is shorter than asked."""
+    per_block = request.block_tokens
+    if blocks == 0 or (not quota.skipped and len(packed.held_out.tokens) < quota.held_out):
+        needed = (request.held_out_blocks + 1) * request.block_sequences * (request.context_size - request.bos)
+        raise UserError(
+            f"{request.corpus.name}: its {packed.documents:,} documents hold {packed.tokens:,} tokens, and "
+            f"{request.held_out_blocks} held-out blocks and one training block need {needed:,}; give more text, or "
+            "lower store.block_sequences or store.held_out_blocks"
+        )
+    if blocks < wanted:
+        print(
+            f"warning: {request.corpus.name} holds {blocks * per_block:,} training tokens in whole blocks, "
+            f"{wanted * per_block:,} were asked for; taking what there is",
+            file=sys.stderr,
+        )

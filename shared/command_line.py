@@ -1,0 +1,83 @@
+"""Runs a click group and maps every error a user can meet to one line on stderr and an exit code; shared options."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shared.console.process import let_idle_threads_sleep
+from shared.console.terminal import Volume, speaking
+from shared.errors import ProjectError, Stopped, UserError
+from shared.store.packed import LOCAL_BYTES
+from shared.store.store import Local
+
+
+def run(group: click.Group) -> None:
+    """Run `group` on `sys.argv` and exit: 0 done, 1 failed, 2 the user's input, 3 stopped and resumable."""
+    let_idle_threads_sleep()
+    try:
+        group.main(standalone_mode=False)
+    except ProjectError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+    except click.ClickException as error:
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else group.name
+        _fail(f"{error.format_message()}  (see: {command} --help)", 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("stopped; run the same command again to continue", Stopped.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def local_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Where a packed store is decoded: options that become the argument `local`."""
+
+    @click.option("--local-folder", type=click.Path(path_type=Path), help="Where a packed store is decoded.")
+    @click.option(
+        "--local-bytes",
+        type=click.IntRange(1),
+        help=f"Most bytes that a packed store takes there.  [default: {LOCAL_BYTES}]",
+    )
+    @functools.wraps(command)
+    def wrapped(*, local_folder: Path | None, local_bytes: int | None, **given: Any) -> None:
+        local = Local(folder=local_folder, bytes=local_bytes or LOCAL_BYTES) if local_folder or local_bytes else None
+        command(**given, local=local)
+
+    return wrapped
+
+
+_quiet_option = click.option("-q", "--quiet", is_flag=True, help="Only warnings, errors and the result.")
+_verbose_option = click.option("-v", "--verbose", is_flag=True, help="All figures, whenever there are new ones.")
+
+
+def volume_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`--quiet` and `--verbose`: how much the command says."""
+    return _quiet_option(_verbose_option(_speaking(command)))
+
+
+def quiet_option(command: Callable[..., None]) -> Callable[..., None]:
+    """`--quiet` alone, for a command that has no more to say than how far it is."""
+    return _quiet_option(_speaking(command))
+
+
+def verbose_option(command: Callable[..., None]) -> Callable[..., None]:
+    """`--verbose` alone, for a command whose result is what there is to say."""
+    return _verbose_option(_speaking(command))
+
+
+def _speaking(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def wrapped(*, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
+        if quiet and verbose:
+            raise UserError("--quiet and --verbose contradict each other; give one of them")
+        with speaking(Volume.QUIET if quiet else Volume.VERBOSE if verbose else Volume.NORMAL):
+            command(**given)
+
+    return wrapped

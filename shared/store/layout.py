@@ -1,0 +1,479 @@
+"""The store format: what its records say and where its bytes lie. Pure; nothing here touches a disk.
+
+cache/tiny-L8-3f9c21/
+request.json             what was asked for; the folder's name ends in its digest
+plan.json                what the store will hold, known before a model is loaded: segments, packing, tokens
+store.json               the finished store: widths, blocks, statistics; written last
+activations.zarr/        Zarr v3: tokens, documents,
+strata/<start>-<stop>/{source,target,position,sequence,offset}
+ledger/000000.json       one record per committed block: size and crc32c of every shard file
+statistics-000019.safetensors   means and variances per dimension of a store of so many blocks
+tokenizer/
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from shared.bounds import (
+    MAX_BLOCKS,
+    MAX_CONTEXT,
+    MAX_FILES,
+    MAX_STRATA,
+    Blocks,
+    Count,
+    Digest,
+    Edges,
+    FileName,
+    Label,
+    Layer,
+    Name,
+    Position,
+    Seed,
+    Sequences,
+    Text,
+    TokenId,
+    Width,
+)
+from shared.config import Config
+from shared.store.arrays import INNER_ROWS, ArraySpec
+from shared.store.statistics import QUANTILES
+from shared.store.strata import Stratum, stratum_name, stratum_ranges
+
+FORMAT_VERSION = 3
+
+REQUEST, PLAN, STORE = "request.json", "plan.json", "store.json"
+ARRAYS, LEDGER, TOKENIZER = "activations.zarr", "ledger", "tokenizer"
+UNEMBEDDING, PACKED = "unembedding.safetensors", "packed.json"
+STATISTICS = "statistics-*.safetensors"
+TOKENS, DOCUMENTS = "tokens", "documents"
+
+StorageType = Literal["bfloat16", "float16", "float32"]
+Documents = Literal["joined", "apart"]
+"""`joined`: attention crosses from a document to the next; `apart`: positions restart, and it does not."""
+STORAGE_DTYPES: dict[str, str] = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
+"""The Zarr type that holds each storage type: zarr has no bfloat16, so its bits are kept as uint16."""
+
+
+class ModelIdentity(Config):
+    """Which weights computed the activations."""
+
+    name: Name
+    """A hub name, or the name of a local folder."""
+    revision: Name | None
+    """The hub's commit, resolved; none for a local folder."""
+    weights: Digest
+    """SHA-256 over the configuration and the weight files."""
+    dtype: StorageType
+    """The type the forward pass ran in."""
+    device: Literal["cpu", "cuda"]
+    """The kind of device it ran on."""
+
+
+class CorpusIdentity(Config):
+    """Which text was read, and how it became windows."""
+
+    name: str = Field(max_length=2**20, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
+    """`embedded`, a hub name, or the names of local files."""
+    digest: Digest
+    """SHA-256 over the documents, or over the files, or over a hub data set's name, commit, subset and split."""
+    revision: Name | None = None
+    """The commit of a hub data set."""
+    subset: Name | None = None
+    """The configuration of a hub data set."""
+    split: Name | None = None
+    """The split of a hub data set."""
+    column: Text | None
+    """The column of text, chat messages or token ids; none for the embedded corpus."""
+    kind: Literal["text", "messages", "input_ids"]
+    order: Literal["shuffled", "as_read"]
+    """Whether documents were permuted before packing (a stream is taken as read); windows are always permuted."""
+    separator: Text | None
+    """The token between documents, none for no separator."""
+
+
+class StoreRequest(Config):
+    """All that determines a store's bytes, except the number of tokens."""
+
+    format_version: int = FORMAT_VERSION
+    label: Label
+    """The preset's name, or the user's; the start of the folder's name."""
+    model: ModelIdentity
+    tokenizer: Digest
+    """SHA-256 over the tokenizer's files."""
+    corpus: CorpusIdentity
+    context_size: int = Field(ge=1, le=MAX_CONTEXT)
+    """Tokens per window, BOS included."""
+    bos: bool
+    """Whether every window (and with documents apart, every document) starts with the tokenizer's BOS."""
+    documents: Documents
+    layer: Layer
+    source_hook: Name
+    target_hook: Name
+    edges: Edges
+    keep: dict[Position, float] = Field(max_length=MAX_STRATA)
+    """Share of a stratum's rows that is stored, by the stratum's first position."""
+    cap: dict[Position, Count] = Field(max_length=MAX_STRATA)
+    """Most rows of a stratum that a block stores, by the stratum's first position."""
+    exclude_special: bool
+    """Whether rows at the tokenizer's special tokens are left out."""
+    max_norm_quantile: float = Field(gt=0, le=1)
+    """Of every stratum of a block, rows whose source norm is above this quantile are left out; 1 leaves out none."""
+    storage: StorageType
+    block_sequences: Sequences
+    held_out_blocks: Blocks
+    batch_sequences: Sequences
+    """Windows per forward pass, halved until they fit: the shape of a matrix product can change its last bits."""
+    unembedding: bool
+    """Whether the store holds `unembedding.safetensors`."""
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_strata(self.edges, self.keep, self.cap, self.context_size)
+        if self.block_sequences > INNER_ROWS and self.block_sequences % INNER_ROWS:
+            raise ValueError(f"block_sequences must be a multiple of {INNER_ROWS} or less, got {self.block_sequences}")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the canonical JSON of the request."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def folder(self) -> str:
+        """The store's folder in the cache, for example `tiny-L8-3f9c21`."""
+        return f"{self.label}-L{self.layer}-{self.digest[:6]}"
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one block's windows."""
+        return self.block_sequences * self.context_size
+
+
+def check_strata(edges: Sequence[int], keep: Mapping[int, float], cap: Mapping[int, int], context_size: int) -> None:
+    """Raise `ValueError` on edges, shares or caps that cannot be."""
+    stratum_ranges(edges, context_size)
+    for name, given in (("keep", keep), ("cap", cap)):
+        if unknown := sorted(set(given) - set(edges)):
+            raise ValueError(f"{name} names position {unknown[0]}, which starts no stratum; edges are {list(edges)}")
+    if wrong := [share for share in keep.values() if not 0 < share <= 1]:
+        raise ValueError(f"the share of a stratum to keep must be above 0 and at most 1, got {wrong[0]}")
+    if few := [rows for rows in cap.values() if rows < 1]:
+        raise ValueError(f"the most rows of a stratum to keep in a block must be at least 1, got {few[0]}")
+
+
+class FileRecord(Config):
+    """The size and checksum of one file."""
+
+    bytes: Count
+    crc32c: str = Field(pattern="^[0-9a-f]{8}$")
+
+
+class PackingCounts(Config):
+    """Where every token of the corpus went: read = kept + held out + left over."""
+
+    documents: Count
+    held_out_documents: Count
+    empty_documents: Count = 0
+    """Rows that hold no token; they are not counted as documents."""
+    tokens_read: Count
+    """Tokens of the documents that were read, separators included, BOS excluded."""
+    tokens_kept: Count
+    """In training windows, BOS excluded."""
+    tokens_held_out: Count
+    tokens_left_over: Count
+    """Read, but not enough for another whole block, or past a held-out block's end."""
+
+
+class RowCounts(Config):
+    """Where the rows of one stratum of a segment's training blocks go: natural = special + over_norm + rest.
+
+    Of the rest, `stored - repeated` distinct rows are stored and the others dropped.
+    """
+
+    natural: Count
+    """Computed by the model."""
+    special: Count
+    """Excluded: at special tokens."""
+    over_norm: Count
+    """Excluded: source norm above the quantile."""
+    stored: Count
+    repeated: Count
+    """Of those stored, copies of others: a later segment's block has fewer rows than every block stores."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.special + self.over_norm > self.natural or self.repeated > self.stored:
+            raise ValueError("more rows are excluded or repeated than there are")
+        return self
+
+
+class StratumPlan(Config):
+    """The rows of one stratum."""
+
+    start: Position
+    stop: Position
+    rows: Count
+    """Per block; fixed with the first segment. A stratum without rows is not in the store."""
+    segments: tuple[RowCounts, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of its group."""
+        return stratum_name(self.start, self.stop)
+
+    def total(self, kind: str) -> int:
+        """Rows of a kind of `RowCounts` over all segments."""
+        return sum(getattr(counts, kind) for counts in self.segments)
+
+    @property
+    def represented(self) -> int:
+        """Training rows that the stored ones stand for: `represented / stored` restores natural frequencies."""
+        return self.total("natural") - self.total("special") - self.total("over_norm")
+
+
+class StorePlan(Config):
+    """What the store will hold, exact before any model is loaded."""
+
+    request: Digest
+    """Digest of the request."""
+    segments: tuple[Blocks, ...]
+    """Training blocks per segment; each segment's windows were permuted on their own. Held-out blocks come first."""
+    packing: tuple[PackingCounts, ...]
+    """One entry per segment."""
+    strata: tuple[StratumPlan, ...] = Field(max_length=MAX_STRATA)
+    """In order of position, those without rows included."""
+    special_tokens: tuple[TokenId, ...] = ()
+    """The tokens whose rows are excluded."""
+    token_files: dict[FileName, FileRecord]
+    """The shard files of `tokens` and `documents`, by path below the Zarr root."""
+    exhausted: bool = False
+    """Whether the corpus is known to hold no further whole block: asking for more tokens gives this same store."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.training_blocks > MAX_BLOCKS:
+            raise ValueError(f"more than {MAX_BLOCKS:,} blocks are planned; use larger blocks (store.block_sequences)")
+        if {len(self.segments)} != {len(self.packing), *(len(stratum.segments) for stratum in self.strata)}:
+            raise ValueError("the packing or a stratum has another number of segments than the plan")
+        if empty := [s.name for s in self.strata if s.rows and self.training_blocks and not s.represented]:
+            raise ValueError(f"stratum {empty[0]} stores rows that stand for none")
+        return self
+
+    @property
+    def training_blocks(self) -> int:
+        """Blocks that are not held out."""
+        return sum(self.segments)
+
+    def continues(self, other: "StorePlan") -> bool:
+        """Whether this is `other`, or `other` with more segments."""
+        count = len(other.segments)
+        mine = (self.request, self.segments[:count], self.packing[:count], self.special_tokens)
+        rows = [(s.rows, s.segments[:count]) for s in self.strata]
+        return (
+            mine == (other.request, other.segments, other.packing, other.special_tokens)
+            and rows == [(s.rows, s.segments) for s in other.strata]
+            and other.token_files.items() <= self.token_files.items()
+        )
+
+    @property
+    def stored_strata(self) -> tuple[Stratum, ...]:
+        """The strata that are in the store, in order of position."""
+        blocks = max(1, self.training_blocks)
+        return tuple(
+            Stratum(start=s.start, stop=s.stop, rows=s.rows, natural_rows=s.represented / blocks)
+            for s in self.strata
+            if s.rows
+        )
+
+
+class LedgerRecord(Config):
+    """One committed block."""
+
+    block: Blocks
+    batch_sequences: Sequences
+    """Windows per forward pass that it was computed with; the same for all blocks."""
+    d_in: Width
+    d_out: Width
+    files: dict[FileName, FileRecord]
+    """Shard files by path below the Zarr root."""
+    tokens: dict[FileName, FileRecord]
+    """The shard files of `tokens` and `documents` that it was computed from: rows of other tokens are not its rows."""
+    moments: FileRecord
+    """The block's statistics, `ledger/<block>.moments.safetensors`."""
+
+
+class NormSummary(Config):
+    """The size of the rows of one stratum (or overall), one side."""
+
+    mean_squared_norm: float
+    norm_quantiles: dict[str, float]
+    """Quantiles of the Euclidean norm, by share; from a histogram of 1/64 octave, so within 1.1 %."""
+    mean_to_deviation: float
+    """Norm of the mean over root of the summed variance: above 1, the mean dominates."""
+    outlier_rows: Count
+    """Stored rows with a norm above 10 times the overall median."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if set(self.norm_quantiles) != (wanted := {str(share) for share in QUANTILES}):
+            raise ValueError(f"norm_quantiles must be of {', '.join(sorted(wanted))}")
+        return self
+
+
+class StratumSummary(Config):
+    """One stratum of a finished store, over its training blocks."""
+
+    start: Position
+    stop: Position
+    rows: Count
+    natural_rows: Count
+    """Rows the model computed, less those excluded; natural_rows / rows is the weight that restores frequencies."""
+    source: NormSummary
+    target: NormSummary
+
+
+class StoreRecord(Config):
+    """A finished store: `store.json`."""
+
+    format_version: int
+    request: StoreRequest
+    plan: StorePlan
+    d_in: Width
+    d_out: Width
+    blocks: Blocks
+    """All blocks, the held-out ones (which come first) included."""
+    strata: tuple[StratumSummary, ...]
+    overall: StratumSummary
+    """At natural frequencies, without position 0."""
+    files: dict[FileName, FileRecord]
+    """Statistics and tokenizer files, by path below the store."""
+    software: dict[Name, Name]
+    """Versions that produced the bytes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        stored = self.plan.stored_strata
+        if [(s.start, s.stop) for s in self.strata] != [(s.start, s.stop) for s in stored]:
+            raise ValueError("strata are not those that the plan stores rows of")
+        if most := [s for s in stored if s.rows > self.request.block_tokens]:
+            raise ValueError(f"stratum {most[0].name} stores more rows of a block than it has tokens")
+        specs = store_specs(self.request, stored, self.d_in, self.d_out)
+        files = self.blocks * sum(spec.shards_per_block for spec in specs)
+        if files > MAX_FILES:
+            raise ValueError(f"the store would have {files:,} shard files, and at most {MAX_FILES:,} are read")
+        return self
+
+    @property
+    def training_blocks(self) -> range:
+        """The blocks to train on."""
+        return range(self.request.held_out_blocks, self.blocks)
+
+    @property
+    def calibration_blocks(self) -> range:
+        """The held-out blocks that thresholds are calibrated on; empty when fewer than two are held out."""
+        return range(self.request.held_out_blocks // 2)
+
+    @property
+    def report_blocks(self) -> range:
+        """The held-out blocks that figures are reported on."""
+        return range(self.request.held_out_blocks // 2, self.request.held_out_blocks)
+
+
+def tokens_spec(request: StoreRequest) -> ArraySpec:
+    """The array of token windows [sequences, context]."""
+    return _windows_spec(request, TOKENS)
+
+
+def documents_spec(request: StoreRequest) -> ArraySpec:
+    """The array of the document that each token belongs to, counted from 0 in order of packing [sequences, context].
+
+    A BOS belongs to the document that follows it.
+    """
+    return _windows_spec(request, DOCUMENTS)
+
+
+def _windows_spec(request: StoreRequest, path: str) -> ArraySpec:
+    return ArraySpec(
+        path=path,
+        dtype="int32",
+        width=request.context_size,
+        rows_per_block=request.block_sequences,
+        dimension_names=("sequence", "offset"),
+    )
+
+
+def stratum_specs(request: StoreRequest, stratum: Stratum, d_in: int, d_out: int) -> dict[str, ArraySpec]:
+    """The arrays of a stratum, by name: rows, and for each the position the model saw and the place of its token."""
+    kind = STORAGE_DTYPES[request.storage]
+    marks = (("torch_dtype", request.storage),)
+
+    def spec(
+        name: str, dtype: str, width: int | None = None, attributes: tuple[tuple[str, str], ...] = ()
+    ) -> ArraySpec:
+        return ArraySpec(
+            path=f"strata/{stratum.name}/{name}",
+            dtype=dtype,
+            width=width,
+            rows_per_block=stratum.rows,
+            dimension_names=("row",) if width is None else ("row", f"{name}_dimension"),
+            attributes=attributes,
+        )
+
+    return {
+        "source": spec("source", kind, d_in, (*marks, ("hook_name", request.source_hook))),
+        "target": spec("target", kind, d_out, (*marks, ("hook_name", request.target_hook))),
+        "position": spec("position", "uint16"),
+        "sequence": spec("sequence", "uint32"),
+        "offset": spec("offset", "uint16"),
+    }
+
+
+def row_specs(request: StoreRequest, strata: Sequence[Stratum], d_in: int, d_out: int) -> list[ArraySpec]:
+    """The arrays of all strata, in order of position."""
+    return [spec for s in strata for spec in stratum_specs(request, s, d_in, d_out).values()]
+
+
+def store_specs(request: StoreRequest, strata: Sequence[Stratum], d_in: int, d_out: int) -> list[ArraySpec]:
+    """All arrays: tokens, documents and rows."""
+    return [tokens_spec(request), documents_spec(request), *row_specs(request, strata, d_in, d_out)]
+
+
+def block_bytes(specs: Sequence[ArraySpec]) -> int:
+    """Exact bytes of one block's shard files."""
+    return sum(spec.shards_per_block * spec.shard_bytes for spec in specs)
+
+
+def statistics_path(blocks: int) -> str:
+    """The path of the statistics of a store of `blocks` blocks: extending it leaves those of the shorter one alone."""
+    return STATISTICS.replace("*", f"{blocks:06d}")
+
+
+def block_row_files(
+    request: StoreRequest, strata: Sequence[Stratum], d_in: int, d_out: int, block: int
+) -> dict[str, int]:
+    """The size of every shard file of a block's rows, by path below the Zarr root."""
+    specs = row_specs(request, strata, d_in, d_out)
+    return {spec.shard_path(shard): spec.shard_bytes for spec in specs for shard in spec.block_shards(block)}
+
+
+def block_token_files(plan: StorePlan, request: StoreRequest, block: int) -> dict[str, FileRecord]:
+    """The shard files of a block's tokens and documents, as planned, by path below the Zarr root."""
+    specs = (tokens_spec(request), documents_spec(request))
+    names = [spec.shard_path(shard) for spec in specs for shard in spec.block_shards(block)]
+    return {name: plan.token_files[name] for name in names if name in plan.token_files}
+
+
+def record_path(block: int) -> str:
+    """A ledger record's path below the store."""
+    return f"{LEDGER}/{block:06d}.json"
+
+
+def moments_path(block: int) -> str:
+    """The path of a block's statistics below the store."""
+    return f"{LEDGER}/{block:06d}.moments.safetensors"

@@ -1,0 +1,306 @@
+"""Which rows of a store a training step sees: a pure function of (store, pinned blocks, mixture, seed, step).
+
+Resuming needs the step alone, and two experiments with one seed see the same rows in the same order. No torch here.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from shared.config import Config
+from shared.errors import UserError
+from shared.keyed import permutation
+from shared.store.outliers import Exclusion
+from shared.store.statistics import OUTLIER_RATIO
+from shared.store.store import RowRun, Store, StratumRows
+from shared.store.strata import Stratum
+
+MOST_RUN_ROWS = 64
+AHEAD = 2
+"""Steps whose rows are read before they are needed; the kernel is asked for theirs as many steps earlier."""
+
+
+class RowsConfig(Config):
+    """Which rows a batch is made of."""
+
+    batch_rows: int = Field(1024, ge=1)
+    """Rows per step."""
+    alpha: float = Field(1.0, ge=0)
+    """A stratum's share of a batch is proportional to (rows the model computed)^alpha: 1 natural, 0 uniform."""
+    outlier_ratio: float = Field(OUTLIER_RATIO, ge=0)
+    """A row is an outlier if its source or its target is over this many times as long as the median of later positions;
+    0: no row is. dictionary_learning and SAEDashboard take 10, SAELens and sparsify have no such limit."""
+    outliers: Literal["leave_out", "train"] = "leave_out"
+    """What training does with outliers. A few attention sinks can take over the loss, the gradient's norm and a tenth
+    of the latents; dictionary_learning leaves them out, too."""
+    position_0: Literal["auto", "leave_out", "train"] = "auto"
+    """What training does with position 0. `auto` leaves it out where its rows are outliers, or one constant, as they
+    are where every window starts with BOS. dictionary_learning and Gemma Scope leave BOS out; SAELens can."""
+    max_bos_batch_share: float = Field(1 / 256, ge=0, le=1)
+    """Most of a batch that may come from position 0, where it is trained on."""
+    blocks: int | None = Field(None, ge=1)
+    """How many of the store's training blocks are used, the first ones; none: all. Windows are shuffled over the store,
+    so fewer blocks are less of the same text."""
+    run_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Neighbouring rows that are read together. 64 keep a cold disk as fast as reading in order; `auto` is fewer where
+    blocks hold fewer than 252 windows, so that a run's rows still come from enough of them."""
+
+    def training_blocks(self, store: Store) -> range:
+        """Return the blocks that are trained on. Raises `UserError` when the store has fewer than asked for."""
+        there = store.record.training_blocks
+        if self.blocks and self.blocks > len(there):
+            raise UserError(f"rows.blocks = {self.blocks:,}, and the store has {len(there):,} blocks to train on")
+        return there[: self.blocks]
+
+    def exclusion(self, store: Store, *, figures: bool) -> Exclusion:
+        """Return which rows of `store` are left out; `figures`: whether outliers are left out of figures, too."""
+        return store.exclusion_at(
+            self.outlier_ratio,
+            training=self.outliers == "leave_out",
+            figures=figures,
+            position_0=self.position_0 == "leave_out" or (self.position_0 == "auto" and store.position_0_is_odd),
+        )
+
+    def resolve(self, block_sequences: int) -> "RowsConfig":
+        """With a number of `run_rows` for a store whose blocks hold `block_sequences` windows.
+
+        Runs of r rows from blocks of W windows raise the variance of batch means by (r - 1) rho / W, rho being the
+        share of variance that a window decides: by 0.1 at most where rho is at most 0.4.
+        """
+        found = min(MOST_RUN_ROWS, 1 + block_sequences // 4) if self.run_rows == "auto" else self.run_rows
+        return self.model_copy(update={"run_rows": found})
+
+
+def rows_per_stratum(strata: Sequence[Stratum], config: RowsConfig) -> list[int]:
+    """Rows of a batch that each stratum gives; they add up to `batch_rows`.
+
+    Proportional to natural_rows^alpha by largest remainder, none for a stratum without natural rows; the stratum that
+    is position 0 alone is capped first.
+    Raises `UserError` when the cap leaves no stratum to fill the batch.
+    """
+    weights = np.array([float(s.natural_rows) ** config.alpha if s.natural_rows else 0.0 for s in strata])
+    if not weights.any():
+        raise UserError("every row of the store is left out of training; set rows.outliers or rows.position_0 to train")
+    counts = _largest_remainder(weights, config.batch_rows)
+    bos = next((i for i, s in enumerate(strata) if s.is_position_0), None)
+    cap = int(config.max_bos_batch_share * config.batch_rows)
+    if bos is None or counts[bos] <= cap:
+        return counts
+    if len(strata) == 1 and cap < config.batch_rows:
+        raise UserError("the store holds position 0 only; raise rows.max_bos_batch_share to 1 to train on it")
+    weights[bos] = 0
+    counts = _largest_remainder(weights, config.batch_rows - cap)
+    counts[bos] = cap
+    return counts
+
+
+def _largest_remainder(weights: NDArray[np.float64], total: int) -> list[int]:
+    exact = weights / weights.sum() * total
+    counts = np.floor(exact).astype(int)
+    for i in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
+        counts[i] += 1
+    return [int(count) for count in counts]
+
+
+def training_strata(store: Store, blocks: range) -> list[Stratum]:
+    """Return the store's strata with the natural rows that are not left out of training on `blocks`."""
+    exclusion, found = store.exclusion, []
+    for name, part in store.strata.items():
+        stratum, left = part.stratum, 1.0
+        if exclusion and exclusion.position_0 and stratum.is_position_0:
+            left = 0.0
+        elif exclusion and exclusion.training:
+            left = 1 - len(_within(store.outliers[name], blocks, stratum.rows)) / (len(blocks) * stratum.rows)
+        found.append(replace(stratum, natural_rows=stratum.natural_rows * left))
+    return found
+
+
+def _within(rows: NDArray[np.int64], blocks: range, per_block: int) -> NDArray[np.int64]:
+    """The `rows` of `blocks`, counted from their first."""
+    first = blocks.start * per_block
+    low, high = np.searchsorted(rows, [first, blocks.stop * per_block])
+    return rows[low:high] - first
+
+
+class RowStream:
+    """An endless stream over the rows of one stratum: every epoch is a keyed permutation of its runs.
+
+    Runs are of the rows that are left when those in `without` [n], rising, are left out.
+    """
+
+    def __init__(self, rows: int, run_rows: int, *key: int | str, without: NDArray[np.int64] | None = None) -> None:
+        self._without = np.zeros(0, np.int64) if without is None else without
+        self._shifts = self._without - np.arange(len(self._without))
+        """Where each row that is left out would be among those that are not."""
+        self.rows = rows - len(self._without)
+        self._run = min(run_rows, self.rows)
+        self._key = key
+        self._epochs: dict[int, tuple[NDArray[Any], int]] = {}
+
+    def runs(self, start: int, count: int, base: int = 0) -> list[RowRun]:
+        """The rows that make up positions `start : start + count` of the stream, whose first row is `base`."""
+        found: list[RowRun] = []
+        while count:
+            epoch, offset = divmod(start, self.rows)
+            taken = min(count, self.rows - offset)
+            for low, high in self._runs_of_epoch(epoch, offset, offset + taken):
+                found += ((base + first, base + last) for first, last in self._stored(low, high))
+            start, count = start + taken, count - taken
+        return found
+
+    def _stored(self, low: int, high: int) -> list[RowRun]:
+        """The stored rows that are `low:high` of those not left out; more than one run where some lie between."""
+        if not len(self._without):
+            return [(low, high)]
+        first, last = np.searchsorted(self._shifts, [low, high - 1], side="right")
+        between = self._without[first:last].tolist()
+        starts, stops = [low + int(first), *(row + 1 for row in between)], [*between, high + int(last)]
+        return [(start, stop) for start, stop in zip(starts, stops, strict=True) if stop > start]
+
+    def _runs_of_epoch(self, epoch: int, start: int, stop: int) -> Iterator[RowRun]:
+        order, short_slot = self._order(epoch)
+        (first, skipped), (last, place) = self._slot(start, short_slot), self._slot(stop - 1, short_slot)
+        lows = [run * self._run for run in order[first : last + 1].tolist()]
+        highs = [low + self._run for low in lows]
+        if first <= short_slot <= last:
+            highs[short_slot - first] = self.rows
+        highs[-1] = lows[-1] + place + 1
+        lows[0] += skipped
+        return zip(lows, highs, strict=True)
+
+    def _slot(self, offset: int, short_slot: int) -> tuple[int, int]:
+        """The run in which an epoch's `offset` falls, and its place there. Only the last of the rows can be short."""
+        short = self.rows % self._run
+        after = offset >= short_slot * self._run + short
+        return divmod(offset + (self._run - short if after and short else 0), self._run)
+
+    def _order(self, epoch: int) -> tuple[NDArray[Any], int]:
+        """The epoch's runs in their order, and where the short one is among them; their number where none is."""
+        known = self._epochs
+        if epoch not in known:
+            full, short = divmod(self.rows, self._run)
+            order = permutation(full + bool(short), *self._key, epoch)
+            order = order.astype(np.uint32) if len(order) < 2**32 else order  # short runs of a large store are many
+            known = {e: found for e, found in known.items() if e == epoch - 1}
+            known[epoch] = order, int(np.flatnonzero(order == full)[0]) if short else len(order)
+            self._epochs = known  # whole, at the end: two threads may ask
+        return known[epoch]
+
+
+class RowReader:
+    """The batches of a store's pinned range of training blocks, as rows of its arrays.
+
+    `arrays` are those that `will_need` asks for.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        blocks: range,
+        config: RowsConfig,
+        seed: int,
+        arrays: Sequence[str] = ("source", "target"),
+    ) -> None:
+        self.store, self.blocks, self.arrays = store, blocks, arrays
+        found = config.resolve(store.request.block_sequences).run_rows
+        assert isinstance(found, int)
+        self.run_rows = found
+        self._strata = list(store.strata.values())
+        used = training_strata(store, blocks)
+        self.natural_rows = [stratum.natural_rows for stratum in used]
+        """By stratum, rows of a training block that the batches stand for."""
+        self.counts = rows_per_stratum(used, config)
+        self._streams = [
+            RowStream(
+                len(blocks) * s.stratum.rows,
+                self.run_rows,
+                "rows",
+                seed,
+                s.stratum.name,
+                without=self._left_out(s.stratum),
+            )
+            for s in self._strata
+        ]
+        self._found: dict[int, list[tuple[StratumRows, list[RowRun], int]]] = {}
+
+    def _left_out(self, stratum: Stratum) -> NDArray[np.int64] | None:
+        """Rows of the pinned blocks that no batch has, counted from their first."""
+        if not (self.store.exclusion and self.store.exclusion.training):
+            return None
+        return _within(self.store.outliers[stratum.name], self.blocks, stratum.rows)
+
+    @property
+    def has_outliers(self) -> bool:
+        """Whether batches can hold rows that are outliers."""
+        return any(
+            count and len(_within(self.store.outliers[s.stratum.name], self.blocks, s.stratum.rows))
+            for s, count in zip(self._strata, self.counts, strict=True)
+        ) and not (self.store.exclusion and self.store.exclusion.training)
+
+    def outliers(self, step: int) -> NDArray[np.bool_]:  # [B]
+        """Tell which rows of `step` are outliers."""
+        found = np.zeros(sum(self.counts), bool)
+        for stratum, low, high, at in self.runs(step):
+            rows = self.store.outliers[stratum.stratum.name]
+            first, last = np.searchsorted(rows, [low, high])
+            found[rows[first:last] - low + at] = True
+        return found
+
+    def read(self, step: int, array: str, out: NDArray[Any]) -> NDArray[Any]:
+        """Fill `out` [B, ...] with the rows of `step`, counted from 0, of an array such as `source`, and return it."""
+        for stratum, runs, at in self._runs(step):
+            getattr(stratum, array).gather(runs, out[at:])
+        return out
+
+    def will_need(self, step: int) -> None:
+        """Ask the kernel to read the rows of `step` ahead."""
+        for stratum, runs, _ in self._runs(step):
+            for array in self.arrays:
+                getattr(stratum, array).will_need(runs)
+
+    def slices(self) -> dict[str, slice]:
+        """Where each stratum's rows lie in every batch."""
+        edges = pairwise(int(edge) for edge in np.cumsum([0, *self.counts]))
+        return {
+            s.stratum.name: slice(low, high) for s, (low, high) in zip(self._strata, edges, strict=True) if high > low
+        }
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each stratum's rows have been seen before `step`."""
+        return {
+            s.stratum.name: step * count / max(stream.rows, 1)
+            for s, count, stream in zip(self._strata, self.counts, self._streams, strict=True)
+        }
+
+    def describe(self, step: int) -> str:
+        """Which rows of the store make up `step`, for an error message."""
+        return ", ".join(f"{s.stratum.name} {low}:{high}" for s, low, high, _ in self.runs(step))
+
+    def runs(self, step: int) -> Iterator[tuple[StratumRows, int, int, int]]:
+        """(stratum, first row, past the last row, place in the batch) of every run of `step`."""
+        for stratum, runs, at in self._runs(step):
+            for low, high in runs:
+                yield stratum, low, high, at
+                at += high - low
+
+    def _runs(self, step: int) -> list[tuple[StratumRows, list[RowRun], int]]:
+        """The runs of every stratum, and the first one's place in the batch; asked for ahead and once per array."""
+        known = self._found
+        if step not in known:
+            known = {other: runs for other, runs in known.items() if abs(other - step) <= AHEAD}
+            known[step] = self._find_runs(step)
+            self._found = known  # whole, at the end: two threads may ask
+        return known[step]
+
+    def _find_runs(self, step: int) -> list[tuple[StratumRows, list[RowRun], int]]:
+        found, at = [], 0
+        for stratum, stream, count in zip(self._strata, self._streams, self.counts, strict=True):
+            runs = stream.runs(step * count, count, self.blocks.start * stratum.stratum.rows)
+            found.append((stratum, runs, at))
+            at += count
+        return found

@@ -1,0 +1,395 @@
+"""Opens a finished store: has its records and shard files checked, and maps its rows. No torch here."""
+
+import ctypes
+import mmap
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.console.progress import Progress
+from shared.errors import CorruptData, UserError
+from shared.files.durable import Lock, lock
+from shared.files.untrusted import refuse_links
+from shared.store.arrays import ArraySpec
+from shared.store.checks import (
+    belongs,
+    check_group,
+    check_metadata,
+    check_records,
+    check_shard,
+    check_size,
+    fault,
+    is_packed,
+    read_ledger,
+    read_packed,
+    read_store_record,
+    read_vectors,
+    record_faults,
+    remedy,
+)
+from shared.store.layout import (
+    ARRAYS,
+    REQUEST,
+    STORE,
+    TOKENIZER,
+    StoreRecord,
+    block_bytes,
+    documents_spec,
+    moments_path,
+    record_path,
+    statistics_path,
+    store_specs,
+    stratum_specs,
+    tokens_spec,
+)
+from shared.store.outliers import Exclusion, block_outliers
+from shared.store.packed import LOCAL_BYTES, LocalFolder, packed_metadata
+from shared.store.statistics import OUTLIER_RATIO
+from shared.store.strata import Stratum
+
+Rows = NDArray[Any]
+RowRun = tuple[int, int]
+"""Neighbouring rows of an array, a half-open range."""
+CONSTANT = 100.0
+"""Rows whose mean is so many times their deviation are one row for training."""
+_KINDS = ("mean", "variance")
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideStatistics:
+    """Mean and variance per dimension, float64 [d]."""
+
+    mean: NDArray[np.float64]
+    variance: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Local:
+    """Where a packed store is decoded while it is read."""
+
+    folder: Path | None = None
+    """The system's folder for temporary files, if not given."""
+    bytes: int = LOCAL_BYTES
+    """At most."""
+
+
+class MappedArray:
+    """One array of the store as memory maps, one per shard file, opened at first use.
+
+    Maps are private and advised `MADV_RANDOM`, so that a run of rows is read and nothing beside it. Those of a packed
+    store are of files in a local folder, into which rows are decoded before they are read. Several threads may read.
+
+    Reading raises `CorruptData` when a shard file became shorter than its rows, or a packed chunk does not decode.
+    """
+
+    def __init__(self, root: Path, spec: ArraySpec, blocks: int, local: LocalFolder | None = None) -> None:
+        self.spec = spec
+        self.rows = blocks * spec.rows_per_block
+        self._folder, self._local = local.folder if local else root, local
+        self._rows_per_shard, self._row_bytes = spec.rows_per_shard, spec.row_bytes  # both take a search
+        self._maps: dict[int, tuple[Rows, int]] = {}  # with their addresses
+
+    def shard(self, number: int) -> Rows:
+        """The rows of one shard file, a read-only view."""
+        return self._rows(number, 0, self._rows_per_shard)
+
+    def read(self, start: int, stop: int, out: Rows) -> None:
+        """Copy rows `start:stop` into the first rows of `out`; they may lie in several shard files."""
+        self.gather([(start, stop)], out)
+
+    def gather(self, runs: Sequence[RowRun], out: Rows) -> None:
+        """Copy `runs` one after the other into the first rows of `out`; the copies leave other threads the GIL."""
+        if not self._local:
+            parts = [self._map(number)[0][low:high] for number, low, high in self._spans(runs)]
+            if parts:  # one call: half the time where runs are short
+                np.concatenate(parts, out=out[: sum(map(len, parts))])
+            return
+        filled = 0
+        for number, low, high in self._spans(runs):  # one by one: a shard takes disk space as long as a part is held
+            out[filled : filled + high - low] = self._rows(number, low, high)[low:high]
+            filled += high - low
+
+    def will_need(self, runs: Sequence[RowRun]) -> None:
+        """Ask the kernel to read `runs` ahead; does nothing for a packed store. Raises nothing: reading does."""
+        if self._local:
+            return
+        with suppress(CorruptData, OSError):
+            for number, low, high in self._spans(runs):
+                first = low * self._row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+                # Not by mmap's own method: that holds the GIL while the kernel works.
+                _madvise(self._map(number)[1] + first, high * self._row_bytes - first, mmap.MADV_WILLNEED)
+
+    def _spans(self, runs: Sequence[RowRun]) -> list[tuple[int, int, int]]:
+        """(shard, first row, past the last row) of the parts of `runs`."""
+        size, found = self._rows_per_shard, []
+        for start, stop in runs:
+            while start < stop:
+                number, low = divmod(start, size)
+                high = min(size, low + stop - start)
+                found.append((number, low, high))
+                start += high - low
+        return found
+
+    def _rows(self, number: int, low: int, high: int) -> Rows:
+        """A shard of which rows `low:high` can be read."""
+        if not self._local:
+            return self._map(number)[0]
+        with self._local.lock:  # a shard is not evicted before it is mapped
+            self._local.decode(self.spec, number, low, high, lambda: self._maps.pop(number, None))
+            return self._map(number)[0]
+
+    def _map(self, number: int) -> tuple[Rows, int]:
+        if found := self._maps.get(number):
+            return found
+        path = self._folder / self.spec.shard_path(number)
+        with open(path, "rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) < self.spec.payload_bytes:
+                raise CorruptData(
+                    f"{path}: {size:,} bytes, its rows take {self.spec.payload_bytes:,}; {remedy(self.spec, number)}"
+                )
+            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+        mapped.madvise(mmap.MADV_RANDOM)
+        rows = np.frombuffer(mapped, dtype=self.spec.dtype, count=self.spec.payload_bytes // self._item)
+        rows = rows if self.spec.width is None else rows.reshape(-1, self.spec.width)
+        self._maps[number] = rows, rows.ctypes.data
+        return self._maps[number]
+
+    @property
+    def _item(self) -> int:
+        return np.dtype(self.spec.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StratumRows:
+    """The rows of one stratum: arrays over the same rows, block after block."""
+
+    stratum: Stratum
+    source: MappedArray
+    target: MappedArray
+    position: MappedArray
+    """As the model counted."""
+    sequence: MappedArray
+    """Row of `tokens`."""
+    offset: MappedArray
+    """Column of `tokens`."""
+
+
+class Store:
+    """A finished store, checked and mapped."""
+
+    def __init__(self, path: Path, record: StoreRecord, local: Local | None = None) -> None:
+        """Raise `CorruptData` when the folder holds a link, or, of a packed store, `packed.json` is not its own."""
+        refuse_links(path)
+        self.path, self.record, self.request = path, record, record.request
+        self.exclusion: Exclusion | None = None
+        """Which rows are left out by what reads the store; none: all rows count."""
+        self.packed = read_packed(path, self.arrays(), record.blocks) if is_packed(path) else None
+        """The packed shard files, of a packed store."""
+        self._local_given = local or Local()
+
+    @classmethod
+    def open(cls, path: Path | str, local: Local | None = None) -> "Store":
+        """Open the store at `path`; checks its records, and the size and index of every shard file.
+
+        `local` says where the rows of a packed store are decoded; the default `Local()` if not given.
+
+        Raises `UserError` when `path` is no finished store of a format this version reads, or `local` is given for one
+        that is not packed, and `CorruptData` when a file is not what the records say.
+        """
+        path = Path(path)
+        while True:
+            record = read_store_record(path)
+            try:
+                return cls._checked(path, record, local)
+            except CorruptData:
+                if read_store_record(path) == record:
+                    raise  # else it was extended meanwhile, and statistics of the shorter store are gone
+
+    @classmethod
+    def _checked(cls, path: Path, record: StoreRecord, local: Local | None) -> "Store":
+        store = cls(path, record, local)
+        if local and not store.packed:
+            raise UserError(f"{path} is not packed, so nothing is decoded; leave out --local-folder and --local-bytes")
+        _ = store.statistics  # at once: an extension that finishes later removes the file
+        check_records(path, store.record)
+        for spec in store.arrays():
+            for shard in range(store.record.blocks * spec.shards_per_block):
+                if store.packed:
+                    check_size(path / ARRAYS / spec.shard_path(shard), store.packed.files[spec.shard_path(shard)])
+                else:
+                    check_shard(path / ARRAYS, spec, shard)
+            expected = (packed_metadata if store.packed else ArraySpec.metadata)(spec, store.record.blocks)
+            check_metadata(path / ARRAYS, spec, expected)
+        for group in ("", "strata", *(f"strata/{s.name}" for s in store.record.plan.stored_strata)):
+            check_group(path / ARRAYS / group / "zarr.json")
+        for name, file in store.record.files.items():
+            check_size(path / name, file)
+        for block in range(store.record.blocks):
+            for name in (record_path(block), moments_path(block)):
+                if not (path / name).is_file():
+                    raise CorruptData(f"{path / name} is missing; repair block {block}: harvest repair {path}")
+        return store
+
+    def excluding(self, exclusion: Exclusion | None) -> "Store":
+        """Return the same store as a run sees it that leaves out what `exclusion` says."""
+        view = copy(self)
+        view.__dict__.pop("outliers", None)
+        view.exclusion = exclusion
+        return view
+
+    def exclusion_at(self, ratio: float, *, training: bool, figures: bool, position_0: bool) -> Exclusion:
+        """Resolve an exclusion of rows over `ratio` times the median norm of later positions; 0: of none."""
+        overall = self.record.overall
+        source, target = (side.norm_quantiles["0.5"] * ratio or None for side in (overall.source, overall.target))
+        return Exclusion(
+            source_norm=source, target_norm=target, training=training, figures=figures, position_0=position_0
+        )
+
+    @property
+    def position_0_is_odd(self) -> bool:
+        """Whether position 0 is a stratum beside others, and its rows are outliers or one constant."""
+        first, overall = self.record.strata[0], self.record.overall
+        if len(self.record.strata) == 1 or not self.record.plan.stored_strata[0].is_position_0:
+            return False
+        sides = ((first.source, overall.source), (first.target, overall.target))
+        long = any(a.norm_quantiles["0.5"] > OUTLIER_RATIO * b.norm_quantiles["0.5"] for a, b in sides)
+        return long or first.source.mean_to_deviation > CONSTANT
+
+    @cached_property
+    def outliers(self) -> dict[str, NDArray[np.int64]]:
+        """By stratum, the rows of all blocks that `exclusion` calls outliers, rising; of position 0 none if it is out.
+
+        Raises `CorruptData` when a block's statistics are damaged.
+        """
+        found: dict[str, list[NDArray[np.int64]]] = {name: [np.zeros(0, np.int64)] for name in self.strata}
+        if self.exclusion and any(self.exclusion.limits.values()):
+            rows = {name: part.stratum.rows for name, part in self.strata.items()}
+            if self.exclusion.position_0:
+                rows = {name: count for name, count in rows.items() if not self.strata[name].stratum.is_position_0}
+            began = time.monotonic()
+            with Progress("finding outlier rows", self.record.blocks, "blocks") as progress:
+                for block in range(self.record.blocks):
+                    read = partial(self._block_rows, block)
+                    listed = block_outliers(self.path, block, rows, self.exclusion.limits, read)
+                    for name, numbers in listed.items():
+                        found[name].append(numbers + block * rows[name])
+                    if time.monotonic() > began + 2:  # most stores list theirs
+                        progress.update(block + 1)
+        return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    def _block_rows(self, block: int, stratum: str, side: str) -> Rows:
+        """The stored rows of a block's stratum."""
+        array: MappedArray = getattr(self.strata[stratum], side)
+        rows = self.strata[stratum].stratum.rows
+        out = np.empty((rows, array.spec.width or 1), array.spec.dtype)
+        array.read(block * rows, (block + 1) * rows, out)
+        return out
+
+    def reading(self) -> AbstractContextManager[Lock]:
+        """The readers' lock: the store is not removed while any process holds it. It may be extended."""
+        return lock(self.path / REQUEST, f"store {self.path.name}", shared=True, make=False)
+
+    @cached_property
+    def _local(self) -> LocalFolder | None:
+        given = self._local_given
+        return LocalFolder(self.path / ARRAYS, self.shard_bytes, given.folder, given.bytes) if self.packed else None
+
+    @cached_property
+    def strata(self) -> dict[str, StratumRows]:
+        """Mapped rows by stratum name, in order of position."""
+        record, root = self.record, self.path / ARRAYS
+        return {
+            s.name: StratumRows(
+                stratum=s,
+                **{
+                    name: MappedArray(root, spec, record.blocks, self._local)
+                    for name, spec in stratum_specs(self.request, s, record.d_in, record.d_out).items()
+                },
+            )
+            for s in record.plan.stored_strata
+        }
+
+    @cached_property
+    def tokens(self) -> MappedArray:
+        """Token windows [sequences, context]."""
+        return MappedArray(self.path / ARRAYS, tokens_spec(self.request), self.record.blocks, self._local)
+
+    @cached_property
+    def documents(self) -> MappedArray:
+        """The document of each token [sequences, context]."""
+        return MappedArray(self.path / ARRAYS, documents_spec(self.request), self.record.blocks, self._local)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder with the tokenizer's files."""
+        return self.path / TOKENIZER
+
+    @cached_property
+    def statistics(self) -> dict[str, dict[str, SideStatistics]]:
+        """By stratum name (or `overall`) and side (`source`, `target`), over the training blocks."""
+        name = statistics_path(self.record.blocks)
+        path, remedy = self.path / name, f"repair it with: harvest repair {self.path}"
+        if name not in self.record.files:
+            raise CorruptData(f"{self.path / STORE}: it names no {name}; restore the file")
+        if wrong := fault(path, self.record.files[name]):
+            raise CorruptData(f"{path}: {wrong}; {remedy}")
+        names = ["overall", *(s.name for s in self.record.plan.stored_strata)]
+        widths = {"source": self.record.d_in, "target": self.record.d_out}
+        shapes = {f"{name}/{side}/{kind}": d for name in names for side, d in widths.items() for kind in _KINDS}
+        try:
+            tensors = read_vectors(path, shapes)
+        except CorruptData as error:
+            raise CorruptData(f"{error}; {remedy}") from error
+        return {
+            name: {
+                side: SideStatistics(mean=tensors[f"{name}/{side}/mean"], variance=tensors[f"{name}/{side}/variance"])
+                for side in widths
+            }
+            for name in names
+        }
+
+    def arrays(self) -> list[ArraySpec]:
+        """Every array."""
+        return store_specs(self.request, self.record.plan.stored_strata, self.record.d_in, self.record.d_out)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Of all shard files, unpacked."""
+        return self.record.blocks * block_bytes(self.arrays())
+
+    def verify(self) -> Iterator[tuple[str, str | None]]:
+        """Read every file once, on all cores, and compare its crc32c with the record.
+
+        Yields (path below the store, what is wrong or None) for each.
+        """
+        yield from record_faults(self.path, self.record)
+        ledger = dict(self.record.files)
+        ledger |= {f"{ARRAYS}/{name}": file for name, file in self.record.plan.token_files.items()}
+        widths = self.record.d_in, self.record.d_out
+        for block in range(self.record.blocks):
+            try:
+                record = read_ledger(self.path, block)
+            except CorruptData as error:
+                yield record_path(block), str(error)
+                continue
+            if not belongs(record, self.request, self.record.plan) or widths != (record.d_in, record.d_out):
+                yield record_path(block), "the block is of another plan: of other tokens, or other numbers of rows"
+            ledger |= {f"{ARRAYS}/{name}": file for name, file in record.files.items()}
+            ledger[moments_path(block)] = record.moments
+        if self.packed:
+            ledger |= {f"{ARRAYS}/{name}": file for name, file in self.packed.files.items()}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            faults = pool.map(lambda item: fault(self.path / item[0], item[1]), ledger.items())
+            yield from zip(ledger, faults, strict=True)

@@ -1,0 +1,197 @@
+"""Loops over pairs of latents that are active on the same row, or close in direction, compiled by numba.
+
+Every sum runs in one order whatever the number of threads.
+Legend: R rows, F latents, O d_out, N active pairs of a row and a latent, M partners kept of a latent.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+Floats = NDArray[Any]
+Ints = NDArray[np.int64]
+
+_SUMS = {"contract", "reassoc"}
+"""As in `train.model.kernels.numba_loops`."""
+_PARTS = 16
+"""Of the latents, counted side by side: each needs memory for a count per latent."""
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def partners(
+    rows: Ints,
+    latents: Ints,
+    values: Floats,
+    starts: Ints,
+    order: Ints,
+    by_latent: Ints,
+    total: int,
+    least_together: int,
+    both: bool,
+    levels: Floats,
+    over: Ints,
+    found: Ints,
+    correlation: Floats,
+    spread: Floats,
+) -> None:
+    """Correlations above 0 of every latent with those after it that are active on a row with it, over `total` rows.
+
+    With `both`, with those before it, too: each pair is then met twice.
+    Of the pairs with at least `least_together` rows in common, over[f, i] is how many are above levels[i], and the M
+    largest are kept, largest first: found [F, M] which, -1 for none, and their correlation [F, M]. And the standard
+    deviation of every latent, spread [F].
+    """
+    most = found.shape[1]
+    latent_count = len(by_latent) - 1
+    mean = np.zeros(latent_count)
+    for f in prange(latent_count):
+        one, square = 0.0, 0.0
+        for j in range(by_latent[f], by_latent[f + 1]):
+            value = np.float64(values[order[j]])
+            one += value
+            square += value * value
+        mean[f] = one / total
+        variance = square / total - mean[f] * mean[f]
+        spread[f] = np.sqrt(variance) if variance > 1e-12 * square / total else 0.0  # less is rounding
+    for part in prange(_PARTS):
+        counts, products = np.zeros(latent_count, np.int32), np.zeros(latent_count)
+        touched = np.empty(latent_count, np.int32)
+        for f in range(part, latent_count, _PARTS):  # in turn: early latents may fire more, and have more after them
+            found[f, :], correlation[f, :], over[f, :] = -1, 0.0, 0
+            if by_latent[f + 1] - by_latent[f] < least_together:
+                continue
+            size = 0
+            for j in range(by_latent[f], by_latent[f + 1]):
+                value = np.float64(values[order[j]])
+                row = rows[order[j]]
+                for i in range(starts[row] if both else order[j] + 1, starts[row + 1]):
+                    other = latents[i]
+                    if other == f:
+                        continue
+                    if counts[other] == 0:
+                        touched[size] = other
+                        size += 1
+                    counts[other] += 1
+                    products[other] += value * values[i]
+            for t in range(size):
+                other = np.int64(touched[t])
+                count, product = counts[other], products[other]
+                counts[other], products[other] = 0, 0.0
+                scale = spread[f] * spread[other]
+                if count < least_together or not scale > 0:
+                    continue
+                r = (product / total - mean[f] * mean[other]) / scale
+                for level in range(len(levels)):
+                    over[f, level] += r > levels[level]
+                if r <= correlation[f, most - 1]:
+                    continue
+                place = most - 1
+                while place > 0 and correlation[f, place - 1] < r:
+                    correlation[f, place], found[f, place] = correlation[f, place - 1], found[f, place - 1]
+                    place -= 1
+                correlation[f, place], found[f, place] = r, other
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def meetings(
+    first: Ints,
+    second: Ints,
+    rows: Ints,
+    values: Floats,
+    order: Ints,
+    by_latent: Ints,
+    together: Ints,
+    products: Floats,
+) -> None:
+    """For each pair of latents [C], on how many rows both have values above 0, and the sum of their products there."""
+    for pair in prange(len(first)):
+        i, j, count, total = by_latent[first[pair]], by_latent[second[pair]], 0, 0.0
+        while i < by_latent[first[pair] + 1] and j < by_latent[second[pair] + 1]:
+            one, other = rows[order[i]], rows[order[j]]
+            if one < other or not values[order[i]] > 0:
+                i += 1
+            elif other < one or not values[order[j]] > 0:
+                j += 1
+            else:
+                count += 1
+                total += np.float64(values[order[i]]) * values[order[j]]
+                i += 1
+                j += 1
+        together[pair], products[pair] = count, total
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath=_SUMS)
+def dots(W_dec: Floats, first: Ints, second: Ints, found: Floats) -> None:
+    """Of the rows [F, O] of each pair of latents."""
+    for pair in prange(len(first)):
+        one, other, total = W_dec[first[pair]], W_dec[second[pair]], found[pair] * 0
+        for i in range(len(one)):
+            total += one[i] * other[i]
+        found[pair] = total
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def add_partners(W_dec: Floats, first: Ints, second: Ints, weights: Floats, parts: int, grad: Floats) -> None:
+    """To the row of each latent of a pair in `grad` [F, O], that of the other by the pair's weight; O in `parts`."""
+    width = W_dec.shape[1]
+    for part in prange(parts):
+        low, high = width * part // parts, width * (part + 1) // parts
+        for pair in range(len(first)):
+            weight = weights[pair]
+            if weight != 0:
+                one, other = W_dec[first[pair], low:high], W_dec[second[pair], low:high]
+                to_one, to_other = grad[first[pair], low:high], grad[second[pair], low:high]
+                for i in range(len(one)):
+                    to_one[i] += weight * other[i]
+                    to_other[i] += weight * one[i]
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def count_above(products: Floats, floor: float, counts: Ints) -> None:
+    """How many entries of each row of `products` [R, n] lie above the diagonal and are above `floor`."""
+    for i in prange(len(products)):
+        row, count = products[i, i + 1 :], np.int64(0)
+        for j in range(len(row)):
+            count += row[j] > floor
+        counts[i] = count
+
+
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def list_above(products: Floats, floor: float, starts: Ints, rows: Ints, columns: Ints, values: Floats) -> None:
+    """Where those are and what they are, each row's from its place in `starts` on."""
+    for i in prange(len(products)):
+        at, j = starts[i], i + 1
+        while at < starts[i + 1]:
+            if products[i, j] > floor:
+                rows[at], columns[at], values[at] = i, j, products[i, j]
+                at += 1
+            j += 1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def add_product_gradients(
+    first: Ints,
+    second: Ints,
+    rows: Ints,
+    values: Floats,
+    order: Ints,
+    by_latent: Ints,
+    weights: Floats,
+    grad: Floats,
+) -> None:
+    """To `grad` [N], of each value that of its pair's other latent on the row, by the pair's weight [C]."""
+    for pair in range(len(first)):
+        i, j, weight = by_latent[first[pair]], by_latent[second[pair]], weights[pair]
+        while i < by_latent[first[pair] + 1] and j < by_latent[second[pair] + 1]:
+            one, other = rows[order[i]], rows[order[j]]
+            if one < other or not values[order[i]] > 0:
+                i += 1
+            elif other < one or not values[order[j]] > 0:
+                j += 1
+            else:
+                grad[order[i]] += weight * values[order[j]]
+                grad[order[j]] += weight * values[order[i]]
+                i += 1
+                j += 1

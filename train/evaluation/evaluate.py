@@ -1,0 +1,391 @@
+"""Held-out evaluation: calibrated thresholds, and fvu, explained variance and l0 by stratum and by prefix.
+
+Changes nothing: no counter, no threshold, no batch of the training stream. The headline is at natural frequencies,
+without position 0: strata are weighted by the rows that the model computed, and the position-0 stratum is left out.
+
+    fvu                 sum (y - y_hat)^2 / sum (y - mean_rows(y))^2, the mean per output dimension
+    explained variance  1 - var(y - y_hat) / var(y), per dimension and summed: a constant error costs nothing
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from shared.config import Config
+from shared.store.reader import RowsConfig
+from shared.store.store import Store
+from train.data.batches import BatchReader, RowChunk, StoreRows
+from train.model.activations import BatchTopK, JumpReLU, TopK
+from train.model.sparse_latents import SparseLatents
+from train.model.transcoder import Transcoder
+
+
+class EvaluationConfig(Config):
+    """When a run looks at held-out rows."""
+
+    every: int = Field(1000, ge=1)
+    """Steps between evaluations; the last step always makes one."""
+    chunk_rows: int = Field(1024, ge=1)
+    """Rows per forward."""
+    calibration_rows: int = Field(4096, ge=1)
+    """Rows that thresholds of checkpoints on the way are calibrated on; the last one, and evaluations, take all."""
+    outliers: Literal["apart", "with_others"] = "apart"
+    """Whether outliers (rows.outlier_ratio) are left out of means, scales, thresholds and headline figures, and have
+    figures of their own. SAEDashboard leaves them out; SAELens and dictionary_learning evaluate with them."""
+
+    @property
+    def leaves_outliers_out(self) -> bool:
+        """Whether outliers are apart."""
+        return self.outliers == "apart"
+
+
+class Part(Config):
+    """Figures over some rows, under some prefix."""
+
+    rows: float
+    """Rows, at natural frequencies where strata are put together."""
+    fvu: float
+    explained_variance: float
+    l0: float
+    """Active latents per row by threshold."""
+
+
+class Weight(Config):
+    """How much some rows weigh among all held-out rows, at natural frequencies."""
+
+    relative_error: float | None = None
+    """Squared error over the target's squared distance from the mean of all: defined for constant rows as well. None in
+    evaluations of earlier versions, as the two below."""
+    error_share: float | None = None
+    """Of the squared error of all rows, outliers and position 0 included."""
+    active_share: float | None = None
+    """Of the active latents of all rows."""
+
+
+class StratumPart(Part, Weight):
+    """One stratum, its outliers left out."""
+
+    l0_training_rule: float | None
+    """Active latents per row by the rule of training, on batches of the natural mixture; none: no rows drawn."""
+    prefixes: dict[int, Part]
+
+
+class Outliers(Weight):
+    """The rows that are left out of the headline for their norm."""
+
+    rows: float
+    """Rows, at natural frequencies."""
+    l0: float
+    """Active latents per row by threshold."""
+
+
+class Evaluation(Config):
+    """What `evaluate` found; the headline figures are those of the whole transcoder."""
+
+    fvu: float
+    explained_variance: float
+    l0: float
+    """By threshold: what inference uses."""
+    l0_training_rule: float
+    """By the rule of training."""
+    fvu_training_rule: float
+    threshold: float
+    """Mean over latents, in units of the pre-activations."""
+    dead_share: float
+    """Latents that fire on none of these rows by threshold; outliers, and position 0 where training leaves it out, do
+    not count."""
+    rows: int
+    prefixes: dict[int, Part]
+    strata: dict[str, StratumPart]
+    outliers: Outliers | None = None
+    """None: no row is one."""
+    fvu_of_skip: float | None = None
+    """Of the skip connection alone, with no latent active; none: there is no skip connection."""
+
+
+@dataclass
+class Sums:
+    """Sums over rows that give fvu and explained variance; [P] and [P, O] by prefix."""
+
+    rows: float
+    errors: Tensor
+    """[P] squared error"""
+    residual: Tensor
+    """[P, O] summed y - y_hat"""
+    target: Tensor
+    """[O] summed y"""
+    squares: float
+    """summed squared norm of y"""
+    active: Tensor
+    """[P] active latents below each prefix's end"""
+
+    @classmethod
+    def of(cls, target: Tensor, reconstructions: Tensor, active: Tensor) -> "Sums":
+        """Of rows y [B, O], their reconstructions [B, P, O] and counts of active latents [P]."""
+        residual = target.unsqueeze(1) - reconstructions
+        return cls(
+            rows=float(len(target)),
+            errors=residual.square().sum(dim=(0, 2), dtype=torch.float64),
+            residual=residual.sum(dim=0, dtype=torch.float64),
+            target=target.sum(dim=0, dtype=torch.float64),
+            squares=float(target.double().square().sum()),
+            active=active.double(),
+        )
+
+    def plus(self, other: "Sums", weight: float = 1.0) -> "Sums":
+        """The sums over both; the other's rows count `weight` times."""
+        return Sums(*(a + b * weight for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def part(self, prefix: int) -> Part:
+        """The figures of the prefix with index `prefix`. No variance: fvu 0 without error, else 1."""
+        n = max(self.rows, 1.0)
+        total = self.squares - float(self.target.square().sum()) / n
+        errors = float(self.errors[prefix])
+        unexplained = errors - float(self.residual[prefix].square().sum()) / n
+        return Part(
+            rows=self.rows,
+            fvu=ratio(errors, total, self.squares),
+            explained_variance=1 - ratio(unexplained, total, self.squares),
+            l0=float(self.active[prefix]) / n,
+        )
+
+
+def ratio(error: float, total: float, scale: float) -> float:
+    """Quotient error / total, defined when `total` is rounding noise beside `scale`: 0 without error, else 1."""
+    if total > 1e-12 * scale:
+        return error / total
+    return 0.0 if error <= 1e-12 * scale else 1.0
+
+
+@torch.no_grad()
+def evaluate(transcoder: Transcoder, rows: StoreRows, threshold: Tensor, seed: int) -> Evaluation:
+    """Figures on the store's report blocks under `threshold` [F] of `calibrate`."""
+    store = rows.store
+    strata, outliers, skip, fired = _by_threshold(transcoder, rows, threshold)
+    drawn = _by_training_rule(transcoder, rows, seed)
+    whole, drawn_whole = _natural(strata, store), _natural(drawn, store)
+    last = len(transcoder.prefixes) - 1
+    head, weigh = whole.part(last), _weigher(strata, outliers, store, last)
+    out = _summed([(sums, _times(store, name)) for name, sums in outliers.items()])
+    return Evaluation(
+        fvu=head.fvu,
+        explained_variance=head.explained_variance,
+        l0=head.l0,
+        l0_training_rule=drawn_whole.part(last).l0,
+        fvu_training_rule=drawn_whole.part(last).fvu,
+        threshold=float(threshold.mean()),
+        dead_share=1 - float(fired.float().mean()),
+        rows=int(sum(sums.rows for sums in [*strata.values(), *outliers.values()])),
+        prefixes=_parts(whole, transcoder.prefixes),
+        strata={
+            name: StratumPart(
+                **sums.part(last).model_dump(),
+                **weigh(sums, _times(store, name)).model_dump(),
+                l0_training_rule=drawn[name].part(last).l0 if name in drawn else None,
+                prefixes=_parts(sums, transcoder.prefixes),
+            )
+            for name, sums in strata.items()
+        },
+        outliers=Outliers(**weigh(out, 1.0).model_dump(), rows=out.rows, l0=out.part(last).l0) if out else None,
+        fvu_of_skip=_natural(skip, store).part(0).fvu if skip else None,
+    )
+
+
+def _weigher(
+    strata: dict[str, Sums], outliers: dict[str, Sums], store: Store, last: int
+) -> Callable[[Sums, float], Weight]:
+    """What gives the weight of some rows, each of which counts so many times, among all."""
+    every = [(sums, _times(store, name)) for part in (strata, outliers) for name, sums in part.items()]
+    errors, active = (
+        sum(float(getattr(sums, kind)[last]) * times for sums, times in every) for kind in ("errors", "active")
+    )
+
+    def weigh(sums: Sums, times: float) -> Weight:
+        return Weight(
+            relative_error=ratio(float(sums.errors[last]), sums.squares, sums.squares),
+            error_share=float(sums.errors[last]) * times / max(errors, 1e-300),
+            active_share=float(sums.active[last]) * times / max(active, 1e-300),
+        )
+
+    return weigh
+
+
+@torch.no_grad()
+def evaluate_whole(transcoder: Transcoder, rows: StoreRows, threshold: Tensor) -> Part:
+    """The headline figures alone, as `evaluate` has them, for a fraction of the time."""
+    store, strata = rows.store, dict[str, Sums]()
+    for whole in rows.chunks(store.record.report_blocks, transcoder.W_enc.device):
+        if natural_weights(store)[whole.stratum]:
+            chunk = whole.ordinary
+            x, y = transcoder.normalised(chunk.source, chunk.target)
+            active = transcoder.select_above(transcoder.pre_acts(x), threshold)
+            reconstructions = transcoder.reconstruct_whole(active.values, active, x).unsqueeze(1)
+            _add(strata, chunk.stratum, Sums.of(y, reconstructions, torch.tensor([len(active.rows)], device=y.device)))
+    return _natural(strata, store).part(0)
+
+
+@torch.no_grad()
+def calibrate(transcoder: Transcoder, rows: StoreRows, most: int | None = None) -> Tensor:  # [F] float32
+    """The thresholds of inference, by all calibration rows or by about as many as `most`.
+
+    For a fixed k: the one value at which the calibration blocks' natural-frequency rows, without position 0, have k
+    active latents each. A JumpReLU has its own; a ReLU has 0.
+    """
+    match transcoder.activation:
+        case JumpReLU():
+            return transcoder.threshold().detach()
+        case BatchTopK(k=k) | TopK(k=k):
+            return threshold_at(transcoder, rows, k, most)
+        case _:
+            return torch.zeros_like(transcoder.b_enc)
+
+
+@torch.no_grad()
+def threshold_at(transcoder: Transcoder, rows: StoreRows, l0: float, most: int | None = None) -> Tensor:  # [F] float32
+    """Thresholds at which rows have `l0` active latents each, as in `calibrate`, whatever the activation.
+
+    One for all latents; those of a JumpReLU, moved by one number. Each chunk gives its values above the smallest that
+    one before it gave, and not too many; when one above the result could have been hidden, all give more.
+    """
+    learned = transcoder.threshold() if isinstance(transcoder.activation, JumpReLU) else None
+    slack = 4
+    while True:
+        values, weights, total, hidden = [], [], 0.0, -torch.inf
+        for chunk, weight in weighted_rows(rows, transcoder.W_enc.device, most):
+            x, _ = transcoder.normalised(chunk.source, chunk.target)
+            pre_acts = transcoder.pre_acts(x)
+            if learned is None:
+                top = pre_acts[pre_acts > max(hidden, 0.0)]
+            else:
+                above = torch.where(pre_acts > 0, pre_acts - learned, -torch.inf)
+                top = above[above > hidden]
+            room = math.ceil(slack * l0 * len(x))
+            if len(top) > room:
+                top = top.topk(room, sorted=False).values
+                hidden = float(top.min())
+            values.append(top)
+            weights.append(torch.full_like(values[-1], weight, dtype=torch.float64))
+            total += weight * len(x)
+        cut = _weighted_cut(torch.cat(values), torch.cat(weights), l0 * total)
+        if cut >= hidden:
+            return ((torch.zeros_like(transcoder.b_enc) if learned is None else learned) + cut).clamp_min(0)
+        slack *= 2
+
+
+def _weighted_cut(values: Tensor, weights: Tensor, total: float) -> float:
+    """The threshold above which values weigh `total`; -inf when all of them weigh less."""
+    values, order = values.sort(descending=True)
+    index = int(torch.searchsorted(weights[order].cumsum(0), total, right=True))
+    return float(values[index]) if index < len(values) else -torch.inf
+
+
+def weighted_rows(rows: StoreRows, device: torch.device, most: int | None = None) -> Iterator[tuple[RowChunk, float]]:
+    """The calibration rows without position 0 and outliers, and how often each counts at natural frequencies.
+
+    Of more than `most` rows, the same share of every stratum, its first: rows are permuted within their block.
+    """
+    record, natural = rows.store.record, natural_weights(rows.store)
+    blocks = record.calibration_blocks or record.report_blocks
+    counts = {name: len(blocks) * part.stratum.rows for name, part in rows.store.strata.items() if natural[name]}
+    share = min(1.0, most / sum(counts.values())) if most else 1.0
+    taken = {name: math.ceil(share * count) for name, count in counts.items()}
+    for chunk in rows.chunks(blocks, device, taken):
+        yield chunk.ordinary, natural[chunk.stratum] * counts[chunk.stratum] / taken[chunk.stratum]
+
+
+def natural_weights(store: Store) -> dict[str, float]:
+    """How often a stored row of each stratum counts at natural frequencies; 0 for position 0, unless it is alone."""
+    strata = store.record.plan.stored_strata
+    return {s.name: 0.0 if s.is_position_0 and len(strata) > 1 else s.natural_rows / s.rows for s in strata}
+
+
+def _times(store: Store, name: str) -> float:
+    """How often a stored row of a stratum counts at natural frequencies, position 0 included."""
+    stratum = store.strata[name].stratum
+    return stratum.natural_rows / stratum.rows
+
+
+def _by_threshold(
+    transcoder: Transcoder, rows: StoreRows, threshold: Tensor
+) -> tuple[dict[str, Sums], dict[str, Sums], dict[str, Sums], Tensor]:
+    """Sums by stratum over report rows that are no outliers and over those that are, and which latents fired [F].
+
+    The third are of the skip connection alone, over the first rows; none without one.
+    """
+    strata, outliers, skip = dict[str, Sums](), dict[str, Sums](), dict[str, Sums]()
+    store, device = rows.store, transcoder.W_enc.device
+    fired = torch.zeros(transcoder.d_sae, dtype=torch.bool, device=device)
+    for chunk in rows.chunks(store.record.report_blocks, device):
+        for found, part in ((strata, chunk.ordinary), (outliers, chunk.part(chunk.outliers))):
+            if found is outliers and not len(part.source):
+                continue
+            x, y = transcoder.normalised(part.source, part.target)
+            active = transcoder.select_above(transcoder.pre_acts(x), threshold)
+            if found is strata and counts_as_firing(store, chunk.stratum):
+                fired[active.latents] = True
+            _add(found, chunk.stratum, _sums(transcoder, x, y, active))
+            if found is strata and transcoder.W_skip is not None:
+                none = torch.zeros(1, device=device)
+                _add(skip, chunk.stratum, Sums.of(y, transcoder.linear_part(x).unsqueeze(1), none))
+    return strata, outliers, skip, fired
+
+
+def _add(found: dict[str, Sums], stratum: str, sums: Sums) -> None:
+    found[stratum] = found[stratum].plus(sums) if stratum in found else sums
+
+
+def counts_as_firing(store: Store, stratum: str) -> bool:
+    """Whether a latent that fires on rows of a stratum alone is alive: not at a position 0 that training leaves out."""
+    left_out = store.exclusion is not None and store.exclusion.position_0
+    return not (left_out and store.strata[stratum].stratum.is_position_0)
+
+
+def _by_training_rule(transcoder: Transcoder, rows: StoreRows, seed: int) -> dict[str, Sums]:
+    """Sums by stratum over batches of the natural mixture, as many as cover the report rows once."""
+    store, device = rows.store, transcoder.W_enc.device
+    blocks = store.record.report_blocks
+    batch_rows = min(rows.chunk_rows, len(blocks) * store.request.block_sequences * store.request.context_size)
+    reader = BatchReader(store, blocks, RowsConfig(batch_rows=batch_rows), seed, device, rows.source)
+    apart = reader.has_outliers and store.exclusion is not None and store.exclusion.figures
+    strata: dict[str, Sums] = {}
+    for step in range(-(-len(blocks) * sum(s.rows for s in store.record.plan.stored_strata) // batch_rows)):
+        batch = reader.batch(step)
+        x, y = transcoder.normalised(batch.source, batch.target)
+        active = transcoder.select_final(transcoder.pre_acts(x))
+        kept = torch.from_numpy(~reader.outliers(step)).to(device) if apart else None
+        for name, at in batch.strata.items():
+            of, part = (x[at], y[at]), active.slice(at)
+            if kept is not None:
+                of, part = (x[at][kept[at]], y[at][kept[at]]), part.of_rows(kept[at])
+            _add(strata, name, _sums(transcoder, *of, part))
+    return strata
+
+
+def _sums(transcoder: Transcoder, x: Tensor, y: Tensor, active: SparseLatents) -> Sums:
+    reconstructions = transcoder.reconstruct(active.values, active, x)
+    counts = torch.bincount(transcoder.segment[active.latents], minlength=len(transcoder.prefixes)).cumsum(0)
+    return Sums.of(y, reconstructions, counts)
+
+
+def _natural(strata: dict[str, Sums], store: Store) -> Sums:
+    weights = natural_weights(store)
+    found = _summed([(sums, weights[name]) for name, sums in strata.items() if weights[name]])
+    assert found
+    return found
+
+
+def _summed(parts: Sequence[tuple[Sums, float]]) -> Sums | None:
+    """The sums over all parts, rows of each counted so many times; none of none."""
+    total: Sums | None = None
+    for sums, weight in parts:
+        total = total.plus(sums, weight) if total else sums.plus(sums, weight - 1)
+    return total
+
+
+def _parts(sums: Sums, prefixes: Iterable[int]) -> dict[int, Part]:
+    return {size: sums.part(i) for i, size in enumerate(prefixes)}

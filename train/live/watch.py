@@ -1,0 +1,160 @@
+"""`python -m train watch`: a run as its files tell, running or not. Writes nothing, and takes no lock but to ask."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console, RenderableType
+
+from shared.console.panel import duration
+from shared.console.terminal import Volume, panel_shown, shows_panels, volume
+from shared.errors import CorruptData, UserError
+from shared.files import durable
+from train.live.run_files import CONFIG, LOCK, METRICS, TIMING, USAGE, Lines, Row
+from train.live.status import Status
+from train.live.training_panel import RunPanel
+
+State = Literal["starting", "running", "finished", "stopped"]
+_SECONDS = 1.0
+"""Between two looks at the files."""
+
+
+class Watched:
+    """A run, looked at from outside."""
+
+    def __init__(self, run: Path) -> None:
+        """Raises `UserError` when `run` is none."""
+        self._run = run
+        self.status = Status(run, *_steps_and_rows(run))
+        self.state: State = "starting"
+        self._metrics, self._timing = Lines(run / METRICS), Lines(run / TIMING)
+        self._panel = RunPanel(self.status)
+
+    def look(self) -> Iterator[None]:
+        """Take in what is new, and yield after each new row of the metrics. At the end, `state` is up to date."""
+        held = durable.is_held(self._run / LOCK)  # before the rows: all that an ended trainer wrote is then there
+        timing = {row["step"]: row for row in _rows(self._timing)}
+        usage = _usage(self._run)
+        for row in _rows(self._metrics):
+            self.status.add(row)
+            self.status.update(timing.get(row["step"], {}), usage)
+            yield
+        self.status.update(next(reversed(timing.values()), {}), usage)
+        self.state = self._state(held)
+
+    def _state(self, held: bool) -> State:
+        done = self.status.usage.get("step") == self.status.steps and bool(self.status.components)
+        if done and all(one["calls"] for one in self.status.components.values()):
+            return "finished"  # also while its report is made, which holds the lock
+        if held:
+            return "running" if self.status.row else "starting"
+        return "stopped"
+
+    @property
+    def _checkpoint(self) -> int:
+        """The step of the newest checkpoint, 0 without one."""
+        names = (path.name.removeprefix("step-") for path in self._run.glob("checkpoints/step-*"))
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    def sentence(self) -> str:
+        """The state, and what to do about it."""
+        step, newest, steps = self.status.step, self._checkpoint, self.status.steps
+        if self.state == "stopped":
+            behind = f" (its newest checkpoint: {newest})" if newest else " (no checkpoint: it will begin anew)"
+            at = str(max(step, newest)) + (behind if newest < step else "")
+            return f"{self._run} stopped at step {at}; continue with: {self._resume}"
+        said = {
+            "starting": "starting: no figures yet",
+            "running": f"running: step {step:,} of {steps:,}",
+            "finished": f"finished: {steps:,} steps",
+        }
+        return f"{self._run} is {said[self.state]}"
+
+    @property
+    def _resume(self) -> str:
+        return f"python -m train resume {self._run}"
+
+    def line(self) -> str:
+        """The newest figures, as the trainer prints them."""
+        note = self.status.detail() if volume() == Volume.VERBOSE else self.status.note()
+        return f"train {self.status.pace.line()}  {note}".rstrip()
+
+    def panel(self) -> RenderableType:
+        """The panel that the trainer shows."""
+        state: str = self.state
+        with suppress(OSError):
+            age = time.time() - (self._run / METRICS).stat().st_mtime
+            state += f", last figures {duration(max(age, 0))} ago" if self.state == "running" else ""
+        return self._panel.draw(self.status.pace, state)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        taken, free = self._panel.disk.value()
+        return {
+            "state": self.state,
+            **self.status.as_json(),
+            "newest_checkpoint": self._checkpoint or None,
+            "taken_bytes": taken,
+            "free_bytes": free,
+            "continue_with": self._resume if self.state == "stopped" else None,
+        }
+
+
+def watch(run: Path, *, once: bool, as_json: bool) -> None:
+    """Show `run` until it finishes or stops, or until Ctrl-C; `once`: as it is now.
+
+    A panel on a terminal, else a line for every row of the metrics from now on; `as_json`: an object for each.
+    Raises `UserError` when `run` is no run.
+    """
+    watched, panel = Watched(run), not as_json and shows_panels(stderr=False)
+    with suppress(KeyboardInterrupt), ExitStack() as shown:
+        for _ in watched.look():
+            pass
+        if panel and once:
+            Console().print(watched.panel())
+        elif panel:
+            shown.enter_context(panel_shown(watched.panel, stderr=False))
+
+        def show() -> None:
+            if as_json:
+                print(json.dumps(watched.as_json(), indent=2 if once else None), flush=True)
+            elif not panel:
+                print(watched.line(), flush=True)
+
+        show()
+        while not once and watched.state in ("starting", "running"):
+            time.sleep(_SECONDS)
+            for _ in watched.look():
+                show()
+        shown.close()
+        if not as_json:
+            print(watched.sentence())
+        elif not once:
+            show()
+
+
+def _steps_and_rows(run: Path) -> tuple[int, int]:
+    """Of a run's settings: its steps, and the rows of a batch."""
+    path = run / CONFIG
+    if not path.is_file():
+        raise UserError(f"{run} is not a run: it has no {CONFIG}")
+    try:
+        settings = durable.read_json(path)["settings"]
+        return int(settings["steps"]), int(settings["rows"]["batch_rows"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptData(f"{path}: not the settings of a run ({error!r})") from error
+
+
+def _rows(lines: Lines) -> Iterator[Row]:
+    return (row for row in lines.read() if isinstance(row, dict) and isinstance(row.get("step"), int))
+
+
+def _usage(run: Path) -> Row:
+    """`usage.json`, or nothing where there is none yet."""
+    with suppress(OSError, CorruptData):
+        found = durable.read_json(run / USAGE)
+        return found if isinstance(found, dict) else {}
+    return {}

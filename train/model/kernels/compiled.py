@@ -1,0 +1,179 @@
+"""The operations on CPU, on compiled loops.
+
+Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.model.kernels import fused, numba_loops
+from train.model.sparse_latents import SparseLatents
+
+_PARTS = 64
+"""Of a batch's rows, searched side by side."""
+
+
+def batch_topk(
+    pre_acts: Tensor,  # [B, F]
+    n: int,
+    guess: Tensor,  # scalar
+) -> tuple[SparseLatents, Tensor]:
+    """As `plain.batch_topk`, but for pairs that are not active, which are left out.
+
+    Candidates above `guess` are compacted first, and when they are too few the search starts again from 0. Of several
+    equal to the smallest the first in row order are kept.
+    """
+    floors = (float(guess), 0.0) if guess > 0 else (0.0,)
+    for floor in floors:
+        found = _above(pre_acts, pre_acts.new_full((pre_acts.shape[1],), floor))
+        if found.count >= n:
+            break
+    active, smallest = found.largest(min(n, found.count))
+    return active.with_values(active.values.to(pre_acts.dtype)), smallest
+
+
+def row_topk(
+    pre_acts: Tensor,  # [B, F]
+    k: int,
+    among: Tensor | None = None,  # [F] bool
+) -> SparseLatents:
+    """As `plain.row_topk`, but no others follow when the latents `among` are fewer than `k`."""
+    width = pre_acts.shape[1]
+    looked_at = torch.arange(width) if among is None else torch.from_numpy(among.numpy().nonzero()[0])
+    wanted, searched = min(k, len(looked_at)), _searched(pre_acts)
+    latents = torch.empty(len(pre_acts), wanted, dtype=torch.int64)
+    values = searched.new_empty(latents.shape)
+    if wanted:
+        numba_loops.largest_of_rows(*map(_array, (searched, looked_at)), _PARTS, *map(_array, (latents, values)))
+    starts = torch.arange(len(pre_acts) + 1) * wanted
+    rows = torch.arange(len(pre_acts)).repeat_interleave(wanted)
+    return SparseLatents(rows, latents.view(-1), values.view(-1).to(pre_acts.dtype), starts, width)
+
+
+def above(
+    pre_acts: Tensor,  # [B, F]
+    thresholds: Tensor,  # [F]
+) -> SparseLatents:
+    """As `plain.above`."""
+    found = _above(pre_acts, thresholds.to(pre_acts.dtype).expand(pre_acts.shape[1]).contiguous())
+    active = found.largest(found.count)[0]
+    return active.with_values(active.values.to(pre_acts.dtype))
+
+
+def encode(
+    x: Tensor,  # [B, D] without gradient
+    W_enc: Tensor,  # [D, F]
+    b_enc: Tensor,  # [F]
+    active: SparseLatents,
+) -> Tensor:  # [N]
+    """As `plain.encode`."""
+    return fused.encode(_Arrays(), x, W_enc, b_enc, active)
+
+
+def prefix_loss(
+    values: Tensor,  # [N]
+    W_dec: Tensor,  # [F, O]
+    base: Tensor,  # [1, O] or [B, O]
+    y: Tensor,  # [B, O]
+    active: SparseLatents,
+    segment: Tensor,  # [F]
+    prefixes: int,
+    weight: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor]:  # [], [B, P], [B, O]
+    """As `plain.prefix_loss`."""
+    return fused.prefix_loss(_Arrays(), values, W_dec, base, y, active, segment, prefixes, weight)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Pairs of a matrix of `shape` [B, F] that a search found, in as many parts as were searched."""
+
+    shape: torch.Size
+    counts: Any
+    """Of each part"""
+    flat: Any
+    """Places, rising; those of part i begin at i * size"""
+    values: Any
+    """Of the same places"""
+    size: int
+
+    @property
+    def count(self) -> int:
+        """Of all parts."""
+        return int(self.counts.sum())
+
+    def largest(self, n: int) -> tuple[SparseLatents, Tensor]:
+        """The `n` largest, and the smallest of them; 0 for none."""
+        count, kind = self.count, self.values.dtype.type
+        least = np.partition(self.joined(self.values), count - n)[count - n] if n else 0.0
+        rows, latents, starts = (torch.empty(size, dtype=torch.int64) for size in (n, n, self.shape[0] + 1))
+        kept = torch.from_numpy(np.empty(n, kind))
+        found = (self.flat, self.values, self.counts, self.size, self.shape[1], kind(least))
+        numba_loops.keep_pairs(*found, *map(_array, (rows, latents, kept, starts)))
+        return SparseLatents(rows, latents, kept, starts, self.shape[1]), kept.new_tensor(least)
+
+    def joined(self, values: Any) -> Any:
+        """What lies as `flat` does, without the room between parts."""
+        counts = self.counts.tolist()
+        return np.concatenate([values[i * self.size : i * self.size + count] for i, count in enumerate(counts)])
+
+
+def parts_of(shape: torch.Size) -> tuple[Any, int]:
+    """Room for the counts of the parts that are searched side by side, and the places of each."""
+    parts = min(_PARTS, max(shape[0], 1))
+    return np.empty(parts, np.int64), -(-shape[0] // parts) * shape[1]
+
+
+def _above(pre_acts: Tensor, floors: Tensor) -> Found:
+    searched = _array(_searched(pre_acts))
+    counts, size = parts_of(pre_acts.shape)
+    flat = np.empty(searched.size, np.int64)  # pages that are not written to take no room
+    values = np.empty(searched.size, searched.dtype)
+    numba_loops.find_above(searched, _array(_searched(floors)), counts, flat, values)
+    return Found(pre_acts.shape, counts, flat, values, size)
+
+
+class _Arrays:
+    """`fused.Loops` on the memory of CPU tensors."""
+
+    def products(self, active: SparseLatents, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
+        out = left.new_empty(len(active.rows))
+        numba_loops.products(*map(_array, (active.rows, active.latents, left, right, bias, out)))
+        return out
+
+    def prefix_loss(
+        self,
+        values: Tensor,
+        active: SparseLatents,
+        segment: Tensor,
+        W_dec: Tensor,
+        base: Tensor,
+        y: Tensor,
+        weight: Tensor | float,
+        prefixes: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        errors, meet = y.new_empty(len(y), prefixes), y.new_empty(len(y), prefixes, y.shape[1])
+        left, grad = torch.empty_like(y), torch.empty_like(values)
+        tensors = (values, active.latents, active.starts, segment, W_dec, base, y)
+        weights = np.broadcast_to(np.asarray(weight, np.float64), prefixes).copy()
+        numba_loops.prefix_loss(*map(_array, tensors), weights, *map(_array, (meet, errors, left, grad)))
+        return errors, left, meet, grad
+
+    def sums_by_latent(
+        self, active: SparseLatents, weights: Tensor, rows: Tensor, table: Tensor, out: Tensor, alone: Tensor, add: bool
+    ) -> None:
+        order, starts = active.by_latent
+        numba_loops.sums_by_latent(*map(_array, (order, starts, weights, rows, table, out, alone)), add)
+
+
+def _searched(pre_acts: Tensor) -> Tensor:
+    """In a type that the loops have."""
+    return pre_acts.float() if pre_acts.dtype == torch.bfloat16 else pre_acts
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().numpy()

@@ -1,0 +1,142 @@
+"""What `compiled` and `triton_kernels` share: autograd around three loops, which each of them brings.
+
+The loss is linear in the errors, so its gradient is made in the forward, row by row, while all is in reach.
+Gradients of `W_enc`, `b_enc` and `W_dec` are written straight into `.grad` of these parameters, or added to what a term
+before has put there: a second term costs its pairs, and no other copy of a matrix is made. So they come from
+`backward`, and not from `torch.autograd.grad`.
+Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from train.model.kernels.plain import weighted
+from train.model.sparse_latents import SparseLatents
+
+
+class Loops(Protocol):
+    """The loops over pairs, all on tensors of one device."""
+
+    def products(
+        self,
+        active: SparseLatents,
+        left: Tensor,  # [B, D]
+        right: Tensor,  # [F, D]
+        bias: Tensor,  # [F]
+    ) -> Tensor:  # [N]
+        """<left[row], right[latent]> + bias[latent] of every pair."""
+
+    def prefix_loss(
+        self,
+        values: Tensor,  # [N]
+        active: SparseLatents,
+        segment: Tensor,  # [F]
+        W_dec: Tensor,  # [F, O]
+        base: Tensor,  # [1, O] or [B, O]
+        y: Tensor,  # [B, O]
+        weight: Tensor | float,
+        prefixes: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [B, P], [B, O], [B, P, O], [N]
+        """Errors, what is left of `y`, and gradients of `weight` times all errors; `weight` is one number or [P].
+
+        With residual[b, p] = base[b] + sum over the row's latents of prefix p of value * W_dec[latent] - y[b]:
+        errors[b, p] = |residual[b, p]|^2; left[b] = -residual[b, last]; meet[b, p] = sum over q >= p of
+        2 * weight[q] * residual[b, q], which is the gradient that latents of segment p meet; and of every pair
+        grad[i] = <W_dec[latent], meet[b, segment of latent]>.
+        """
+
+    def sums_by_latent(
+        self,
+        active: SparseLatents,
+        weights: Tensor,  # [N]
+        rows: Tensor,  # [N] rows of `table`
+        table: Tensor,  # [T, d]
+        out: Tensor,  # [F, d]
+        alone: Tensor,  # [F]
+        add: bool,
+    ) -> None:
+        """For every latent, the weighted sum of the table's rows over its pairs; that of the weights added to `alone`.
+
+        `add`: added to what `out` holds, which is else written over.
+        """
+
+
+def encode(loops: Loops, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+    """As `plain.encode`."""
+    return _Encode.apply(loops, x, W_enc, b_enc, active)
+
+
+def prefix_loss(
+    loops: Loops,
+    values: Tensor,
+    W_dec: Tensor,
+    base: Tensor,
+    y: Tensor,
+    active: SparseLatents,
+    segment: Tensor,
+    prefixes: int,
+    weight: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `plain.prefix_loss`."""
+    return _PrefixLoss.apply(loops, values, W_dec, base, y, active, segment, prefixes, weight)
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loops: Loops, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.loops, ctx.active, ctx.W_enc, ctx.b_enc = loops, active, W_enc, b_enc
+        if active.values.dtype == x.dtype:
+            return active.values.clone()
+        return loops.products(active, x, W_enc.T, b_enc)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), (grad,), active = ctx.saved_tensors, grads, ctx.active
+        if ctx.b_enc.grad is None:
+            ctx.b_enc.grad = torch.zeros_like(ctx.b_enc)
+        add = _has_gradient(ctx.W_enc)
+        ctx.loops.sums_by_latent(active, grad.contiguous(), active.rows, x, ctx.W_enc.grad.T, ctx.b_enc.grad, add)
+        return (None,) * 5
+
+
+class _PrefixLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loops: Loops,
+        values: Tensor,
+        W_dec: Tensor,
+        base: Tensor,
+        y: Tensor,
+        active: SparseLatents,
+        segment: Tensor,
+        prefixes: int,
+        weight: Tensor | float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        errors, left, meet, grad = loops.prefix_loss(values, active, segment, W_dec, base, y, weight, prefixes)
+        ctx.save_for_backward(values, segment, meet, grad)
+        ctx.loops, ctx.active, ctx.W_dec, ctx.every_row = loops, active, W_dec, len(base) > 1
+        ctx.mark_non_differentiable(errors, left)
+        return weighted(errors, weight), errors, left
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (values, segment, meet, grad), (times, *_), active = ctx.saved_tensors, grads, ctx.active
+        add, unused = _has_gradient(ctx.W_dec), values.new_zeros(active.d_sae)
+        table, rows = meet.flatten(0, 1), active.rows * meet.shape[1] + segment[active.latents]
+        ctx.loops.sums_by_latent(active, values * times, rows, table, ctx.W_dec.grad, unused, add)
+        grad_base = None
+        if ctx.needs_input_grad[3]:
+            grad_base = times * (meet[:, 0] if ctx.every_row else meet[:, 0].sum(0, keepdim=True))
+        return None, grad * times, None, grad_base, *(None,) * 5
+
+
+def _has_gradient(parameter: Tensor) -> bool:
+    """Whether a term before has left a gradient to add to; makes room for one, not cleared, if not."""
+    if parameter.grad is not None:
+        return True
+    parameter.grad = torch.empty_like(parameter)
+    return False

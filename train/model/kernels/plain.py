@@ -1,0 +1,187 @@
+"""The operations in torch's own kernels, on any device; on CUDA, nothing but `above` waits for the device.
+
+Sums over pairs run as `embedding_bag` over pairs sorted by what they are summed into, which is deterministic and many
+times faster than `index_add`; the gradient of the values is a sampled dense-dense product.
+Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from train.model.sparse_latents import SparseLatents, offsets
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+
+
+def batch_topk(
+    pre_acts: Tensor,  # [B, F]
+    n: int,
+    guess: Tensor,  # scalar
+) -> tuple[SparseLatents, Tensor]:
+    """The `n` largest of the whole batch (BatchTopK, Bussmann et al. 2024), and the smallest positive of them, or 0.
+
+    `guess`, somewhat below the threshold of the step before, only saves time, where it is used. Which of several that
+    are equal to the smallest are kept is the kernel's choice.
+    """
+    flat = pre_acts.view(-1)
+    found = flat.topk(min(n, len(flat)), sorted=False).indices.sort().values
+    active = _pairs(found, pre_acts)
+    return active, smallest_positive(active.values)
+
+
+def row_topk(
+    pre_acts: Tensor,  # [B, F]
+    k: int,
+    among: Tensor | None = None,  # [F] bool
+) -> SparseLatents:
+    """The `k` largest of every row (Gao et al. 2024), negative ones too.
+
+    Of the latents `among`, if given; when these are fewer than `k`, others may follow.
+    """
+    looked_at = pre_acts if among is None else pre_acts.masked_fill(~among, -torch.inf)
+    latents = looked_at.topk(min(k, pre_acts.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
+    rows = torch.arange(len(pre_acts), device=pre_acts.device).unsqueeze(1).expand_as(latents)
+    return SparseLatents.of(
+        rows.flatten().contiguous(), latents.flatten(), pre_acts.gather(1, latents).flatten(), pre_acts.shape
+    )
+
+
+def above(
+    pre_acts: Tensor,  # [B, F]
+    thresholds: Tensor,  # [F]
+) -> SparseLatents:
+    """Every pre-activation strictly above its latent's threshold."""
+    return _pairs((pre_acts > thresholds).view(-1).nonzero().squeeze(1), pre_acts)
+
+
+def encode(
+    x: Tensor,  # [B, D] without gradient
+    W_enc: Tensor,  # [D, F]
+    b_enc: Tensor,  # [F]
+    active: SparseLatents,
+) -> Tensor:  # [N]
+    """The pre-activations of the pairs; their gradient reaches `W_enc` and `b_enc` through the pairs alone.
+
+    They are `active.values`, if these have the type of `x`, and are else computed again.
+    """
+    return _Encode.apply(x, W_enc, b_enc, active)
+
+
+def prefix_loss(
+    values: Tensor,  # [N]
+    W_dec: Tensor,  # [F, O]
+    base: Tensor,  # [1, O] or [B, O]: what is added to every reconstruction
+    y: Tensor,  # [B, O]
+    active: SparseLatents,
+    segment: Tensor,  # [F] int64: the first prefix that holds the latent; rises with the latent
+    prefixes: int,
+    weight: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor]:  # [], [B, P], [B, O]
+    """`weight`, one number or one per prefix, times the squared error of all rows under all prefixes.
+
+    And, without gradient, the squared error of every row under every prefix, and what the last prefix leaves of `y`.
+    """
+    reconstructions = decode_prefixes(values, W_dec, active, segment, prefixes) + base.unsqueeze(1)
+    errors = (reconstructions - y.unsqueeze(1)).square().sum(dim=2)
+    return weighted(errors, weight), errors.detach(), (y - reconstructions[:, -1]).detach()
+
+
+def weighted(errors: Tensor, weight: Tensor | float) -> Tensor:  # [B, P] -> []
+    """Return the sum of all errors, each `weight` times, or by prefix where that is [P]."""
+    return errors.sum(0) @ weight if isinstance(weight, Tensor) and weight.dim() else weight * errors.sum()
+
+
+def decode_prefixes(
+    values: Tensor,  # [N]
+    W_dec: Tensor,  # [F, O]
+    active: SparseLatents,
+    segment: Tensor,  # [F]
+    prefixes: int,
+) -> Tensor:  # [B, P, O]
+    """The reconstruction of every prefix without bias, for the price of one.
+
+    Each (row, prefix segment) is a row of its own in one sparse product; running sums over segments give the
+    prefixes, and the backward's suffix sums their gradients.
+    """
+    rows = len(active.starts) - 1
+    group = active.rows * prefixes + segment[active.latents]
+    segments = _SparseDecode.apply(values, W_dec, active, group, rows * prefixes)
+    return segments.view(rows, prefixes, W_dec.shape[1]).cumsum(dim=1)
+
+
+def smallest_positive(values: Tensor) -> Tensor:
+    """The smallest value above 0, or 0."""
+    if not len(values):
+        return values.new_zeros(())
+    least = values.masked_fill(values <= 0, torch.inf).min()
+    return least.where(least.isfinite(), 0.0)
+
+
+def _pairs(flat: Tensor, pre_acts: Tensor) -> SparseLatents:
+    width = pre_acts.shape[1]
+    return SparseLatents.of(flat // width, flat % width, pre_acts.view(-1)[flat], pre_acts.shape)
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.active = active
+        if active.values.dtype == x.dtype:
+            return active.values.clone()
+        return _sampled_product(x, W_enc.T, active.starts, active.latents) + b_enc[active.latents]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        order, starts = ctx.active.by_latent
+        W_enc = _bag(ctx.active.rows[order], x, starts, grad[order])
+        b_enc = torch.segment_reduce(grad[order], "sum", offsets=starts, initial=0)
+        return None, W_enc.T, b_enc, None
+
+
+class _SparseDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, active: SparseLatents, group: Tensor, groups: int) -> Tensor:
+        starts = offsets(group, groups)
+        ctx.save_for_backward(values, W_dec, group, starts)
+        ctx.active = active
+        return _bag(active.latents, W_dec, starts, values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (values, W_dec, group, starts), (grad,) = ctx.saved_tensors, grads
+        grad = grad.contiguous()
+        grad_values = _sampled_product(grad, W_dec, starts, ctx.active.latents)
+        order, by_latent = ctx.active.by_latent
+        return grad_values, _bag(group[order], grad, by_latent, values[order]), None, None, None
+
+
+def _bag(
+    index: Tensor,  # [N] rows of `table`
+    table: Tensor,  # [T, d]
+    starts: Tensor,  # [G + 1]
+    weights: Tensor,  # [N]
+) -> Tensor:  # [G, d]
+    """For every group of consecutive pairs, the weighted sum of the table's rows."""
+    return embedding_bag(
+        index, table.detach(), starts, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+def _sampled_product(
+    left: Tensor,  # [G, O]
+    right: Tensor,  # [F, O]
+    starts: Tensor,  # [G + 1]
+    columns: Tensor,  # [N]
+) -> Tensor:  # [N]
+    """<left[g], right[column]> for every pair, without the dense product."""
+    zeros = torch.zeros(len(columns), dtype=left.dtype, device=left.device)
+    pattern = torch.sparse_csr_tensor(
+        starts, columns, zeros, size=(left.shape[0], right.shape[0]), check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()

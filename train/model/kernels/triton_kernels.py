@@ -1,0 +1,291 @@
+"""The operations in Triton kernels, for CUDA; nothing but `above` waits for the device.
+
+Every sum runs in one order, so results repeat bit for bit. Triton's interpreter runs them on CPU, for the tests.
+Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from train.model.kernels import fused
+from train.model.kernels.plain import above, row_topk, smallest_positive
+from train.model.sparse_latents import SparseLatents, offsets
+
+__all__ = ["above", "batch_topk", "encode", "prefix_loss", "row_topk"]
+
+_DIGITS = ((20, 11), (10, 10), (0, 10))
+"""Bits of a positive float32 that one pass of the search decides: how many are below, and how many they are."""
+_BLOCK = 4096
+
+
+def batch_topk(
+    pre_acts: Tensor,  # [B, F]
+    n: int,
+    guess: Tensor,  # scalar
+) -> tuple[SparseLatents, Tensor]:
+    """As `plain.batch_topk`; of several equal to the smallest the first in row order are kept.
+
+    Positive floats are in the order of their bits, so the n-th largest is found digit by digit from histograms,
+    exactly, and the pairs are compacted row by row behind a running count. Where fewer than `n` are positive, pairs of
+    value 0 fill up.
+    """
+    rows, width = pre_acts.shape
+    n = min(n, pre_acts.numel())
+    nth, ties = _nth_largest(pre_acts, n)
+    more, equal = (torch.empty(rows, dtype=torch.int64, device=pre_acts.device) for _ in range(2))
+    _count[(rows,)](pre_acts, nth, more, equal, width, BLOCK=_BLOCK)
+    equal = (ties - (equal.cumsum(0) - equal)).clamp_min(0).minimum(equal)
+    starts = torch.cat([nth.new_zeros(1), (more + equal).cumsum(0)])
+    row, latent = (torch.full((n,), last, device=pre_acts.device) for last in (rows - 1, width - 1))
+    values = pre_acts.new_zeros(n)
+    _compact[(rows,)](pre_acts, nth, equal, starts, row, latent, values, width, BLOCK=_BLOCK)
+    starts = torch.cat([starts[:-1], torch.full_like(starts[:1], n)])
+    return SparseLatents(row, latent, values, starts, width), smallest_positive(values)
+
+
+def encode(
+    x: Tensor,  # [B, D] without gradient
+    W_enc: Tensor,  # [D, F]
+    b_enc: Tensor,  # [F]
+    active: SparseLatents,
+) -> Tensor:  # [N]
+    """As `plain.encode`."""
+    return fused.encode(_Kernels(), x, W_enc, b_enc, active)
+
+
+def prefix_loss(
+    values: Tensor,  # [N]
+    W_dec: Tensor,  # [F, O]
+    base: Tensor,  # [1, O] or [B, O]
+    y: Tensor,  # [B, O]
+    active: SparseLatents,
+    segment: Tensor,  # [F]
+    prefixes: int,
+    weight: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor]:  # [], [B, P], [B, O]
+    """As `plain.prefix_loss`."""
+    if not isinstance(weight, Tensor):
+        weight = torch.full((), weight, dtype=y.dtype, device=y.device)  # on the device, unlike a copied number
+    return fused.prefix_loss(_Kernels(), values, W_dec, base, y, active, segment, prefixes, weight)
+
+
+def _nth_largest(pre_acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The bits of the `n`-th largest, and how many equal to it are among the `n`; 0 and 0 if fewer are positive."""
+    device, size = pre_acts.device, pre_acts.numel()
+    found, wanted = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1,), n, device=device)
+    enough = torch.ones(1, dtype=torch.bool, device=device)
+    for shift, bits in _DIGITS:
+        counts = torch.zeros(2**bits, dtype=torch.int32, device=device)
+        grid = (triton.cdiv(size, _BLOCK),)
+        _histogram[grid](pre_acts, size, found, counts, SHIFT=shift, BINS=2**bits, BITS=bits, BLOCK=_BLOCK)
+        at_least = counts.flip(0).cumsum(0).flip(0)  # in this bin and above; falls
+        digit = (at_least >= wanted).sum(0, keepdim=True) - 1
+        enough &= digit >= 0
+        digit = digit.clamp_min(0)
+        wanted = wanted - (at_least - counts).gather(0, digit)
+        found = found * 2**bits + digit
+    return torch.where(enough, found, 0), torch.where(enough, wanted, 0)
+
+
+class _Kernels:
+    """`fused.Loops` on CUDA."""
+
+    def products(self, active: SparseLatents, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
+        out, width = left.new_empty(len(active.rows)), left.shape[1]
+        if len(out):
+            block = triton.next_power_of_2(width)
+            _products[(len(out),)](active.rows, active.latents, left, right, bias, out, width, BLOCK=block)
+        return out
+
+    def prefix_loss(
+        self,
+        values: Tensor,
+        active: SparseLatents,
+        segment: Tensor,
+        W_dec: Tensor,
+        base: Tensor,
+        y: Tensor,
+        weight: Tensor | float,
+        prefixes: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, width = y.shape
+        errors, meet = y.new_empty(rows, prefixes), y.new_empty(rows, prefixes, width)
+        left, grad = torch.empty_like(y), torch.empty_like(values)
+        starts = offsets(active.rows * prefixes + segment[active.latents], rows * prefixes)
+        assert isinstance(weight, Tensor)
+        weights = weight.expand(prefixes).contiguous()
+        sides = (values, active.latents, starts, W_dec, base.contiguous(), y, weights)
+        step = width if len(base) > 1 else 0
+        block = triton.next_power_of_2(width)
+        _prefix_loss[(rows,)](*sides, meet, errors, left, grad, step, width, PREFIXES=prefixes, BLOCK=block)
+        return errors, left, meet, grad
+
+    def sums_by_latent(
+        self, active: SparseLatents, weights: Tensor, rows: Tensor, table: Tensor, out: Tensor, alone: Tensor, add: bool
+    ) -> None:
+        assert out.is_contiguous() and table.is_contiguous()
+        order, starts = active.by_latent
+        width = out.shape[1]
+        block = min(512, triton.next_power_of_2(width))
+        grid = (len(out), triton.cdiv(width, block))
+        _sums_by_latent[grid](order, starts, weights, rows, table, out, alone, width, ADD=add, BLOCK=block)
+
+
+@triton.jit
+def _key(values: Any) -> Any:
+    """Positive values as integers of the same order; 0 for all others."""
+    values = values.to(tl.float32)
+    return tl.where(values > 0, values.to(tl.int32, bitcast=True), 0)
+
+
+@triton.jit
+def _histogram(
+    pre_acts: Any,
+    size: Any,
+    above_digit: Any,
+    counts: Any,
+    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """How many have each digit, of those whose digits above it are `above_digit`."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key = _key(tl.load(pre_acts + at, mask=at < size, other=0.0))
+    counted = (key > 0) & ((key >> SHIFT >> BITS) == tl.load(above_digit).to(tl.int32))
+    found = tl.histogram((key >> SHIFT) & (BINS - 1), BINS, mask=counted)
+    tl.atomic_add(counts + tl.arange(0, BINS), found, mask=found > 0, sem="relaxed")
+
+
+@triton.jit
+def _count(pre_acts: Any, nth: Any, more: Any, equal: Any, width: Any, BLOCK: tl.constexpr) -> None:
+    """How many of a row are above the bits `nth`, and how many are equal."""
+    row, bits = tl.program_id(0).to(tl.int64), tl.load(nth).to(tl.int32)
+    above_it = tl.zeros([BLOCK], tl.int32)
+    at_it = tl.zeros([BLOCK], tl.int32)
+    for low in range(0, width, BLOCK):
+        latent = low + tl.arange(0, BLOCK)
+        key = _key(tl.load(pre_acts + row * width + latent, mask=latent < width, other=0.0))
+        above_it += (key > bits).to(tl.int32)
+        at_it += ((key == bits) & (key > 0)).to(tl.int32)
+    tl.store(more + row, tl.sum(above_it, 0).to(tl.int64))
+    tl.store(equal + row, tl.sum(at_it, 0).to(tl.int64))
+
+
+@triton.jit
+def _compact(
+    pre_acts: Any,
+    nth: Any,
+    ties: Any,
+    starts: Any,
+    rows: Any,
+    latents: Any,
+    values: Any,
+    width: Any,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Write a row's pairs above the bits `nth`, and the first `ties` of those equal, from its start on."""
+    row, bits = tl.program_id(0).to(tl.int64), tl.load(nth).to(tl.int32)
+    left, at = tl.load(ties + row), tl.load(starts + row)
+    for low in range(0, width, BLOCK):
+        latent = low + tl.arange(0, BLOCK)
+        value = tl.load(pre_acts + row * width + latent, mask=latent < width, other=0.0)
+        key = _key(value)
+        tie = ((key == bits) & (key > 0)).to(tl.int32)
+        first = tl.cumsum(tie, 0) <= left
+        kept = (key > bits) | ((tie > 0) & first)
+        count = kept.to(tl.int32)
+        place = at + tl.cumsum(count, 0) - count
+        tl.store(rows + place, tl.zeros([BLOCK], tl.int64) + row, mask=kept)
+        tl.store(latents + place, latent.to(tl.int64), mask=kept)
+        tl.store(values + place, value, mask=kept)
+        at += tl.sum(count, 0)
+        left -= tl.sum(tie, 0)
+
+
+@triton.jit
+def _products(
+    rows: Any, latents: Any, left: Any, right: Any, bias: Any, out: Any, width: Any, BLOCK: tl.constexpr
+) -> None:
+    i, d = tl.program_id(0), tl.arange(0, BLOCK)
+    row, latent = tl.load(rows + i), tl.load(latents + i)
+    one = tl.load(left + row * width + d, mask=d < width, other=0.0)
+    other = tl.load(right + latent * width + d, mask=d < width, other=0.0)
+    tl.store(out + i, tl.sum(one * other, 0) + tl.load(bias + latent))
+
+
+@triton.jit
+def _prefix_loss(
+    values: Any,
+    latents: Any,
+    starts: Any,
+    W_dec: Any,
+    base: Any,
+    y: Any,
+    weights: Any,
+    meet: Any,
+    errors: Any,
+    left: Any,
+    grad: Any,
+    base_step: Any,
+    width: Any,
+    PREFIXES: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """As `fused.Loops.prefix_loss`, one row; `starts` [B * P + 1] are those of each row's segments."""
+    row, o = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = o < width
+    total = tl.load(base + row * base_step + o, mask=inside, other=0.0)
+    total -= tl.load(y + row * width + o, mask=inside, other=0.0)
+    for p in range(PREFIXES):
+        group = row * PREFIXES + p
+        for i in range(tl.load(starts + group), tl.load(starts + group + 1)):
+            direction = tl.load(W_dec + tl.load(latents + i) * width + o, mask=inside, other=0.0)
+            total += tl.load(values + i) * direction
+        tl.store(meet + group * width + o, total, mask=inside)
+        tl.store(errors + group, tl.sum(total * total, 0))
+    tl.store(left + row * width + o, -total, mask=inside)
+    tl.debug_barrier()
+    total = total * 0
+    for q in range(PREFIXES):
+        group = row * PREFIXES + PREFIXES - 1 - q
+        twice = 2 * tl.load(weights + PREFIXES - 1 - q)
+        total += twice * tl.load(meet + group * width + o, mask=inside, other=0.0)
+        tl.store(meet + group * width + o, total, mask=inside)
+        for i in range(tl.load(starts + group), tl.load(starts + group + 1)):
+            direction = tl.load(W_dec + tl.load(latents + i) * width + o, mask=inside, other=0.0)
+            tl.store(grad + i, tl.sum(direction * total, 0))
+
+
+@triton.jit
+def _sums_by_latent(
+    order: Any,
+    starts: Any,
+    weights: Any,
+    rows: Any,
+    table: Any,
+    out: Any,
+    alone: Any,
+    width: Any,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """As `fused.Loops.sums_by_latent`, one latent and a part of its columns."""
+    latent, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = o < width
+    total = tl.zeros([BLOCK], out.dtype.element_ty)
+    weight_sum = tl.load(alone + latent)
+    if ADD:
+        total = tl.load(out + latent * width + o, mask=inside, other=0.0)
+    for j in range(tl.load(starts + latent), tl.load(starts + latent + 1)):
+        i = tl.load(order + j)
+        weight = tl.load(weights + i)
+        total += weight * tl.load(table + tl.load(rows + i) * width + o, mask=inside, other=0.0)
+        weight_sum += weight
+    tl.store(out + latent * width + o, total, mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(alone + latent, weight_sum)

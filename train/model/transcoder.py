@@ -1,0 +1,444 @@
+"""The transcoder: parameters, normalisation, and the step from rows to the terms of the loss.
+
+    pre_acts = (x - mean_x) / scale_x @ W_enc + b_enc          [B, F]
+    latents  = ReLU(select(pre_acts))                          (row, latent, value) triples
+    prefix p: (y - mean_y) / scale_y ~ latents[:, :p] @ W_dec[:p] + b_dec [+ x_normalised @ W_skip]
+
+Legend: B rows, D d_in, O d_out, F d_sae, P prefixes, N pairs.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, NamedTuple, Self, overload
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+
+from shared.bounds import Width
+from shared.config import Config, read_record
+from shared.errors import UserError
+from shared.files import durable
+from shared.keyed import key_bits
+from train.model import blas, checkpoint
+from train.model.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK, WarmedK, multiple
+from train.model.kernels import compiled, dense, guarded, plain
+from train.model.losses import AuxKConfig, auxk_weight, jumprelu, l0_loss, l1_loss, matryoshka_weight
+from train.model.sparse_latents import SparseLatents
+
+Kernels = Literal["compiled", "triton", "plain", "dense"]
+
+
+class TranscoderConfig(Config):
+    """The shape of a transcoder."""
+
+    d_sae: int | str = 4096
+    """Latents; or a multiple of d_in, such as `8x`."""
+    prefixes: tuple[int, ...] | None = None
+    """Sizes of the Matryoshka prefixes, rising to d_sae; none: n/16, n/8, n/4, n/2, n. `[d_sae]`: no Matryoshka."""
+    whole_weight: float = Field(1.0, gt=0)
+    """What the error of the whole transcoder weighs in the loss, over that of each smaller prefix: more of it makes the
+    whole better and the smaller prefixes worse. The mean weight is 1."""
+    encoder_scale: float = Field(1.0, gt=0)
+    """Norm of the encoder's columns at the start, where decoder rows have norm 1."""
+    skip: bool = False
+    """Add a linear map from source to target beside the latents."""
+
+    def resolve(self, d_in: int, activation: Activation) -> "TranscoderConfig":
+        """The same with `d_sae` and `prefixes` as numbers. Raises `UserError` when they do not fit."""
+        d_sae = multiple("transcoder.d_sae", self.d_sae, d_in, "8x")
+        default = tuple(sorted({max(1, d_sae // n) for n in (16, 8, 4, 2, 1)}))
+        prefixes = self.prefixes or default
+        if any(a >= b for a, b in pairwise((0, *prefixes))):
+            raise UserError(f"transcoder.prefixes must rise from 1 up, got {list(prefixes)}")
+        if prefixes[-1] != d_sae:
+            raise UserError(f"transcoder.prefixes must end at d_sae = {d_sae}, got {list(prefixes)}")
+        if isinstance(activation, WarmedK):
+            for name, k in (("k", activation.k), ("k_start", activation.k_start or 0)):
+                assert isinstance(k, int), "resolve the activation first"
+                if k > d_sae:
+                    raise UserError(
+                        f"activation.{name} = {k} is more than d_sae = {d_sae}; lower it or raise transcoder.d_sae"
+                    )
+        return self.model_copy(update={"d_sae": d_sae, "prefixes": prefixes})
+
+
+class Normalisation(NamedTuple):
+    """What source and target rows are shifted and scaled by: each side has its own."""
+
+    source_mean: Tensor
+    """[D] float32"""
+    source_scale: float
+    """Root mean square deviation per dimension."""
+    target_mean: Tensor
+    """[O] float32"""
+    target_scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What one step computed: the loss with its terms, and what the metrics count."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    """Weighted terms; they add up to the loss."""
+    errors: Tensor
+    """[B, P] squared error of every row and prefix, detached"""
+    target: Tensor
+    """[B, O] normalised"""
+    active: SparseLatents
+    """Selected pairs with their latents' values, detached"""
+    values: Tensor
+    """The same values with their gradient"""
+    threshold: Tensor
+    """Smallest pre-activation of the batch that is selected and positive."""
+    pre_acts: Tensor | None
+    """[B, F] without gradient; none from a guarded search, unless they were wanted"""
+
+    def with_terms(self, terms: dict[str, Tensor]) -> "StepOutput":
+        """The same with further terms beside those of the loss."""
+        return replace(self, terms=self.terms | {name: term.detach() for name, term in terms.items()})
+
+
+class TranscoderOutput(NamedTuple):
+    """What a trained transcoder makes of source rows."""
+
+    reconstruction: Tensor
+    """[..., O] the predicted target rows, in the LLM's own units and the dtype of the source rows"""
+    latents: SparseLatents
+    """The active latents. Rows are numbered over all leading dimensions, as by `x.reshape(-1, d_in)`."""
+
+
+class Transcoder(nn.Module):
+    """Parameters in float32. `W_enc` [D, F] lies latent by latent in memory, as its gradient comes.
+
+    `Transcoder.load` gives a trained one, and `forward`, `encode` and `decode` are for its use on an LLM's activations.
+    """
+
+    def __init__(
+        self, d_in: int, d_out: int, config: TranscoderConfig, activation: Activation, normalisation: Normalisation
+    ) -> None:
+        super().__init__()
+        assert isinstance(config.d_sae, int) and config.prefixes, "resolve the configuration first"
+        self.d_sae, self.prefixes, self.activation = config.d_sae, config.prefixes, activation
+        self._encoder_scale = config.encoder_scale
+        self.W_enc = nn.Parameter(torch.zeros(self.d_sae, d_in).T)
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_out))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.W_skip = nn.Parameter(torch.zeros(d_in, d_out)) if config.skip else None
+        self.log_threshold = None
+        if isinstance(activation, JumpReLU):
+            self.log_threshold = nn.Parameter(torch.full((self.d_sae,), activation.initial_threshold).log())
+        self.source_mean, self.target_mean = nn.Buffer(normalisation.source_mean), nn.Buffer(normalisation.target_mean)
+        self.source_scale = nn.Buffer(torch.tensor(normalisation.source_scale, dtype=torch.float32))
+        self.target_scale = nn.Buffer(torch.tensor(normalisation.target_scale, dtype=torch.float32))
+        edges = torch.tensor(self.prefixes)
+        self.blas: blas.Blas = "torch"
+        self.kernels: Kernels = "plain"
+        self.product_dtype = torch.float32
+        self.guarded: guarded.Guarded | None = None
+        """The search of training steps, where it is not `select` on a whole product."""
+        self.segment = nn.Buffer(torch.bucketize(torch.arange(self.d_sae), edges, right=True), persistent=False)
+        shares = torch.ones(len(self.prefixes))
+        shares[-1] = config.whole_weight
+        self.prefix_shares = nn.Buffer(shares / shares.mean(), persistent=False)
+        """[P] What each prefix's error weighs, 1 on average."""
+        self._evenly = config.whole_weight == 1
+        self.inference_threshold = nn.Buffer(torch.zeros(self.d_sae), persistent=False)
+        """[F] Calibrated: a latent is active above it. Of a checkpoint, once that is loaded."""
+        self._guess = torch.zeros(())
+
+    @classmethod
+    def load(cls, path: Path | str, step: int | None = None, device: str | torch.device = "cpu") -> Self:
+        """Load a trained transcoder from a run's folder, or from the folder of one of its checkpoints.
+
+        Of a run, the checkpoint of `step`, or the newest one that verifies. No store and no LLM library is needed.
+        Raises `UserError` when there is no such run or checkpoint, and `CorruptData` when one is damaged.
+        """
+        run, found = checkpoint.of(Path(path), step)
+        config = read_record(_Shape, durable.read_json(run / checkpoint.CONFIG), run / checkpoint.CONFIG)
+        settings, still = config.settings, Normalisation(torch.zeros(config.d_in), 1.0, torch.zeros(config.d_out), 1.0)
+        model = cls(config.d_in, config.d_out, settings.transcoder, settings.activation, still)
+        model.load_checkpoint(found)
+        return model.to(device).eval()
+
+    def load_checkpoint(self, found: checkpoint.Checkpoint) -> Tensor:
+        """Take over a checkpoint's weights, normalisation and thresholds; returns the thresholds [F].
+
+        Raises `CorruptData` naming the tensor that does not fit.
+        """
+        expected = self.state_dict() | {"threshold": self.b_enc.detach()}
+        tensors = checkpoint.load_tensors(found.path / checkpoint.WEIGHTS, expected)
+        threshold = tensors.pop("threshold").to(self.b_enc.device)
+        self.load_state_dict(tensors)
+        self.inference_threshold.copy_(threshold)
+        return threshold
+
+    def forward(self, x: Tensor, prefix: int | None = None) -> TranscoderOutput:
+        """Predict target rows from source rows `x` [..., D] in the LLM's own units.
+
+        Latents are active above the calibrated thresholds. `prefix`: by the first so many latents alone, one of
+        `prefixes`. Gradients reach `x` and the parameters. Raises `ValueError` on another width, or no such prefix.
+        """
+        latents = self.encode(x)
+        return TranscoderOutput(self.decode(latents, x, prefix), latents)
+
+    @overload
+    def encode(self, x: Tensor, *, dense: Literal[False] = False) -> SparseLatents: ...
+
+    @overload
+    def encode(self, x: Tensor, *, dense: Literal[True]) -> Tensor: ...
+
+    def encode(self, x: Tensor, *, dense: bool = False) -> SparseLatents | Tensor:
+        """Return the latents of source rows `x` [..., D] that are active above the calibrated thresholds.
+
+        As (row, latent, value) triples, rows numbered as by `x.reshape(-1, d_in)`; or `dense`, as [..., F].
+        """
+        if x.shape[-1] != len(self.W_enc):
+            raise ValueError(f"rows are {x.shape[-1]} wide, and this transcoder reads rows of {len(self.W_enc)}")
+        pre_acts = self.normalised_source(x.reshape(-1, x.shape[-1]).float()) @ self.W_enc + self.b_enc
+        is_active = pre_acts > self.inference_threshold
+        if dense:
+            return pre_acts.where(is_active, 0.0).reshape(*x.shape[:-1], -1)
+        rows, latents = is_active.nonzero(as_tuple=True)
+        return SparseLatents.of(rows, latents, pre_acts[rows, latents], pre_acts.shape)
+
+    def decode(self, latents: SparseLatents | Tensor, x: Tensor | None = None, prefix: int | None = None) -> Tensor:
+        """Return the target rows that `latents` stand for, in the LLM's own units: [..., O].
+
+        `latents` are of `encode`, as triples or dense [..., F]; `x` [..., D] are the source rows, which a skip
+        connection needs. With triples, the result has the leading dimensions and the dtype of `x`, or is float32
+        [B, O] without it. `prefix` as in `forward`. Raises `ValueError`.
+        """
+        if prefix is not None and prefix not in self.prefixes:
+            raise ValueError(f"prefix must be one of {list(self.prefixes)}, got {prefix}")
+        if self.W_skip is not None and x is None:
+            raise ValueError("this transcoder has a skip connection: pass the source rows, decode(latents, x)")
+        most, shape = prefix or self.d_sae, x.shape[:-1] if x is not None else None
+        if isinstance(latents, SparseLatents):
+            kept = latents.latents < most
+            values = latents.values[kept].unsqueeze(1) * self.W_dec[latents.latents[kept]]
+            y = values.new_zeros(len(latents.starts) - 1, self.W_dec.shape[1])
+            y = y.index_add(0, latents.rows[kept], values)
+        else:
+            shape = latents.shape[:-1]
+            y = latents.reshape(-1, self.d_sae)[:, :most] @ self.W_dec[:most]
+        y = y + self.b_dec
+        if self.W_skip is not None and x is not None:
+            y = y + self.normalised_source(x.reshape(-1, x.shape[-1]).float()) @ self.W_skip
+        y = y * self.target_scale + self.target_mean
+        return y.reshape(*(shape if shape is not None else y.shape[:-1]), -1).to(x.dtype if x is not None else y.dtype)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Random unit decoder rows; the encoder is their scaled transpose where widths agree, else random too."""
+        generator = torch.Generator().manual_seed(key_bits("transcoder", seed) % 2**63)
+        self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=generator))
+        self.normalise_decoder()
+        if self.W_enc.shape[0] == self.W_dec.shape[1]:
+            self.W_enc.copy_(self.W_dec.T)
+        else:
+            rows = torch.randn(self.d_sae, self.W_enc.shape[0], generator=generator)
+            self.W_enc.copy_((rows / rows.norm(dim=1, keepdim=True)).T)
+        self.W_enc.mul_(self._encoder_scale)
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        """Give every decoder row unit norm."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self) -> None:
+        """Drop the part of the decoder's gradient that the next normalisation would undo."""
+        grad = self.W_dec.grad
+        assert grad is not None
+        grad.addcmul_(self.W_dec, (grad * self.W_dec).sum(dim=1, keepdim=True), value=-1)
+
+    def normalised(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [B, D] and [B, O] shifted and scaled by the store's statistics."""
+        return self.normalised_source(source), (target - self.target_mean).div_(self.target_scale)
+
+    def normalised_source(self, source: Tensor) -> Tensor:
+        """Rows [B, D] shifted and scaled by the store's statistics."""
+        return (source - self.source_mean).div_(self.source_scale)
+
+    @torch.no_grad()
+    def pre_acts(self, x: Tensor) -> Tensor:
+        """[B, F] from normalised rows [B, D]."""
+        return blas.addmm(self.blas, self.b_enc, x, self.W_enc)
+
+    def step(
+        self, source: Tensor, target: Tensor, dead: Tensor, auxk: AuxKConfig, step: int, whole: bool = False
+    ) -> StepOutput:
+        """The loss of one batch. `dead` [F] bool are the latents that aux-k may use.
+
+        `whole`: a guarded search gives `pre_acts` as well, which costs it time and changes nothing else.
+        """
+        x, y = self.normalised(source, target)
+        pre_acts, active, smallest = self._selected(x, step, whole)
+        gathered = self._ops.encode(x, self.W_enc, self.b_enc, active)
+        values = self.activate(gathered, active)
+        weight: Tensor | float = matryoshka_weight(len(y), len(self.prefixes), y.shape[1])
+        if not self._evenly:
+            weight = weight * self.prefix_shares
+        loss, errors, residual = self._ops.prefix_loss(
+            values, self.W_dec, self.linear_part(x), y, active, self.segment, len(self.prefixes), weight
+        )
+        terms = {"reconstruction": loss} | self._penalty(gathered, values, active, len(x), step)
+        if auxk.coefficient:
+            rows = slice(step % auxk.row_stride, None, auxk.row_stride)
+            some = None if self.guarded or pre_acts is None else pre_acts[rows]
+            terms["auxk"] = self._auxk(x[rows].contiguous(), some, residual[rows].contiguous(), dead, auxk)
+        return StepOutput(
+            loss=torch.stack(list(terms.values())).sum(),
+            terms={name: term.detach() for name, term in terms.items()},
+            errors=errors,
+            target=y,
+            active=active.with_values(values.detach()),
+            values=values,
+            threshold=smallest,
+            pre_acts=pre_acts,
+        )
+
+    def select(self, pre_acts: Tensor, step: int) -> tuple[SparseLatents, Tensor]:
+        """The pairs that take part in the training step `step`, and the smallest of their positive pre-activations.
+
+        A JumpReLU's pairs reach below its thresholds by half a bandwidth, since those move the thresholds.
+        """
+        match self.activation:
+            case BatchTopK() as a:
+                active, smallest = self._ops.batch_topk(pre_acts, a.k_at(step) * len(pre_acts), self._guess)
+                self._guess = 0.95 * smallest
+                return active, smallest
+            case TopK() as a:
+                active = self._ops.row_topk(pre_acts, a.k_at(step))
+            case JumpReLU() as a:
+                active = self._ops.above(pre_acts, self.threshold() - a.bandwidth / 2)
+            case ReLU():
+                active = self._ops.above(pre_acts, torch.zeros_like(self.b_enc))
+        return active, plain.smallest_positive(active.values)
+
+    def select_final(self, pre_acts: Tensor) -> SparseLatents:
+        """The pairs that the rule of training activates after all warm-ups; changes nothing."""
+        match self.activation:
+            case BatchTopK(k=k):
+                return self._ops.batch_topk(pre_acts, k * len(pre_acts), self._guess)[0].positive()
+            case TopK(k=k):
+                return self._ops.row_topk(pre_acts, k).positive()
+            case JumpReLU():
+                return self.select_above(pre_acts, self.threshold())
+            case _:
+                return self.select_above(pre_acts, torch.zeros_like(self.b_enc))
+
+    def select_above(self, pre_acts: Tensor, thresholds: Tensor) -> SparseLatents:
+        """The pairs above `thresholds` [F]: the rule of inference."""
+        return self._ops.above(pre_acts, thresholds)
+
+    def activate(self, gathered: Tensor, active: SparseLatents) -> Tensor:
+        """Latent values [N] from the pre-activations of the selected pairs."""
+        if isinstance(self.activation, JumpReLU):
+            return jumprelu(gathered, self.threshold()[active.latents], self.activation.bandwidth)
+        return gathered.relu()
+
+    def reconstruct(self, values: Tensor, active: SparseLatents, x: Tensor) -> Tensor:
+        """[B, P, O]: every prefix's reconstruction of the normalised targets."""
+        decoded = plain.decode_prefixes(values, self.W_dec, active, self.segment, len(self.prefixes))
+        return decoded + self.linear_part(x).unsqueeze(1)
+
+    def reconstruct_whole(self, values: Tensor, active: SparseLatents, x: Tensor) -> Tensor:
+        """[B, O]: the last prefix's alone."""
+        whole = plain.decode_prefixes(values, self.W_dec, active, torch.zeros_like(self.segment), 1)[:, 0]
+        return whole + self.linear_part(x)
+
+    def linear_part(self, x: Tensor) -> Tensor:
+        """Return what every prefix's reconstruction starts from: [1, O], or [B, O] with a skip connection."""
+        return self.b_dec.unsqueeze(0) if self.W_skip is None else x @ self.W_skip + self.b_dec
+
+    @property
+    def _ops(self) -> ModuleType:
+        match self.kernels:
+            case "compiled":
+                return compiled
+            case "triton":
+                from train.model.kernels import triton_kernels  # not there without CUDA
+
+                return triton_kernels
+            case "plain":
+                return plain
+            case _:
+                return dense
+
+    @torch.no_grad()
+    def _selected(self, x: Tensor, step: int, whole: bool) -> tuple[Tensor | None, SparseLatents, Tensor]:
+        """The pre-activations, where there are all of them, and the selection of a step, as of `select`."""
+        if self.guarded is None:
+            pre_acts = self._searched(x)
+            return pre_acts, *self.select(pre_acts, step)
+        assert isinstance(self.activation, BatchTopK)
+        n = self.activation.k_at(step) * len(x)
+        active, smallest, found = self.guarded.batch_topk(self.blas, x, self.W_enc, self.b_enc, n, whole)
+        return found, active, smallest
+
+    @torch.no_grad()
+    def _searched(self, x: Tensor) -> Tensor:
+        """[B, F] the pre-activations among which a step selects."""
+        if self.product_dtype == torch.float32:
+            return self.pre_acts(x)
+        low = [tensor.to(self.product_dtype) for tensor in (self.b_enc, x, self.W_enc)]
+        return torch.addmm(*low)
+
+    def threshold(self) -> Tensor:
+        """[F] the learned thresholds of a JumpReLU."""
+        assert self.log_threshold is not None
+        return self.log_threshold.exp()
+
+    def _penalty(
+        self, gathered: Tensor, values: Tensor, active: SparseLatents, rows: int, step: int
+    ) -> dict[str, Tensor]:
+        match self.activation:
+            case JumpReLU() as a:
+                thresholds = self.threshold()[active.latents]
+                weight = a.l0_coefficient * _ramp(step, a.penalty_warmup_steps or 0)
+                return {"l0": weight * l0_loss(gathered, thresholds, a.bandwidth, rows)}
+            case ReLU() as a:
+                return {"l1": a.l1_coefficient * _ramp(step, a.penalty_warmup_steps or 0) * l1_loss(values, rows)}
+            case _:
+                return {}
+
+    def _auxk(self, x: Tensor, pre_acts: Tensor | None, residual: Tensor, dead: Tensor, config: AuxKConfig) -> Tensor:
+        """Dead latents are dead because their pre-activations are negative: they are taken before the ReLU.
+
+        Without `pre_acts`, those of the dead latents are made here.
+        """
+        if pre_acts is None:
+            active = guarded.row_topk(self.blas, x, self.W_enc, self.b_enc, config.k, dead)
+        else:
+            active = self._ops.row_topk(pre_acts, config.k, dead)
+        values = self._ops.encode(x, self.W_enc, self.b_enc, active).where(dead[active.latents], 0.0)
+        whole, nothing = torch.zeros_like(self.segment), torch.zeros_like(residual[:1])
+        weight = config.coefficient * auxk_weight(residual, dead)
+        return self._ops.prefix_loss(values, self.W_dec, nothing, residual, active, whole, 1, weight)[0]
+
+
+class _ShapeSettings(Config):
+    """Of a run's settings, what its transcoder is made from."""
+
+    model_config = ConfigDict(extra="ignore")
+    transcoder: TranscoderConfig
+    activation: Activation
+
+
+class _Shape(Config):
+    """The same of `config.json`, which the trainer reads as `RunConfig`."""
+
+    model_config = ConfigDict(extra="ignore")
+    settings: _ShapeSettings
+    d_in: Width
+    d_out: Width
+
+
+def _ramp(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / (steps + 1))

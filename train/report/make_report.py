@@ -1,0 +1,124 @@
+"""Makes a report of a run's newest checkpoint: `report.{html,md,json}`, and the browser of latents in `report/`."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared.console.progress import Progress
+from shared.console.terminal import say
+from shared.errors import CorruptData
+from shared.files import durable
+from train.evaluation.evaluate import Evaluation, evaluate
+from train.evaluation.linear_baseline import linear_map_fvu
+from train.model.activations import BatchTopK, TopK
+from train.report import gather, page
+from train.report.browser import browser_files
+from train.report.latents import latents_table
+from train.report.plots import figures
+from train.report.report_record import Report
+from train.report.verdict import verdict
+from train.run.load_run import LoadedRun, samples_of
+from train.run.metrics import METRICS, Log
+from train.samples.parquet import paths
+from train.samples.select import SamplesConfig
+
+FOLDER = "report"
+"""Of what lies beside the page."""
+HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
+
+
+def make_report(loaded: LoadedRun, *, linear: bool = False) -> Report:
+    """Write the report of a loaded checkpoint; samples that are not there are made first. Returns it.
+
+    `linear`: also fit the best linear map on the training rows, for comparison. Raises `DiskFull`.
+    """
+    run, settings, rows = loaded.path, loaded.config.settings, loaded.rows
+    contexts, latents = paths(run, loaded.step)
+    if not (contexts.is_file() and latents.is_file()):
+        wanted = settings.samples if settings.samples.rows else SamplesConfig()
+        samples_of(loaded, wanted).publish(run)
+    sampled = _read(contexts)
+    with Progress("report", 4, "parts") as progress:
+        progress.update(0, "neighbours")
+        table = latents_table(loaded.transcoder, rows, loaded.threshold, _read(latents), sampled)
+        progress.update(1, "held-out rows")
+        held_out = _held_out(loaded)
+        if linear and settings.source == "target":
+            say("note: the best linear map of the targets to themselves leaves nothing: --linear says nothing here")
+            linear = False
+        fvu = linear_map_fvu(rows, loaded.threshold.device) if linear else None
+        progress.update(2, "the browser of latents")
+        report = _report(loaded, table, held_out, fvu)
+        beside = browser_files(report.run, rows.store, table, sampled)
+        progress.update(3, "writing")
+        _publish(run, report, beside)
+        progress.update(4)
+    return report
+
+
+def plots(report: Report) -> dict[str, dict[str, str]]:
+    """What a mirror takes of a report: its plots as JSON of Plotly, and the verdict."""
+    return {
+        "plots": {name: str(one.to_json()) for name, one in figures(report).items()},
+        "verdict": {check.name: f"{check.state}: {check.said}" for check in report.verdict},
+    }
+
+
+def _report(loaded: LoadedRun, table: pa.Table, held_out: Evaluation, linear_fvu: float | None) -> Report:
+    run, step, config = loaded.path, loaded.step, loaded.config
+    duplicates, settings = gather.duplicates(run, step), config.settings
+    report = Report(
+        run=run.resolve().name,
+        step=step,
+        steps=settings.steps,
+        decay_share=settings.optimizer.decay_share,
+        d_sae=len(table),
+        k=float(a.k) if isinstance(a := settings.activation, BatchTopK | TopK) else None,
+        verdict=[],
+        held_out=held_out,
+        linear_fvu=linear_fvu,
+        training=gather.training_curves(run, step),
+        timing=gather.timing_curves(run, step),
+        monitor=gather.monitor_curves(run, step),
+        density=gather.density(table),
+        at_position_0=gather.at_position_0(table),
+        nearest=gather.nearest(table, config.d_out),
+        duplicates=duplicates,
+        examples=gather.examples(paths(run, step)[0], table, duplicates),
+        usage=gather.usage(run),
+        store=gather.store_facts(loaded.rows.store),
+        settings=settings.model_dump(mode="json"),
+        software=config.software,
+    )
+    return report.model_copy(update={"verdict": verdict(report)})
+
+
+def _read(samples: Path) -> pa.Table:
+    """A file of samples. Raises `CorruptData`."""
+    try:
+        return pq.read_table(samples)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptData(f"{samples}: not readable ({error}); remove it, and the report makes it anew") from error
+
+
+def _held_out(loaded: LoadedRun) -> Evaluation:
+    """As the run wrote it at that step, or else measured now."""
+    for row in reversed(Log(loaded.path / METRICS).rows()):
+        if row["step"] == loaded.step and "held_out" in row:
+            return Evaluation.model_validate(row["held_out"])
+    return evaluate(loaded.transcoder, loaded.rows, loaded.threshold, loaded.config.settings.seed)
+
+
+def _publish(run: Path, report: Report, beside: dict[str, bytes]) -> None:
+    """The folder first, whole: what the page leads to is there when the page is."""
+    folder = run / FOLDER
+    files = {HTML: page.html(report), MARKDOWN: page.markdown(report)}
+    files[JSON] = durable.json_bytes(report.model_dump(mode="json"))
+    durable.require_space(run, sum(map(len, [*beside.values(), *files.values()])), f"the report of {run}")
+    if folder.exists():
+        durable.remove_folder(folder)
+    with durable.publish_folder(folder) as temporary:
+        for name, data in beside.items():
+            durable.publish_bytes(temporary / name, data)
+    durable.publish_files({run / name: data for name, data in files.items()})

@@ -1,0 +1,182 @@
+"""What a report holds: `report.json`, from which the page is drawn. Every figure of the page is here as numbers."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from shared.config import Config
+from train.duplicates.correlation_report import CorrelatedPair, Directions
+from train.evaluation.evaluate import Evaluation
+from train.run.usage import UsageRecord
+
+State = Literal["good", "look", "bad"]
+STATES: dict[State, tuple[str, str]] = {"bad": ("✗", "failed"), "look": ("!", "worth a look"), "good": ("✓", "good")}
+"""Sign and word of each, the worst first."""
+
+
+class Check(Config):
+    """One line of the verdict."""
+
+    name: str
+    state: State
+    said: str
+    """One sentence with the number that it rests on."""
+    figure: float
+    look_beyond: float
+    """Beyond this, in the direction that is worse, it is worth a look."""
+    bad_beyond: float
+    see: str
+    """The part of the page that shows it, by its id."""
+
+
+class Curves(Config):
+    """Series over steps; none: that row has no such figure."""
+
+    steps: list[int]
+    series: dict[str, list[float | None]]
+
+    def of(self, *names: str) -> dict[str, list[float | None]]:
+        """Some series by name, those that are there."""
+        return {name: self.series[name] for name in names if name in self.series}
+
+
+class Histogram(Config):
+    """Counts between `edges`; those of a logarithmic one are powers of ten."""
+
+    edges: list[float]
+    counts: list[int]
+    outside: int = 0
+    """What has no place between the edges, such as a density of 0."""
+
+
+class Nearest(Config):
+    """The largest cosine of each live latent's decoder row with another's, beside the same of random directions."""
+
+    latents: Histogram
+    random: Histogram
+    """As many directions at random in as many dimensions; above 32,768 of that many, the counts scaled up."""
+    median: float
+    largest: float
+    random_median: float
+    random_largest: float
+
+
+class Context(Config):
+    """Tokens around a peak. The values of text from the corpus are never markup."""
+
+    text: list[str]
+    """Of each token; its number, as `#17`, where the store has no tokenizer."""
+    activations: list[float | None]
+    """Of each token; none: its row is not stored."""
+    peak: int
+    position: int
+    """Of the peak, as the model counted."""
+
+
+class Example(Config):
+    """A latent that the report shows."""
+
+    latent: int
+    density: float
+    """Share of rows on which it is active, without position 0."""
+    largest: float | None
+    """Activation; none: never active."""
+    contexts: list[Context]
+
+
+class Cluster(Config):
+    """Latents that are the same by cosine and by the rows that they are active on."""
+
+    latents: list[int]
+
+
+class Duplicates(Config):
+    """From a report of the correlation monitor."""
+
+    source: str
+    """Its file below the run."""
+    rows: int
+    largest_correlation: float
+    pairs_above: dict[str, int]
+    directions: Directions
+    pairs: list[CorrelatedPair]
+    """By falling correlation."""
+    clusters: list[Cluster]
+    """The largest first."""
+
+
+class StoreFacts(Config):
+    """The store that the run read."""
+
+    name: str
+    request: str
+    """Digest."""
+    model: str
+    corpus: str
+    source_hook: str
+    target_hook: str
+    layer: int
+    context_size: int
+    d_in: int
+    d_out: int
+    training_rows: int
+    held_out_rows: int
+    """Of the blocks that figures are reported on."""
+    bytes: int
+    strata: dict[str, int]
+    """Stored training rows of each."""
+
+
+class Report(Config):
+    """`report.json`."""
+
+    schema_version: Literal[1] = 1
+    run: str
+    step: int
+    """Of the weights that are described."""
+    steps: int
+    """That were asked for."""
+    decay_share: float
+    """Last share of the run, over which the learning rate falls."""
+    d_sae: int
+    k: float | None
+    """Active latents per row that were asked for; none: the activation has no k."""
+    verdict: list[Check]
+    held_out: Evaluation
+    linear_fvu: float | None
+    """Of the best linear map on the same rows; none: it was not asked for."""
+    training: Curves
+    """Rows of `metrics.jsonl`."""
+    timing: Curves
+    """Rows of `timing.jsonl`, each over the time since the row before."""
+    monitor: Curves
+    """Reports of the correlation monitor."""
+    density: Histogram
+    """Of latents by the share of rows on which they are active, without position 0; logarithmic."""
+    at_position_0: Histogram | None
+    """Of live latents by the share of their active rows that are of position 0; none: the store tells it not apart."""
+    nearest: Nearest
+    duplicates: Duplicates | None
+    """None: the monitor was off."""
+    examples: dict[int, Example] = Field(default_factory=dict)
+    """The latents of pairs and clusters."""
+    usage: UsageRecord | None
+    """None: the run has not written any yet."""
+    store: StoreFacts
+    settings: dict[str, Any]
+    software: dict[str, str]
+
+    @property
+    def reads(self) -> str:
+        """The hook that the transcoder reads: of an autoencoder that of the targets."""
+        return self.store.target_hook if self.settings["source"] == "target" else self.store.source_hook
+
+    @property
+    def worst_first(self) -> list[Check]:
+        """The verdict, what failed first."""
+        return sorted(self.verdict, key=lambda check: list(STATES).index(check.state))
+
+    @property
+    def counts(self) -> dict[State, int]:
+        """How many checks are in each state."""
+        return {state: sum(check.state == state for check in self.verdict) for state in STATES}

@@ -1,0 +1,39 @@
+"""Training state beside the weights: when each latent last fired, and the running threshold."""
+
+import torch
+from torch import Tensor
+
+from train.model.saved_tensors import fitting
+from train.model.transcoder import StepOutput
+
+_THRESHOLD_DECAY = 0.99
+
+
+class Counters:
+    """Rows since each latent fired, and a running threshold: training state that evaluation does not touch."""
+
+    def __init__(self, d_sae: int, device: torch.device) -> None:
+        self.rows_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.threshold = torch.zeros((), dtype=torch.float32, device=device)
+
+    def update(self, step: StepOutput) -> None:
+        """Count one step."""
+        self.rows_since_fired += len(step.target)
+        since = torch.where(step.active.values > 0, 0, torch.iinfo(torch.int64).max)
+        self.rows_since_fired.scatter_reduce_(0, step.active.latents, since, "amin")
+        fresh = self.threshold == 0
+        decay = torch.where(fresh, 0.0, _THRESHOLD_DECAY)
+        self.threshold.copy_(decay * self.threshold + (1 - decay) * step.threshold)
+
+    def dead(self, after_rows: int) -> Tensor:
+        """Which latents [F] have not fired for `after_rows` rows, bool."""
+        return self.rows_since_fired >= after_rows
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {"rows_since_fired": self.rows_since_fired, "running_threshold": self.threshold}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over a saved state."""
+        self.rows_since_fired.copy_(fitting(tensors, "rows_since_fired", self.rows_since_fired))
+        self.threshold.copy_(fitting(tensors, "running_threshold", self.threshold))

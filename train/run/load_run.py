@@ -1,0 +1,104 @@
+"""Load a run: its settings, its store, and the transcoder of one of its checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shared.errors import UserError
+from shared.store.store import Local, Store
+from train.data.batches import StoreRows, source_width
+from train.model import checkpoint
+from train.model.checkpoint import Checkpoint
+from train.model.kernels import guarded
+from train.model.normalisation import normalisation
+from train.model.transcoder import Transcoder
+from train.run.settings import RunConfig, default_kernels, read_config, resolve_exclusion
+from train.samples.make_samples import make_samples
+from train.samples.parquet import Samples
+from train.samples.select import SamplesConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedRun:
+    """A run with the transcoder of one of its checkpoints."""
+
+    path: Path
+    config: RunConfig
+    checkpoint: Checkpoint
+    rows: StoreRows
+    transcoder: Transcoder
+    threshold: Tensor
+    """[F] of inference, as the checkpoint has them"""
+
+    @property
+    def step(self) -> int:
+        """Of the checkpoint."""
+        return self.checkpoint.step
+
+    @property
+    def training_blocks(self) -> range:
+        """Those that the run trained on; of another store than the run's, all that there are to train on."""
+        same = self.rows.store.request.digest == self.config.request
+        return self.config.training_blocks if same else self.rows.store.record.training_blocks
+
+
+def load_run(
+    run: Path, step: int | None = None, *, store: Store | None = None, found: Checkpoint | None = None
+) -> LoadedRun:
+    """Load the checkpoint of `run` at `step`, or its newest valid one, and open its store.
+
+    `store`: another one of the same widths; `found`: a checkpoint that was found already. Raises `UserError` when there
+    is no such run, checkpoint or store, and `CorruptData` when one of them is damaged.
+    """
+    config = read_config(run)
+    found = found or checkpoint.find(run, step)
+    store = store or open_store(run, config)
+    transcoder = build_transcoder(config, store)
+    threshold = transcoder.load_checkpoint(found)
+    return LoadedRun(
+        path=run,
+        config=config,
+        checkpoint=found,
+        rows=rows_of(config, store),
+        transcoder=transcoder,
+        threshold=threshold,
+    )
+
+
+def samples_of(loaded: LoadedRun, settings: SamplesConfig) -> Samples:
+    """Make samples of a loaded checkpoint."""
+    blocks, seed = loaded.training_blocks, loaded.config.settings.seed
+    return make_samples(loaded.transcoder, loaded.rows, blocks, loaded.threshold, settings, seed=seed, step=loaded.step)
+
+
+def open_store(run: Path, config: RunConfig, store_path: Path | None = None, local: Local | None = None) -> Store:
+    """The store of `run`, or another one of the same widths. Raises `UserError`."""
+    store = Store.open(store_path or config.store, local)
+    d_in, d_out = source_width(store, config.settings.source), store.record.d_out
+    if (d_in, d_out) != (config.d_in, config.d_out):
+        raise UserError(
+            f"{store.path} has d_in {d_in} and d_out {d_out}, "
+            f"{run} was trained with {config.d_in} and {config.d_out}; pass the --store of the same model and hooks"
+        )
+    same = store.request.digest == config.request
+    anew = config.exclusion and resolve_exclusion(store, config.settings)
+    return store.excluding(config.exclusion if same else anew)
+
+
+def rows_of(config: RunConfig, store: Store) -> StoreRows:
+    """Return the rows of `store` as a run evaluates them."""
+    return StoreRows(store, config.settings.evaluation.chunk_rows, config.settings.source)
+
+
+def build_transcoder(config: RunConfig, store: Store) -> Transcoder:
+    """The transcoder of a run with its store's normalisation, not initialised."""
+    settings = config.settings
+    shift_and_scale = normalisation(store, settings.source)
+    model = Transcoder(config.d_in, config.d_out, settings.transcoder, settings.activation, shift_and_scale)
+    model.blas = "numpy" if settings.blas == "numpy" else "torch"  # `auto` only in runs from before there was a choice
+    model.kernels = default_kernels(settings.device) if settings.kernels == "auto" else settings.kernels
+    model.product_dtype = torch.bfloat16 if settings.product_dtype == "bfloat16" else torch.float32
+    model.guarded = guarded.Guarded() if settings.product_dtype == "guarded-bfloat16" else None
+    return model.to(settings.device)

@@ -1,0 +1,197 @@
+"""What a run writes down while it trains: `metrics.jsonl` (bitwise repeatable) and `timing.jsonl` (wall clock).
+
+Sums are gathered on the device and fetched once per row of metrics.jsonl.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.errors import DiskFull
+from shared.files import durable
+from shared.store.strata import POSITION_0
+from train.evaluation.evaluate import ratio
+from train.model.saved_tensors import fitting
+from train.model.transcoder import StepOutput
+
+METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+OUTLIERS = "outliers"
+"""Their name among the strata."""
+
+
+class Window:
+    """Sums over the steps since the last row of metrics, by stratum (S, those with rows) and prefix (P).
+
+    Where training takes outliers in, they are a stratum of their own, and left out of that of their position.
+    """
+
+    def __init__(
+        self,
+        strata: dict[str, slice],
+        prefixes: tuple[int, ...],
+        d_out: int,
+        weights: Tensor,  # [B] how often each row of a batch counts at natural frequencies
+        *,
+        outliers: bool = False,
+    ) -> None:
+        self._strata, self._prefixes, device = strata, prefixes, weights.device
+        self._names = [*strata, *([OUTLIERS] if outliers else [])]
+        self._weights = torch.tensor([float(weights[part.start]) for part in strata.values()] + [0.0] * outliers,
+                                     dtype=torch.float64)  # fmt: skip
+        s, rows = len(self._names), max(part.stop for part in strata.values())
+        self._member = torch.zeros(s, rows, device=device)
+        """[S, B] which stratum a row of a batch is of"""
+        for i, part in enumerate(strata.values()):
+            self._member[i, part] = 1
+        self._sums = {
+            "steps": torch.zeros((), dtype=torch.float64, device=device),
+            "errors": torch.zeros(s, len(prefixes), dtype=torch.float64, device=device),
+            "target": torch.zeros(s, d_out, dtype=torch.float64, device=device),
+            "squares": torch.zeros(s, dtype=torch.float64, device=device),
+            "active": torch.zeros(s, dtype=torch.float64, device=device),
+            **({"rows": torch.zeros(s, dtype=torch.float64, device=device)} if outliers else {}),
+            "grad_norm": torch.zeros((), dtype=torch.float64, device=device),
+        }
+        self._terms: dict[str, Tensor] = {}
+
+    def add(self, step: StepOutput, grad_norm: Tensor, outliers: Tensor | None = None) -> None:
+        """Add one step; `outliers` [B] bool, if there can be some."""
+        member = self._member
+        if outliers is not None:
+            out = outliers.to(member)
+            member = member * (1 - out)
+            member[-1] = out
+            self._sums["rows"] += member.sum(1)
+        active = (step.active.values > 0).to(torch.float32)
+        counts = torch.zeros_like(self._member[0]).index_add_(0, step.active.rows, active)
+        for name, rows in (
+            ("errors", step.errors),
+            ("target", step.target),
+            ("squares", torch.linalg.vector_norm(step.target, dim=1).square()),
+            ("active", counts),
+        ):
+            self._sums[name] += member @ rows  # in float32 within a batch
+        self._sums["steps"] += 1
+        self._sums["grad_norm"] += grad_norm
+        for name, term in step.terms.items():
+            self._terms[name] = self._terms.get(name, torch.zeros_like(term, dtype=torch.float64)) + term
+
+    def row(self) -> dict[str, Any]:
+        """The window's figures; then it starts anew.
+
+        Overall figures leave position 0 out, and are over the rows as drawn, but for `fvu_natural`.
+        """
+        steps = float(self._sums["steps"])
+        sums = {name: value.cpu() for name, value in self._sums.items()}
+        sizes = sums.get("rows", torch.tensor([float(s.stop - s.start) for s in self._strata.values()]) * steps)
+        left_out = {OUTLIERS, *([POSITION_0] if len(self._strata) > 1 else [])}
+        counted = torch.tensor([name not in left_out for name in self._names])
+        overall, natural = _fvu(sums, sizes, counted.double()), _fvu(sums, sizes, counted * self._weights)
+        terms = {name: float(value) / steps for name, value in sorted(self._terms.items())}
+        row = {
+            "steps": int(steps),
+            "loss": sum(terms.values()),
+            "terms": terms,
+            "grad_norm": float(sums["grad_norm"]) / steps,
+            "fvu": overall[-1],
+            "fvu_natural": natural[-1],
+            "explained_variance": 1 - overall[-1],
+            "l0_training_rule": float(sums["active"][counted].sum() / sizes[counted].sum()),
+            "prefixes": {str(size): {"fvu": value} for size, value in zip(self._prefixes, overall, strict=True)},
+            "strata": {
+                name: {
+                    "rows": int(sizes[i]),
+                    "fvu": _fvu(sums, sizes, (torch.arange(len(sizes)) == i).double())[-1],
+                    "relative_error": _share(sums["errors"][i, -1], sums["squares"][i]),
+                    "error_share": _share(sums["errors"][i, -1], sums["errors"][:, -1].sum()),
+                    "active_share": _share(sums["active"][i], sums["active"].sum()),
+                    "l0_training_rule": _share(sums["active"][i], sizes[i]),
+                }
+                for i, name in enumerate(self._names)
+            },
+        }
+        for value in self._sums.values():
+            value.zero_()
+        self._terms = {}
+        return row
+
+    def state(self) -> dict[str, Tensor]:
+        """The open window, for a checkpoint."""
+        return {f"window.{k}": v for k, v in self._sums.items()} | {
+            f"window.terms.{k}": v for k, v in self._terms.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over an open window."""
+        for name in self._sums:
+            self._sums[name].copy_(fitting(tensors, f"window.{name}", self._sums[name]))
+        start, steps = "window.terms.", self._sums["steps"]
+        self._terms = {
+            name.removeprefix(start): fitting(tensors, name, steps).to(steps.device)
+            for name in tensors
+            if name.startswith(start)
+        }
+
+
+def _fvu(sums: dict[str, Tensor], sizes: Tensor, weights: Tensor) -> list[float]:
+    """Fvu per prefix; rows of each stratum count by `weights` [S], which are importance weights."""
+    squares = float(weights @ sums["squares"])
+    total = squares - float((weights @ sums["target"]).square().sum()) / max(float(weights @ sizes.double()), 1e-300)
+    total = total if total > 1e-6 * squares else 0.0  # sums of a batch are in float32: one row repeated has no variance
+    return [ratio(float(error), total, squares) for error in weights @ sums["errors"]]
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    """`part` over `whole`; 0 where there is nothing."""
+    return float(part) / float(whole) if float(whole) else 0.0
+
+
+class Log:
+    """Appends rows to a file of JSON lines. A full disk costs rows and one warning, never the run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lost_rows = 0
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Append one row, whole or not at all."""
+        try:
+            durable.append_line(self.path, (json.dumps(row, allow_nan=False) + "\n").encode())
+        except (DiskFull, OSError) as error:
+            if not self.lost_rows:
+                print(f"warning: {self.path}: {error}; training goes on, rows are lost", file=sys.stderr)
+            self.lost_rows += 1
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, a torn last one left out; none where there is no file."""
+        return [row for _, row in self._lines()]
+
+    def cut(self, step: int) -> None:
+        """Drop rows past `step`, and a torn last line: a resumed run writes them again. That takes no room."""
+        if self.path.is_file():
+            ends = [end for end, row in self._lines() if row["step"] <= step]
+            if (size := max(ends, default=0)) < self.path.stat().st_size:
+                durable.truncate(self.path, size)
+
+    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Where each row ends in the file, and the row."""
+        end = 0
+        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else ():
+            end += len(line)
+            row = _parsed(line) if line.endswith(b"\n") else None
+            if row is not None:
+                yield end, row
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A row that has its step; none for what is no row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -1,0 +1,186 @@
+"""Adam on float32 master weights, the learning rate's schedule, and what happens around a step."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+
+from shared.config import Config
+from train.model.kernels import numba_loops
+from train.model.saved_tensors import fitting
+from train.model.schedule import warmup_steps
+from train.model.transcoder import Transcoder
+
+_LR_TIMES_ROOT_WIDTH = 0.045
+
+
+class OptimizerConfig(Config):
+    """Adam (Kingma and Ba 2015) with linear warm-up and a linear decay to zero."""
+
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = 3e-4
+    """Learning rate between warm-up and decay. `auto`: 0.045 / sqrt(d_in), so that a step turns the encoder's columns
+    as far at any width (decisions/010)."""
+    decoder_rate: float = Field(1.0, gt=0)
+    """The learning rate of `W_dec` over `lr`. Decoder rows have norm 1, and their part of the gradient along themselves
+    is dropped: Adam moves them as far as the encoder's columns, and they want 4 to 8 times that (decisions/010)."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps over which the rate rises linearly from 0; none: by `warmup_share`."""
+    warmup_share: float = Field(0.0, ge=0, le=1)
+    """The same as a share of the run; read when `warmup_steps` is not set."""
+    decay_share: float = Field(0.2, ge=0, le=1)
+    """Last share of the run, over which the rate falls linearly to 0."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm; none: never."""
+
+    def resolve(self, steps: int, d_in: int) -> "OptimizerConfig":
+        """Return the same with numbers, for a run of so many steps. Raises `UserError` when they do not fit."""
+        warmup = warmup_steps("optimizer.warmup", self.warmup_steps, self.warmup_share, steps)
+        lr = float(f"{_LR_TIMES_ROOT_WIDTH / d_in**0.5:.3g}") if self.lr == "auto" else self.lr
+        return self.model_copy(update={"warmup_steps": warmup, "lr": lr})
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of `step`, counted from 0, in a run of `steps`."""
+        assert self.lr != "auto", "resolve the configuration first"
+        rise = min(1.0, (step + 1) / ((self.warmup_steps or 0) + 1))
+        decay = self.decay_share * steps
+        return self.lr * rise * (min(1.0, (steps - step) / decay) if decay else 1.0)
+
+    def rate_of(self, parameter: str) -> float:
+        """Return the learning rate of a parameter over `lr`."""
+        return self.decoder_rate if parameter == "W_dec" else 1.0
+
+
+class Optimizer:
+    """One step of Adam with clipping before and decoder normalisation after it."""
+
+    def __init__(self, transcoder: Transcoder, config: OptimizerConfig, steps: int) -> None:
+        self._transcoder, self._config, self._steps = transcoder, config, steps
+        kind = CompiledAdam if transcoder.kernels == "compiled" else TorchAdam
+        self._adam = kind(transcoder, config)
+
+    def step(self, losses: Sequence[Tensor], step: int) -> tuple[float, Tensor]:
+        """Backward, one loss after the other, and update.
+
+        Returns the learning rate and the gradients' norm before clipping. The first loss should be the one that reaches
+        every latent: it writes gradients, and those after it add to them.
+        """
+        self._transcoder.zero_grad(set_to_none=True)
+        for loss in losses:
+            loss.backward()
+        lr = self._config.lr_at(step, self._steps)
+        return lr, self._adam.update(lr, self._config.max_grad_norm or float("inf"))
+
+    def state(self) -> dict[str, Tensor]:
+        """Adam's state by `<parameter>.<name>`."""
+        return self._adam.state()
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over a saved state."""
+        self._adam.load(tensors)
+
+
+class TorchAdam:
+    """Adam in torch's fused kernel."""
+
+    def __init__(self, transcoder: Transcoder, config: OptimizerConfig) -> None:
+        self._transcoder = transcoder
+        self._adam = torch.optim.Adam(
+            [{"params": [p], "times": config.rate_of(name)} for name, p in transcoder.named_parameters()],
+            lr=1.0,  # set at every step
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+
+    def update(self, lr: float, limit: float) -> Tensor:
+        """Move the parameters by their gradients; returns the gradients' norm, which is scaled down to `limit`."""
+        self._transcoder.remove_parallel_gradient()
+        norm = nn.utils.clip_grad_norm_(self._transcoder.parameters(), limit)
+        for group in self._adam.param_groups:
+            group["lr"] = lr * group["times"]
+        self._adam.step()
+        self._transcoder.normalise_decoder()  # after the step: what is saved has unit norm
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """As `Optimizer.state`."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self._transcoder.named_parameters()
+            for key, value in self._adam.state[parameter].items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """As `Optimizer.load`."""
+        for name, parameter in self._transcoder.named_parameters():
+            state = self._adam.state[parameter]
+            state["step"] = fitting(tensors, f"{name}.step", torch.zeros(())).to(parameter.device, copy=True)
+            for key in ("exp_avg", "exp_avg_sq"):  # as the parameter lies in memory, which a file does not keep
+                state[key] = torch.empty_like(parameter).copy_(fitting(tensors, f"{name}.{key}", parameter))
+
+
+class CompiledAdam:
+    """The same in two passes over the rows of each parameter: norms, then everything else."""
+
+    def __init__(self, transcoder: Transcoder, config: OptimizerConfig) -> None:
+        self._transcoder, self._config, self._count = transcoder, config, 0
+        self._moments = {
+            name: (torch.zeros_like(parameter), torch.zeros_like(parameter))
+            for name, parameter in transcoder.named_parameters()
+        }
+
+    @torch.no_grad()
+    def update(self, lr: float, limit: float) -> Tensor:
+        """As `TorchAdam.update`."""
+        self._count += 1
+        parts, square, c = [], 0.0, self._config
+        for name, parameter in self._transcoder.named_parameters():
+            assert parameter.grad is not None
+            rows = [_rows(tensor) for tensor in (parameter, parameter.grad, *self._moments[name])]
+            unit = name == "W_dec"
+            along, squares = np.empty(len(rows[0]), rows[0].dtype), np.empty(len(rows[0]), np.float64)
+            numba_loops.row_squares(rows[1], rows[0], unit, along, squares)
+            square += float(squares.sum())
+            parts.append((rows, along, unit, c.rate_of(name)))
+        norm = square**0.5
+        scale = min(1.0, limit / (norm + 1e-6))
+        corrections = 1 - c.beta1**self._count, 1 - c.beta2**self._count
+        for rows, along, unit, times in parts:
+            numba_loops.adam(*rows, along, unit, scale, lr * times, c.beta1, c.beta2, c.eps, *corrections)
+        return torch.tensor(norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """As `Optimizer.state`."""
+        found: dict[str, Tensor] = {}
+        for name, (first, second) in self._moments.items():
+            step = torch.tensor(float(self._count))
+            found |= {f"{name}.exp_avg": first, f"{name}.exp_avg_sq": second, f"{name}.step": step}
+        return found
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """As `Optimizer.load`."""
+        for name, (first, second) in self._moments.items():
+            first.copy_(fitting(tensors, f"{name}.exp_avg", first))
+            second.copy_(fitting(tensors, f"{name}.exp_avg_sq", second))
+            self._count = int(fitting(tensors, f"{name}.step", torch.zeros(())))
+
+
+def _rows(tensor: Tensor) -> NDArray[Any]:
+    """A parameter, its gradient or a moment as rows that lie one after the other in memory."""
+    tensor = tensor.detach()
+    if tensor.dim() == 1:
+        tensor = tensor.unsqueeze(0)
+    elif not tensor.is_contiguous():
+        tensor = tensor.T
+    assert tensor.is_contiguous()
+    return tensor.numpy()

@@ -1,0 +1,263 @@
+"""The settings of a run: one model per component, each beside its component, put together and resolved here."""
+
+import os
+import platform
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors
+import torch
+from pydantic import Field
+
+from shared.bounds import Blocks, Width
+from shared.config import Config, load_preset, override, read_record
+from shared.errors import UserError
+from shared.files import durable
+from shared.store.outliers import Exclusion
+from shared.store.reader import RowsConfig, rows_per_stratum, training_strata
+from shared.store.store import Store
+from train.data.batches import Side, source_width
+from train.duplicates.diversity import DiversityConfig
+from train.duplicates.monitor import MonitorConfig
+from train.evaluation.evaluate import EvaluationConfig
+from train.model.activations import Activation, BatchTopK, TopK
+from train.model.blas import Blas, bfloat16_units, faster_here
+from train.model.checkpoint import CONFIG
+from train.model.losses import AuxKConfig
+from train.model.silence import QuietConfig
+from train.model.transcoder import Kernels, TranscoderConfig
+from train.run.optimizer import OptimizerConfig
+from train.run.saver import CheckpointConfig
+from train.samples.select import SamplesConfig
+
+ProductDtype = Literal["float32", "bfloat16", "guarded-bfloat16"]
+
+PRESETS = Path(__file__).parent.parent / "presets"
+
+
+class Settings(Config):
+    """What a preset file and `--set` say."""
+
+    steps: int = Field(4000, ge=1, le=10**9)
+    """Optimiser steps."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Of the initial weights and the order of rows."""
+    source: Side = "source"
+    """Which side of the pairs the transcoder reads; `target` trains an autoencoder of the targets."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of torch; 0: one per core. Recorded in the run: another number may change the last bits."""
+    blas: Literal["auto", "torch", "numpy"] = "auto"
+    """The library of the encoder's product on CPU; `auto`: the one that is faster on this maker's processors. Recorded
+    in the run, like `threads`."""
+    kernels: Literal["auto", Kernels] = "auto"
+    """What the sparse half of a step runs on: `compiled` loops on CPU, `triton` kernels on CUDA, `plain` torch on any
+    device, or `dense`, the slow reference. `auto`: `compiled` on CPU, else `plain`. Recorded in the run."""
+    product_dtype: Literal["auto", ProductDtype] = "auto"
+    """Of the encoder's product in training, among whose values latents are selected. The values of those that are, and
+    all gradients and weights, are float32 in any case. `bfloat16` may select others than `float32` does;
+    `guarded-bfloat16` (BatchTopK on compiled loops) selects those that float32 gives, which it proves at every step.
+    `auto`: that one where it can be and the processor has units for bfloat16, else `float32`. Recorded in the run."""
+    log_every: int = Field(50, ge=1)
+    """Steps between rows of metrics.jsonl."""
+    transcoder: TranscoderConfig = TranscoderConfig()
+    activation: Activation = BatchTopK()
+    rows: RowsConfig = RowsConfig()
+    auxk: AuxKConfig = AuxKConfig()
+    quiet: QuietConfig = QuietConfig()
+    diversity: DiversityConfig = DiversityConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    samples: SamplesConfig = SamplesConfig()
+
+
+class RunConfig(Config):
+    """A run as it was resolved: `config.json`."""
+
+    settings: Settings
+    store: Path
+    """Where the store was."""
+    request: str
+    """Digest of the store's request: resuming against another store is refused."""
+    first_block: Blocks
+    last_block: Blocks
+    """Training blocks first_block <= block < last_block: a store that grows later does not change the run."""
+    d_in: Width
+    d_out: Width
+    init_from: Path | None
+    """The checkpoint that the weights started from."""
+    software: dict[str, str]
+    """Versions that the run started with."""
+    exclusion: Exclusion | None = None
+    """Rows that are left out; none, as in runs from before there were exclusions: no row is."""
+
+    @property
+    def training_blocks(self) -> range:
+        """Of the run's store."""
+        return range(self.first_block, self.last_block)
+
+
+def load_settings(preset: str, file: Path | None, assignments: list[str]) -> dict[str, object]:
+    """The raw settings of a preset or file, with `--set` put in."""
+    return override(load_preset(PRESETS, preset, file), assignments, variants=("activation",))
+
+
+def read_config(run: Path) -> RunConfig:
+    """`config.json` of a run. Raises `UserError` when `run` is none."""
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{run} is not a run: it has no {CONFIG}")
+    config = read_record(RunConfig, durable.read_json(run / CONFIG), run / CONFIG)
+    if config.exclusion is None:  # from before there were any, and so without the term that goes with them
+        quiet = config.settings.quiet.model_copy(update={"weight": 0.0})
+        return config.model_copy(update={"settings": config.settings.model_copy(update={"quiet": quiet})})
+    return config
+
+
+def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConfig:
+    """The run that `settings` ask for on `store`, every automatic choice made. Raises `UserError`."""
+    record, exclusion = store.record, resolve_exclusion(store, settings)
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device must be auto, cpu or cuda, got {settings.device}")
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, and torch finds no CUDA device; use device=cpu")
+    d_in = source_width(store, settings.source)
+    activation = settings.activation.resolve(settings.steps)
+    shape = settings.transcoder.resolve(d_in, activation)
+    if settings.source == "target" and shape.skip:
+        raise UserError(
+            "transcoder.skip is on and source = target: a linear map from the targets to themselves copies them, and "
+            "nothing is left for the latents; use --set transcoder.skip=false"
+        )
+    if not record.report_blocks:
+        raise UserError(
+            f"{store.path} holds no held-out blocks to evaluate on; harvest with store.held_out_blocks >= 2"
+        )
+    blocks = settings.rows.training_blocks(store)
+    rows = len(blocks) * sum(s.rows for s in store.record.plan.stored_strata)
+    if settings.rows.batch_rows > rows:
+        raise UserError(
+            f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the store's {rows:,} training rows"
+        )
+    view = store.excluding(exclusion)
+    strata = training_strata(view, blocks)
+    counts = rows_per_stratum(strata, settings.rows)
+    at_0 = [n for s, n in zip(strata, counts, strict=True) if s.is_position_0]
+    if settings.diversity.position.weight and not any(at_0):
+        raise UserError(
+            "diversity.position needs rows of position 0, and a batch has none: the store keeps none, training leaves "
+            "them out (rows.position_0 = train takes them in), or "
+            f"rows.max_bos_batch_share = {settings.rows.max_bos_batch_share:.4g} of {settings.rows.batch_rows} rows is "
+            "less than one"
+        )
+    goals, diversity = settings.diversity.controller, settings.diversity
+    for name, goal, weights in (
+        ("max_share_above_0_7", goals.max_share_above_0_7, (diversity.orthogonality.weight, diversity.mined.weight)),
+        ("max_pairs_above_0_8", goals.max_pairs_above_0_8, (diversity.co_activation.weight,)),
+    ):
+        if goal is not None and not any(weights):
+            raise UserError(f"diversity.controller.{name} has no weight to move: set one of the terms' weights above 0")
+    shaped = settings.model_copy(update={"transcoder": shape, "activation": activation})
+    settings.checkpoint.check(settings.steps, settings.evaluation.every, checkpoint_bytes(shaped, d_in, record.d_out))
+    monitor = settings.monitor.resolve(settings.steps)
+    assert isinstance(monitor.every, int)
+    if (diversity.co_activation.weight or goals.on) and not 0 < monitor.every < max(settings.steps, 2):
+        name = "controller acts" if goals.on else "co_activation takes its pairs"
+        off = "" if goals.on else ", or diversity.co_activation.weight = 0"
+        raise UserError(
+            f"diversity.{name} after the monitor's reports, and none would come before the last step: monitor.every = "
+            f"{monitor.every}, steps = {settings.steps}; set monitor.every between{off}"
+        )
+    if monitor.every and monitor.least_together > (sampled := max(monitor.rows, settings.rows.batch_rows)):
+        raise UserError(
+            f"monitor.least_together = {monitor.least_together} is more than the {sampled:,} rows of a sample "
+            "(monitor.rows), so no pair could be listed"
+        )
+    kernels = _kernels(settings.kernels, device)
+    return RunConfig(
+        settings=settings.model_copy(
+            update={
+                "transcoder": shape,
+                "activation": activation,
+                "quiet": settings.quiet.resolve(view, blocks),
+                "optimizer": settings.optimizer.resolve(settings.steps, d_in),
+                "device": device,
+                "threads": settings.threads or torch.get_num_threads(),
+                "blas": _blas(settings.blas, device),
+                "kernels": kernels,
+                "product_dtype": _product_dtype(settings.product_dtype, kernels, settings.activation),
+                "rows": settings.rows.resolve(store.request.block_sequences),
+                "monitor": monitor,
+            }
+        ),
+        store=store.path.resolve(),
+        request=store.request.digest,
+        first_block=blocks.start,
+        last_block=blocks.stop,
+        d_in=d_in,
+        d_out=record.d_out,
+        init_from=init_from.resolve() if init_from else None,
+        software={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        exclusion=exclusion,
+    )
+
+
+def resolve_exclusion(store: Store, settings: Settings) -> Exclusion:
+    """Return which rows of `store` a run with these settings leaves out."""
+    return settings.rows.exclusion(store, figures=settings.evaluation.leaves_outliers_out)
+
+
+def _blas(wanted: Literal["auto", "torch", "numpy"], device: str) -> Blas:
+    if wanted == "numpy" and device != "cpu":
+        raise UserError(f"blas = numpy is for the CPU, and the device is {device}; use blas=torch")
+    if wanted == "auto":
+        return faster_here() if device == "cpu" else "torch"
+    return wanted
+
+
+def default_kernels(device: str) -> Kernels:
+    """What `auto` takes on a device."""
+    return "compiled" if device == "cpu" else "plain"
+
+
+def _kernels(wanted: Literal["auto", Kernels], device: str) -> Kernels:
+    if wanted == "compiled" and device != "cpu":
+        raise UserError(f"kernels = compiled is for the CPU, and the device is {device}; use kernels=plain")
+    if wanted == "triton":
+        if device != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+            raise UserError(f"kernels = triton is for CUDA, and the device is {device}; use kernels=auto")
+        if find_spec("triton") is None:
+            raise UserError("kernels = triton needs the package triton: pip install triton, or use kernels=plain")
+    return default_kernels(device) if wanted == "auto" else wanted
+
+
+def _product_dtype(wanted: Literal["auto", ProductDtype], kernels: Kernels, activation: Activation) -> ProductDtype:
+    can = kernels == "compiled" and isinstance(activation, BatchTopK)
+    if wanted == "guarded-bfloat16" and not can:
+        raise UserError(
+            "product_dtype = guarded-bfloat16 is for activation.kind = batchtopk on kernels = compiled, got "
+            f"{activation.kind} on {kernels}; use product_dtype=float32"
+        )
+    if wanted == "auto":
+        return "guarded-bfloat16" if can and bfloat16_units() else "float32"
+    return wanted
+
+
+def checkpoint_bytes(settings: Settings, d_in: int, d_out: int) -> int:
+    """Bytes of one checkpoint at most: three float32 numbers per parameter, the counters, the monitor's open sample."""
+    shape, activation, batch = settings.transcoder, settings.activation, settings.rows.batch_rows
+    assert isinstance(shape.d_sae, int)
+    skip = d_in * d_out if shape.skip else 0
+    per_row = activation.largest_k if isinstance(activation, BatchTopK | TopK) else shape.d_sae
+    parameters = 12 * (shape.d_sae * (d_in + d_out + 2) + skip) + 32 * shape.d_sae
+    return parameters + settings.monitor.sample_bytes(batch, per_row) + 2**20

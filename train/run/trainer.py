@@ -1,0 +1,338 @@
+"""The training run: batch -> loss -> backward -> step -> track -> log -> evaluate -> checkpoint."""
+
+import sys
+import time
+from pathlib import Path
+
+import numba
+import torch
+from torch import Tensor
+
+from shared.console.progress import Progress
+from shared.console.signals import stop_signals
+from shared.console.terminal import say
+from shared.errors import CorruptData, DiskFull, ProjectError, Stopped
+from shared.store.store import Store
+from shared.store.strata import POSITION_0
+from train.data.batches import BatchReader
+from train.duplicates.diversity import Diversity
+from train.duplicates.monitor import CorrelationMonitor
+from train.evaluation.evaluate import Evaluation, calibrate, evaluate
+from train.evaluation.held_out import held_out_active
+from train.live.status import Status
+from train.live.training_panel import RunPanel
+from train.model import checkpoint
+from train.model.checkpoint import Checkpoint, HeldOut
+from train.model.kernels import numba_loops
+from train.model.silence import Quiet
+from train.model.transcoder import StepOutput
+from train.run.determinism import arithmetic, require_same
+from train.run.latent_counters import Counters
+from train.run.load_run import build_transcoder, rows_of
+from train.run.metrics import METRICS, TIMING, Log, Window
+from train.run.optimizer import Optimizer
+from train.run.saver import Saver
+from train.run.self_test import prove
+from train.run.settings import RunConfig, checkpoint_bytes
+from train.run.usage import SAMPLES, Usage
+from train.samples.make_samples import make_samples
+from train.samples.parquet import paths
+
+_NEVER = 2**62
+"""No step."""
+
+
+class Trainer:
+    """The state of a run between two steps."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: RunConfig,
+        path: Path,
+        initial: Checkpoint | None = None,
+        resumed: Checkpoint | None = None,
+        *,
+        fallback: Path | None = None,
+        inexact: bool = False,
+    ) -> None:
+        """`fallback`: a run's folder for checkpoints that have no room here. `inexact`: see `require_same`."""
+        store = store.excluding(config.exclusion)
+        self._store, self._config, self._path, self._rows = store, config, path, rows_of(config, store)
+        self._settings = config.settings
+        prove(self._settings)
+        use_threads(self._settings.threads)
+        device = torch.device(self._settings.device)
+        blocks = config.training_blocks
+        self._reader = BatchReader(
+            store, blocks, self._settings.rows, self._settings.seed, device, self._settings.source
+        )
+        self._transcoder = build_transcoder(config, store)
+        self._optimizer = Optimizer(self._transcoder, self._settings.optimizer, self._settings.steps)
+        strata = self._reader.slices()
+        weights = self._reader.natural_weights().to(device)
+        at_0 = strata.get(POSITION_0, slice(0, 0))
+        self._diversity = Diversity(self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed)
+        self._quiet = Quiet.of(
+            self._transcoder,
+            self._settings.quiet,
+            store,
+            blocks,
+            self._settings.source,
+            self._settings.rows.batch_rows,
+        )
+        self._monitor = CorrelationMonitor(path, self._settings.monitor, self._transcoder, strata, self._settings.steps)
+        self._counters = Counters(self._transcoder.d_sae, device)
+        apart = self._reader.has_outliers
+        self._window = Window(strata, self._transcoder.prefixes, config.d_out, weights, outliers=apart)
+        self._usage = Usage(path, self._settings, self._reader.slices())
+        self._parts = (
+            self._optimizer,
+            self._counters,
+            self._window,
+            self._diversity,
+            self._monitor,
+            self._usage,
+        )
+        """What has state beside the weights."""
+        self._metrics, self._timing = Log(path / METRICS), Log(path / TIMING)
+        self._arithmetic = arithmetic(self._settings.device)
+        self._saver = Saver(
+            path,
+            self._settings.checkpoint,
+            self._arithmetic,
+            checkpoint_bytes(self._settings, config.d_in, config.d_out),
+            logs=(self._metrics.path, self._timing.path),
+            fallback=fallback,
+            failed=lambda: self._usage.take_back("checkpoint"),
+        )
+        self._dead_after = self._settings.auxk.dead_after(self._settings.steps * self._settings.rows.batch_rows)
+        self._cadences = (
+            self._settings.log_every,
+            int(self._settings.monitor.every),
+            self._settings.evaluation.every,
+            self._settings.checkpoint.every,
+        )
+        self._status = Status(path, self._settings.steps, self._settings.rows.batch_rows)
+        self._first_bad = torch.tensor(_NEVER, device=device)
+        self._calibrated: tuple[int, Tensor] | None = None
+        self._first = 0
+        if resumed and not inexact:
+            require_same(resumed.state.arithmetic, self._arithmetic, str(resumed.path))
+        self._initialise(initial, resumed)
+
+    def train(self) -> None:
+        """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
+        for log in (self._metrics, self._timing):
+            log.cut(self._first)
+        for row in self._metrics.rows():
+            self._status.add(row)
+        self._saver.prune()
+        with stop_signals() as stop:
+            if self._first < self._settings.steps:
+                self._train(stop)
+            self._finish(stop)
+        for log in (self._metrics, self._timing):
+            if log.lost_rows:
+                print(f"warning: {log.lost_rows} rows of {log.path} were lost", file=sys.stderr)
+
+    def _train(self, stop: list[int]) -> None:
+        settings, self._logged = self._settings, (0.0, 0.0)
+        self._began, self._cpu_began = time.monotonic(), time.process_time()
+        if settings.device == "cpu" and not numba_loops.compiled_before():
+            say("compiling the loops of the first step: half a minute, once on this machine")
+        bar = Progress("train", settings.steps, "steps", done=self._first, draw=RunPanel(self._status).draw)
+        with self._saver, self._reader, bar as progress:
+            for step in range(self._first, settings.steps):
+                output, lr = self._step(step)
+                done, stopping = step + 1, bool(stop)
+                last = stopping or done == settings.steps
+                if last or any(self._due(done, every) for every in self._cadences):
+                    self._refuse_nan()
+                if self._monitor.due(done):
+                    report = self._monitor.report(done, self._counters.dead(self._dead_after))
+                    self._usage.call("monitor", effect=len(report.pairs))
+                    moved = self._diversity.follow(report, self._monitor.correlated)
+                    if settings.diversity.controller.on:
+                        self._usage.call("controller", effect=moved)
+                held_out = self._evaluate(done) if self._due(done, settings.evaluation.every) else None
+                note = detail = ""
+                if held_out or self._due(done, settings.log_every):
+                    self._log(done, output, lr, held_out)
+                    note, detail = self._status.note(), self._status.detail()
+                progress.update(done, note, detail)
+                if last or self._due(done, settings.checkpoint.every):
+                    self._checkpoint(done, held_out, last=last)
+                if stopping and done < settings.steps:
+                    raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
+
+    def _finish(self, stop: list[int]) -> None:
+        """What follows the last checkpoint; resuming a finished run makes it anew where some of it is missing."""
+        monitor, samples = self._settings.monitor.every != 0, self._settings.samples.rows > 0
+        steps = self._settings.steps
+        there = (not monitor or self._monitor.reported_held_out) and (not samples or self._sampled)
+        if self._first == steps and there and self._usage.finished(steps):
+            say(f"{self._path} is finished: {steps} steps")
+            return
+        if monitor:
+            self._report_held_out()
+        if samples:
+            self._sample(stop)
+        self._usage.finish(steps)
+
+    def _due(self, done: int, every: int) -> bool:
+        return done == self._settings.steps or (bool(every) and done % every == 0)
+
+    def _report_held_out(self) -> None:
+        done, blocks = self._settings.steps, self._store.record.report_blocks
+        rows = held_out_active(self._transcoder, self._rows, blocks, self._threshold(done))
+        self._monitor.report_held_out(done, rows, self._counters.dead(self._dead_after))
+
+    def _step(self, step: int) -> tuple[StepOutput, float]:
+        batch = self._reader.batch(step)
+        dead = self._counters.dead(self._dead_after)
+        logged = any(
+            self._due(step + 1, every) for every in (self._settings.log_every, self._settings.evaluation.every)
+        )
+        output = self._transcoder.step(batch.source, batch.target, dead, self._settings.auxk, step, whole=logged)
+        whole = self._diversity.value_terms(output)
+        apart = self._diversity.direction_terms(dead, step) | self._quiet.terms(step)
+        lr, grad_norm = self._optimizer.step([output.loss + sum(whole.values()), *apart.values()], step)
+        self._note_nan(output.loss + sum((whole | apart).values()) + grad_norm, batch.source, step)
+        output = output.with_terms(whole | apart)
+        self._monitor.add(output, step + 1)
+        self._usage.call(*output.terms)
+        self._counters.update(output)
+        outliers = torch.from_numpy(self._reader.outliers(step)) if self._reader.has_outliers else None
+        self._window.add(output, grad_norm, outliers)
+        return output, lr
+
+    def _log(self, done: int, output: StepOutput, lr: float, held_out: Evaluation | None) -> None:
+        """Write the rows of the logs, and show them."""
+        head = {"step": done, "rows": done * self._settings.rows.batch_rows}
+        row = self._window.row() | {
+            "lr": lr,
+            "dead_share": int(self._counters.dead(self._dead_after).sum()) / self._transcoder.d_sae,
+            "running_threshold": float(self._counters.threshold),
+            "l0_threshold": self._l0_by_running_threshold(output.pre_acts),
+            "epochs": self._reader.epochs(done),
+            "weight_scales": self._diversity.scales,
+        }
+        if held_out:
+            row["held_out"] = held_out.model_dump(mode="json")
+        self._metrics.append(head | row)
+        self._usage.effects(row["terms"], row["steps"])
+        usage = self._usage.publish(done)
+        seconds = time.monotonic() - self._began
+        rate = (done - self._first) * self._settings.rows.batch_rows / seconds
+        timing = {
+            "from_step": self._first,
+            "seconds": seconds,
+            "cpu_seconds": time.process_time() - self._cpu_began,
+            "rows_per_second": rate,
+        } | self._data_wait(seconds)
+        if self._transcoder.guarded:
+            timing |= self._transcoder.guarded.figures()
+        self._timing.append(head | timing)
+        self._status.add(head | row)
+        self._status.update(head | timing, usage.model_dump(mode="json"))
+
+    def _data_wait(self, seconds: float) -> dict[str, float]:
+        """Seconds that steps waited for rows since the last row of the logs, and their share of the time."""
+        (before, waited), self._logged = self._logged, (seconds, self._reader.waited)
+        wait = self._reader.waited - waited
+        return {"data_wait": wait, "data_wait_share": wait / (seconds - before)}
+
+    def _evaluate(self, done: int) -> Evaluation:
+        found = evaluate(self._transcoder, self._rows, self._threshold(done), self._settings.seed)
+        self._usage.call("evaluation", effect=found.rows)
+        return found
+
+    def _threshold(self, done: int) -> Tensor:
+        """Calibrated inference thresholds [F] of the present weights; a step that needs them twice calibrates once."""
+        if self._calibrated is None or self._calibrated[0] != done:
+            self._calibrated = done, calibrate(self._transcoder, self._rows)
+        return self._calibrated[1]
+
+    def _checkpoint(self, done: int, held_out: Evaluation | None, *, last: bool) -> None:
+        self._saver.wait()  # before its loss could be counted beside this call
+        if self._due(done, self._settings.checkpoint.every):  # one after a signal is not of the uninterrupted run
+            self._usage.call("checkpoint", effect=1)
+        settings = self._settings.evaluation
+        if held_out or done == self._settings.steps:
+            threshold = self._threshold(done)
+        else:
+            threshold = calibrate(self._transcoder, self._rows, settings.calibration_rows)
+        weights = self._transcoder.state_dict() | {"threshold": threshold}
+        state = {name: tensor for part in self._parts for name, tensor in part.state().items()}
+        figures = HeldOut(fvu=held_out.fvu, l0=held_out.l0) if held_out else None
+        (self._saver.save_last if last else self._saver.save)(done, weights, state, figures)
+
+    @property
+    def _sampled(self) -> bool:
+        return all(path.is_file() for path in paths(self._path, self._settings.steps))
+
+    def _sample(self, stop: list[int]) -> None:
+        """Samples of the last step. A full disk costs the files and one warning, never the run."""
+        done, settings = self._settings.steps, self._settings.samples
+        try:
+            found = make_samples(
+                self._transcoder,
+                self._rows,
+                self._config.training_blocks,
+                self._threshold(done),
+                settings,
+                seed=self._settings.seed,
+                step=done,
+                stop=stop,
+            )
+        except Stopped as error:
+            raise Stopped(f"{error}; continue with: python -m train resume {self._path}") from error
+        self._usage.call(SAMPLES, effect=found.record.latents)
+        try:
+            found.publish(self._path)
+        except DiskFull as error:
+            print(f"warning: {error}; the run is finished, and has no samples", file=sys.stderr)
+
+    def _initialise(self, initial: Checkpoint | None, resumed: Checkpoint | None) -> None:
+        """Weights from `resumed`, with all other state; else from `initial`, weights only; else random."""
+        if resumed:
+            self._transcoder.load_checkpoint(resumed)
+            tensors = checkpoint.load_state(path := resumed.path / checkpoint.OPTIMIZER)
+            try:
+                for part in self._parts:
+                    part.load(tensors)
+            except (ValueError, KeyError) as error:
+                raise CorruptData(f"{path}: {error}") from error
+            self._first = resumed.step
+        elif initial:
+            self._transcoder.load_checkpoint(initial)
+        else:
+            self._transcoder.initialise(self._settings.seed)
+
+    def _l0_by_running_threshold(self, pre_acts: Tensor | None) -> float:
+        """Active latents per row of one batch by the running threshold, without position 0."""
+        assert pre_acts is not None, "a step that is logged has all pre-activations"
+        counts, strata = (pre_acts > self._counters.threshold).sum(1), self._reader.slices()
+        rows = [counts[s] for name, s in strata.items() if name != POSITION_0 or len(strata) == 1]
+        return float(torch.cat(rows).double().mean())
+
+    def _note_nan(self, loss: Tensor, source: Tensor, step: int) -> None:
+        """A source that is not finite need not show in the loss: no comparison selects a NaN."""
+        finite = torch.isfinite(loss) & torch.isfinite(source.sum())
+        self._first_bad = torch.where(finite, self._first_bad, self._first_bad.clamp_max(step))
+
+    def _refuse_nan(self) -> None:
+        """Raise `ProjectError` if any step so far was not finite. Waits for the device."""
+        if (step := int(self._first_bad)) < _NEVER:
+            raise ProjectError(
+                f"the loss or a source row is not finite at step {step + 1} of {self._path} (rows "
+                f"{self._reader.describe(step)}); nothing was published since; check the store with: python -m harvest "
+                f"verify {self._store.path}, or lower optimizer.lr"
+            )
+
+
+def use_threads(count: int) -> None:
+    """As many CPU threads for torch and for the compiled loops."""
+    torch.set_num_threads(count)
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))

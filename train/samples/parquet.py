@@ -1,0 +1,174 @@
+"""The files of samples: `samples/step-<step>.parquet`, a row per context, and `latents-<step>.parquet`, one per latent.
+
+Both open in pandas, polars or duckdb. The description of each column, and a record of what was looked at, are in the
+schema's metadata. No time stamps and no paths: the same run gives the same bytes.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from shared.config import Config
+from shared.files import durable
+from train.samples import context_loops
+from train.samples.encode import Activations
+from train.samples.select import TOP, SamplesConfig, Selection
+from train.samples.token_text import pieces
+
+Array = NDArray[Any]
+
+FOLDER = "samples"
+RECORD = b"transcoder_cache.samples"
+"""The key of the record in the schema's metadata."""
+_GROUP_ROWS = 8192
+"""Contexts that are compressed together: a reader that wants one latent's reads those of some hundred."""
+
+
+class SamplesRecord(Config):
+    """What the samples were made from; JSON in the metadata of both files."""
+
+    schema_version: Literal[1] = 1
+    request: str
+    """Digest of the store's request."""
+    step: int
+    source: str
+    """The side of the pairs that the transcoder reads."""
+    d_sae: int
+    first_sequence: int
+    """Sequences are rows of the store's `tokens`, this one and those after it."""
+    sequences: int
+    rows: dict[str, int]
+    """Stored rows that were looked at, by position stratum."""
+    latents: int
+    """Latents with samples: all that are active on any of the rows."""
+    contexts: int
+    seed: int
+    settings: SamplesConfig
+
+
+class Samples(NamedTuple):
+    """Two tables that are not written yet."""
+
+    record: SamplesRecord
+    contexts: pa.Table
+    latents: pa.Table
+
+    def publish(self, run: Path) -> Path:
+        """Write both files; returns that of the contexts. Raises `DiskFull`, and then leaves what was there before."""
+        contexts, latents = paths(run, self.record.step)
+        durable.publish_files({latents: parquet(self.latents), contexts: parquet(self.contexts)})
+        return contexts
+
+
+def paths(run: Path, step: int) -> tuple[Path, Path]:
+    """The files of contexts and of latents."""
+    return run / FOLDER / f"step-{step:06d}.parquet", run / FOLDER / f"latents-{step:06d}.parquet"
+
+
+def contexts_table(found: Activations, chosen: Selection, context: int, tokenizer: Path) -> pa.Table:
+    """A row per sample, of `context` tokens at most; without `tokenizer`, a file, their text is null."""
+    n, (known_tokens, known_places) = len(chosen.pairs), found.known
+    context = min(context, found.tokens.shape[1])
+    peaks = found.places[chosen.pairs].astype(np.int64)
+    first, length, position = np.empty((3, n), np.int64)
+    activations, stored = np.empty((n, context), np.float32), np.empty((n, context), bool)
+    tokens, documents = found.tokens.ravel(), found.documents.ravel()
+    context_loops.contexts(
+        peaks, chosen.latents, found.starts, found.places, found.values, found.stratum, tokens, documents, found.apart,
+        found.tokens.shape[1], context // 4, known_tokens, known_places, first, length, position, activations, stored,
+    )  # fmt: skip
+    within = np.arange(context) < length[:, None]
+    shown = tokens[(first[:, None] + np.arange(context))[within]]
+    ends = pa.array(np.concatenate([[0], np.cumsum(length)]), pa.int32())
+
+    def listed(values: pa.Array) -> pa.Array:
+        return pa.ListArray.from_arrays(ends, values)
+
+    sequence, offset = np.divmod(peaks, found.tokens.shape[1])
+    top = chosen.bins == TOP
+    columns = {
+        "latent": (pa.array(chosen.latents), "which latent, from 0"),
+        "kind": (_named(~top, ["top", "quantile"]), "'top': of the largest activations; 'quantile': of a bin"),
+        "bin": (
+            pa.array(chosen.bins, mask=top),
+            "quantile bin of the sequences that are not in the top, from 0, the weakest; null in the top",
+        ),
+        "rank": (pa.array(chosen.ranks), "from 0, the strongest of the top or of the bin"),
+        "activation": (pa.array(found.values[chosen.pairs]), "of the latent at the peak, its largest in the sequence"),
+        "stratum": (_named(found.stratum[peaks], list(found.strata)), "position stratum of the peak"),
+        "position": (pa.array(position, pa.int32()), "of the peak, as the model counted"),
+        "sequence": (pa.array(sequence + found.first, pa.int64()), "row of the store's `tokens`"),
+        "offset": (pa.array(offset, pa.int32()), "column of the store's `tokens`, of the peak"),
+        "document": (pa.array(documents[peaks]), "of the peak's token, numbered in order of packing"),
+        "peak": (pa.array(peaks - first, pa.int32()), "which token of the context is the peak, from 0"),
+        "tokens": (listed(pa.array(shown)), "of the context"),
+        "text": (listed(_texts(shown, tokenizer)), "of each token; joined, that of the context"),
+        "activations": (
+            listed(pa.array(activations[within], mask=~stored[within])),
+            "of the latent at each token; null: its row is not stored. Position 0 is that of a stored row of its token",
+        ),
+    }
+    return _table(columns)
+
+
+def latents_table(found: Activations, chosen: Selection, prefixes: Array, weights: Array) -> pa.Table:
+    """A row per latent; `prefixes` [F] hold them, and rows of each stratum weigh `weights` [P] in the whole."""
+    shape = (found.d_sae, len(found.strata))
+    rows, windows = np.zeros(shape, np.int64), np.zeros(found.d_sae, np.int64)
+    sums, largest = np.zeros(shape), np.zeros(found.d_sae, np.float32)
+    pairs = (found.starts, found.places, found.values, found.stratum, found.tokens.shape[1])
+    context_loops.profile(*pairs, rows, sums, windows, largest)
+    active, weighted, looked_at = rows.sum(1) > 0, rows @ weights, found.rows
+    mean = np.divide(sums @ weights, weighted, out=np.zeros(found.d_sae), where=weighted > 0)
+    edges = chosen.edges
+    there = np.isfinite(edges).all(1) & (edges.shape[1] > 0)
+    ends = np.concatenate([[0], np.cumsum(there * edges.shape[1])])
+    whole = "at natural frequencies, without position 0"
+    columns = {
+        "latent": (pa.array(np.arange(found.d_sae, dtype=np.int32)), "which latent, from 0"),
+        "prefix": (pa.array(prefixes, pa.int32()), "size of the smallest Matryoshka prefix that holds it"),
+        "contexts": (pa.array(np.bincount(chosen.latents, minlength=found.d_sae), pa.int32()), "samples of it"),
+        "rows": (pa.array(rows.sum(1)), "stored rows on which it is active"),
+        "sequences": (pa.array(windows), "in which it is active on a stored row"),
+        "density": (pa.array(weighted / max(float(looked_at @ weights), 1e-9)), f"share of rows, {whole}"),
+        "max": (pa.array(largest, mask=~active), "largest activation on a stored row; null: it is never active"),
+        "mean": (pa.array(mean, mask=~(weighted > 0)), f"activation where it is active, {whole}; null: nowhere"),
+        "bin_edges": (
+            pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(edges[there].ravel()), mask=pa.array(~there)),
+            "activations between the quantile bins, rising; null: no sequence is in any",
+        ),
+    } | {
+        f"density_{name}": (
+            pa.array(rows[:, i] / max(int(looked_at[i]), 1)),
+            f"share of the rows of positions {name} on which it is active",
+        )
+        for i, name in enumerate(found.strata)
+    }
+    return _table(columns)
+
+
+def _named(numbers: Array, names: list[str]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(numbers.astype(np.int32)), names)
+
+
+def _texts(tokens: Array, tokenizer: Path) -> pa.Array:
+    if not tokenizer.is_file():
+        return pa.nulls(len(tokens), pa.string())
+    known, places = np.unique(tokens, return_inverse=True)
+    return pa.array(pieces(tokenizer, known.tolist()), pa.string()).take(pa.array(places))
+
+
+def _table(columns: dict[str, tuple[pa.Array, str]]) -> pa.Table:
+    fields = [pa.field(name, values.type, metadata={"description": told}) for name, (values, told) in columns.items()]
+    return pa.table([values for values, _ in columns.values()], schema=pa.schema(fields))
+
+
+def parquet(table: pa.Table) -> bytes:
+    """The table as a file."""
+    out = pa.BufferOutputStream()
+    pq.write_table(table, out, compression="zstd", row_group_size=_GROUP_ROWS)
+    return out.getvalue().to_pybytes()
