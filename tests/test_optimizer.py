@@ -116,8 +116,9 @@ def test_saved_moments_continue_bit_for_bit(kind: type) -> None:
 
 
 def test_the_learning_rate_follows_the_width_and_warm_ups_the_run() -> None:
-    found = OptimizerConfig(lr="auto", warmup_share=0.02).resolve(steps=5000, d_in=576)
-    assert found.lr == pytest.approx(0.045 / 24, rel=1e-2) and found.warmup_steps == 100
+    for d_in, lr in ((128, 4e-3), (576, 4e-3), (2304, 2e-3)):
+        found = OptimizerConfig(lr="auto", warmup_share=0.02).resolve(steps=5000, d_in=d_in)
+        assert found.lr == pytest.approx(lr, rel=1e-2) and found.warmup_steps == 100
     assert found.resolve(steps=5000, d_in=128) == found  # what is resolved stays
     given = OptimizerConfig(lr=1e-3, warmup_steps=7, warmup_share=0.5).resolve(steps=10, d_in=4)
     assert (given.lr, given.warmup_steps) == (1e-3, 7)

@@ -15,15 +15,15 @@ from train.model.saved_tensors import fitting
 from train.model.schedule import warmup_steps
 from train.model.transcoder import Transcoder
 
-_LR_TIMES_ROOT_WIDTH = 0.045
+_LR, _LR_WIDTH = 4e-3, 576
 
 
 class OptimizerConfig(Config):
     """Adam (Kingma and Ba 2015) with linear warm-up and a linear decay to zero."""
 
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = 3e-4
-    """Learning rate between warm-up and decay. `auto`: 0.045 / sqrt(d_in), so that a step turns the encoder's columns
-    as far at any width (decisions/010)."""
+    """Learning rate between warm-up and decay. `auto`: 0.004 for d_in up to 576, where it was measured, and for wider
+    ones 0.004 * sqrt(576 / d_in), which was not (decisions/010)."""
     decoder_rate: float = Field(1.0, gt=0)
     """The learning rate of `W_dec` over `lr`. Decoder rows have norm 1, and their part of the gradient along themselves
     is dropped: Adam moves them as far as the encoder's columns, and they want 4 to 8 times that (decisions/010)."""
@@ -45,7 +45,7 @@ class OptimizerConfig(Config):
     def resolve(self, steps: int, d_in: int) -> "OptimizerConfig":
         """Return the same with numbers, for a run of so many steps. Raises `UserError` when they do not fit."""
         warmup = warmup_steps("optimizer.warmup", self.warmup_steps, self.warmup_share, steps)
-        lr = float(f"{_LR_TIMES_ROOT_WIDTH / d_in**0.5:.3g}") if self.lr == "auto" else self.lr
+        lr = float(f"{_LR * min(1.0, _LR_WIDTH / d_in) ** 0.5:.3g}") if self.lr == "auto" else self.lr
         return self.model_copy(update={"warmup_steps": warmup, "lr": lr})
 
     def lr_at(self, step: int, steps: int) -> float:
