@@ -1,4 +1,4 @@
-"""What latents that say the same are worth: each group is merged into one, or as many other latents are removed.
+"""Measure what redundant latents are worth: merge each group into one, or remove as many other latents.
 
 Legend: R rows, F latents, O d_out, G groups.
 """

@@ -1,1 +1,1 @@
-"""Finding latents that say the same, by direction and by activation, and training them apart."""
+"""Detect and penalise redundant latents, by decoder cosine similarity and by co-activation."""

@@ -1,4 +1,4 @@
-"""The correlation monitor: every so many steps, which latents say the same, in `anti_duplication_logs/`.
+"""Report redundant latents every `monitor.every` steps, in `anti_duplication_logs/`.
 
 Exact on a stated sample: the rows of the last steps before each report. Correlation is between latents over rows, never
 along them, and from active pairs alone; without position 0, where latents of that position correlate by construction,
