@@ -131,11 +131,7 @@ def test_off_starts_no_process(
 
 
 def test_only_the_childs_modules_import_wandb_and_the_trainer_imports_none_of_them() -> None:
-    importing: dict[str, set[Path]] = {
-        "wandb": set(),
-        "train.wandb_sync.worker": set(),
-        "train.wandb_sync.read_back": set(),
-    }
+    importing = {name: set[Path]() for name in ("wandb", "train.wandb_sync.worker", "train.wandb_sync.read_back")}
     for path in sorted((ROOT / "train").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
