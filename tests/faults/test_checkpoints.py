@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -362,6 +363,9 @@ def test_a_second_interrupt_exits_at_once(
     assert done.code == 3
     assert done.err.splitlines()[-1] == f"error: stopped at once; continue with: python -m train resume {run}"
     assert steps(run)[-1] in (10, 20)  # the second may have been on its way
+    for thread in threading.enumerate():  # ends with a process; this one goes on
+        if thread.name == "checkpoint":
+            thread.join()
     monkeypatch.undo()
     assert command("resume", run).code == 0
     assert_same_run(whole, run)
