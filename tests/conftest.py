@@ -7,7 +7,6 @@ start several processes keep their cores: on two busy cores a second OpenMP thre
 times slower (it waits by spinning) and a 2,048 x 256 one 2 times.
 """
 
-import importlib
 import os
 import shutil
 import signal
@@ -15,7 +14,6 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if (
@@ -40,6 +38,7 @@ os.environ |= {
 import pytest  # noqa: E402
 
 from tests.stores import SyntheticStore, make_store  # noqa: E402
+from train.model.kernels.sparse_ops import SparseOps, sparse_ops  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,12 +58,11 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture
-def ops(request: pytest.FixtureRequest) -> ModuleType:
-    """A module of `train.model.kernels` by the name of its kernels; Triton's run in its interpreter."""
+def ops(request: pytest.FixtureRequest) -> SparseOps:
+    """The operations of a name; Triton's run in its interpreter."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="triton is not installed: there is none for this platform")
-        return importlib.import_module("train.model.kernels.triton_kernels")
-    return importlib.import_module(f"train.model.kernels.{request.param}")
+    return sparse_ops(request.param)
 
 
 @pytest.fixture(scope="session")

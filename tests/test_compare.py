@@ -117,7 +117,7 @@ def test_the_whole_alone_is_evaluated_as_with_all_prefixes(command: Command, sto
 def test_a_common_l0_moves_learned_thresholds_together(command: Command, store: SyntheticStore) -> None:
     opened = Store.open(store.path)
     model = loaded(train(command, store, "j", "--set", "activation.kind=jumprelu"), opened)
-    learned = model.threshold().detach()
+    learned = model.thresholds().detach()
     for l0 in (2.0, 9.0):
         found = threshold_at(model, StoreRows(opened, 77), l0)
         moved = found[found > 0] - learned[found > 0]

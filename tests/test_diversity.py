@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.duplicates.activations import Correlated
+from train.duplicates.co_activation import Correlated
 from train.duplicates.correlation_report import CorrelationReport, Correlations, Directions, Sample
 from train.duplicates.diversity import ControllerConfig, Diversity, DiversityConfig
 from train.model.activations import BatchTopK
@@ -55,7 +55,7 @@ def test_terms_keep_to_their_cadence_and_scale() -> None:
         assert float(term.detach()) == pytest.approx(2 * once[name]) and once[name] > 0
 
 
-def test_pairs_of_other_segments_have_a_margin_of_their_own() -> None:
+def test_pairs_of_other_groups_have_a_margin_of_their_own() -> None:
     alive = torch.zeros(64, dtype=torch.bool)
     near, far = ({"mined": {"weight": 1.0}, "cross_margin": margin} for margin in (0.3, 0.99))
     both, within = (make(config).direction_terms(alive, 0)["mined"] for config in (near, far))
@@ -67,8 +67,8 @@ def test_pairs_between_two_margins_are_found_whichever_is_the_smaller() -> None:
     diversity = make({"mined": {"weight": 1.0}, "margin": 0.5, "cross_margin": 0.2})
     diversity.direction_terms(alive, 0)
     cosines = torch.linalg.vecdot(*(diversity._transcoder.W_dec.detach()[side] for side in diversity.mined))
-    segment = diversity._transcoder.segment
-    across = segment[diversity.mined.first] != segment[diversity.mined.second]
+    group = diversity._transcoder.group
+    across = group[diversity.mined.first] != group[diversity.mined.second]
     assert ((cosines < 0.5) & across).any()
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.duplicates.activations import (
+from train.duplicates.co_activation import (
     _dense,
     _Products,
     co_activation_loss,

@@ -16,7 +16,8 @@ from shared.store.store import Store
 from tests.runs import assert_same_run
 from tests.stores import SyntheticStore
 from train.model import blas, checkpoint
-from train.model.kernels import compiled, guarded, numba_loops
+from train.model.kernels import guarded, numba_loops
+from train.model.kernels.sparse_ops import sparse_ops
 from train.model.sparse_latents import SparseLatents
 from train.run.load_run import build_transcoder
 from train.run.settings import Settings, resolve
@@ -192,7 +193,7 @@ def test_the_largest_of_rows_among_some_latents_by_a_product_with_them_alone(lib
     x, W_enc, b_enc = draw("plain", 0, 20, 16, 64)
     among = torch.randperm(64, generator=torch.Generator().manual_seed(0)) < dead
     found = guarded.row_topk(library, x, W_enc, b_enc, 5, among)
-    wanted = compiled.row_topk(all_values(x, W_enc, b_enc), 5, among)
+    wanted = sparse_ops("compiled").row_topk(all_values(x, W_enc, b_enc), 5, among)
     assert torch.equal(found.latents, wanted.latents) and torch.equal(found.rows, wanted.rows)
     assert torch.equal(found.starts, wanted.starts) and found.d_sae == 64
     torch.testing.assert_close(found.values, wanted.values)
@@ -206,7 +207,7 @@ def dense_batch_topk(
     self: guarded.Guarded, library: blas.Blas, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, n: int, whole: bool
 ) -> Any:
     """As `Guarded.batch_topk`, from all values in float32."""
-    found = compiled.batch_topk(all_values(x, W, b), n, torch.zeros(()))
+    found = sparse_ops("compiled").batch_topk(all_values(x, W, b), n, torch.zeros(()))
     return *found, blas.product(library, x, W).add_(b.detach()) if whole else None
 
 

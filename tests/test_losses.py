@@ -5,6 +5,7 @@ import torch
 
 from tests import reference
 from train.model import losses
+from train.model.activations import jumprelu, relu
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -31,7 +32,7 @@ def test_the_auxk_loss_is_relative_to_the_residual_and_defined_without_one() -> 
 def test_jumprelu_gradients_are_the_papers_pseudo_derivatives() -> None:
     values = torch.tensor([0.30, 0.48, 0.52, 0.90], dtype=torch.float64, requires_grad=True)
     threshold = torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
-    out = losses.jumprelu(values, threshold, 0.1)
+    out = jumprelu.jumprelu(values, threshold, 0.1)
     assert out.tolist() == [0.0, 0.0, 0.52, 0.90]
     out.backward(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
     assert values.grad is not None and threshold.grad is not None
@@ -42,7 +43,7 @@ def test_jumprelu_gradients_are_the_papers_pseudo_derivatives() -> None:
 def test_l0_loss_counts_and_pushes_thresholds_up() -> None:
     values = torch.tensor([0.30, 0.48, 0.52, 0.90], dtype=torch.float64, requires_grad=True)
     threshold = torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
-    loss = losses.l0_loss(values, threshold, 0.1, rows=2)
+    loss = jumprelu.l0_loss(values, threshold, 0.1, rows=2)
     assert float(loss) == 1.0
     loss.backward()
     assert threshold.grad is not None
@@ -51,7 +52,7 @@ def test_l0_loss_counts_and_pushes_thresholds_up() -> None:
 
 
 def test_l1_loss_is_the_mean_row_sum() -> None:
-    assert float(losses.l1_loss(torch.tensor([1.0, 2.0, 4.0]), rows=2)) == 3.5
+    assert float(relu.l1_loss(torch.tensor([1.0, 2.0, 4.0]), rows=2)) == 3.5
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_the_learning_rate_follows_the_width_and_warm_ups_the_run() -> None:
     with pytest.raises(UserError, match="optimizer.warmup_steps = 11, and the run has 10 steps"):
         OptimizerConfig(warmup_steps=11).resolve(steps=10, d_in=4)
     activation = BatchTopK(k=5, k_start="3x", k_warmup_share=0.2).resolve(50)
-    assert [activation.k_at(step) for step in (0, 5, 10, 49)] == [15, 10, 5, 5] and activation.largest_k == 15
+    assert [activation.k_at(step) for step in (0, 5, 10, 49)] == [15, 10, 5, 5] and activation.most_active(64) == 15
     with pytest.raises(UserError, match="activation.k_warmup_steps = 51"):
         BatchTopK(k_warmup_steps=51).resolve(50)
     with pytest.raises(UserError, match="activation.k_start must be a positive number or a multiple such as 3x"):

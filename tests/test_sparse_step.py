@@ -4,18 +4,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
 from tests import reference
-from train.model.kernels import compiled, numba_loops, plain
+from train.model.kernels import numba_loops, plain
+from train.model.kernels.sparse_ops import Groups, SparseOps, sparse_ops
 from train.model.sparse_latents import SparseLatents
 
 ROOT = Path(__file__).parents[1]
 KERNELS = pytest.mark.parametrize("ops", ["plain", "compiled", "dense", "triton"], indirect=True)
+COMPILED = sparse_ops("compiled")
 B, D, O, F, PREFIXES = 13, 7, 5, 24, (3, 6, 12, 24)
 
 
@@ -30,16 +31,16 @@ def parameters_of_a_step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def select(pre_acts: torch.Tensor, n: int) -> SparseLatents:
-    return compiled.batch_topk(pre_acts, n, torch.zeros(()))[0]
+    return COMPILED.batch_topk(pre_acts, n, torch.zeros(()))[0]
 
 
 def test_decoding_equals_dense_autograd() -> None:
     W_dec, weights = draw(F, O, seed=3).requires_grad_(), draw(B, len(PREFIXES), O, seed=9)
-    segment = torch.bucketize(torch.arange(F), torch.tensor(PREFIXES), right=True)
+    group = torch.bucketize(torch.arange(F), torch.tensor(PREFIXES), right=True)
     pre_acts = draw(B, F, seed=1)
     active = select(pre_acts, 4 * B)
     values = active.values.clone().requires_grad_()
-    sparse = plain.decode_prefixes(values, W_dec, active, segment, len(PREFIXES))
+    sparse = plain.decode_prefixes(values, W_dec, active, group, len(PREFIXES))
     found = torch.autograd.grad((sparse * weights).sum(), (values, W_dec))
 
     latents = (pre_acts * reference.top_of_batch(pre_acts, 4 * B)).requires_grad_()
@@ -51,14 +52,15 @@ def test_decoding_equals_dense_autograd() -> None:
 
 
 @KERNELS
-def test_float32_results_repeat_bit_for_bit(ops: ModuleType) -> None:
+def test_float32_results_repeat_bit_for_bit(ops: SparseOps) -> None:
     def once() -> list[torch.Tensor]:
         W_dec, pre_acts, y = (draw(*s, seed=3).float() for s in ((F, O), (B, F), (B, O)))
         active, values = select(pre_acts, 5 * B), select(pre_acts, 5 * B).values.requires_grad_()
         W_dec.requires_grad_()
         whole = torch.zeros(F, dtype=torch.int64)
-        loss, *rest = ops.prefix_loss(values, W_dec, torch.zeros(1, O), y, active, whole, 1, 0.1)
+        loss, *rest = ops.prefix_loss(values, W_dec, torch.zeros(1, O), y, active, Groups(whole, 1, 0.1))
         loss.backward()
+        assert W_dec.grad is not None and values.grad is not None
         return [loss.detach(), *rest, W_dec.grad, values.grad]
 
     for a, b in zip(once(), once(), strict=True):
@@ -71,18 +73,18 @@ def test_float32_results_repeat_bit_for_bit(ops: ModuleType) -> None:
 @pytest.mark.parametrize("per_row", [4, 20])
 @pytest.mark.parametrize("by_prefix", [False, True])
 def test_loss_and_gradients_equal_dense_autograd(
-    ops: ModuleType, prefixes: tuple[int, ...], every_row: bool, per_row: int, by_prefix: bool
+    ops: SparseOps, prefixes: tuple[int, ...], every_row: bool, per_row: int, by_prefix: bool
 ) -> None:
     weight = torch.linspace(0.3, 0.9, len(prefixes)).double() if by_prefix else torch.tensor(0.3).double()
     x, y = draw(B, D, seed=0), draw(B, O, seed=5)
     W_enc, b_enc, W_dec = parameters_of_a_step()
     base = draw(B if every_row else 1, O, seed=6).requires_grad_()
-    segment = torch.bucketize(torch.arange(F), torch.tensor(prefixes), right=True)
+    group = torch.bucketize(torch.arange(F), torch.tensor(prefixes), right=True)
     parameters = (W_enc, b_enc, W_dec, base)
 
     active = select((x @ W_enc + b_enc).detach(), per_row * B)
     values = ops.encode(x, W_enc, b_enc, active)
-    loss, errors, left = ops.prefix_loss(values, W_dec, base, y, active, segment, len(prefixes), weight)
+    loss, errors, left = ops.prefix_loss(values, W_dec, base, y, active, Groups(group, len(prefixes), weight))
     (7 * loss).backward()
     found = [p.grad for p in parameters]
 
@@ -106,14 +108,14 @@ def test_loss_and_gradients_equal_dense_autograd(
 def test_gradients_are_added_to_those_of_terms_before() -> None:
     """Of terms on any of the parameters, by autograd and by these operations."""
     x, y, active = draw(B, D, seed=0), draw(B, O, seed=5), select(draw(B, F, seed=4), 4 * B)
-    segment = torch.bucketize(torch.arange(F), torch.tensor(PREFIXES), right=True)
+    group = torch.bucketize(torch.arange(F), torch.tensor(PREFIXES), right=True)
 
     def gradients(*terms: str) -> list[torch.Tensor]:
         W_enc, b_enc, W_dec = parameters_of_a_step()
         for term in terms:
             if term == "step":
-                values, nothing = compiled.encode(x, W_enc, b_enc, active), torch.zeros(1, O).double()
-                compiled.prefix_loss(values, W_dec, nothing, y, active, segment, 4, 0.3)[0].backward()
+                values, nothing = COMPILED.encode(x, W_enc, b_enc, active), torch.zeros(1, O).double()
+                COMPILED.prefix_loss(values, W_dec, nothing, y, active, Groups(group, 4, 0.3))[0].backward()
             else:
                 {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec}[term].square().sum().backward()
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in (W_enc, b_enc, W_dec)]
@@ -127,13 +129,15 @@ def test_gradients_are_added_to_those_of_terms_before() -> None:
 
 
 @KERNELS
-def test_no_active_pairs_leave_the_target(ops: ModuleType) -> None:
+def test_no_active_pairs_leave_the_target(ops: SparseOps) -> None:
     x, y, (W_enc, b_enc, W_dec) = draw(B, D, seed=0), draw(B, O, seed=5), parameters_of_a_step()
     b_enc.data.fill_(-1e3)
     active = select((x @ W_enc + b_enc).detach(), 4 * B)
     assert len(active.rows) == 0
     values, nothing = ops.encode(x, W_enc, b_enc, active), torch.zeros(1, O).double()
-    loss, errors, left = ops.prefix_loss(values, W_dec, nothing, y, active, torch.zeros(F, dtype=torch.int64), 1, 1.0)
+    loss, errors, left = ops.prefix_loss(
+        values, W_dec, nothing, y, active, Groups(torch.zeros(F, dtype=torch.int64), 1, 1.0)
+    )
     torch.testing.assert_close(errors[:, 0], y.square().sum(1))
     loss.backward()
     assert W_enc.grad is not None and W_dec.grad is not None
@@ -141,7 +145,7 @@ def test_no_active_pairs_leave_the_target(ops: ModuleType) -> None:
 
 
 @KERNELS
-def test_values_of_pairs_found_in_lower_precision_are_computed_again(ops: ModuleType) -> None:
+def test_values_of_pairs_found_in_lower_precision_are_computed_again(ops: SparseOps) -> None:
     x, W_enc, b_enc = draw(B, D, seed=0).float(), draw(D, F, seed=1).float(), draw(F, seed=2).float()
     pre_acts = x @ W_enc + b_enc
     low = pre_acts.bfloat16()
@@ -179,11 +183,12 @@ def step_of_loops() -> list[torch.Tensor]:
     x, y, pre_acts = (draw(rows, n, seed=i).float() for i, n in enumerate((width, width, latents)))
     W_enc, W_dec = draw(latents, width, seed=7).float().T.requires_grad_(), draw(latents, width, seed=8).float()
     W_dec.requires_grad_()
-    segment = torch.bucketize(torch.arange(latents), torch.tensor([24, 48, 96]), right=True)
+    group = torch.bucketize(torch.arange(latents), torch.tensor([24, 48, 96]), right=True)
     found = []
-    for active in (select(pre_acts, 8 * rows), compiled.row_topk(pre_acts, 9)):
-        values = compiled.encode(x, W_enc, torch.zeros(latents), active)
-        loss, errors, left = compiled.prefix_loss(values, W_dec, torch.zeros(1, width), y, active, segment, 3, 0.1)
+    for active in (select(pre_acts, 8 * rows), COMPILED.row_topk(pre_acts, 9)):
+        values = COMPILED.encode(x, W_enc, torch.zeros(latents), active)
+        groups, nothing = Groups(group, 3, 0.1), torch.zeros(1, width)
+        loss, errors, left = COMPILED.prefix_loss(values, W_dec, nothing, y, active, groups)
         loss.backward()
         found += [active.rows, active.latents, active.values, errors, left]
     assert W_enc.grad is not None and W_dec.grad is not None

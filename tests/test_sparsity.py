@@ -1,14 +1,13 @@
 """Selection against sorting everything, by every kind of kernels."""
 
-from types import ModuleType
-
 import pytest
 import torch
 
 from tests import reference
-from train.model.kernels import compiled, plain
+from train.model.kernels.sparse_ops import SparseOps, sparse_ops
 from train.model.sparse_latents import SparseLatents, offsets
 
+COMPILED = sparse_ops("compiled")
 KERNELS = pytest.mark.parametrize("ops", ["plain", "compiled", "dense", "triton"], indirect=True)
 
 
@@ -34,7 +33,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_largest(ops: ModuleType, rows: int, n: int, guess: float) -> None:
+def assert_largest(ops: SparseOps, rows: int, n: int, guess: float) -> None:
     pre_acts = draw(n, rows, 21)
     active, smallest = ops.batch_topk(pre_acts, n, torch.tensor(guess))
     expected = reference.top_of_batch(pre_acts, n)
@@ -46,12 +45,12 @@ def assert_largest(ops: ModuleType, rows: int, n: int, guess: float) -> None:
 @KERNELS
 @pytest.mark.parametrize("rows", [1, 9, 70])
 @pytest.mark.parametrize("n", [1, 60, 10_000])
-def test_batch_topk_keeps_the_largest(ops: ModuleType, rows: int, n: int) -> None:
+def test_batch_topk_keeps_the_largest(ops: SparseOps, rows: int, n: int) -> None:
     assert_largest(ops, rows, n, 0.0)
 
 
 @KERNELS
-def test_batch_topk_of_wide_rows(ops: ModuleType) -> None:
+def test_batch_topk_of_wide_rows(ops: SparseOps) -> None:
     pre_acts = draw(0, 2, 9000)
     active, _ = ops.batch_topk(pre_acts, 300, torch.tensor(0.0))
     assert torch.equal(mask_of(active, pre_acts.shape), reference.top_of_batch(pre_acts, 300))
@@ -61,18 +60,18 @@ def test_batch_topk_of_wide_rows(ops: ModuleType) -> None:
 @pytest.mark.parametrize("guess", [0.5, 1.5, 99.0])
 @pytest.mark.parametrize("n", [1, 17, 60, 10_000])
 def test_compiled_batch_topk_keeps_the_largest_whatever_the_guess(rows: int, guess: float, n: int) -> None:
-    assert_largest(compiled, rows, n, guess)
+    assert_largest(COMPILED, rows, n, guess)
 
 
 def test_compiled_batch_topk_breaks_ties_by_row_order_and_keeps_exactly_n() -> None:
     pre_acts = torch.tensor([[1.0, 2.0, 1.0], [1.0, 3.0, 1.0]])
-    active, smallest = compiled.batch_topk(pre_acts, 4, torch.tensor(0.0))
+    active, smallest = COMPILED.batch_topk(pre_acts, 4, torch.tensor(0.0))
     assert list(zip(active.rows.tolist(), active.latents.tolist(), strict=True)) == [(0, 0), (0, 1), (0, 2), (1, 1)]
     assert smallest == 1.0
 
 
 @KERNELS
-def test_batch_topk_keeps_exactly_n_of_many_ties(ops: ModuleType) -> None:
+def test_batch_topk_keeps_exactly_n_of_many_ties(ops: SparseOps) -> None:
     pre_acts = draw(0, 30, 40).bfloat16().float().round(decimals=1)
     active, _ = ops.batch_topk(pre_acts, 123, torch.tensor(0.0))
     kept, least = mask_of(active, pre_acts.shape), active.values.min()
@@ -80,7 +79,7 @@ def test_batch_topk_keeps_exactly_n_of_many_ties(ops: ModuleType) -> None:
 
 
 @KERNELS
-def test_batch_topk_of_a_batch_without_positive_entries_has_no_active_pair(ops: ModuleType) -> None:
+def test_batch_topk_of_a_batch_without_positive_entries_has_no_active_pair(ops: SparseOps) -> None:
     active, smallest = ops.batch_topk(-torch.ones(3, 4), 5, torch.tensor(0.0))
     assert not (active.values > 0).any() and smallest == 0
 
@@ -88,7 +87,7 @@ def test_batch_topk_of_a_batch_without_positive_entries_has_no_active_pair(ops: 
 @KERNELS
 @pytest.mark.parametrize("k", [1, 4, 21])
 @pytest.mark.parametrize("rows", [1, 9, 70])
-def test_row_topk_keeps_the_largest_of_each_row(ops: ModuleType, rows: int, k: int) -> None:
+def test_row_topk_keeps_the_largest_of_each_row(ops: SparseOps, rows: int, k: int) -> None:
     pre_acts = draw(k, rows, 21)
     active = ops.row_topk(pre_acts, k)
     assert torch.equal(mask_of(active, pre_acts.shape), reference.top_of_rows(pre_acts, k))
@@ -100,14 +99,14 @@ def test_compiled_row_topk_hands_a_nan_on() -> None:
     pre_acts = draw(0, 70, 12)
     pre_acts[3, 4] = torch.nan
     pre_acts[5] = torch.nan
-    active = compiled.row_topk(pre_acts, 5)
+    active = COMPILED.row_topk(pre_acts, 5)
     assert ((active.latents >= 0) & (active.latents < 12)).all()
     rows_with_nan = active.rows[active.values.isnan()].unique().tolist()
     assert 5 in rows_with_nan and set(rows_with_nan) <= {3, 5}
 
 
 @KERNELS
-def test_one_row(ops: ModuleType) -> None:
+def test_one_row(ops: SparseOps) -> None:
     pre_acts = draw(1, 1, 30)
     for active in (ops.row_topk(pre_acts, 6), ops.batch_topk(pre_acts, 6, torch.tensor(0.0))[0]):
         assert torch.equal(mask_of(active, pre_acts.shape), reference.top_of_rows(pre_acts, 6))
@@ -115,13 +114,13 @@ def test_one_row(ops: ModuleType) -> None:
 
 
 @KERNELS
-def test_row_topk_of_ties_keeps_k(ops: ModuleType) -> None:
+def test_row_topk_of_ties_keeps_k(ops: SparseOps) -> None:
     active = ops.row_topk(torch.ones(70, 8), 3)
     assert (active.starts.diff() == 3).all()
 
 
 @KERNELS
-def test_row_topk_among_some_takes_negative_pre_activations_of_these_only(ops: ModuleType) -> None:
+def test_row_topk_among_some_takes_negative_pre_activations_of_these_only(ops: SparseOps) -> None:
     pre_acts = torch.tensor([[9.0, -3.0, -1.0, -2.0], [9.0, -1.0, -5.0, 4.0]])
     active = ops.row_topk(pre_acts, 2, torch.tensor([False, True, True, True]))
     assert list(zip(active.rows.tolist(), active.latents.tolist(), strict=True)) == [(0, 2), (0, 3), (1, 1), (1, 3)]
@@ -129,7 +128,7 @@ def test_row_topk_among_some_takes_negative_pre_activations_of_these_only(ops: M
 
 @KERNELS
 @pytest.mark.parametrize("among", [[], [2], [0, 3]])
-def test_row_topk_among_fewer_than_k_takes_all_of_them(ops: ModuleType, among: list[int]) -> None:
+def test_row_topk_among_fewer_than_k_takes_all_of_them(ops: SparseOps, among: list[int]) -> None:
     pre_acts, mask = draw(0, 5, 4), torch.zeros(4, dtype=torch.bool)
     mask[among] = True
     active = ops.row_topk(pre_acts, 3, mask)
@@ -139,7 +138,7 @@ def test_row_topk_among_fewer_than_k_takes_all_of_them(ops: ModuleType, among: l
 
 @KERNELS
 @pytest.mark.parametrize(("rows", "latents"), [(2, 3), (70, 33), (3, 16)])
-def test_above_is_strict_and_per_latent(ops: ModuleType, rows: int, latents: int) -> None:
+def test_above_is_strict_and_per_latent(ops: SparseOps, rows: int, latents: int) -> None:
     pre_acts, thresholds = draw(0, rows, latents), draw(1, latents)
     pre_acts[0] = thresholds
     active = ops.above(pre_acts, thresholds)
@@ -150,7 +149,7 @@ def test_above_is_strict_and_per_latent(ops: ModuleType, rows: int, latents: int
 
 
 @KERNELS
-def test_values_that_are_not_numbers_are_not_above(ops: ModuleType) -> None:
+def test_values_that_are_not_numbers_are_not_above(ops: SparseOps) -> None:
     pre_acts = torch.full((3, 20), torch.nan)
     pre_acts[1, 2] = 1
     active = ops.above(pre_acts, torch.zeros(20))
@@ -167,7 +166,7 @@ def test_grouping_by_latent_is_a_stable_sort_with_offsets() -> None:
 
 def test_parts_of_the_pairs() -> None:
     pre_acts = draw(3, 12, 10)
-    active = plain.batch_topk(pre_acts, 80, torch.tensor(0.0))[0]
+    active = sparse_ops("plain").batch_topk(pre_acts, 80, torch.tensor(0.0))[0]
     part, expected = active.slice(slice(3, 9)), mask_of(active, pre_acts.shape)[3:9]
     assert torch.equal(mask_of(part, expected.shape), expected)
     assert_well_formed(part, pre_acts[3:9])

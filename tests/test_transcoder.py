@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves
 from shared.errors import UserError
 from tests import reference
 from train.model.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from train.model.kernels.sparse_ops import Kernels
 from train.model.losses import AuxKConfig
-from train.model.transcoder import Kernels, Normalisation, Transcoder, TranscoderConfig
+from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 from train.run.latent_counters import Counters
 from train.run.metrics import Window
 from train.run.optimizer import Optimizer, OptimizerConfig
@@ -66,8 +67,8 @@ def reference_loss(model: Transcoder, source: torch.Tensor, target: torch.Tensor
         case TopK(k=k):
             latents = pre_acts * reference.top_of_rows(pre_acts.detach(), k)
         case JumpReLU() as a:
-            latents = pre_acts * (pre_acts > model.threshold())
-            penalty = a.l0_coefficient * (pre_acts > model.threshold()).double().sum() / B
+            latents = pre_acts * (pre_acts > model.thresholds())
+            penalty = a.l0_coefficient * (pre_acts > model.thresholds()).double().sum() / B
         case ReLU() as a:
             latents = pre_acts.relu()
             penalty = a.l1_coefficient * latents.sum() / B
@@ -166,7 +167,7 @@ def test_a_step_with_a_product_in_bfloat16_keeps_values_and_gradients_exact(kern
 
 
 def test_every_prefix_has_its_own_term_in_the_loss() -> None:
-    """The decoder rows of segment s get a gradient from each prefix that holds them, and from no smaller one."""
+    """The decoder rows of group g get a gradient from each prefix that holds them, and from no smaller one."""
     model = make(BatchTopK(k=K))
     source, target = draw(B, D, seed=1), draw(B, O, seed=2)
     whole = gradients(model, model.step(source, target, NO_DEAD, NO_AUXK, 0).loss)["W_dec"]

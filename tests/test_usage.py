@@ -8,7 +8,7 @@ import torch
 
 from shared.errors import ProjectError
 from train.duplicates import diversity, monitor
-from train.duplicates.activations import Correlated, co_activation_loss
+from train.duplicates.co_activation import Correlated, co_activation_loss
 from train.duplicates.directions import direction_loss
 from train.live.status import Status
 from train.model.silence import Quiet

@@ -264,5 +264,5 @@ def _shape(config: RunConfig) -> dict[str, object]:
         "d_out": config.d_out,
         "transcoder.d_sae": settings.transcoder.d_sae,
         "transcoder.skip": settings.transcoder.skip,
-        "use of learned thresholds": settings.activation.kind == "jumprelu",
+        "use of learned thresholds": settings.activation.learns_thresholds,
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from train.compare.measure import LEAST_TOGETHER
-from train.duplicates.activations import correlated_pairs
+from train.duplicates.co_activation import correlated_pairs
 from train.duplicates.directions import close_pairs
 from train.model.sparse_latents import SparseLatents
 

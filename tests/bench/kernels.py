@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 
 from tests.bench.record import record, sized
-from train.model.kernels import compiled, plain
+from train.model.kernels import plain
+from train.model.kernels.sparse_ops import sparse_ops
 from train.model.sparse_latents import offsets
 
 B, D, F, K = sized((1024, 128, 4096, 32), (64, 16, 128, 4))
@@ -24,10 +25,11 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     x, W_enc, W_dec = (torch.randn(*shape, generator=generator) for shape in ((B, D), (D, F), (F, D)))
     pre_acts = x @ W_enc
+    compiled = sparse_ops("compiled")
     active, threshold = compiled.batch_topk(pre_acts, K * B, torch.zeros(()))
     values = active.values
-    segment = torch.bucketize(torch.arange(F), torch.tensor(PREFIXES), right=True)
-    group = active.rows * len(PREFIXES) + segment[active.latents]
+    group_of = torch.bucketize(torch.arange(F), torch.tensor(PREFIXES), right=True)
+    group = active.rows * len(PREFIXES) + group_of[active.latents]
     starts = offsets(group, B * len(PREFIXES))
     grad = torch.randn(B * len(PREFIXES), D, generator=generator)
     order, by_latent = active.by_latent

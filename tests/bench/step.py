@@ -20,7 +20,8 @@ from tests.bench.peer_worker import peak_mib
 from tests.bench.record import record, run, sized
 from train.model.activations import BatchTopK
 from train.model.blas import addmm, faster_here, product
-from train.model.kernels import compiled, guarded
+from train.model.kernels import guarded
+from train.model.kernels.sparse_ops import Groups, sparse_ops
 from train.model.losses import AuxKConfig
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 from train.run.latent_counters import Counters
@@ -143,9 +144,10 @@ def measure(shape: str) -> None:
     low = (ours.source.bfloat16(), model.W_enc.detach().bfloat16())
 
     def forward() -> torch.Tensor:
-        values = compiled.encode(x, model.W_enc, model.b_enc, active).relu()
+        values = sparse_ops("compiled").encode(x, model.W_enc, model.b_enc, active).relu()
         base, prefixes = model.b_dec.unsqueeze(0), len(model.prefixes)
-        return compiled.prefix_loss(values, model.W_dec, base, y, active, model.segment, prefixes, 1e-6)[0]
+        groups = Groups(model.group, prefixes, 1e-6)
+        return sparse_ops("compiled").prefix_loss(values, model.W_dec, base, y, active, groups)[0]
 
     def backward() -> None:
         model.zero_grad(set_to_none=True)

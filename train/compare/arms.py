@@ -14,7 +14,6 @@ from shared.errors import UserError
 from shared.store.store import Store
 from train.compare.consistency import densest, matched_cosine
 from train.compare.measure import Figures, Measured, Point, measure_run, require_finished
-from train.model.activations import BatchTopK, TopK
 from train.run.settings import RunConfig, Settings, read_config, resolve_exclusion
 
 
@@ -113,10 +112,10 @@ def _store(runs: Sequence[Path], configs: Sequence[RunConfig], path: Path | None
 
 
 def _common_k(configs: Sequence[RunConfig]) -> float:
-    found = {a.k if isinstance(a := config.settings.activation, BatchTopK | TopK) else None for config in configs}
+    found = {config.settings.activation.expected_l0 for config in configs}
     if len(found) > 1 or None in found:
         raise UserError("the runs have no k in common: pass --l0, the active latents per row to compare them at")
-    return float(found.pop() or 0)
+    return found.pop() or 0.0
 
 
 def _groups(runs: Sequence[Path], configs: Sequence[RunConfig]) -> list[list[int]]:

@@ -16,7 +16,7 @@ from shared.errors import UserError
 from shared.store.store import Store
 from train.compare.merging import alike, densest_of, merge, without
 from train.data.batches import StoreRows
-from train.duplicates.activations import correlated_pairs, measure
+from train.duplicates.co_activation import correlated_pairs, measure
 from train.duplicates.directions import Pairs, close_pairs, connected, effective_number, nearest_cosines
 from train.evaluation.evaluate import evaluate_whole, threshold_at
 from train.evaluation.held_out import HeldOutActive, held_out_active
@@ -143,7 +143,7 @@ def measure_run(run: Path, store: Store, l0: float) -> Measured:
     density = torch.bincount(rest.latents, minlength=model.d_sae)
 
     close, cosines = close_pairs(W_dec, live.to(W_dec.device), _COSINE, model.blas)
-    within = (model.segment[close.first] == model.segment[close.second]).cpu()
+    within = (model.group[close.first] == model.group[close.second]).cpu()
     close, cosines = close.cpu(), cosines.cpu()
     near, random = nearest_cosines(W_dec, live.to(W_dec.device), model.blas).cpu(), _random(len(live), W_dec.shape[1])
     same = close.kept(measure(rest, close).jaccard >= _JACCARD)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shared.config import Config
 from shared.keyed import key_bits
-from train.duplicates.activations import Correlated, co_activation_loss, mass, position_loss
+from train.duplicates.co_activation import Correlated, co_activation_loss, mass, position_loss
 from train.duplicates.correlation_report import CorrelationReport
 from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest, steps_between_scans
 from train.model.saved_tensors import fitting, numbers
@@ -96,7 +96,7 @@ class DiversityConfig(Config):
     margin: float = Field(0.3, ge=0, lt=1)
     """Cosine that costs nothing: random directions already have about 1 / sqrt(d_out)."""
     cross_margin: float = Field(0.7, ge=0, lt=1)
-    """The same between latents of different prefix segments: a parent may align with its child."""
+    """The same between latents of different Matryoshka groups: a parent may align with its child."""
     orthogonality: OrthogonalityConfig = OrthogonalityConfig()
     mined: MinedConfig = MinedConfig()
     co_activation: CoActivationConfig = CoActivationConfig()
@@ -230,6 +230,6 @@ class Diversity:
         return close_pairs(model.W_dec, latents, floor, model.blas)
 
     def _margins(self, pairs: Pairs) -> Tensor:
-        segment, config = self._transcoder.segment, self._config
-        within = segment[pairs.first] == segment[pairs.second]
+        group, config = self._transcoder.group, self._config
+        within = group[pairs.first] == group[pairs.second]
         return torch.where(within, config.margin, config.cross_margin).to(self._transcoder.W_dec.dtype)

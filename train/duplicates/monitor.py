@@ -20,7 +20,7 @@ from shared.config import Config
 from shared.errors import DiskFull
 from shared.files import durable
 from shared.store.strata import POSITION_0
-from train.duplicates.activations import Correlated, correlated_pairs, measure
+from train.duplicates.co_activation import Correlated, correlated_pairs, measure
 from train.duplicates.correlation_report import (
     CorrelatedPair,
     CorrelationReport,
@@ -246,12 +246,12 @@ class CorrelationMonitor:
         fires = torch.bincount(every.latents * len(strata) + stratum[every.rows],
                                minlength=model.d_sae * len(strata)).view(model.d_sae, -1)  # fmt: skip
         shares = fires / torch.bincount(stratum, minlength=len(strata)).clamp_min(1)
-        segment, streaks = model.segment.cpu(), {pair.key: pair.reports for pair in before.pairs} if before else {}
+        group, streaks = model.group.cpu(), {pair.key: pair.reports for pair in before.pairs} if before else {}
 
         def latent(number: int) -> Latent:
             return Latent(
                 latent=number,
-                prefix=model.prefixes[int(segment[number])],
+                prefix=model.prefixes[int(group[number])],
                 rows=int(fires[number].sum()),
                 strata=dict(zip(strata, shares[number].tolist(), strict=True)),
             )
@@ -264,7 +264,7 @@ class CorrelationMonitor:
                 correlation_with_position_0=float(outer.correlation[i]),
                 jaccard=float(inner.jaccard[i]),
                 rows_together=int(inner.rows[i]),
-                within_segment=bool(segment[first] == segment[second]),
+                within_segment=bool(group[first] == group[second]),
                 reports=streaks.get((first, second), 0) + 1,
             )
             for i, (first, second) in enumerate(zip(*(side.tolist() for side in pairs), strict=True))
@@ -275,7 +275,7 @@ class CorrelationMonitor:
         latents = (~dead).nonzero().squeeze(1).to(model.W_dec.device)
         close, cosines = close_pairs(model.W_dec.detach(), latents, min(LEVELS), model.blas)
         nearest, inside = (torch.zeros(model.d_sae) for _ in range(2))
-        within = model.segment[close.first] == model.segment[close.second]
+        within = model.group[close.first] == model.group[close.second]
         for side in close:
             nearest.scatter_reduce_(0, side.cpu(), cosines.cpu(), "amax")
             inside.scatter_reduce_(0, side[within].cpu(), cosines[within].cpu(), "amax")

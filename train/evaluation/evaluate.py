@@ -20,7 +20,6 @@ from shared.config import Config
 from shared.store.reader import RowsConfig
 from shared.store.store import Store
 from train.data.batches import BatchReader, RowChunk, StoreRows
-from train.model.activations import BatchTopK, JumpReLU, TopK
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Transcoder
 
@@ -236,13 +235,8 @@ def calibrate(transcoder: Transcoder, rows: StoreRows, most: int | None = None) 
     For a fixed k: the one value at which the calibration blocks' natural-frequency rows, without position 0, have k
     active latents each. A JumpReLU has its own; a ReLU has 0.
     """
-    match transcoder.activation:
-        case JumpReLU():
-            return transcoder.threshold().detach()
-        case BatchTopK(k=k) | TopK(k=k):
-            return threshold_at(transcoder, rows, k, most)
-        case _:
-            return torch.zeros_like(transcoder.b_enc)
+    k = transcoder.activation.expected_l0
+    return transcoder.thresholds().detach() if k is None else threshold_at(transcoder, rows, k, most)
 
 
 @torch.no_grad()
@@ -252,18 +246,15 @@ def threshold_at(transcoder: Transcoder, rows: StoreRows, l0: float, most: int |
     One for all latents; those of a JumpReLU, moved by one number. Each chunk gives its values above the smallest that
     one before it gave, and not too many; when one above the result could have been hidden, all give more.
     """
-    learned = transcoder.threshold() if isinstance(transcoder.activation, JumpReLU) else None
+    learned = transcoder.thresholds()
     slack = 4
     while True:
         values, weights, total, hidden = [], [], 0.0, -torch.inf
         for chunk, weight in weighted_rows(rows, transcoder.W_enc.device, most):
             x, _ = transcoder.normalised(chunk.source, chunk.target)
             pre_acts = transcoder.pre_acts(x)
-            if learned is None:
-                top = pre_acts[pre_acts > max(hidden, 0.0)]
-            else:
-                above = torch.where(pre_acts > 0, pre_acts - learned, -torch.inf)
-                top = above[above > hidden]
+            above = torch.where(pre_acts > 0, pre_acts - learned, -torch.inf)
+            top = above[above > hidden]
             room = math.ceil(slack * l0 * len(x))
             if len(top) > room:
                 top = top.topk(room, sorted=False).values
@@ -273,7 +264,7 @@ def threshold_at(transcoder: Transcoder, rows: StoreRows, l0: float, most: int |
             total += weight * len(x)
         cut = _weighted_cut(torch.cat(values), torch.cat(weights), l0 * total)
         if cut >= hidden:
-            return ((torch.zeros_like(transcoder.b_enc) if learned is None else learned) + cut).clamp_min(0)
+            return (learned + cut).clamp_min(0)
         slack *= 2
 
 
@@ -368,7 +359,7 @@ def _by_training_rule(transcoder: Transcoder, rows: StoreRows, seed: int) -> dic
 
 def _sums(transcoder: Transcoder, x: Tensor, y: Tensor, active: SparseLatents) -> Sums:
     reconstructions = transcoder.reconstruct(active.values, active, x)
-    counts = torch.bincount(transcoder.segment[active.latents], minlength=len(transcoder.prefixes)).cumsum(0)
+    counts = torch.bincount(transcoder.group[active.latents], minlength=len(transcoder.prefixes)).cumsum(0)
     return Sums.of(y, reconstructions, counts)
 
 

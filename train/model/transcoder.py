@@ -10,7 +10,6 @@ Legend: B rows, D d_in, O d_out, F d_sae, P prefixes, N pairs.
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Literal, NamedTuple, Self, overload
 
 import torch
@@ -23,12 +22,12 @@ from shared.errors import UserError
 from shared.files import durable
 from shared.keyed import key_bits
 from train.model import blas, checkpoint
-from train.model.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK, WarmedK, multiple
-from train.model.kernels import compiled, dense, guarded, plain
-from train.model.losses import AuxKConfig, auxk_weight, jumprelu, l0_loss, l1_loss, matryoshka_weight
+from train.model.activations import Activation, BatchTopK
+from train.model.activations.base import multiple
+from train.model.kernels import guarded, plain
+from train.model.kernels.sparse_ops import Groups, Kernels, SparseOps, sparse_ops
+from train.model.losses import AuxKConfig, auxk_weight, matryoshka_weight
 from train.model.sparse_latents import SparseLatents
-
-Kernels = Literal["compiled", "triton", "plain", "dense"]
 
 
 class TranscoderConfig(Config):
@@ -55,13 +54,7 @@ class TranscoderConfig(Config):
             raise UserError(f"transcoder.prefixes must rise from 1 up, got {list(prefixes)}")
         if prefixes[-1] != d_sae:
             raise UserError(f"transcoder.prefixes must end at d_sae = {d_sae}, got {list(prefixes)}")
-        if isinstance(activation, WarmedK):
-            for name, k in (("k", activation.k), ("k_start", activation.k_start or 0)):
-                assert isinstance(k, int), "resolve the activation first"
-                if k > d_sae:
-                    raise UserError(
-                        f"activation.{name} = {k} is more than d_sae = {d_sae}; lower it or raise transcoder.d_sae"
-                    )
+        activation.check(d_sae)
         return self.model_copy(update={"d_sae": d_sae, "prefixes": prefixes})
 
 
@@ -130,8 +123,8 @@ class Transcoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.W_skip = nn.Parameter(torch.zeros(d_in, d_out)) if config.skip else None
         self.log_threshold = None
-        if isinstance(activation, JumpReLU):
-            self.log_threshold = nn.Parameter(torch.full((self.d_sae,), activation.initial_threshold).log())
+        if activation.learns_thresholds:
+            self.log_threshold = nn.Parameter(activation.initial_thresholds(self.d_sae).log())
         self.source_mean, self.target_mean = nn.Buffer(normalisation.source_mean), nn.Buffer(normalisation.target_mean)
         self.source_scale = nn.Buffer(torch.tensor(normalisation.source_scale, dtype=torch.float32))
         self.target_scale = nn.Buffer(torch.tensor(normalisation.target_scale, dtype=torch.float32))
@@ -141,7 +134,7 @@ class Transcoder(nn.Module):
         self.product_dtype = torch.float32
         self.guarded: guarded.Guarded | None = None
         """The search of training steps, where it is not `select` on a whole product."""
-        self.segment = nn.Buffer(torch.bucketize(torch.arange(self.d_sae), edges, right=True), persistent=False)
+        self.group = nn.Buffer(torch.bucketize(torch.arange(self.d_sae), edges, right=True), persistent=False)
         shares = torch.ones(len(self.prefixes))
         shares[-1] = config.whole_weight
         self.prefix_shares = nn.Buffer(shares / shares.mean(), persistent=False)
@@ -149,6 +142,7 @@ class Transcoder(nn.Module):
         self._evenly = config.whole_weight == 1
         self.inference_threshold = nn.Buffer(torch.zeros(self.d_sae), persistent=False)
         """[F] Calibrated: a latent is active above it. Of a checkpoint, once that is loaded."""
+        self._zeros = nn.Buffer(torch.zeros(self.d_sae), persistent=False)
         self._guess = torch.zeros(())
 
     @classmethod
@@ -280,14 +274,14 @@ class Transcoder(nn.Module):
         x, y = self.normalised(source, target)
         pre_acts, active, smallest = self._selected(x, step, whole)
         gathered = self._ops.encode(x, self.W_enc, self.b_enc, active)
-        values = self.activate(gathered, active)
+        values = self.activation.values(gathered, self.thresholds(), active)
         weight: Tensor | float = matryoshka_weight(len(y), len(self.prefixes), y.shape[1])
         if not self._evenly:
             weight = weight * self.prefix_shares
-        loss, errors, residual = self._ops.prefix_loss(
-            values, self.W_dec, self.linear_part(x), y, active, self.segment, len(self.prefixes), weight
-        )
-        terms = {"reconstruction": loss} | self._penalty(gathered, values, active, len(x), step)
+        groups = Groups(self.group, len(self.prefixes), weight)
+        loss, errors, residual = self._ops.prefix_loss(values, self.W_dec, self.linear_part(x), y, active, groups)
+        penalty = self.activation.penalty(gathered, values, self.thresholds(), active, len(x), step)
+        terms = {"reconstruction": loss} | penalty
         if auxk.coefficient:
             rows = slice(step % auxk.row_stride, None, auxk.row_stride)
             some = None if self.guarded or pre_acts is None else pre_acts[rows]
@@ -304,53 +298,27 @@ class Transcoder(nn.Module):
         )
 
     def select(self, pre_acts: Tensor, step: int) -> tuple[SparseLatents, Tensor]:
-        """The pairs that take part in the training step `step`, and the smallest of their positive pre-activations.
-
-        A JumpReLU's pairs reach below its thresholds by half a bandwidth, since those move the thresholds.
-        """
-        match self.activation:
-            case BatchTopK() as a:
-                active, smallest = self._ops.batch_topk(pre_acts, a.k_at(step) * len(pre_acts), self._guess)
-                self._guess = 0.95 * smallest
-                return active, smallest
-            case TopK() as a:
-                active = self._ops.row_topk(pre_acts, a.k_at(step))
-            case JumpReLU() as a:
-                active = self._ops.above(pre_acts, self.threshold() - a.bandwidth / 2)
-            case ReLU():
-                active = self._ops.above(pre_acts, torch.zeros_like(self.b_enc))
-        return active, plain.smallest_positive(active.values)
+        """The pairs that take part in the training step `step`, and the smallest of their positive pre-activations."""
+        active, smallest = self.activation.select(self._ops, pre_acts, self.thresholds(), step, self._guess)
+        self._guess = 0.95 * smallest
+        return active, smallest
 
     def select_final(self, pre_acts: Tensor) -> SparseLatents:
         """The pairs that the rule of training activates after all warm-ups; changes nothing."""
-        match self.activation:
-            case BatchTopK(k=k):
-                return self._ops.batch_topk(pre_acts, k * len(pre_acts), self._guess)[0].positive()
-            case TopK(k=k):
-                return self._ops.row_topk(pre_acts, k).positive()
-            case JumpReLU():
-                return self.select_above(pre_acts, self.threshold())
-            case _:
-                return self.select_above(pre_acts, torch.zeros_like(self.b_enc))
+        return self.activation.select_final(self._ops, pre_acts, self.thresholds(), self._guess)
 
     def select_above(self, pre_acts: Tensor, thresholds: Tensor) -> SparseLatents:
         """The pairs above `thresholds` [F]: the rule of inference."""
         return self._ops.above(pre_acts, thresholds)
 
-    def activate(self, gathered: Tensor, active: SparseLatents) -> Tensor:
-        """Latent values [N] from the pre-activations of the selected pairs."""
-        if isinstance(self.activation, JumpReLU):
-            return jumprelu(gathered, self.threshold()[active.latents], self.activation.bandwidth)
-        return gathered.relu()
-
     def reconstruct(self, values: Tensor, active: SparseLatents, x: Tensor) -> Tensor:
         """[B, P, O]: every prefix's reconstruction of the normalised targets."""
-        decoded = plain.decode_prefixes(values, self.W_dec, active, self.segment, len(self.prefixes))
+        decoded = plain.decode_prefixes(values, self.W_dec, active, self.group, len(self.prefixes))
         return decoded + self.linear_part(x).unsqueeze(1)
 
     def reconstruct_whole(self, values: Tensor, active: SparseLatents, x: Tensor) -> Tensor:
         """[B, O]: the last prefix's alone."""
-        whole = plain.decode_prefixes(values, self.W_dec, active, torch.zeros_like(self.segment), 1)[:, 0]
+        whole = plain.decode_prefixes(values, self.W_dec, active, torch.zeros_like(self.group), 1)[:, 0]
         return whole + self.linear_part(x)
 
     def linear_part(self, x: Tensor) -> Tensor:
@@ -358,18 +326,8 @@ class Transcoder(nn.Module):
         return self.b_dec.unsqueeze(0) if self.W_skip is None else x @ self.W_skip + self.b_dec
 
     @property
-    def _ops(self) -> ModuleType:
-        match self.kernels:
-            case "compiled":
-                return compiled
-            case "triton":
-                from train.model.kernels import triton_kernels  # not there without CUDA
-
-                return triton_kernels
-            case "plain":
-                return plain
-            case _:
-                return dense
+    def _ops(self) -> SparseOps:
+        return sparse_ops(self.kernels)
 
     @torch.no_grad()
     def _selected(self, x: Tensor, step: int, whole: bool) -> tuple[Tensor | None, SparseLatents, Tensor]:
@@ -390,23 +348,9 @@ class Transcoder(nn.Module):
         low = [tensor.to(self.product_dtype) for tensor in (self.b_enc, x, self.W_enc)]
         return torch.addmm(*low)
 
-    def threshold(self) -> Tensor:
-        """[F] the learned thresholds of a JumpReLU."""
-        assert self.log_threshold is not None
-        return self.log_threshold.exp()
-
-    def _penalty(
-        self, gathered: Tensor, values: Tensor, active: SparseLatents, rows: int, step: int
-    ) -> dict[str, Tensor]:
-        match self.activation:
-            case JumpReLU() as a:
-                thresholds = self.threshold()[active.latents]
-                weight = a.l0_coefficient * _ramp(step, a.penalty_warmup_steps or 0)
-                return {"l0": weight * l0_loss(gathered, thresholds, a.bandwidth, rows)}
-            case ReLU() as a:
-                return {"l1": a.l1_coefficient * _ramp(step, a.penalty_warmup_steps or 0) * l1_loss(values, rows)}
-            case _:
-                return {}
+    def thresholds(self) -> Tensor:
+        """[F] the learned thresholds of a JumpReLU; 0 for activations that learn none."""
+        return self._zeros if self.log_threshold is None else self.log_threshold.exp()
 
     def _auxk(self, x: Tensor, pre_acts: Tensor | None, residual: Tensor, dead: Tensor, config: AuxKConfig) -> Tensor:
         """Dead latents are dead because their pre-activations are negative: they are taken before the ReLU.
@@ -418,9 +362,9 @@ class Transcoder(nn.Module):
         else:
             active = self._ops.row_topk(pre_acts, config.k, dead)
         values = self._ops.encode(x, self.W_enc, self.b_enc, active).where(dead[active.latents], 0.0)
-        whole, nothing = torch.zeros_like(self.segment), torch.zeros_like(residual[:1])
+        whole, nothing = torch.zeros_like(self.group), torch.zeros_like(residual[:1])
         weight = config.coefficient * auxk_weight(residual, dead)
-        return self._ops.prefix_loss(values, self.W_dec, nothing, residual, active, whole, 1, weight)[0]
+        return self._ops.prefix_loss(values, self.W_dec, nothing, residual, active, Groups(whole, 1, weight))[0]
 
 
 class _ShapeSettings(Config):
@@ -438,7 +382,3 @@ class _Shape(Config):
     settings: _ShapeSettings
     d_in: Width
     d_out: Width
-
-
-def _ramp(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / (steps + 1))

@@ -17,7 +17,7 @@ from shared.store.store import Store
 from shared.store.strata import POSITION_0
 from shared.store.unembedding import Unembedding
 from train.data.batches import StoreRows
-from train.duplicates.activations import most_correlated
+from train.duplicates.co_activation import most_correlated
 from train.evaluation.held_out import held_out_active
 from train.model import blas
 from train.model.blas import Blas

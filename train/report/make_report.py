@@ -11,7 +11,6 @@ from shared.errors import CorruptData
 from shared.files import durable
 from train.evaluation.evaluate import Evaluation, evaluate
 from train.evaluation.linear_baseline import linear_map_fvu
-from train.model.activations import BatchTopK, TopK
 from train.report import gather, page
 from train.report.browser import browser_files
 from train.report.latents import latents_table
@@ -74,7 +73,7 @@ def _report(loaded: LoadedRun, table: pa.Table, held_out: Evaluation, linear_fvu
         steps=settings.steps,
         decay_share=settings.optimizer.decay_share,
         d_sae=len(table),
-        k=float(a.k) if isinstance(a := settings.activation, BatchTopK | TopK) else None,
+        k=settings.activation.expected_l0,
         verdict=[],
         held_out=held_out,
         linear_fvu=linear_fvu,

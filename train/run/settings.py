@@ -22,12 +22,13 @@ from train.data.batches import Side, source_width
 from train.duplicates.diversity import DiversityConfig
 from train.duplicates.monitor import MonitorConfig
 from train.evaluation.evaluate import EvaluationConfig
-from train.model.activations import Activation, BatchTopK, TopK
+from train.model.activations import Activation, BatchTopK
 from train.model.blas import Blas, bfloat16_units, faster_here
 from train.model.checkpoint import CONFIG
+from train.model.kernels.sparse_ops import Kernels
 from train.model.losses import AuxKConfig
 from train.model.silence import QuietConfig
-from train.model.transcoder import Kernels, TranscoderConfig
+from train.model.transcoder import TranscoderConfig
 from train.run.optimizer import OptimizerConfig
 from train.run.saver import CheckpointConfig
 from train.samples.select import SamplesConfig
@@ -242,7 +243,7 @@ def _kernels(wanted: Literal["auto", Kernels], device: str) -> Kernels:
 
 
 def _product_dtype(wanted: Literal["auto", ProductDtype], kernels: Kernels, activation: Activation) -> ProductDtype:
-    can = kernels == "compiled" and isinstance(activation, BatchTopK)
+    can = kernels == "compiled" and activation.takes_largest_of_batch
     if wanted == "guarded-bfloat16" and not can:
         raise UserError(
             "product_dtype = guarded-bfloat16 is for activation.kind = batchtopk on kernels = compiled, got "
@@ -258,6 +259,6 @@ def checkpoint_bytes(settings: Settings, d_in: int, d_out: int) -> int:
     shape, activation, batch = settings.transcoder, settings.activation, settings.rows.batch_rows
     assert isinstance(shape.d_sae, int)
     skip = d_in * d_out if shape.skip else 0
-    per_row = activation.largest_k if isinstance(activation, BatchTopK | TopK) else shape.d_sae
+    per_row = activation.most_active(shape.d_sae)
     parameters = 12 * (shape.d_sae * (d_in + d_out + 2) + skip) + 32 * shape.d_sae
     return parameters + settings.monitor.sample_bytes(batch, per_row) + 2**20

@@ -15,7 +15,6 @@ from shared.config import Config, read_record
 from shared.console.terminal import say
 from shared.errors import DiskFull, ProjectError
 from shared.files import durable
-from train.model.activations import JumpReLU, ReLU
 from train.model.saved_tensors import fitting
 from train.run.settings import Settings
 
@@ -53,8 +52,7 @@ def components(settings: Settings) -> dict[str, str]:
         "reconstruction": True,
         "auxk": settings.auxk.coefficient > 0,
         "quiet": settings.quiet.weight > 0,
-        "l0": isinstance(settings.activation, JumpReLU),
-        "l1": isinstance(settings.activation, ReLU),
+        **({settings.activation.penalty_name: True} if settings.activation.penalty_name else {}),
         "orthogonality": diversity.orthogonality.weight > 0,
         "mined": diversity.mined.weight > 0,
         "co_activation": diversity.co_activation.weight > 0,

@@ -36,7 +36,7 @@ def make_samples(
     if not tokenizer.is_file():
         say(f"note: {store.path} holds no tokenizer.json: samples have tokens, and no text")
     contexts = contexts_table(found, chosen, settings.context, tokenizer)
-    prefixes = np.array(transcoder.prefixes)[transcoder.segment.cpu().numpy()]
+    prefixes = np.array(transcoder.prefixes)[transcoder.group.cpu().numpy()]
     weights = natural_weights(store)
     latents = latents_table(found, chosen, prefixes, np.array([weights[name] for name in found.strata]))
     record = SamplesRecord(

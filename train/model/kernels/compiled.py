@@ -10,82 +10,74 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.model.kernels import fused, numba_loops
+from train.model.kernels import numba_loops
+from train.model.kernels.fused import Fused
+from train.model.kernels.sparse_ops import Groups
 from train.model.sparse_latents import SparseLatents
 
 _PARTS = 64
 """Of a batch's rows, searched side by side."""
 
 
-def batch_topk(
-    pre_acts: Tensor,  # [B, F]
-    n: int,
-    guess: Tensor,  # scalar
-) -> tuple[SparseLatents, Tensor]:
-    """As `plain.batch_topk`, but for pairs that are not active, which are left out.
+class Compiled(Fused):
+    """Loops of `numba_loops` on the memory of CPU tensors."""
 
-    Candidates above `guess` are compacted first, and when they are too few the search starts again from 0. Of several
-    equal to the smallest the first in row order are kept.
-    """
-    floors = (float(guess), 0.0) if guess > 0 else (0.0,)
-    for floor in floors:
-        found = _above(pre_acts, pre_acts.new_full((pre_acts.shape[1],), floor))
-        if found.count >= n:
-            break
-    active, smallest = found.largest(min(n, found.count))
-    return active.with_values(active.values.to(pre_acts.dtype)), smallest
+    def batch_topk(self, pre_acts: Tensor, n: int, guess: Tensor) -> tuple[SparseLatents, Tensor]:
+        """As `SparseOps.batch_topk`, but for pairs that are not active, which are left out.
 
+        Candidates above `guess` are compacted first, and when they are too few the search starts again from 0. Of
+        several equal to the smallest the first in row order are kept.
+        """
+        floors = (float(guess), 0.0) if guess > 0 else (0.0,)
+        for floor in floors:
+            found = _above(pre_acts, pre_acts.new_full((pre_acts.shape[1],), floor))
+            if found.count >= n:
+                break
+        active, smallest = found.largest(min(n, found.count))
+        return active.with_values(active.values.to(pre_acts.dtype)), smallest
 
-def row_topk(
-    pre_acts: Tensor,  # [B, F]
-    k: int,
-    among: Tensor | None = None,  # [F] bool
-) -> SparseLatents:
-    """As `plain.row_topk`, but no others follow when the latents `among` are fewer than `k`."""
-    width = pre_acts.shape[1]
-    looked_at = torch.arange(width) if among is None else torch.from_numpy(among.numpy().nonzero()[0])
-    wanted, searched = min(k, len(looked_at)), _searched(pre_acts)
-    latents = torch.empty(len(pre_acts), wanted, dtype=torch.int64)
-    values = searched.new_empty(latents.shape)
-    if wanted:
-        numba_loops.largest_of_rows(*map(_array, (searched, looked_at)), _PARTS, *map(_array, (latents, values)))
-    starts = torch.arange(len(pre_acts) + 1) * wanted
-    rows = torch.arange(len(pre_acts)).repeat_interleave(wanted)
-    return SparseLatents(rows, latents.view(-1), values.view(-1).to(pre_acts.dtype), starts, width)
+    def row_topk(self, pre_acts: Tensor, k: int, among: Tensor | None = None) -> SparseLatents:
+        """As `SparseOps.row_topk`, but no others follow when the latents `among` are fewer than `k`."""
+        width = pre_acts.shape[1]
+        looked_at = torch.arange(width) if among is None else torch.from_numpy(among.numpy().nonzero()[0])
+        wanted, searched = min(k, len(looked_at)), _searched(pre_acts)
+        latents = torch.empty(len(pre_acts), wanted, dtype=torch.int64)
+        values = searched.new_empty(latents.shape)
+        if wanted:
+            numba_loops.largest_of_rows(*map(_array, (searched, looked_at)), _PARTS, *map(_array, (latents, values)))
+        starts = torch.arange(len(pre_acts) + 1) * wanted
+        rows = torch.arange(len(pre_acts)).repeat_interleave(wanted)
+        return SparseLatents(rows, latents.view(-1), values.view(-1).to(pre_acts.dtype), starts, width)
 
+    def above(self, pre_acts: Tensor, thresholds: Tensor) -> SparseLatents:
+        """As `SparseOps.above`."""
+        found = _above(pre_acts, thresholds.to(pre_acts.dtype).expand(pre_acts.shape[1]).contiguous())
+        active = found.largest(found.count)[0]
+        return active.with_values(active.values.to(pre_acts.dtype))
 
-def above(
-    pre_acts: Tensor,  # [B, F]
-    thresholds: Tensor,  # [F]
-) -> SparseLatents:
-    """As `plain.above`."""
-    found = _above(pre_acts, thresholds.to(pre_acts.dtype).expand(pre_acts.shape[1]).contiguous())
-    active = found.largest(found.count)[0]
-    return active.with_values(active.values.to(pre_acts.dtype))
+    def products(self, active: SparseLatents, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
+        """As `Fused.products`."""
+        out = left.new_empty(len(active.rows))
+        numba_loops.products(*map(_array, (active.rows, active.latents, left, right, bias, out)))
+        return out
 
+    def errors_and_gradients(
+        self, values: Tensor, W_dec: Tensor, base: Tensor, y: Tensor, active: SparseLatents, groups: Groups
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `Fused.errors_and_gradients`."""
+        errors, meet = y.new_empty(len(y), groups.prefixes), y.new_empty(len(y), groups.prefixes, y.shape[1])
+        left, grad = torch.empty_like(y), torch.empty_like(values)
+        tensors = (values, active.latents, active.starts, groups.of_latent, W_dec, base, y)
+        weights = np.broadcast_to(np.asarray(groups.weight, np.float64), groups.prefixes).copy()
+        numba_loops.prefix_loss(*map(_array, tensors), weights, *map(_array, (meet, errors, left, grad)))
+        return errors, left, meet, grad
 
-def encode(
-    x: Tensor,  # [B, D] without gradient
-    W_enc: Tensor,  # [D, F]
-    b_enc: Tensor,  # [F]
-    active: SparseLatents,
-) -> Tensor:  # [N]
-    """As `plain.encode`."""
-    return fused.encode(_Arrays(), x, W_enc, b_enc, active)
-
-
-def prefix_loss(
-    values: Tensor,  # [N]
-    W_dec: Tensor,  # [F, O]
-    base: Tensor,  # [1, O] or [B, O]
-    y: Tensor,  # [B, O]
-    active: SparseLatents,
-    segment: Tensor,  # [F]
-    prefixes: int,
-    weight: Tensor | float,
-) -> tuple[Tensor, Tensor, Tensor]:  # [], [B, P], [B, O]
-    """As `plain.prefix_loss`."""
-    return fused.prefix_loss(_Arrays(), values, W_dec, base, y, active, segment, prefixes, weight)
+    def sums_by_latent(
+        self, active: SparseLatents, weights: Tensor, rows: Tensor, table: Tensor, out: Tensor, alone: Tensor, add: bool
+    ) -> None:
+        """As `Fused.sums_by_latent`."""
+        order, starts = active.by_latent
+        numba_loops.sums_by_latent(*map(_array, (order, starts, weights, rows, table, out, alone)), add)
 
 
 @dataclass(frozen=True)
@@ -135,39 +127,6 @@ def _above(pre_acts: Tensor, floors: Tensor) -> Found:
     values = np.empty(searched.size, searched.dtype)
     numba_loops.find_above(searched, _array(_searched(floors)), counts, flat, values)
     return Found(pre_acts.shape, counts, flat, values, size)
-
-
-class _Arrays:
-    """`fused.Loops` on the memory of CPU tensors."""
-
-    def products(self, active: SparseLatents, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
-        out = left.new_empty(len(active.rows))
-        numba_loops.products(*map(_array, (active.rows, active.latents, left, right, bias, out)))
-        return out
-
-    def prefix_loss(
-        self,
-        values: Tensor,
-        active: SparseLatents,
-        segment: Tensor,
-        W_dec: Tensor,
-        base: Tensor,
-        y: Tensor,
-        weight: Tensor | float,
-        prefixes: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        errors, meet = y.new_empty(len(y), prefixes), y.new_empty(len(y), prefixes, y.shape[1])
-        left, grad = torch.empty_like(y), torch.empty_like(values)
-        tensors = (values, active.latents, active.starts, segment, W_dec, base, y)
-        weights = np.broadcast_to(np.asarray(weight, np.float64), prefixes).copy()
-        numba_loops.prefix_loss(*map(_array, tensors), weights, *map(_array, (meet, errors, left, grad)))
-        return errors, left, meet, grad
-
-    def sums_by_latent(
-        self, active: SparseLatents, weights: Tensor, rows: Tensor, table: Tensor, out: Tensor, alone: Tensor, add: bool
-    ) -> None:
-        order, starts = active.by_latent
-        numba_loops.sums_by_latent(*map(_array, (order, starts, weights, rows, table, out, alone)), add)
 
 
 def _searched(pre_acts: Tensor) -> Tensor:

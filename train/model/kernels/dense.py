@@ -1,39 +1,25 @@
-"""The operations as they are written, with autograd over dense tensors: slow, and the reference of the others.
-
-Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
-"""
+"""The operations as they are written, with autograd over dense tensors: slow, and the reference of the others."""
 
 import torch
 from torch import Tensor
 
-from train.model.kernels.plain import above, batch_topk, row_topk, weighted
+from train.model.kernels.plain import Plain
+from train.model.kernels.sparse_ops import Groups, weighted
 from train.model.sparse_latents import SparseLatents
 
-__all__ = ["above", "batch_topk", "encode", "prefix_loss", "row_topk"]
 
+class Dense(Plain):
+    """The reference: selects as `Plain`, and computes with whole matrices."""
 
-def encode(
-    x: Tensor,  # [B, D]
-    W_enc: Tensor,  # [D, F]
-    b_enc: Tensor,  # [F]
-    active: SparseLatents,
-) -> Tensor:  # [N]
-    """As `plain.encode`, from the whole product."""
-    return (x @ W_enc + b_enc)[active.rows, active.latents]
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+        """As `SparseOps.encode`, from the whole product."""
+        return (x @ W_enc + b_enc)[active.rows, active.latents]
 
-
-def prefix_loss(
-    values: Tensor,  # [N]
-    W_dec: Tensor,  # [F, O]
-    base: Tensor,  # [1, O] or [B, O]
-    y: Tensor,  # [B, O]
-    active: SparseLatents,
-    segment: Tensor,  # [F]
-    prefixes: int,
-    weight: Tensor | float,
-) -> tuple[Tensor, Tensor, Tensor]:  # [], [B, P], [B, O]
-    """As `plain.prefix_loss`, with one product for every prefix."""
-    latents = values.new_zeros(len(y), len(W_dec)).index_put((active.rows, active.latents), values, accumulate=True)
-    parts = [latents * (segment <= p) @ W_dec + base for p in range(prefixes)]
-    errors = torch.stack([(part - y).square().sum(dim=1) for part in parts], dim=1)
-    return weighted(errors, weight), errors.detach(), (y - parts[-1]).detach()
+    def prefix_loss(
+        self, values: Tensor, W_dec: Tensor, base: Tensor, y: Tensor, active: SparseLatents, groups: Groups
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `SparseOps.prefix_loss`, with one product for every prefix."""
+        latents = values.new_zeros(len(y), len(W_dec)).index_put((active.rows, active.latents), values, accumulate=True)
+        parts = [latents * (groups.of_latent <= p) @ W_dec + base for p in range(groups.prefixes)]
+        errors = torch.stack([(part - y).square().sum(dim=1) for part in parts], dim=1)
+        return weighted(errors, groups.weight), errors.detach(), (y - parts[-1]).detach()

@@ -7,18 +7,21 @@ before has put there: a second term costs its pairs, and no other copy of a matr
 Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
 """
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from train.model.kernels.plain import weighted
+from train.model.kernels.plain import Plain
+from train.model.kernels.sparse_ops import Groups, weighted
 from train.model.sparse_latents import SparseLatents
 
 
-class Loops(Protocol):
-    """The loops over pairs, all on tensors of one device."""
+class Fused(Plain, ABC):
+    """Autograd around three loops, all on tensors of one device. Selects as `Plain` where it does not say otherwise."""
 
+    @abstractmethod
     def products(
         self,
         active: SparseLatents,
@@ -26,27 +29,27 @@ class Loops(Protocol):
         right: Tensor,  # [F, D]
         bias: Tensor,  # [F]
     ) -> Tensor:  # [N]
-        """<left[row], right[latent]> + bias[latent] of every pair."""
+        """Return <left[row], right[latent]> + bias[latent] of every pair."""
 
-    def prefix_loss(
+    @abstractmethod
+    def errors_and_gradients(
         self,
         values: Tensor,  # [N]
-        active: SparseLatents,
-        segment: Tensor,  # [F]
         W_dec: Tensor,  # [F, O]
         base: Tensor,  # [1, O] or [B, O]
         y: Tensor,  # [B, O]
-        weight: Tensor | float,
-        prefixes: int,
+        active: SparseLatents,
+        groups: Groups,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [B, P], [B, O], [B, P, O], [N]
-        """Errors, what is left of `y`, and gradients of `weight` times all errors; `weight` is one number or [P].
+        """Return errors, what is left of `y`, and gradients of `weight` times all errors.
 
         With residual[b, p] = base[b] + sum over the row's latents of prefix p of value * W_dec[latent] - y[b]:
         errors[b, p] = |residual[b, p]|^2; left[b] = -residual[b, last]; meet[b, p] = sum over q >= p of
-        2 * weight[q] * residual[b, q], which is the gradient that latents of segment p meet; and of every pair
-        grad[i] = <W_dec[latent], meet[b, segment of latent]>.
+        2 * weight[q] * residual[b, q], which is the gradient that latents of group p meet; and of every pair
+        grad[i] = <W_dec[latent], meet[b, group of latent]>.
         """
 
+    @abstractmethod
     def sums_by_latent(
         self,
         active: SparseLatents,
@@ -57,35 +60,25 @@ class Loops(Protocol):
         alone: Tensor,  # [F]
         add: bool,
     ) -> None:
-        """For every latent, the weighted sum of the table's rows over its pairs; that of the weights added to `alone`.
+        """Write, for every latent, the weighted sum of the table's rows over its pairs; add that of weights to `alone`.
 
         `add`: added to what `out` holds, which is else written over.
         """
 
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+        """As `SparseOps.encode`."""
+        return _Encode.apply(self, x, W_enc, b_enc, active)
 
-def encode(loops: Loops, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
-    """As `plain.encode`."""
-    return _Encode.apply(loops, x, W_enc, b_enc, active)
-
-
-def prefix_loss(
-    loops: Loops,
-    values: Tensor,
-    W_dec: Tensor,
-    base: Tensor,
-    y: Tensor,
-    active: SparseLatents,
-    segment: Tensor,
-    prefixes: int,
-    weight: Tensor | float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `plain.prefix_loss`."""
-    return _PrefixLoss.apply(loops, values, W_dec, base, y, active, segment, prefixes, weight)
+    def prefix_loss(
+        self, values: Tensor, W_dec: Tensor, base: Tensor, y: Tensor, active: SparseLatents, groups: Groups
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `SparseOps.prefix_loss`."""
+        return _PrefixLoss.apply(self, values, W_dec, base, y, active, groups)
 
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loops: Loops, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+    def forward(ctx: Any, loops: Fused, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
         ctx.save_for_backward(x)
         ctx.loops, ctx.active, ctx.W_enc, ctx.b_enc = loops, active, W_enc, b_enc
         if active.values.dtype == x.dtype:
@@ -106,32 +99,30 @@ class _PrefixLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        loops: Loops,
+        loops: Fused,
         values: Tensor,
         W_dec: Tensor,
         base: Tensor,
         y: Tensor,
         active: SparseLatents,
-        segment: Tensor,
-        prefixes: int,
-        weight: Tensor | float,
+        groups: Groups,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        errors, left, meet, grad = loops.prefix_loss(values, active, segment, W_dec, base, y, weight, prefixes)
-        ctx.save_for_backward(values, segment, meet, grad)
+        errors, left, meet, grad = loops.errors_and_gradients(values, W_dec, base, y, active, groups)
+        ctx.save_for_backward(values, groups.of_latent, meet, grad)
         ctx.loops, ctx.active, ctx.W_dec, ctx.every_row = loops, active, W_dec, len(base) > 1
         ctx.mark_non_differentiable(errors, left)
-        return weighted(errors, weight), errors, left
+        return weighted(errors, groups.weight), errors, left
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (values, segment, meet, grad), (times, *_), active = ctx.saved_tensors, grads, ctx.active
+        (values, group, meet, grad), (times, *_), active = ctx.saved_tensors, grads, ctx.active
         add, unused = _has_gradient(ctx.W_dec), values.new_zeros(active.d_sae)
-        table, rows = meet.flatten(0, 1), active.rows * meet.shape[1] + segment[active.latents]
+        table, rows = meet.flatten(0, 1), active.rows * meet.shape[1] + group[active.latents]
         ctx.loops.sums_by_latent(active, values * times, rows, table, ctx.W_dec.grad, unused, add)
         grad_base = None
         if ctx.needs_input_grad[3]:
             grad_base = times * (meet[:, 0] if ctx.every_row else meet[:, 0].sum(0, keepdim=True))
-        return None, grad * times, None, grad_base, *(None,) * 5
+        return None, grad * times, None, grad_base, *(None,) * 3
 
 
 def _has_gradient(parameter: Tensor) -> bool:

@@ -67,7 +67,7 @@ class Guarded:
         n: int,
         whole: bool,
     ) -> tuple[SparseLatents, Tensor, Tensor | None]:
-        """As `compiled.batch_topk`, and the pre-activations [B, F] in float32 where they are wanted `whole`.
+        """As `Compiled.batch_topk`, and the pre-activations [B, F] in float32 where they are wanted `whole`.
 
         These come from a product in float32, which then is what is searched, with the same result.
         """
@@ -119,10 +119,10 @@ def row_topk(
     k: int,
     among: Tensor,  # [F] bool
 ) -> SparseLatents:
-    """As `compiled.row_topk`, by a product in float32 with the latents `among` alone."""
+    """As `Compiled.row_topk`, by a product in float32 with the latents `among` alone."""
     latents = among.nonzero().squeeze(1)
     pre_acts = blas.addmm(library, b_enc.detach()[latents], x, W_enc.detach().T[latents].T)
-    found = compiled.row_topk(pre_acts, k)
+    found = compiled.Compiled().row_topk(pre_acts, k)
     return replace(found, latents=latents[found.latents], d_sae=len(among))
 
 
@@ -203,7 +203,7 @@ class _Candidates:
         self.computed += len(places)
 
     def largest(self, n: int) -> tuple[SparseLatents, Tensor]:
-        """As `compiled.batch_topk`."""
+        """As `Compiled.batch_topk`."""
         found = compiled.Found(self._shape, np.array([len(self._flat)]), self._flat, self._values, len(self._flat))
         return found.largest(min(n, int((self._values > 0).sum())))
 

@@ -249,7 +249,7 @@ def prefix_loss(
     values: Floats,
     latents: Ints,
     starts: Ints,
-    segment: Ints,
+    group: Ints,
     W_dec: Floats,
     base: Floats,
     y: Floats,
@@ -259,7 +259,7 @@ def prefix_loss(
     left: Floats,
     grad: Floats,
 ) -> None:
-    """As `fused.Loops.prefix_loss`, `weights` [P]. Four pairs at a time: sums are loaded and stored less often."""
+    """As `Fused.errors_and_gradients`, `weights` [P]. Four pairs at a time: sums are loaded and stored less often."""
     prefixes, width = meet.shape[1], meet.shape[2]
     kind = meet.dtype.type
     for b in prange(len(meet)):
@@ -271,7 +271,7 @@ def prefix_loss(
                 for o in range(width):
                     meet[b, p, o] = meet[b, p - 1, o]
             row, stop = meet[b, p], i
-            while stop < end and segment[latents[stop]] == p:
+            while stop < end and group[latents[stop]] == p:
                 stop += 1
             while i + 4 <= stop:
                 v0, v1, v2, v3 = values[i], values[i + 1], values[i + 2], values[i + 3]
@@ -296,7 +296,7 @@ def prefix_loss(
             for o in range(width):
                 meet[b, p, o] = meet[b, p + 1, o] + twice * meet[b, p, o]
         for j in range(starts[b], end):
-            direction, other = W_dec[latents[j]], meet[b, segment[latents[j]]]
+            direction, other = W_dec[latents[j]], meet[b, group[latents[j]]]
             total = meet.dtype.type(0)
             for o in range(width):
                 total += direction[o] * other[o]

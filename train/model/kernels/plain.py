@@ -12,105 +12,64 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from train.model.kernels.sparse_ops import Groups, SparseOps, weighted
 from train.model.sparse_latents import SparseLatents, offsets
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
-def batch_topk(
-    pre_acts: Tensor,  # [B, F]
-    n: int,
-    guess: Tensor,  # scalar
-) -> tuple[SparseLatents, Tensor]:
-    """The `n` largest of the whole batch (BatchTopK, Bussmann et al. 2024), and the smallest positive of them, or 0.
+class Plain(SparseOps):
+    """Torch alone."""
 
-    `guess`, somewhat below the threshold of the step before, only saves time, where it is used. Which of several that
-    are equal to the smallest are kept is the kernel's choice.
-    """
-    flat = pre_acts.view(-1)
-    found = flat.topk(min(n, len(flat)), sorted=False).indices.sort().values
-    active = _pairs(found, pre_acts)
-    return active, smallest_positive(active.values)
+    def batch_topk(self, pre_acts: Tensor, n: int, guess: Tensor) -> tuple[SparseLatents, Tensor]:
+        """As `SparseOps.batch_topk`."""
+        flat = pre_acts.view(-1)
+        found = flat.topk(min(n, len(flat)), sorted=False).indices.sort().values
+        active = _pairs(found, pre_acts)
+        return active, smallest_positive(active.values)
 
+    def row_topk(self, pre_acts: Tensor, k: int, among: Tensor | None = None) -> SparseLatents:
+        """As `SparseOps.row_topk`."""
+        looked_at = pre_acts if among is None else pre_acts.masked_fill(~among, -torch.inf)
+        latents = looked_at.topk(min(k, pre_acts.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
+        rows = torch.arange(len(pre_acts), device=pre_acts.device).unsqueeze(1).expand_as(latents)
+        return SparseLatents.of(
+            rows.flatten().contiguous(), latents.flatten(), pre_acts.gather(1, latents).flatten(), pre_acts.shape
+        )
 
-def row_topk(
-    pre_acts: Tensor,  # [B, F]
-    k: int,
-    among: Tensor | None = None,  # [F] bool
-) -> SparseLatents:
-    """The `k` largest of every row (Gao et al. 2024), negative ones too.
+    def above(self, pre_acts: Tensor, thresholds: Tensor) -> SparseLatents:
+        """As `SparseOps.above`."""
+        return _pairs((pre_acts > thresholds).view(-1).nonzero().squeeze(1), pre_acts)
 
-    Of the latents `among`, if given; when these are fewer than `k`, others may follow.
-    """
-    looked_at = pre_acts if among is None else pre_acts.masked_fill(~among, -torch.inf)
-    latents = looked_at.topk(min(k, pre_acts.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
-    rows = torch.arange(len(pre_acts), device=pre_acts.device).unsqueeze(1).expand_as(latents)
-    return SparseLatents.of(
-        rows.flatten().contiguous(), latents.flatten(), pre_acts.gather(1, latents).flatten(), pre_acts.shape
-    )
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+        """As `SparseOps.encode`."""
+        return _Encode.apply(x, W_enc, b_enc, active)
 
-
-def above(
-    pre_acts: Tensor,  # [B, F]
-    thresholds: Tensor,  # [F]
-) -> SparseLatents:
-    """Every pre-activation strictly above its latent's threshold."""
-    return _pairs((pre_acts > thresholds).view(-1).nonzero().squeeze(1), pre_acts)
-
-
-def encode(
-    x: Tensor,  # [B, D] without gradient
-    W_enc: Tensor,  # [D, F]
-    b_enc: Tensor,  # [F]
-    active: SparseLatents,
-) -> Tensor:  # [N]
-    """The pre-activations of the pairs; their gradient reaches `W_enc` and `b_enc` through the pairs alone.
-
-    They are `active.values`, if these have the type of `x`, and are else computed again.
-    """
-    return _Encode.apply(x, W_enc, b_enc, active)
-
-
-def prefix_loss(
-    values: Tensor,  # [N]
-    W_dec: Tensor,  # [F, O]
-    base: Tensor,  # [1, O] or [B, O]: what is added to every reconstruction
-    y: Tensor,  # [B, O]
-    active: SparseLatents,
-    segment: Tensor,  # [F] int64: the first prefix that holds the latent; rises with the latent
-    prefixes: int,
-    weight: Tensor | float,
-) -> tuple[Tensor, Tensor, Tensor]:  # [], [B, P], [B, O]
-    """`weight`, one number or one per prefix, times the squared error of all rows under all prefixes.
-
-    And, without gradient, the squared error of every row under every prefix, and what the last prefix leaves of `y`.
-    """
-    reconstructions = decode_prefixes(values, W_dec, active, segment, prefixes) + base.unsqueeze(1)
-    errors = (reconstructions - y.unsqueeze(1)).square().sum(dim=2)
-    return weighted(errors, weight), errors.detach(), (y - reconstructions[:, -1]).detach()
-
-
-def weighted(errors: Tensor, weight: Tensor | float) -> Tensor:  # [B, P] -> []
-    """Return the sum of all errors, each `weight` times, or by prefix where that is [P]."""
-    return errors.sum(0) @ weight if isinstance(weight, Tensor) and weight.dim() else weight * errors.sum()
+    def prefix_loss(
+        self, values: Tensor, W_dec: Tensor, base: Tensor, y: Tensor, active: SparseLatents, groups: Groups
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `SparseOps.prefix_loss`."""
+        reconstructions = decode_prefixes(values, W_dec, active, groups.of_latent, groups.prefixes) + base.unsqueeze(1)
+        errors = (reconstructions - y.unsqueeze(1)).square().sum(dim=2)
+        return weighted(errors, groups.weight), errors.detach(), (y - reconstructions[:, -1]).detach()
 
 
 def decode_prefixes(
     values: Tensor,  # [N]
     W_dec: Tensor,  # [F, O]
     active: SparseLatents,
-    segment: Tensor,  # [F]
-    prefixes: int,
+    group: Tensor,  # [F]
+    groups: int,
 ) -> Tensor:  # [B, P, O]
-    """The reconstruction of every prefix without bias, for the price of one.
+    """Return the reconstruction of every prefix without bias, for the price of one.
 
-    Each (row, prefix segment) is a row of its own in one sparse product; running sums over segments give the
-    prefixes, and the backward's suffix sums their gradients.
+    Each group of each row is a row of its own in one sparse product; running sums over groups give the prefixes, and
+    the backward's suffix sums their gradients.
     """
     rows = len(active.starts) - 1
-    group = active.rows * prefixes + segment[active.latents]
-    segments = _SparseDecode.apply(values, W_dec, active, group, rows * prefixes)
-    return segments.view(rows, prefixes, W_dec.shape[1]).cumsum(dim=1)
+    target = active.rows * groups + group[active.latents]
+    parts = _SparseDecode.apply(values, W_dec, active, target, rows * groups)
+    return parts.view(rows, groups, W_dec.shape[1]).cumsum(dim=1)
 
 
 def smallest_positive(values: Tensor) -> Tensor:

@@ -11,66 +11,81 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.model.kernels import fused
-from train.model.kernels.plain import above, row_topk, smallest_positive
+from train.model.kernels.fused import Fused
+from train.model.kernels.plain import smallest_positive
+from train.model.kernels.sparse_ops import Groups
 from train.model.sparse_latents import SparseLatents, offsets
-
-__all__ = ["above", "batch_topk", "encode", "prefix_loss", "row_topk"]
 
 _DIGITS = ((20, 11), (10, 10), (0, 10))
 """Bits of a positive float32 that one pass of the search decides: how many are below, and how many they are."""
 _BLOCK = 4096
 
 
-def batch_topk(
-    pre_acts: Tensor,  # [B, F]
-    n: int,
-    guess: Tensor,  # scalar
-) -> tuple[SparseLatents, Tensor]:
-    """As `plain.batch_topk`; of several equal to the smallest the first in row order are kept.
+class Triton(Fused):
+    """Kernels on CUDA."""
 
-    Positive floats are in the order of their bits, so the n-th largest is found digit by digit from histograms,
-    exactly, and the pairs are compacted row by row behind a running count. Where fewer than `n` are positive, pairs of
-    value 0 fill up.
-    """
-    rows, width = pre_acts.shape
-    n = min(n, pre_acts.numel())
-    nth, ties = _nth_largest(pre_acts, n)
-    more, equal = (torch.empty(rows, dtype=torch.int64, device=pre_acts.device) for _ in range(2))
-    _count[(rows,)](pre_acts, nth, more, equal, width, BLOCK=_BLOCK)
-    equal = (ties - (equal.cumsum(0) - equal)).clamp_min(0).minimum(equal)
-    starts = torch.cat([nth.new_zeros(1), (more + equal).cumsum(0)])
-    row, latent = (torch.full((n,), last, device=pre_acts.device) for last in (rows - 1, width - 1))
-    values = pre_acts.new_zeros(n)
-    _compact[(rows,)](pre_acts, nth, equal, starts, row, latent, values, width, BLOCK=_BLOCK)
-    starts = torch.cat([starts[:-1], torch.full_like(starts[:1], n)])
-    return SparseLatents(row, latent, values, starts, width), smallest_positive(values)
+    def batch_topk(self, pre_acts: Tensor, n: int, guess: Tensor) -> tuple[SparseLatents, Tensor]:
+        """As `SparseOps.batch_topk`; of several equal to the smallest the first in row order are kept.
 
+        Positive floats are in the order of their bits, so the n-th largest is found digit by digit from histograms,
+        exactly, and the pairs are compacted row by row behind a running count. Where fewer than `n` are positive, pairs
+        of value 0 fill up.
+        """
+        rows, width = pre_acts.shape
+        n = min(n, pre_acts.numel())
+        nth, ties = _nth_largest(pre_acts, n)
+        more, equal = (torch.empty(rows, dtype=torch.int64, device=pre_acts.device) for _ in range(2))
+        _count[(rows,)](pre_acts, nth, more, equal, width, BLOCK=_BLOCK)
+        equal = (ties - (equal.cumsum(0) - equal)).clamp_min(0).minimum(equal)
+        starts = torch.cat([nth.new_zeros(1), (more + equal).cumsum(0)])
+        row, latent = (torch.full((n,), last, device=pre_acts.device) for last in (rows - 1, width - 1))
+        values = pre_acts.new_zeros(n)
+        _compact[(rows,)](pre_acts, nth, equal, starts, row, latent, values, width, BLOCK=_BLOCK)
+        starts = torch.cat([starts[:-1], torch.full_like(starts[:1], n)])
+        return SparseLatents(row, latent, values, starts, width), smallest_positive(values)
 
-def encode(
-    x: Tensor,  # [B, D] without gradient
-    W_enc: Tensor,  # [D, F]
-    b_enc: Tensor,  # [F]
-    active: SparseLatents,
-) -> Tensor:  # [N]
-    """As `plain.encode`."""
-    return fused.encode(_Kernels(), x, W_enc, b_enc, active)
+    def prefix_loss(
+        self, values: Tensor, W_dec: Tensor, base: Tensor, y: Tensor, active: SparseLatents, groups: Groups
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `SparseOps.prefix_loss`."""
+        if not isinstance(groups.weight, Tensor):  # on the device, unlike a copied number
+            groups = groups._replace(weight=torch.full((), groups.weight, dtype=y.dtype, device=y.device))
+        return super().prefix_loss(values, W_dec, base, y, active, groups)
 
+    def products(self, active: SparseLatents, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
+        """As `Fused.products`."""
+        out, width = left.new_empty(len(active.rows)), left.shape[1]
+        if len(out):
+            block = triton.next_power_of_2(width)
+            _products[(len(out),)](active.rows, active.latents, left, right, bias, out, width, BLOCK=block)
+        return out
 
-def prefix_loss(
-    values: Tensor,  # [N]
-    W_dec: Tensor,  # [F, O]
-    base: Tensor,  # [1, O] or [B, O]
-    y: Tensor,  # [B, O]
-    active: SparseLatents,
-    segment: Tensor,  # [F]
-    prefixes: int,
-    weight: Tensor | float,
-) -> tuple[Tensor, Tensor, Tensor]:  # [], [B, P], [B, O]
-    """As `plain.prefix_loss`."""
-    if not isinstance(weight, Tensor):
-        weight = torch.full((), weight, dtype=y.dtype, device=y.device)  # on the device, unlike a copied number
-    return fused.prefix_loss(_Kernels(), values, W_dec, base, y, active, segment, prefixes, weight)
+    def errors_and_gradients(
+        self, values: Tensor, W_dec: Tensor, base: Tensor, y: Tensor, active: SparseLatents, groups: Groups
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `Fused.errors_and_gradients`."""
+        (rows, width), prefixes = y.shape, groups.prefixes
+        errors, meet = y.new_empty(rows, prefixes), y.new_empty(rows, prefixes, width)
+        left, grad = torch.empty_like(y), torch.empty_like(values)
+        starts = offsets(active.rows * prefixes + groups.of_latent[active.latents], rows * prefixes)
+        assert isinstance(groups.weight, Tensor)
+        weights = groups.weight.expand(prefixes).contiguous()
+        sides = (values, active.latents, starts, W_dec, base.contiguous(), y, weights)
+        step = width if len(base) > 1 else 0
+        block = triton.next_power_of_2(width)
+        _prefix_loss[(rows,)](*sides, meet, errors, left, grad, step, width, PREFIXES=prefixes, BLOCK=block)
+        return errors, left, meet, grad
+
+    def sums_by_latent(
+        self, active: SparseLatents, weights: Tensor, rows: Tensor, table: Tensor, out: Tensor, alone: Tensor, add: bool
+    ) -> None:
+        """As `Fused.sums_by_latent`."""
+        assert out.is_contiguous() and table.is_contiguous()
+        order, starts = active.by_latent
+        width = out.shape[1]
+        block = min(512, triton.next_power_of_2(width))
+        grid = (len(out), triton.cdiv(width, block))
+        _sums_by_latent[grid](order, starts, weights, rows, table, out, alone, width, ADD=add, BLOCK=block)
 
 
 def _nth_largest(pre_acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -89,50 +104,6 @@ def _nth_largest(pre_acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
         wanted = wanted - (at_least - counts).gather(0, digit)
         found = found * 2**bits + digit
     return torch.where(enough, found, 0), torch.where(enough, wanted, 0)
-
-
-class _Kernels:
-    """`fused.Loops` on CUDA."""
-
-    def products(self, active: SparseLatents, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
-        out, width = left.new_empty(len(active.rows)), left.shape[1]
-        if len(out):
-            block = triton.next_power_of_2(width)
-            _products[(len(out),)](active.rows, active.latents, left, right, bias, out, width, BLOCK=block)
-        return out
-
-    def prefix_loss(
-        self,
-        values: Tensor,
-        active: SparseLatents,
-        segment: Tensor,
-        W_dec: Tensor,
-        base: Tensor,
-        y: Tensor,
-        weight: Tensor | float,
-        prefixes: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows, width = y.shape
-        errors, meet = y.new_empty(rows, prefixes), y.new_empty(rows, prefixes, width)
-        left, grad = torch.empty_like(y), torch.empty_like(values)
-        starts = offsets(active.rows * prefixes + segment[active.latents], rows * prefixes)
-        assert isinstance(weight, Tensor)
-        weights = weight.expand(prefixes).contiguous()
-        sides = (values, active.latents, starts, W_dec, base.contiguous(), y, weights)
-        step = width if len(base) > 1 else 0
-        block = triton.next_power_of_2(width)
-        _prefix_loss[(rows,)](*sides, meet, errors, left, grad, step, width, PREFIXES=prefixes, BLOCK=block)
-        return errors, left, meet, grad
-
-    def sums_by_latent(
-        self, active: SparseLatents, weights: Tensor, rows: Tensor, table: Tensor, out: Tensor, alone: Tensor, add: bool
-    ) -> None:
-        assert out.is_contiguous() and table.is_contiguous()
-        order, starts = active.by_latent
-        width = out.shape[1]
-        block = min(512, triton.next_power_of_2(width))
-        grid = (len(out), triton.cdiv(width, block))
-        _sums_by_latent[grid](order, starts, weights, rows, table, out, alone, width, ADD=add, BLOCK=block)
 
 
 @triton.jit
@@ -236,7 +207,7 @@ def _prefix_loss(
     PREFIXES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """As `fused.Loops.prefix_loss`, one row; `starts` [B * P + 1] are those of each row's segments."""
+    """As `Fused.errors_and_gradients`, one row; `starts` [B * P + 1] are those of each row's groups."""
     row, o = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = o < width
     total = tl.load(base + row * base_step + o, mask=inside, other=0.0)
@@ -274,7 +245,7 @@ def _sums_by_latent(
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """As `fused.Loops.sums_by_latent`, one latent and a part of its columns."""
+    """As `Fused.sums_by_latent`, one latent and a part of its columns."""
     latent, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = o < width
     total = tl.zeros([BLOCK], out.dtype.element_ty)

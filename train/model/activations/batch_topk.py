@@ -1,0 +1,26 @@
+"""BatchTopK (Bussmann et al. 2024)."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from train.model.activations.base import FixedK
+from train.model.kernels.sparse_ops import SparseOps
+from train.model.sparse_latents import SparseLatents
+
+
+class BatchTopK(FixedK):
+    """The k x B largest of a batch; a threshold at inference."""
+
+    takes_largest_of_batch = True
+    kind: Literal["batchtopk"] = "batchtopk"
+
+    def select(
+        self, ops: SparseOps, pre_acts: Tensor, thresholds: Tensor, step: int, guess: Tensor
+    ) -> tuple[SparseLatents, Tensor]:
+        """As `ActivationBase.select`."""
+        return ops.batch_topk(pre_acts, self.k_at(step) * len(pre_acts), guess)
+
+    def select_final(self, ops: SparseOps, pre_acts: Tensor, thresholds: Tensor, guess: Tensor) -> SparseLatents:
+        """As `ActivationBase.select_final`."""
+        return ops.batch_topk(pre_acts, self.k * len(pre_acts), guess)[0].positive()
