@@ -61,18 +61,18 @@ def harvest(settings: Settings, cache: Path, *, force: bool = False) -> list[Pat
     with Ranks() as ranks, ExitStack() as locks:
         if ranks.first:
             with ranks.leading():
-                unfinished = _unfinished(paths, inputs)
-                held = [locks.enter_context(lock_store(path)) for path, _ in unfinished]
-                widths = prepare(_targets(paths, inputs), inputs, settings, force=force) if held else {}
+                held = [locks.enter_context(lock_store(path)) for path, _ in _unfinished(paths, inputs)]
+                found = _targets(paths, inputs) if held else []  # others may have finished some by then
+                targets, widths = prepare(found, inputs, settings, force=force)
                 for lock in held:
                     lock.share()
         else:
             ranks.follow()
-            unfinished, widths = _unfinished(paths, inputs), {}
-            for path, _ in unfinished:
+            for path, _ in _unfinished(paths, inputs):
                 locks.enter_context(lock_store(path, shared=True))
-        if unfinished:
-            _make(_targets(paths, inputs), inputs, settings, ranks, widths)
+            targets, widths = _targets(paths, inputs), {}
+        if targets:
+            _make(targets, inputs, settings, ranks, widths)
     return paths if ranks.first else []
 
 
@@ -226,13 +226,15 @@ def _check_sizes(settings: Settings, shape: ModelShape) -> None:
         )
 
 
-def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, force: bool) -> dict[str, int]:
+def prepare(
+    targets: Sequence[Target], inputs: Inputs, settings: Settings, *, force: bool
+) -> tuple[list[Target], dict[str, int]]:
     """Plan the tokens of stores whose locks are held, once it is known that the model and the disk will do.
 
-    Returns the width of each hook.
+    Returns the targets with their plans, and the width of each hook.
     """
     if not targets:
-        return {}
+        return [], {}
     for target in targets:
         _require_writable(target.path)
         durable.sweep(target.path)
@@ -245,6 +247,7 @@ def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, fo
     widths = hook_widths(targets, inputs)
     if not force:
         require_space([estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets])
+    planned = {target.path: target for target in targets}
     needing = [target for target in targets if needs_packing(target, inputs.training_blocks)]
     damaged = {target.path: damaged_files(target) for target in targets}
     if needing or any(damaged.values()):
@@ -255,11 +258,10 @@ def prepare(targets: Sequence[Target], inputs: Inputs, settings: Settings, *, fo
             if damaged[target.path]:
                 restore(target, damaged[target.path], inputs.corpus, encoder)
         for group in _alike(needing):
-            extend(group, inputs.training_blocks, inputs.corpus, encoder)
+            planned |= {t.path: t for t in extend(group, inputs.training_blocks, inputs.corpus, encoder)}
         if not force:  # now that rows are counted where they depend on the tokens
-            planned = [load_target(target.path, target.request) for target in targets]
-            require_space([estimate(target, inputs.training_blocks, widths, inputs.model) for target in planned])
-    return widths
+            require_space([estimate(t, inputs.training_blocks, widths, inputs.model) for t in planned.values()])
+    return list(planned.values()), widths
 
 
 def _require_writable(path: Path) -> None:
@@ -290,8 +292,6 @@ def _alike(targets: Sequence[Target]) -> Iterator[list[Target]]:
 
 def _make(targets: Sequence[Target], inputs: Inputs, settings: Settings, ranks: Ranks, widths: dict[str, int]) -> None:
     """Commit what planned stores lack, and finish them. `widths` of the hooks, if they are known already."""
-    if not targets:  # finished by another harvest before their locks were had
-        return
     missing = {target.path: set(ledger.missing_blocks(target)) for target in targets}
     groups = list(_alike(targets))
     ranks.wait()
