@@ -21,7 +21,7 @@ PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "tiny"
 
 
-@click.group()
+@click.group(cls=shared.command_line.Commands)
 def group() -> None:
     """Stage 1: run an LLM once and keep its activations in a store that any number of trainings read."""
 
@@ -91,6 +91,20 @@ def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> No
         estimate.show(found, seconds)
     if not force:
         estimate.require_space(found)
+
+
+@group.command("settings")
+@request_options
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def list_all(cache: Path, as_json: bool, **given: Any) -> None:
+    """List every setting with the value that `run` would take, its default and what it does. Runs nothing."""
+    from shared.console.list_settings import list_settings, settings_as_json, show_settings
+
+    found = list_settings(resolve(**given))
+    if as_json:
+        print(settings_as_json(found))
+    else:
+        show_settings(found, f"settings of harvest run {given['config'] or given['preset']}")
 
 
 @group.command()

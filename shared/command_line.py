@@ -15,6 +15,16 @@ from shared.store.packed import LOCAL_BYTES
 from shared.store.store import Local
 
 
+class Commands(click.Group):
+    """A group whose list of commands shows the whole first sentence of each."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each command with the whole first sentence of its help."""
+        rows = [(name, self.commands[name].get_short_help_str(limit=1000)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
 def run(group: click.Group) -> None:
     """Run `group` on `sys.argv` and exit: 0 done, 1 failed, 2 the user's input, 3 stopped and resumable."""
     let_idle_threads_sleep()

@@ -9,7 +9,7 @@ import reprlib
 import tomllib
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -132,11 +132,10 @@ def _copy(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    parts = [str(part) for part in first["loc"] if not _BRANCH.match(str(part))]
+    parts = _without_kinds(cls, [str(part) for part in first["loc"] if not _BRANCH.match(str(part))])
     where = _one_line(".".join(parts)[:_MOST_PLACE] or "settings")
     if first["type"] == "extra_forbidden":
-        fields = _fields_at(cls, first["loc"][:-1])
-        return f"unknown option {where!r}{_nearest(str(first['loc'][-1]), fields)}"
+        return f"unknown option {where!r}{_nearest_setting(cls, parts)}"
     message = _one_line(first["msg"].removeprefix("Value error, "))
     known = first["type"] in ("missing", "value_error")
     return f"{where}: {message}" + ("" if known else f" (got {brief(first['input'])})")
@@ -148,13 +147,47 @@ def _one_line(text: str) -> str:
     return cut if cut.isprintable() else ascii(cut)[1:-1]
 
 
-def _fields_at(cls: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    for part in location:
-        field = cls.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        cls = field.annotation
-    return sorted(cls.model_fields)
+def _without_kinds(cls: type[BaseModel], parts: list[str]) -> list[str]:
+    """A place without the names of the kinds that groups with kinds have."""
+    if not parts or parts[0] not in cls.model_fields:
+        return parts
+    head, *rest = parts
+    models = models_in(cls.model_fields[head].annotation)
+    if len(models) > 1:
+        models = [model for model in models if rest and model.model_fields["kind"].default == rest[0]]
+        rest = rest[1:] if models else rest
+    return [head, *(_without_kinds(models[0], rest) if models else rest)]
+
+
+def _nearest_setting(cls: type[BaseModel], parts: list[str]) -> str:
+    """The setting that was meant: one whose last part, or whose whole name, is nearly what was given."""
+    known, given = names_of(cls), ".".join(parts)[:_MOST_PLACE]
+    same = [name for name in known if name.rpartition(".")[2] == parts[-1]]
+    groups = [name for name in {known_name.partition(".")[0] for known_name in known if "." in known_name}]
+    inside = [name for name in known if name.rpartition(".")[0] == ".".join(parts[:-1])]
+    near = difflib.get_close_matches(parts[-1][:80], [name.rpartition(".")[2] for name in inside], n=1)
+    if near:
+        return f"; did you mean {next(n for n in inside if n.rpartition('.')[2] == near[0])!r}?"
+    if same:
+        return f"; did you mean {' or '.join(map(repr, same[:3]))}?"
+    return _nearest(given, [*known, *groups])
+
+
+def names_of(cls: type[BaseModel]) -> list[str]:
+    """List the dotted names of all settings of a class, those of every kind of a group with kinds included."""
+    found: dict[str, None] = {}
+    for name, field in cls.model_fields.items():
+        groups = models_in(field.annotation)
+        found |= dict.fromkeys(f"{name}.{inner}" for group in groups for inner in names_of(group))
+        found |= {} if groups else {name: None}
+    return list(found)
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the models that a field can hold: one for a group of settings, several for one with kinds, or none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in models_in(part)]
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -92,7 +92,9 @@ def test_the_settings_reach_their_fields():
     [
         ("sed=1", "tiny: unknown option 'sed'; did you mean 'seed'?"),
         ("learn_rate=1", "tiny: unknown option 'learn_rate'; did you mean 'learning_rate'?"),
-        ("loss.aux_weight=1", "tiny: unknown option 'loss.aux_weight'; did you mean 'auxk_weight'?"),
+        ("loss.aux_weight=1", "tiny: unknown option 'loss.aux_weight'; did you mean 'loss.auxk_weight'?"),
+        ("auxk_weight=1", "tiny: unknown option 'auxk_weight'; did you mean 'loss.auxk_weight'?"),
+        ("los.auxk_weight=1", "tiny: unknown option 'los'; did you mean 'loss'?"),
         ("zzzzzz=1", "tiny: unknown option 'zzzzzz'"),
     ],
 )

@@ -24,7 +24,7 @@ _fallback_option = click.option(
 )
 
 
-@click.group(name="python -m train")
+@click.group(name="python -m train", cls=shared.command_line.Commands)
 def main() -> None:
     """Train transcoders from a store of activations, with no LLM in memory."""
 
@@ -90,6 +90,29 @@ def run(
     start(opened, settings, path, init_from, force=force, fallback=fallback, project=project)
     _summarise(path)
     click.echo(path)
+
+
+@main.command("settings")
+@click.argument("preset", default="tiny")
+@click.option("--store", type=click.Path(path_type=Path), help="A store: automatic choices are shown as made for it.")
+@click.option("--config", "file", type=click.Path(path_type=Path), help="A TOML file that replaces the preset.")
+@click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_all(preset: str, store: Path | None, file: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
+    """List every setting with the value that `run` would take, its default and what it does. Runs nothing."""
+    from shared.console.list_settings import list_settings, settings_as_json, show_settings
+    from train.run.settings import Settings, load_settings, resolve
+
+    settings = build(
+        Settings, load_settings(preset, file, list(assignments)), str(file) if file else f"preset {preset}"
+    )
+    if store:
+        settings = resolve(Store.open(store), settings, None).settings
+    found = list_settings(settings)
+    if as_json:
+        click.echo(settings_as_json(found))
+    else:
+        show_settings(found, f"settings of train run {file or preset}{f', on {store}' if store else ''}")
 
 
 @main.command()
