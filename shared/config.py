@@ -6,12 +6,13 @@ A field that does not exist is an error, and the message names the nearest one t
 import difflib
 import re
 import reprlib
+import sys
 import tomllib
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from shared.errors import CorruptData, UserError
 from shared.files.untrusted import MOST_NESTED, nests_too_deep, read_file
@@ -35,15 +36,40 @@ class Config(BaseModel):
     )
 
 
+class RenamedConfig(Config):
+    """Settings of which some had other names in the version before: both names are read."""
+
+    renamed: ClassVar[dict[str, str]]
+    """The old names, and those of now."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_names(cls, data: Any, info: ValidationInfo) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        old = {name: now for name, now in cls.renamed.items() if name in data and now not in data}
+        notes: Any = info.context
+        if isinstance(notes, list):
+            notes += [f"{name} is now called {now}" for name, now in old.items()]
+        return {old.get(name, name): value for name, value in data.items()}
+
+
 M = TypeVar("M", bound=BaseModel)
 
 
 def build(cls: type[M], data: Mapping[str, Any], origin: str) -> M:
-    """Validate settings given by the user. Raises `UserError` in one line that names field, value and cause."""
+    """Validate settings given by the user. Raises `UserError` in one line that names field, value and cause.
+
+    A setting by an old name is taken, with a warning.
+    """
+    notes: list[str] = []
     try:
-        return cls.model_validate(data)
+        found = cls.model_validate(data, context=notes)
     except ValidationError as error:
         raise UserError(f"{origin}: {_explain(cls, error)}") from error
+    for note in notes:
+        print(f"warning: {origin}: {note}; the old name will be refused in the next version", file=sys.stderr)
+    return found
 
 
 def read_record(cls: type[M], data: Any, path: Path) -> M:

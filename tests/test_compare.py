@@ -16,7 +16,7 @@ from tests.runs import SMALL, Outcome
 from tests.stores import SyntheticStore, make_store
 from train.compare.arms import Comparison, spread
 from train.compare.consistency import densest, matched_cosine
-from train.compare.measure import bos_share_of_top, cost_per_step, measure_run
+from train.compare.measure import cost_per_step, measure_run, position_0_share_of_top
 from train.compare.merging import _refitted, alike, densest_of, merge, without
 from train.data.batches import StoreRows
 from train.evaluation.evaluate import evaluate, evaluate_whole, natural_weights, threshold_at
@@ -143,7 +143,7 @@ def test_the_share_of_position_0_among_the_strongest_counts_rows_at_natural_freq
     rows += [(i, 1, 1.0) for i in range(5, 9)]  # never at position 0
     rows += [(0, 2, 1.0)]  # at position 0 alone
     for weight, share in ((1.0, 0.2), (4.0, 0.8), (16.0, 1.0), (0.5, 0.1)):
-        found = bos_share_of_top(planted(rows, at_0, weight))
+        found = position_0_share_of_top(planted(rows, at_0, weight))
         assert found.tolist() == pytest.approx([share, 0.0, 1.0, 0.0])
 
 

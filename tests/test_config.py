@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from shared.config import Config, build, load_preset, override, read_record
+from shared.config import Config, RenamedConfig, build, load_preset, override, read_record
 from shared.errors import CorruptData, UserError
 
 
@@ -179,3 +179,18 @@ def test_a_missing_file_and_a_folder_are_named(presets, tmp_path):
         load_preset(presets, "tiny", tmp_path / "none.toml")
     with pytest.raises(UserError, match="cannot be read as TOML"):
         load_preset(presets, "tiny", tmp_path)
+
+
+class Renamed(RenamedConfig):
+    renamed = {"old": "new"}
+    new: int = 0
+
+
+def test_a_setting_is_read_by_the_name_it_had_with_a_warning_and_not_beside_the_new_one(capsys):
+    assert build(Renamed, {"old": 3}, "tiny") == Renamed(new=3)
+    assert capsys.readouterr().err == (
+        "warning: tiny: old is now called new; the old name will be refused in the next version\n"
+    )
+    assert read_record(Renamed, {"old": 3}, Path("r.json")) == Renamed(new=3) and not capsys.readouterr().err
+    with pytest.raises(UserError, match="unknown option 'old'"):
+        build(Renamed, {"old": 3, "new": 4}, "tiny")

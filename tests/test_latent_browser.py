@@ -121,7 +121,7 @@ def test_the_index_and_the_chunks_hold_the_table(table: pa.Table, files: dict[st
     _, _, index = handed(files["latents/index.js"])
     _, _, words = handed(files["latents/tokens.js"])
     assert pq.read_table(pa.BufferReader(files["latents.parquet"])).equals(table)
-    for name in ("density", "max", "mean", "bos_share"):
+    for name in ("density", "max", "mean", "position_0_share"):
         assert [value is None for value in index[name]] == [not value.is_valid for value in table[name]]
         assert [v or 0 for v in index[name]] == pytest.approx([v or 0 for v in table[name].to_pylist()], rel=6e-3)
     assert index["prefix"] == table["prefix"].to_pylist()
@@ -219,7 +219,7 @@ def test_the_list_sorts_searches_filters_and_turns_pages(page_file: Path, table:
         for title, column in (
             ("Density", "density"),
             ("Max", "max"),
-            ("BOS share", "bos_share"),
+            ("position 0", "position_0_share"),
             ("Nearest", "nearest_cosines"),
         ):
             values: list[Any] = [

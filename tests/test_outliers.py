@@ -180,7 +180,7 @@ def test_a_strata_share_is_of_the_rows_that_are_left(made: SyntheticStore) -> No
 def test_old_runs_read_every_row(made: SyntheticStore) -> None:
     """Without an exclusion, as in runs from before there were any."""
     store = Store.open(made.path)
-    reader = RowReader(store, store.record.training_blocks, RowsConfig(batch_rows=50, max_bos_batch_share=1), 0)
+    reader = RowReader(store, store.record.training_blocks, RowsConfig(batch_rows=50, max_position_0_batch_share=1), 0)
     assert not reader.has_outliers
     assert set(reader.slices()) == set(store.strata)
 

@@ -10,6 +10,8 @@ from shared.store.store import Store
 from shared.store.strata import Stratum
 from tests.stores import SyntheticStore
 
+AT_0 = "max_position_0_batch_share"
+
 
 def strata(*natural: int) -> list[Stratum]:
     return [Stratum(start=i, stop=i + 1, natural_rows=n, rows=n) for i, n in enumerate(natural)]
@@ -19,11 +21,15 @@ def strata(*natural: int) -> list[Stratum]:
     ("natural", "settings", "expected"),
     [
         ((256, 768, 3072, 12288, 49152), {"batch_rows": 1024}, [4, 12, 48, 192, 768]),
-        ((256, 768, 3072, 12288, 49152), {"batch_rows": 1024, "max_bos_batch_share": 0.001}, [1, 12, 48, 193, 770]),
-        ((256, 768, 3072, 12288, 49152), {"batch_rows": 1024, "max_bos_batch_share": 0}, [0, 12, 48, 193, 771]),
-        ((100, 100, 100), {"batch_rows": 10, "alpha": 0, "max_bos_batch_share": 1}, [4, 3, 3]),
-        ((100, 900), {"batch_rows": 10, "alpha": 0.5, "max_bos_batch_share": 0.2}, [2, 8]),
-        ((100,), {"batch_rows": 7, "max_bos_batch_share": 1}, [7]),
+        (
+            (256, 768, 3072, 12288, 49152),
+            {"batch_rows": 1024, AT_0: 0.001},
+            [1, 12, 48, 193, 770],
+        ),
+        ((256, 768, 3072, 12288, 49152), {"batch_rows": 1024, AT_0: 0}, [0, 12, 48, 193, 771]),
+        ((100, 100, 100), {"batch_rows": 10, "alpha": 0, AT_0: 1}, [4, 3, 3]),
+        ((100, 900), {"batch_rows": 10, "alpha": 0.5, AT_0: 0.2}, [2, 8]),
+        ((100,), {"batch_rows": 7, AT_0: 1}, [7]),
     ],
 )
 def test_a_batch_has_exact_counts_per_stratum(natural: tuple[int, ...], settings: dict, expected: list[int]) -> None:
@@ -31,8 +37,8 @@ def test_a_batch_has_exact_counts_per_stratum(natural: tuple[int, ...], settings
 
 
 def test_a_cap_on_the_only_stratum_is_a_users_error() -> None:
-    with pytest.raises(UserError, match="max_bos_batch_share"):
-        rows_per_stratum(strata(100), RowsConfig(batch_rows=10, max_bos_batch_share=0.5))
+    with pytest.raises(UserError, match=AT_0):
+        rows_per_stratum(strata(100), RowsConfig(batch_rows=10, max_position_0_batch_share=0.5))
 
 
 @pytest.mark.parametrize(

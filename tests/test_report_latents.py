@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from shared.errors import UserError
 from tests.reported import DEAD, Reported, reported
-from train.report.latents import EFFECTS, LEAST_TOGETHER, NEIGHBOURS, bos_share, nearest, peaks
+from train.report.latents import EFFECTS, LEAST_TOGETHER, NEIGHBOURS, nearest, peaks, position_0_share
 
 F, O, VOCABULARY = 64, 24, 61
 
@@ -55,12 +55,12 @@ def test_the_share_of_position_0_is_that_of_all_rows_by_their_natural_numbers(ru
     }
     total = sum(counts.values())
     expected = [float(counts["000-001"][f] / total[f]) if total[f] else None for f in range(F)]
-    assert table["bos_share"].to_pylist() == pytest.approx(expected)
+    assert table["position_0_share"].to_pylist() == pytest.approx(expected)
     assert any(share for share in expected) and None in expected
 
 
 def test_without_a_stratum_of_position_0_alone_its_share_is_not_known(run: Reported) -> None:
-    assert bos_share(run.latents.drop_columns("density_000-001"), run.store).null_count == F
+    assert position_0_share(run.latents.drop_columns("density_000-001"), run.store).null_count == F
 
 
 def test_neighbours_by_cosine_are_those_of_live_latents(run: Reported, table: pa.Table) -> None:

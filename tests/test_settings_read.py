@@ -21,7 +21,7 @@ CHECKS = {str(ROOT / "train" / "run" / name) for name in ("settings.py", "self_t
 """What resolves and checks settings, and what proves components before a run: reads there do not count."""
 COMMON = ("transcoder.d_sae=64", "rows.batch_rows=48", "threads=1")
 RUNS = (
-    ["activation.k=6", "activation.k_start=8", "activation.k_warmup_steps=5", "rows.max_bos_batch_share=0.1",
+    ["activation.k=6", "activation.k_start=8", "activation.k_warmup_steps=5", "rows.max_position_0_batch_share=0.1",
      "rows.position_0=train", "rows.blocks=2",
      "diversity.orthogonality.weight=1", "diversity.mined.weight=1", "diversity.co_activation.weight=1",
      "diversity.position.weight=1", "diversity.controller.max_share_above_0_7=0.1",

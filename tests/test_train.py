@@ -316,7 +316,7 @@ BAD = {
     "batch above the store": (["--set", "rows.batch_rows=10_000_000"], "is more than the store's"),
     "no cuda": (["--set", "device=cuda"], "finds no CUDA device"),
     "no rows of position 0": (
-        ["--set", "diversity.position.weight=1", "--set", "rows.max_bos_batch_share=0"],
+        ["--set", "diversity.position.weight=1", "--set", "rows.max_position_0_batch_share=0"],
         "needs rows",
     ),
     "no report in time": (

@@ -21,8 +21,8 @@ DIVERSE = [
     "--set", "diversity.orthogonality.weight=8", "--set", "diversity.orthogonality.every=3",
     "--set", "diversity.mined.weight=8", "--set", "diversity.mined.cost_share=0.2",
     "--set", "diversity.co_activation.weight=2", "--set", "diversity.co_activation.margin=0.1",
-    "--set", "diversity.position.weight=1", "--set", "diversity.position.max_bos_mass_share=0.01",
-    "--set", "rows.position_0=train", "--set", "rows.max_bos_batch_share=0.1",
+    "--set", "diversity.position.weight=1", "--set", "diversity.position.max_position_0_mass_share=0.01",
+    "--set", "rows.position_0=train", "--set", "rows.max_position_0_batch_share=0.1",
     "--set", "monitor.every=6", "--set", "monitor.rows=150", "--set", "monitor.least_together=3",
 ]  # fmt: skip
 OFF = ["--set", "diversity.mined.weight=0", "--set", "diversity.co_activation.weight=0"]

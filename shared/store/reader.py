@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from shared.config import Config
+from shared.config import RenamedConfig
 from shared.errors import UserError
 from shared.keyed import permutation
 from shared.store.outliers import Exclusion
@@ -25,8 +25,10 @@ AHEAD = 2
 """Steps whose rows are read before they are needed; the kernel is asked for theirs as many steps earlier."""
 
 
-class RowsConfig(Config):
+class RowsConfig(RenamedConfig):
     """Which rows a batch is made of."""
+
+    renamed = {"max_bos_batch_share": "max_position_0_batch_share"}
 
     batch_rows: int = Field(1024, ge=1)
     """Rows per step."""
@@ -41,7 +43,7 @@ class RowsConfig(Config):
     position_0: Literal["auto", "leave_out", "train"] = "auto"
     """What training does with position 0. `auto` leaves it out where its rows are outliers, or one constant, as they
     are where every window starts with BOS. dictionary_learning and Gemma Scope leave BOS out; SAELens can."""
-    max_bos_batch_share: float = Field(1 / 256, ge=0, le=1)
+    max_position_0_batch_share: float = Field(1 / 256, ge=0, le=1)
     """Most of a batch that may come from position 0, where it is trained on."""
     blocks: int | None = Field(None, ge=1)
     """How many of the store's training blocks are used, the first ones; none: all. Windows are shuffled over the store,
@@ -87,15 +89,15 @@ def rows_per_stratum(strata: Sequence[Stratum], config: RowsConfig) -> list[int]
     if not weights.any():
         raise UserError("every row of the store is left out of training; set rows.outliers or rows.position_0 to train")
     counts = _largest_remainder(weights, config.batch_rows)
-    bos = next((i for i, s in enumerate(strata) if s.is_position_0), None)
-    cap = int(config.max_bos_batch_share * config.batch_rows)
-    if bos is None or counts[bos] <= cap:
+    at_0 = next((i for i, s in enumerate(strata) if s.is_position_0), None)
+    cap = int(config.max_position_0_batch_share * config.batch_rows)
+    if at_0 is None or counts[at_0] <= cap:
         return counts
     if len(strata) == 1 and cap < config.batch_rows:
-        raise UserError("the store holds position 0 only; raise rows.max_bos_batch_share to 1 to train on it")
-    weights[bos] = 0
+        raise UserError("the store holds position 0 only; raise rows.max_position_0_batch_share to 1 to train on it")
+    weights[at_0] = 0
     counts = _largest_remainder(weights, config.batch_rows - cap)
-    counts[bos] = cap
+    counts[at_0] = cap
     return counts
 
 

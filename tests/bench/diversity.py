@@ -64,7 +64,7 @@ SHOWN = {
     "merged.fvu_rise": "",
     "merged.fvu_rise_random": "",
     "effective_number": "latents",
-    "bos_share_of_top": "",
+    "position_0_share_of_top": "",
     "cpu_ms_per_step": "ms",
 }
 

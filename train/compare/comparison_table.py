@@ -27,7 +27,7 @@ _ROWS = {
     "merged.removed": ("latents that merging removes", ",.1f"),
     "merged.fvu_rise": ("... fvu of merging", "+.4f"),
     "merged.fvu_rise_random": ("... of removing as many others", "+.4f"),
-    "bos_share_of_top": ("position 0 among top activations", ".2%"),
+    "position_0_share_of_top": ("position 0 among top activations", ".2%"),
     "latents_at_position_0": ("latents of position 0 alone", ",.1f"),
     "cpu_ms_per_step": ("CPU ms per step", ",.1f"),
     "ms_per_step": ("ms per step", ",.1f"),

@@ -92,7 +92,7 @@ class Figures(Config):
     """Latents connected by a cosine of at least 0.7 and a Jaccard index of at least 0.3."""
     latents_in_clusters: int
     merged: Merged
-    bos_share_of_top: float
+    position_0_share_of_top: float
     """Mean over live latents of the share of position 0 among the 10 strongest rows, at natural frequencies."""
     latents_at_position_0: int
     """Live latents whose 10 strongest rows are all of position 0."""
@@ -151,7 +151,7 @@ def measure_run(run: Path, store: Store, l0: float) -> Measured:
     evaluation = evaluate_whole(model, rows, threshold)
     if not threshold.any() and evaluation.l0 < 0.9 * l0:
         raise UserError(f"rows of {run} have {evaluation.l0:.1f} active latents, not {l0:g}; pass a smaller --l0")
-    bos, (cpu, wall) = bos_share_of_top(held_out)[live], cost_per_step(run, config.settings)
+    at_0, (cpu, wall) = position_0_share_of_top(held_out)[live], cost_per_step(run, config.settings)
 
     kept, dropped = densest_of(connected(same.joined(correlated)), density)
     others = alike(dropped, live[~torch.isin(live, torch.cat([kept, dropped]))], density, seed=0)
@@ -177,8 +177,8 @@ def measure_run(run: Path, store: Store, l0: float) -> Measured:
         clusters=len(connected(same)),
         latents_in_clusters=sum(map(len, connected(same))),
         merged=Merged(removed=len(dropped), fvu_rise=merged - evaluation.fvu, fvu_rise_random=less - evaluation.fvu),
-        bos_share_of_top=float(bos.mean()) if len(bos) else 0.0,
-        latents_at_position_0=int((bos == 1).sum()),
+        position_0_share_of_top=float(at_0.mean()) if len(at_0) else 0.0,
+        latents_at_position_0=int((at_0 == 1).sum()),
         cpu_ms_per_step=cpu,
         ms_per_step=wall,
     )
@@ -211,7 +211,7 @@ def tradeoff(model: Transcoder, rows: StoreRows, wanted: Sequence[float]) -> lis
     return found
 
 
-def bos_share_of_top(held_out: HeldOutActive) -> Tensor:  # [F] float64
+def position_0_share_of_top(held_out: HeldOutActive) -> Tensor:  # [F] float64
     """The share of position 0 among the strongest rows of each latent, as many as count `TOP` at natural frequencies.
 
     0 for a latent that is never active.

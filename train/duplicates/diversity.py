@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from shared.config import Config
+from shared.config import Config, RenamedConfig
 from shared.keyed import key_bits
 from train.duplicates.co_activation import Correlated, co_activation_loss, mass, position_loss
 from train.duplicates.correlation_report import CorrelationReport
@@ -57,12 +57,14 @@ class CoActivationConfig(Config):
     """The most correlated pairs, at most this many."""
 
 
-class PositionConfig(Config):
+class PositionConfig(RenamedConfig):
     """Activation at position 0 of latents that have too much of theirs there."""
+
+    renamed = {"max_bos_mass_share": "max_position_0_mass_share"}
 
     weight: float = Field(0.0, ge=0)
     """Weight of the term; 0 switches it off."""
-    max_bos_mass_share: float = Field(0.2, ge=0, lt=1)
+    max_position_0_mass_share: float = Field(0.2, ge=0, lt=1)
     """Share of a latent's activation, at natural frequencies, that may lie at position 0."""
 
 
@@ -138,7 +140,7 @@ class Diversity:
             now = torch.stack([mass(output.active, weights) for weights in (self._at_0, self._weights)])
             self._mass = _DECAY * self._mass + (1 - _DECAY) * now
             share = self._mass[0] / self._mass[1].clamp_min(torch.finfo(now.dtype).tiny)
-            excess = (share - position.max_bos_mass_share).relu()
+            excess = (share - position.max_position_0_mass_share).relu()
             terms["position"] = position.weight * position_loss(output.values, output.active, self._at_0, excess)
         return terms
 

@@ -129,7 +129,7 @@ def _index(table: pa.Table, words: _Words, record: SamplesRecord) -> dict[str, A
         "strata": list(record.rows),
         "bins": record.settings.bins,
         "prefix": table["prefix"].to_pylist(),
-        **{name: _column(table[name]) for name in ("density", "max", "mean", "bos_share")},
+        **{name: _column(table[name]) for name in ("density", "max", "mean", "position_0_share")},
         "peaks": words.lists(table["peaks"], _PEAKS),
         "promoted": words.lists(table["promoted"]),
         "suppressed": words.lists(table["suppressed"]),

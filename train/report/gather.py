@@ -126,7 +126,7 @@ def density(table: pa.Table) -> Histogram:
 
 def at_position_0(table: pa.Table) -> Histogram | None:
     """Of live latents."""
-    values = table["bos_share"].drop_null().to_numpy()
+    values = table["position_0_share"].drop_null().to_numpy()
     return histogram(values, _SHARE_EDGES) if len(values) else None
 
 

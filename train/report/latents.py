@@ -55,8 +55,8 @@ def latents_table(
     held_out = held_out_active(transcoder, rows, store.record.report_blocks, threshold)
     together, correlations = most_correlated(held_out.without_position_0, LEAST_TOGETHER, NEIGHBOURS)
     columns |= {
-        "bos_share": (
-            bos_share(latents, store),
+        "position_0_share": (
+            position_0_share(latents, store),
             "share of position 0 among the rows on which it is active, at natural frequencies: of density times "
             "natural rows, that of position 0 by the sum over strata; null: never active, or position 0 is no stratum "
             "of its own",
@@ -76,7 +76,7 @@ def latents_table(
     return pa.table([values for values, _ in columns.values()], schema=pa.schema(fields))
 
 
-def bos_share(latents: pa.Table, store: Store) -> pa.Array:
+def position_0_share(latents: pa.Table, store: Store) -> pa.Array:
     """[F] the share of position 0 among the rows on which each latent is active, at natural frequencies.
 
     `density_0 * natural_0 / sum_s density_s * natural_s` over strata s: samples look at stored rows, of which a stratum

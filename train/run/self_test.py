@@ -20,7 +20,7 @@ from train.run.usage import SAMPLES, components
 from train.samples.encode import Activations
 from train.samples.select import SamplesConfig, select
 
-_SAME, _BOS = (5, 6), (9, 10)
+_SAME, _AT_0 = (5, 6), (9, 10)
 """The planted latents."""
 
 
@@ -43,7 +43,7 @@ def prove(settings: Settings) -> None:
         monitor.add(step, 1)
         report = monitor.report(1, alive)
     keys = {pair.key for pair in report.pairs}
-    missed = _SAME not in keys or _BOS in keys or report.with_position_0.pairs_above["0.9"] < 2
+    missed = _SAME not in keys or _AT_0 in keys or report.with_position_0.pairs_above["0.9"] < 2
     if settings.monitor.every and missed:
         raise _inert("monitor")
     whole = settings.diversity.orthogonality.model_copy(update={"rows": model.d_sae})  # a chunk that holds the planted
@@ -61,7 +61,7 @@ def prove(settings: Settings) -> None:
             if not _together(step.active, moved) < _together(step.active, before):
                 raise _inert(f"diversity.{name}")
         elif name == "position":
-            moved, at = _moved(terms, name, step.values), torch.isin(step.active.latents, torch.tensor(_BOS))
+            moved, at = _moved(terms, name, step.values), torch.isin(step.active.latents, torch.tensor(_AT_0))
             if not moved[at].sum() < step.values.detach()[at].sum():
                 raise _inert(f"diversity.{name}")
         elif name == "quiet":
@@ -70,7 +70,7 @@ def prove(settings: Settings) -> None:
             if not (sinks @ moved).relu().sum() < (sinks @ model.W_enc.detach()).relu().sum():
                 raise _inert(name)
         elif name == SAMPLES and not sampled_rightly(
-            step.active, strata[POSITION_0].stop, _SAME[0], _BOS, settings.samples, settings.seed
+            step.active, strata[POSITION_0].stop, _SAME[0], _AT_0, settings.samples, settings.seed
         ):
             raise ProjectError("samples are on, and planted latents are sampled wrongly: the run was not started")
 
@@ -104,16 +104,16 @@ def _planted(settings: Settings, rows: int) -> tuple[Transcoder, StepOutput, dic
     model = Transcoder(16, 16, config, activation, Normalisation(torch.zeros(16), 1.0, torch.zeros(16), 1.0))
     model.initialise(0)
     model.blas = "numpy" if settings.blas == "numpy" else "torch"
-    bos = max(2, rows // 4)
+    at_0 = max(2, rows // 4)
     dense = torch.rand(rows, 32, generator=generator) * (torch.rand(rows, 32, generator=generator) > 0.5)
     with torch.no_grad():
         model.W_dec[_SAME[1]] = model.W_dec[_SAME[0]] + 0.05 * torch.randn(16, generator=generator)
         model.normalise_decoder()
-    dense[bos:, _SAME[0]] = torch.rand(rows - bos, generator=generator)
+    dense[at_0:, _SAME[0]] = torch.rand(rows - at_0, generator=generator)
     dense[:, _SAME[1]] = dense[:, _SAME[0]] * (1 + 0.1 * torch.rand(rows, generator=generator))
-    dense[:, _BOS] = 0
-    dense[:bos, _BOS[0]] = 1
-    dense[:bos, _BOS[1]] = 1
+    dense[:, _AT_0] = 0
+    dense[:at_0, _AT_0[0]] = 1
+    dense[:at_0, _AT_0[1]] = 1
     at, latents = dense.nonzero(as_tuple=True)
     values = dense[at, latents].requires_grad_()
     active, nothing = SparseLatents.of(at, latents, values.detach(), dense.shape), torch.zeros(())
@@ -127,7 +127,7 @@ def _planted(settings: Settings, rows: int) -> tuple[Transcoder, StepOutput, dic
         threshold=nothing,
         pre_acts=dense,
     )
-    return model, step, {POSITION_0: slice(0, bos), "001-004": slice(bos, rows)}
+    return model, step, {POSITION_0: slice(0, at_0), "001-004": slice(at_0, rows)}
 
 
 def _inert(name: str) -> ProjectError:

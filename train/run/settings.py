@@ -153,8 +153,8 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
         raise UserError(
             "diversity.position needs rows of position 0, and a batch has none: the store keeps none, training leaves "
             "them out (rows.position_0 = train takes them in), or "
-            f"rows.max_bos_batch_share = {settings.rows.max_bos_batch_share:.4g} of {settings.rows.batch_rows} rows is "
-            "less than one"
+            f"rows.max_position_0_batch_share = {settings.rows.max_position_0_batch_share:.4g} of "
+            f"{settings.rows.batch_rows} rows is less than one"
         )
     goals, diversity = settings.diversity.controller, settings.diversity
     for name, goal, weights in (
