@@ -55,16 +55,20 @@ def test_a_chunk_is_a_random_part_of_the_live_latents() -> None:
     assert torch.equal(chunk(live, 1000, torch.Generator()), live)
 
 
-def test_the_direction_loss_and_its_gradient_are_the_formulas() -> None:
+@pytest.mark.parametrize("unit", [True, False])
+def test_the_direction_loss_and_its_gradient_are_the_formulas(unit: bool) -> None:
     pairs, margins = Pairs(torch.tensor([0, 0, 3]), torch.tensor([1, 5, 8])), torch.tensor([-0.5, 0.0, -0.9]).double()
     weights = torch.tensor([1.0, 2.0, 3.0]).double()
-    found, expected = unit_rows().requires_grad_(), unit_rows().requires_grad_()
-    loss = direction_loss(found, pairs, margins, weights)
+    rows = unit_rows() if unit else draw(F, O, seed=0)
+    found, expected = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+    loss = direction_loss(found, pairs, margins, weights, unit)
     before = draw(F, O, seed=5)
     found.grad = before.clone()
     loss.backward()
     reference = sum(
-        w * torch.clamp(expected[i] @ expected[j] - m, min=0) ** 2
+        w
+        * torch.clamp((expected[i] @ expected[j]) / (1 if unit else expected[i].norm() * expected[j].norm()) - m, min=0)
+        ** 2
         for i, j, m, w in zip(*pairs, margins, weights, strict=True)
     )
     reference.backward()

@@ -1,10 +1,12 @@
 """The update against Adam written out in float64, and what surrounds it."""
 
+from typing import Literal
+
 import pytest
 import torch
 
 from shared.errors import UserError
-from train.model.activations import BatchTopK
+from train.model.activations import BatchTopK, JumpReLU, ReLU, TopK
 from train.model.losses import AuxKConfig
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 from train.run.optimizer import CompiledAdam, Optimizer, OptimizerConfig, TorchAdam
@@ -14,9 +16,9 @@ D, O, F = 6, 5, 24
 NO_DEAD = torch.zeros(F, dtype=torch.bool)
 
 
-def make() -> Transcoder:
+def make(decoder_norm: Literal["unit", "free"] = "unit") -> Transcoder:
     activation = BatchTopK(k=4)
-    config = TranscoderConfig(d_sae=F).resolve(D, activation)
+    config = TranscoderConfig(d_sae=F, decoder_norm=decoder_norm).resolve(D, activation)
     model = Transcoder(D, O, config, activation, Normalisation(torch.zeros(D), 1.0, torch.zeros(O), 1.0))
     model.initialise(0)
     return model
@@ -37,10 +39,10 @@ def loss_of(model: Transcoder, seed: int) -> torch.Tensor:
 
 
 @KINDS
-@pytest.mark.parametrize("decoder_rate", [1.0, 4.0])
-def test_three_steps_equal_adam_written_out(kind: type, decoder_rate: float) -> None:
+@pytest.mark.parametrize(("decoder_rate", "norm"), [(1.0, "unit"), (4.0, "unit"), (2.0, "free")])
+def test_three_steps_equal_adam_written_out(kind: type, decoder_rate: float, norm: Literal["unit", "free"]) -> None:
     config = OptimizerConfig(lr=0.01, decoder_rate=decoder_rate, warmup_steps=1, decay_share=0.5, max_grad_norm=0.05)
-    model, plain = make(), make()
+    model, plain = make(norm), make(norm)
     optimizer = optimizer_of(kind, model, config, steps=4)
     moments = {
         name: (torch.zeros_like(p).double(), torch.zeros_like(p).double()) for name, p in plain.named_parameters()
@@ -52,9 +54,10 @@ def test_three_steps_equal_adam_written_out(kind: type, decoder_rate: float) -> 
         loss_of(plain, step).backward()
         grads = {name: p.grad.double() for name, p in plain.named_parameters() if p.grad is not None}
         W_dec = plain.W_dec.detach().double()
-        grads["W_dec"] -= (grads["W_dec"] * W_dec).sum(1, keepdim=True) * W_dec
-        norm = torch.stack([(g**2).sum() for g in grads.values()]).sum().sqrt()
-        scale = min(1.0, 0.05 / float(norm))
+        if norm == "unit":
+            grads["W_dec"] -= (grads["W_dec"] * W_dec).sum(1, keepdim=True) * W_dec
+        total = torch.stack([(g**2).sum() for g in grads.values()]).sum().sqrt()
+        scale = min(1.0, 0.05 / float(total))
         lr = 0.01 * [0.5, 1.0, 1.0][step]
         with torch.no_grad():
             for name, p in plain.named_parameters():
@@ -63,7 +66,8 @@ def test_three_steps_equal_adam_written_out(kind: type, decoder_rate: float) -> 
                 v.mul_(0.999).add_(0.001 * (scale * grads[name]) ** 2)
                 update = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
                 p.copy_(p.double() - lr * (decoder_rate if name == "W_dec" else 1) * update)
-            plain.W_dec.div_(plain.W_dec.norm(dim=1, keepdim=True))
+            if norm == "unit":
+                plain.W_dec.div_(plain.W_dec.norm(dim=1, keepdim=True))
         for name, p in plain.named_parameters():
             torch.testing.assert_close(dict(model.named_parameters())[name], p, rtol=2e-5, atol=2e-6, msg=name)
 
@@ -75,6 +79,28 @@ def test_decoder_rows_have_unit_norm_after_every_step(kind: type) -> None:
     for step in range(3):
         optimizer.step([loss_of(model, step)], step)
         torch.testing.assert_close(model.W_dec.norm(dim=1), torch.ones(F))
+
+
+@KINDS
+def test_decoder_rows_of_free_norm_start_at_zero_and_grow(kind: type) -> None:
+    model, unit = make("free"), make()
+    assert not model.W_dec.any() and torch.equal(model.W_enc, unit.W_enc)
+    optimizer = optimizer_of(kind, model, OptimizerConfig(lr=0.01), steps=10)
+    for step in range(6):
+        optimizer.step([loss_of(model, step)], step)
+    norms = model.W_dec.detach().norm(dim=1)
+    assert (norms > 0).all() and norms.std() > 1e-3
+    torch.testing.assert_close(model.unit_decoder() * norms[:, None], model.W_dec.detach())
+    model.W_dec.data[3] = 0
+    assert not model.unit_decoder()[3].any()
+
+
+def test_a_free_norm_is_chosen_where_k_is_fixed_and_refused_under_an_l1_penalty() -> None:
+    auto = TranscoderConfig(d_sae=F, decoder_norm="auto")
+    found = [auto.resolve(D, kind).decoder_norm for kind in (BatchTopK(k=4), TopK(k=4), JumpReLU(), ReLU())]
+    assert found == ["free", "free", "unit", "unit"]
+    with pytest.raises(UserError, match=r"decoder_norm = free and activation.kind = relu: .* use transcoder.decoder_n"):
+        TranscoderConfig(d_sae=F, decoder_norm="free").resolve(D, ReLU())
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_zero() -> None:

@@ -56,6 +56,7 @@ def test_planted_latents_move_what_is_on(per_row: str, rows: int, least: int) ->
     settings["diversity"]["orthogonality"] |= {"per_row": per_row, "rows": rows}
     settings["monitor"]["least_together"] = least
     prove(Settings.model_validate(settings))
+    prove(Settings.model_validate(settings | {"transcoder": {"decoder_norm": "free"}}))
     prove(OFF)
 
 

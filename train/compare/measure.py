@@ -116,7 +116,7 @@ class Measured:
     density: Tensor
     """[F] rows on which each is, without position 0"""
     W_dec: Tensor
-    """[F, O] on CPU"""
+    """[F, O] on CPU, each row divided by its norm"""
 
 
 def require_finished(run: Path, config: RunConfig) -> None:
@@ -137,7 +137,7 @@ def measure_run(run: Path, store: Store, l0: float) -> Measured:
     config, model, rows = loaded.config, loaded.transcoder, replace(loaded.rows, chunk_rows=_CHUNK_ROWS)
     threshold = threshold_at(model, rows, l0)
     held_out = held_out_active(model, rows, store.record.report_blocks, threshold)
-    rest, W_dec = held_out.without_position_0, model.W_dec.detach()
+    rest, W_dec = held_out.without_position_0, model.unit_decoder()
     trained_on = rest if store.exclusion and store.exclusion.position_0 else held_out.active
     live = torch.bincount(trained_on.latents, minlength=model.d_sae).nonzero().squeeze(1)
     density = torch.bincount(rest.latents, minlength=model.d_sae)

@@ -154,39 +154,64 @@ def nearest(
 
 
 def direction_loss(
-    W_dec: Tensor,  # [F, O] unit rows
+    W_dec: Tensor,  # [F, O]
     pairs: Pairs,
     margins: Tensor,  # [N]
     weights: Tensor | float = 1.0,  # [N]
+    unit: bool = True,
 ) -> Tensor:  # []
     """Weighted sum over pairs of the squared excess of their cosine over its margin; its gradient reaches both rows.
 
-    The gradient is added to `W_dec.grad`: so it comes from `backward`, and not from `torch.autograd.grad`.
+    The gradient is added to `W_dec.grad`: so it comes from `backward`, and not from `torch.autograd.grad`. Of `unit`
+    rows it is that of the product of two rows: its part along a row is the optimizer's to drop.
     """
-    return ((_Cosines.apply(W_dec, *pairs) - margins).relu().square() * weights).sum()
+    return ((_Cosines.apply(W_dec, *pairs, unit) - margins).relu().square() * weights).sum()
 
 
 class _Cosines(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, W_dec: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        ctx.save_for_backward(first, second)
-        ctx.W_dec = W_dec
-        if W_dec.device.type != "cpu":
-            return torch.linalg.vecdot(W_dec[first], W_dec[second])
-        found = W_dec.new_zeros(len(first))
-        pair_loops.dots(*(t.numpy() for t in (W_dec.detach(), first, second, found)))
+    def forward(ctx: Any, W_dec: Tensor, first: Tensor, second: Tensor, unit: bool) -> Tensor:
+        ctx.W_dec, ctx.unit = W_dec, unit
+        found = _dots(W_dec.detach(), first, second)
+        if unit:
+            ctx.save_for_backward(first, second)
+            return found
+        least = torch.finfo(found.dtype).tiny
+        sizes = [_dots(W_dec.detach(), side, side).sqrt().clamp_min(least) for side in (first, second)]
+        found = found / sizes[0] / sizes[1]
+        ctx.save_for_backward(first, second, found, *sizes)
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        (first, second), (grad,), W_dec = ctx.saved_tensors, grads, ctx.W_dec
+        (first, second, *rest), (grad,), W_dec = ctx.saved_tensors, grads, ctx.W_dec
         if W_dec.grad is None:
             W_dec.grad = torch.zeros_like(W_dec)
-        rows = W_dec.detach()
-        if rows.device.type == "cpu":
-            sides = (t.numpy() for t in (rows, first, second, grad.contiguous()))
-            pair_loops.add_partners(*sides, torch.get_num_threads(), W_dec.grad.numpy())
-            return None, None, None
+        if ctx.unit:
+            _add_partners(W_dec, first, second, grad)
+        else:  # d cosine / d row = (the other's direction - cosine * its own) / its norm
+            cosines, one, other = rest
+            _add_partners(W_dec, first, second, grad / one / other)
+            for side, size in ((first, one), (second, other)):  # its own row comes in twice
+                _add_partners(W_dec, side, side, -0.5 * grad * cosines / size / size)
+        return (None,) * 4
+
+
+def _dots(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:  # [N]
+    if rows.device.type != "cpu":
+        return torch.linalg.vecdot(rows[first], rows[second])
+    found = rows.new_zeros(len(first))
+    pair_loops.dots(*(t.numpy() for t in (rows, first, second, found)))
+    return found
+
+
+def _add_partners(W_dec: Tensor, first: Tensor, second: Tensor, weights: Tensor) -> None:
+    """Add to the gradient of each latent of a pair the row of the other, `weights` [N] times."""
+    rows, grad = W_dec.detach(), W_dec.grad
+    assert grad is not None
+    if rows.device.type == "cpu":
+        sides = (t.numpy() for t in (rows, first, second, weights.contiguous()))
+        pair_loops.add_partners(*sides, torch.get_num_threads(), grad.numpy())
+    else:
         for one, other in ((first, second), (second, first)):
-            W_dec.grad.index_put_((one,), grad.unsqueeze(1) * rows[other], accumulate=True)  # repeats in one order
-        return None, None, None
+            grad.index_put_((one,), weights.unsqueeze(1) * rows[other], accumulate=True)  # repeats in one order

@@ -154,7 +154,9 @@ class Diversity:
             if step % self.scan_every == 0:
                 self.mined = self._closest((~dead).nonzero().squeeze(1))
             alive = ~(dead[self.mined.first] | dead[self.mined.second])
-            loss = direction_loss(model.W_dec, self.mined, self._margins(self.mined), 2.0 * alive)
+            loss = direction_loss(
+                model.W_dec, self.mined, self._margins(self.mined), 2.0 * alive, model.has_unit_decoder
+            )
             terms["mined"] = scale * config.mined.weight * loss / model.d_sae
         return terms
 
@@ -218,7 +220,7 @@ class Diversity:
             pairs, weights = Pairs(*(side[weights > 0] for side in pairs)), weights[weights > 0]
         else:
             weights = torch.full_like(cosines, 2 / max(len(latents) * (len(latents) - 1), 1))
-        return config.every * direction_loss(model.W_dec, pairs, self._margins(pairs), weights)
+        return config.every * direction_loss(model.W_dec, pairs, self._margins(pairs), weights, model.has_unit_decoder)
 
     def _closest(self, latents: Tensor) -> Pairs:
         pairs, cosines = self._close(latents)
@@ -229,7 +231,7 @@ class Diversity:
     def _close(self, latents: Tensor) -> tuple[Pairs, Tensor]:
         model = self._transcoder
         floor = min(self._config.margin, self._config.cross_margin)
-        return close_pairs(model.W_dec, latents, floor, model.blas)
+        return close_pairs(model.unit_decoder(), latents, floor, model.blas)
 
     def _margins(self, pairs: Pairs) -> Tensor:
         group, config = self._transcoder.group, self._config

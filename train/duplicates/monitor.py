@@ -242,7 +242,8 @@ class CorrelationMonitor:
         before: CorrelationReport | None,
     ) -> list[CorrelatedPair]:
         model, (inner, outer) = self._transcoder, (measure(rest, pairs), measure(every, pairs))
-        cosines = torch.linalg.vecdot(*(model.W_dec.detach()[side.to(model.W_dec.device)] for side in pairs)).tolist()
+        rows = model.unit_decoder()
+        cosines = torch.linalg.vecdot(*(rows[side.to(rows.device)] for side in pairs)).tolist()
         fires = torch.bincount(every.latents * len(strata) + stratum[every.rows],
                                minlength=model.d_sae * len(strata)).view(model.d_sae, -1)  # fmt: skip
         shares = fires / torch.bincount(stratum, minlength=len(strata)).clamp_min(1)
@@ -273,7 +274,8 @@ class CorrelationMonitor:
     def _scan(self, done: int, every: SparseLatents, dead: Tensor) -> tuple[Directions, list[list[int]]]:
         model, live = self._transcoder, int((~dead).sum())
         latents = (~dead).nonzero().squeeze(1).to(model.W_dec.device)
-        close, cosines = close_pairs(model.W_dec.detach(), latents, min(LEVELS), model.blas)
+        rows = model.unit_decoder()
+        close, cosines = close_pairs(rows, latents, min(LEVELS), model.blas)
         nearest, inside = (torch.zeros(model.d_sae) for _ in range(2))
         within = model.group[close.first] == model.group[close.second]
         for side in close:
@@ -286,7 +288,7 @@ class CorrelationMonitor:
             share_within_segment_above={f"{level}": _share(inside > level, live) for level in LEVELS},
             largest=float(nearest.max()),
             effective_number=effective_number(close.kept(cosines > 0.7), latents, model.d_sae),
-            effective_rank=_effective_rank(model.W_dec.detach()[latents], model.blas),
+            effective_rank=_effective_rank(rows[latents], model.blas),
         )
         close, cosines = close.cpu(), cosines.cpu()
         same = (cosines >= self._config.cluster_cosine) & (

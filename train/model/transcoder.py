@@ -40,8 +40,12 @@ class TranscoderConfig(Config):
     whole_weight: float = Field(1.0, gt=0)
     """What the error of the whole transcoder weighs in the loss, over that of each smaller prefix: more of it makes the
     whole better and the smaller prefixes worse. The mean weight is 1."""
+    decoder_norm: Literal["auto", "unit", "free"] = "unit"
+    """`unit`: decoder rows have norm 1 throughout. `free`: they start at 0 and have the norm that training gives them,
+    as in sparsify's transcoders; the first steps then point each row at what its latent predicts, and the error is
+    lower. `auto`: `free` where k is fixed, `unit` where a penalty decides how many latents are active."""
     encoder_scale: float = Field(1.0, gt=0)
-    """Norm of the encoder's columns at the start, where decoder rows have norm 1."""
+    """Norm of the encoder's columns at the start."""
     skip: bool = False
     """Add a linear map from source to target beside the latents."""
 
@@ -55,7 +59,15 @@ class TranscoderConfig(Config):
         if prefixes[-1] != d_sae:
             raise UserError(f"transcoder.prefixes must end at d_sae = {d_sae}, got {list(prefixes)}")
         activation.check(d_sae)
-        return self.model_copy(update={"d_sae": d_sae, "prefixes": prefixes})
+        if self.decoder_norm == "free" and activation.needs_unit_decoder:
+            raise UserError(
+                f"transcoder.decoder_norm = free and activation.kind = {activation.kind}: its penalty is on latent "
+                "values, which would shrink while decoder rows grow; use transcoder.decoder_norm=unit"
+            )
+        norm = self.decoder_norm
+        if norm == "auto":
+            norm = "unit" if activation.expected_l0 is None else "free"
+        return self.model_copy(update={"d_sae": d_sae, "prefixes": prefixes, "decoder_norm": norm})
 
 
 class Normalisation(NamedTuple):
@@ -117,6 +129,8 @@ class Transcoder(nn.Module):
         assert isinstance(config.d_sae, int) and config.prefixes, "resolve the configuration first"
         self.d_sae, self.prefixes, self.activation = config.d_sae, config.prefixes, activation
         self._encoder_scale = config.encoder_scale
+        self.has_unit_decoder = config.decoder_norm == "unit"
+        """Whether decoder rows have norm 1."""
         self.W_enc = nn.Parameter(torch.zeros(self.d_sae, d_in).T)
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_out))
@@ -228,7 +242,10 @@ class Transcoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Random unit decoder rows; the encoder is their scaled transpose where widths agree, else random too."""
+        """Random unit decoder rows; the encoder is their scaled transpose where widths agree, else random too.
+
+        Where the norm of decoder rows is free they are 0 instead, and the encoder is what it would be.
+        """
         generator = torch.Generator().manual_seed(key_bits("transcoder", seed) % 2**63)
         self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=generator))
         self.normalise_decoder()
@@ -238,6 +255,8 @@ class Transcoder(nn.Module):
             rows = torch.randn(self.d_sae, self.W_enc.shape[0], generator=generator)
             self.W_enc.copy_((rows / rows.norm(dim=1, keepdim=True)).T)
         self.W_enc.mul_(self._encoder_scale)
+        if not self.has_unit_decoder:
+            self.W_dec.zero_()
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
@@ -250,6 +269,13 @@ class Transcoder(nn.Module):
         grad = self.W_dec.grad
         assert grad is not None
         grad.addcmul_(self.W_dec, (grad * self.W_dec).sum(dim=1, keepdim=True), value=-1)
+
+    def unit_decoder(self) -> Tensor:
+        """[F, O] the decoder rows without gradient, each divided by its norm; a row of 0 stays 0."""
+        rows = self.W_dec.detach()
+        if self.has_unit_decoder:
+            return rows
+        return rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
     def normalised(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B, D] and [B, O] shifted and scaled by the store's statistics."""

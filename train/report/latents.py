@@ -50,7 +50,7 @@ def latents_table(
     taken = [latents.schema.field(name) for name in _TAKEN] + [f for f in latents.schema if _stratum(f.name)]
     columns = {f.name: (latents[f.name].combine_chunks(), f.metadata[b"description"].decode()) for f in taken}
     live = torch.from_numpy(np.flatnonzero(latents["max"].is_valid().to_numpy()))
-    near, cosines = nearest(transcoder.W_dec, live, NEIGHBOURS, transcoder.blas)
+    near, cosines = nearest(transcoder.unit_decoder(), live, NEIGHBOURS, transcoder.blas)
     store = rows.store
     held_out = held_out_active(transcoder, rows, store.record.report_blocks, threshold)
     together, correlations = most_correlated(held_out.without_position_0, LEAST_TOGETHER, NEIGHBOURS)

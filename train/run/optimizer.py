@@ -25,8 +25,8 @@ class OptimizerConfig(Config):
     """Learning rate between warm-up and decay. `auto`: 0.004 for d_in up to 576, where it was measured, and for wider
     ones 0.004 * sqrt(576 / d_in), which was not (decisions/010)."""
     decoder_rate: float = Field(1.0, gt=0)
-    """The learning rate of `W_dec` over `lr`. Decoder rows have norm 1, and their part of the gradient along themselves
-    is dropped: Adam moves them as far as the encoder's columns, and they want 4 to 8 times that (decisions/010)."""
+    """The learning rate of `W_dec` over `lr`. Where decoder rows have norm 1, the gradient's part along each of them is
+    dropped: Adam moves them as far as the encoder's columns, and they want 4 to 8 times that (decisions/010)."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(0.999, ge=0, lt=1)
@@ -61,7 +61,7 @@ class OptimizerConfig(Config):
 
 
 class Optimizer:
-    """One step of Adam with clipping before and decoder normalisation after it."""
+    """One step of Adam with clipping before it, and after it decoder rows of norm 1 where they are to have it."""
 
     def __init__(self, transcoder: Transcoder, config: OptimizerConfig, steps: int) -> None:
         self._transcoder, self._config, self._steps = transcoder, config, steps
@@ -104,12 +104,14 @@ class TorchAdam:
 
     def update(self, lr: float, limit: float) -> Tensor:
         """Move the parameters by their gradients; returns the gradients' norm, which is scaled down to `limit`."""
-        self._transcoder.remove_parallel_gradient()
+        if self._transcoder.has_unit_decoder:
+            self._transcoder.remove_parallel_gradient()
         norm = nn.utils.clip_grad_norm_(self._transcoder.parameters(), limit)
         for group in self._adam.param_groups:
             group["lr"] = lr * group["times"]
         self._adam.step()
-        self._transcoder.normalise_decoder()  # after the step: what is saved has unit norm
+        if self._transcoder.has_unit_decoder:
+            self._transcoder.normalise_decoder()  # after the step: what is saved has unit norm
         return norm
 
     def state(self) -> dict[str, Tensor]:
@@ -147,7 +149,7 @@ class CompiledAdam:
         for name, parameter in self._transcoder.named_parameters():
             assert parameter.grad is not None
             rows = [_rows(tensor) for tensor in (parameter, parameter.grad, *self._moments[name])]
-            unit = name == "W_dec"
+            unit = name == "W_dec" and self._transcoder.has_unit_decoder
             along, squares = np.empty(len(rows[0]), rows[0].dtype), np.empty(len(rows[0]), np.float64)
             numba_loops.row_squares(rows[1], rows[0], unit, along, squares)
             square += float(squares.sum())

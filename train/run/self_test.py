@@ -100,13 +100,16 @@ def _together(active: SparseLatents, values: Tensor) -> float:
 
 def _planted(settings: Settings, rows: int) -> tuple[Transcoder, StepOutput, dict[str, slice]]:
     generator, activation = torch.Generator().manual_seed(0), BatchTopK(k=4)
-    config = TranscoderConfig(d_sae=32, prefixes=(16, 32)).resolve(16, activation)
+    norm = settings.transcoder.decoder_norm
+    config = TranscoderConfig(d_sae=32, prefixes=(16, 32), decoder_norm=norm).resolve(16, activation)
     model = Transcoder(16, 16, config, activation, Normalisation(torch.zeros(16), 1.0, torch.zeros(16), 1.0))
     model.initialise(0)
     model.blas = "numpy" if settings.blas == "numpy" else "torch"
     at_0 = max(2, rows // 4)
     dense = torch.rand(rows, 32, generator=generator) * (torch.rand(rows, 32, generator=generator) > 0.5)
     with torch.no_grad():
+        model.W_dec.copy_(torch.randn(model.W_dec.shape, generator=generator))
+        model.normalise_decoder()
         model.W_dec[_SAME[1]] = model.W_dec[_SAME[0]] + 0.05 * torch.randn(16, generator=generator)
         model.normalise_decoder()
     dense[at_0:, _SAME[0]] = torch.rand(rows - at_0, generator=generator)

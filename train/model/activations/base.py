@@ -29,6 +29,8 @@ class ActivationBase(Config, ABC):
     """The name of its own term in the loss, if it has one."""
     learns_thresholds: ClassVar[bool] = False
     """Whether each latent has a threshold that is trained."""
+    needs_unit_decoder: ClassVar[bool] = False
+    """Whether its penalty is on latent values, so that decoder rows must have norm 1."""
     takes_largest_of_batch: ClassVar[bool] = False
     """Whether a step selects a number of pairs from the whole batch, which a guarded search can do."""
 

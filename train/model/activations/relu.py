@@ -13,7 +13,7 @@ from train.model.sparse_latents import SparseLatents
 class ReLU(Penalised):
     """No threshold but 0, with an L1 penalty."""
 
-    penalty_name = "l1"
+    penalty_name, needs_unit_decoder = "l1", True
     kind: Literal["relu"] = "relu"
     l1_coefficient: float = Field(1e-2, ge=0)
     """Weight of the mean sum of latent values per row."""
