@@ -10,15 +10,11 @@ from typing import Any
 import click
 
 import shared.command_line
-from harvest.settings import EMBEDDED, Settings
-from shared.config import build, load_preset, override
+from harvest.settings import DEFAULT_PRESET, Settings, load_settings
 from shared.console.signals import stop_at_once
 from shared.console.terminal import say
 from shared.errors import UserError
 from shared.store.store import Local
-
-PRESETS = Path(__file__).parent / "presets"
-DEFAULT_PRESET = "tiny"
 
 
 @click.group(cls=shared.command_line.Commands)
@@ -59,13 +55,17 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _settings(preset: str, config: Path | None, assignments: tuple[str, ...], **given: Any) -> Settings:
+    return load_settings(preset, assignments, file=config, **given)
+
+
 @group.command()
 @request_options
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
 @shared.command_line.volume_options
 def run(cache: Path, force: bool, **given: Any) -> None:
     """Make the store of PRESET, or continue, extend or find it; prints its path last (a line per layer)."""
-    settings = resolve(**given)
+    settings = _settings(**given)
     from harvest.run.pipeline import harvest
 
     for path in harvest(settings, cache, force=force):
@@ -79,7 +79,7 @@ def run(cache: Path, force: bool, **given: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> None:
     """Say what `run` would write: rows and bytes by stratum, files, free disk. Refuses what does not fit."""
-    settings = resolve(**given)
+    settings = _settings(**given)
     from harvest.run import estimate, pipeline
 
     found = pipeline.estimates(settings, cache)
@@ -100,7 +100,7 @@ def list_all(cache: Path, as_json: bool, **given: Any) -> None:
     """List every setting with the value that `run` would take, its default and what it does. Runs nothing."""
     from shared.console.list_settings import list_settings, settings_as_json, show_settings
 
-    found = list_settings(resolve(**given))
+    found = list_settings(_settings(**given))
     if as_json:
         print(settings_as_json(found))
     else:
@@ -234,51 +234,6 @@ def rm(store: tuple[str, ...], cache: Path, yes: bool, dry_run: bool) -> None:
             print(f"removed {path}: {size:,} bytes")
     if not dry_run:
         stores.sweep(cache)
-
-
-def resolve(
-    *,
-    preset: str,
-    config: Path | None,
-    model: str | None,
-    text: tuple[str, ...],
-    layers: tuple[int, ...],
-    tokens: int | None,
-    seed: int | None,
-    assignments: tuple[str, ...],
-) -> Settings:
-    """The settings of a preset or file, with the options that were given, and then `--set`, on top."""
-    name = config.stem if config else preset
-    given = {
-        "model": {"name": model},
-        "text": {"name": text},
-        "capture": {"layers": layers},
-        "tokens": tokens,
-        "seed": seed,
-    }
-    settings = {"label": name, **load_preset(PRESETS, preset, config)}
-    for group, other in (("text", text), ("model", model)):
-        table = settings.get(group)
-        if other and isinstance(table, dict) and "name" in table:  # what else it says is said of that name
-            dropped = (*_OF_A_NAME, "streaming") if other == (EMBEDDED,) else _OF_A_NAME
-            settings[group] = {key: value for key, value in table.items() if key not in dropped}
-    for key, value in given.items():
-        settings = _put(settings, key, value)
-    return build(Settings, override(settings, assignments), f"settings of {name}")
-
-
-_OF_A_NAME = ("revision", "subset", "split", "column", "kind")
-
-
-def _put(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, dict):
-        table = settings.get(key, {})
-        if not isinstance(table, dict):
-            raise UserError(f"{key} is a value, expected a group of settings")
-        for name, inner in value.items():
-            table = _put(table, name, inner)
-        return {**settings, key: table}
-    return settings if value is None or value == () else {**settings, key: value}
 
 
 def main() -> None:

@@ -1,14 +1,20 @@
 """What a harvest can be told: one model per component. Every field is read; sizes carry their unit."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from shared.bounds import MAX_BLOCKS, MAX_CONTEXT, MAX_STRATA, Count, Edges, Label, Position, Seed, Sequences
-from shared.config import Config
+from shared.config import Config, assignments, build, load_preset, override
+from shared.errors import UserError
 from shared.store.layout import Documents, StorageType, check_strata
 
 EMBEDDED = "embedded"
+PRESETS = Path(__file__).parent / "presets"
+DEFAULT_PRESET = "tiny"
+_OF_A_NAME = ("revision", "subset", "split", "column", "kind")
 
 
 def _one_or_more(value: object) -> object:
@@ -133,3 +139,49 @@ class Settings(Config):
     def _strata(self) -> "Settings":
         check_strata(self.store.edges, self.store.keep, self.store.cap, self.windows.context_size)
         return self
+
+
+def load_settings(
+    preset: str = DEFAULT_PRESET,
+    changes: Mapping[str, object] | Sequence[str] = (),
+    *,
+    file: Path | None = None,
+    model: str | None = None,
+    text: Sequence[str] = (),
+    layers: Sequence[int] = (),
+    tokens: int | None = None,
+    seed: int | None = None,
+) -> Settings:
+    """Read the settings of a preset, or of a TOML `file` in its place, with what is given, and then `changes`, put in.
+
+    `changes`: values by dotted name, such as {"windows.context_size": 128}, or as `--set` takes them. Raises
+    `UserError` that names the setting.
+    """
+    name, texts = file.stem if file else preset, (text,) if isinstance(text, str) else tuple(text)
+    given = {
+        "model": {"name": model},
+        "text": {"name": texts},
+        "capture": {"layers": tuple(layers)},
+        "tokens": tokens,
+        "seed": seed,
+    }
+    settings = {"label": name, **load_preset(PRESETS, preset, file)}
+    for group, other in (("text", texts), ("model", model)):
+        table = settings.get(group)
+        if other and isinstance(table, dict) and "name" in table:  # what else it says is said of that name
+            dropped = (*_OF_A_NAME, "streaming") if other == (EMBEDDED,) else _OF_A_NAME
+            settings[group] = {key: value for key, value in table.items() if key not in dropped}
+    for key, value in given.items():
+        settings = _put(settings, key, value)
+    return build(Settings, override(settings, assignments(changes)), f"settings of {name}")
+
+
+def _put(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        table = settings.get(key, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{key} is a value, expected a group of settings")
+        for name, inner in value.items():
+            table = _put(table, name, inner)
+        return {**settings, key: table}
+    return settings if value is None or value == () else {**settings, key: value}

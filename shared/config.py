@@ -4,11 +4,12 @@ A field that does not exist is an error, and the message names the nearest one t
 """
 
 import difflib
+import json
 import re
 import reprlib
 import sys
 import tomllib
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -120,6 +121,13 @@ def override(settings: dict[str, Any], assignments: Iterable[str], *, variants: 
             table.clear()
         table[last] = value
     return result
+
+
+def assignments(changes: Mapping[str, object] | Sequence[str]) -> list[str]:
+    """Return changes of settings as `override` takes them: those that are values by dotted name as `NAME=VALUE`."""
+    if isinstance(changes, Mapping):
+        return [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+    return list(changes)
 
 
 def brief(value: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from harvest.settings import load_settings
 from harvest.text.corpus import open_corpus
 from shared.store.layout import STORE
 from shared.store.store import Store
@@ -73,19 +74,16 @@ def test_what_model_or_text_cannot_give(small: Line, tmp_path: Path, arguments: 
 
 
 def test_text_and_model_by_option_leave_the_presets_columns_and_revisions_behind(tmp_path: Path) -> None:
-    from harvest.cli import resolve
-
-    nothing: dict[str, Any] = {"config": None, "model": None, "text": (), "layers": (), "tokens": None, "seed": None}
-    given = {**nothing, "preset": "gemma-2-2b", "text": ("chats.jsonl",), "model": "folder"}
-    found = resolve(**given, assignments=("text.kind=messages",))
+    kind = {"text.kind": "messages"}
+    found = load_settings("gemma-2-2b", kind, text=("chats.jsonl",), model="folder")
     assert (found.text.name, found.text.column, found.text.kind) == (("chats.jsonl",), None, "messages")
     assert found.text.streaming and found.model.dtype == "bfloat16"
-    whole = resolve(**{**nothing, "preset": "gemma-2-2b"}, assignments=("text.kind=messages",)).text
+    whole = load_settings("gemma-2-2b", kind).text
     assert (whole.name, whole.column, whole.kind) == (("monology/pile-uncopyrighted",), "text", "messages")
-    embedded = resolve(**{**nothing, "preset": "gemma-2-2b", "text": ("embedded",)}, assignments=()).text
+    embedded = load_settings("gemma-2-2b", text="embedded").text
     assert open_corpus(embedded, None, 0).identity.name == "embedded"
     (tmp_path / "mine.toml").write_text('tokens = 1\n[text]\ncolumn = "body"\n[model]\nrevision = "v1"\n')
-    mine = resolve(**{**given, "preset": "tiny", "config": tmp_path / "mine.toml"}, assignments=())
+    mine = load_settings("tiny", file=tmp_path / "mine.toml", text=("chats.jsonl",), model="folder")
     assert (mine.text.column, mine.model.revision) == ("body", "v1")  # said of no other text, and of no other model
 
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 import harvest.cli
 import train.cli
 from shared.command_line import Commands
-from shared.config import build, names_of
+from shared.config import names_of
 from shared.console.list_settings import list_settings
 from shared.store.store import Store
 from tests.stores import SyntheticStore
@@ -17,7 +17,7 @@ from train.run.settings import Settings, load_settings, resolve
 
 
 def test_every_setting_is_listed_with_its_value_default_and_what_it_may_be() -> None:
-    settings = build(Settings, load_settings("tiny", None, ["activation.kind=jumprelu", "steps=9"]), "tiny")
+    settings = load_settings("tiny", {"activation.kind": "jumprelu", "steps": 9})
     found = {one.name: one for one in list_settings(settings)}
     jumprelu = {name for name in names_of(Settings) if not name.startswith("activation.")}
     jumprelu |= {f"activation.{name}" for name in type(settings.activation).model_fields}
@@ -35,7 +35,7 @@ def test_the_settings_on_a_store_are_those_of_a_run(synthetic: SyntheticStore) -
     args = ["settings", "tiny", "--store", str(store.path), "--set", "transcoder.d_sae=8x", "--json"]
     done = CliRunner().invoke(train.cli.main, args, catch_exceptions=False)
     found = {one["name"]: one["value"] for one in json.loads(done.stdout)}
-    settings = build(Settings, load_settings("tiny", None, ["transcoder.d_sae=8x"]), "tiny")
+    settings = load_settings("tiny", ["transcoder.d_sae=8x"])
     expected = {one.name: one.value for one in list_settings(resolve(store, settings, None).settings)}
     assert found == json.loads(json.dumps(expected))
     assert found["transcoder.d_sae"] == 8 * store.record.d_in and found["kernels"] == "compiled"

@@ -17,7 +17,7 @@ from shared.store.reader import RowsConfig
 from shared.store.store import Local, Store
 from tests.stores import SyntheticStore, flip, make_store
 from tests.test_reader import naive_stream
-from train.data.batches import BatchReader, Side, StoreRows
+from train.data.batches import BatchReader, Side, StoreRows, batches
 
 CPU = torch.device("cpu")
 
@@ -229,3 +229,15 @@ def test_StoreRows_are_all_rows_of_their_blocks_in_order(synthetic: SyntheticSto
             for side in ("source", "target"):
                 found = torch.cat([getattr(chunk, side) for chunk in chunks if chunk.stratum == name])
                 assert torch.equal(found, torch.from_numpy(synthetic.values(f"strata/{name}/{side}")[rows]))
+
+
+def test_batches_from_python_are_those_that_a_run_trains_on(synthetic: SyntheticStore) -> None:
+    store, rows = Store.open(synthetic.path), RowsConfig(batch_rows=24)
+    view = store.excluding(rows.exclusion(store, figures=True))
+    reader = BatchReader(view, rows.training_blocks(store), rows, 3, torch.device("cpu"))
+    found = [(b.source.clone(), b.target.clone(), b.strata) for b in batches(store, 5, seed=3, rows=rows)]
+    assert len(found) == 5
+    for step, (source, target, strata) in enumerate(found):
+        expected = reader.batch(step)
+        assert torch.equal(source, expected.source) and torch.equal(target, expected.target)
+        assert strata == expected.strata

@@ -56,6 +56,19 @@ def test_rows_belong_to_their_tokens(pristine):
     assert (bos == bos[0]).all()
 
 
+def test_the_context_of_a_row_is_the_window_that_it_is_from(pristine):
+    store = Store.open(pristine.path)
+    name, row = "001-004", 5
+    window, place = store.context_of(name, row)
+    part = store.strata[name]
+    sequence = int(read(part.sequence, row, row + 1)[0])
+    assert place == int(read(part.offset, row, row + 1)[0])
+    assert window.tolist() == read(store.tokens, sequence, sequence + 1)[0].tolist()
+    rows = store.record.blocks * part.stratum.rows
+    with pytest.raises(IndexError, match=f"stratum 001-004 has {rows:,} rows, not row {rows}"):
+        store.context_of(name, rows)
+
+
 @pytest.fixture(scope="module")
 def cut_store(tmp_path_factory) -> SyntheticStore:
     with pytest.MonkeyPatch.context() as patch:

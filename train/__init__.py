@@ -1,24 +1,49 @@
 """Stage 2: train transcoders from a store, and use them. No LLM library is imported.
 
-from train import Transcoder
-transcoder = Transcoder.load("runs/tiny-001")
+from train import Transcoder, load_settings, train
+run = train("cache/tiny-L8-4656e6", load_settings("tiny", {"steps": 300}), "runs/short")
+transcoder = Transcoder.load(run)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from train.commands import evaluate, resume, sample, train, write_report
+    from train.compare.arms import compare_runs
+    from train.data.batches import batches
     from train.model.transcoder import Transcoder, TranscoderOutput
     from train.run.load_run import LoadedRun, load_run
+    from train.run.settings import Settings, load_settings
 
-__all__ = ["LoadedRun", "Transcoder", "TranscoderOutput", "load_run"]
+_PLACES = {
+    "train.commands": ("evaluate", "resume", "sample", "train", "write_report"),
+    "train.compare.arms": ("compare_runs",),
+    "train.data.batches": ("batches",),
+    "train.model.transcoder": ("Transcoder", "TranscoderOutput"),
+    "train.run.load_run": ("LoadedRun", "load_run"),
+    "train.run.settings": ("Settings", "load_settings"),
+}
+__all__ = [
+    "LoadedRun",
+    "Settings",
+    "Transcoder",
+    "TranscoderOutput",
+    "batches",
+    "compare_runs",
+    "evaluate",
+    "load_run",
+    "load_settings",
+    "resume",
+    "sample",
+    "train",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import what is exported when it is first asked for: torch takes seconds, and `--help` needs none of it."""
-    if name in ("Transcoder", "TranscoderOutput"):
-        from train.model import transcoder as module
-    elif name in ("LoadedRun", "load_run"):
-        from train.run import load_run as module  # type: ignore[no-redef]
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(module, name)
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

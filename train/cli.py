@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 import shared.command_line
-from shared.config import build
 from shared.console.terminal import Volume, volume
 from shared.errors import UserError
 from shared.files import durable
@@ -78,16 +77,15 @@ def run(
     local: Local | None,
 ) -> None:
     """Train a transcoder. Prints the run's path as its last line."""
-    from train.run.settings import Settings, load_settings
+    from train.run.settings import load_settings
 
     short = [f"{key}={value}" for key, value in (("steps", steps), ("seed", seed)) if value is not None]
-    raw = load_settings(preset, file, [*assignments, *short])
-    settings = build(Settings, raw, str(file) if file else f"preset {preset}")
-    from train.commands import start
+    settings = load_settings(preset, [*assignments, *short], file=file)
+    from train.commands import train
 
     opened = Store.open(store, local)
     path = runs / (name or _free_name(runs, file.stem if file else preset))
-    start(opened, settings, path, init_from, force=force, fallback=fallback, project=project)
+    train(opened, settings, path, init_from=init_from, force=force, fallback=fallback, project=project)
     _summarise(path)
     click.echo(path)
 
@@ -101,11 +99,9 @@ def run(
 def list_all(preset: str, store: Path | None, file: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
     """List every setting with the value that `run` would take, its default and what it does. Runs nothing."""
     from shared.console.list_settings import list_settings, settings_as_json, show_settings
-    from train.run.settings import Settings, load_settings, resolve
+    from train.run.settings import load_settings, resolve
 
-    settings = build(
-        Settings, load_settings(preset, file, list(assignments)), str(file) if file else f"preset {preset}"
-    )
+    settings = load_settings(preset, assignments, file=file)
     if store:
         settings = resolve(Store.open(store), settings, None).settings
     found = list_settings(settings)
@@ -136,7 +132,7 @@ def resume(
     """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit."""
     from train.commands import resume as resume_run
 
-    resume_run(run, store, local, fallback=fallback, threads=threads, inexact=inexact, project=project)
+    resume_run(run, store=store, local=local, fallback=fallback, threads=threads, inexact=inexact, project=project)
     _summarise(run)
     click.echo(run)
 
@@ -177,15 +173,15 @@ def checkpoints(run: Path, as_json: bool) -> None:
 @shared.command_line.local_options
 def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool, local: Local | None) -> None:
     """Held-out figures of a checkpoint, by stratum and prefix. Changes nothing."""
-    from train.commands import evaluate_run
+    from train.commands import evaluate as evaluate_run
     from train.tables import print_evaluation
 
-    found, evaluation, map_fvu = evaluate_run(run, store, local, step, linear)
+    found, evaluation, map_fvu = evaluate_run(run, store=store, local=local, step=step, linear=linear)
     if as_json:
         extra = {"linear_fvu": map_fvu} if linear else {}
-        click.echo(json.dumps({"step": found.step} | evaluation.model_dump(mode="json") | extra, indent=2))
+        click.echo(json.dumps({"step": found} | evaluation.model_dump(mode="json") | extra, indent=2))
     else:
-        print_evaluation(evaluation, f"{run}, step {found.step}", map_fvu)
+        print_evaluation(evaluation, f"{run}, step {found}", map_fvu)
 
 
 @main.command()
@@ -207,9 +203,9 @@ def samples(
     local: Local | None,
 ) -> None:
     """Write contexts in which each latent of a checkpoint is active. Prints the file's path as its last line."""
-    from train.commands import sample_run
+    from train.commands import sample
 
-    path, record = sample_run(run, store, local, step, rows, assignments)
+    path, record = sample(run, store=store, local=local, step=step, rows=rows, assignments=assignments)
     if as_json:
         click.echo(json.dumps(record.model_dump(mode="json") | {"path": str(path)}, indent=2))
         return
@@ -242,10 +238,10 @@ def report(
 
     Prints the page's path as its last line.
     """
-    from train.commands import report_run
+    from train.commands import write_report
     from train.tables import print_verdict
 
-    path, found = report_run(run, store, local, step, linear, project)
+    path, found = write_report(run, store=store, local=local, step=step, linear=linear, project=project)
     if as_json:
         click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
         return
@@ -276,14 +272,14 @@ def compare(
     runs: tuple[Path, ...], store: Path | None, l0: float | None, matched_latents: int, html: Path | None, as_json: bool
 ) -> None:
     """Held-out figures of RUNS of one store side by side; those that differ in their seed alone are one arm."""
-    from train.compare.arms import compare as compare_runs
+    from train.compare.arms import compare_runs
     from train.compare.comparison_table import print_comparison
 
     if html:  # before all the measuring
         durable.make_folder(html.parent)
         if not os.access(html.parent, os.W_OK):
             raise UserError(f"--html {html}: the folder cannot be written to; name a file in another one")
-    found = compare_runs(runs, store, l0, matched_latents)
+    found = compare_runs(runs, store=store, l0=l0, matched_latents=matched_latents)
     if html:
         from train.report import comparison_page
 

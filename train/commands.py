@@ -1,17 +1,18 @@
-"""What the command line does: start, resume, evaluate, sample and report on a run."""
+"""What the commands do, for the command line and for Python: train, resume, evaluate, sample and report on a run."""
 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shared.config import build, override
 from shared.console.terminal import say
 from shared.errors import DiskFull, Stopped, UserError
 from shared.files import durable
 from shared.store.store import Local, Store
-from train.evaluation.evaluate import Evaluation, calibrate, evaluate
+from train.evaluation.evaluate import Evaluation, calibrate
+from train.evaluation.evaluate import evaluate as evaluate_rows
 from train.evaluation.linear_baseline import linear_map_fvu
 from train.model import checkpoint
 from train.model.checkpoint import CONFIG, Checkpoint, Listed
@@ -30,21 +31,23 @@ _BEFORE_CONFIG = {".lock", CONFIG + durable.TEMPORARY}
 """What a run that was killed before its configuration was written leaves; it is started again."""
 
 
-def start(
-    store: Store,
+def train(
+    store: Store | Path | str,
     settings: Settings,
-    run: Path,
-    init_from: Path | None,
+    run: Path | str,
     *,
-    force: bool,
+    init_from: Path | None = None,
+    force: bool = False,
     fallback: Path | None = None,
     project: str | None = None,
 ) -> Path:
-    """Train from step 0 in the new folder `run`, mirrored to a W&B `project` if there is one. Returns `run`.
+    """Train from step 0 in the new folder `run`. Returns `run`.
 
-    `fallback`: where checkpoints go when the disk of `run` is full. Raises `UserError` when `run` exists, the settings
-    do not fit the store, or the checkpoints do not fit the disk.
+    `init_from`: a run whose newest weights to start from. `force`: start although the checkpoints may not fit the disk.
+    `fallback`: where checkpoints go when the disk of `run` is full. `project`: one of W&B that the run is sent to.
+    Raises `UserError` when `run` exists, the settings do not fit the store, or the checkpoints do not fit the disk.
     """
+    store, run = store if isinstance(store, Store) else Store.open(store), Path(run)
     config = resolve(store, settings, init_from)
     exists = UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
     if run.exists() and {path.name for path in run.iterdir()} - _BEFORE_CONFIG:
@@ -89,10 +92,10 @@ def left_out(store: Store, blocks: range) -> str:
 
 
 def resume(
-    run: Path,
-    store_path: Path | None,
-    local: Local | None,
+    run: Path | str,
     *,
+    store: Path | None = None,
+    local: Local | None = None,
     fallback: Path | None = None,
     project: str | None = None,
     threads: int | None = None,
@@ -104,21 +107,22 @@ def resume(
     another processor or other versions of libraries do. Checkpoints that are in the `fallback` folder are brought home.
     With a W&B `project`, all of the run that is not mirrored yet is.
     """
+    run = Path(run)
     config = read_config(run)
     if threads and threads != config.settings.threads:
         inexact = True
         config = config.model_copy(update={"settings": config.settings.model_copy(update={"threads": threads})})
-    store = Store.open(store_path or config.store, local)
-    if store.request.digest != config.request:
+    opened = Store.open(store or config.store, local)
+    if opened.request.digest != config.request:
         raise UserError(
-            f"{run} was trained on request {config.request[:6]}, {store.path} is {store.request.digest[:6]}"
+            f"{run} was trained on request {config.request[:6]}, {opened.path} is {opened.request.digest[:6]}"
         )
     elsewhere = _fallback(run, fallback, (run / CONFIG).read_bytes())
-    with store.reading(), durable.lock(run / ".lock", f"run {run}"), _resumable(run):
+    with opened.reading(), durable.lock(run / ".lock", f"run {run}"), _resumable(run):
         durable.sweep(run)
         found = _newest(run, elsewhere)
         source = find_initial(config.init_from, config) if config.init_from and not found else None
-        continued = Trainer(store, config, run, initial=source, resumed=found, fallback=elsewhere, inexact=inexact)
+        continued = Trainer(opened, config, run, initial=source, resumed=found, fallback=elsewhere, inexact=inexact)
         with mirrored(run, project):
             continued.train()
     return run
@@ -159,53 +163,80 @@ def _resumable(run: Path) -> Iterator[None]:
         raise Stopped(f"stopped at once; continue with: python -m train resume {run}") from error
 
 
-def list_checkpoints(run: Path) -> list[Listed]:
-    """All checkpoints of `run`, oldest first, each read and verified. Raises `UserError` when `run` is no run."""
+def list_checkpoints(run: Path | str) -> list[Listed]:
+    """List all checkpoints of `run`, oldest first, each read and verified. Raises `UserError` when `run` is no run."""
+    run = Path(run)
     read_config(run)
     return [checkpoint.listed(path) for path in checkpoint.steps(run)]
 
 
-def evaluate_run(
-    run: Path, store_path: Path | None, local: Local | None, step: int | None, linear: bool
-) -> tuple[Checkpoint, Evaluation, float | None]:
-    """Evaluate a checkpoint of `run` with thresholds calibrated on the store, and the best linear map if asked for."""
-    config = read_config(run)
-    found = checkpoint.find(run, step)
-    store = open_store(run, config, store_path, local)
-    with store.reading():
-        loaded = load_run(run, store=store, found=found)
-        transcoder, rows = loaded.transcoder, loaded.rows
-        threshold = calibrate(transcoder, rows)
-        evaluation = evaluate(transcoder, rows, threshold, config.settings.seed)
-        return found, evaluation, linear_map_fvu(rows, threshold.device) if linear else None
+class Evaluated(NamedTuple):
+    """What `evaluate` found."""
+
+    step: int
+    """Of the checkpoint."""
+    evaluation: Evaluation
+    linear_fvu: float | None
+    """Fvu of the best linear map; none unless asked for."""
 
 
-def sample_run(
-    run: Path,
-    store_path: Path | None,
-    local: Local | None,
-    step: int | None,
-    rows: int | None,
-    assignments: Sequence[str],
+def evaluate(
+    run: Path | str,
+    *,
+    store: Path | None = None,
+    local: Local | None = None,
+    step: int | None = None,
+    linear: bool = False,
+) -> Evaluated:
+    """Evaluate a checkpoint of `run`, the newest or that of `step`, with thresholds calibrated on the store.
+
+    `linear`: also fit the best linear map on the training rows. Changes nothing. Raises `UserError` when there is no
+    such run, checkpoint or store.
+    """
+    run = Path(run)
+    config, found = read_config(run), checkpoint.find(run, step)
+    opened = open_store(run, config, store, local)
+    with opened.reading():
+        loaded = load_run(run, store=opened, found=found)
+        threshold = calibrate(loaded.transcoder, loaded.rows)
+        evaluation = evaluate_rows(loaded.transcoder, loaded.rows, threshold, config.settings.seed)
+        return Evaluated(found.step, evaluation, linear_map_fvu(loaded.rows, threshold.device) if linear else None)
+
+
+def sample(
+    run: Path | str,
+    *,
+    store: Path | None = None,
+    local: Local | None = None,
+    step: int | None = None,
+    rows: int | None = None,
+    assignments: Sequence[str] = (),
 ) -> tuple[Path, SamplesRecord]:
     """Write samples of a checkpoint of `run`, as its settings say but for `rows` and `assignments`.
 
     Returns the file of the contexts, and what it was made from. A run that makes none of its own gets as many as one
     that does. Raises `UserError` when an assignment is not of samples, and `DiskFull`.
     """
+    run = Path(run)
     config = read_config(run)
     settings = _samples_config(config.settings.samples, rows, assignments)
     found = checkpoint.find(run, step)
-    store = open_store(run, config, store_path, local)
-    with store.reading(), durable.lock(run / ".lock", f"run {run}"):
+    opened = open_store(run, config, store, local)
+    with opened.reading(), durable.lock(run / ".lock", f"run {run}"):
         durable.sweep(run)
         use_threads(config.settings.threads)
-        samples = samples_of(load_run(run, store=store, found=found), settings)
+        samples = samples_of(load_run(run, store=opened, found=found), settings)
         return samples.publish(run), samples.record
 
 
-def report_run(
-    run: Path, store_path: Path | None, local: Local | None, step: int | None, linear: bool, project: str | None
+def write_report(
+    run: Path | str,
+    *,
+    store: Path | None = None,
+    local: Local | None = None,
+    step: int | None = None,
+    linear: bool = False,
+    project: str | None = None,
 ) -> tuple[Path, "Report"]:
     """Write the report of a checkpoint of `run`, and mirror its plots to a W&B `project` if there is one.
 
@@ -214,6 +245,7 @@ def report_run(
     """
     from train.report.make_report import HTML, make_report, plots  # they take half a second to import
 
+    run = Path(run)
     config = read_config(run)
     found = checkpoint.find(run, step)
     if project and found.step < (steps := config.settings.steps):
@@ -221,16 +253,16 @@ def report_run(
             f"--wandb mirrors reports of finished runs, and this one is of step {found.step} of {steps} of {run}; "
             f"finish it with: python -m train resume {run} --wandb"
         )
-    store = open_store(run, config, store_path, local)
-    with store.reading(), durable.lock(run / ".lock", f"run {run}"):
+    opened = open_store(run, config, store, local)
+    with opened.reading(), durable.lock(run / ".lock", f"run {run}"):
         durable.sweep(run)
         use_threads(config.settings.threads)  # first, for the last bits of what follows
-        report = make_report(load_run(run, store=store, found=found), linear=linear)
+        made = make_report(load_run(run, store=opened, found=found), linear=linear)
         if project:
-            durable.publish_json(run / FOLDER / REPORT, plots(report))
+            durable.publish_json(run / FOLDER / REPORT, plots(made))
             with mirrored(run, project):
-                pass  # the trainer has ended: the mirror takes what it lacks
-        return run / HTML, report
+                pass  # the trainer has ended: what W&B lacks is sent
+        return run / HTML, made
 
 
 def _samples_config(given: SamplesConfig, rows: int | None, assignments: Sequence[str]) -> SamplesConfig:

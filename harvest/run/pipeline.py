@@ -50,14 +50,14 @@ class Inputs:
     """Blocks that hold at least the tokens asked for."""
 
 
-def harvest(settings: Settings, cache: Path, *, force: bool = False) -> list[Path]:
+def harvest(settings: Settings, cache: Path | str, *, force: bool = False) -> list[Path]:
     """Make (or find, or extend) one store per layer in `cache`; returns their folders, in order of the layers.
 
     Finished stores are found without torch. `force` goes on where the disk looks too small. Of several processes, the
     first plans and finishes the stores, under a lock that it then shares with the others, and returns the folders.
     """
     inputs = identify(settings)
-    paths = [cache / request.folder for request in inputs.requests]
+    paths = [Path(cache) / request.folder for request in inputs.requests]
     with Ranks() as ranks, ExitStack() as locks:
         if ranks.first:
             with ranks.leading():
@@ -76,10 +76,10 @@ def harvest(settings: Settings, cache: Path, *, force: bool = False) -> list[Pat
     return paths if ranks.first else []
 
 
-def estimates(settings: Settings, cache: Path) -> list[Estimate]:
+def estimates(settings: Settings, cache: Path | str) -> list[Estimate]:
     """What `harvest` would write, a store per layer; no weights are loaded, nothing is written."""
     inputs = identify(settings)
-    targets = [load_target(cache / request.folder, request) for request in inputs.requests]
+    targets = [load_target(Path(cache) / request.folder, request) for request in inputs.requests]
     widths = hook_widths(targets, inputs)
     return [estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets]
 

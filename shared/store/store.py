@@ -331,6 +331,23 @@ class Store:
         """The document of each token [sequences, context]."""
         return MappedArray(self.path / ARRAYS, documents_spec(self.request), self.record.blocks, self._local)
 
+    def context_of(self, stratum: str, row: int) -> tuple[NDArray[Any], int]:
+        """Return the token window [context] that a row of a stratum is from, and the place of the row's token in it.
+
+        Raises `KeyError` when there is no such stratum, and `IndexError` when it has no such row.
+        """
+        part = self.strata[stratum]
+        if not 0 <= row < self.record.blocks * part.stratum.rows:
+            raise IndexError(f"stratum {stratum} has {self.record.blocks * part.stratum.rows:,} rows, not row {row}")
+        at = []
+        for array in (part.sequence, part.offset):
+            found = np.empty(1, array.spec.dtype)
+            array.read(row, row + 1, found)
+            at.append(int(found[0]))
+        window = np.empty((1, self.request.context_size), self.tokens.spec.dtype)
+        self.tokens.read(at[0], at[0] + 1, window)
+        return window[0], at[1]
+
     @property
     def tokenizer(self) -> Path:
         """The folder with the tokenizer's files."""

@@ -68,14 +68,12 @@ def compare(store: str) -> None:
 
 def worker(store: str, arm: str) -> dict[str, float]:
     """One run: its processor seconds, those of its checkpoints on the way, and how long they held training up."""
-    from shared.config import build
     from shared.errors import Stopped
-    from shared.store.store import Store
     from train import commands
     from train.run import trainer
     from train.run.metrics import TIMING, Log
     from train.run.saver import Saver
-    from train.run.settings import Settings, load_settings
+    from train.run.settings import load_settings
 
     found = {"inside": 0.0, "beside": 0.0, "held_up": 0.0, "count": 0.0}
     checkpoint, write = trainer.Trainer._checkpoint, Saver._try
@@ -100,7 +98,7 @@ def worker(store: str, arm: str) -> dict[str, float]:
         return real(self, done)
 
     real = trainer.Trainer._step
-    raw = load_settings("tiny", None, [*OPTIONS, f"checkpoint.background={ARMS[arm]}"])
+    settings = load_settings("tiny", [*OPTIONS, f"checkpoint.background={ARMS[arm]}"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "run")
         with ExitStack() as stack:
@@ -111,7 +109,7 @@ def worker(store: str, arm: str) -> dict[str, float]:
             ):
                 stack.enter_context(patch.object(place, name, measured))
             stack.enter_context(suppress(Stopped))
-            commands.start(Store.open(Path(store)), build(Settings, raw, "bench"), path, None, force=False)
+            commands.train(store, settings, path)
         row = next(row for row in Log(path / TIMING).rows() if row["step"] == STEPS)
         return found | {"run": row["cpu_seconds"]}
 

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from numcodecs import Blosc
 
-from harvest.cli import PRESETS
 from harvest.llm.model import load_model
 from harvest.run import pipeline
 from harvest.run.capture import Capture, fitting_buffers, open_capture
 from harvest.run.ranks import Ranks
 from harvest.run.runner import Blocks
-from harvest.settings import Settings
+from harvest.settings import PRESETS, Settings
 from harvest.writer import ledger
 from harvest.writer.blocks import block_layout
 from harvest.writer.target import Target, load_target, read_block

@@ -19,7 +19,6 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from shared.config import build
 from shared.files import durable
 from shared.store.store import Store
 from tests.bench.judge import Rows, Weights, judge
@@ -110,7 +109,7 @@ def summary(arm: str, found: list[dict[str, float]]) -> dict[str, tuple[float, s
 def measured(options: argparse.Namespace, arm: str, seed: int) -> dict[str, float]:
     """One run's figures; trained and judged if they are not kept."""
     given = [*options.set, *SMALL]
-    base = build(Settings, load_settings(options.preset, None, given), "the bench")
+    base = load_settings(options.preset, given)
     store = Store.open(options.store)
     lr = base.optimizer.resolve(base.steps, store.record.d_in).lr
     assert isinstance(lr, float) and base.activation.kind == "batchtopk"

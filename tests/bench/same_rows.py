@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shared.config import build
 from shared.files import durable
 from shared.store.store import Store
 from shared.store.strata import POSITION_0
@@ -34,7 +33,7 @@ from train.evaluation.evaluate import natural_weights
 from train.model import checkpoint
 from train.run.load_run import build_transcoder
 from train.run.metrics import METRICS, TIMING, Log
-from train.run.settings import RunConfig, Settings, load_settings, read_config, resolve
+from train.run.settings import RunConfig, load_settings, read_config, resolve
 
 CPU = torch.device("cpu")
 
@@ -121,7 +120,7 @@ class SameRows:
     def _resolved(self, sets: list[str]) -> tuple[Store, RunConfig]:
         """The store, and the run of these settings."""
         store = Store.open(self._options.store)
-        config = resolve(store, build(Settings, load_settings("tiny", None, sets), "the bench"), None)
+        config = resolve(store, load_settings("tiny", sets), None)
         return store.excluding(config.exclusion), config
 
     def _judge(self, name: str, weights: Path) -> dict[str, Any]:

@@ -57,8 +57,12 @@ class Comparison(Config):
     """In the order in which the runs were given; others are compared with the first."""
 
 
-def compare(runs: Sequence[Path], store_path: Path | None, l0: float | None, matched_latents: int) -> Comparison:
+def compare_runs(
+    runs: Sequence[Path], *, store: Path | None = None, l0: float | None = None, matched_latents: int = 4096
+) -> Comparison:
     """Measure finished `runs` on one store at one l0: that of their k, unless another is given.
+
+    `store`: where it is now, if it was moved. `matched_latents`: as many are matched across seeds, at most.
 
     Raises `UserError` when there are none, one is not finished, two are one run, they are not of one store, or have no
     k in common.
@@ -68,14 +72,14 @@ def compare(runs: Sequence[Path], store_path: Path | None, l0: float | None, mat
     if l0 is not None and not 0 < l0 < math.inf:
         raise UserError(f"--l0 must be a number above 0, got {l0}")
     configs = [read_config(run) for run in runs]
-    store = _store(runs, configs, store_path)
+    opened = _store(runs, configs, store)
     for run, config in zip(runs, configs, strict=True):
         require_finished(run, config)
     wanted, groups = _common_k(configs) if l0 is None else l0, _groups(runs, configs)
-    with store.reading(), Progress("compare", len(runs), "runs") as progress:
+    with opened.reading(), Progress("compare", len(runs), "runs") as progress:
         measured = []
         for i, run in enumerate(runs):
-            measured.append(measure_run(run, store, wanted))
+            measured.append(measure_run(run, opened, wanted))
             progress.update(i + 1, run.name)
     arms = [_arm([measured[i] for i in group], matched_latents) for group in groups]
     if len({arm.name for arm in arms}) < len(arms):
@@ -85,9 +89,9 @@ def compare(runs: Sequence[Path], store_path: Path | None, l0: float | None, mat
     odd = sorted(name for name in names - {"seed"} if len({json.dumps(one.get(name)) for one in described}) > 1)
     differs = [{name: one[name] for name in odd if name in one} for one in described]
     return Comparison(
-        store=store.request.digest,
+        store=opened.request.digest,
         l0=wanted,
-        report_rows=len(store.record.report_blocks) * sum(s.rows for s in store.record.plan.stored_strata),
+        report_rows=len(opened.record.report_blocks) * sum(s.rows for s in opened.record.plan.stored_strata),
         matched_latents=matched_latents,
         arms=[arm.model_copy(update={"differs": one}) for arm, one in zip(arms, differs, strict=True)],
     )

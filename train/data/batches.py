@@ -113,6 +113,21 @@ class BatchReader(RowReader):
         return stage
 
 
+def batches(
+    store: Store, steps: int, *, seed: int = 0, rows: RowsConfig | None = None, device: str | torch.device = "cpu"
+) -> Iterator[Batch]:
+    """Yield the batches of `steps` steps as a run of that `seed` trains on them: float32, in the LLM's own units.
+
+    `rows` says which rows a batch is made of; by default 1,024, without outliers, at natural frequencies. A batch is
+    overwritten by the one after the next: clone what is to be kept. Raises `UserError` when `rows` does not fit.
+    """
+    config = (rows or RowsConfig()).resolve(store.request.block_sequences)
+    view = store.excluding(config.exclusion(store, figures=True))
+    with store.reading(), BatchReader(view, config.training_blocks(store), config, seed, torch.device(device)) as found:
+        for step in range(steps):
+            yield found.batch(step)
+
+
 class _Stage:
     """Rows as stored, of one step, on the host; in pinned memory for CUDA, copied on a stream of its own."""
 

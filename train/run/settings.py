@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ import torch
 from pydantic import Field
 
 from shared.bounds import Blocks, Width
-from shared.config import Config, load_preset, override, read_record
+from shared.config import Config, assignments, build, load_preset, override, read_record
 from shared.errors import UserError
 from shared.files import durable
 from shared.store.outliers import Exclusion
@@ -103,9 +104,16 @@ class RunConfig(Config):
         return range(self.first_block, self.last_block)
 
 
-def load_settings(preset: str, file: Path | None, assignments: list[str]) -> dict[str, object]:
-    """The raw settings of a preset or file, with `--set` put in."""
-    return override(load_preset(PRESETS, preset, file), assignments, variants=("activation",))
+def load_settings(
+    preset: str = "tiny", changes: Mapping[str, object] | Sequence[str] = (), *, file: Path | None = None
+) -> Settings:
+    """Read the settings of a preset, or of a TOML `file` in its place, with `changes` put in.
+
+    `changes`: values by dotted name, such as {"steps": 300, "transcoder.d_sae": 512}, or as `--set` takes them. Raises
+    `UserError` that names the setting.
+    """
+    raw = override(load_preset(PRESETS, preset, file), assignments(changes), variants=("activation",))
+    return build(Settings, raw, str(file) if file else f"preset {preset}")
 
 
 def read_config(run: Path) -> RunConfig:
