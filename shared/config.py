@@ -7,7 +7,6 @@ import difflib
 import json
 import re
 import reprlib
-import sys
 import tomllib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
-from shared.errors import CorruptData, UserError
+from shared.errors import CorruptData, UserError, warn
 from shared.files.untrusted import MOST_NESTED, nests_too_deep, read_file
 
 MOST_CONFIG_BYTES = 2**16
@@ -69,7 +68,7 @@ def build(cls: type[M], data: Mapping[str, Any], origin: str) -> M:
     except ValidationError as error:
         raise UserError(f"{origin}: {_explain(cls, error)}") from error
     for note in notes:
-        print(f"warning: {origin}: {note}; the old name will be refused in the next version", file=sys.stderr)
+        warn(f"{origin}: {note}; the old name will be refused in the next version")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The errors a user can meet, and the exit code each one maps to.
+"""The errors a user can meet, the exit code each one maps to, and warnings.
 
 ProjectError            1   something failed that was not the user's input
 ├── UserError           2   bad input: says what, where, expected against got, and what to do
@@ -6,6 +6,8 @@ ProjectError            1   something failed that was not the user's input
 └── Stopped             3   stopped on the way and resumable: run the same command again
     └── DiskFull        3
 """
+
+import sys
 
 
 class ProjectError(Exception):
@@ -32,3 +34,8 @@ class Stopped(ProjectError):
 
 class DiskFull(Stopped):
     """No space (or quota, or file-size limit) left while writing."""
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr, however little the user wants to hear."""
+    print(f"warning: {text}", file=sys.stderr)

@@ -1,6 +1,5 @@
 """What the commands do, for the command line and for Python: train, resume, evaluate, sample and report on a run."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shared.config import build, override
 from shared.console.terminal import say
-from shared.errors import DiskFull, Stopped, UserError
+from shared.errors import DiskFull, Stopped, UserError, warn
 from shared.files import durable
 from shared.store.store import Local, Store
 from train.evaluation.evaluate import Evaluation, calibrate
@@ -150,7 +149,7 @@ def _newest(run: Path, fallback: Path | None) -> Checkpoint | None:
             places.append(fallback)
     found = [checkpoint.find(place, warn=warnings) for place in places if checkpoint.steps(place)]
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(f"{warning}")
     return max(found, key=lambda one: one.step, default=None)
 
 

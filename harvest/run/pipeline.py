@@ -1,7 +1,6 @@
 """A harvest from settings to finished stores: identify, plan, capture, finish."""
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from harvest.writer.target import Target, damaged_files, load_target, needs_pack
 from harvest.writer.tokens import extend, restore, spool_path
 from shared.config import build
 from shared.console.terminal import say
-from shared.errors import CorruptData, UserError
+from shared.errors import CorruptData, UserError, warn
 from shared.files import durable
 from shared.store.arrays import INNER_ROWS
 from shared.store.layout import STATISTICS, STORE, ModelIdentity, StoreRequest
@@ -151,7 +150,7 @@ def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool
     try:
         record = Store.open(path).record
     except CorruptData as error:
-        print(f"warning: {error}", file=sys.stderr)
+        warn(f"{error}")
         return False
     if len(list(path.glob(STATISTICS))) > 1:
         return False  # killed in its last step

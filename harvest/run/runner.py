@@ -1,6 +1,5 @@
 """Captures and commits blocks: forward passes, the block before being written, and the next one begun side by side."""
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from harvest.writer.target import Target, read_block
 from shared.console.progress import Progress
 from shared.console.signals import leave, stop_signals
 from shared.console.terminal import Volume, volume
-from shared.errors import Stopped
+from shared.errors import Stopped, warn
 from shared.files import durable
 from shared.store.layout import UNEMBEDDING
 from shared.store.statistics import Moments
@@ -186,7 +185,7 @@ class Blocks:
             return
         self._warned = target is self._targets[-1]
         for line in attention_sinks.warnings(target.strata, moments):
-            print(f"warning: layer {target.request.layer}: {line}", file=sys.stderr)
+            warn(f"layer {target.request.layer}: {line}")
 
 
 def seconds_per_token(folder: Path, targets: Sequence[Target], vocabulary: int, workers: int) -> float:

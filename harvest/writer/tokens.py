@@ -5,7 +5,6 @@ publishing is request, groups, shards of tokens and documents, array metadata, p
 that exist.
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,7 +22,7 @@ from harvest.writer.blocks import block_counts, quotas
 from harvest.writer.target import Target, begin
 from shared.bounds import MAX_BLOCKS
 from shared.console.progress import Progress
-from shared.errors import CorruptData, UserError
+from shared.errors import CorruptData, UserError, warn
 from shared.files import durable
 from shared.keyed import permutation
 from shared.store.checks import buffers_record, fault, read_ledger
@@ -284,8 +283,7 @@ def _check(packed: Packed, quota: Quota, blocks: int, wanted: int, request: Stor
             "lower store.block_sequences or store.held_out_blocks"
         )
     if blocks < wanted:
-        print(
-            f"warning: {request.corpus.name} holds {blocks * per_block:,} training tokens in whole blocks, "
-            f"{wanted * per_block:,} were asked for; taking what there is",
-            file=sys.stderr,
+        warn(
+            f"{request.corpus.name} holds {blocks * per_block:,} training tokens in whole blocks, "
+            f"{wanted * per_block:,} were asked for; taking what there is"
         )

@@ -7,7 +7,6 @@ Legend: R rows, F latents.
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from shared.config import Config
-from shared.errors import DiskFull
+from shared.errors import DiskFull, warn
 from shared.files import durable
 from shared.store.strata import POSITION_0
 from train.duplicates.co_activation import Correlated, correlated_pairs, measure
@@ -155,7 +154,7 @@ class CorrelationMonitor:
             durable.publish_json(self._folder / name, report.model_dump(mode="json"))
         except (DiskFull, OSError) as error:
             if not self.lost_reports:
-                print(f"warning: {error}; training goes on, reports are lost", file=sys.stderr)
+                warn(f"{error}; training goes on, reports are lost")
             self.lost_reports += 1
 
     def state(self) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ Sums are gathered on the device and fetched once per row of metrics.jsonl.
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.errors import DiskFull
+from shared.errors import DiskFull, warn
 from shared.files import durable
 from shared.store.strata import POSITION_0
 from train.evaluation.evaluate import ratio
@@ -164,7 +163,7 @@ class Log:
             durable.append_line(self.path, (json.dumps(row, allow_nan=False) + "\n").encode())
         except (DiskFull, OSError) as error:
             if not self.lost_rows:
-                print(f"warning: {self.path}: {error}; training goes on, rows are lost", file=sys.stderr)
+                warn(f"{self.path}: {error}; training goes on, rows are lost")
             self.lost_rows += 1
 
     def rows(self) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ up, then checkpoints that are not the newest, then the fallback folder is tried,
 
 import math
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
@@ -17,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from shared.config import Config
-from shared.errors import DiskFull, ProjectError, UserError
+from shared.errors import DiskFull, ProjectError, UserError, warn
 from shared.files import durable
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, HeldOut
@@ -123,7 +122,7 @@ class Saver:
             try:
                 durable.reserve(self._reserve, self._size)
             except DiskFull as error:
-                print(f"warning: {error}; the last checkpoint has no room set aside", file=sys.stderr)
+                warn(f"{error}; the last checkpoint has no room set aside")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -168,7 +167,7 @@ class Saver:
             self._publish(job)
         except ProjectError as error:
             self._failed()
-            print(f"warning: {error}; training goes on", file=sys.stderr)
+            warn(f"{error}; training goes on")
         except BaseException as error:  # raised where training waits for this thread
             self._error = error
 
@@ -207,10 +206,9 @@ class Saver:
             self._write(fallback, job)
         except (DiskFull, OSError) as error:
             raise self._lost(job.step, error) from error
-        print(
-            f"warning: {_words(cause)}; the checkpoint of step {job.step} is in {fallback}; with room again, this "
-            f"brings it home: python -m train resume {self._run} --fallback-dir {fallback.parent}",
-            file=sys.stderr,
+        warn(
+            f"{_words(cause)}; the checkpoint of step {job.step} is in {fallback}; with room again, this "
+            f"brings it home: python -m train resume {self._run} --fallback-dir {fallback.parent}"
         )
 
     def _lost(self, step: int, error: Exception) -> ProjectError:
@@ -227,7 +225,7 @@ class Saver:
                 if one.step not in kept:
                     self._remove(one)
         except OSError as error:
-            print(f"warning: {_words(error)}; an old checkpoint could not be removed", file=sys.stderr)
+            warn(f"{_words(error)}; an old checkpoint could not be removed")
 
     def _make_room(self, needed: int) -> bool:
         """Remove what does not verify, then the least wanted until `needed` bytes are free; the newest valid one stays.

@@ -1,6 +1,5 @@
 """The training run: batch -> loss -> backward -> step -> track -> log -> evaluate -> checkpoint."""
 
-import sys
 import time
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from shared.console.progress import Progress
 from shared.console.signals import stop_signals
 from shared.console.terminal import say
-from shared.errors import CorruptData, DiskFull, ProjectError, Stopped
+from shared.errors import CorruptData, DiskFull, ProjectError, Stopped, warn
 from shared.store.store import Store
 from shared.store.strata import POSITION_0
 from train.data.batches import BatchReader
@@ -134,7 +133,7 @@ class Trainer:
             self._finish(stop)
         for log in (self._metrics, self._timing):
             if log.lost_rows:
-                print(f"warning: {log.lost_rows} rows of {log.path} were lost", file=sys.stderr)
+                warn(f"{log.lost_rows} rows of {log.path} were lost")
 
     def _train(self, stop: list[int]) -> None:
         settings, self._logged = self._settings, (0.0, 0.0)
@@ -292,7 +291,7 @@ class Trainer:
         try:
             found.publish(self._path)
         except DiskFull as error:
-            print(f"warning: {error}; the run is finished, and has no samples", file=sys.stderr)
+            warn(f"{error}; the run is finished, and has no samples")
 
     def _initialise(self, initial: Checkpoint | None, resumed: Checkpoint | None) -> None:
         """Weights from `resumed`, with all other state; else from `initial`, weights only; else random."""

@@ -4,7 +4,6 @@ Before the first step, `prove` sends planted latents through the code that the r
 are counted. After the last step, one that never ran is a failure, and one that found nothing to do is a note.
 """
 
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from shared.config import Config, read_record
 from shared.console.terminal import say
-from shared.errors import DiskFull, ProjectError
+from shared.errors import DiskFull, ProjectError, warn
 from shared.files import durable
 from train.model.saved_tensors import fitting
 from train.run.settings import Settings
@@ -111,7 +110,7 @@ class Usage:
             durable.publish_json(self._path, record.model_dump(mode="json"))
         except (DiskFull, OSError) as error:
             if not self.lost:
-                print(f"warning: {error}; training goes on, {USAGE} is not up to date", file=sys.stderr)
+                warn(f"{error}; training goes on, {USAGE} is not up to date")
             self.lost += 1
         return record
 

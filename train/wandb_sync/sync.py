@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from shared.console.terminal import say
+from shared.errors import warn
 
 SECONDS = 10.0
 """How long the trainer waits at its end, at most."""
@@ -74,7 +75,7 @@ def unsent(run: Path) -> list[Path]:
 def _start(run: Path, project: str) -> subprocess.Popen[bytes] | None:
     spec = find_spec("wandb")
     if spec is None or spec.origin is None:  # a folder called wandb is no package
-        _warn("wandb is not installed, and the run is not mirrored: pip install 'transcoder-cache[wandb]'")
+        warn("wandb is not installed, and the run is not mirrored: pip install 'transcoder-cache[wandb]'")
         return None
     folder = run.resolve() / FOLDER
     try:
@@ -89,7 +90,7 @@ def _start(run: Path, project: str) -> subprocess.Popen[bytes] | None:
                 env=os.environ | {MARK: str(run.resolve()), "PYTHONPATH": os.pathsep.join(_paths())},
             )
     except OSError as error:
-        _warn(f"the run is not mirrored to W&B: {error.filename or folder}: {error.strerror}")
+        warn(f"the run is not mirrored to W&B: {error.filename or folder}: {error.strerror}")
         return None
 
 
@@ -114,13 +115,9 @@ def _end(child: subprocess.Popen[bytes], run: Path, complete: bool) -> None:
     kind = next((kind for kind, there in kinds.items() if there), None)
     upload = f"with: wandb sync {run / FOLDER}/{kind}"
     if code:
-        _warn(
+        warn(
             f"the W&B mirror did not finish (see {run / FOLDER / LOG}); the run itself is unaffected. Mirror the rest "
             f"with: python -m train resume {run} --wandb" + (f"; upload what is on disk {upload}" if kind else "")
         )
     elif kind == "offline-run-*":
         say(f"mirrored offline; upload it {upload}")
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
