@@ -50,4 +50,4 @@ def test_files_of_the_same_names_in_the_folder_are_not_run(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     run = tmp_path / done.stdout.splitlines()[-1]
     assert (run / "checkpoints" / "step-000005").is_dir()
-    assert "a stranger ran" not in done.stderr + (run / "wandb" / "mirror.log").read_text(errors="replace")
+    assert "a stranger ran" not in done.stderr + (run / "wandb" / "sync.log").read_text(errors="replace")

@@ -28,10 +28,10 @@ def main() -> None:
     """Train transcoders from a store of activations, with no LLM in memory."""
 
 
-def mirror_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Whether the run is mirrored to W&B: options that become the argument `project`."""
+def sync_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Whether the run is synced to W&B: options that become the argument `project`."""
 
-    @click.option("--wandb", is_flag=True, help="Mirror the run to W&B, offline when there is no key.")
+    @click.option("--wandb", is_flag=True, help="Sync the run to W&B, offline when there is no key.")
     @click.option(
         "--wandb-project",
         default="transcoder-cache",
@@ -58,7 +58,7 @@ def mirror_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
 @click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
 @_fallback_option
-@mirror_options
+@sync_options
 @shared.command_line.volume_options
 @shared.command_line.local_options
 def run(
@@ -117,7 +117,7 @@ def list_all(preset: str, store: Path | None, file: Path | None, assignments: tu
 @click.option("--threads", type=click.IntRange(1), help="Another number of CPU threads; the last bits may differ.")
 @click.option("--inexact", is_flag=True, help="Go on on another processor or other versions; the last bits may differ.")
 @_fallback_option
-@mirror_options
+@sync_options
 @shared.command_line.volume_options
 @shared.command_line.local_options
 def resume(
@@ -222,7 +222,7 @@ def samples(
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@mirror_options
+@sync_options
 @shared.command_line.quiet_option
 @shared.command_line.local_options
 def report(

@@ -21,7 +21,7 @@ from train.run.settings import RunConfig, Settings, checkpoint_bytes, read_confi
 from train.run.trainer import Trainer, use_threads
 from train.samples.parquet import SamplesRecord
 from train.samples.select import SamplesConfig
-from train.wandb_sync.sync import FOLDER, REPORT, mirrored
+from train.wandb_sync.sync import FOLDER, REPORT, synced
 
 if TYPE_CHECKING:
     from train.report.report_record import Report
@@ -66,7 +66,7 @@ def train(
             if (run / CONFIG).exists():  # of a run that was started meanwhile
                 raise exists
             durable.publish_bytes(run / CONFIG, written)
-            with mirrored(run, project):
+            with synced(run, project):
                 new.train()
     return run
 
@@ -104,7 +104,7 @@ def resume(
 
     The result is that of an uninterrupted run, bit for bit, unless other `threads` are asked for, or `inexact` lets
     another processor or other versions of libraries do. Checkpoints that are in the `fallback` folder are brought home.
-    With a W&B `project`, all of the run that is not mirrored yet is.
+    With a W&B `project`, all of the run that is not synced yet is.
     """
     run = Path(run)
     config = read_config(run)
@@ -122,7 +122,7 @@ def resume(
         found = _newest(run, elsewhere)
         source = find_initial(config.init_from, config) if config.init_from and not found else None
         continued = Trainer(opened, config, run, initial=source, resumed=found, fallback=elsewhere, inexact=inexact)
-        with mirrored(run, project):
+        with synced(run, project):
             continued.train()
     return run
 
@@ -237,10 +237,10 @@ def write_report(
     linear: bool = False,
     project: str | None = None,
 ) -> tuple[Path, "Report"]:
-    """Write the report of a checkpoint of `run`, and mirror its plots to a W&B `project` if there is one.
+    """Write the report of a checkpoint of `run`, and sync its plots to a W&B `project` if there is one.
 
     Returns the page's path, and what it holds. Raises `DiskFull`, and `UserError` when the report of an unfinished run
-    is to be mirrored: rows that come later would be of earlier steps.
+    is to be synced: rows that come later would be of earlier steps.
     """
     from train.report.make_report import HTML, make_report, plots  # they take half a second to import
 
@@ -249,7 +249,7 @@ def write_report(
     found = checkpoint.find(run, step)
     if project and found.step < (steps := config.settings.steps):
         raise UserError(
-            f"--wandb mirrors reports of finished runs, and this one is of step {found.step} of {steps} of {run}; "
+            f"--wandb syncs reports of finished runs, and this one is of step {found.step} of {steps} of {run}; "
             f"finish it with: python -m train resume {run} --wandb"
         )
     opened = open_store(run, config, store, local)
@@ -259,7 +259,7 @@ def write_report(
         made = make_report(load_run(run, store=opened, found=found), linear=linear)
         if project:
             durable.publish_json(run / FOLDER / REPORT, plots(made))
-            with mirrored(run, project):
+            with synced(run, project):
                 pass  # the trainer has ended: what W&B lacks is sent
         return run / HTML, made
 

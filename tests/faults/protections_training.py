@@ -1,9 +1,9 @@
-"""What protects a training run: checkpoints, the logs, the mirror."""
+"""What protects a training run: checkpoints, the logs, the sync."""
 
 from tests.faults.protection import Protection
 
 _CHECKPOINTS = "tests/faults/test_checkpoints.py"
-_MIRROR = "tests/faults/test_mirror.py"
+_SYNC = "tests/faults/test_wandb_sync.py"
 
 TRAINING = (
     Protection(
@@ -147,13 +147,13 @@ TRAINING = (
         "train/wandb_sync/sync.py",
         "    child = _start(run, project) if project else None",
         '    child = _start(run, project or "project")',
-        (f"{_MIRROR}::test_off_is_off",),
+        (f"{_SYNC}::test_off_is_off",),
     ),
     Protection(
         (13,),
         "train/wandb_sync/sync.py",
         "    if spec is None or spec.origin is None:",
         "    if False:",
-        (f"{_MIRROR}::test_wandb_is_not_installed",),
+        (f"{_SYNC}::test_wandb_is_not_installed",),
     ),
 )

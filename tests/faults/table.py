@@ -43,7 +43,7 @@ HOW = {
     "test_checkpoint_files.py": "changed files",
     "test_old_runs.py": "files of other formats",
     "test_durable.py": "calls that fail",
-    "test_mirror.py": "the tracker's process",
+    "test_wandb_sync.py": "the tracker's process",
     "test_corruption.py": "changed files",
     "test_hostile.py": "hostile files",
     "test_links.py": "links",

@@ -57,7 +57,7 @@ def make_report(loaded: LoadedRun, *, linear: bool = False) -> Report:
 
 
 def plots(report: Report) -> dict[str, dict[str, str]]:
-    """What a mirror takes of a report: its plots as JSON of Plotly, and the verdict."""
+    """What a sync takes of a report: its plots as JSON of Plotly, and the verdict."""
     return {
         "plots": {name: str(one.to_json()) for name, one in figures(report).items()},
         "verdict": {check.name: f"{check.state}: {check.said}" for check in report.verdict},

@@ -1,4 +1,4 @@
-"""What a run has written, as rows for the mirror: one per step, in order, with names like `strata/000-001/fvu`.
+"""What a run has written, as rows for the sync: one per step, in order, with names like `strata/000-001/fvu`.
 
 The names of files are those that the trainer writes; nothing here imports torch, which the child has no use for.
 """

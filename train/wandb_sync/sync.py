@@ -1,4 +1,4 @@
-"""The trainer's side of the mirror: starts the child, and ends it with the training, within a bound."""
+"""The trainer's side of the sync: starts the child, and ends it with the training, within a bound."""
 
 import os
 import signal
@@ -15,21 +15,21 @@ from shared.errors import warn
 
 SECONDS = 10.0
 """How long the trainer waits at its end, at most."""
-FOLDER, LOG, REPORT = "wandb", "mirror.log", "report.json"
-"""`REPORT` holds what is mirrored of the run's report: its plots as Plotly's JSON by id, and the verdict by name."""
+FOLDER, LOG, REPORT = "wandb", "sync.log", "report.json"
+"""`REPORT` holds what is synced of the run's report: its plots as Plotly's JSON by id, and the verdict by name."""
 WORKER = ("-P", "-m", "train.wandb_sync.worker")
 """How it is started: not with the current folder on its path, which may have a `train.py` of its own."""
-MARK = "TRANSCODER_CACHE_MIRROR"
+MARK = "TRANSCODER_CACHE_SYNC"
 """The environment variable that the child and all that it starts have: the run's path."""
 COMPLETE = b"."
 """What is sent when the training came to its end; the end of the pipe alone says that it stopped on the way."""
 
 
 @contextmanager
-def mirrored(run: Path, project: str | None) -> Iterator[None]:
-    """Mirror `run` to the W&B project while the block trains; without a project, nothing is done.
+def synced(run: Path, project: str | None) -> Iterator[None]:
+    """Sync `run` to the W&B project while the block trains; without a project, nothing is done.
 
-    Raises nothing of its own: where the mirror cannot start or finish there is one line of warning.
+    Raises nothing of its own: where the sync cannot start or finish there is one line of warning.
     """
     child = _start(run, project) if project else None
     complete = False
@@ -42,7 +42,7 @@ def mirrored(run: Path, project: str | None) -> Iterator[None]:
 
 
 def kill_marked(run: Path) -> None:
-    """Kill every process of the mirror of `run` but this one, also those that are stopped or have lost their parent.
+    """Kill every process of the sync of `run` but this one, also those that are stopped or have lost their parent.
 
     They are found where there is a /proc. Elsewhere wandb's own process ends after its parent, unless it is stopped.
     """
@@ -57,7 +57,7 @@ def kill_marked(run: Path) -> None:
 
 
 def marked(run: Path) -> list[int]:
-    """The living processes of the mirror of `run`, this one left out."""
+    """The living processes of the sync of `run`, this one left out."""
     wanted, found = os.fsencode(f"{MARK}={run.resolve()}"), []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # it has ended, or is another user's
@@ -67,7 +67,7 @@ def marked(run: Path) -> list[int]:
 
 
 def unsent(run: Path) -> list[Path]:
-    """What was mirrored offline and is not uploaded, oldest first."""
+    """What was synced offline and is not uploaded, oldest first."""
     found = sorted((run / FOLDER).glob("offline-run-*/run-*.wandb"))
     return [path for path in found if not path.with_name(path.name + ".synced").exists()]
 
@@ -75,7 +75,7 @@ def unsent(run: Path) -> list[Path]:
 def _start(run: Path, project: str) -> subprocess.Popen[bytes] | None:
     spec = find_spec("wandb")
     if spec is None or spec.origin is None:  # a folder called wandb is no package
-        warn("wandb is not installed, and the run is not mirrored: pip install 'transcoder-cache[wandb]'")
+        warn("wandb is not installed, and the run is not synced: pip install 'transcoder-cache[wandb]'")
         return None
     folder = run.resolve() / FOLDER
     try:
@@ -90,7 +90,7 @@ def _start(run: Path, project: str) -> subprocess.Popen[bytes] | None:
                 env=os.environ | {MARK: str(run.resolve()), "PYTHONPATH": os.pathsep.join(_paths())},
             )
     except OSError as error:
-        warn(f"the run is not mirrored to W&B: {error.filename or folder}: {error.strerror}")
+        warn(f"the run is not synced to W&B: {error.filename or folder}: {error.strerror}")
         return None
 
 
@@ -116,8 +116,8 @@ def _end(child: subprocess.Popen[bytes], run: Path, complete: bool) -> None:
     upload = f"with: wandb sync {run / FOLDER}/{kind}"
     if code:
         warn(
-            f"the W&B mirror did not finish (see {run / FOLDER / LOG}); the run itself is unaffected. Mirror the rest "
+            f"the sync with W&B did not finish (see {run / FOLDER / LOG}); the run itself is unaffected. Sync the rest "
             f"with: python -m train resume {run} --wandb" + (f"; upload what is on disk {upload}" if kind else "")
         )
     elif kind == "offline-run-*":
-        say(f"mirrored offline; upload it {upload}")
+        say(f"synced offline; upload it {upload}")

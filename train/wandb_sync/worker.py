@@ -1,7 +1,7 @@
 """`python -m train.wandb_sync.worker RUN PROJECT`: reads the files of RUN once a second and logs them to W&B.
 
 The trainer starts it, and it ends with the trainer, however that ends. It is the only module that imports wandb. What
-goes wrong here costs rows of the mirror, and they can be mirrored again: the run's files are the record.
+goes wrong here costs rows of the sync, and they can be synced again: the run's files are the record.
 """
 
 import argparse
@@ -26,10 +26,12 @@ from train.wandb_sync.log_records import Records
 from train.wandb_sync.read_back import steps
 from train.wandb_sync.sync import COMPLETE, FOLDER, REPORT, SECONDS, WORKER, kill_marked, unsent
 
-STATE = "mirror.json"
+STATE = "sync.json"
+_STATE_BEFORE = "mirror.json"
+"""What the version before called it: read in this one."""
 PERIOD = 1.0
 ONLINE_SECONDS = 30.0
-"""How long a server may take to answer before the run is mirrored offline."""
+"""How long a server may take to answer before the run is synced offline."""
 ATTEMPTS = 3
 NICENESS = 10
 ENVIRONMENT = {
@@ -41,7 +43,7 @@ ENVIRONMENT = {
     "WANDB_X_DISABLE_META": "true",
     "WANDB_X_DISABLE_STATS": "true",
 }
-"""The run is what is mirrored, not this process; set where the user's environment does not say otherwise."""
+"""The run is what is synced, not this process; set where the user's environment does not say otherwise."""
 
 
 class Lost(Exception):
@@ -49,7 +51,7 @@ class Lost(Exception):
 
 
 class Child:
-    """One start of the mirror."""
+    """One start of the sync."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._run: Path = arguments.run
@@ -66,10 +68,10 @@ class Child:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def main(self) -> None:
-        """Mirror until the trainer ends, and then what is left. Start again, some times, when wandb fails."""
+        """Sync until the trainer ends, and then what is left. Start again, some times, when wandb fails."""
         try:
             with self._locked():
-                self._mirror()
+                self._sync()
         except Lost as error:
             _say(str(error))
             self._quit()
@@ -79,7 +81,7 @@ class Child:
                 self._again()
             self._quit()
 
-    def _mirror(self) -> None:
+    def _sync(self) -> None:
         self._open_state()
         if (why := self._why_offline()) is None:
             return
@@ -112,7 +114,7 @@ class Child:
         durable.publish_json(self._folder / STATE, self._state | {"step": last})
 
     def _open(self) -> Any:
-        """The W&B run; a server that does not answer soon has the mirror start again, offline."""
+        """The W&B run; a server that does not answer soon has the sync start again, offline."""
         if self._wandb:
             return self._wandb
         import wandb
@@ -163,7 +165,7 @@ class Child:
         return records.held_out() | {name: wandb.Histogram(np_histogram=found) for name, found in histograms}
 
     def _report(self, steps: int, known: set[int]) -> set[int]:
-        """Log the plots and the verdict of a report that is not mirrored yet, as a step after the last one."""
+        """Log the plots and the verdict of a report that is not synced yet, as a step after the last one."""
         path = self._folder / REPORT
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
         if digest == self._state.get("report"):
@@ -182,21 +184,23 @@ class Child:
         return {steps + number}
 
     def _open_state(self) -> None:
-        """The run's identity at W&B, made once, and the step up to which everything is known to be mirrored."""
+        """The run's identity at W&B, made once, and the step up to which everything is known to be synced."""
         path = self._folder / STATE
+        if not path.exists() and (before := self._folder / _STATE_BEFORE).exists():
+            durable.publish_json(path, durable.read_json(before))
         if not path.exists():
             durable.publish_json(path, {"id": secrets.token_hex(4), "project": self._project, "step": -1})
         self._state = durable.read_json(path)
         if self._state["project"] != self._project:
-            _say(f"the run stays in the project {self._state['project']}; remove {self._folder} to mirror it anew")
+            _say(f"the run stays in the project {self._state['project']}; remove {self._folder} to sync it anew")
 
     def _why_offline(self) -> str | None:
-        """Why the mirror is to be offline; empty: it is not; none: there is to be no mirror."""
+        """Why the sync is to be offline; empty: it is not; none: there is to be no sync."""
         import wandb
 
         settings = wandb.setup().settings
         if settings.mode == "disabled":
-            _say("W&B is disabled: nothing is mirrored")
+            _say("W&B is disabled: nothing is synced")
             return None
         if settings.mode in ("offline", "dryrun"):
             return f"W&B's mode is {settings.mode}"
@@ -211,11 +215,11 @@ class Child:
         return set().union(*(steps(path) for path in self._local_files()))
 
     def _locked(self) -> ExitStack:
-        """The lock of the mirror: the child of a trainer that was killed may be at its last rows, for a while."""
+        """The lock of the sync: the child of a trainer that was killed may be at its last rows, for a while."""
         stack, until = ExitStack(), time.monotonic() + SECONDS + 2
         while True:
             try:
-                stack.enter_context(durable.lock(self._folder / ".lock", "the mirror"))
+                stack.enter_context(durable.lock(self._folder / ".lock", "the sync"))
                 return stack
             except UserError:
                 if time.monotonic() > until:  # it is stopped
@@ -262,7 +266,7 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """Read the command line and mirror."""
+    """Read the command line and sync."""
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("project")

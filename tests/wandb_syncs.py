@@ -1,4 +1,4 @@
-"""Trainers with a mirror in W&B, as processes: to start, to stop on the way, and what their mirror holds."""
+"""Trainers with a sync in W&B, as processes: to start, to stop on the way, and what their sync holds."""
 
 import json
 import os
@@ -21,7 +21,7 @@ process.SECONDS = float(sys.argv.pop(1))
 runpy.run_module("train", run_name="__main__", alter_sys=True)
 assert "wandb" not in sys.modules
 """
-"""`python -m train` that waits this many seconds for its mirror, and that must not have imported wandb."""
+"""`python -m train` that waits this many seconds for its sync, and that must not have imported wandb."""
 
 
 def trainer(*args: object, seconds: float, env: Mapping[str, str], prefix: tuple[str, ...] = ()) -> subprocess.Popen:
@@ -47,17 +47,17 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen | None =
 
 
 def core(run: Path) -> int:
-    """The process that wandb started for the mirror of `run`."""
+    """The process that wandb started for the sync of `run`."""
     return next(pid for pid in marked(run) if Path(f"/proc/{pid}/comm").read_text().strip() == "wandb-core")
 
 
 def child(run: Path) -> int:
-    """The mirror's own process."""
+    """The sync's own process."""
     return next(pid for pid in marked(run) if "train.wandb_sync.worker" in Path(f"/proc/{pid}/cmdline").read_text())
 
 
-def paused_while_mirrored(process: subprocess.Popen, run: Path, rows: int = 3) -> None:
-    """Stop the trainer after some rows of metrics, and wait until its mirror has logged any."""
+def paused_while_synced(process: subprocess.Popen, run: Path, rows: int = 3) -> None:
+    """Stop the trainer after some rows of metrics, and wait until its sync has logged any."""
     paused_after(process, run, rows)
     wait_for(lambda: files(run), process)
 
@@ -78,7 +78,7 @@ def files(run: Path) -> list[Path]:
 
 
 def histories(run: Path) -> list[dict]:
-    """All rows of history that the mirror of `run` holds on disk, file by file."""
+    """All rows of history that the sync of `run` holds on disk, file by file."""
     found = []
     for path in files(run):
         for record in records(path):

@@ -1,4 +1,4 @@
-"""Parts of the mirror: rows from files that grow, what is read back, and when it is offline."""
+"""Parts of the sync: rows from files that grow, what is read back, and when it is offline."""
 
 import json
 from pathlib import Path

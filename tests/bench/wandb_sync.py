@@ -1,9 +1,9 @@
-"""What a mirror in W&B costs the trainer's steps, also while wandb's process is stopped, by the command.
+"""What a sync in W&B costs the trainer's steps, also while wandb's process is stopped, by the command.
 
-python -m tests.bench.mirror             writes docs/benchmarks.json and docs/benchmarks.md
+python -m tests.bench.wandb_sync             writes docs/benchmarks.json and docs/benchmarks.md
 
 Every step is logged, fifty times as often as by default, so that what wandb's process does not take fills its socket
-and blocks the mirror. Offline, in temporary folders; the first steps, which wait for rows and caches, are left out.
+and blocks the sync. Offline, in temporary folders; the first steps, which wait for rows and caches, are left out.
 """
 
 import json
@@ -17,17 +17,17 @@ from pathlib import Path
 
 from shared.files import durable
 from tests.bench.record import SMOKE, record, sized
-from tests.mirrors import core, environment, files, paused_while_mirrored, trainer
 from tests.stores import make_store
+from tests.wandb_syncs import core, environment, files, paused_while_synced, trainer
 from train.wandb_sync import sync as process
 
 D, BLOCKS, WINDOWS, STEPS, WARM, ROUNDS = sized((64, 8, 256, 800, 100, 2), (16, 3, 4, 40, 5, 1))
 D_SAE, ROWS = sized((1024, 512), (64, 64))
 WAIT: dict[str, float] = sized({}, {"with": 200.0, "stopped": 2.0})
-"""By kind, how long the trainer waits for its mirror at its end, if not as long as by default."""
+"""By kind, how long the trainer waits for its sync at its end, if not as long as by default."""
 SPACE = sized(2**30, 2**20)
-LINE = "python -m tests.bench.mirror"
-KINDS = {"without": "no mirror", "with": "mirror", "stopped": "mirror, wandb's process stopped"}
+LINE = "python -m tests.bench.wandb_sync"
+KINDS = {"without": "no sync", "with": "sync", "stopped": "sync, wandb's process stopped"}
 OPTIONS = ("--steps", STEPS, "--set", "log_every=1", "--set", f"evaluation.every={STEPS}", "--set", "samples.rows=0",
            "--set", f"checkpoint.every={STEPS}", "--set", "monitor.every=0", "--set", "diversity.mined.weight=0",
            "--set", "diversity.co_activation.weight=0", "--set", "activation.k_start=32",
@@ -59,7 +59,7 @@ def main() -> None:
     for kind in ("with", "stopped"):
         figures[f"median step, {KINDS[kind]}, by that without"] = (median[kind] / median["without"], "x")
     figures["bound of the wait at the end"] = (process.SECONDS, "s")
-    record(f"mirror: every step logged, d {D}, {D_SAE:,} latents, {ROWS} rows", LINE, figures)
+    record(f"sync: every step logged, d {D}, {D_SAE:,} latents, {ROWS} rows", LINE, figures)
 
 
 def measure(store: Path, folder: Path, name: str, kind: str) -> tuple[list[float], float]:
@@ -70,10 +70,10 @@ def measure(store: Path, folder: Path, name: str, kind: str) -> tuple[list[float
                    seconds=WAIT.get(kind, process.SECONDS), env=environment(folder))  # fmt: skip
     if kind == "stopped":
         if SMOKE:  # the steps are too few to wait for it
-            paused_while_mirrored(done, folder / name)
+            paused_while_synced(done, folder / name)
         while not files(folder / name):
             if done.poll() is not None:
-                sys.exit(f"the training ended before its mirror began: {done.communicate()[1]}")
+                sys.exit(f"the training ended before its sync began: {done.communicate()[1]}")
             time.sleep(0.01)
         os.kill(core(folder / name), signal.SIGSTOP)
         done.send_signal(signal.SIGCONT)

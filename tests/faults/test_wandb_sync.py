@@ -1,7 +1,7 @@
-"""A mirror in W&B cannot hurt a run: whatever befalls wandb, its disk or its network, the weights are those without.
+"""A sync in W&B cannot hurt a run: whatever befalls wandb, its disk or its network, the weights are those without.
 
 The commands run as processes. A trainer is stopped (SIGSTOP) while a fault is injected, so that it comes on the way,
-however fast the training is; the mirror of a stopped trainer works on.
+however fast the training is; the sync of a stopped trainer works on.
 """
 
 import ast
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from tests import mirrors
-from tests.mirrors import ROOT, core, files, histories, summaries, trainer, wait_for
+from tests import wandb_syncs as syncs
 from tests.runs import SMALL, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
 from tests.wandb_server import Server
+from tests.wandb_syncs import ROOT, core, files, histories, summaries, trainer, wait_for
 from train.duplicates import monitor
 from train.live import run_files
 from train.live.run_files import CONFIG
@@ -38,8 +38,8 @@ STEPS = 200
 OPTIONS = ("--steps", STEPS, *SMALL, "--set", "log_every=5", "--set", "evaluation.every=100",
            "--set", "checkpoint.every=50", "--set", "monitor.every=27")  # fmt: skip
 AMPLE, SHORT = 200.0, 2.0
-"""Seconds that a trainer waits: for a mirror that has to finish, and for one that cannot."""
-UNAFFECTED = "warning: the W&B mirror did not finish"
+"""Seconds that a trainer waits: for a sync that has to finish, and for one that cannot."""
+UNAFFECTED = "warning: the sync with W&B did not finish"
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +49,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> SyntheticStore:
 
 @pytest.fixture(scope="module")
 def plain(store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without a mirror."""
+    """A run without a sync."""
     folder = tmp_path_factory.mktemp("plain")
     done = trainer("run", "--store", store.path, "--runs", folder, "--name", "plain", *OPTIONS, seconds=SHORT,
-                   env=mirrors.environment(folder))  # fmt: skip
+                   env=syncs.environment(folder))  # fmt: skip
     _, err = done.communicate(timeout=240)
     assert done.returncode == 0, err
     return folder / "plain"
 
 
 @pytest.fixture(scope="module")
-def mirrored(store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def synced(store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with one, on which nothing went wrong."""
-    folder = tmp_path_factory.mktemp("mirrored")
-    done = trainer(*arguments(store, folder), seconds=AMPLE, env=mirrors.environment(folder))
+    folder = tmp_path_factory.mktemp("synced")
+    done = trainer(*arguments(store, folder), seconds=AMPLE, env=syncs.environment(folder))
     _, err = done.communicate(timeout=240)
     assert done.returncode == 0, err
     assert f"upload it with: wandb sync {folder / 'run' / FOLDER}/offline-run-*" in err and "warning" not in err
@@ -71,7 +71,7 @@ def mirrored(store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def env(tmp_path: Path) -> dict[str, str]:
-    return mirrors.environment(tmp_path)
+    return syncs.environment(tmp_path)
 
 
 def arguments(store: SyntheticStore, runs: Path) -> tuple[object, ...]:
@@ -79,7 +79,7 @@ def arguments(store: SyntheticStore, runs: Path) -> tuple[object, ...]:
 
 
 def finished(done: subprocess.Popen, run: Path, plain: Path) -> str:
-    """Let a trainer go on to its end, which is that of a run without a mirror; returns its stderr."""
+    """Let a trainer go on to its end, which is that of a run without a sync; returns its stderr."""
     done.send_signal(signal.SIGCONT)
     _, err = done.communicate(timeout=240)
     assert done.returncode == 0, err
@@ -88,7 +88,7 @@ def finished(done: subprocess.Popen, run: Path, plain: Path) -> str:
     return err
 
 
-def assert_mirrored_once(run: Path) -> None:
+def assert_synced_once(run: Path) -> None:
     """Every row of metrics is in one of the files, once, with its values; all have one id."""
     found = histories(run)
     assert sorted(row["step"] for row in found) == sorted({row["step"] for row in found})
@@ -155,38 +155,38 @@ def test_only_the_childs_modules_import_wandb_and_the_trainer_imports_none_of_th
     }
 
 
-def test_the_mirror_holds_what_the_files_do(mirrored: Path, plain: Path) -> None:
-    assert_same_run(plain, mirrored)
-    assert_mirrored_once(mirrored)
-    by_step = {row["step"]: row for row in histories(mirrored)}
+def test_the_sync_holds_what_the_files_do(synced: Path, plain: Path) -> None:
+    assert_same_run(plain, synced)
+    assert_synced_once(synced)
+    by_step = {row["step"]: row for row in histories(synced)}
     assert {27, 54, STEPS} <= set(by_step)
     for step in (27, STEPS):
-        report = json.loads((mirrored / f"anti_duplication_logs/correlation-{step:06d}.json").read_text())
+        report = json.loads((synced / f"anti_duplication_logs/correlation-{step:06d}.json").read_text())
         row = by_step[step]
         assert (
             row["correlation/without_position_0/pairs_above/0_5"] == report["without_position_0"]["pairs_above"]["0.5"]
         )
         assert row["correlation/directions/effective_number"] == report["directions"]["effective_number"]
         assert row["correlation/clusters"] == len(report["clusters"])
-    for line in mirrors.lines(mirrored / "timing.jsonl"):
+    for line in syncs.lines(synced / "timing.jsonl"):
         timing = json.loads(line)
         assert by_step[timing["step"]]["timing/rows_per_second"] == timing["rows_per_second"]
-    last, report = by_step[STEPS], json.loads((mirrored / "anti_duplication_logs" / monitor.HELD_OUT).read_text())
+    last, report = by_step[STEPS], json.loads((synced / "anti_duplication_logs" / monitor.HELD_OUT).read_text())
     assert last["correlation_held_out/without_position_0/largest"] == report["without_position_0"]["largest"]
     assert sum(last["plots/held_out_correlations/values"]) == len(report["pairs"])
     assert 0 < sum(last["plots/log10_density/values"]) <= 64
-    components = json.loads((mirrored / "usage.json").read_text())["components"]
-    told = summaries(mirrored)
+    components = json.loads((synced / "usage.json").read_text())["components"]
+    told = summaries(synced)
     assert {name: told[f"usage/{name}/calls"] for name in components} == {
         name: component["calls"] for name, component in components.items()
     }
     assert told["usage/mined/effect"] == components["mined"]["effect"] > 0
 
 
-def test_a_report_is_mirrored_once_with_its_plots_and_verdict(mirrored: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(mirrored, tmp_path / "mirrored"))
+def test_a_report_is_synced_once_with_its_plots_and_verdict(synced: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(synced, tmp_path / "synced"))
     for _ in range(2):
-        done = trainer("report", run, "--wandb", seconds=AMPLE, env=mirrors.environment(tmp_path))
+        done = trainer("report", run, "--wandb", seconds=AMPLE, env=syncs.environment(tmp_path))
         _, err = done.communicate(timeout=280)
         assert done.returncode == 0 and UNAFFECTED not in err, err
     (row,) = [row for row in histories(run) if any(name.startswith("report/") for name in row)]
@@ -204,28 +204,28 @@ def test_a_report_is_mirrored_once_with_its_plots_and_verdict(mirrored: Path, tm
     }
 
 
-def test_the_report_of_an_unfinished_run_is_not_mirrored(mirrored: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(mirrored, tmp_path / "mirrored"))
-    done = trainer("report", run, "--step", STEPS - 50, "--wandb", seconds=AMPLE, env=mirrors.environment(tmp_path))
+def test_the_report_of_an_unfinished_run_is_not_synced(synced: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(synced, tmp_path / "synced"))
+    done = trainer("report", run, "--step", STEPS - 50, "--wandb", seconds=AMPLE, env=syncs.environment(tmp_path))
     _, err = done.communicate(timeout=280)
     assert done.returncode == 2 and f"step {STEPS - 50} of {STEPS}" in err and not (run / "report.html").exists()
 
 
-def test_the_mirror_knows_the_runs_settings_and_its_axis_and_has_no_checkpoints(mirrored: Path) -> None:
-    found = {record.WhichOneof("record_type"): record for record in read_back.records(files(mirrored)[0])}
+def test_the_sync_knows_the_runs_settings_and_its_axis_and_has_no_checkpoints(synced: Path) -> None:
+    found = {record.WhichOneof("record_type"): record for record in read_back.records(files(synced)[0])}
     config = {item.key: json.loads(item.value_json) for item in found["run"].run.config.update}
-    assert config["settings"] == json.loads((mirrored / CONFIG).read_text())["settings"]
+    assert config["settings"] == json.loads((synced / CONFIG).read_text())["settings"]
     assert found["run"].run.project == "transcoder-cache" and found["run"].run.display_name == "run"
     assert found["metric"].metric.glob_name == "*" and found["metric"].metric.step_metric == "step"
     assert found["exit"].exit.exit_code == 0
-    size = sum(path.stat().st_size for path in (mirrored / FOLDER).rglob("*") if path.is_file())
-    names = {path.suffix for path in (mirrored / FOLDER).rglob("*") if path.is_file()}
+    size = sum(path.stat().st_size for path in (synced / FOLDER).rglob("*") if path.is_file())
+    names = {path.suffix for path in (synced / FOLDER).rglob("*") if path.is_file()}
     assert not names & {".safetensors", ".parquet", ".json"} - {".json"}
     assert size < 2_000_000
 
 
-def test_wandb_sync_uploads_what_is_left(mirrored: Path, tmp_path: Path, env: dict[str, str]) -> None:
-    shutil.copytree(mirrored, tmp_path / "run", symlinks=True)
+def test_wandb_sync_uploads_what_is_left(synced: Path, tmp_path: Path, env: dict[str, str]) -> None:
+    shutil.copytree(synced, tmp_path / "run", symlinks=True)
     [file] = files(tmp_path / "run")
     assert unsent(tmp_path / "run") == [file]
     with Server() as server:
@@ -238,16 +238,16 @@ def test_wandb_sync_uploads_what_is_left(mirrored: Path, tmp_path: Path, env: di
     assert_holds_metrics(sent, tmp_path / "run")
 
 
-@pytest.mark.parametrize("also", ["the trainer", "the mirror, too"])
+@pytest.mark.parametrize("also", ["the trainer", "the sync, too"])
 def test_a_killed_run_goes_on_at_the_server(
     store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str], also: str
 ) -> None:
     run = tmp_path / "run"
     with Server() as server:
         killed = trainer(*arguments(store, tmp_path), seconds=AMPLE, env=env | server.environment)
-        mirrors.paused_after(killed, run, rows=25)
+        syncs.paused_after(killed, run, rows=25)
         wait_for(lambda: server.history)
-        if also == "the mirror, too":
+        if also == "the sync, too":
             process.kill_marked(run)
         killed.kill()
         killed.communicate(timeout=60)
@@ -271,15 +271,15 @@ def test_names_of_files_are_the_trainers() -> None:
 
 
 @pytest.mark.fault(4)
-@pytest.mark.parametrize("also", ["the trainer", "the mirror, too"])
+@pytest.mark.parametrize("also", ["the trainer", "the sync, too"])
 def test_a_killed_run_goes_on_as_the_same_run_of_wandb(
     store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str], also: str
 ) -> None:
-    """As after a power cut, when the mirror goes down with the trainer: rows that wandb had not written are made up."""
+    """As after a power cut, when the sync goes down with the trainer: rows that wandb had not written are made up."""
     run = tmp_path / "run"
     killed = trainer(*arguments(store, tmp_path), "--wandb-project", "of-its-own", seconds=AMPLE, env=env)
-    mirrors.paused_while_mirrored(killed, run, rows=25)
-    if also == "the mirror, too":
+    syncs.paused_while_synced(killed, run, rows=25)
+    if also == "the sync, too":
         wait_for(lambda: histories(run))  # wandb writes blocks of rows
         process.kill_marked(run)
     killed.kill()
@@ -289,15 +289,15 @@ def test_a_killed_run_goes_on_as_the_same_run_of_wandb(
     assert len(before) >= (25 if also == "the trainer" else 1)
     resumed(run, env)
     assert_same_run(plain, run)
-    assert_mirrored_once(run)
+    assert_synced_once(run)
     assert len(files(run)) == 2
     assert json.loads((run / FOLDER / worker.STATE).read_text())["project"] == "of-its-own"
 
 
-def test_a_run_that_was_trained_without_a_mirror_gets_one(plain: Path, tmp_path: Path, env: dict[str, str]) -> None:
+def test_a_run_that_was_trained_without_a_sync_gets_one(plain: Path, tmp_path: Path, env: dict[str, str]) -> None:
     shutil.copytree(plain, tmp_path / "run")
     assert "is finished" in resumed(tmp_path / "run", env)
-    assert_mirrored_once(tmp_path / "run")
+    assert_synced_once(tmp_path / "run")
     shutil.rmtree(files(tmp_path / "run")[0].parent)  # as `wandb sync --clean` does
     resumed(tmp_path / "run", env)
     assert files(tmp_path / "run") == []
@@ -308,7 +308,7 @@ SMALL_DISK = 'mount -t tmpfs -o size=$0 none "$1" && head -c "$2" /dev/zero > "$
 
 @pytest.fixture
 def resumed_on_small_disk(plain: Path, tmp_path: Path, env: dict[str, str]) -> SmallDisk:
-    """Starts to resume a copy of a run whose folder of the mirror is a disk of a size, with a filler of another."""
+    """Starts to resume a copy of a run whose folder of the sync is a disk of a size, with a filler of another."""
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
         pytest.skip("no file systems can be mounted here: user namespaces are not allowed")
     run = tmp_path / "run"
@@ -354,47 +354,47 @@ def test_a_dead_process_of_wandbs_is_started_again(
 ) -> None:
     run = tmp_path / "run"
     done = trainer(*arguments(store, tmp_path), seconds=AMPLE, env=env)
-    mirrors.paused_while_mirrored(done, run)
+    syncs.paused_while_synced(done, run)
     os.kill(core(run), signal.SIGKILL)
     err = finished(done, run, plain)
     assert "warning" not in err
-    assert_mirrored_once(run)
+    assert_synced_once(run)
     assert len(files(run)) == 2
 
 
 def test_a_stopped_process_of_wandbs(store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str]) -> None:
     run = tmp_path / "run"
     done = trainer(*arguments(store, tmp_path), seconds=SHORT, env=env)
-    mirrors.paused_while_mirrored(done, run)
+    syncs.paused_while_synced(done, run)
     os.kill(core(run), signal.SIGSTOP)
     err = finished(done, run, plain)
     assert err.count("warning: ") == 1 and UNAFFECTED in err
     assert f"with: python -m train resume {run} --wandb" in err and f"wandb sync {run}/wandb/offline-run-*" in err
     resumed(run, env)
-    assert_mirrored_once(run)
+    assert_synced_once(run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_dead_or_stopped_mirror(
+def test_a_dead_or_stopped_sync(
     store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str], number: signal.Signals
 ) -> None:
     run = tmp_path / "run"
     done = trainer(*arguments(store, tmp_path), seconds=SHORT, env=env)
-    mirrors.paused_while_mirrored(done, run)
-    os.kill(mirrors.child(run), number)
+    syncs.paused_while_synced(done, run)
+    os.kill(syncs.child(run), number)
     err = finished(done, run, plain)
     assert err.count("warning: ") == 1 and UNAFFECTED in err
     resumed(run, env)
-    assert_mirrored_once(run)
+    assert_synced_once(run)
 
 
 def test_a_killed_trainer_leaves_no_stopped_process_of_wandbs(
     store: SyntheticStore, tmp_path: Path, env: dict[str, str]
 ) -> None:
-    """The mirror ends itself, and what it started."""
+    """The sync ends itself, and what it started."""
     run = tmp_path / "run"
     done = trainer(*arguments(store, tmp_path), seconds=SHORT, env=env)
-    mirrors.paused_while_mirrored(done, run)
+    syncs.paused_while_synced(done, run)
     os.kill(core(run), signal.SIGSTOP)
     assert len(marked(run)) == 2
     done.kill()
@@ -403,13 +403,13 @@ def test_a_killed_trainer_leaves_no_stopped_process_of_wandbs(
     assert "not finished 2 s after the trainer" in (run / FOLDER / LOG).read_text()
 
 
-def test_a_stopped_mirror_of_a_killed_trainer_does_not_hold_up_the_next(
+def test_a_stopped_sync_of_a_killed_trainer_does_not_hold_up_the_next(
     store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
     run = tmp_path / "run"
     done = trainer(*arguments(store, tmp_path), seconds=SHORT, env=env)
-    mirrors.paused_while_mirrored(done, run)
-    stopped = mirrors.child(run)
+    syncs.paused_while_synced(done, run)
+    stopped = syncs.child(run)
     os.kill(stopped, signal.SIGSTOP)
     done.kill()
     done.communicate(timeout=60)
@@ -417,7 +417,7 @@ def test_a_stopped_mirror_of_a_killed_trainer_does_not_hold_up_the_next(
     assert "warning" not in resumed(run, env)
     assert marked(run) == []
     assert_same_run(plain, run)
-    assert_mirrored_once(run)
+    assert_synced_once(run)
 
 
 def test_no_network(store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str]) -> None:
@@ -425,11 +425,11 @@ def test_no_network(store: SyntheticStore, plain: Path, tmp_path: Path, env: dic
     online = env | {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     done = trainer(*arguments(store, tmp_path), seconds=AMPLE, env=online)
     err = finished(done, run, plain)
-    assert "warning" not in err and "mirrored offline; upload it with: wandb sync" in err
+    assert "warning" not in err and "synced offline; upload it with: wandb sync" in err
     log = (run / FOLDER / LOG).read_text()
     assert "W&B has not answered" in log or "W&B cannot be reached" in log
     assert "offline: W&B's mode is offline" in log
-    assert_mirrored_once(run)
+    assert_synced_once(run)
     assert "is finished" in resumed(run, online)
     assert f"to be uploaded first, with: wandb sync {files(run)[0].parent}" in (run / FOLDER / LOG).read_text()
 
@@ -451,7 +451,7 @@ def test_wandb_is_not_installed(store: SyntheticStore, plain: Path, tmp_path: Pa
     done = trainer(*arguments(store, tmp_path), seconds=AMPLE, env=env | {"PYTHONPATH": path})
     err = finished(done, run, plain)
     assert err.count("warning: ") == 1
-    assert "warning: wandb is not installed, and the run is not mirrored: pip install 'transcoder-cache[wandb]'" in err
+    assert "warning: wandb is not installed, and the run is not synced: pip install 'transcoder-cache[wandb]'" in err
     assert not (run / FOLDER).exists()
 
 
@@ -464,14 +464,14 @@ def test_a_folder_called_wandb_is_no_package(
     assert "is not installed" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_to_costs_the_mirror(
+def test_a_folder_that_cannot_be_written_to_costs_the_sync(
     command: Command, store: SyntheticStore, tmp_path: Path
 ) -> None:
     done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 2, *SMALL)
     (done.path / FOLDER).write_text("no folder")
     again = command("resume", done.path, "--wandb")
     assert again.code == 0 and again.err.count("warning: ") == 1
-    assert f"warning: the run is not mirrored to W&B: {done.path / FOLDER}: File exists" in again.err
+    assert f"warning: the run is not synced to W&B: {done.path / FOLDER}: File exists" in again.err
 
 
 def test_the_trainer_waits_for_ten_seconds_at_most(
