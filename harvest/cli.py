@@ -62,7 +62,7 @@ def _settings(preset: str, config: Path | None, assignments: tuple[str, ...], **
 @group.command()
 @request_options
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
-@shared.command_line.volume_options
+@shared.command_line.verbosity_options
 def run(cache: Path, force: bool, **given: Any) -> None:
     """Make the store of PRESET, or continue, extend or find it; prints its path last (a line per layer)."""
     settings = _settings(**given)
@@ -160,7 +160,7 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
 @click.option("--text", multiple=True, help="Where the store's text lies, if its tokens are damaged (repeatable).")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads that run batches; 0 is one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-@shared.command_line.volume_options
+@shared.command_line.verbosity_options
 def repair(store: Path, model: str | None, text: tuple[str, ...], workers: int, as_json: bool) -> None:
     """Verify STORE and make what is damaged anew: the blocks concerned, and no others."""
     from harvest.commands.repair import repair as mend

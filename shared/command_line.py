@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from shared.console.process import let_idle_threads_sleep
-from shared.console.terminal import Volume, speaking
+from shared.console.terminal import Verbosity, with_verbosity
 from shared.errors import ProjectError, Stopped, UserError
 from shared.store.packed import LOCAL_BYTES
 from shared.store.store import Local
@@ -67,7 +67,7 @@ _quiet_option = click.option("-q", "--quiet", is_flag=True, help="Only warnings,
 _verbose_option = click.option("-v", "--verbose", is_flag=True, help="All figures, whenever there are new ones.")
 
 
-def volume_options(command: Callable[..., None]) -> Callable[..., None]:
+def verbosity_options(command: Callable[..., None]) -> Callable[..., None]:
     """`--quiet` and `--verbose`: how much the command says."""
     return _quiet_option(_verbose_option(_speaking(command)))
 
@@ -87,7 +87,7 @@ def _speaking(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
         if quiet and verbose:
             raise UserError("--quiet and --verbose contradict each other; give one of them")
-        with speaking(Volume.QUIET if quiet else Volume.VERBOSE if verbose else Volume.NORMAL):
+        with with_verbosity(Verbosity.QUIET if quiet else Verbosity.VERBOSE if verbose else Verbosity.NORMAL):
             command(**given)
 
     return wrapped

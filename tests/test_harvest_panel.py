@@ -7,7 +7,7 @@ import pytest
 from harvest.run.harvest_panel import Status
 from harvest.writer.target import Target
 from shared.console.panel import Pace, size
-from shared.console.terminal import Volume, speaking
+from shared.console.terminal import Verbosity, with_verbosity
 from shared.files.disk_usage import Measured, size_of
 from tests.stores import SyntheticStore
 from tests.test_panel import drawn
@@ -54,7 +54,7 @@ def test_a_harvest_is_shown_at_every_width(pristine: SyntheticStore, width: int)
 
 def test_a_verbose_harvest_says_what_it_reads_and_writes(pristine: SyntheticStore) -> None:
     status, pace = a_status(pristine, set(), there=0), Pace(done=9, total=9, unit="tokens", seconds=1, rate=9)
-    with speaking(Volume.VERBOSE):
+    with with_verbosity(Verbosity.VERBOSE):
         text = "\n".join(drawn(status.panel(pace), 80))
     assert "resumed" not in text and "synthetic, float32" in text and "blocks.3.hook_mlp_out" in text
     for stratum in pristine.record.plan.stored_strata:

@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from shared.console.panel import Fitted, Kept, Pace, duration, pairs, panel, per_second, short, size, sparkline
-from shared.console.terminal import Volume, speaking
+from shared.console.terminal import Verbosity, with_verbosity
 from train.live.status import Status
 from train.live.training_panel import RunPanel
 
@@ -76,7 +76,7 @@ def test_a_run_that_was_not_evaluated_yet_and_one_without_figures(tmp_path: Path
 
 
 def test_a_verbose_panel_adds_strata_and_prefixes(tmp_path: Path) -> None:
-    with speaking(Volume.VERBOSE):
+    with with_verbosity(Verbosity.VERBOSE):
         lines = drawn(RunPanel(a_status(tmp_path)).draw(PACE), 60)
     assert {len(line) for line in lines} == {60}
     [line] = [line for line in lines if "000-001" in line]

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from shared.console.progress import Progress
-from shared.console.terminal import Volume, speaking
+from shared.console.terminal import Verbosity, with_verbosity
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_lines_come_every_five_seconds_and_at_the_end(clock, capsys: pytest.Capt
 
 
 def test_a_verbose_command_prints_every_detail_at_once(clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with speaking(Volume.VERBOSE):
+    with with_verbosity(Verbosity.VERBOSE):
         steps(clock)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("left  ")[1] for line in lines] == [
@@ -45,7 +45,7 @@ def test_a_verbose_command_prints_every_detail_at_once(clock, capsys: pytest.Cap
 
 
 def test_a_quiet_command_prints_none(clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with speaking(Volume.QUIET):
+    with with_verbosity(Verbosity.QUIET):
         steps(clock)
     assert capsys.readouterr() == ("", "")
 

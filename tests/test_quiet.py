@@ -9,7 +9,7 @@ import torch
 from shared.store.store import Store
 from tests.stores import SyntheticStore, make_store
 from train.model.activations import BatchTopK
-from train.model.silence import Quiet, QuietConfig, left_out
+from train.model.quiet import Quiet, QuietConfig, left_out
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 
 D, O, F = 16, 24, 32

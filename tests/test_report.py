@@ -323,7 +323,7 @@ def test_tables_have_the_numbers_of_their_plots(report: Report) -> None:
     drawn = figures(report)
     assert {"fvu", "l0", "terms", "dead", "lr", "throughput", "strata", "prefixes", "density", "nearest"} <= set(drawn)
     found = table(drawn["l0"])
-    assert found.head == ["step", "the rule of training", "the running threshold", "held out, calibrated thresholds"]
+    assert found.head == ["step", "the training rule", "the running threshold", "held out, calibrated thresholds"]
     assert found.rows[-1][0] == "120" and found.rows[-1][3] == f"{report.held_out.l0:.4g}"
     assert [row[0] for row in table(drawn["strata"]).rows] == [f"positions {name}" for name in report.held_out.strata]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from shared.console import terminal
-from shared.console.terminal import Volume, panel_shown, speaking
+from shared.console.terminal import Verbosity, panel_shown, with_verbosity
 from tests.llms import Line
 from tests.llms import command as harvest
 from tests.runs import SMALL, rows
@@ -157,7 +157,7 @@ def test_quiet_and_verbose_together_are_the_users_error(command, tmp_path: Path,
     done = command(*given, "--quiet", "--verbose")
     assert (done.code, done.out) == (2, "")
     assert done.err == "error: --quiet and --verbose contradict each other; give one of them\n"
-    assert terminal.volume() == Volume.NORMAL
+    assert terminal.verbosity() == Verbosity.NORMAL
 
 
 def test_a_quiet_harvest_says_its_path_alone(small: Line, tmp_path: Path) -> None:
@@ -196,6 +196,6 @@ def test_a_drawing_that_fails_stops_nothing(capsys: pytest.CaptureFixture[str], 
 
 
 def test_the_volume_is_put_back_after_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), speaking(Volume.QUIET):
+    with pytest.raises(ZeroDivisionError), with_verbosity(Verbosity.QUIET):
         raise ZeroDivisionError
-    assert terminal.volume() == Volume.NORMAL
+    assert terminal.verbosity() == Verbosity.NORMAL

@@ -11,7 +11,7 @@ from train.duplicates import diversity, monitor
 from train.duplicates.co_activation import Correlated, co_activation_loss
 from train.duplicates.directions import direction_loss
 from train.live.status import Status
-from train.model.silence import Quiet
+from train.model.quiet import Quiet
 from train.model.sparse_latents import SparseLatents
 from train.run import usage
 from train.run.self_test import prove

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import shared.command_line
-from shared.console.terminal import Volume, volume
+from shared.console.terminal import Verbosity, verbosity
 from shared.errors import UserError
 from shared.files import durable
 from shared.store.store import Local, Store
@@ -59,7 +59,7 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
 @_fallback_option
 @sync_options
-@shared.command_line.volume_options
+@shared.command_line.verbosity_options
 @shared.command_line.local_options
 def run(
     preset: str,
@@ -118,7 +118,7 @@ def list_all(preset: str, store: Path | None, file: Path | None, assignments: tu
 @click.option("--inexact", is_flag=True, help="Go on on another processor or other versions; the last bits may differ.")
 @_fallback_option
 @sync_options
-@shared.command_line.volume_options
+@shared.command_line.verbosity_options
 @shared.command_line.local_options
 def resume(
     run: Path,
@@ -245,7 +245,7 @@ def report(
     if as_json:
         click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
         return
-    if volume() > Volume.QUIET:
+    if verbosity() > Verbosity.QUIET:
         print_verdict(found)
     click.echo(path)
 
@@ -296,7 +296,7 @@ def _free_name(runs: Path, preset: str) -> str:
 
 def _summarise(run: Path) -> None:
     """The last held-out figures of the run, on stderr, unless the user wants quiet."""
-    if volume() == Volume.QUIET:
+    if verbosity() == Verbosity.QUIET:
         return
     from train.evaluation.evaluate import Evaluation
     from train.run.metrics import METRICS, Log

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 
 from harvest.writer.target import Target
 from shared.console.panel import Fitted, Kept, Pace, inner, pairs, panel, per_second, size
-from shared.console.terminal import Volume, volume
+from shared.console.terminal import Verbosity, verbosity
 from shared.files import durable
 from shared.files.disk_usage import Measured
 from shared.store.layout import block_bytes, row_specs
@@ -83,7 +83,7 @@ class Status:
             ("device", self._device),
         ]
         stores = [("store" if i == 0 else "", target.path.name) for i, target in enumerate(self.targets)]
-        more = [pairs(self._more())] if volume() == Volume.VERBOSE else []
+        more = [pairs(self._more())] if verbosity() == Verbosity.VERBOSE else []
         body = self.body.drawing(tuple(facts), lambda: Group(pairs(stores), pairs(facts, columns), *more))
         return panel("harvest", pace, "", body, more_rates=[f"{rate} rows/s"])
 

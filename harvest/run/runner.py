@@ -21,7 +21,7 @@ from harvest.writer.blocks import BlockLayout, Buffers, block_layout
 from harvest.writer.target import Target, read_block
 from shared.console.progress import Progress
 from shared.console.signals import leave, stop_signals
-from shared.console.terminal import Volume, volume
+from shared.console.terminal import Verbosity, verbosity
 from shared.errors import Stopped, warn
 from shared.files import durable
 from shared.store.layout import UNEMBEDDING
@@ -220,5 +220,5 @@ class _Counter:
     def block(self, block: int) -> None:
         """One is on disk."""
         with self._lock:
-            detail = self._status.detail(block) if volume() == Volume.VERBOSE else ""
+            detail = self._status.detail(block) if verbosity() == Verbosity.VERBOSE else ""
             self._bar.update(self._done, self._status.note(), detail)

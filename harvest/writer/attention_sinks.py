@@ -13,7 +13,7 @@ def overall(strata: Sequence[Stratum], moments: Mapping[str, Moments], side: str
 
     A first stratum that is wider than one position cannot be taken apart, and is then part of it as a whole.
     """
-    later = [s for s in strata if s.stop > 1] or strata
+    later = [s for s in strata if not s.is_position_0] or strata
     return merge([moments[f"{s.name}/{side}"].scaled(s.natural_rows / s.rows) for s in later])
 
 

@@ -103,7 +103,7 @@ def summarise(
     }
     planned = {s.name: s for s in plan.strata}
     by_stratum = tuple(_summary([planned[s.name]], moments, s.name, medians) for s in strata)
-    later = [planned[s.name] for s in strata if s.stop > 1] or list(planned.values())
+    later = [planned[s.name] for s in strata if not s.is_position_0] or list(planned.values())
     return by_stratum, _summary(later, whole, "overall", medians), tensors
 
 

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from shared.console.panel import Pace, panel
-from shared.console.terminal import Volume, panel_shown, shows_panels, volume
+from shared.console.terminal import Verbosity, panel_shown, shows_panels, verbosity
 
 _PLAIN_SECONDS = 5.0
 
@@ -36,7 +36,7 @@ class Progress:
         self._began = self._printed = time.monotonic()
         self._note, self._told = "", True
         self._draw = draw or (lambda pace: panel(name, pace, *([Text(self._note)] if self._note else [])))
-        self._panel = alone and volume() > Volume.QUIET and shows_panels()
+        self._panel = alone and verbosity() > Verbosity.QUIET and shows_panels()
         self._shown = ExitStack()
 
     def __enter__(self) -> "Progress":
@@ -64,10 +64,10 @@ class Progress:
         prints `detail`, at once.
         """
         self._done, self._note = done, note or self._note
-        if self._panel or volume() == Volume.QUIET:
+        if self._panel or verbosity() == Verbosity.QUIET:
             return
         self._told = False
-        if detail and volume() == Volume.VERBOSE:
+        if detail and verbosity() == Verbosity.VERBOSE:
             self._print(detail)
         elif time.monotonic() - self._printed >= _PLAIN_SECONDS:
             self._print(self._note)

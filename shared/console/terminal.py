@@ -1,6 +1,6 @@
 """How much is said on stderr, and how: live panels on a terminal, plain lines elsewhere.
 
-Warnings and errors are printed whatever the volume is; while a panel is shown they appear above it.
+Warnings and errors are printed whatever the verbosity is; while a panel is shown they appear above it.
 """
 
 import sys
@@ -16,7 +16,7 @@ _REFRESHES = 1
 """Of a panel, per second: each takes two milliseconds of the interpreter from the work that it shows."""
 
 
-class Volume(IntEnum):
+class Verbosity(IntEnum):
     """How much a command says beside its result."""
 
     QUIET = 0
@@ -26,28 +26,28 @@ class Volume(IntEnum):
     """All figures, whenever there are new ones."""
 
 
-_volume = Volume.NORMAL
+_verbosity = Verbosity.NORMAL
 
 
-def volume() -> Volume:
+def verbosity() -> Verbosity:
     """That of this process."""
-    return _volume
+    return _verbosity
 
 
 @contextmanager
-def speaking(wanted: Volume) -> Iterator[None]:
-    """Set the volume of this process, and put back what it was."""
-    global _volume
-    before, _volume = _volume, wanted
+def with_verbosity(wanted: Verbosity) -> Iterator[None]:
+    """Set the verbosity of this process, and put back what it was."""
+    global _verbosity
+    before, _verbosity = _verbosity, wanted
     try:
         yield
     finally:
-        _volume = before
+        _verbosity = before
 
 
 def say(text: str) -> None:
     """What is good to know, and no warning: on stderr, unless the user wants quiet."""
-    if _volume > Volume.QUIET:
+    if _verbosity > Verbosity.QUIET:
         print(text, file=sys.stderr, flush=True)
 
 

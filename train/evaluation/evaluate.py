@@ -70,7 +70,7 @@ class StratumPart(Part, Weight):
     """One stratum, its outliers left out."""
 
     l0_training_rule: float | None
-    """Active latents per row by the rule of training, on batches of the natural mixture; none: no rows drawn."""
+    """Active latents per row by the training rule, on batches of the natural mixture; none: no rows drawn."""
     prefixes: dict[int, Part]
 
 
@@ -91,7 +91,7 @@ class Evaluation(Config):
     l0: float
     """By threshold: what inference uses."""
     l0_training_rule: float
-    """By the rule of training."""
+    """By the training rule."""
     fvu_training_rule: float
     threshold: float
     """Mean over latents, in units of the pre-activations."""

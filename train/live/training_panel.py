@@ -20,7 +20,7 @@ from shared.console.panel import (
     size,
     sparkline,
 )
-from shared.console.terminal import Volume, volume
+from shared.console.terminal import Verbosity, verbosity
 from shared.files import durable
 from shared.files.disk_usage import Measured, size_of
 from train.live.status import PENALTIES, Status
@@ -68,7 +68,7 @@ def _body(status: Status, space: Pairs, width: int, blocks: bool) -> RenderableT
         grid.add_column()
         grid.add_row(pairs(figures), table)
         parts = [grid]
-    return Group(*parts, *([Text(), _more(status)] if volume() == Volume.VERBOSE else []))
+    return Group(*parts, *([Text(), _more(status)] if verbosity() == Verbosity.VERBOSE else []))
 
 
 def _figures(status: Status, course: str) -> Pairs:

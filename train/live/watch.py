@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.console import Console, RenderableType
 
 from shared.console.panel import duration
-from shared.console.terminal import Volume, panel_shown, shows_panels, volume
+from shared.console.terminal import Verbosity, panel_shown, shows_panels, verbosity
 from shared.errors import CorruptData, UserError
 from shared.files import durable
 from train.live.run_files import CONFIG, LOCK, METRICS, TIMING, USAGE, Lines, Row
@@ -79,7 +79,7 @@ class Watched:
 
     def line(self) -> str:
         """The newest figures, as the trainer prints them."""
-        note = self.status.detail() if volume() == Volume.VERBOSE else self.status.note()
+        note = self.status.detail() if verbosity() == Verbosity.VERBOSE else self.status.note()
         return f"train {self.status.pace.line()}  {note}".rstrip()
 
     def panel(self) -> RenderableType:

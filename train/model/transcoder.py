@@ -330,7 +330,7 @@ class Transcoder(nn.Module):
         return active, smallest
 
     def select_final(self, pre_acts: Tensor) -> SparseLatents:
-        """The pairs that the rule of training activates after all warm-ups; changes nothing."""
+        """The pairs that the training rule activates after all warm-ups; changes nothing."""
         return self.activation.select_final(self._ops, pre_acts, self.thresholds(), self._guess)
 
     def select_above(self, pre_acts: Tensor, thresholds: Tensor) -> SparseLatents:

@@ -49,14 +49,14 @@ def _fvu(report: Report) -> go.Figure | None:
     names = {
         "fvu_natural": "training rows, natural frequencies",
         "held_out.fvu": "held out, calibrated thresholds",
-        "held_out.fvu_training_rule": "held out, the rule of training",
+        "held_out.fvu_training_rule": "held out, the training rule",
     }
     return _lines(report.training, names, "fvu", log=True)
 
 
 def _l0(report: Report) -> go.Figure | None:
     names = {
-        "l0_training_rule": "the rule of training",
+        "l0_training_rule": "the training rule",
         "l0_threshold": "the running threshold",
         "held_out.l0": "held out, calibrated thresholds",
     }

@@ -67,7 +67,7 @@ def _generalisation(report: Report) -> Iterator[Check]:
     if trained and trained[-1] > 0:
         ratio = report.held_out.fvu_training_rule / trained[-1]
         said = (
-            f"By the rule of training, fvu is {report.held_out.fvu_training_rule:.4f} held out and {trained[-1]:.4f} "
+            f"By the training rule, fvu is {report.held_out.fvu_training_rule:.4f} held out and {trained[-1]:.4f} "
             f"on the last rows trained on: {ratio:.2f} times."
         )
         yield _check("generalisation", said, ratio, 1.25, 2.0, "curves")

@@ -12,7 +12,7 @@ from shared.store.strata import POSITION_0
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
 from train.model.activations import BatchTopK
-from train.model.silence import Quiet
+from train.model.quiet import Quiet
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Normalisation, StepOutput, Transcoder, TranscoderConfig
 from train.run.settings import Settings

@@ -28,7 +28,7 @@ from train.model.blas import Blas, bfloat16_units, faster_here
 from train.model.checkpoint import CONFIG
 from train.model.kernels.sparse_ops import Kernels
 from train.model.losses import AuxKConfig
-from train.model.silence import QuietConfig
+from train.model.quiet import QuietConfig
 from train.model.transcoder import TranscoderConfig
 from train.run.optimizer import OptimizerConfig
 from train.run.saver import CheckpointConfig

@@ -23,7 +23,7 @@ from train.live.training_panel import RunPanel
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, HeldOut
 from train.model.kernels import numba_loops
-from train.model.silence import Quiet
+from train.model.quiet import Quiet
 from train.model.transcoder import StepOutput
 from train.run.determinism import arithmetic, require_same
 from train.run.latent_counters import Counters

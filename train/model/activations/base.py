@@ -65,7 +65,7 @@ class ActivationBase(Config, ABC):
 
     @abstractmethod
     def select_final(self, ops: SparseOps, pre_acts: Tensor, thresholds: Tensor, guess: Tensor) -> SparseLatents:
-        """Select the pairs that are active by the rule of training after all warm-ups."""
+        """Select the pairs that are active by the training rule after all warm-ups."""
 
     def values(self, gathered: Tensor, thresholds: Tensor, active: SparseLatents) -> Tensor:
         """Return latent values [N] from the pre-activations `gathered` [N] of the selected pairs."""
