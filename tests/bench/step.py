@@ -196,7 +196,7 @@ def measure(shape: str) -> None:
 def figures_of(model: Transcoder) -> tuple[Counters, Window]:
     """What a run counts and sums after every step."""
     strata, width = {"001-256": slice(0, B)}, model.W_dec.shape[1]
-    return Counters(model.d_sae, torch.device("cpu")), Window(strata, model.prefixes, width, torch.ones(B))
+    return Counters(model.d_sae, 10**6, torch.device("cpu")), Window(strata, model.prefixes, width, torch.ones(B))
 
 
 def threads(shape: str) -> None:

@@ -46,8 +46,8 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (4,),
-        "train/run/trainer.py",
-        "            log.cut(self._first)\n",
+        "train/run/training_log.py",
+        "            log.cut(first)\n",
         "            pass\n",
         ("tests/faults/test_sweeps.py::test_a_training_killed_at_any_operation_resumes_to_the_same_run",),
     ),

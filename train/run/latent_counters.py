@@ -12,7 +12,9 @@ _THRESHOLD_DECAY = 0.99
 class Counters:
     """Rows since each latent fired, and a running threshold: training state that evaluation does not touch."""
 
-    def __init__(self, d_sae: int, device: torch.device) -> None:
+    def __init__(self, d_sae: int, dead_after: int, device: torch.device) -> None:
+        """A latent is dead when it has not fired for `dead_after` rows."""
+        self._dead_after = dead_after
         self.rows_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.threshold = torch.zeros((), dtype=torch.float32, device=device)
 
@@ -25,9 +27,9 @@ class Counters:
         decay = torch.where(fresh, 0.0, _THRESHOLD_DECAY)
         self.threshold.copy_(decay * self.threshold + (1 - decay) * step.threshold)
 
-    def dead(self, after_rows: int) -> Tensor:
-        """Which latents [F] have not fired for `after_rows` rows, bool."""
-        return self.rows_since_fired >= after_rows
+    def dead(self) -> Tensor:
+        """Which latents [F] are dead, bool."""
+        return self.rows_since_fired >= self._dead_after
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint."""

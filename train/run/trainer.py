@@ -1,6 +1,5 @@
 """The training run: batch -> loss -> backward -> step -> track -> log -> evaluate -> checkpoint."""
 
-import time
 from pathlib import Path
 
 import numba
@@ -18,7 +17,6 @@ from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
 from train.evaluation.evaluate import Evaluation, calibrate, evaluate
 from train.evaluation.held_out import held_out_active
-from train.live.status import Status
 from train.live.training_panel import RunPanel
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, HeldOut
@@ -28,11 +26,12 @@ from train.model.transcoder import StepOutput
 from train.run.determinism import arithmetic, require_same
 from train.run.latent_counters import Counters
 from train.run.load_run import build_transcoder, rows_of
-from train.run.metrics import METRICS, TIMING, Log, Window
+from train.run.metrics import Window
 from train.run.optimizer import Optimizer
 from train.run.saver import Saver
 from train.run.self_test import prove
 from train.run.settings import RunConfig, checkpoint_bytes
+from train.run.training_log import TrainingLog
 from train.run.usage import SAMPLES, Usage
 from train.samples.make_samples import make_samples
 from train.samples.parquet import paths
@@ -81,7 +80,8 @@ class Trainer:
             self._settings.rows.batch_rows,
         )
         self._monitor = CorrelationMonitor(path, self._settings.monitor, self._transcoder, strata, self._settings.steps)
-        self._counters = Counters(self._transcoder.d_sae, device)
+        dead_after = self._settings.auxk.dead_after(self._settings.steps * self._settings.rows.batch_rows)
+        self._counters = Counters(self._transcoder.d_sae, dead_after, device)
         apart = self._reader.has_outliers
         self._window = Window(strata, self._transcoder.prefixes, config.d_out, weights, outliers=apart)
         self._usage = Usage(path, self._settings, self._reader.slices())
@@ -94,25 +94,23 @@ class Trainer:
             self._usage,
         )
         """What has state beside the weights."""
-        self._metrics, self._timing = Log(path / METRICS), Log(path / TIMING)
+        self._log = TrainingLog(path, self._settings.steps, self._settings.rows.batch_rows)
         self._arithmetic = arithmetic(self._settings.device)
         self._saver = Saver(
             path,
             self._settings.checkpoint,
             self._arithmetic,
             checkpoint_bytes(self._settings, config.d_in, config.d_out),
-            logs=(self._metrics.path, self._timing.path),
+            logs=self._log.paths,
             fallback=fallback,
             failed=lambda: self._usage.take_back("checkpoint"),
         )
-        self._dead_after = self._settings.auxk.dead_after(self._settings.steps * self._settings.rows.batch_rows)
         self._cadences = (
             self._settings.log_every,
             int(self._settings.monitor.every),
             self._settings.evaluation.every,
             self._settings.checkpoint.every,
         )
-        self._status = Status(path, self._settings.steps, self._settings.rows.batch_rows)
         self._first_bad = torch.tensor(_NEVER, device=device)
         self._calibrated: tuple[int, Tensor] | None = None
         self._first = 0
@@ -122,25 +120,20 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
-        for log in (self._metrics, self._timing):
-            log.cut(self._first)
-        for row in self._metrics.rows():
-            self._status.add(row)
+        self._log.open(self._first)
         self._saver.prune()
         with stop_signals() as stop:
             if self._first < self._settings.steps:
                 self._train(stop)
             self._finish(stop)
-        for log in (self._metrics, self._timing):
-            if log.lost_rows:
-                warn(f"{log.lost_rows} rows of {log.path} were lost")
+        self._log.warn_of_lost_rows()
 
     def _train(self, stop: list[int]) -> None:
-        settings, self._logged = self._settings, (0.0, 0.0)
-        self._began, self._cpu_began = time.monotonic(), time.process_time()
+        settings = self._settings
+        self._log.start_clock()
         if settings.device == "cpu" and not numba_loops.compiled_before():
             say("compiling the loops of the first step: half a minute, once on this machine")
-        bar = Progress("train", settings.steps, "steps", done=self._first, draw=RunPanel(self._status).draw)
+        bar = Progress("train", settings.steps, "steps", done=self._first, draw=RunPanel(self._log.status).draw)
         with self._saver, self._reader, bar as progress:
             for step in range(self._first, settings.steps):
                 output, lr = self._step(step)
@@ -149,7 +142,7 @@ class Trainer:
                 if last or any(self._due(done, every) for every in self._cadences):
                     self._refuse_nan()
                 if self._monitor.due(done):
-                    report = self._monitor.report(done, self._counters.dead(self._dead_after))
+                    report = self._monitor.report(done, self._counters.dead())
                     self._usage.call("monitor", effect=len(report.pairs))
                     moved = self._diversity.follow(report, self._monitor.correlated)
                     if settings.diversity.controller.on:
@@ -157,8 +150,8 @@ class Trainer:
                 held_out = self._evaluate(done) if self._due(done, settings.evaluation.every) else None
                 note = detail = ""
                 if held_out or self._due(done, settings.log_every):
-                    self._log(done, output, lr, held_out)
-                    note, detail = self._status.note(), self._status.detail()
+                    self._write_row(done, output, lr, held_out)
+                    note, detail = self._log.status.note(), self._log.status.detail()
                 progress.update(done, note, detail)
                 if last or self._due(done, settings.checkpoint.every):
                     self._checkpoint(done, held_out, last=last)
@@ -185,20 +178,25 @@ class Trainer:
     def _report_held_out(self) -> None:
         done, blocks = self._settings.steps, self._store.record.report_blocks
         rows = held_out_active(self._transcoder, self._rows, blocks, self._threshold(done))
-        self._monitor.report_held_out(done, rows, self._counters.dead(self._dead_after))
+        self._monitor.report_held_out(done, rows, self._counters.dead())
 
     def _step(self, step: int) -> tuple[StepOutput, float]:
-        batch = self._reader.batch(step)
-        dead = self._counters.dead(self._dead_after)
-        logged = any(
-            self._due(step + 1, every) for every in (self._settings.log_every, self._settings.evaluation.every)
-        )
-        output = self._transcoder.step(batch.source, batch.target, dead, self._settings.auxk, step, whole=logged)
-        whole = self._diversity.value_terms(output)
+        """Train on one batch; returns what the step computed, and the learning rate."""
+        batch, dead, settings = self._reader.batch(step), self._counters.dead(), self._settings
+        logged = any(self._due(step + 1, every) for every in (settings.log_every, settings.evaluation.every))
+
+        # Reconstruction of every prefix, the activation's penalty, and aux-k.
+        output = self._transcoder.step(batch.source, batch.target, dead, settings.auxk, step, whole=logged)
+        # Terms of the latents' values reach the encoder through the same pairs: they share the backward.
+        of_values = self._diversity.value_terms(output)
+        # Terms of decoder rows, and of rows that training leaves out, have a backward each.
         apart = self._diversity.direction_terms(dead, step) | self._quiet.terms(step)
-        lr, grad_norm = self._optimizer.step([output.loss + sum(whole.values()), *apart.values()], step)
-        self._note_nan(output.loss + sum((whole | apart).values()) + grad_norm, batch.source, step)
-        output = output.with_terms(whole | apart)
+        loss = output.loss + sum(of_values.values())
+        lr, grad_norm = self._optimizer.step([loss, *apart.values()], step)
+
+        # From here on only counting: none of it waits for the device.
+        self._note_nan(output.loss + sum((of_values | apart).values()) + grad_norm, batch.source, step)
+        output = output.with_terms(of_values | apart)
         self._monitor.add(output, step + 1)
         self._usage.call(*output.terms)
         self._counters.update(output)
@@ -206,12 +204,11 @@ class Trainer:
         self._window.add(output, grad_norm, outliers)
         return output, lr
 
-    def _log(self, done: int, output: StepOutput, lr: float, held_out: Evaluation | None) -> None:
-        """Write the rows of the logs, and show them."""
-        head = {"step": done, "rows": done * self._settings.rows.batch_rows}
+    def _write_row(self, done: int, output: StepOutput, lr: float, held_out: Evaluation | None) -> None:
+        """Write a row to the logs, and what every component has done."""
         row = self._window.row() | {
             "lr": lr,
-            "dead_share": int(self._counters.dead(self._dead_after).sum()) / self._transcoder.d_sae,
+            "dead_share": int(self._counters.dead().sum()) / self._transcoder.d_sae,
             "running_threshold": float(self._counters.threshold),
             "l0_threshold": self._l0_by_running_threshold(output.pre_acts),
             "epochs": self._reader.epochs(done),
@@ -219,28 +216,9 @@ class Trainer:
         }
         if held_out:
             row["held_out"] = held_out.model_dump(mode="json")
-        self._metrics.append(head | row)
         self._usage.effects(row["terms"], row["steps"])
-        usage = self._usage.publish(done)
-        seconds = time.monotonic() - self._began
-        rate = (done - self._first) * self._settings.rows.batch_rows / seconds
-        timing = {
-            "from_step": self._first,
-            "seconds": seconds,
-            "cpu_seconds": time.process_time() - self._cpu_began,
-            "rows_per_second": rate,
-        } | self._data_wait(seconds)
-        if self._transcoder.guarded:
-            timing |= self._transcoder.guarded.figures()
-        self._timing.append(head | timing)
-        self._status.add(head | row)
-        self._status.update(head | timing, usage.model_dump(mode="json"))
-
-    def _data_wait(self, seconds: float) -> dict[str, float]:
-        """Seconds that steps waited for rows since the last row of the logs, and their share of the time."""
-        (before, waited), self._logged = self._logged, (seconds, self._reader.waited)
-        wait = self._reader.waited - waited
-        return {"data_wait": wait, "data_wait_share": wait / (seconds - before)}
+        search = self._transcoder.guarded.figures() if self._transcoder.guarded else {}
+        self._log.write(done, row, self._reader.waited, search, self._usage.publish(done))
 
     def _evaluate(self, done: int) -> Evaluation:
         found = evaluate(self._transcoder, self._rows, self._threshold(done), self._settings.seed)
