@@ -1,8 +1,9 @@
 """Do the fast step and the dense one, and this trainer and others, reach the same answer on the same rows?
 
     python -m tests.bench.same_answer reference --store STORE [--steps N] [--k N] [--kernels A B]
-    python -m tests.bench.same_answer peers --store STORE [--steps N] [--k N] [--seeds N] [--trainers NAME ...]
-                                            [--set a.b=value ...] [--label NAME] [--work FOLDER] [--jobs N]
+    python -m tests.bench.same_answer peers --store STORE [--steps N] [--k N] [--seeds N] [--preset NAME]
+                                            [--trainers NAME ...] [--set a.b=value ...] [--label NAME]
+                                            [--work FOLDER] [--jobs N]
 
 `reference`: two runs of the preset `tiny` with one seed and so one batch order, one on the fast kernels and one on the
 dense fp32 reference (`--kernels A B` compares others). Held-out fvu must agree within half a percent.
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
     parser.add_argument("--seeds", type=int, default=3, help="at the best rate")
     parser.add_argument("--most", type=int, default=7, help="learning rates of a trainer")
+    parser.add_argument("--preset", default="tiny", help="of this trainer")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="a setting of this trainer")
     parser.add_argument("--label", help="of the store in the title; its widths if not given")
     parser.add_argument(
@@ -76,7 +78,10 @@ def main() -> None:
             shape = f"d_sae {options.d_sae:,}, k {options.k}, {options.steps:,} steps of 1,024"
             sets = "".join(f" --set {setting}" for setting in options.set)
             seeds = f" --seeds {options.seeds}" if part == "peers" else ""
-            line = f"python -m tests.bench.same_answer {part} --store STORE --steps {options.steps}{seeds}{sets}"
+            preset = f" --preset {options.preset}" if options.preset != "tiny" else ""
+            line = (
+                f"python -m tests.bench.same_answer {part} --store STORE --steps {options.steps}{preset}{seeds}{sets}"
+            )
             record(f"same answer, {part}, {where}: {shape}", line, figures)
         worst = figures.get("relative difference of held-out fvu", (0.0, ""))[0]
         if worst > LIMIT:
@@ -89,7 +94,7 @@ def reference(options: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         for kernels in options.kernels:
             settings = own_settings(options.steps, options.k, options.d_sae, f"kernels={kernels}", *options.set)
-            found[kernels] = last(train(options.store, Path(folder), kernels, settings))
+            found[kernels] = last(train(options.store, Path(folder), kernels, settings, options.preset))
     figures: Figures = {}
     for kernels, row in found.items():
         figures[f"{kernels}: held-out fvu"] = (row["held_out"]["fvu"], "")

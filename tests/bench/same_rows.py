@@ -103,7 +103,9 @@ class SameRows:
         if not found.exists():
             if not weights.exists():
                 print(f"training {key}", file=sys.stderr, flush=True)
-                train_ours(store, sets, weights) if name in OURS else train_peer(store, config, told, weights)
+                train_ours(store, self._options.preset, sets, weights) if name in OURS else train_peer(
+                    store, config, told, weights
+                )
             durable.publish_bytes(found, json.dumps(self._judge(name, weights)).encode())
         read = json.loads(found.read_text())
         own, equal, per_row = (part and Part(*part) for part in read["parts"])
@@ -120,7 +122,7 @@ class SameRows:
     def _resolved(self, sets: list[str]) -> tuple[Store, RunConfig]:
         """The store, and the run of these settings."""
         store = Store.open(self._options.store)
-        config = resolve(store, load_settings("tiny", sets), None)
+        config = resolve(store, load_settings(self._options.preset, sets), None)
         return store.excluding(config.exclusion), config
 
     def _judge(self, name: str, weights: Path) -> dict[str, Any]:
@@ -146,7 +148,7 @@ class SameRows:
 
 
 def own_settings(steps: int, k: int, d_sae: int, *assignments: str) -> list[str]:
-    """Settings for a run of the preset `tiny` that trains on no row of position 0."""
+    """Settings for a run that trains on no row of position 0, beside those of its preset."""
     kinds = [setting for setting in assignments if setting.startswith("activation.kind=")]  # drops others of the kind
     given = f"steps={steps}", f"activation.k={k}", f"transcoder.d_sae={d_sae}", f"evaluation.every={steps}"
     small = sized([], [f"{name}={value}" for name, value in VALUES.items() if name != "activation.k"])
@@ -194,11 +196,11 @@ def digest(told: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def train(store: Path, runs: Path, name: str, settings: Sequence[str]) -> Path:
-    """Train a run of the preset `tiny`."""
+def train(store: Path, runs: Path, name: str, settings: Sequence[str], preset: str = "tiny") -> Path:
+    """Train a run of a preset."""
     sets = [part for setting in settings for part in ("--set", setting)]
     options = ("--store", store, "--runs", runs, "--name", name, *sets)
-    run(sys.executable, "-m", "train", "run", "tiny", "--quiet", *options)
+    run(sys.executable, "-m", "train", "run", preset, "--quiet", *options)
     return runs / name
 
 
@@ -208,11 +210,11 @@ def last(run_: Path) -> dict[str, Any]:
     return found
 
 
-def train_ours(store: Store, sets: list[str], out: Path) -> None:
+def train_ours(store: Store, preset: str, sets: list[str], out: Path) -> None:
     """Train by this project's command; its weights go to `out`, and of the run nothing is kept."""
     name = f"run-{out.stem}"
     shutil.rmtree(out.parent / name, ignore_errors=True)
-    path = train(store.path, out.parent, name, sets)
+    path = train(store.path, out.parent, name, sets, preset)
     found = load_file(checkpoint.find(path).path / checkpoint.WEIGHTS)
     kept = {name: found[name].double().numpy() for name in Weights._fields if name in found}
     assert (found["threshold"] == found["threshold"][0]).all(), "the judge has one threshold for all latents"
