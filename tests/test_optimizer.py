@@ -143,13 +143,16 @@ def test_saved_moments_continue_bit_for_bit(kind: type) -> None:
 
 def test_the_learning_rate_follows_the_width_and_warm_ups_the_run() -> None:
     for d_in, lr in ((128, 4e-3), (576, 4e-3), (2304, 2e-3)):
-        found = OptimizerConfig(lr="auto", warmup_share=0.02).resolve(steps=5000, d_in=d_in)
+        found = OptimizerConfig(lr="auto", warmup_share=0.02).resolve(5000, d_in, unit_decoder=True)
         assert found.lr == pytest.approx(lr, rel=1e-2) and found.warmup_steps == 100
-    assert found.resolve(steps=5000, d_in=128) == found  # what is resolved stays
-    given = OptimizerConfig(lr=1e-3, warmup_steps=7, warmup_share=0.5).resolve(steps=10, d_in=4)
+    assert found.resolve(5000, 128, unit_decoder=True) == found  # what is resolved stays
+    free = OptimizerConfig(lr="auto", decoder_rate="auto").resolve(10, 128, unit_decoder=False)
+    unit = OptimizerConfig(lr="auto", decoder_rate="auto").resolve(10, 128, unit_decoder=True)
+    assert (free.lr, free.decoder_rate, unit.lr, unit.decoder_rate) == (8e-3, 1.0, 4e-3, 4.0)
+    given = OptimizerConfig(lr=1e-3, warmup_steps=7, warmup_share=0.5).resolve(10, 4, unit_decoder=True)
     assert (given.lr, given.warmup_steps) == (1e-3, 7)
     with pytest.raises(UserError, match="optimizer.warmup_steps = 11, and the run has 10 steps"):
-        OptimizerConfig(warmup_steps=11).resolve(steps=10, d_in=4)
+        OptimizerConfig(warmup_steps=11).resolve(10, 4, unit_decoder=True)
     activation = BatchTopK(k=5, k_start="3x", k_warmup_share=0.2).resolve(50)
     assert [activation.k_at(step) for step in (0, 5, 10, 49)] == [15, 10, 5, 5] and activation.most_active(64) == 15
     with pytest.raises(UserError, match="activation.k_warmup_steps = 51"):

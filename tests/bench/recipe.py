@@ -41,6 +41,7 @@ BEFORE = (
     "transcoder.skip=false", "optimizer.decoder_rate=1", "rows.outliers=train", "rows.position_0=train",
     "evaluation.outliers=with_others",
 )  # fmt: skip
+FREE = ("transcoder.decoder_norm=free", "optimizer.decoder_rate=1", "optimizer.decay_share=1")
 ARMS: dict[str, tuple[str, ...]] = {
     "recipe": (),
     "before": BEFORE,
@@ -67,6 +68,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "whole weighs 4": ("transcoder.whole_weight=4",),
     "whole weighs 8": ("transcoder.whole_weight=8",),
     "no Matryoshka": ("transcoder.prefixes=[{d_sae}]",),
+    "free decoder norm": (*FREE, "optimizer.lr={double}"),
+    "free decoder norm, lr as it was": FREE,
+    "unit decoder rows": ("transcoder.decoder_norm=unit", "optimizer.decay_share=0.5"),
+    "quiet 0.1": ("quiet.weight=0.1",),
+    "quiet 0.4": ("quiet.weight=0.4",),
 }
 """Changes of the preset."""
 
@@ -111,9 +117,9 @@ def measured(options: argparse.Namespace, arm: str, seed: int) -> dict[str, floa
     given = [*options.set, *SMALL]
     base = load_settings(options.preset, given)
     store = Store.open(options.store)
-    lr = base.optimizer.resolve(base.steps, store.record.d_in).lr
+    shape = base.transcoder.resolve(store.record.d_in, base.activation.resolve(base.steps))
+    lr, d_sae = base.optimizer.resolve(base.steps, store.record.d_in, shape.decoder_norm == "unit").lr, shape.d_sae
     assert isinstance(lr, float) and base.activation.kind == "batchtopk"
-    d_sae = base.transcoder.resolve(store.record.d_in, base.activation.resolve(base.steps)).d_sae
     values = {"half": lr / 2, "double": lr * 2, "fourfold": lr * 4, "k": base.activation.k, "d_sae": d_sae}
     changes = [change.format(**values) for change in ARMS[arm]]
     return run_and_judge(store, options.preset, [*given, f"seed={seed}", *changes], options.work)

@@ -194,7 +194,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
                 "transcoder": shape,
                 "activation": activation,
                 "quiet": settings.quiet.resolve(view, blocks),
-                "optimizer": settings.optimizer.resolve(settings.steps, d_in),
+                "optimizer": settings.optimizer.resolve(settings.steps, d_in, shape.decoder_norm == "unit"),
                 "device": device,
                 "threads": settings.threads or torch.get_num_threads(),
                 "blas": _blas(settings.blas, device),
