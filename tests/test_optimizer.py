@@ -148,7 +148,7 @@ def test_the_learning_rate_follows_the_width_and_warm_ups_the_run() -> None:
     assert found.resolve(5000, 128, unit_decoder=True) == found  # what is resolved stays
     free = OptimizerConfig(lr="auto", decoder_rate="auto").resolve(10, 128, unit_decoder=False)
     unit = OptimizerConfig(lr="auto", decoder_rate="auto").resolve(10, 128, unit_decoder=True)
-    assert (free.lr, free.decoder_rate, unit.lr, unit.decoder_rate) == (8e-3, 1.0, 4e-3, 4.0)
+    assert (free.lr, free.decoder_rate, unit.lr, unit.decoder_rate) == (4e-3, 1.0, 4e-3, 4.0)
     given = OptimizerConfig(lr=1e-3, warmup_steps=7, warmup_share=0.5).resolve(10, 4, unit_decoder=True)
     assert (given.lr, given.warmup_steps) == (1e-3, 7)
     with pytest.raises(UserError, match="optimizer.warmup_steps = 11, and the run has 10 steps"):

@@ -15,16 +15,15 @@ from train.model.saved_tensors import fitting
 from train.model.schedule import warmup_steps
 from train.model.transcoder import Transcoder
 
-_LR, _LR_FREE, _LR_WIDTH, _DECODER_RATE = 4e-3, 8e-3, 576, 4.0
+_LR, _LR_WIDTH, _DECODER_RATE = 4e-3, 576, 4.0
 
 
 class OptimizerConfig(Config):
     """Adam (Kingma and Ba 2015) with linear warm-up and a linear decay to zero."""
 
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = 3e-4
-    """Learning rate between warm-up and decay. `auto`: 0.008 where the norm of decoder rows is free, 0.004 where it is
-    1, for d_in up to 576, where that was measured; for wider ones sqrt(576 / d_in) times that, which was not
-    (decisions/010)."""
+    """Learning rate between warm-up and decay. `auto`: 0.004 for d_in up to 576, where it was measured, and for wider
+    ones 0.004 * sqrt(576 / d_in), which was not (decisions/010)."""
     decoder_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
     """The learning rate of `W_dec` over `lr`. Where decoder rows have norm 1, the gradient's part along each of them is
     dropped: Adam moves them as far as the encoder's columns, and they want 4 to 8 times that (decisions/010). `auto`: 4
@@ -47,8 +46,7 @@ class OptimizerConfig(Config):
     def resolve(self, steps: int, d_in: int, unit_decoder: bool) -> "OptimizerConfig":
         """Return the same with numbers, for a run of so many steps. Raises `UserError` when they do not fit."""
         warmup = warmup_steps("optimizer.warmup", self.warmup_steps, self.warmup_share, steps)
-        best = _LR if unit_decoder else _LR_FREE
-        lr = float(f"{best * min(1.0, _LR_WIDTH / d_in) ** 0.5:.3g}") if self.lr == "auto" else self.lr
+        lr = float(f"{_LR * min(1.0, _LR_WIDTH / d_in) ** 0.5:.3g}") if self.lr == "auto" else self.lr
         rate = self.decoder_rate
         if rate == "auto":
             rate = _DECODER_RATE if unit_decoder else 1.0
