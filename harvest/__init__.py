@@ -22,3 +22,8 @@ def __getattr__(name: str) -> Any:
     else:
         from harvest.run import pipeline as module  # type: ignore[no-redef]
     return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    """List what is exported beside what was imported, for completion."""
+    return sorted({*globals(), *__all__})

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from shared.bounds import MAX_BLOCKS, MAX_CONTEXT, MAX_STRATA, Count, Edges, Label, Position, Seed, Sequences
-from shared.config import Config, assignments, build, load_preset, override
+from shared.config import Config, build, load_preset, override
 from shared.errors import UserError
 from shared.store.layout import Documents, StorageType, check_strata
 
@@ -145,9 +145,9 @@ def load_settings(
     preset: str = DEFAULT_PRESET,
     changes: Mapping[str, object] | Sequence[str] = (),
     *,
-    file: Path | None = None,
-    model: str | None = None,
-    text: Sequence[str] = (),
+    file: Path | str | None = None,
+    model: Path | str | None = None,
+    text: Path | str | Sequence[Path | str] = (),
     layers: Sequence[int] = (),
     tokens: int | None = None,
     seed: int | None = None,
@@ -157,9 +157,11 @@ def load_settings(
     `changes`: values by dotted name, such as {"windows.context_size": 128}, or as `--set` takes them. Raises
     `UserError` that names the setting.
     """
-    name, texts = file.stem if file else preset, (text,) if isinstance(text, str) else tuple(text)
+    file = Path(file) if file else None
+    name = file.stem if file else preset
+    texts = tuple(str(one) for one in ((text,) if isinstance(text, str | Path) else text))
     given = {
-        "model": {"name": model},
+        "model": {"name": str(model) if model else None},
         "text": {"name": texts},
         "capture": {"layers": tuple(layers)},
         "tokens": tokens,
@@ -173,7 +175,7 @@ def load_settings(
             settings[group] = {key: value for key, value in table.items() if key not in dropped}
     for key, value in given.items():
         settings = _put(settings, key, value)
-    return build(Settings, override(settings, assignments(changes)), f"settings of {name}")
+    return build(Settings, override(settings, changes), f"settings of {name}")
 
 
 def _put(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -19,3 +19,8 @@ def __getattr__(name: str) -> Any:
     from shared.store.store import Store
 
     return Store
+
+
+def __dir__() -> list[str]:
+    """List what is exported beside what was imported, for completion."""
+    return sorted({*globals(), *__all__})

@@ -4,11 +4,10 @@ A field that does not exist is an error, and the message names the nearest one t
 """
 
 import difflib
-import json
 import re
 import reprlib
 import tomllib
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -94,39 +93,40 @@ def load_preset(presets: Path, name: str, file: Path | None) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from error
 
 
-def override(settings: dict[str, Any], assignments: Iterable[str], *, variants: Container[str] = ()) -> dict[str, Any]:
-    """`settings` with each `a.b=value` put in; values are TOML, and what is not TOML is a string.
+def override(
+    settings: dict[str, Any], changes: Mapping[str, object] | Iterable[str], *, variants: Container[str] = ()
+) -> dict[str, Any]:
+    """Return `settings` with changes put in: values by dotted name, or lines of `a.b=value`.
 
-    `variants` are groups whose `kind` decides which settings they have: another kind drops those of the kind before.
+    The value of a line is TOML, and what is not TOML is a string. `variants` are groups whose `kind` decides which
+    settings they have: another kind drops those of the kind before.
     """
+    if isinstance(changes, str):
+        raise UserError(f"changes of settings are a list of NAME=VALUE or a dictionary, got the text {brief(changes)}")
+    given = changes.items() if isinstance(changes, Mapping) else map(_assigned, changes)
     result = _copy(settings)
-    for assignment in assignments:
-        dotted, equals, text = assignment.partition("=")
-        if not equals or not dotted.strip():
-            raise UserError(
-                f"--set {_one_line(assignment[:_MOST_PLACE])}: expected NAME=VALUE, for example --set seed=1"
-            )
-        *parents, last = dotted.strip().split(".")
-        if len(parents) > MOST_NESTED:
-            raise UserError(f"--set {_one_line(assignment[:80])}...: more than {MOST_NESTED} groups within each other")
+    for dotted, value in given:
+        *parents, last = dotted.split(".")
         table = result
         for parent in parents:
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
-                shown = _one_line(assignment[:_MOST_PLACE])
+                shown = _one_line(f"{dotted}={value}"[:_MOST_PLACE])
                 raise UserError(f"--set {shown}: {_one_line(parent[:80])} is a value, not a group of settings")
-        value = _parse(text.strip(), assignment)
         if last == "kind" and ".".join(parents) in variants and table.get(last) != value:
             table.clear()
         table[last] = value
     return result
 
 
-def assignments(changes: Mapping[str, object] | Sequence[str]) -> list[str]:
-    """Return changes of settings as `override` takes them: those that are values by dotted name as `NAME=VALUE`."""
-    if isinstance(changes, Mapping):
-        return [f"{name}={json.dumps(value)}" for name, value in changes.items()]
-    return list(changes)
+def _assigned(assignment: str) -> tuple[str, Any]:
+    """The dotted name and the value of a line."""
+    dotted, equals, text = assignment.partition("=")
+    if not equals or not dotted.strip():
+        raise UserError(f"--set {_one_line(assignment[:_MOST_PLACE])}: expected NAME=VALUE, for example --set seed=1")
+    if dotted.count(".") > MOST_NESTED:
+        raise UserError(f"--set {_one_line(assignment[:80])}...: more than {MOST_NESTED} groups within each other")
+    return dotted.strip(), _parse(text.strip(), assignment)
 
 
 def brief(value: Any) -> str:
@@ -195,6 +195,10 @@ def _without_kinds(cls: type[BaseModel], parts: list[str]) -> list[str]:
 def _nearest_setting(cls: type[BaseModel], parts: list[str]) -> str:
     """The setting that was meant: one whose last part, or whose whole name, is nearly what was given."""
     known, given = names_of(cls), ".".join(parts)[:_MOST_PLACE]
+    if not parts:
+        return ""
+    if given in known:
+        return f"; another kind than that of {parts[0]}.kind has it"
     same = [name for name in known if name.rpartition(".")[2] == parts[-1]]
     groups = [name for name in {known_name.partition(".")[0] for known_name in known if "." in known_name}]
     inside = [name for name in known if name.rpartition(".")[0] == ".".join(parts[:-1])]

@@ -5,6 +5,7 @@ from pydantic import Field
 
 from shared.config import Config, RenamedConfig, build, load_preset, override, read_record
 from shared.errors import CorruptData, UserError
+from train.run.settings import load_settings
 
 
 class Loss(Config):
@@ -194,3 +195,24 @@ def test_a_setting_is_read_by_the_name_it_had_with_a_warning_and_not_beside_the_
     assert read_record(Renamed, {"old": 3}, Path("r.json")) == Renamed(new=3) and not capsys.readouterr().err
     with pytest.raises(UserError, match="unknown option 'old'"):
         build(Renamed, {"old": 3, "new": 4}, "tiny")
+
+
+def test_changes_are_values_by_name_or_lines_and_no_text():
+    changes = {"loss.prefixes": (2, 3), "name": None, "seed": 3}
+    assert build(Settings, override({"name": "x"}, changes), "tiny") == Settings(seed=3, loss=Loss(prefixes=(2, 3)))
+    assert override({}, {"loss": {"auxk_weight": 0.5}}) == {"loss": {"auxk_weight": 0.5}}
+    with pytest.raises(UserError, match="a list of NAME=VALUE or a dictionary, got the text 'seed=3'"):
+        override({}, "seed=3")
+
+
+@pytest.mark.parametrize("name", ["int", "str", "float", "literal[x]"])
+def test_a_setting_that_is_named_like_a_branch_of_a_union_is_one_line(name):
+    with pytest.raises(UserError, match="tiny: unknown option"):
+        settings(f"{name}=3")
+
+
+def test_a_setting_of_another_kind_says_so():
+    with pytest.raises(
+        UserError, match=r"'activation.l0_coefficient'; another kind than that of activation.kind has it"
+    ):
+        load_settings("tiny", {"activation.l0_coefficient": 3})

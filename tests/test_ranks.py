@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.store.layout import STORE
+from shared.store.layout import ARRAYS, STORE, TOKENS
 from tests.llms import ROOT, command, contents, make_gemma, texts, write_jsonl
 
 BLOCK_TOKENS = 16 * 32
@@ -61,3 +61,10 @@ def test_processes_share_a_harvest_and_others_carry_it_on(tmp_path: Path) -> Non
     assert three.returncode == 0, err
     assert out.splitlines() == [str(store)]
     assert contents(store) == contents(expected)
+
+    damaged = store / ARRAYS / TOKENS / "zarr.json"  # what the first process alone makes whole again
+    damaged.write_bytes(damaged.read_bytes()[:10])
+    pair = launch(2, [*line, "--cache", tmp_path / "many"])
+    out, err = pair.communicate(timeout=200)
+    assert pair.returncode == 0, err
+    assert out.splitlines() == [str(store)] and contents(store) == contents(expected)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from harvest.commands.archive import pack
-from shared.errors import CorruptData
+from shared.errors import CorruptData, UserError
 from shared.store.reader import RowsConfig
 from shared.store.store import Local, Store
 from tests.stores import SyntheticStore, flip, make_store
@@ -231,13 +231,15 @@ def test_StoreRows_are_all_rows_of_their_blocks_in_order(synthetic: SyntheticSto
                 assert torch.equal(found, torch.from_numpy(synthetic.values(f"strata/{name}/{side}")[rows]))
 
 
-def test_batches_from_python_are_those_that_a_run_trains_on(synthetic: SyntheticStore) -> None:
+def test_batches_from_python_are_those_of_the_reader_from_any_step_on(synthetic: SyntheticStore) -> None:
     store, rows = Store.open(synthetic.path), RowsConfig(batch_rows=24)
     view = store.excluding(rows.exclusion(store, figures=True))
-    reader = BatchReader(view, rows.training_blocks(store), rows, 3, torch.device("cpu"))
-    found = [(b.source.clone(), b.target.clone(), b.strata) for b in batches(store, 5, seed=3, rows=rows)]
+    reader = BatchReader(view, rows.training_blocks(store), rows, 3, torch.device("cpu"), "target")
+    found = list(batches(str(synthetic.path), 5, first=2, seed=3, rows=rows, source="target"))
     assert len(found) == 5
-    for step, (source, target, strata) in enumerate(found):
+    for step, batch in enumerate(found, 2):
         expected = reader.batch(step)
-        assert torch.equal(source, expected.source) and torch.equal(target, expected.target)
-        assert strata == expected.strata
+        assert torch.equal(batch.source, expected.source) and torch.equal(batch.target, expected.target)
+        assert batch.strata == expected.strata
+    with pytest.raises(UserError, match="rows.blocks = 999"):
+        batches(store, 1, rows=RowsConfig(blocks=999))

@@ -47,3 +47,8 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List what is exported beside what was imported, for completion."""
+    return sorted({*globals(), *__all__})

@@ -205,7 +205,7 @@ def samples(
     """Write contexts in which each latent of a checkpoint is active. Prints the file's path as its last line."""
     from train.commands import sample
 
-    path, record = sample(run, store=store, local=local, step=step, rows=rows, assignments=assignments)
+    path, record = sample(run, store=store, local=local, step=step, rows=rows, changes=assignments)
     if as_json:
         click.echo(json.dumps(record.model_dump(mode="json") | {"path": str(path)}, indent=2))
         return

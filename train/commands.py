@@ -1,6 +1,6 @@
 """What the commands do, for the command line and for Python: train, resume, evaluate, sample and report on a run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,9 +35,9 @@ def train(
     settings: Settings,
     run: Path | str,
     *,
-    init_from: Path | None = None,
+    init_from: Path | str | None = None,
     force: bool = False,
-    fallback: Path | None = None,
+    fallback: Path | str | None = None,
     project: str | None = None,
 ) -> Path:
     """Train from step 0 in the new folder `run`. Returns `run`.
@@ -47,6 +47,7 @@ def train(
     Raises `UserError` when `run` exists, the settings do not fit the store, or the checkpoints do not fit the disk.
     """
     store, run = store if isinstance(store, Store) else Store.open(store), Path(run)
+    init_from, fallback = _path(init_from), _path(fallback)
     config = resolve(store, settings, init_from)
     exists = UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
     if run.exists() and {path.name for path in run.iterdir()} - _BEFORE_CONFIG:
@@ -93,9 +94,9 @@ def left_out(store: Store, blocks: range) -> str:
 def resume(
     run: Path | str,
     *,
-    store: Path | None = None,
+    store: Path | str | None = None,
     local: Local | None = None,
-    fallback: Path | None = None,
+    fallback: Path | str | None = None,
     project: str | None = None,
     threads: int | None = None,
     inexact: bool = False,
@@ -106,7 +107,7 @@ def resume(
     another processor or other versions of libraries do. Checkpoints that are in the `fallback` folder are brought home.
     With a W&B `project`, all of the run that is not synced yet is.
     """
-    run = Path(run)
+    run, store, fallback = Path(run), _path(store), _path(fallback)
     config = read_config(run)
     if threads and threads != config.settings.threads:
         inexact = True
@@ -182,7 +183,7 @@ class Evaluated(NamedTuple):
 def evaluate(
     run: Path | str,
     *,
-    store: Path | None = None,
+    store: Path | str | None = None,
     local: Local | None = None,
     step: int | None = None,
     linear: bool = False,
@@ -192,7 +193,7 @@ def evaluate(
     `linear`: also fit the best linear map on the training rows. Changes nothing. Raises `UserError` when there is no
     such run, checkpoint or store.
     """
-    run = Path(run)
+    run, store = Path(run), _path(store)
     config, found = read_config(run), checkpoint.find(run, step)
     opened = open_store(run, config, store, local)
     with opened.reading():
@@ -205,20 +206,20 @@ def evaluate(
 def sample(
     run: Path | str,
     *,
-    store: Path | None = None,
+    store: Path | str | None = None,
     local: Local | None = None,
     step: int | None = None,
     rows: int | None = None,
-    assignments: Sequence[str] = (),
+    changes: Mapping[str, object] | Sequence[str] = (),
 ) -> tuple[Path, SamplesRecord]:
-    """Write samples of a checkpoint of `run`, as its settings say but for `rows` and `assignments`.
+    """Write samples of a checkpoint of `run`, as its settings say but for `rows` and `changes`.
 
     Returns the file of the contexts, and what it was made from. A run that makes none of its own gets as many as one
     that does. Raises `UserError` when an assignment is not of samples, and `DiskFull`.
     """
-    run = Path(run)
+    run, store = Path(run), _path(store)
     config = read_config(run)
-    settings = _samples_config(config.settings.samples, rows, assignments)
+    settings = _samples_config(config.settings.samples, rows, changes)
     found = checkpoint.find(run, step)
     opened = open_store(run, config, store, local)
     with opened.reading(), durable.lock(run / ".lock", f"run {run}"):
@@ -231,7 +232,7 @@ def sample(
 def write_report(
     run: Path | str,
     *,
-    store: Path | None = None,
+    store: Path | str | None = None,
     local: Local | None = None,
     step: int | None = None,
     linear: bool = False,
@@ -244,7 +245,7 @@ def write_report(
     """
     from train.report.make_report import HTML, make_report, plots  # they take half a second to import
 
-    run = Path(run)
+    run, store = Path(run), _path(store)
     config = read_config(run)
     found = checkpoint.find(run, step)
     if project and found.step < (steps := config.settings.steps):
@@ -264,9 +265,15 @@ def write_report(
         return run / HTML, made
 
 
-def _samples_config(given: SamplesConfig, rows: int | None, assignments: Sequence[str]) -> SamplesConfig:
+def _path(given: Path | str | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _samples_config(
+    given: SamplesConfig, rows: int | None, changes: Mapping[str, object] | Sequence[str]
+) -> SamplesConfig:
     wanted = rows or given.rows or SamplesConfig().rows
-    raw = override({"samples": given.model_dump() | {"rows": wanted}}, assignments)
+    raw = override({"samples": given.model_dump() | {"rows": wanted}}, changes)
     if other := sorted(set(raw) - {"samples"}):
         raise UserError(f"--set {other[0]}: only settings of samples can be set here, such as samples.top=20")
     settings = build(SamplesConfig, raw["samples"], "--set samples")
@@ -284,7 +291,16 @@ def find_initial(run: Path, config: RunConfig) -> Checkpoint:
         raise UserError(
             f"--init-from {run}: its {wrong} is {theirs[wrong]}, this run's is {ours[wrong]}; make them agree"
         )
+    if _decoder_norm(read_config(run)) == "free" and _decoder_norm(config) == "unit":
+        raise UserError(
+            f"--init-from {run}: its decoder rows have free norms, and this run would set them to 1; use "
+            "transcoder.decoder_norm=free"
+        )
     return found
+
+
+def _decoder_norm(config: RunConfig) -> str:
+    return config.settings.transcoder.decoder_norm
 
 
 def _shape(config: RunConfig) -> dict[str, object]:

@@ -62,7 +62,11 @@ def harvest(settings: Settings, cache: Path | str, *, force: bool = False) -> li
             with ranks.leading():
                 held = [locks.enter_context(lock_store(path)) for path, _ in _unfinished(paths, inputs)]
                 found = _targets(paths, inputs) if held else []  # others may have finished some by then
-                targets, widths = prepare(found, inputs, settings, force=force)
+                planned, widths = prepare(found, inputs, settings, force=force)
+                targets = [
+                    t for t in planned if not is_finished(t.path, t.request, inputs.training_blocks)
+                ]  # not those
+                # that lacked nothing but what `prepare` made whole: other processes do not see them either
                 for lock in held:
                     lock.share()
         else:
@@ -83,10 +87,10 @@ def estimates(settings: Settings, cache: Path | str) -> list[Estimate]:
     return [estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets]
 
 
-def measure(settings: Settings, cache: Path) -> float:
+def measure(settings: Settings, cache: Path | str) -> float:
     """Seconds that the forward passes of all blocks to come will take, by the speed of a few batches."""
     inputs = identify(settings)
-    targets = [load_target(cache / request.folder, request) for request in inputs.requests]
+    targets = [load_target(Path(cache) / request.folder, request) for request in inputs.requests]
     from harvest.run.runner import seconds_per_token
 
     workers = settings.workers or Ranks().cores

@@ -59,12 +59,13 @@ def show_settings(found: Sequence[Setting], title: str) -> None:
     if not console.is_terminal:
         console.width = 140
     console.print(table)
-    console.print("* set by the preset, the file or an option. Change one with --set NAME=VALUE.")
+    console.print("* not the default: set by the preset, the file or an option, or chosen for the store.")
 
 
 def settings_as_json(found: Sequence[Setting]) -> str:
     """Return the list as JSON."""
-    rows = [one._asdict() | {"default": None if one.default is _REQUIRED else one.default} for one in found]
+    required = {"default": None, "required": True}
+    rows = [one._asdict() | (required if one.default is _REQUIRED else {"required": False}) for one in found]
     return json.dumps(rows, indent=2, default=str)
 
 

@@ -58,7 +58,7 @@ class Comparison(Config):
 
 
 def compare_runs(
-    runs: Sequence[Path], *, store: Path | None = None, l0: float | None = None, matched_latents: int = 4096
+    runs: Sequence[Path | str], *, store: Path | str | None = None, l0: float | None = None, matched_latents: int = 4096
 ) -> Comparison:
     """Measure finished `runs` on one store at one l0: that of their k, unless another is given.
 
@@ -67,6 +67,11 @@ def compare_runs(
     Raises `UserError` when there are none, one is not finished, two are one run, they are not of one store, or have no
     k in common.
     """
+    runs = [runs] if isinstance(runs, Path | str) else runs
+    return _compared([Path(run) for run in runs], Path(store) if store else None, l0, matched_latents)
+
+
+def _compared(runs: list[Path], store: Path | None, l0: float | None, matched_latents: int) -> Comparison:
     if len(set(map(os.path.realpath, runs))) < max(len(runs), 1):
         raise UserError("compare needs different runs: RUN RUN ...")
     if l0 is not None and not 0 < l0 < math.inf:

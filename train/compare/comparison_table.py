@@ -16,7 +16,7 @@ _ROWS = {
     "nearest.largest": ("nearest cosine, largest", ".3f"),
     "nearest_of_random.p99": ("... p99 of random rows", ".3f"),
     "share_above_0_7": ("share with a neighbour > 0.7", ".2%"),
-    "share_within_segment_above_0_7": ("... of its prefix segment", ".2%"),
+    "share_within_segment_above_0_7": ("... of its Matryoshka group", ".2%"),
     "pairs_cosine_above_0_9": ("pairs with a cosine > 0.9", ",.1f"),
     "pairs_correlated_above_0_5": ("pairs correlated > 0.5", ",.1f"),
     "pairs_correlated_above_0_8": ("pairs correlated > 0.8", ",.1f"),

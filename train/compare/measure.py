@@ -80,7 +80,7 @@ class Figures(Config):
     """Of live latents, those with a neighbour above this cosine."""
     share_above_0_9: float
     share_within_segment_above_0_7: float
-    """The same, neighbours of the same prefix segment alone."""
+    """The same, neighbours of the same Matryoshka group alone."""
     pairs_cosine_above_0_9: int
     effective_number: float
     """Sum over live latents of 1 / (neighbours with a cosine above 0.7, itself included)."""

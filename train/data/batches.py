@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -114,18 +115,33 @@ class BatchReader(RowReader):
 
 
 def batches(
-    store: Store, steps: int, *, seed: int = 0, rows: RowsConfig | None = None, device: str | torch.device = "cpu"
+    store: Store | Path | str,
+    steps: int,
+    *,
+    first: int = 0,
+    seed: int = 0,
+    rows: RowsConfig | None = None,
+    source: Side = "source",
+    device: str | torch.device = "cpu",
 ) -> Iterator[Batch]:
-    """Yield the batches of `steps` steps as a run of that `seed` trains on them: float32, in the LLM's own units.
+    """Return the batches of `steps` steps, from step `first` on, as a run of that `seed` trains on them.
 
-    `rows` says which rows a batch is made of; by default 1,024, without outliers, at natural frequencies. A batch is
-    overwritten by the one after the next: clone what is to be kept. Raises `UserError` when `rows` does not fit.
+    Rows are float32, in the LLM's own units. `rows` says which ones a batch has; by default 1,024 at natural
+    frequencies, without outliers. `source` is the side of the pairs that is read as source. The store is in use, and a
+    thread reads ahead, until the last batch was taken or the iterator is closed. Raises `UserError` when `rows` does
+    not fit the store.
     """
-    config = (rows or RowsConfig()).resolve(store.request.block_sequences)
-    view = store.excluding(config.exclusion(store, figures=True))
-    with store.reading(), BatchReader(view, config.training_blocks(store), config, seed, torch.device(device)) as found:
-        for step in range(steps):
-            yield found.batch(step)
+    opened = store if isinstance(store, Store) else Store.open(store)
+    config = (rows or RowsConfig()).resolve(opened.request.block_sequences)
+    view = opened.excluding(config.exclusion(opened, figures=True))
+    reader = BatchReader(view, config.training_blocks(opened), config, seed, torch.device(device), source)
+
+    def read() -> Iterator[Batch]:
+        with opened.reading(), reader:
+            for step in range(first, first + steps):
+                yield reader.batch(step)
+
+    return read()
 
 
 class _Stage:

@@ -59,7 +59,7 @@ class Directions(Config):
     share_with_neighbour_above: dict[str, float]
     """By cosine, of live latents."""
     share_within_segment_above: dict[str, float]
-    """The same counting neighbours of the same prefix segment alone."""
+    """The same counting neighbours of the same Matryoshka group alone."""
     largest: float
     effective_number: float
     """Sum over live latents of 1 / (neighbours with a cosine above 0.7, itself included)."""

@@ -14,6 +14,9 @@ from train.duplicates import pair_loops
 from train.model import blas
 from train.model.blas import Blas
 
+_LEAST_NORM = 1e-12
+"""Shorter rows than that have no direction: their cosines are below 1."""
+
 
 class Pairs(NamedTuple):
     """Pairs of latents, the first of each before the second."""
@@ -176,8 +179,7 @@ class _Cosines(torch.autograd.Function):
         if unit:
             ctx.save_for_backward(first, second)
             return found
-        least = torch.finfo(found.dtype).tiny
-        sizes = [_dots(W_dec.detach(), side, side).sqrt().clamp_min(least) for side in (first, second)]
+        sizes = [_dots(W_dec.detach(), side, side).sqrt().clamp_min(_LEAST_NORM) for side in (first, second)]
         found = found / sizes[0] / sizes[1]
         ctx.save_for_backward(first, second, found, *sizes)
         return found

@@ -253,8 +253,11 @@ def threshold_at(transcoder: Transcoder, rows: StoreRows, l0: float, most: int |
         for chunk, weight in weighted_rows(rows, transcoder.W_enc.device, most):
             x, _ = transcoder.normalised(chunk.source, chunk.target)
             pre_acts = transcoder.pre_acts(x)
-            above = torch.where(pre_acts > 0, pre_acts - learned, -torch.inf)
-            top = above[above > hidden]
+            if transcoder.activation.learns_thresholds:
+                above = torch.where(pre_acts > 0, pre_acts - learned, -torch.inf)
+                top = above[above > hidden]
+            else:
+                top = pre_acts[pre_acts > max(hidden, 0.0)]
             room = math.ceil(slack * l0 * len(x))
             if len(top) > room:
                 top = top.topk(room, sorted=False).values

@@ -22,7 +22,7 @@ from shared.errors import UserError
 from shared.files import durable
 from shared.keyed import key_bits
 from train.model import blas, checkpoint
-from train.model.activations import Activation, BatchTopK
+from train.model.activations import Activation
 from train.model.activations.base import multiple
 from train.model.kernels import guarded, plain
 from train.model.kernels.sparse_ops import Groups, Kernels, SparseOps, sparse_ops
@@ -66,7 +66,7 @@ class TranscoderConfig(Config):
             )
         norm = self.decoder_norm
         if norm == "auto":
-            norm = "unit" if activation.expected_l0 is None else "free"
+            norm = "unit" if activation.needs_unit_decoder or activation.expected_l0 is None else "free"
         return self.model_copy(update={"d_sae": d_sae, "prefixes": prefixes, "decoder_norm": norm})
 
 
@@ -361,8 +361,7 @@ class Transcoder(nn.Module):
         if self.guarded is None:
             pre_acts = self._searched(x)
             return pre_acts, *self.select(pre_acts, step)
-        assert isinstance(self.activation, BatchTopK)
-        n = self.activation.k_at(step) * len(x)
+        n = self.activation.pairs_of_step(step, len(x))
         active, smallest, found = self.guarded.batch_topk(self.blas, x, self.W_enc, self.b_enc, n, whole)
         return found, active, smallest
 

@@ -45,13 +45,14 @@ class LoadedRun:
 
 
 def load_run(
-    run: Path, step: int | None = None, *, store: Store | None = None, found: Checkpoint | None = None
+    run: Path | str, step: int | None = None, *, store: Store | None = None, found: Checkpoint | None = None
 ) -> LoadedRun:
     """Load the checkpoint of `run` at `step`, or its newest valid one, and open its store.
 
     `store`: another one of the same widths; `found`: a checkpoint that was found already. Raises `UserError` when there
     is no such run, checkpoint or store, and `CorruptData` when one of them is damaged.
     """
+    run = Path(run)
     config = read_config(run)
     found = found or checkpoint.find(run, step)
     store = store or open_store(run, config)

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from shared.bounds import Blocks, Width
-from shared.config import Config, assignments, build, load_preset, override, read_record
+from shared.config import Config, build, load_preset, override, read_record
 from shared.errors import UserError
 from shared.files import durable
 from shared.store.outliers import Exclusion
@@ -105,14 +105,14 @@ class RunConfig(Config):
 
 
 def load_settings(
-    preset: str = "tiny", changes: Mapping[str, object] | Sequence[str] = (), *, file: Path | None = None
+    preset: str = "tiny", changes: Mapping[str, object] | Sequence[str] = (), *, file: Path | str | None = None
 ) -> Settings:
     """Read the settings of a preset, or of a TOML `file` in its place, with `changes` put in.
 
     `changes`: values by dotted name, such as {"steps": 300, "transcoder.d_sae": 512}, or as `--set` takes them. Raises
     `UserError` that names the setting.
     """
-    raw = override(load_preset(PRESETS, preset, file), assignments(changes), variants=("activation",))
+    raw = override(load_preset(PRESETS, preset, Path(file) if file else None), changes, variants=("activation",))
     return build(Settings, raw, str(file) if file else f"preset {preset}")
 
 

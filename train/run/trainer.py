@@ -218,7 +218,7 @@ class Trainer:
             row["held_out"] = held_out.model_dump(mode="json")
         self._usage.effects(row["terms"], row["steps"])
         search = self._transcoder.guarded.figures() if self._transcoder.guarded else {}
-        self._log.write(done, row, self._reader.waited, search, self._usage.publish(done))
+        self._log.write(done, row, self._reader.waited, search, self._usage.publish)
 
     def _evaluate(self, done: int) -> Evaluation:
         found = evaluate(self._transcoder, self._rows, self._threshold(done), self._settings.seed)

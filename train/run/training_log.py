@@ -1,6 +1,7 @@
 """What a run writes while it trains: a row of metrics and one of timing, and the figures that its panel shows."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,14 @@ class TrainingLog:
         self._began, self._cpu_began, self._before = time.monotonic(), time.process_time(), (0.0, 0.0)
 
     def write(
-        self, done: int, metrics: dict[str, Any], waited: float, search: dict[str, float], usage: UsageRecord
+        self,
+        done: int,
+        metrics: dict[str, Any],
+        waited: float,
+        search: dict[str, float],
+        publish_usage: Callable[[int], UsageRecord],
     ) -> None:
-        """Append a row to each log after `done` steps, and show them.
+        """Append a row to each log after `done` steps, with usage.json between the two, and show them.
 
         `waited`: seconds that steps have waited for rows. `search`: figures of a guarded search, if there is one.
         """
@@ -58,6 +64,7 @@ class TrainingLog:
             **search,
         }
         self.metrics.append(head | metrics)
+        usage = publish_usage(done)
         self.timing.append(head | timing)
         self.status.add(head | metrics)
         self.status.update(head | timing, usage.model_dump(mode="json"))

@@ -46,6 +46,10 @@ class ActivationBase(Config, ABC):
         """The active latents per row that it asks for; none where that is what comes of training."""
         return None
 
+    def pairs_of_step(self, step: int, rows: int) -> int:
+        """Return how many pairs a batch of `rows` has at `step`, where `takes_largest_of_batch`."""
+        raise NotImplementedError
+
     def most_active(self, d_sae: int) -> int:
         """Return the most active latents per row of a step, on average over its batch."""
         return d_sae
@@ -109,6 +113,10 @@ class FixedK(ActivationBase):
     def expected_l0(self) -> float | None:
         """The active latents per row that it asks for: k."""
         return float(self.k)
+
+    def pairs_of_step(self, step: int, rows: int) -> int:
+        """Return how many pairs a batch of `rows` has at `step`, where `takes_largest_of_batch`."""
+        raise NotImplementedError
 
     def most_active(self, d_sae: int) -> int:
         """Return the largest k of any step."""

@@ -15,11 +15,15 @@ class BatchTopK(FixedK):
     takes_largest_of_batch = True
     kind: Literal["batchtopk"] = "batchtopk"
 
+    def pairs_of_step(self, step: int, rows: int) -> int:
+        """As `ActivationBase.pairs_of_step`."""
+        return self.k_at(step) * rows
+
     def select(
         self, ops: SparseOps, pre_acts: Tensor, thresholds: Tensor, step: int, guess: Tensor
     ) -> tuple[SparseLatents, Tensor]:
         """As `ActivationBase.select`."""
-        return ops.batch_topk(pre_acts, self.k_at(step) * len(pre_acts), guess)
+        return ops.batch_topk(pre_acts, self.pairs_of_step(step, len(pre_acts)), guess)
 
     def select_final(self, ops: SparseOps, pre_acts: Tensor, thresholds: Tensor, guess: Tensor) -> SparseLatents:
         """As `ActivationBase.select_final`."""

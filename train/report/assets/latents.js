@@ -12,7 +12,7 @@ const COLUMNS = [
   { title: "Tokens at its peaks" },
   { name: "density", title: "Density", told: share },
   { name: "max", title: "Max", told: number },
-  { name: "position_0_share", title: "position 0", told: share },
+  { name: "position_0_share", title: "Position 0", told: share },
   { name: "cosine", title: "Nearest", told: number },
 ];
 
@@ -271,7 +271,7 @@ function moves(id) {
 function figures(id) {
   const facts = {
     density: share(index.density[id]), max: number(index.max[id]), mean: number(index.mean[id]),
-    "position 0": share(index.position_0_share[id]), prefix: count(index.prefix[id]),
+    "Position 0": share(index.position_0_share[id]), prefix: count(index.prefix[id]),
   };
   return h("dl", { class: "figures" }, Object.entries(facts).map(([name, told]) =>
     h("div", {}, h("dt", {}, name), h("dd", {}, told))));
