@@ -126,3 +126,12 @@ def test_a_key_is_found_where_wandb_finds_it(
     assert worker._has_key(settings) is expected
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     assert worker._has_key(settings)
+
+
+def test_what_the_version_before_called_the_mirror_is_carried_on(tmp_path: Path) -> None:
+    before = {"id": "12345678", "project": "mine", "step": 40}
+    (tmp_path / "mirror.json").write_text(json.dumps(before))
+    child = object.__new__(worker.Child)
+    child._folder, child._project = tmp_path, "mine"
+    child._open_state()
+    assert child._state == before and json.loads((tmp_path / worker.STATE).read_text()) == before
