@@ -70,7 +70,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "no Matryoshka": ("transcoder.prefixes=[{d_sae}]",),
     "free decoder norm": (*FREE, "optimizer.lr={double}"),
     "free decoder norm, lr as it was": FREE,
-    "unit decoder rows": ("transcoder.decoder_norm=unit", "optimizer.decay_share=0.5"),
+    "unit decoder rows": ("transcoder.decoder_norm=unit",),
+    "unit decoder rows, decay over the last half": ("transcoder.decoder_norm=unit", "optimizer.decay_share=0.5"),
+    "decay over the last half": ("optimizer.decay_share=0.5",),
     "quiet 0.1": ("quiet.weight=0.1",),
     "quiet 0.4": ("quiet.weight=0.4",),
 }
