@@ -154,39 +154,12 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
             f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the store's {rows:,} training rows"
         )
     view = store.excluding(exclusion)
-    strata = training_strata(view, blocks)
-    counts = rows_per_stratum(strata, settings.rows)
-    at_0 = [n for s, n in zip(strata, counts, strict=True) if s.is_position_0]
-    if settings.diversity.position.weight and not any(at_0):
-        raise UserError(
-            "diversity.position needs rows of position 0, and a batch has none: the store keeps none, training leaves "
-            "them out (rows.position_0 = train takes them in), or "
-            f"rows.max_position_0_batch_share = {settings.rows.max_position_0_batch_share:.4g} of "
-            f"{settings.rows.batch_rows} rows is less than one"
-        )
-    goals, diversity = settings.diversity.controller, settings.diversity
-    for name, goal, weights in (
-        ("max_share_above_0_7", goals.max_share_above_0_7, (diversity.orthogonality.weight, diversity.mined.weight)),
-        ("max_pairs_above_0_8", goals.max_pairs_above_0_8, (diversity.co_activation.weight,)),
-    ):
-        if goal is not None and not any(weights):
-            raise UserError(f"diversity.controller.{name} has no weight to move: set one of the terms' weights above 0")
+    _check_position(view, settings, blocks)
+    _check_goals(settings.diversity)
     shaped = settings.model_copy(update={"transcoder": shape, "activation": activation})
     settings.checkpoint.check(settings.steps, settings.evaluation.every, checkpoint_bytes(shaped, d_in, record.d_out))
     monitor = settings.monitor.resolve(settings.steps)
-    assert isinstance(monitor.every, int)
-    if (diversity.co_activation.weight or goals.on) and not 0 < monitor.every < max(settings.steps, 2):
-        name = "controller acts" if goals.on else "co_activation takes its pairs"
-        off = "" if goals.on else ", or diversity.co_activation.weight = 0"
-        raise UserError(
-            f"diversity.{name} after the monitor's reports, and none would come before the last step: monitor.every = "
-            f"{monitor.every}, steps = {settings.steps}; set monitor.every between{off}"
-        )
-    if monitor.every and monitor.least_together > (sampled := max(monitor.rows, settings.rows.batch_rows)):
-        raise UserError(
-            f"monitor.least_together = {monitor.least_together} is more than the {sampled:,} rows of a sample "
-            "(monitor.rows), so no pair could be listed"
-        )
+    _check_reports(settings, monitor)
     kernels = _kernels(settings.kernels, device)
     return RunConfig(
         settings=settings.model_copy(
@@ -219,6 +192,49 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
         },
         exclusion=exclusion,
     )
+
+
+def _check_position(view: Store, settings: Settings, blocks: range) -> None:
+    """Raise `UserError` when the penalty on position 0 would see no row of it."""
+    strata = training_strata(view, blocks)
+    counts = rows_per_stratum(strata, settings.rows)
+    at_0 = [n for s, n in zip(strata, counts, strict=True) if s.is_position_0]
+    if settings.diversity.position.weight and not any(at_0):
+        raise UserError(
+            "diversity.position needs rows of position 0, and a batch has none: the store keeps none, training leaves "
+            "them out (rows.position_0 = train takes them in), or "
+            f"rows.max_position_0_batch_share = {settings.rows.max_position_0_batch_share:.4g} of "
+            f"{settings.rows.batch_rows} rows is less than one"
+        )
+
+
+def _check_goals(diversity: DiversityConfig) -> None:
+    """Raise `UserError` when the controller has a goal and no weight to move toward it."""
+    goals = diversity.controller
+    for name, goal, weights in (
+        ("max_share_above_0_7", goals.max_share_above_0_7, (diversity.orthogonality.weight, diversity.mined.weight)),
+        ("max_pairs_above_0_8", goals.max_pairs_above_0_8, (diversity.co_activation.weight,)),
+    ):
+        if goal is not None and not any(weights):
+            raise UserError(f"diversity.controller.{name} has no weight to move: set one of the terms' weights above 0")
+
+
+def _check_reports(settings: Settings, monitor: MonitorConfig) -> None:
+    """Raise `UserError` when what acts on the monitor's reports would get none, or one that could list no pair."""
+    diversity, goals = settings.diversity, settings.diversity.controller
+    assert isinstance(monitor.every, int)
+    if (diversity.co_activation.weight or goals.on) and not 0 < monitor.every < max(settings.steps, 2):
+        name = "controller acts" if goals.on else "co_activation takes its pairs"
+        off = "" if goals.on else ", or diversity.co_activation.weight = 0"
+        raise UserError(
+            f"diversity.{name} after the monitor's reports, and none would come before the last step: monitor.every = "
+            f"{monitor.every}, steps = {settings.steps}; set monitor.every between{off}"
+        )
+    if monitor.every and monitor.least_together > (sampled := max(monitor.rows, settings.rows.batch_rows)):
+        raise UserError(
+            f"monitor.least_together = {monitor.least_together} is more than the {sampled:,} rows of a sample "
+            "(monitor.rows), so no pair could be listed"
+        )
 
 
 def resolve_exclusion(store: Store, settings: Settings) -> Exclusion:
