@@ -14,7 +14,7 @@ from shared.store.store import Store
 from tests.runs import SMALL, assert_same_run
 from tests.stores import SyntheticStore, make_store
 from train.compare.measure import measure_run
-from train.duplicates.monitor import FOLDER
+from train.live.run_files import REPORTS
 from train.model import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ def test_what_is_told_of_directions_is_told_of_unit_rows(command, store: Synthet
     cosines, norms = directions(run)
     assert norms.min() >= 0 and norms.max() > 1.3 * norms.median()  # so that a product of rows is no cosine
 
-    report = json.loads((run / FOLDER / "correlation-000060.json").read_text())
+    report = json.loads((run / REPORTS / "correlation-000060.json").read_text())
     assert report["pairs"]
     for pair in report["pairs"]:
         first, second = (one["latent"] for one in pair["latents"])

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from shared.files import durable
-from train.duplicates.monitor import FOLDER, HELD_OUT, CorrelationMonitor, MonitorConfig
+from train.duplicates.monitor import CorrelationMonitor, MonitorConfig
 from train.evaluation.held_out import HeldOutActive
+from train.live.run_files import HELD_OUT, REPORTS
 from train.model.activations import BatchTopK
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Normalisation, StepOutput, Transcoder, TranscoderConfig
@@ -126,7 +127,7 @@ def test_reports_follow_each_other_and_are_written(tmp_path: Path) -> None:
         monitor.add(make_step(done), done)
         if monitor.due(done):
             monitor.report(done, ALIVE)
-    files = sorted((tmp_path / FOLDER).iterdir())
+    files = sorted((tmp_path / REPORTS).iterdir())
     assert [file.name for file in files] == [f"correlation-{step:06d}.json" for step in (4, 8, 10)]
     first, second, last = (json.loads(file.read_text()) for file in files)
     assert first["change"] is None and second["change"]["since_step"] == 4 and last["change"]["since_step"] == 8
@@ -233,7 +234,7 @@ def test_the_report_on_held_out_rows_counts_all_of_them_and_by_stratum(tmp_path:
         assert report.strata[name].largest == pytest.approx(float(correlation.max()))
         assert report.strata[name].pairs_above["0.5"] == int((correlation > 0.5).sum())
     assert report.pairs[0].key == (3, 20)
-    written = json.loads((tmp_path / FOLDER / HELD_OUT).read_text())
+    written = json.loads((tmp_path / REPORTS / HELD_OUT).read_text())
     assert written == report.model_dump(mode="json")
     assert len(monitor.correlated.correlation) == 0  # no run is steered by it
 

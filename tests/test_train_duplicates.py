@@ -8,7 +8,7 @@ import pytest
 
 from tests.runs import SMALL, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
-from train.duplicates.monitor import FOLDER, HELD_OUT
+from train.live.run_files import HELD_OUT, REPORTS
 from train.model import checkpoint
 
 
@@ -33,7 +33,7 @@ def test_the_diversity_loss_parts_latents_and_every_term_is_logged(
 ) -> None:
     common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 120, *SMALL, "--set", "optimizer.lr=0.01")
     plain, diverse = command(*common, *DIVERSE[-8:], *OFF).path, command(*common, *DIVERSE).path
-    last = [json.loads((run / FOLDER / "correlation-000120.json").read_text()) for run in (plain, diverse)]
+    last = [json.loads((run / REPORTS / "correlation-000120.json").read_text()) for run in (plain, diverse)]
     assert rows(plain)[-1]["terms"].keys() == {"reconstruction", "auxk", "quiet"}
     terms = rows(diverse)[-1]["terms"]
     assert terms.keys() == {"reconstruction", "auxk", "orthogonality", "mined", "co_activation", "position"}
@@ -73,23 +73,23 @@ def test_a_run_with_the_diversity_loss_resumes_bit_for_bit(command, store: Synth
     cadence = ("--set", "checkpoint.every=11", "--set", "log_every=7", "--set", "evaluation.every=20")
     whole, stopped = (command(*common, *cadence).path for _ in range(2))
     shutil.rmtree(checkpoint.folder(stopped, 40))
-    for report in (stopped / FOLDER).iterdir():  # those after the checkpoint are made again
+    for report in (stopped / REPORTS).iterdir():  # those after the checkpoint are made again
         if report.name > "correlation-000033":
             report.unlink()
     assert checkpoint.find(stopped).step == 33
     assert command("resume", stopped).code == 0
     assert_same_run(whole, stopped)
     assert (whole / "usage.json").read_bytes() == (stopped / "usage.json").read_bytes()
-    reports = sorted(path.name for path in (whole / FOLDER).iterdir())
+    reports = sorted(path.name for path in (whole / REPORTS).iterdir())
     assert len(reports) == 8
     for name in reports:
-        assert (whole / FOLDER / name).read_bytes() == (stopped / FOLDER / name).read_bytes()
+        assert (whole / REPORTS / name).read_bytes() == (stopped / REPORTS / name).read_bytes()
 
 
 def test_a_run_without_the_monitor_writes_no_reports(command, store: SyntheticStore, tmp_path: Path) -> None:
     common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 6, *SMALL, "--set", "monitor.every=0")
     done = command(*common, *OFF)
-    assert done.code == 0 and not (done.path / FOLDER).exists()
+    assert done.code == 0 and not (done.path / REPORTS).exists()
     assert "monitor" not in json.loads((done.path / "usage.json").read_text())["components"]
     for options, remedy in (([], "diversity.co_activation.weight = 0"),
                             (["--set", "diversity.controller.max_share_above_0_7=0"], "between\n")):  # fmt: skip
@@ -101,7 +101,7 @@ def test_a_finished_run_that_lost_its_last_report_makes_it_again(
     command, store: SyntheticStore, tmp_path: Path
 ) -> None:
     done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 12, *SMALL)
-    report = done.path / FOLDER / HELD_OUT
+    report = done.path / REPORTS / HELD_OUT
     before = report.read_bytes()
     found = json.loads(before)
     assert found["sample"]["rows_of"] == "held-out blocks" and found["step"] == 12

@@ -10,10 +10,10 @@ from shared.errors import ProjectError
 from train.duplicates import diversity, monitor
 from train.duplicates.co_activation import Correlated, co_activation_loss
 from train.duplicates.directions import direction_loss
+from train.live.run_files import USAGE
 from train.live.status import Status
 from train.model.quiet import Quiet
 from train.model.sparse_latents import SparseLatents
-from train.run import usage
 from train.run.self_test import prove
 from train.run.settings import Settings
 from train.run.usage import Usage, components
@@ -108,8 +108,8 @@ def test_counts_are_written_and_continue_from_a_saved_state(tmp_path: Path) -> N
     for one in (whole, resumed):
         one.call("monitor", effect=7)
         one.publish(4)
-    record = json.loads((tmp_path / "a" / usage.USAGE).read_text())
-    assert (tmp_path / "b" / usage.USAGE).read_text() == (tmp_path / "a" / usage.USAGE).read_text()
+    record = json.loads((tmp_path / "a" / USAGE).read_text())
+    assert (tmp_path / "b" / USAGE).read_text() == (tmp_path / "a" / USAGE).read_text()
     assert record["components"]["mined"] | {"effect_counts": ""} == {"calls": 1, "effect": 1.0, "effect_counts": ""}
     assert record["components"]["monitor"]["effect"] == 7 and record["components"]["auxk"]["calls"] == 0
     assert record["rows"] == {"000-001": 8, "001-004": 32} and record["step"] == 4

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from train.wandb_sync import log_records, read_back, worker
+from train.live.run_files import REPORTS
+from train.wandb_sync import read_back, worker
 from train.wandb_sync.log_records import Records, flatten
 
 
@@ -22,9 +23,9 @@ def append(path: Path, *rows: dict) -> None:
 
 
 def report(run: Path, step: int) -> None:
-    (run / log_records.REPORTS).mkdir(exist_ok=True)
+    (run / REPORTS).mkdir(exist_ok=True)
     content = {"step": step, "schema_version": 1, "sample": {}, "pairs": [{}, {}], "clusters": [[1, 2]], "rank": 1.5}
-    (run / log_records.REPORTS / f"correlation-{step:06d}.json").write_text(json.dumps(content))
+    (run / REPORTS / f"correlation-{step:06d}.json").write_text(json.dumps(content))
 
 
 def test_names_are_flat_and_without_points() -> None:

@@ -17,8 +17,6 @@ from tests.stores import SyntheticStore, make_store
 from tests.test_train import popen, rows_so_far, wait_for
 from train.live.run_files import CONFIG, LOCK, METRICS, TIMING, USAGE, Lines
 from train.live.watch import Watched
-from train.model import checkpoint
-from train.run import metrics, usage
 
 FILES = (CONFIG, METRICS, TIMING, USAGE)
 
@@ -159,10 +157,6 @@ def test_settings_that_are_none_are_told(command, finished: Path) -> None:
     (finished / CONFIG).write_text('{"settings": {"steps": 40}}')
     done = command("watch", finished)
     assert done.code == 1 and "config.json: not the settings of a run" in done.err
-
-
-def test_names_of_files_are_the_trainers() -> None:
-    assert FILES == (checkpoint.CONFIG, metrics.METRICS, metrics.TIMING, usage.USAGE)
 
 
 def test_lines_of_a_file_that_is_not_there_are_none(tmp_path: Path) -> None:

@@ -299,7 +299,8 @@ def _summarise(run: Path) -> None:
     if verbosity() == Verbosity.QUIET:
         return
     from train.evaluation.evaluate import Evaluation
-    from train.run.metrics import METRICS, Log
+    from train.live.run_files import METRICS
+    from train.run.metrics import Log
     from train.tables import print_evaluation
 
     last = next((row for row in reversed(Log(run / METRICS).rows()) if "held_out" in row), None)

@@ -13,8 +13,9 @@ from shared.store.store import Local, Store
 from train.evaluation.evaluate import Evaluation, calibrate
 from train.evaluation.evaluate import evaluate as evaluate_rows
 from train.evaluation.linear_baseline import linear_map_fvu
+from train.live.run_files import CONFIG, LOCK
 from train.model import checkpoint
-from train.model.checkpoint import CONFIG, Checkpoint, Listed
+from train.model.checkpoint import Checkpoint, Listed
 from train.run.load_run import load_run, open_store, samples_of
 from train.run.saver import bring_home, require_own
 from train.run.settings import RunConfig, Settings, checkpoint_bytes, read_config, resolve
@@ -26,7 +27,7 @@ from train.wandb_sync.sync import FOLDER, REPORT, synced
 if TYPE_CHECKING:
     from train.report.report_record import Report
 
-_BEFORE_CONFIG = {".lock", CONFIG + durable.TEMPORARY}
+_BEFORE_CONFIG = {LOCK, CONFIG + durable.TEMPORARY}
 """What a run that was killed before its configuration was written leaves; it is started again."""
 
 
@@ -63,7 +64,7 @@ def train(
     elsewhere = _fallback(run, fallback, written)
     with store.reading(), _resumable(run):
         new = Trainer(store, config, run, initial=source, fallback=elsewhere)  # raises before anything is written
-        with durable.lock(run / ".lock", f"run {run}"):
+        with durable.lock(run / LOCK, f"run {run}"):
             if (run / CONFIG).exists():  # of a run that was started meanwhile
                 raise exists
             durable.publish_bytes(run / CONFIG, written)
@@ -118,7 +119,7 @@ def resume(
             f"{run} was trained on request {config.request[:6]}, {opened.path} is {opened.request.digest[:6]}"
         )
     elsewhere = _fallback(run, fallback, (run / CONFIG).read_bytes())
-    with opened.reading(), durable.lock(run / ".lock", f"run {run}"), _resumable(run):
+    with opened.reading(), durable.lock(run / LOCK, f"run {run}"), _resumable(run):
         durable.sweep(run)
         found = _newest(run, elsewhere)
         source = find_initial(config.init_from, config) if config.init_from and not found else None
@@ -222,7 +223,7 @@ def sample(
     settings = _samples_config(config.settings.samples, rows, changes)
     found = checkpoint.find(run, step)
     opened = open_store(run, config, store, local)
-    with opened.reading(), durable.lock(run / ".lock", f"run {run}"):
+    with opened.reading(), durable.lock(run / LOCK, f"run {run}"):
         durable.sweep(run)
         use_threads(config.settings.threads)
         samples = samples_of(load_run(run, store=opened, found=found), settings)
@@ -254,7 +255,7 @@ def write_report(
             f"finish it with: python -m train resume {run} --wandb"
         )
     opened = open_store(run, config, store, local)
-    with opened.reading(), durable.lock(run / ".lock", f"run {run}"):
+    with opened.reading(), durable.lock(run / LOCK, f"run {run}"):
         durable.sweep(run)
         use_threads(config.settings.threads)  # first, for the last bits of what follows
         made = make_report(load_run(run, store=opened, found=found), linear=linear)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import CorruptData, UserError
+from shared.store.statistics import decode
 
 _BLOCK_VALUES = 2**24
 """Most values of a block of effects, and of a block of `W_U`: 64 MiB in float32 each."""
@@ -110,6 +111,4 @@ class _Largest:
 
 def _float32(values: NDArray[Any]) -> NDArray[np.float32]:
     """Values as float32; uint16 are the bits of bfloat16."""
-    if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)
+    return decode(values) if values.dtype == np.uint16 else values.astype(np.float32, copy=False)

@@ -70,8 +70,9 @@ def worker(store: str, arm: str) -> dict[str, float]:
     """One run: its processor seconds, those of its checkpoints on the way, and how long they held training up."""
     from shared.errors import Stopped
     from train import commands
+    from train.live.run_files import TIMING
     from train.run import trainer
-    from train.run.metrics import TIMING, Log
+    from train.run.metrics import Log
     from train.run.saver import Saver
     from train.run.settings import load_settings
 

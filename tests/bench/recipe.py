@@ -27,10 +27,10 @@ from tests.bench.same_rows import CPU, code, last
 from tests.runs import VALUES
 from train.data.batches import StoreRows
 from train.evaluation.evaluate import natural_weights
+from train.live.run_files import CONFIG, TIMING
 from train.model import checkpoint
-from train.model.checkpoint import CONFIG
 from train.run.load_run import build_transcoder
-from train.run.metrics import TIMING, Log
+from train.run.metrics import Log
 from train.run.settings import RunConfig, Settings, load_settings, read_config, resolve_exclusion
 
 COMMAND = "python -m tests.bench.recipe"

@@ -30,9 +30,10 @@ from tests.runs import VALUES
 from train.compare.measure import cost_per_step
 from train.data.batches import BatchReader, Side, StoreRows
 from train.evaluation.evaluate import natural_weights
+from train.live.run_files import METRICS, TIMING
 from train.model import checkpoint
 from train.run.load_run import build_transcoder
-from train.run.metrics import METRICS, TIMING, Log
+from train.run.metrics import Log
 from train.run.settings import RunConfig, load_settings, read_config, resolve
 
 CPU = torch.device("cpu")

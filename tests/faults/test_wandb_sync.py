@@ -21,10 +21,7 @@ from tests.runs import SMALL, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
 from tests.wandb_server import Server
 from tests.wandb_syncs import ROOT, core, files, histories, summaries, trainer, wait_for
-from train.duplicates import monitor
-from train.live import run_files
-from train.live.run_files import CONFIG
-from train.run import metrics, usage
+from train.live.run_files import CONFIG, HELD_OUT, REPORTS
 from train.samples import parquet
 from train.wandb_sync import log_records, read_back, worker
 from train.wandb_sync import sync as process
@@ -171,7 +168,7 @@ def test_the_sync_holds_what_the_files_do(synced: Path, plain: Path) -> None:
     for line in syncs.lines(synced / "timing.jsonl"):
         timing = json.loads(line)
         assert by_step[timing["step"]]["timing/rows_per_second"] == timing["rows_per_second"]
-    last, report = by_step[STEPS], json.loads((synced / "anti_duplication_logs" / monitor.HELD_OUT).read_text())
+    last, report = by_step[STEPS], json.loads((synced / REPORTS / HELD_OUT).read_text())
     assert last["correlation_held_out/without_position_0/largest"] == report["without_position_0"]["largest"]
     assert sum(last["plots/held_out_correlations/values"]) == len(report["pairs"])
     assert 0 < sum(last["plots/log10_density/values"]) <= 64
@@ -263,10 +260,7 @@ def test_a_killed_run_goes_on_at_the_server(
     assert_holds_metrics(sent, run)
 
 
-def test_names_of_files_are_the_trainers() -> None:
-    assert (run_files.METRICS, run_files.TIMING) == (metrics.METRICS, metrics.TIMING)
-    assert (run_files.USAGE, run_files.CONFIG) == (usage.USAGE, CONFIG)
-    assert (log_records.REPORTS, log_records.HELD_OUT) == (monitor.FOLDER, monitor.HELD_OUT)
+def test_the_name_of_the_samples_is_the_trainers() -> None:
     assert Path("run", log_records.LATENTS.format(7)) == parquet.paths(Path("run"), 7)[1]
 
 

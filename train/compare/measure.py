@@ -20,11 +20,12 @@ from train.duplicates.co_activation import correlated_pairs, measure
 from train.duplicates.directions import Pairs, close_pairs, connected, effective_number, nearest_cosines
 from train.evaluation.evaluate import evaluate_whole, threshold_at
 from train.evaluation.held_out import HeldOutActive, held_out_active
+from train.live.run_files import TIMING
 from train.model import checkpoint
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Transcoder
 from train.run.load_run import load_run
-from train.run.metrics import TIMING, Log
+from train.run.metrics import Log
 from train.run.settings import RunConfig, Settings
 
 TOP = 10

@@ -31,13 +31,13 @@ from train.duplicates.correlation_report import (
 )
 from train.duplicates.directions import Pairs, close_pairs, connected, effective_number, steps_between_scans
 from train.evaluation.held_out import HeldOutActive
+from train.live.run_files import HELD_OUT, REPORTS
 from train.model import blas
 from train.model.blas import Blas
 from train.model.saved_tensors import fitting, numbers
 from train.model.sparse_latents import SparseLatents, countable, offsets
 from train.model.transcoder import StepOutput, Transcoder
 
-FOLDER, HELD_OUT = "anti_duplication_logs", "correlation-held-out.json"
 LEVELS = (0.5, 0.7, 0.8, 0.9)
 _MOST_MEETINGS = 2**27
 """Of two latents on a row, each pair of them twice, in a report: about a third of a second on one core."""
@@ -79,7 +79,7 @@ class CorrelationMonitor:
     def __init__(
         self, run: Path, config: MonitorConfig, transcoder: Transcoder, strata: dict[str, slice], steps: int
     ) -> None:
-        self._folder, self._config, self._transcoder, self._steps = run / FOLDER, config, transcoder, steps
+        self._folder, self._config, self._transcoder, self._steps = run / REPORTS, config, transcoder, steps
         assert isinstance(config.every, int), "resolve the configuration first"
         self._every, self._strata = config.every, list(strata)
         sizes = torch.tensor([part.stop - part.start for part in strata.values()])

@@ -21,10 +21,10 @@ from shared.files import durable
 from shared.files.untrusted import refuse_links
 from shared.store.checks import fault, file_crc32c
 from shared.store.layout import FileRecord
+from train.live.run_files import CONFIG
 from train.model.saved_tensors import fitting
 
 FORMAT_VERSION: Final = 4
-CONFIG = "config.json"
 """A run's settings, beside its checkpoints: `train.run.settings.RunConfig`."""
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 

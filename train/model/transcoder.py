@@ -21,6 +21,7 @@ from shared.config import Config, read_record
 from shared.errors import UserError
 from shared.files import durable
 from shared.keyed import key_bits
+from train.live.run_files import CONFIG
 from train.model import blas, checkpoint
 from train.model.activations import Activation
 from train.model.activations.base import multiple
@@ -167,7 +168,7 @@ class Transcoder(nn.Module):
         Raises `UserError` when there is no such run or checkpoint, and `CorruptData` when one is damaged.
         """
         run, found = checkpoint.of(Path(path), step)
-        config = read_record(_Shape, durable.read_json(run / checkpoint.CONFIG), run / checkpoint.CONFIG)
+        config = read_record(_Shape, durable.read_json(run / CONFIG), run / CONFIG)
         settings, still = config.settings, Normalisation(torch.zeros(config.d_in), 1.0, torch.zeros(config.d_out), 1.0)
         model = cls(config.d_in, config.d_out, settings.transcoder, settings.activation, still)
         model.load_checkpoint(found)

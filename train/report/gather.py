@@ -19,7 +19,7 @@ from shared.config import read_record
 from shared.files import durable
 from shared.store.store import Store
 from train.duplicates.correlation_report import CorrelationReport
-from train.duplicates.monitor import FOLDER, HELD_OUT
+from train.live.run_files import HELD_OUT, METRICS, REPORTS, TIMING, USAGE
 from train.report.report_record import (
     Cluster,
     Context,
@@ -30,8 +30,8 @@ from train.report.report_record import (
     Nearest,
     StoreFacts,
 )
-from train.run.metrics import METRICS, TIMING, Log
-from train.run.usage import USAGE, UsageRecord
+from train.run.metrics import Log
+from train.run.usage import UsageRecord
 
 _DENSITY_EDGES = np.logspace(-7, 0, 57)
 _COSINE_EDGES = np.linspace(-1, 1, 81)
@@ -83,7 +83,7 @@ def monitor_curves(run: Path, step: int) -> Curves:
 
 def _monitor_reports(run: Path) -> list[Path]:
     """In order of step."""
-    found = [path for path in (run / FOLDER).glob("correlation-*.json") if path.stem.split("-")[1].isdecimal()]
+    found = [path for path in (run / REPORTS).glob("correlation-*.json") if path.stem.split("-")[1].isdecimal()]
     return sorted(found, key=lambda path: int(path.stem.split("-")[1]))
 
 
@@ -94,7 +94,7 @@ def read_correlations(path: Path) -> CorrelationReport:
 
 def duplicates(run: Path, step: int) -> Duplicates | None:
     """The report on all held-out rows of `step`; where there is none, the last one up to it."""
-    whole = run / FOLDER / HELD_OUT
+    whole = run / REPORTS / HELD_OUT
     found = [(read_correlations(path), path) for path in ([whole] if whole.is_file() else [])]
     if not found or found[0][0].step != step:
         found = [(read_correlations(path), path) for path in _monitor_reports(run)[::-1]]

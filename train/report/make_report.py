@@ -11,6 +11,7 @@ from shared.errors import CorruptData
 from shared.files import durable
 from train.evaluation.evaluate import Evaluation, evaluate
 from train.evaluation.linear_baseline import linear_map_fvu
+from train.live.run_files import METRICS
 from train.report import gather, page
 from train.report.browser import browser_files
 from train.report.latents import latents_table
@@ -18,7 +19,7 @@ from train.report.plots import figures
 from train.report.report_record import Report
 from train.report.verdict import verdict
 from train.run.load_run import LoadedRun, samples_of
-from train.run.metrics import METRICS, Log
+from train.run.metrics import Log
 from train.samples.parquet import paths
 from train.samples.select import SamplesConfig
 

@@ -18,7 +18,6 @@ from train.evaluation.evaluate import ratio
 from train.model.saved_tensors import fitting
 from train.model.transcoder import StepOutput
 
-METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 OUTLIERS = "outliers"
 """Their name among the strata."""
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from shared.config import Config
 from shared.errors import DiskFull, ProjectError, UserError, warn
 from shared.files import durable
+from train.live.run_files import CONFIG
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, HeldOut
 
@@ -201,8 +202,8 @@ class Saver:
 
     def _write_elsewhere(self, fallback: Path, job: _Job, cause: Exception) -> None:
         try:
-            if not (fallback / checkpoint.CONFIG).exists():
-                durable.publish_bytes(fallback / checkpoint.CONFIG, (self._run / checkpoint.CONFIG).read_bytes())
+            if not (fallback / CONFIG).exists():
+                durable.publish_bytes(fallback / CONFIG, (self._run / CONFIG).read_bytes())
             self._write(fallback, job)
         except (DiskFull, OSError) as error:
             raise self._lost(job.step, error) from error
@@ -260,9 +261,9 @@ class Saver:
 
 def require_own(fallback: Path, config: bytes) -> None:
     """Raise `UserError` when the `fallback` folder is there, and is not of the run whose `config.json` is `config`."""
-    path = fallback / checkpoint.CONFIG
+    path = fallback / CONFIG
     if fallback.exists() and not (path.is_file() and path.read_bytes() == config):
-        raise UserError(f"{fallback} is not of this run: its {checkpoint.CONFIG} differs; give another --fallback-dir")
+        raise UserError(f"{fallback} is not of this run: its {CONFIG} differs; give another --fallback-dir")
 
 
 def bring_home(run: Path, fallback: Path) -> None:

@@ -23,9 +23,9 @@ from train.data.batches import Side, source_width
 from train.duplicates.diversity import DiversityConfig
 from train.duplicates.monitor import MonitorConfig
 from train.evaluation.evaluate import EvaluationConfig
+from train.live.run_files import CONFIG
 from train.model.activations import Activation, BatchTopK
 from train.model.blas import Blas, bfloat16_units, faster_here
-from train.model.checkpoint import CONFIG
 from train.model.kernels.sparse_ops import Kernels
 from train.model.losses import AuxKConfig
 from train.model.quiet import QuietConfig

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import warn
+from train.live.run_files import METRICS, TIMING
 from train.live.status import Status
-from train.run.metrics import METRICS, TIMING, Log
+from train.run.metrics import Log
 from train.run.usage import UsageRecord
 
 

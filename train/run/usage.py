@@ -14,10 +14,10 @@ from shared.config import Config, read_record
 from shared.console.terminal import say
 from shared.errors import DiskFull, ProjectError, warn
 from shared.files import durable
+from train.live.run_files import USAGE
 from train.model.saved_tensors import fitting
 from train.run.settings import Settings
 
-USAGE = "usage.json"
 SAMPLES = "samples"
 """The component that has no state: it runs after the last checkpoint."""
 

@@ -9,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from train.live.run_files import CONFIG, METRICS, TIMING, USAGE, Lines, Row
+from train.live.run_files import CONFIG, HELD_OUT, METRICS, REPORTS, TIMING, USAGE, Lines, Row
 
-REPORTS, HELD_OUT = "anti_duplication_logs", "correlation-held-out.json"
 LATENTS = "samples/latents-{:06d}.parquet"
 BINS = 60
 

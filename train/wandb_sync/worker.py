@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from shared.errors import UserError
 from shared.files import durable
-from train.live.run_files import CONFIG, Row
+from train.live.run_files import CONFIG, LOCK, Row
 from train.wandb_sync.log_records import Records
 from train.wandb_sync.read_back import steps
 from train.wandb_sync.sync import COMPLETE, FOLDER, REPORT, SECONDS, WORKER, kill_marked, unsent
@@ -219,7 +219,7 @@ class Child:
         stack, until = ExitStack(), time.monotonic() + SECONDS + 2
         while True:
             try:
-                stack.enter_context(durable.lock(self._folder / ".lock", "the sync"))
+                stack.enter_context(durable.lock(self._folder / LOCK, "the sync"))
                 return stack
             except UserError:
                 if time.monotonic() > until:  # it is stopped
