@@ -19,7 +19,7 @@ from shared.store.store import Local
 
 @click.group(cls=shared.command_line.Commands)
 def group() -> None:
-    """Stage 1: run an LLM once and keep its activations in a store that any number of trainings read."""
+    """Run an LLM once and keep its activations in a store that any number of trainings read: stage 1."""
 
 
 cache_option = click.option(
@@ -34,7 +34,7 @@ cache_option = click.option(
 
 
 def request_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What says which stores are meant: the same for `plan` and `run`."""
+    """Add the options that say which stores are meant: the same for `plan` and `run`."""
     options = (
         click.argument("preset", default=DEFAULT_PRESET),
         click.option("--config", type=click.Path(path_type=Path), help="A TOML file in place of a preset."),

@@ -16,7 +16,7 @@ _SETTLED = 2.0
 
 
 def file_sha256(path: Path) -> str:
-    """The digest of a file, in hexadecimal digits.
+    """Return the digest of a file, in hexadecimal digits.
 
     A large file that has the size, times and inode it had when it was last hashed is not read again.
     """

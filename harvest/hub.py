@@ -10,7 +10,7 @@ _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def model_snapshot(name: str, revision: str | None) -> tuple[Path, str]:
-    """The local folder of a hub model, downloaded if needed, and its commit. Raises `UserError`."""
+    """Return the local folder of a hub model, downloaded if needed, and its commit. Raises `UserError`."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -21,7 +21,7 @@ def model_snapshot(name: str, revision: str | None) -> tuple[Path, str]:
 
 
 def dataset_commit(name: str, revision: str | None) -> str:
-    """The commit that `revision` of a hub data set stands for; from the local cache when the hub is out of reach."""
+    """Find the commit that `revision` of a hub data set means; from the local cache when the hub is out of reach."""
     from huggingface_hub import HfApi, constants
 
     try:
@@ -37,7 +37,7 @@ def dataset_commit(name: str, revision: str | None) -> str:
 
 
 def explain(what: str, name: str, error: Exception) -> str:
-    """One line: what was looked for, where, and what to do."""
+    """Say in one line what was looked for, where, and what to do."""
     where = f"{what} {name!r}: neither a local path nor usable from the Hugging Face hub"
     if _refused(error):
         return (

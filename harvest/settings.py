@@ -86,7 +86,7 @@ class CaptureSettings(Config):
         return layers
 
     def hooks(self, layer: int) -> tuple[str, str]:
-        """Full names of the source's and the target's hook at `layer`."""
+        """Return the full names of the source's and the target's hook at `layer`."""
         source, target = (
             name if name.startswith("blocks.") else f"blocks.{layer}.{name}" for name in (self.source, self.target)
         )

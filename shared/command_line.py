@@ -47,7 +47,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def local_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Where a packed store is decoded: options that become the argument `local`."""
+    """Add options that say where a packed store is decoded; they become the argument `local`."""
 
     @click.option("--local-folder", type=click.Path(path_type=Path), help="Where a packed store is decoded.")
     @click.option(
@@ -68,17 +68,17 @@ _verbose_option = click.option("-v", "--verbose", is_flag=True, help="All figure
 
 
 def verbosity_options(command: Callable[..., None]) -> Callable[..., None]:
-    """`--quiet` and `--verbose`: how much the command says."""
+    """Add `--quiet` and `--verbose`: how much the command says."""
     return _quiet_option(_verbose_option(_speaking(command)))
 
 
 def quiet_option(command: Callable[..., None]) -> Callable[..., None]:
-    """`--quiet` alone, for a command that has no more to say than how far it is."""
+    """Add `--quiet` alone, for a command that has no more to say than how far it is."""
     return _quiet_option(_speaking(command))
 
 
 def verbose_option(command: Callable[..., None]) -> Callable[..., None]:
-    """`--verbose` alone, for a command whose result is what there is to say."""
+    """Add `--verbose` alone, for a command whose result is what there is to say."""
     return _verbose_option(_speaking(command))
 
 

@@ -80,7 +80,7 @@ def read_record(cls: type[M], data: Any, path: Path) -> M:
 
 
 def load_preset(presets: Path, name: str, file: Path | None) -> dict[str, Any]:
-    """The settings of a preset (`presets/NAME.toml`), or of `file`, which replaces it."""
+    """Return the settings of a preset (`presets/NAME.toml`), or of `file`, which replaces it."""
     known = sorted(path.stem for path in presets.glob("*.toml"))
     if file is None and name not in known:
         raise UserError(f"no preset {name!r}; presets: {', '.join(known)}{_nearest(name, known)}")
@@ -120,7 +120,7 @@ def override(
 
 
 def _assigned(assignment: str) -> tuple[str, Any]:
-    """The dotted name and the value of a line."""
+    """Return the dotted name and the value of a line."""
     dotted, equals, text = assignment.partition("=")
     if not equals or not dotted.strip():
         raise UserError(f"--set {_one_line(assignment[:_MOST_PLACE])}: expected NAME=VALUE, for example --set seed=1")
@@ -130,7 +130,7 @@ def _assigned(assignment: str) -> tuple[str, Any]:
 
 
 def brief(value: Any) -> str:
-    """A value for an error message, in one line and cut where it is long."""
+    """Return a value as text for an error message, in one line and cut where it is long."""
     try:
         return _brief.repr(value)
     except ValueError:  # an integer of thousands of digits
@@ -175,13 +175,13 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
 
 
 def _one_line(text: str) -> str:
-    """`text` as it may be printed: without control characters, and cut where it is long."""
+    """Return `text` as it may be printed: without control characters, and cut where it is long."""
     cut = text if len(text) <= _MOST_MESSAGE else f"{text[:_MOST_MESSAGE]}..."
     return cut if cut.isprintable() else ascii(cut)[1:-1]
 
 
 def _without_kinds(cls: type[BaseModel], parts: list[str]) -> list[str]:
-    """A place without the names of the kinds that groups with kinds have."""
+    """Return a place without the names of the kinds that groups with kinds have."""
     if not parts or parts[0] not in cls.model_fields:
         return parts
     head, *rest = parts
@@ -193,7 +193,7 @@ def _without_kinds(cls: type[BaseModel], parts: list[str]) -> list[str]:
 
 
 def _nearest_setting(cls: type[BaseModel], parts: list[str]) -> str:
-    """The setting that was meant: one whose last part, or whose whole name, is nearly what was given."""
+    """Name the setting that was meant: one whose last part, or whose whole name, is nearly what was given."""
     known, given = names_of(cls), ".".join(parts)[:_MOST_PLACE]
     if not parts:
         return ""

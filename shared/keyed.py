@@ -14,7 +14,7 @@ Key = int | str
 
 
 def key_bits(*key: Key) -> int:
-    """64 bits that stand for `key`; the parts are typed and length-prefixed, so no two keys run together."""
+    """Return 64 bits that stand for `key`; the parts are typed and length-prefixed, so no two keys run together."""
     digest = hashlib.blake2b(digest_size=8)
     for part in key:
         text = f"{type(part).__name__}:{part}".encode()
@@ -23,19 +23,19 @@ def key_bits(*key: Key) -> int:
 
 
 def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The splitmix64 finaliser of each value."""
+    """Apply the splitmix64 finaliser to each value."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def hash_integers(values: NDArray[np.integer], *key: Key) -> NDArray[np.uint64]:
-    """A 64-bit hash of each value under `key`: two rounds of splitmix64 with the key between them."""
+    """Return a 64-bit hash of each value under `key`: two rounds of splitmix64 with the key between them."""
     bits = np.uint64(key_bits(*key))
     x = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return mix(mix(x + bits) ^ bits)
 
 
 def permutation(n: int, *key: Key) -> NDArray[np.int64]:
-    """A permutation of `range(n)` that depends on `n` and `key` alone."""
+    """Return a permutation of `range(n)` that depends on `n` and `key` alone."""
     return np.argsort(hash_integers(np.arange(n), *key), kind="stable")

@@ -200,3 +200,18 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     env = {**os.environ, "NUMBA_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", THREADS], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout == "equal\n", done.stderr
+
+
+def test_it_is_known_whether_the_loops_are_compiled(tmp_path: Path) -> None:
+    """By the cache that numba itself writes; in a process of its own, whose cache is elsewhere."""
+    code = """
+import numpy as np
+from train.model.kernels import numba_loops
+before = numba_loops.compiled_before()
+rows = np.ones((2, 3), np.float32)
+numba_loops.adam(rows, rows, rows, rows, rows[:, 0].copy(), False, 1.0, 0.1, 0.9, 0.99, 1e-8, 0.1, 0.1)
+print(before, numba_loops.compiled_before())
+"""
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "False True\n", done.stderr

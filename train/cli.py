@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def sync_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Whether the run is synced to W&B: options that become the argument `project`."""
+    """Add the options to sync the run to W&B, which become the argument `project`."""
 
     @click.option("--wandb", is_flag=True, help="Sync the run to W&B, offline when there is no key.")
     @click.option(
@@ -172,7 +172,7 @@ def checkpoints(run: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.local_options
 def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool, local: Local | None) -> None:
-    """Held-out figures of a checkpoint, by stratum and prefix. Changes nothing."""
+    """Show held-out figures of a checkpoint, by stratum and prefix. Changes nothing."""
     from train.commands import evaluate as evaluate_run
     from train.tables import print_evaluation
 
@@ -271,7 +271,7 @@ def report(
 def compare(
     runs: tuple[Path, ...], store: Path | None, l0: float | None, matched_latents: int, html: Path | None, as_json: bool
 ) -> None:
-    """Held-out figures of RUNS of one store side by side; those that differ in their seed alone are one arm."""
+    """Compare held-out figures of RUNS of one store side by side; those that differ in their seed alone are one arm."""
     from train.compare.arms import compare_runs
     from train.compare.comparison_table import print_comparison
 
@@ -295,7 +295,7 @@ def _free_name(runs: Path, preset: str) -> str:
 
 
 def _summarise(run: Path) -> None:
-    """The last held-out figures of the run, on stderr, unless the user wants quiet."""
+    """Print the last held-out figures of the run on stderr, unless the user wants quiet."""
     if verbosity() == Verbosity.QUIET:
         return
     from train.evaluation.evaluate import Evaluation

@@ -130,7 +130,7 @@ def resume(
 
 
 def _fallback(run: Path, folder: Path | None, config: bytes) -> Path | None:
-    """The run's place in the fallback folder, which must be there. Raises `UserError`."""
+    """Return the run's place in the fallback folder, which must be there. Raises `UserError`."""
     if not folder:
         return None
     if not folder.is_dir():
@@ -140,7 +140,10 @@ def _fallback(run: Path, folder: Path | None, config: bytes) -> Path | None:
 
 
 def _newest(run: Path, fallback: Path | None) -> Checkpoint | None:
-    """The newest valid checkpoint of `run`, brought home from `fallback` where there is room; none if it has none."""
+    """Return the newest valid checkpoint of `run`; none if it has none.
+
+    Checkpoints are brought home from `fallback` where there is room.
+    """
     warnings: list[str] = []
     places = [run]
     if fallback:
@@ -157,7 +160,7 @@ def _newest(run: Path, fallback: Path | None) -> Checkpoint | None:
 
 @contextmanager
 def _resumable(run: Path) -> Iterator[None]:
-    """A second Ctrl-C says how to go on."""
+    """Say how to go on after a second Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -284,7 +287,7 @@ def _samples_config(
 
 
 def find_initial(run: Path, config: RunConfig) -> Checkpoint:
-    """The newest checkpoint of `run`, whose weights must fit `config`. Raises `UserError` with both shapes."""
+    """Return the newest checkpoint of `run`, whose weights must fit `config`. Raises `UserError` with both shapes."""
     found = checkpoint.find(run)
     theirs, ours = _shape(read_config(run)), _shape(config)
     if theirs != ours:

@@ -88,7 +88,7 @@ def _strata(e: Evaluation) -> Table:
 
 
 def _weight(part: Weight) -> list[str]:
-    """The cells of how much some rows weigh among all."""
+    """Return the cells of how much some rows weigh among all."""
     error = "-" if part.relative_error is None else f"{part.relative_error:.4g}"
     return [error, *("-" if share is None else f"{share:.2%}" for share in (part.error_share, part.active_share))]
 

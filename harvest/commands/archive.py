@@ -115,7 +115,7 @@ def _target(store: Store, target: Path, force: bool) -> Iterator[None]:
 
 
 def _finish(store: Store, target: Path, metadata: Mapping[str, object], more: Mapping[str, bytes]) -> None:
-    """The records that differ between the two forms, `store.json` last: without it there is no store.
+    """Write the records that differ between the two forms, `store.json` last: without it there is no store.
 
     Only what the record that was opened names: the store may be extended meanwhile.
     """
@@ -131,7 +131,7 @@ def _finish(store: Store, target: Path, metadata: Mapping[str, object], more: Ma
 
 
 def _copied(store: Store) -> list[str]:
-    """Files that both forms of a store have as they are, by path below it."""
+    """List the files that are the same in both forms of a store, by path below it."""
     ledger = [path(block) for block in range(store.record.blocks) for path in (record_path, moments_path)]
     return sorted([*store.record.files, *ledger])
 
@@ -162,7 +162,7 @@ def _shards(store: Store) -> list[Shard]:
 
 
 def _raw_records(store: Store) -> dict[str, FileRecord]:
-    """What every raw shard file is, by path below the Zarr root."""
+    """Return the record of every raw shard file, by path below the Zarr root."""
     files = dict(store.record.plan.token_files)
     for block in range(store.record.blocks):
         files |= read_ledger(store.path, block).files

@@ -21,7 +21,7 @@ Facts = dict[str, Any]
 
 
 def describe(path: Path, local: Local | None = None, *, shuffle: bool = False, run_rows: int | None = None) -> Facts:
-    """The store's record, with its size on disk in bytes, and its shuffle, if that is to be measured.
+    """Return the store's record, with its size on disk in bytes, and its shuffle, if that is to be measured.
 
     `run_rows` as in `harvest.commands.shuffle_quality.measure`.
     Raises `UserError` when there is no finished store.
@@ -131,13 +131,13 @@ class Verification:
     """Cause by file."""
 
     def as_json(self) -> Facts:
-        """Plain values."""
+        """Return plain values."""
         faults = [{"file": name, "cause": cause} for name, cause in self.faults.items()]
         sizes = {"files": self.files, "bytes": self.bytes, "seconds": round(self.seconds, 3)}
         return {"path": str(self.path), **sizes, "faults": faults}
 
     def text(self) -> str:
-        """One line per damaged file, or one line that says all is well."""
+        """Return one line per damaged file, or one line that says all is well."""
         if self.faults:
             return "\n".join(f"{name}: {cause}" for name, cause in self.faults.items())
         rate = self.bytes / max(self.seconds, 1e-9) / 1e6

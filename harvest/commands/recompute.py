@@ -47,7 +47,7 @@ class Comparison:
     """Rows that differ by more than `ROUNDING`."""
 
     def text(self) -> str:
-        """One line, and one more for each row that is wrong."""
+        """Return one line, and one more for each row that is wrong."""
         line = f"{self.rows:,} rows recomputed: {self.equal:,} equal bit for bit, largest difference {self.largest:.2g}"
         return "\n".join([line, *self.wrong])
 
@@ -86,7 +86,7 @@ def against_model(path: Path, count: int, model: str | None, seed: int, local: L
 
 
 def random_places(store: Store, count: int, seed: int) -> list[Place]:
-    """`count` different rows of the store, or all of them; every row is as likely."""
+    """Choose `count` different rows of the store, or all of them; every row is as likely."""
     strata = list(store.strata.values())
     edges = np.cumsum([0, *(s.source.rows for s in strata)])
     order = hash_integers(np.arange(8 * count), "rows to recompute", seed) % np.uint64(edges[-1])
@@ -107,7 +107,7 @@ def random_places(store: Store, count: int, seed: int) -> list[Place]:
 
 
 def _windows(target: Target, first: int, batch: int) -> Windows:
-    """The windows of the pass that starts with sequence `first`; a block's last pass may be shorter."""
+    """Return the windows of the pass that starts with sequence `first`; a block's last pass may be shorter."""
     block, start = divmod(first, target.request.block_sequences)
     return Windows(*(part[start : start + batch] for part in read_block(target, block)))
 
@@ -132,7 +132,7 @@ def _row(array: MappedArray, row: int) -> NDArray[Any]:
 
 
 def _difference(stored: NDArray[Any], recomputed: NDArray[Any]) -> float:
-    """0 when equal bit for bit, else the relative difference, above 0."""
+    """Return 0 when equal bit for bit, else the relative difference, above 0."""
     if stored.tobytes() == recomputed.tobytes():
         return 0.0
     theirs, ours = (decode(rows).astype(np.float64) for rows in (stored, recomputed))

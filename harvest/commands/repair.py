@@ -34,11 +34,11 @@ class Damage:
     """Other files, by path below the store."""
 
     def __bool__(self) -> bool:
-        """Whether anything is wrong."""
+        """Tell whether anything is wrong."""
         return bool(self.blocks or self.token_files or self.others)
 
     def text(self) -> str:
-        """What was made anew, in one line."""
+        """Say what was made anew, in one line."""
         blocks = f"blocks {', '.join(map(str, self.blocks))}" if self.blocks else ""
         parts = [part for part in (blocks, *self.token_files, *self.others) if part]
         return f"made anew: {'; '.join(parts)}" if parts else "nothing is damaged"
@@ -101,7 +101,7 @@ def repair(path: Path, model: str | None, text: Sequence[str], workers: int) -> 
 
 
 def own_model(request: StoreRequest, name: str | None) -> ModelFiles:
-    """The model that a store was made with, found by its own name or by the one given. Raises `UserError`."""
+    """Find the model that a store was made with, by its own name or by the one given. Raises `UserError`."""
     wanted = request.model
     settings = ModelSettings(name=name or wanted.name, revision=None if name else wanted.revision)
     files = find_model(settings)
@@ -118,7 +118,7 @@ def own_model(request: StoreRequest, name: str | None) -> ModelFiles:
 
 
 def own_text(corpus: CorpusIdentity, names: Sequence[str]) -> TextSettings:
-    """The settings that find a store's text again, by its own name or at the places given."""
+    """Return the settings that find a store's text again, by its own name or at the places given."""
     if corpus.name == EMBEDDED:
         return TextSettings()
     hub = {"revision": corpus.revision, "subset": corpus.subset, "split": corpus.split or "train"}

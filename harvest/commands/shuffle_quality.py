@@ -95,7 +95,7 @@ def measure(store: Store, batch_rows: int, run_rows: int | None = None, seed: in
 
 
 def shuffled_variance(store: Store, reader: RowReader, side: str, batches: int) -> float:
-    """The sample variance of the means of the first batches, on average over all shuffles, summed over dimensions."""
+    """Return the sample variance of the first batches' means, on average over all shuffles, summed over dimensions."""
     total, rows = sum(reader.counts), len(reader.blocks)
     return sum(
         (count / total) ** 2
@@ -106,7 +106,7 @@ def shuffled_variance(store: Store, reader: RowReader, side: str, batches: int) 
 
 
 def shuffled_share(count: int, rows: int, batches: int) -> float:
-    """The sample variance over `batches` batches, on average, of the mean of `count` rows of variance 1.
+    """Return the sample variance over `batches` batches, on average, of the mean of `count` rows of variance 1.
 
     They follow each other in a stream of independent uniform permutations of `rows` rows. Two rows of one permutation
     have the covariance -1 / (rows - 1), and two of different ones have none.
@@ -122,7 +122,7 @@ def shuffled_share(count: int, rows: int, batches: int) -> float:
 
 
 def variance_ratio(means: NDArray[np.float64], shuffled: float) -> tuple[float, float]:
-    """The sample variance of batch means [batches, d] over `shuffled`, and its standard error.
+    """Return the sample variance of batch means [batches, d] over `shuffled`, and its standard error.
 
     Batches that cannot differ, because each is a whole epoch or all rows are the same, have the ratio 1.
     """
@@ -159,7 +159,7 @@ class _Documents:
             self._seen[name].append(np.stack([rows[place], part]))
 
     def shares(self) -> tuple[float, float]:
-        """Share of neighbours from one document, and what it would be in random order."""
+        """Return the share of neighbours from one document, and what it would be in random order."""
         expected = 0.0
         for parts in self._seen.values():
             rows, owners = np.concatenate(parts, axis=1)
@@ -171,6 +171,6 @@ class _Documents:
 
 
 def as_json(found: Shuffle) -> dict[str, Any]:
-    """Plain values."""
+    """Return plain values."""
     values = {name: getattr(found, name) for name in Shuffle.__slots__}
     return {**values, "good": found.good, "better_run_rows": found.better_run_rows}

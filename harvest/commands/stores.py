@@ -43,7 +43,7 @@ class Entry:
 
 
 def list_stores(cache: Path) -> list[Entry]:
-    """Every store in the folder `cache`, by name; no shard is opened."""
+    """List every store in the folder `cache`, by name; no shard is opened."""
     if not cache.is_dir():
         return []
     found = [path for path in sorted(cache.iterdir()) if (path / REQUEST).is_file()]
@@ -69,13 +69,13 @@ def show(entries: Sequence[Entry], cache: Path) -> None:
 
 
 def as_json(entries: Sequence[Entry], cache: Path) -> dict[str, Any]:
-    """Plain values."""
+    """Return plain values."""
     free = durable.free_bytes(cache) if cache.is_dir() else None
     return {"cache": str(cache), "free_bytes": free, "stores": [asdict(entry) for entry in entries]}
 
 
 def check_removable(path: Path) -> int:
-    """The size of the store at `path`, in bytes. Raises `UserError` when it is none, or is used or written."""
+    """Return the size of the store at `path`, in bytes. Raises `UserError` when it is none, or is used or written."""
     with _alone(path):
         return size_of(path)
 

@@ -16,7 +16,7 @@ from shared.files import durable
 
 
 def model_config() -> Gemma2Config:
-    """Gemma-2's architecture with every feature of the large models, at three million parameters."""
+    """Return Gemma-2's architecture with every feature of the large models, at three million parameters."""
     return Gemma2Config(
         vocab_size=VOCABULARY,
         hidden_size=128,
@@ -38,7 +38,10 @@ def model_config() -> Gemma2Config:
 
 
 def initial_model() -> Gemma2ForCausalLM:
-    """A model whose residual updates, summed over layers, start at unit size; at unit size each it learns slower."""
+    """Make a model whose residual updates, summed over layers, start at unit size.
+
+    With unit size each, it learns slower.
+    """
     config = model_config()
     model = Gemma2ForCausalLM(config)
     gain = (2 * config.num_hidden_layers) ** -0.5
@@ -49,7 +52,7 @@ def initial_model() -> Gemma2ForCausalLM:
 
 
 def rounded(model: Gemma2ForCausalLM) -> Gemma2ForCausalLM:
-    """A copy with the weights rounded to bfloat16."""
+    """Return a copy with the weights rounded to bfloat16."""
     return copy.deepcopy(model).to(torch.bfloat16)
 
 

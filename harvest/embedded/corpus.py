@@ -36,18 +36,18 @@ class Corpus:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a document is kept from training: decided by its name alone, so it holds for every Python version."""
+    """Tell whether a document is kept from training, by its name alone, so that it holds for every Python version."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest(), "big") % HELD_OUT_ONE_IN == 0
 
 
 def is_included(name: str) -> bool:
-    """Whether the file or folder of this relative path belongs to the corpus."""
+    """Tell whether the file or folder of this relative path belongs to the corpus."""
     parts = name.split("/")
     return EXCLUDED_PARTS.isdisjoint(parts) and not any(part.startswith(BUILD_PRODUCT_PREFIXES) for part in parts)
 
 
 def included_names(root: Path) -> list[str]:
-    """Sorted POSIX paths, relative to ``root``, of the corpus's files."""
+    """List the sorted POSIX paths, relative to ``root``, of the corpus's files."""
     names = []
     for folder, subfolders, files in os.walk(root):
         relative = Path(folder).relative_to(root)
@@ -71,12 +71,12 @@ def read_corpus(folder: Path | None = None) -> Corpus:
 
 
 def documents() -> list[Document]:
-    """All documents of the running Python's standard library, sorted by name."""
+    """Return all documents of the running Python's standard library, sorted by name."""
     return read_corpus().documents
 
 
 def corpus_digest(documents: Iterable[Document]) -> str:
-    """SHA-256 over every name and text, each preceded by its length so that no two corpora share a byte stream."""
+    """Hash every name and text with SHA-256, each preceded by its length so that no two corpora share a byte stream."""
     digest = hashlib.sha256()
     for document in documents:
         for field in (document.name.encode(), document.text.encode()):

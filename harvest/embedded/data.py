@@ -28,12 +28,12 @@ class Data:
     held_out_bytes: int
 
     def bits_per_byte(self, nats_per_token: float) -> float:
-        """A loss per held-out token, freed from what the tokenizer calls a token."""
+        """Convert a loss per held-out token to one that does not depend on what the tokenizer calls a token."""
         return nats_per_token * len(self.held_out) / self.held_out_bytes / math.log(2)
 
 
 def token_stream(documents: Iterable[Document], tokenizer: Tokenizer) -> Tensor:
-    """All documents as one run of token ids [N], each document followed by an end-of-sequence token."""
+    """Return all documents as one run of token ids [N], each document followed by an end-of-sequence token."""
     ids: list[int] = []
     for encoding in tokenizer.encode_batch_fast([d.text for d in documents], add_special_tokens=False):
         ids.extend(encoding.ids)
@@ -51,20 +51,20 @@ def prepare_data(corpus: Corpus) -> Data:
 
 
 def with_bos(windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Model inputs and labels, both [W, 256], of text windows [W, 256]: each label is the token after its input."""
+    """Return inputs and labels, both [W, 256], of text windows [W, 256]: each label is the token after its input."""
     bos = torch.full((len(windows), 1), BOS_ID)
     return torch.cat((bos, windows[:, :-1]), dim=1), windows
 
 
 def evaluation_windows(stream: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and labels [W, 256] that score every token of the stream once; only the last window may hold padding."""
+    """Return inputs and labels [W, 256] that score every token of a stream once; only the last window may be padded."""
     missing = -len(stream) % SCORED
     inputs, labels = with_bos(torch.cat((stream, torch.full((missing,), PAD_ID))).view(-1, SCORED))
     return inputs, labels.masked_fill(labels == PAD_ID, NOT_SCORED)
 
 
 def training_batches(stream: Tensor, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless inputs and labels [batch, 256]. Every epoch cuts the stream at another offset, in another order."""
+    """Yield endless inputs and labels [batch, 256]. Every epoch cuts the stream at another offset, in another order."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         offset = int(torch.randint(SCORED, (), generator=generator))

@@ -16,7 +16,7 @@ EVALUATION_BATCH = 8
 
 @torch.inference_mode()
 def evaluate(model: Gemma2ForCausalLM, inputs: Tensor, labels: Tensor) -> float:
-    """Mean nats per scored token of windows [W, 256]."""
+    """Return the mean nats per scored token of windows [W, 256]."""
     total = 0.0
     for some_inputs, some_labels in zip(inputs.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
         scores = logits(model, some_inputs).flatten(0, 1)
@@ -26,20 +26,20 @@ def evaluate(model: Gemma2ForCausalLM, inputs: Tensor, labels: Tensor) -> float:
 
 @torch.inference_mode()
 def check_forward(model: Gemma2ForCausalLM, inputs: Tensor) -> None:
-    """The lean forward pass must be the published architecture's."""
+    """Check that the lean forward pass is the published architecture's."""
     error = float((logits(model, inputs) - model(inputs).logits).abs().max())
     if error > 1e-4:
         raise RuntimeError(f"the training forward pass differs from Gemma2ForCausalLM by {error:.2e}")
 
 
 def unigram_loss(train: Tensor, held_out: Tensor, vocabulary: int) -> float:
-    """Held-out nats per token of the training frequencies, one count added to every token."""
+    """Return the held-out nats per token of the training frequencies, one count added to every token."""
     counts = torch.bincount(train, minlength=vocabulary).double() + 1
     return float(-(counts / counts.sum())[held_out].log().mean())
 
 
 def bigram_loss(train: Tensor, held_out: Tensor, vocabulary: int) -> float:
-    """Held-out nats per token of bigrams backed off to unigrams, with the best of several back-off weights.
+    """Return the held-out nats per token of bigrams backed off to unigrams, with the best of several back-off weights.
 
     Choosing the weight on the held-out tokens favours the bigrams slightly: a reference should not be a straw man.
     """

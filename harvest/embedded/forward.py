@@ -21,7 +21,7 @@ LOSS_ROWS = 256
 
 
 def rotary_tables(config: Gemma2Config, length: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, each [T, H]; the second half of H repeats the first."""
+    """Return cosine and sine of the rotary angles, each [T, H]; the second half of H repeats the first."""
     exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
     frequencies = 1.0 / config.rope_parameters["rope_theta"] ** exponents
     angles = torch.arange(length).float()[:, None] * frequencies
@@ -55,7 +55,7 @@ def query_chunks(length: int, window: int | None) -> list[QueryChunk]:
 
 
 def rms_norm(x: Tensor, norm: Gemma2RMSNorm) -> Tensor:
-    """Root-mean-square norm over the last axis; Gemma stores the gain as its difference from one."""
+    """Apply the root-mean-square norm over the last axis; Gemma stores the gain as its difference from one."""
     return F.rms_norm(x, x.shape[-1:], 1.0 + norm.weight, norm.eps)
 
 
@@ -66,7 +66,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(x: Tensor, attn: Gemma2Attention, rotary: tuple[Tensor, Tensor], chunks: list[QueryChunk]) -> Tensor:
-    """Soft-capped grouped-query attention, [B, T, D] to [B, T, D]."""
+    """Apply soft-capped grouped-query attention, [B, T, D] to [B, T, D]."""
     config = attn.config
     b, t, _ = x.shape
     h, k, r = config.head_dim, config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
@@ -88,7 +88,7 @@ def attention(x: Tensor, attn: Gemma2Attention, rotary: tuple[Tensor, Tensor], c
 
 
 def block(x: Tensor, layer: Gemma2DecoderLayer, rotary: tuple[Tensor, Tensor], chunks: list[QueryChunk]) -> Tensor:
-    """One decoder layer, [B, T, D] to [B, T, D]: norms before and after both the attention and the MLP."""
+    """Apply one decoder layer, [B, T, D] to [B, T, D]: norms before and after both the attention and the MLP."""
     mixed = attention(rms_norm(x, layer.input_layernorm), layer.self_attn, rotary, chunks)
     x = x + rms_norm(mixed, layer.post_attention_layernorm)
     normed = rms_norm(x, layer.pre_feedforward_layernorm)
@@ -97,7 +97,7 @@ def block(x: Tensor, layer: Gemma2DecoderLayer, rotary: tuple[Tensor, Tensor], c
 
 
 def final_hidden(model: Gemma2ForCausalLM, ids: Tensor) -> Tensor:
-    """The residual stream after the last norm, [B, T, D], of token ids [B, T]."""
+    """Return the residual stream after the last norm, [B, T, D], of token ids [B, T]."""
     config = model.config
     length = ids.shape[1]
     rotary = rotary_tables(config, length)
@@ -112,7 +112,7 @@ def final_hidden(model: Gemma2ForCausalLM, ids: Tensor) -> Tensor:
 
 
 def logits(model: Gemma2ForCausalLM, ids: Tensor) -> Tensor:
-    """Soft-capped next-token logits, [B, T, V], of token ids [B, T]."""
+    """Return soft-capped next-token logits, [B, T, V], of token ids [B, T]."""
     cap = model.config.final_logit_softcapping
     return torch.tanh(F.linear(final_hidden(model, ids), model.model.embed_tokens.weight) / cap) * cap
 
@@ -125,7 +125,7 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, embedding: Tensor, labels: Tensor, cap: float) -> Tensor:
-        """``hidden`` [N, D], ``embedding`` [V, D] and ``labels`` [N] to the mean loss in nats."""
+        """Return the mean loss in nats of ``hidden`` [N, D], ``embedding`` [V, D] and ``labels`` [N]."""
         total = 0.0
         hidden_grad, embedding_grad = torch.empty_like(hidden), torch.zeros_like(embedding)
         for rows in torch.arange(len(labels)).split(LOSS_ROWS):
@@ -150,7 +150,7 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
 
 
 def training_loss(model: Gemma2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """Mean loss in nats per token of ``labels`` [B, T] given ``ids`` [B, T]."""
+    """Return the mean loss in nats per token of ``labels`` [B, T] given ``ids`` [B, T]."""
     hidden = final_hidden(model, ids).flatten(0, 1)
     embedding, cap = model.model.embed_tokens.weight, model.config.final_logit_softcapping
     return SoftcappedCrossEntropy.apply(hidden, embedding, labels.flatten(), cap)

@@ -67,7 +67,7 @@ class TrainingState:
 
 
 def make_optimizers(model: Gemma2ForCausalLM, settings: Settings) -> list[Optimizer]:
-    """Muon for the blocks' matrices, AdamW for the embedding and the gains; both remember their peak rate."""
+    """Make Muon for the blocks' matrices, AdamW for the embedding and the gains; both remember their peak rate."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
@@ -81,12 +81,15 @@ def make_optimizers(model: Gemma2ForCausalLM, settings: Settings) -> list[Optimi
 
 
 def rate_factor(step: int, settings: Settings) -> float:
-    """Share of the peak rate at a step: a short warm-up, then constant, then linear to zero over the second half."""
+    """Return the share of the peak rate at a step.
+
+    It has a short warm-up, is then constant, then linear to zero over the second half.
+    """
     return min(1.0, (step + 1) / settings.warmup_steps, 2.0 * (1.0 - step / settings.steps))
 
 
 def training_step(run: TrainingState, inputs: Tensor, labels: Tensor, settings: Settings) -> float:
-    """One update; gives the batch's loss in nats per token."""
+    """Make one update; returns the batch's loss in nats per token."""
     loss = training_loss(run.model, inputs, labels)
     loss.backward()
     for optimizer in run.optimizers:
@@ -99,7 +102,7 @@ def training_step(run: TrainingState, inputs: Tensor, labels: Tensor, settings: 
 
 
 def describe(corpus: Corpus, data: Data, settings: Settings) -> dict[str, Any]:
-    """What ``training.json`` says besides the curve and the model's own figures."""
+    """Return what ``training.json`` says besides the curve and the model's own figures."""
     references = {
         "unigram": unigram_loss(data.train, data.held_out, VOCABULARY),
         "bigram": bigram_loss(data.train, data.held_out, VOCABULARY),
@@ -121,7 +124,7 @@ def describe(corpus: Corpus, data: Data, settings: Settings) -> dict[str, Any]:
 
 
 def final_figures(run: TrainingState, data: Data) -> dict[str, dict[str, float]]:
-    """The loss on all held-out tokens, as trained and as shipped (rounded to bfloat16, computed in float32)."""
+    """Return the loss on all held-out tokens, as trained and as shipped (rounded to bfloat16, computed in float32)."""
     windows = evaluation_windows(data.held_out)
     losses = {"float32": evaluate(run.model, *windows), "bfloat16": evaluate(rounded(run.model).float(), *windows)}
     return {name: {"nats_per_token": loss, "bits_per_byte": data.bits_per_byte(loss)} for name, loss in losses.items()}

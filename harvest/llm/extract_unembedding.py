@@ -40,7 +40,7 @@ def publish_unembedding(model: Model, path: Path) -> None:
 
 
 def norm_effect(norm: nn.Module, d_model: int, device: torch.device) -> tuple[Tensor, Tensor, str]:
-    """Gain and bias [d_model], float32, of a norm and its kind, from what it does: models keep w or 1 + w.
+    """Return the gain and bias [d_model], float32, of a norm and its kind, from what it does: models keep w or 1 + w.
 
     A vector of alternating signs has mean 0, so either kind passes it scaled to a root mean square of 1; it is large,
     so that eps is lost in it. A copy in float32 is asked: in bfloat16 the bias drowns in the rounding of the gain.

@@ -37,7 +37,7 @@ class Model:
         return list(self._bridge.hook_dict)
 
     def __call__(self, ids: Tensor, position_ids: Tensor | None = None) -> dict[str, Tensor]:
-        """The activations of each hook for windows `ids` [S, T]; `position_ids` as in `visit`."""
+        """Return the activations of each hook for windows `ids` [S, T]; `position_ids` as in `visit`."""
         found: dict[str, Tensor] = {}
         self.visit(ids, position_ids, lambda name, values: found.update({name: values.clone()}))
         return {name: found[name] for name in self._hooks}
@@ -78,14 +78,14 @@ class Model:
         return self._bridge.original_model.config.get_text_config()
 
     def replica(self) -> "Model":
-        """A second model over the same parameters, so that two threads can run hooks of their own."""
+        """Make a second model over the same parameters, so that two threads can run hooks of their own."""
         bridge = self._bridge
         shared = {id(item): item for item in (*bridge.parameters(), *bridge.buffers())}
         return Model(copy.deepcopy(bridge, shared), self._hooks, self._forward)
 
 
 def layers_needed(hooks: Sequence[str]) -> int:
-    """Layers that must run for hooks named `blocks.<layer>.<hook>`."""
+    """Return the number of layers that must run for hooks named `blocks.<layer>.<hook>`."""
     return 1 + max(int(name.split(".")[1]) for name in hooks)
 
 
@@ -149,7 +149,7 @@ def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[st
 
 
 def probe(folder: Path, hooks: Sequence[str], context_size: int) -> dict[str, int]:
-    """The width of each hook, from a model without weights. Raises `UserError` on a hook that is not there.
+    """Return the width of each hook, from a model without weights. Raises `UserError` on a hook that is not there.
 
     Also refuses hooks that do not give one row per position: [S, T, width].
     """
@@ -177,7 +177,7 @@ def _check_names(known: Sequence[str], hooks: Sequence[str]) -> None:
 
 
 def _cut_config(folder: Path, layers: int) -> Any:
-    """The model's configuration with `layers` layers; lists with one entry per layer are cut too."""
+    """Return the model's configuration with `layers` layers; lists with one entry per layer are cut too."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     config = config.get_text_config()  # of a model that also sees, the part that reads
     whole = config.num_hidden_layers
@@ -189,7 +189,7 @@ def _cut_config(folder: Path, layers: int) -> Any:
 
 
 def _few_logits(network: nn.Module) -> dict[str, int]:
-    """The argument that has logits computed for one position only; nothing here reads them.
+    """Return the argument that has logits computed for one position only; nothing here reads them.
 
     The bridge's own `stop_at_layer` stops before a layer, and the cut model has none there: it would run to the end.
     """
@@ -210,7 +210,7 @@ def _bridge(folder: Path, network: Any, device: str, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """What the libraries raise for a folder they cannot use becomes one line."""
+    """Turn what the libraries raise for a folder they cannot use into one line."""
     try:
         yield
     except (ValueError, KeyError, OSError, AttributeError, RuntimeError, SafetensorError) as error:

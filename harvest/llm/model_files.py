@@ -53,14 +53,14 @@ class ModelFiles:
         return found
 
     def weights_digest(self) -> str:
-        """SHA-256 over the names and contents of the configuration and the weights. Raises `UserError`."""
+        """Return the SHA-256 over the names and contents of the configuration and the weights. Raises `UserError`."""
         weights = sorted(self.folder.glob("*.safetensors"))
         if not weights:
             raise UserError(f"{self.folder} has no weights in safetensors form; pickled weights are never loaded")
         return _digest([self.folder / "config.json", *weights])
 
     def tokenizer_digest(self) -> str:
-        """SHA-256 over the names and contents of the tokenizer's files."""
+        """Return the SHA-256 over the names and contents of the tokenizer's files."""
         return _digest(self.tokenizer_files)
 
 
@@ -105,7 +105,7 @@ def _local(folder: Path, name: str) -> ModelFiles:
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """The sizes in `config.json`. Raises `UserError` when it names none."""
+    """Read the sizes in `config.json`. Raises `UserError` when it names none."""
     config = _read_json(folder / "config.json")
     config = config.get("text_config", config)
     if not isinstance(config, dict):
@@ -123,7 +123,7 @@ def read_shape(folder: Path) -> ModelShape:
 
 
 def _embedding_rows(folder: Path) -> int | None:
-    """The rows of the token embedding, by the headers of the weight files."""
+    """Return the number of rows of the token embedding, by the headers of the weight files."""
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb") as file:
             size = min(int.from_bytes(file.read(8), "little"), _MOST_HEADER_BYTES)
@@ -138,7 +138,7 @@ def _embedding_rows(folder: Path) -> int | None:
 
 
 def read_special_tokens(files: ModelFiles) -> SpecialTokens:
-    """BOS and EOS as the tokenizer's files name them."""
+    """Read BOS and EOS as the tokenizer's files name them."""
     named: dict[str, str | None] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (files.folder / name).is_file():
@@ -150,7 +150,7 @@ def read_special_tokens(files: ModelFiles) -> SpecialTokens:
 
 
 def window_tokens(settings: WindowSettings, folder: Path, special: SpecialTokens) -> tuple[bool, str | None]:
-    """Whether BOS is put first, and the separator between documents, if any. Raises `UserError`."""
+    """Tell whether BOS is put first, and the separator between documents, if any. Raises `UserError`."""
     if settings.bos is True and not special.bos:
         raise UserError(f"the tokenizer in {folder} has no BOS token; pass --set windows.bos=auto")
     usable = special.eos if special.eos != special.bos else None
@@ -163,7 +163,7 @@ def window_tokens(settings: WindowSettings, folder: Path, special: SpecialTokens
 
 
 def resolve_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
-    """The kind of device to run on. Asks the driver and torch's version only, so that torch stays unloaded."""
+    """Choose the kind of device to run on. Asks the driver and torch's version only, so that torch stays unloaded."""
     if wanted != "auto":
         return wanted
     return "cuda" if "+cpu" not in version("torch") and _cuda_devices() else "cpu"
@@ -179,7 +179,7 @@ def _cuda_devices() -> int:
 
 
 def _defaults(folder: Path) -> dict[str, str | None]:
-    """The tokenizer class's own special tokens, for folders that do not name them (gpt2)."""
+    """Return the tokenizer class's own special tokens, for folders that do not name them (gpt2)."""
     from transformers import AutoTokenizer
 
     try:

@@ -34,7 +34,7 @@ class Capture:
             self._idle.put(model)
 
     def fitting_batch(self, windows: Windows, positions: NDArray[np.int64], most: int) -> int:
-        """The most windows per pass that fit on the device, their rows' rounding included: `most`, or half, and so on.
+        """Find the most windows per pass that fit on the device, rounding of rows included: `most`, or half, and so on.
 
         Raises `ProjectError` when a single one does not.
         """
@@ -88,7 +88,7 @@ class Capture:
         return [self.pool.submit(run, start) for start in range(0, len(windows.tokens), batch)]
 
     def rows(self, windows: Windows, positions: NDArray[np.int64]) -> Buffers:
-        """All rows [S * T, width] of some windows in one pass, by hook, in order."""
+        """Return all rows [S * T, width] of some windows in one pass, by hook, in order."""
         found: Buffers = {}
 
         def take(name: str, values: Tensor) -> None:
@@ -131,7 +131,7 @@ class Capture:
 
 
 def fitting_buffers(used: Buffers, widths: Mapping[str, int], rows: int, storage: StorageType) -> Buffers:
-    """Room for at least `rows` rows of each hook; `used` again, if it has that."""
+    """Return buffers with room for at least `rows` rows of each hook; `used` again, if it has that."""
     if used and all(len(buffer) >= rows for buffer in used.values()):
         return used
     return {name: np.empty((rows, width), STORAGE_DTYPES[storage]) for name, width in widths.items()}
@@ -141,7 +141,7 @@ def fitting_buffers(used: Buffers, widths: Mapping[str, int], rows: int, storage
 def open_capture(
     model: Model, workers: int, device: str, storage: StorageType, documents: Documents
 ) -> Iterator[Capture]:
-    """A capture with `workers` threads on CPU, and one on CUDA."""
+    """Open a capture with `workers` threads on CPU, and one on CUDA."""
     if device.startswith("cuda"):
         workers = 1
     models = [model, *(model.replica() for _ in range(workers - 1))]
@@ -156,7 +156,7 @@ def open_capture(
 
 
 def to_storage(values: Tensor, storage: StorageType, name: str, first: int) -> Tensor:
-    """`values` [S, T, width] in the storage type, on CPU; bfloat16 rounds to nearest even.
+    """Return `values` [S, T, width] in the storage type, on CPU; bfloat16 rounds to nearest even.
 
     `first` is the block's number of the first window, for the message of the `ProjectError` on values that are not
     finite, or not in the storage type.
@@ -169,13 +169,13 @@ def to_storage(values: Tensor, storage: StorageType, name: str, first: int) -> T
 
 
 def as_tensor(rows: NDArray[np.generic]) -> Tensor:
-    """Stored rows as a tensor over the same memory."""
+    """Return stored rows as a tensor over the same memory."""
     tensor = torch.from_numpy(rows)
     return tensor.view(torch.bfloat16) if rows.dtype == np.uint16 else tensor
 
 
 def as_array(rows: Tensor) -> NDArray[np.generic]:
-    """Rows in the storage type as they are stored, over the same memory."""
+    """Return rows in the storage type as they are stored, over the same memory."""
     return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
 
 

@@ -57,7 +57,7 @@ class Estimate:
         return self.shard_bytes - self.present_bytes + self.other_bytes + self.spool_bytes
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         request = self.request
         return {
             "path": str(self.path),
@@ -79,7 +79,7 @@ class Estimate:
         }
 
     def table(self) -> Table:
-        """Rows and bytes by stratum."""
+        """Return a table of rows and bytes by stratum."""
         bound = "" if self.exact else "at most "
         table = Table("positions", "rows", "bytes", title=self.path.name)
         for name, size in self.stratum_bytes.items():
@@ -93,7 +93,7 @@ class Estimate:
 
 
 def estimate(target: Target, training_blocks: int, widths: Mapping[str, int], model: ModelFiles) -> Estimate:
-    """The sizes of a store with `training_blocks`; `widths` of its hooks."""
+    """Estimate the sizes of a store with `training_blocks`; `widths` of its hooks."""
     request = target.request
     d_in, d_out = widths[request.source_hook], widths[request.target_hook]
     planned = sum(target.segments)
@@ -132,7 +132,7 @@ def estimate(target: Target, training_blocks: int, widths: Mapping[str, int], mo
 
 
 def expected_strata(request: StoreRequest) -> tuple[Stratum, ...]:
-    """The strata of joined documents; where rows depend on the tokens, the most that each can come to."""
+    """Return the strata of joined documents; where rows depend on the tokens, the most that each can come to."""
     ranges = stratum_ranges(request.edges, request.context_size)
     whole = request.block_tokens
     natural = [whole if request.documents == "apart" else (b - a) * request.block_sequences for a, b in ranges]
@@ -144,7 +144,7 @@ def expected_strata(request: StoreRequest) -> tuple[Stratum, ...]:
 
 
 def _record_bytes(request: StoreRequest, strata: Sequence[Stratum], blocks: int, width: int, model: ModelFiles) -> int:
-    """A bound on records, statistics and tokenizer; `width` is that of source and target together."""
+    """Return a bound on records, statistics and tokenizer; `width` is that of source and target together."""
     per_block = sum(
         2 * (5 * _TENSOR_BYTES + 12 * min(BINS, stratum.rows)) + 16 * width for stratum in strata
     ) + _RECORD_BYTES * sum(spec.shards_per_block for spec in store_specs(request, strata, width, width))
@@ -156,13 +156,13 @@ def _record_bytes(request: StoreRequest, strata: Sequence[Stratum], blocks: int,
 
 
 def _unembedding_bytes(request: StoreRequest, model: ModelFiles) -> int:
-    """A bound on the unembedding and the final norm."""
+    """Return a bound on the unembedding and the final norm."""
     shape, item = read_shape(model.folder), 4 if request.model.dtype == "float32" else 2
     return shape.vocabulary * (item * shape.d_model + 4) + 8 * shape.d_model + 4096 if request.unembedding else 0
 
 
 def needed(estimates: Sequence[Estimate]) -> int:
-    """Bytes that all stores together still need: one unembedding, and one spool at a time."""
+    """Return the bytes that all stores together still need: one unembedding, and one spool at a time."""
     shared = [[one.unembedding_bytes for one in estimates], [one.spool_bytes for one in estimates]]
     return sum(one.needed_bytes for one in estimates) - sum(sum(sizes) - max(sizes) for sizes in shared)
 

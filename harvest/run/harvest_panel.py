@@ -57,16 +57,16 @@ class Status:
         return sum(self._bytes(target) * self._to_come(target) for target in self.targets)
 
     def note(self) -> str:
-        """For the end of a plain line."""
+        """Return the text for the end of a plain line."""
         return f"{self.there + self.made:,}/{self.total:,} blocks  {size(self.written)} written"
 
     def detail(self, block: int) -> str:
-        """For the end of the plain line that is printed when a block is written."""
+        """Return the text for the end of the plain line that is printed when a block is written."""
         space = f"{size(self.to_come)} to come  {size(self.disk.value())} free"
         return f"block {block} is written  {self.note()}  {space}  batch {self._batch}  {self._device}"
 
     def panel(self, pace: Pace) -> RenderableType:
-        """All of it."""
+        """Return the whole panel."""
         return Fitted(lambda width, _: self._panel(pace, 2 if inner(width) >= _BESIDE else 1))
 
     def _panel(self, pace: Pace, columns: int) -> RenderableType:
@@ -112,5 +112,5 @@ class Status:
 
 
 def free_on(path: Path) -> Measured[int]:
-    """The bytes that are free on the disk of `path`."""
+    """Measure the bytes that are free on the disk of `path`."""
     return Measured(lambda: durable.free_bytes(path))

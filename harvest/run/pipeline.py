@@ -80,7 +80,7 @@ def harvest(settings: Settings, cache: Path | str, *, force: bool = False) -> li
 
 
 def estimates(settings: Settings, cache: Path | str) -> list[Estimate]:
-    """What `harvest` would write, a store per layer; no weights are loaded, nothing is written."""
+    """Estimate what `harvest` would write, a store per layer; no weights are loaded, nothing is written."""
     inputs = identify(settings)
     targets = [load_target(Path(cache) / request.folder, request) for request in inputs.requests]
     widths = hook_widths(targets, inputs)
@@ -88,7 +88,7 @@ def estimates(settings: Settings, cache: Path | str) -> list[Estimate]:
 
 
 def measure(settings: Settings, cache: Path | str) -> float:
-    """Seconds that the forward passes of all blocks to come will take, by the speed of a few batches."""
+    """Return the seconds that the forward passes of all blocks to come will take, by the speed of a few batches."""
     inputs = identify(settings)
     targets = [load_target(Path(cache) / request.folder, request) for request in inputs.requests]
     from harvest.run.runner import seconds_per_token
@@ -121,7 +121,7 @@ def identify(settings: Settings) -> Inputs:
 
 
 def block_sequences(settings: Settings, shape: ModelShape) -> int:
-    """Windows per block: as set, or half of that and so on, until a block of all layers keeps `max_block_bytes`.
+    """Return windows per block: as set, or half of that and so on, until a block of all layers keeps `max_block_bytes`.
 
     Rows are taken to be as wide as the residual stream.
     """
@@ -137,7 +137,7 @@ def block_sequences(settings: Settings, shape: ModelShape) -> int:
 
 
 def batch_sequences(settings: Settings, shape: ModelShape) -> int:
-    """Windows per forward pass: as set, or as many as keep a processor busy and its temporary tensors small."""
+    """Return windows per forward pass: as set, or as many as keep a processor busy and its temporary tensors small."""
     if settings.capture.batch_sequences != "auto":
         return settings.capture.batch_sequences
     context = settings.windows.context_size
@@ -147,7 +147,7 @@ def batch_sequences(settings: Settings, shape: ModelShape) -> int:
 
 
 def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool:
-    """Whether the store at `path` holds what is asked for; one that is damaged does not, and is made whole again."""
+    """Tell whether the store at `path` holds what is asked for; a damaged one does not, and is made whole again."""
     if not (path / STORE).is_file():
         return False
     check_request(path, read_records(path).request, request)
@@ -174,7 +174,7 @@ def _targets(paths: Sequence[Path], inputs: Inputs) -> list[Target]:
 
 
 def lock_store(path: Path, *, shared: bool = False) -> AbstractContextManager[durable.Lock]:
-    """The writers' lock of the store at `path`."""
+    """Return the writers' lock of the store at `path`."""
     path = path.resolve()
     return durable.lock(path.with_name(f"{path.name}.lock"), f"store {path.name}", shared=shared)
 
@@ -275,7 +275,7 @@ def _require_writable(path: Path) -> None:
 
 
 def hook_widths(targets: Sequence[Target], inputs: Inputs) -> dict[str, int]:
-    """The width of each hook that the targets record, from the model without its weights."""
+    """Return the width of each hook that the targets record, from the model without its weights."""
     from harvest.llm.model import check_device, probe
 
     check_device(targets[0].request.model.device)
@@ -284,7 +284,7 @@ def hook_widths(targets: Sequence[Target], inputs: Inputs) -> dict[str, int]:
 
 
 def _alike(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Groups of targets whose blocks hold the same tokens, and are made with as many windows per pass."""
+    """Yield groups of targets whose blocks hold the same tokens, and are made with as many windows per pass."""
 
     def kind(target: Target) -> tuple[tuple[int, ...], int]:
         return target.segments, ledger.fixed_batch(target) or 0

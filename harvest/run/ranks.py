@@ -48,7 +48,7 @@ class Ranks:
             dist.destroy_process_group()
 
     def least(self, value: int) -> int:
-        """The least of all processes' values; returns when all have given theirs."""
+        """Return the least of all processes' values, when all have given theirs."""
         if self.size == 1:
             return value
         import torch
@@ -67,7 +67,7 @@ class Ranks:
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """What only the first process does, while the others `follow`."""
+        """Run what only the first process does, while the others `follow`."""
         try:
             yield
         except BaseException:

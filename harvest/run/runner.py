@@ -111,7 +111,7 @@ class Runner:
                     )
 
     def _batch(self, capture: Capture, targets: Sequence[Target], mine: Sequence[int]) -> int:
-        """Windows per pass: those that committed blocks were made with, or the most that fit on every process."""
+        """Find the windows per pass: what committed blocks were made with, or the most that fit on every process."""
         fixed, batch = ledger.fixed_batch(targets[0]), targets[0].request.batch_sequences
         if fixed is None and mine:
             windows = read_block(targets[0], mine[0])
@@ -189,7 +189,7 @@ class Blocks:
 
 
 def seconds_per_token(folder: Path, targets: Sequence[Target], vocabulary: int, workers: int) -> float:
-    """Seconds that a token takes on this machine, by two batches for each of `workers` threads."""
+    """Return the seconds that a token takes on this machine, by two batches for each of `workers` threads."""
     request = targets[0].request
     hooks = sorted({name for t in targets for name in (t.request.source_hook, t.request.target_hook)})
     model = load_model(folder, request.model.dtype, request.model.device, hooks)
@@ -212,13 +212,13 @@ class _Counter:
         self._bar, self._done, self._status, self._lock = bar, done, status, Lock()
 
     def tokens(self, count: int) -> None:
-        """So many more are done."""
+        """Count `count` more tokens as done."""
         with self._lock:
             self._done += count
             self._bar.update(self._done)
 
     def block(self, block: int) -> None:
-        """One is on disk."""
+        """Note that a block is on disk."""
         with self._lock:
             detail = self._status.detail(block) if verbosity() == Verbosity.VERBOSE else ""
             self._bar.update(self._done, self._status.note(), detail)

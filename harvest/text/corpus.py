@@ -105,7 +105,7 @@ def _rows_corpus(
 
 
 def _column(settings: TextSettings, name: str, rows: Rows) -> tuple[str, Kind]:
-    """The column to read and what it holds, by the settings or else by the first rows."""
+    """Find the column to read and what it holds, by the settings or else by the first rows."""
     if settings.column is not None and settings.kind != "auto":
         return settings.column, settings.kind
     head = _head(name, rows)
@@ -130,7 +130,7 @@ def _no_column(name: str, column: str, known: Iterable[str]) -> UserError:
 
 
 def _default_column(kinds: dict[str, Kind | None], wanted: str) -> str | None:
-    """`text`, or else the only column of a kind that can be read: messages before token ids before text."""
+    """Return `text`, or else the only column of a kind that can be read: messages before token ids before text."""
     if kinds.get("text") and wanted in ("auto", "text"):
         return "text"
     for kind in ("messages", "input_ids", "text") if wanted == "auto" else (wanted,):

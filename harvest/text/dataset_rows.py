@@ -20,15 +20,15 @@ class Rows(Protocol):
     """A table of rows."""
 
     def head(self) -> list[Row]:
-        """Some rows from the start, to see the columns by."""
+        """Return some rows from the start, to see the columns by."""
         ...
 
     def shuffled(self, seed: int) -> Iterator[Row]:
-        """All rows, permuted by `seed`."""
+        """Yield all rows, permuted by `seed`."""
         ...
 
     def as_read(self) -> Iterator[Row]:
-        """All rows in their own order."""
+        """Yield all rows in their own order."""
         ...
 
 
@@ -42,17 +42,17 @@ class LineRows:
         self._files = files
 
     def head(self) -> list[Row]:
-        """The first rows of the first file that has any."""
+        """Return the first rows of the first file that has any."""
         return list(islice(self.as_read(), _HEAD))
 
     def as_read(self) -> Iterator[Row]:
-        """File after file, line after line."""
+        """Yield rows file after file, line after line."""
         for path in self._files:
             with open(path, "rb") as lines:
                 yield from (_parse(path, number, line) for number, line in enumerate(lines, 1) if _is_row(path, line))
 
     def shuffled(self, seed: int) -> Iterator[Row]:
-        """Lines of all files in one permutation."""
+        """Yield the lines of all files in one permutation."""
         places = [(path, *place) for path in self._files for place in _index(path)]
         opened = {path: open(path, "rb") for path in self._files}  # noqa: SIM115
         try:
@@ -73,19 +73,19 @@ class DatasetRows:
         """`load(streaming)` gives the data set."""
 
     def head(self) -> list[Row]:
-        """The first rows, by streaming."""
+        """Return the first rows, by streaming."""
         return list(islice(self.as_read(), _HEAD))
 
     def as_read(self) -> Iterator[Row]:
-        """Rows as they are streamed."""
+        """Yield rows as they are streamed."""
         yield from self._guard(lambda: iter(self._load(True)))
 
     def shuffled(self, seed: int) -> Iterator[Row]:
-        """Rows by index, in batches; downloads or converts the whole data set first."""
+        """Yield rows by index, in batches; downloads or converts the whole data set first."""
         yield from self._guard(lambda: _batches(self._load(False), seed))
 
     def _guard(self, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
-        """A data set that fails to load or to be read is an error, never an empty one."""
+        """Yield the rows; a data set that fails to load or to be read is an error, never an empty one."""
         try:
             yield from rows()
         except (GeneratorExit, UserError):
@@ -96,7 +96,7 @@ class DatasetRows:
 
 
 def hub_rows(name: str, subset: str | None, split: str, commit: str) -> DatasetRows:
-    """Rows of a split of a hub data set."""
+    """Return the rows of a split of a hub data set."""
 
     def load(streaming: bool) -> Any:
         from datasets import disable_progress_bars, load_dataset
@@ -108,7 +108,7 @@ def hub_rows(name: str, subset: str | None, split: str, commit: str) -> DatasetR
 
 
 def parquet_rows(files: Sequence[Path]) -> DatasetRows:
-    """Rows of local parquet files."""
+    """Return the rows of local parquet files."""
 
     def load(streaming: bool) -> Any:
         from datasets import disable_progress_bars, load_dataset
@@ -129,7 +129,7 @@ def _batches(table: Any, seed: int) -> Iterator[Row]:
 
 
 def _index(path: Path) -> list[tuple[int, int]]:
-    """Line number and offset of every row of `path`."""
+    """List the line number and offset of every row of `path`."""
     numbers, offsets, offset = array("q"), array("q"), 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):

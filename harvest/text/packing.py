@@ -31,13 +31,13 @@ class Windows(NamedTuple):
 
 
 def join(parts: Iterable[Windows], context: int) -> Windows:
-    """All windows of `parts`, which may be none."""
+    """Join all windows of `parts`, which may be none."""
     given = [np.zeros((2, 0, context), np.int32), *(np.stack(part) for part in parts)]
     return Windows(*np.concatenate(given, axis=1))
 
 
 def model_positions(windows: Windows, documents: Documents) -> NDArray[np.int64]:
-    """The position that the model gives to each token [S, T]: counted from the window's or the document's start."""
+    """Return the position the model gives to each token [S, T], counted from the window's or the document's start."""
     offsets = np.broadcast_to(np.arange(windows.tokens.shape[1]), windows.tokens.shape)
     if documents == "joined":
         return offsets
@@ -71,7 +71,7 @@ class Packed:
     """Tokens of the documents read, separators included."""
 
     def counts(self, kept: int, held_out: int) -> PackingCounts:
-        """The record, when `kept` and `held_out` tokens, BOS excluded, are in the windows that are stored."""
+        """Return the record, when `kept` and `held_out` tokens, BOS excluded, are in the windows that are stored."""
         return PackingCounts(
             documents=self.documents,
             held_out_documents=self.held_out_documents,

@@ -29,7 +29,7 @@ class Encoder:
             raise UserError(f"{folder}: its tokenizer has no chat template, which a column of messages needs")
 
     def encode(self, documents: Iterable[Any]) -> Iterator[Ids]:
-        """Token ids of each document, without BOS; an empty or missing document gives none.
+        """Yield the token ids of each document, without BOS; an empty or missing document gives none.
 
         A BOS in given ids or in what a chat template writes starts a new document. Raises `UserError` on what is no
         document, and on ids outside the vocabulary.
@@ -83,14 +83,14 @@ class Encoder:
 
 
 def clean(text: Any) -> Any:
-    """`text` with surrogate pairs joined and lone surrogates, which no encoding has, replaced by U+FFFD."""
+    """Return `text` with surrogate pairs joined and lone surrogates, which no encoding has, replaced by U+FFFD."""
     if not isinstance(text, str) or text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def split_at(ids: Ids, bos: int) -> list[Ids]:
-    """`ids` cut at every `bos`, which is left out; a document's own start leaves no empty piece before it."""
+    """Cut `ids` at every `bos`, which is left out; a document's own start leaves no empty piece before it."""
     cuts = [-1, *np.flatnonzero(ids == bos).tolist(), len(ids)]
     pieces = [ids[low + 1 : high] for low, high in pairwise(cuts)]
     return [piece for piece in pieces if len(piece)] or pieces[:1]

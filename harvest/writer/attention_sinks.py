@@ -9,7 +9,7 @@ from shared.store.strata import Stratum
 
 
 def overall(strata: Sequence[Stratum], moments: Mapping[str, Moments], side: str) -> Moments:
-    """Moments of one side at natural frequencies and without position 0; `moments` by `stratum/side`.
+    """Return the moments of one side at natural frequencies and without position 0; `moments` by `stratum/side`.
 
     A first stratum that is wider than one position cannot be taken apart, and is then part of it as a whole.
     """

@@ -20,7 +20,7 @@ SIDES = ("source", "target")
 
 
 def candidates(request: StoreRequest, windows: Windows, special: Sequence[int]) -> list[NDArray[np.int64]]:
-    """By stratum, the rows of a block that may be stored: numbers `sequence * T + offset`, rising."""
+    """List by stratum the rows of a block that may be stored: numbers `sequence * T + offset`, rising."""
     positions = model_positions(windows, request.documents).ravel()
     allowed = ~np.isin(windows.tokens.ravel(), special)
     ranges = stratum_ranges(request.edges, request.context_size)
@@ -28,14 +28,14 @@ def candidates(request: StoreRequest, windows: Windows, special: Sequence[int]) 
 
 
 def over_norm(rows: int, max_norm_quantile: float) -> int:
-    """How many of `rows` rows have a norm above the quantile: known before any norm is."""
+    """Return how many of `rows` rows have a norm above the quantile: known before any norm is."""
     return int(rows * (1 - max_norm_quantile) + 1e-9)
 
 
 def block_counts(
     request: StoreRequest, windows: Windows, special: Sequence[int], rows: Sequence[int] | None = None
 ) -> list[RowCounts]:
-    """By stratum, where a block's rows go when `rows` of each are stored; none are when not given."""
+    """Count by stratum where a block's rows go when `rows` of each are stored; none are when not given."""
     natural = [len(found) for found in candidates(request, windows, ())]
     allowed = [len(found) for found in candidates(request, windows, special)] if special else natural
     over = [over_norm(n, request.max_norm_quantile) for n in allowed]
@@ -47,7 +47,7 @@ def block_counts(
 
 
 def quotas(request: StoreRequest, fewest: Sequence[int]) -> list[int]:
-    """Rows of each stratum that every block stores, when every block has at least `fewest` to choose from."""
+    """Return the rows of each stratum that every block stores, when each block has at least `fewest` to choose from."""
     starts = [start for start, _ in stratum_ranges(request.edges, request.context_size)]
     return [
         quota(rows, request.keep.get(start, 1.0), request.cap.get(start))
@@ -69,7 +69,7 @@ class BlockLayout:
     """[R] places in order of the row they hold"""
 
     def batch(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For windows `start:stop`: places of the buffer, and the row that goes to each, from the first window's."""
+        """Find for windows `start:stop` the buffer's places, and the row that goes to each, from the first window's."""
         context = self.positions.shape[1]
         low, high = np.searchsorted(self.rows[self.order], [start * context, stop * context])
         places = self.order[low:high]
@@ -79,7 +79,7 @@ class BlockLayout:
 def block_layout(
     request: StoreRequest, strata: Sequence[Stratum], windows: Windows, block: int, special: Sequence[int]
 ) -> BlockLayout:
-    """The layout of a block: of every stratum, the first rows of a keyed permutation of its candidates.
+    """Return the layout of a block: of every stratum, the first rows of a keyed permutation of its candidates.
 
     Where rows are excluded by norm, all candidates have a place, and `stored_rows` chooses. A stratum with fewer
     candidates than it stores repeats them in the same order.
@@ -99,7 +99,7 @@ def block_layout(
 
 
 def stored_rows(stratum: Stratum, source: Array, max_norm_quantile: float) -> slice | NDArray[np.int64]:
-    """Which of a stratum's rows in the buffer are stored, in order; `source` are its source rows [n, d_in]."""
+    """Tell which of a stratum's rows in the buffer are stored, in order; `source` are its source rows [n, d_in]."""
     if max_norm_quantile == 1:
         return slice(None)
     order = np.argsort(np.linalg.norm(decode(source), axis=1), kind="stable")
@@ -110,7 +110,7 @@ def stored_rows(stratum: Stratum, source: Array, max_norm_quantile: float) -> sl
 def stratum_arrays(
     request: StoreRequest, stratum: Stratum, block: int, layout: BlockLayout, buffers: Buffers
 ) -> dict[str, Array]:
-    """The arrays of one stratum of a block, by name; views of the buffers where no row is excluded by norm."""
+    """Return the arrays of one stratum of a block, by name; views of the buffers where no row is excluded by norm."""
     places = layout.places[stratum.name]
     source, target = buffers[request.source_hook][places], buffers[request.target_hook][places]
     chosen = stored_rows(stratum, source, request.max_norm_quantile)
@@ -126,12 +126,12 @@ def stratum_arrays(
 
 
 def stored_moments(rows: Array) -> Moments:
-    """Moments of stored rows [n, d], as they will be read: after rounding to the storage type."""
+    """Return the moments of stored rows [n, d], as they will be read: after rounding to the storage type."""
     return moments_of(rows)
 
 
 def pack_moments(moments: Mapping[str, Moments]) -> dict[str, Array]:
-    """Tensors to save for moments by name; the norms' histogram, nearly all zeros, as its bins that are not."""
+    """Return tensors to save for moments by name; the norms' histogram, nearly all zeros, as its bins that are not."""
     tensors: dict[str, Array] = {}
     for name, value in moments.items():
         bins = np.flatnonzero(value.norms)
@@ -141,7 +141,7 @@ def pack_moments(moments: Mapping[str, Moments]) -> dict[str, Array]:
 
 
 def unpack_moments(tensors: Mapping[str, Array], name: str) -> Moments:
-    """The moments saved under `name`."""
+    """Return the moments saved under `name`."""
     norms = np.zeros(BINS)
     norms[tensors[f"{name}/bins"]] = tensors[f"{name}/counts"]
     rows = float(tensors[f"{name}/rows"][0])

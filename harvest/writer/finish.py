@@ -79,7 +79,7 @@ def drop_damaged(target: Target) -> None:
 
 
 def training_moments(target: Target, blocks: Iterable[int]) -> dict[str, Moments]:
-    """By `stratum/side`, the moments of `blocks`, merged in their order."""
+    """Return the moments of `blocks` by `stratum/side`, merged in the order of the blocks."""
     gathered: dict[str, Moments] = {}
     for block in blocks:
         tensors = _load_moments(target, block)
@@ -92,7 +92,7 @@ def training_moments(target: Target, blocks: Iterable[int]) -> dict[str, Moments
 def summarise(
     plan: StorePlan, moments: dict[str, Moments]
 ) -> tuple[tuple[StratumSummary, ...], StratumSummary, dict[str, Array]]:
-    """Summaries by stratum, the overall one, and the tensors of the statistics' file."""
+    """Return summaries by stratum, the overall one, and the tensors of the statistics' file."""
     strata = plan.stored_strata
     whole = {f"overall/{side}": overall(strata, moments, side) for side in SIDES}
     medians = {side: whole[f"overall/{side}"].norm_quantile(0.5) for side in SIDES}

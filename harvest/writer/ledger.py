@@ -26,7 +26,7 @@ from shared.store.statistics import Moments
 
 
 def missing_blocks(target: Target) -> list[int]:
-    """Planned blocks without a ledger record, or with files that are not there in full."""
+    """List the planned blocks without a ledger record, or with files that are not there in full."""
     return [block for block in range(target.blocks) if not _is_committed(target, block)]
 
 
@@ -70,7 +70,7 @@ def commit(target: Target, block: int, layout: BlockLayout, buffers: Buffers, ba
 
 
 def fixed_batch(target: Target) -> int | None:
-    """Windows per forward pass that the committed blocks were made with, or None when there are none."""
+    """Return the windows per forward pass that the committed blocks were made with, or None when there are none."""
     records = (_readable(target, block) for block in range(target.blocks))
     return next((record.batch_sequences for record in records if record), None)
 
@@ -103,7 +103,7 @@ def _is_committed(target: Target, block: int) -> bool:
 
 
 def _readable(target: Target, block: int) -> LedgerRecord | None:
-    """A block's record, if it is there and whole; else the block is made again."""
+    """Return a block's record, if it is there and whole; else the block is made again."""
     try:
         return read_ledger(target.path, block)
     except CorruptData:

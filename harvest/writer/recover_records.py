@@ -60,7 +60,7 @@ def refuse_packed(path: Path) -> None:
 
 
 def _whole(read: Callable[[Path], R], path: Path, name: str) -> R | None:
-    """A record, if it is there and whole."""
+    """Return a record, if it is there and whole."""
     try:
         return read(path) if (path / name).is_file() else None
     except CorruptData:

@@ -11,13 +11,13 @@ _NAMED = 5
 
 
 def differences(theirs: StoreRequest, ours: StoreRequest) -> dict[str, tuple[Any, Any]]:
-    """The fields that differ, by dotted name, with both values."""
+    """Return the fields that differ, by dotted name, with both values."""
     a, b = _flat(theirs.model_dump(mode="json")), _flat(ours.model_dump(mode="json"))
     return {name: (a.get(name), b.get(name)) for name in {**b, **a} if a.get(name) != b.get(name)}
 
 
 def explain_new(path: Path, request: StoreRequest) -> str | None:
-    """In what the store to be made at `path` differs from the nearest one in its cache; None if there is no other."""
+    """Say how the store to be made at `path` differs from the nearest one in its cache; None if there is no other."""
     found: list[tuple[int, str, dict[str, tuple[Any, Any]]]] = []
     for other in path.parent.iterdir() if path.parent.is_dir() else ():
         if other != path and (other / REQUEST).is_file():

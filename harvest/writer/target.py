@@ -55,7 +55,7 @@ class Target:
 
 
 def load_target(path: Path, request: StoreRequest) -> Target:
-    """What is at `path` already. Raises `UserError` when it was made for another request, and when it is packed."""
+    """Load what is at `path` already. Raises `UserError` when it was made for another request, or when it is packed."""
     refuse_packed(path)
     found = read_records(path)
     check_request(path, found.request, request)
@@ -63,7 +63,7 @@ def load_target(path: Path, request: StoreRequest) -> Target:
 
 
 def needs_packing(target: Target, training_blocks: int) -> bool:
-    """Whether tokens must be added before `training_blocks` are planned. Raises `UserError` on a larger plan."""
+    """Tell whether tokens must be added before `training_blocks` are planned. Raises `UserError` on a larger plan."""
     if target.plan is None:
         return True
     planned = target.plan.training_blocks
@@ -77,7 +77,7 @@ def needs_packing(target: Target, training_blocks: int) -> bool:
 
 
 def publish_records(target: Target) -> None:
-    """Request, plan, groups and the windows' metadata of a planned target, as far as they are not there as they are.
+    """Publish request, plan, groups and the windows' metadata of a planned target, unless they are there as they are.
 
     A plan that is there and goes further stays.
     """
@@ -93,7 +93,7 @@ def publish_records(target: Target) -> None:
 
 
 def begin(target: Target, strata: Sequence[StratumPlan]) -> None:
-    """The first files of a store: its request and the groups of its Zarr hierarchy."""
+    """Write the first files of a store: its request and the groups of its Zarr hierarchy."""
     durable.publish_json(target.path / REQUEST, target.request.model_dump(mode="json"))
     durable.publish_files(_groups(target, [stratum for stratum in strata if stratum.rows]))
 
@@ -104,13 +104,13 @@ def _groups(target: Target, strata: Sequence[StratumPlan | Stratum]) -> dict[Pat
 
 
 def damaged_files(target: Target) -> list[str]:
-    """Planned shard files of `tokens` and `documents` that are not what was written, by path below the Zarr root."""
+    """List planned shard files of `tokens` and `documents` that are not as written, by path below the Zarr root."""
     files = target.plan.token_files if target.plan else {}
     return [name for name, record in files.items() if fault(target.path / ARRAYS / name, record)]
 
 
 def read_block(target: Target, block: int) -> Windows:
-    """The windows of a block. Raises `CorruptData` when they are not what was planned."""
+    """Read the windows of a block. Raises `CorruptData` when they are not what was planned."""
     assert target.plan is not None
     root, found = target.path / ARRAYS, []
     for spec in (tokens_spec(target.request), documents_spec(target.request)):

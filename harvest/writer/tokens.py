@@ -88,7 +88,7 @@ class _Segment:
     """The blocks that a segment adds, in order: number and windows. The first segment has the held-out ones, too."""
 
     def __init__(self, request: StoreRequest, number: int, before: int, windows: Windows, held_out: Windows) -> None:
-        """`before`: training blocks of the segments before."""
+        """Take the windows of a segment; `before`: training blocks of the segments before."""
         self.blocks = len(windows.tokens) // request.block_sequences
         self.held_out_blocks = len(held_out.tokens) // request.block_sequences
         self._size, self._windows, self._held_out = request.block_sequences, windows, held_out
@@ -113,7 +113,7 @@ class _Segment:
 def _packed(
     target: Target, before: int, after: int, corpus: Corpus, encoder: Encoder
 ) -> Iterator[tuple[Windows, Packed, Quota]]:
-    """The windows of training blocks `before` to `after`, whole blocks of them, in order of the text."""
+    """Yield the windows of training blocks `before` to `after`, whole blocks of them, in order of the text."""
     request, size = target.request, target.request.block_sequences
     quota = Quota(held_out=request.held_out_blocks * size, skipped=before * size, wanted=(after - before) * size)
     stream = TokenStream(
@@ -127,7 +127,7 @@ def _packed(
         written = 0
 
         def keep(part: Windows) -> None:
-            """Tokens and documents of one window after the other."""
+            """Write the tokens and documents of one window after the other."""
             nonlocal written
             data = np.stack(part, axis=1).tobytes()
             durable.write_at(path, written, data)
@@ -142,7 +142,7 @@ def _packed(
 
 
 def _plan_strata(target: Target, segment: _Segment, special: Sequence[int]) -> tuple[StratumPlan, ...]:
-    """The strata of a target with one segment more. Rows per block are those that every block of the first has."""
+    """Plan the strata of a target with one segment more. Rows per block are those that every block of the first has."""
     request = target.request
     fixed = [stratum.rows for stratum in target.plan.strata] if target.plan else None
     if request.documents == "joined" and not special:
@@ -169,7 +169,7 @@ def _plan_strata(target: Target, segment: _Segment, special: Sequence[int]) -> t
 
 
 def _total(blocks: Sequence[RowCounts], rows: int) -> RowCounts:
-    """The counts of all `blocks` of a stratum, each storing `rows`."""
+    """Return the counts of all `blocks` of a stratum, each storing `rows`."""
     natural, special, over = (sum(getattr(c, kind) for c in blocks) for kind in ("natural", "special", "over_norm"))
     repeated = sum(max(0, rows - (c.natural - c.special - c.over_norm)) for c in blocks)
     return RowCounts(natural=natural, special=special, over_norm=over, stored=rows * len(blocks), repeated=repeated)
@@ -213,7 +213,7 @@ def _publish(
 
 
 def _exhausted(target: Target) -> Target:
-    """The target with its plan saying that the corpus holds no further block."""
+    """Return the target with its plan saying that the corpus holds no further block."""
     assert target.plan is not None
     plan = target.plan.model_copy(update={"exhausted": True})
     durable.publish_json(target.path / PLAN, plan.model_dump(mode="json"))
@@ -221,13 +221,13 @@ def _exhausted(target: Target) -> Target:
 
 
 def _payload(request: StoreRequest, windows: Windows) -> int:
-    """Tokens that are not a BOS put in."""
+    """Count the tokens that are not a BOS put in."""
     starts = (model_positions(windows, request.documents) == 0).sum() if request.bos else 0
     return windows.tokens.size - int(starts)
 
 
 def _window_shards(request: StoreRequest, block: int, windows: Windows) -> dict[str, list[Any]]:
-    """The shard files of a block's tokens and documents: buffers by path below the Zarr root."""
+    """Return the shard files of a block's tokens and documents: buffers by path below the Zarr root."""
     return {
         spec.shard_path(shard): data
         for spec, rows in zip((tokens_spec(request), documents_spec(request)), windows, strict=True)
@@ -236,7 +236,7 @@ def _window_shards(request: StoreRequest, block: int, windows: Windows) -> dict[
 
 
 def _remove_unplanned(root: Path, planned: Mapping[str, FileRecord]) -> None:
-    """Token shards that a killed harvest wrote before it could publish its plan."""
+    """Remove token shards that a killed harvest wrote before it could publish its plan."""
     for path in [*(root / TOKENS / "c").glob("*/*"), *(root / DOCUMENTS / "c").glob("*/*")]:
         if path.relative_to(root).as_posix() not in planned:
             path.unlink()
@@ -244,7 +244,7 @@ def _remove_unplanned(root: Path, planned: Mapping[str, FileRecord]) -> None:
 
 
 def _remove_beyond(path: Path, blocks: int) -> None:
-    """Blocks of a longer plan that was lost: their records, and the files that those name."""
+    """Remove the blocks of a longer plan that was lost: their records, and the files that those name."""
     for record in sorted((path / LEDGER).glob("[0-9]*.json")):
         block = int(record.stem)
         if block < blocks:
@@ -257,13 +257,13 @@ def _remove_beyond(path: Path, blocks: int) -> None:
 
 
 def spool_path(store: Path) -> Path:
-    """Where a store's windows are spooled; litter if a harvest was killed."""
+    """Return the path where a store's windows are spooled; litter if a harvest was killed."""
     return store.parent / f"{store.name}.spool{durable.TEMPORARY}"
 
 
 @contextmanager
 def _spool(store: Path) -> Iterator[Path]:
-    """A file beside the store for the windows in order of the text: tokens of a large harvest do not fit in memory."""
+    """Make a file beside the store for windows in order of the text: a large harvest's tokens do not fit in memory."""
     path = spool_path(store)
     try:
         durable.make_sparse(path, 0)

@@ -36,7 +36,7 @@ class Pace:
         return (self.total - self.done) / self.rate if self.rate > 0 else None
 
     def line(self) -> str:
-        """All of it, in words."""
+        """Return all of it, in words."""
         left = "?" if self.seconds_left is None else f"{self.seconds_left:,.0f}"
         return f"{self.done:,}/{self.total:,} {self.unit}  {per_second(self.rate)} {self.unit}/s  {left} s left"
 
@@ -63,7 +63,7 @@ class Kept:
         self._segments: list[Segment] = []
 
     def drawing(self, key: Hashable, make: Callable[[], RenderableType]) -> "Kept":
-        """What `make` returns, which is the same for equal keys."""
+        """Set what is drawn: what `make` returns, which is the same for equal keys."""
         self._key, self._make = key, make
         return self
 
@@ -75,7 +75,7 @@ class Kept:
 
 
 def panel(title: str, pace: Pace, *parts: RenderableType, more_rates: Sequence[str] = (), state: str = "") -> Panel:
-    """A frame with a bar, the rates and times, and `parts` below; `state` is on its lower edge."""
+    """Return a frame with a bar, the rates and times, and `parts` below; `state` is on its lower edge."""
     bar = Table.grid(expand=True, padding=(0, 1))
     bar.add_column(ratio=1)
     bar.add_column(justify="right", no_wrap=True)
@@ -100,12 +100,12 @@ def panel(title: str, pace: Pace, *parts: RenderableType, more_rates: Sequence[s
 
 
 def inner(width: int) -> int:
-    """Columns within the frame of a panel."""
+    """Return the number of columns within the frame of a panel."""
     return width - _EDGES
 
 
 def pairs(rows: Sequence[tuple[str, str]], columns: int = 1) -> Table:
-    """Names and values, in `columns` of pairs, filled from top to bottom."""
+    """Lay out names and values in `columns` of pairs, filled from top to bottom."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     height = -(-len(rows) // columns)
     for _ in range(columns):
@@ -117,7 +117,7 @@ def pairs(rows: Sequence[tuple[str, str]], columns: int = 1) -> Table:
 
 
 def figures_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table without lines: text in the first column, and numbers to the right."""
+    """Make a table without lines: text in the first column, and numbers to the right."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
     for i, name in enumerate(names):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
@@ -127,7 +127,7 @@ def figures_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The course of `values` in `width` characters, each the mean of a part of them."""
+    """Draw the course of `values` in `width` characters, each the mean of a part of them."""
     if len(values) < 2 or width < 2:
         return ""
     count = min(width, len(values))
@@ -139,7 +139,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, such as `3.21 MiB`."""
+    """Format a number of bytes, such as `3.21 MiB`."""
     value, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
@@ -149,7 +149,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Such as `0:42`, `1:02:03` or `3 d 04:05:06`."""
+    """Format seconds, such as `0:42`, `1:02:03` or `3 d 04:05:06`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -159,12 +159,12 @@ def duration(seconds: float) -> str:
 
 
 def per_second(rate: float) -> str:
-    """A rate: whole, but for one of which the digits behind the point say something."""
+    """Format a rate: whole, except where the digits after the decimal point say something."""
     return f"{rate:,.0f}" if rate >= 100 or rate == 0 else f"{rate:.3g}"
 
 
 def short(value: float) -> str:
-    """A figure in eight characters at most, as far as it is not huge."""
+    """Format a figure in eight characters at most, unless it is huge."""
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:,.4g}"
     return f"{value:.2e}" if abs(value) < 1 else f"{value:,.0f}"

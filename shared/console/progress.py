@@ -31,7 +31,10 @@ class Progress:
         draw: Callable[[Pace], RenderableType] | None = None,
         alone: bool = True,
     ) -> None:
-        """`draw` makes the panel, if it has more than the bar. `alone`: no other process has one on this terminal."""
+        """Count from `done`.
+
+        `draw` makes the panel, if it has more than the bar. `alone`: no other process has one on this terminal.
+        """
         self._name, self._total, self._unit, self._start, self._done = name, total, unit, done, done
         self._began = self._printed = time.monotonic()
         self._note, self._told = "", True
@@ -52,7 +55,7 @@ class Progress:
             self._print(self._note)
 
     def pace(self) -> Pace:
-        """How far it is now."""
+        """Tell how far it is now."""
         done, seconds = self._done, time.monotonic() - self._began
         rate = (done - self._start) / max(seconds, 1e-9)
         return Pace(done=done, total=self._total, unit=self._unit, seconds=seconds, rate=rate)

@@ -18,7 +18,10 @@ STOP: tuple[signal.Signals, ...] = tuple(
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that the signals of `STOP` fill; a second SIGINT raises `KeyboardInterrupt`. Handlers are put back."""
+    """Yield a list that the signals of `STOP` fill, and put the handlers back at the end.
+
+    A second SIGINT raises `KeyboardInterrupt`.
+    """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

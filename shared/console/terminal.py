@@ -30,7 +30,7 @@ _verbosity = Verbosity.NORMAL
 
 
 def verbosity() -> Verbosity:
-    """That of this process."""
+    """Return the verbosity of this process."""
     return _verbosity
 
 
@@ -46,13 +46,13 @@ def with_verbosity(wanted: Verbosity) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """What is good to know, and no warning: on stderr, unless the user wants quiet."""
+    """Print what is good to know, and no warning: on stderr, unless the user wants quiet."""
     if _verbosity > Verbosity.QUIET:
         print(text, file=sys.stderr, flush=True)
 
 
 def shows_panels(stderr: bool = True) -> bool:
-    """Whether stderr, or stdout, is a terminal on which a panel can be drawn in place."""
+    """Tell whether stderr, or stdout, is a terminal on which a panel can be drawn in place."""
     console = Console(stderr=stderr)
     return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
 

@@ -12,7 +12,10 @@ T = TypeVar("T")
 
 
 def size_of(*paths: Path) -> int:
-    """Bytes of all files below `paths`, one with several names once, and perhaps not what is renamed meanwhile."""
+    """Return the bytes of all files below `paths`.
+
+    A file with several names counts once. One that is renamed meanwhile may be missed.
+    """
     sizes = {}
     for folder, _, names in (found for path in paths for found in os.walk(path)):
         for name in names:
@@ -30,7 +33,7 @@ class Measured(Generic[T]):
         self._found: tuple[float, T] | None = None
 
     def value(self) -> T:
-        """The value, measured anew if it is old; what cannot be measured any more stays as it was."""
+        """Return the value, measured anew if it is old; what cannot be measured any more stays as it was."""
         now = time.monotonic()
         if self._found is None:
             self._found = now, self._measure()

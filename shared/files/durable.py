@@ -96,7 +96,7 @@ def publish_link(path: Path, source: Path) -> None:
 
 @contextmanager
 def saving_tensors(path: Path) -> Iterator[None]:
-    """Around safetensors' `save_file`: a full disk, which it reports in words, becomes the `OSError` it is."""
+    """Wrap safetensors' `save_file`: a full disk, which it reports in words, becomes the `OSError` it is."""
     try:
         yield
     except SafetensorError as error:
@@ -173,7 +173,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 def make_sparse(path: Path, size: int) -> None:
-    """An empty file of `size` bytes that takes no room yet."""
+    """Make an empty file of `size` bytes that takes no room yet."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
@@ -199,7 +199,7 @@ def move(path: Path, target: Path) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Canonical JSON: sorted keys, two-space indent, no NaN, a newline at the end."""
+    """Return canonical JSON: sorted keys, two-space indent, no NaN, a newline at the end."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
@@ -302,10 +302,10 @@ def lock(path: Path, what: str, *, shared: bool = False, make: bool = True) -> I
 
 
 def is_held(path: Path) -> bool:
-    """Whether another process holds the lock of the file `path` alone, on this machine or by a shared file system.
+    """Tell whether another process holds the lock of the file `path` alone.
 
-    Makes no file. Where the system's table of locks names no holder, the lock is taken shared for a moment, which
-    `lock` waits for.
+    It may be on this machine, or on another one by a shared file system. Makes no file. Where the system's table of
+    locks names no holder, the lock is taken shared for a moment, which `lock` waits for.
     """
     if holders(path):
         return True
@@ -325,7 +325,7 @@ def is_held(path: Path) -> bool:
 
 
 def holders(path: Path) -> list[str]:
-    """Who holds a lock of the file `path`, such as `process 4711 (python)`; told by Linux only."""
+    """List who holds a lock of the file `path`, such as `process 4711 (python)`; told by Linux only."""
     table, found = Path("/proc/locks"), []
     try:
         status = path.stat()
@@ -372,7 +372,7 @@ def sweep(folder: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes a normal user may still write on the disk that holds `path` (or its nearest existing parent)."""
+    """Return the bytes a normal user may still write on the disk of `path` (or of its nearest existing parent)."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
@@ -389,7 +389,7 @@ def require_space(path: Path, needed: int, what: str) -> None:
 
 
 def explain(error: OSError, path: Path, needed: int | None = None) -> Exception:
-    """`DiskFull` with path, needed and free bytes when that is what `error` means; otherwise `error`."""
+    """Return `DiskFull` with path, needed and free bytes when that is what `error` means; otherwise `error`."""
     if error.errno not in _FULL:  # an fsync that fails names no file
         return error if error.filename else OSError(error.errno, error.strerror, str(path))
     size = f"{needed:,} bytes needed, " if needed is not None else ""
@@ -415,7 +415,7 @@ def _write_synced(path: Path, data: Buffers) -> None:
 
 
 def _write(file: Any, data: Any) -> None:
-    """All of `data`: the system may take less than it is given."""
+    """Write all of `data`: the system may take less than it is given."""
     view = memoryview(data).cast("B")
     while view:
         view = view[file.write(view) :]

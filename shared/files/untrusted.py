@@ -16,7 +16,7 @@ MOST_NESTED = 64
 
 
 def read_file(path: Path, most: int = MOST_BYTES, *, follow: bool = False) -> bytes:
-    """The content of a regular file of at most `most` bytes; only with `follow` may `path` be a symbolic link.
+    """Return the content of a regular file of at most `most` bytes; only with `follow` may `path` be a symbolic link.
 
     Raises `CorruptData` on anything else, and `OSError` when it is not there or cannot be read. Waits for nobody.
     """
@@ -41,7 +41,7 @@ def read_file(path: Path, most: int = MOST_BYTES, *, follow: bool = False) -> by
 
 
 def nests_too_deep(value: Any) -> bool:
-    """Whether lists and objects of `value` lie within each other more than `MOST_NESTED` deep."""
+    """Tell whether lists and objects of `value` lie within each other more than `MOST_NESTED` deep."""
     level = [value]
     for _ in range(MOST_NESTED):
         inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))

@@ -74,19 +74,19 @@ class ArraySpec:
         return self.payload_bytes + len(self.footer())
 
     def shard_path(self, shard: int) -> str:
-        """A shard file's path below the Zarr root."""
+        """Return a shard file's path below the Zarr root."""
         return f"{self.path}/c/{shard}" + ("" if self.width is None else "/0")
 
     def block_shards(self, block: int) -> range:
-        """The numbers of a block's shard files."""
+        """Return the numbers of a block's shard files."""
         return range(block * self.shards_per_block, (block + 1) * self.shards_per_block)
 
     def footer(self) -> bytes:
-        """The index of a shard file (offset and size of every inner chunk, uint64) and its crc32c."""
+        """Return the index of a shard file (offset and size of every inner chunk, uint64) and its crc32c."""
         return _footer(self.rows_per_shard // self.inner_rows, self.inner_rows * self.row_bytes)
 
     def shard_buffers(self, rows: NDArray[Any]) -> list[list[Any]]:
-        """The buffers of each shard file that together hold one block's `rows`.
+        """Return the buffers of each shard file that together hold one block's `rows`.
 
         Raises `ValueError` when `rows` is not one block of this array.
         """
@@ -98,7 +98,7 @@ class ArraySpec:
         return [[rows[i : i + step], footer] for i in range(0, self.rows_per_block, step)]
 
     def metadata(self, blocks: int) -> dict[str, Any]:
-        """The array's `zarr.json` when `blocks` blocks are committed."""
+        """Return the array's `zarr.json` when `blocks` blocks are committed."""
         wide = [] if self.width is None else [self.width]
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         sharding = {
@@ -129,7 +129,7 @@ def _footer(chunks: int, size: int) -> bytes:
 
 
 def group_metadata() -> dict[str, Any]:
-    """The `zarr.json` of a group."""
+    """Return the `zarr.json` of a group."""
     return {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 

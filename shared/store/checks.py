@@ -69,7 +69,7 @@ def check_records(path: Path, record: StoreRecord) -> None:
 
 
 def record_faults(path: Path, record: StoreRecord) -> Iterator[tuple[str, str]]:
-    """Which of the records beside `store.json` are not there as they should be."""
+    """Yield each record beside `store.json` that is not there as it should be, with what is wrong."""
     for name, good in (
         (REQUEST, lambda: read_request(path) == record.request),
         (PLAN, lambda: read_plan(path).continues(record.plan)),
@@ -82,7 +82,7 @@ def record_faults(path: Path, record: StoreRecord) -> Iterator[tuple[str, str]]:
 
 
 def belongs(record: LedgerRecord, request: StoreRequest, plan: StorePlan) -> bool:
-    """Whether a block was made from the tokens of `plan`, with as many rows of each stratum."""
+    """Tell whether a block was made from the tokens of `plan`, with as many rows of each stratum."""
     specs = row_specs(request, plan.stored_strata, record.d_in, record.d_out)
     if len(record.files) != sum(spec.shards_per_block for spec in specs):  # before as many names are made
         return False
@@ -92,7 +92,7 @@ def belongs(record: LedgerRecord, request: StoreRequest, plan: StorePlan) -> boo
 
 
 def read_packed(path: Path, arrays: list[ArraySpec], blocks: int) -> PackedRecord:
-    """`packed.json`, which names every shard file and no other."""
+    """Read `packed.json`, which names every shard file and no other."""
     if not (path / PACKED).is_file():
         raise CorruptData(f"{path / PACKED} is missing, and the shard files are packed; take another copy of it")
     data = read_json(path / PACKED, MOST_RECORD_BYTES)
@@ -112,7 +112,7 @@ def read_packed(path: Path, arrays: list[ArraySpec], blocks: int) -> PackedRecor
 
 
 def is_packed(path: Path) -> bool:
-    """Whether the store at `path` is packed: its record says so, or, if that is lost, the codec of its tokens."""
+    """Tell whether the store at `path` is packed: its record says so, or, if that is lost, the codec of its tokens."""
     metadata = path / ARRAYS / TOKENS / "zarr.json"
     return (path / PACKED).is_file() or (metadata.is_file() and b'"blosc"' in read_file(metadata))
 
@@ -122,7 +122,7 @@ def _ranges(request: StoreRequest) -> list[tuple[int, int]]:
 
 
 def read_store_record(path: Path) -> StoreRecord:
-    """`store.json` of the store at `path`. Raises `UserError` when there is no finished store."""
+    """Read `store.json` of the store at `path`. Raises `UserError` when there is no finished store."""
     if not path.is_dir():
         raise UserError(f"no store at {path}: no such folder; harvest one first, or pass --store FOLDER")
     if not (path / STORE).is_file():
@@ -143,19 +143,19 @@ def check_version(path: Path, data: Any, current: int, remedy: str) -> None:
 
 
 def read_request(path: Path) -> StoreRequest:
-    """`request.json` of the store at `path`."""
+    """Read `request.json` of the store at `path`."""
     data = read_json(path / REQUEST)
     check_version(path / REQUEST, data, FORMAT_VERSION, "harvest it again")
     return read_record(StoreRequest, data, path / REQUEST)
 
 
 def read_plan(path: Path) -> StorePlan:
-    """`plan.json` of the store at `path`."""
+    """Read `plan.json` of the store at `path`."""
     return read_record(StorePlan, read_json(path / PLAN, MOST_RECORD_BYTES), path / PLAN)
 
 
 def read_ledger(path: Path, block: int) -> LedgerRecord:
-    """A committed block's record. Raises `CorruptData` when it is missing."""
+    """Read a committed block's record. Raises `CorruptData` when it is missing."""
     file = path / record_path(block)
     if not file.is_file():
         raise CorruptData(f"{file} is missing; run the same harvest again to make block {block} anew")
@@ -166,7 +166,7 @@ def read_ledger(path: Path, block: int) -> LedgerRecord:
 
 
 def progress(path: Path) -> str:
-    """How far an unfinished store has come, in words."""
+    """Tell how far an unfinished store has come, in words."""
     if not (path / PLAN).is_file():
         return "packing"
     blocks = read_request(path).held_out_blocks + read_plan(path).training_blocks
@@ -221,7 +221,7 @@ def check_size(path: Path, record: FileRecord) -> None:
 
 
 def read_vectors(path: Path, widths: Mapping[str, int]) -> dict[str, NDArray[np.float64]]:
-    """The float64 vectors of a safetensors file that has those of `widths` and no others, all of them finite.
+    """Read the float64 vectors of a safetensors file that has those of `widths` and no others, all of them finite.
 
     Raises `CorruptData` naming the tensor that is not so; one named `.../variance` must not be negative.
     """
@@ -241,7 +241,7 @@ def read_vectors(path: Path, widths: Mapping[str, int]) -> dict[str, NDArray[np.
 
 
 def fault(path: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file, by size and crc32c, or None."""
+    """Tell what is wrong with a file, by size and crc32c, or return None."""
     if path.is_symlink() or not path.is_file():
         return "missing"
     if (size := path.stat().st_size) != record.bytes:
@@ -251,7 +251,7 @@ def fault(path: Path, record: FileRecord) -> str | None:
 
 
 def file_crc32c(path: Path) -> str:
-    """crc32c of a file's content, eight hexadecimal digits."""
+    """Return the crc32c of a file's content, eight hexadecimal digits."""
     value = 0
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(1 << 22):
@@ -260,12 +260,12 @@ def file_crc32c(path: Path) -> str:
 
 
 def file_record(path: Path) -> FileRecord:
-    """The record of a file as it is."""
+    """Return the record of a file as it is."""
     return FileRecord(bytes=path.stat().st_size, crc32c=file_crc32c(path))
 
 
 def buffers_record(buffers: Sequence[Any]) -> FileRecord:
-    """The record of a file that consists of `buffers`, one after the other."""
+    """Return the record of a file that consists of `buffers`, one after the other."""
     value, size = 0, 0
     for part in buffers:
         data = np.frombuffer(part, np.uint8)
@@ -275,5 +275,5 @@ def buffers_record(buffers: Sequence[Any]) -> FileRecord:
 
 
 def remedy(spec: ArraySpec, shard: int) -> str:
-    """What to do about a damaged shard file, in words."""
+    """Tell what to do about a damaged shard file, in words."""
     return f"repair block {shard // spec.shards_per_block}: harvest repair STORE"

@@ -228,7 +228,7 @@ class StratumPlan(Config):
         return stratum_name(self.start, self.stop)
 
     def total(self, kind: str) -> int:
-        """Rows of a kind of `RowCounts` over all segments."""
+        """Return the rows of a kind of `RowCounts` over all segments."""
         return sum(getattr(counts, kind) for counts in self.segments)
 
     @property
@@ -271,7 +271,7 @@ class StorePlan(Config):
         return sum(self.segments)
 
     def continues(self, other: "StorePlan") -> bool:
-        """Whether this is `other`, or `other` with more segments."""
+        """Tell whether this is `other`, or `other` with more segments."""
         count = len(other.segments)
         mine = (self.request, self.segments[:count], self.packing[:count], self.special_tokens)
         rows = [(s.rows, s.segments[:count]) for s in self.strata]
@@ -386,14 +386,14 @@ class StoreRecord(Config):
 
 
 def tokens_spec(request: StoreRequest) -> ArraySpec:
-    """The array of token windows [sequences, context]."""
+    """Return the array of token windows [sequences, context]."""
     return _windows_spec(request, TOKENS)
 
 
 def documents_spec(request: StoreRequest) -> ArraySpec:
-    """The array of the document that each token belongs to, counted from 0 in order of packing [sequences, context].
+    """Return the array of the document that each token belongs to, [sequences, context].
 
-    A BOS belongs to the document that follows it.
+    Documents are counted from 0 in order of packing. A BOS belongs to the document that follows it.
     """
     return _windows_spec(request, DOCUMENTS)
 
@@ -409,7 +409,10 @@ def _windows_spec(request: StoreRequest, path: str) -> ArraySpec:
 
 
 def stratum_specs(request: StoreRequest, stratum: Stratum, d_in: int, d_out: int) -> dict[str, ArraySpec]:
-    """The arrays of a stratum, by name: rows, and for each the position the model saw and the place of its token."""
+    """Return the arrays of a stratum, by name.
+
+    They hold its rows, and for each row the position the model saw and the place of its token.
+    """
     kind = STORAGE_DTYPES[request.storage]
     marks = (("torch_dtype", request.storage),)
 
@@ -435,45 +438,48 @@ def stratum_specs(request: StoreRequest, stratum: Stratum, d_in: int, d_out: int
 
 
 def row_specs(request: StoreRequest, strata: Sequence[Stratum], d_in: int, d_out: int) -> list[ArraySpec]:
-    """The arrays of all strata, in order of position."""
+    """Return the arrays of all strata, in order of position."""
     return [spec for s in strata for spec in stratum_specs(request, s, d_in, d_out).values()]
 
 
 def store_specs(request: StoreRequest, strata: Sequence[Stratum], d_in: int, d_out: int) -> list[ArraySpec]:
-    """All arrays: tokens, documents and rows."""
+    """Return all arrays: tokens, documents and rows."""
     return [tokens_spec(request), documents_spec(request), *row_specs(request, strata, d_in, d_out)]
 
 
 def block_bytes(specs: Sequence[ArraySpec]) -> int:
-    """Exact bytes of one block's shard files."""
+    """Return the exact bytes of one block's shard files."""
     return sum(spec.shards_per_block * spec.shard_bytes for spec in specs)
 
 
 def statistics_path(blocks: int) -> str:
-    """The path of the statistics of a store of `blocks` blocks: extending it leaves those of the shorter one alone."""
+    """Return the path of the statistics of a store of `blocks` blocks.
+
+    Extending the store leaves those of the shorter one alone.
+    """
     return STATISTICS.replace("*", f"{blocks:06d}")
 
 
 def block_row_files(
     request: StoreRequest, strata: Sequence[Stratum], d_in: int, d_out: int, block: int
 ) -> dict[str, int]:
-    """The size of every shard file of a block's rows, by path below the Zarr root."""
+    """Return the size of every shard file of a block's rows, by path below the Zarr root."""
     specs = row_specs(request, strata, d_in, d_out)
     return {spec.shard_path(shard): spec.shard_bytes for spec in specs for shard in spec.block_shards(block)}
 
 
 def block_token_files(plan: StorePlan, request: StoreRequest, block: int) -> dict[str, FileRecord]:
-    """The shard files of a block's tokens and documents, as planned, by path below the Zarr root."""
+    """Return the shard files of a block's tokens and documents, as planned, by path below the Zarr root."""
     specs = (tokens_spec(request), documents_spec(request))
     names = [spec.shard_path(shard) for spec in specs for shard in spec.block_shards(block)]
     return {name: plan.token_files[name] for name in names if name in plan.token_files}
 
 
 def record_path(block: int) -> str:
-    """A ledger record's path below the store."""
+    """Return a ledger record's path below the store."""
     return f"{LEDGER}/{block:06d}.json"
 
 
 def moments_path(block: int) -> str:
-    """The path of a block's statistics below the store."""
+    """Return the path of a block's statistics below the store."""
     return f"{LEDGER}/{block:06d}.moments.safetensors"

@@ -75,7 +75,7 @@ def long_rows(stored: Array, above: float) -> LongRows:
 
 
 def pack_long_rows(found: Mapping[str, LongRows]) -> dict[str, Array]:
-    """Tensors to save, for lists by `stratum/side`."""
+    """Return the tensors to save, for lists by `stratum/side`."""
     tensors: dict[str, Array] = {}
     for name, listed in found.items():
         tensors |= {f"{name}/long_rows": listed.rows, f"{name}/long_norms": listed.norms}
@@ -104,7 +104,7 @@ def block_outliers(
 def _side(
     tensors: Mapping[str, Array], name: str, rows: int, limit: float, read: Callable[[], Array]
 ) -> NDArray[np.int64]:
-    """The rows of one stratum and side that are longer than `limit`."""
+    """Return the rows of one stratum and side that are longer than `limit`."""
     above = tensors.get(f"{name}/long_above")
     if above is not None and above.shape == (1,) and above[0] <= limit:
         found, norms = (tensors.get(f"{name}/long_{kind}", np.zeros(0)) for kind in ("rows", "norms"))
@@ -119,7 +119,7 @@ def _side(
 
 
 def _statistics(path: Path, block: int) -> dict[str, Array]:
-    """The tensors of a block's statistics."""
+    """Read the tensors of a block's statistics."""
     file, remedy = path / moments_path(block), f"repair it with: harvest repair {path}"
     if wrong := fault(file, read_ledger(path, block).moments):
         raise CorruptData(f"{file}: {wrong}; {remedy}")

@@ -50,7 +50,7 @@ class PackedRecord(Config):
 
 
 def pack_shard(spec: ArraySpec, data: bytes) -> bytes:
-    """A packed shard file from a raw one's bytes."""
+    """Return a packed shard file from a raw one's bytes."""
     codec, size = _codec(spec), spec.inner_rows * spec.row_bytes
     chunks = [codec.encode(data[i : i + size]) for i in range(0, spec.payload_bytes, size)]
     sizes = np.array([len(chunk) for chunk in chunks], "<u8")
@@ -59,14 +59,14 @@ def pack_shard(spec: ArraySpec, data: bytes) -> bytes:
 
 
 def unpack_shard(spec: ArraySpec, data: bytes, path: Path) -> bytes:
-    """The raw shard file from a packed one's bytes. Raises `CorruptData` naming `path`."""
+    """Return the raw shard file from a packed one's bytes. Raises `CorruptData` naming `path`."""
     index = read_index(spec, data[-footer_bytes(spec) :], len(data), path)
     chunks = [unpack_chunk(spec, data[offset : offset + size], path) for offset, size in index.tolist()]
     return b"".join([*chunks, spec.footer()])
 
 
 def unpack_chunk(spec: ArraySpec, chunk: bytes, path: Path) -> bytes:
-    """The rows of one inner chunk. Raises `CorruptData` naming `path`."""
+    """Return the rows of one inner chunk. Raises `CorruptData` naming `path`."""
     wanted = spec.inner_rows * spec.row_bytes
     # Blosc's header is checked first: the decoder believes it. Bytes: version, version, flags, item size, then sizes
     # of the rows, of a block and of the chunk, four bytes each.
@@ -84,7 +84,7 @@ def unpack_chunk(spec: ArraySpec, chunk: bytes, path: Path) -> bytes:
 
 
 def read_index(spec: ArraySpec, footer: bytes, size: int, path: Path) -> NDArray[np.uint64]:
-    """Offset and size of each chunk [chunks, 2] from the end of a packed shard file of `size` bytes."""
+    """Return offset and size of each chunk [chunks, 2] from the end of a packed shard file of `size` bytes."""
     index = footer[:-4]
     whole = len(footer) == footer_bytes(spec)
     entries = np.frombuffer(index if whole else b"", "<u8").reshape(-1, 2)
@@ -98,12 +98,12 @@ def read_index(spec: ArraySpec, footer: bytes, size: int, path: Path) -> NDArray
 
 
 def footer_bytes(spec: ArraySpec) -> int:
-    """Size of the index and its checksum."""
+    """Return the size of the index and its checksum."""
     return spec.rows_per_shard // spec.inner_rows * _ENTRY + 4
 
 
 def packed_metadata(spec: ArraySpec, blocks: int) -> dict[str, Any]:
-    """The array's `zarr.json` in a packed store."""
+    """Return the array's `zarr.json` in a packed store."""
     metadata = spec.metadata(blocks)
     configuration = {"cname": "zstd", "clevel": LEVEL, "shuffle": "shuffle", "typesize": _item(spec), "blocksize": 0}
     sharding = metadata["codecs"][0]["configuration"]
@@ -184,7 +184,7 @@ class _Shard:
         return int(self._done.sum()) * self._chunk
 
     def missing(self, low: int, high: int) -> list[int]:
-        """Those of the chunks `low:high` that are not decoded."""
+        """List those of the chunks `low:high` that are not decoded."""
         return [i for i in range(low, high) if not self._done[i]]
 
     def decode(self, chunks: list[int]) -> None:

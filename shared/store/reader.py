@@ -69,7 +69,7 @@ class RowsConfig(RenamedConfig):
         )
 
     def resolve(self, block_sequences: int) -> "RowsConfig":
-        """With a number of `run_rows` for a store whose blocks hold `block_sequences` windows.
+        """Return the settings with a number of `run_rows` for a store whose blocks hold `block_sequences` windows.
 
         Runs of r rows from blocks of W windows raise the variance of batch means by (r - 1) rho / W, rho being the
         share of variance that a window decides: by 0.1 at most where rho is at most 0.4.
@@ -79,7 +79,7 @@ class RowsConfig(RenamedConfig):
 
 
 def rows_per_stratum(strata: Sequence[Stratum], config: RowsConfig) -> list[int]:
-    """Rows of a batch that each stratum gives; they add up to `batch_rows`.
+    """Return the rows of a batch that each stratum gives; they add up to `batch_rows`.
 
     Proportional to natural_rows^alpha by largest remainder, none for a stratum without natural rows; the stratum that
     is position 0 alone is capped first.
@@ -123,7 +123,7 @@ def training_strata(store: Store, blocks: range) -> list[Stratum]:
 
 
 def _within(rows: NDArray[np.int64], blocks: range, per_block: int) -> NDArray[np.int64]:
-    """The `rows` of `blocks`, counted from their first."""
+    """Return the `rows` of `blocks`, counted from their first."""
     first = blocks.start * per_block
     low, high = np.searchsorted(rows, [first, blocks.stop * per_block])
     return rows[low:high] - first
@@ -145,7 +145,7 @@ class RowStream:
         self._epochs: dict[int, tuple[NDArray[Any], int]] = {}
 
     def runs(self, start: int, count: int, base: int = 0) -> list[RowRun]:
-        """The rows that make up positions `start : start + count` of the stream, whose first row is `base`."""
+        """Return the rows that make up positions `start : start + count` of the stream, whose first row is `base`."""
         found: list[RowRun] = []
         while count:
             epoch, offset = divmod(start, self.rows)
@@ -156,7 +156,7 @@ class RowStream:
         return found
 
     def _stored(self, low: int, high: int) -> list[RowRun]:
-        """The stored rows that are `low:high` of those not left out; more than one run where some lie between."""
+        """List the stored rows that are `low:high` of those not left out; more than one run where some lie between."""
         if not len(self._without):
             return [(low, high)]
         first, last = np.searchsorted(self._shifts, [low, high - 1], side="right")
@@ -176,13 +176,16 @@ class RowStream:
         return zip(lows, highs, strict=True)
 
     def _slot(self, offset: int, short_slot: int) -> tuple[int, int]:
-        """The run in which an epoch's `offset` falls, and its place there. Only the last of the rows can be short."""
+        """Find the run in which an epoch's `offset` falls, and its place there.
+
+        Only the last of the rows can be short.
+        """
         short = self.rows % self._run
         after = offset >= short_slot * self._run + short
         return divmod(offset + (self._run - short if after and short else 0), self._run)
 
     def _order(self, epoch: int) -> tuple[NDArray[Any], int]:
-        """The epoch's runs in their order, and where the short one is among them; their number where none is."""
+        """Return the epoch's runs in their order, and where the short one is among them; their number where none is."""
         known = self._epochs
         if epoch not in known:
             full, short = divmod(self.rows, self._run)
@@ -231,7 +234,7 @@ class RowReader:
         self._found: dict[int, list[tuple[StratumRows, list[RowRun], int]]] = {}
 
     def _left_out(self, stratum: Stratum) -> NDArray[np.int64] | None:
-        """Rows of the pinned blocks that no batch has, counted from their first."""
+        """Return the rows of the pinned blocks that no batch has, counted from their first."""
         if not (self.store.exclusion and self.store.exclusion.training):
             return None
         return _within(self.store.outliers[stratum.name], self.blocks, stratum.rows)
@@ -266,32 +269,35 @@ class RowReader:
                 getattr(stratum, array).will_need(runs)
 
     def slices(self) -> dict[str, slice]:
-        """Where each stratum's rows lie in every batch."""
+        """Tell where each stratum's rows lie in every batch."""
         edges = pairwise(int(edge) for edge in np.cumsum([0, *self.counts]))
         return {
             s.stratum.name: slice(low, high) for s, (low, high) in zip(self._strata, edges, strict=True) if high > low
         }
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each stratum's rows have been seen before `step`."""
+        """Tell how often each stratum's rows have been seen before `step`."""
         return {
             s.stratum.name: step * count / max(stream.rows, 1)
             for s, count, stream in zip(self._strata, self.counts, self._streams, strict=True)
         }
 
     def describe(self, step: int) -> str:
-        """Which rows of the store make up `step`, for an error message."""
+        """Tell which rows of the store make up `step`, for an error message."""
         return ", ".join(f"{s.stratum.name} {low}:{high}" for s, low, high, _ in self.runs(step))
 
     def runs(self, step: int) -> Iterator[tuple[StratumRows, int, int, int]]:
-        """(stratum, first row, past the last row, place in the batch) of every run of `step`."""
+        """Yield (stratum, first row, past the last row, place in the batch) of every run of `step`."""
         for stratum, runs, at in self._runs(step):
             for low, high in runs:
                 yield stratum, low, high, at
                 at += high - low
 
     def _runs(self, step: int) -> list[tuple[StratumRows, list[RowRun], int]]:
-        """The runs of every stratum, and the first one's place in the batch; asked for ahead and once per array."""
+        """List the runs of every stratum, and the first one's place in the batch.
+
+        They are asked for ahead and once per array.
+        """
         known = self._found
         if step not in known:
             known = {other: runs for other, runs in known.items() if abs(other - step) <= AHEAD}

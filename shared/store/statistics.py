@@ -51,7 +51,7 @@ class Moments:
         return float(np.linalg.norm(self.mean)) / max(deviation, 1e-30) if self.rows else 0.0
 
     def norm_quantile(self, share: float) -> float:
-        """The norm below which `share` of the rows lie, within 1/128 octave (geometric centre of its bin)."""
+        """Return the norm below which `share` of the rows lie, within 1/128 octave (geometric centre of its bin)."""
         total = np.cumsum(self.norms)
         if not total[-1]:
             return 0.0
@@ -59,11 +59,11 @@ class Moments:
         return float(2.0 ** (_LOW + (min(bin_, BINS - 1) + 0.5) / BINS_PER_OCTAVE))
 
     def rows_above(self, norm: float) -> float:
-        """Rows in bins above the one of `norm`."""
+        """Return the number of rows in bins above the one of `norm`."""
         return float(self.norms[norm_bin(norm) + 1 :].sum())
 
     def scaled(self, weight: float) -> "Moments":
-        """The same distribution, each row counted `weight` times."""
+        """Return the same distribution, each row counted `weight` times."""
         return Moments(rows=self.rows * weight, mean=self.mean, m2=self.m2 * weight, norms=self.norms * weight)
 
 
@@ -81,7 +81,7 @@ def row_norms(stored: NDArray[Any]) -> NDArray[np.float64]:  # [n]
 
 
 def moments_of(rows: NDArray[Any]) -> Moments:
-    """Moments of the numbers that the stored `rows` [n, d] stand for; n may be 0.
+    """Return the moments of the numbers that the stored `rows` [n, d] stand for; n may be 0.
 
     Sums are in float32 over some hundred rows, of differences to the first ones' mean, and in float64 beyond, and
     where one of these rows is many times as long as the others.
@@ -105,7 +105,7 @@ def moments_of(rows: NDArray[Any]) -> Moments:
 
 
 def merge(parts: list[Moments]) -> Moments:
-    """The moments of all parts' rows together, merged in the order given. `parts` is not empty."""
+    """Return the moments of all parts' rows together, merged in the order given. `parts` is not empty."""
     return reduce(_merge, parts)
 
 

@@ -102,7 +102,7 @@ class MappedArray:
         self._maps: dict[int, tuple[Rows, int]] = {}  # with their addresses
 
     def shard(self, number: int) -> Rows:
-        """The rows of one shard file, a read-only view."""
+        """Return the rows of one shard file, a read-only view."""
         return self._rows(number, 0, self._rows_per_shard)
 
     def read(self, start: int, stop: int, out: Rows) -> None:
@@ -132,7 +132,7 @@ class MappedArray:
                 _madvise(self._map(number)[1] + first, high * self._row_bytes - first, mmap.MADV_WILLNEED)
 
     def _spans(self, runs: Sequence[RowRun]) -> list[tuple[int, int, int]]:
-        """(shard, first row, past the last row) of the parts of `runs`."""
+        """List (shard, first row, past the last row) of the parts of `runs`."""
         size, found = self._rows_per_shard, []
         for start, stop in runs:
             while start < stop:
@@ -143,7 +143,7 @@ class MappedArray:
         return found
 
     def _rows(self, number: int, low: int, high: int) -> Rows:
-        """A shard of which rows `low:high` can be read."""
+        """Return a shard of which rows `low:high` can be read."""
         if not self._local:
             return self._map(number)[0]
         with self._local.lock:  # a shard is not evicted before it is mapped
@@ -290,7 +290,7 @@ class Store:
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def _block_rows(self, block: int, stratum: str, side: str) -> Rows:
-        """The stored rows of a block's stratum."""
+        """Return the stored rows of a block's stratum."""
         array: MappedArray = getattr(self.strata[stratum], side)
         rows = self.strata[stratum].stratum.rows
         out = np.empty((rows, array.spec.width or 1), array.spec.dtype)
@@ -298,7 +298,7 @@ class Store:
         return out
 
     def reading(self) -> AbstractContextManager[Lock]:
-        """The readers' lock: the store is not removed while any process holds it. It may be extended."""
+        """Return the readers' lock: the store is not removed while any process holds it. It may be extended."""
         return lock(self.path / REQUEST, f"store {self.path.name}", shared=True, make=False)
 
     @cached_property
@@ -378,7 +378,7 @@ class Store:
         }
 
     def arrays(self) -> list[ArraySpec]:
-        """Every array."""
+        """List every array."""
         return store_specs(self.request, self.record.plan.stored_strata, self.record.d_in, self.record.d_out)
 
     @property

@@ -33,13 +33,14 @@ class Stratum:
 
 
 def stratum_name(start: int, stop: int) -> str:
-    """The name of the group of positions `start` to `stop`."""
+    """Return the name of the group of positions `start` to `stop`."""
     return f"{start:03d}-{stop:03d}"
 
 
 def stratum_ranges(edges: Sequence[int], context_size: int) -> list[tuple[int, int]]:
-    """The strata's (start, stop). `edges` start with 0 and rise; those at or past `context_size` are left out.
+    """Return the strata's (start, stop).
 
+    `edges` start with 0 and rise; those at or past `context_size` are left out.
     Raises `ValueError` on edges that do not.
     """
     if not edges or edges[0] != 0 or any(a >= b for a, b in pairwise(edges)):
@@ -48,9 +49,10 @@ def stratum_ranges(edges: Sequence[int], context_size: int) -> list[tuple[int, i
 
 
 def quota(candidates: int, share: float, cap: int | None) -> int:
-    """Rows of a stratum that every block stores, when each has at least `candidates` to choose from; 0 for none.
+    """Return how many rows of a stratum every block stores, when each has at least `candidates` to choose from.
 
-    `share` of them and at most `cap`: at least one row, and rounded down to a multiple of `QUANTUM` from there up.
+    It is 0 where there are no candidates. Else it is `share` of them and at most `cap`: at least one row, and rounded
+    down to a multiple of `QUANTUM` from there up.
     """
     if not candidates:
         return 0

@@ -49,7 +49,7 @@ class Unembedding:
             raise CorruptData(f"{path}: final_norm.gain is {self._gain.shape}, and W_U is {self._weight.shape}")
 
     def effects(self, directions: NDArray[np.float32], count: int) -> TokenEffects:
-        """The `count` tokens that each row of `directions` [n, d_model] promotes and suppresses most.
+        """Find the `count` tokens that each row of `directions` [n, d_model] promotes and suppresses most.
 
         The effect is `(w * gain) @ W_U.T` less its mean over the vocabulary: what adding `w` to the residual stream
         does to the logits directly, up to the norm's scale and before any softcap. Raises `UserError` when the
@@ -110,5 +110,5 @@ class _Largest:
 
 
 def _float32(values: NDArray[Any]) -> NDArray[np.float32]:
-    """Values as float32; uint16 are the bits of bfloat16."""
+    """Return values as float32; uint16 are the bits of bfloat16."""
     return decode(values) if values.dtype == np.uint16 else values.astype(np.float32, copy=False)

@@ -128,7 +128,7 @@ def _common_k(configs: Sequence[RunConfig]) -> float:
 
 
 def _groups(runs: Sequence[Path], configs: Sequence[RunConfig]) -> list[list[int]]:
-    """Which runs each arm has, in the order of their first ones."""
+    """List the runs of each arm, as indices, in the order of their first ones."""
     found: dict[str, list[int]] = {}
     for i, config in enumerate(configs):
         found.setdefault(json.dumps(_described(config) | {"seed": None}, sort_keys=True), []).append(i)
@@ -142,7 +142,7 @@ def _groups(runs: Sequence[Path], configs: Sequence[RunConfig]) -> list[list[int
 
 
 def _described(config: RunConfig) -> dict[str, Any]:
-    """What a run is, by dotted names."""
+    """Return what defines a run, by dotted names."""
     more = config.model_dump(mode="json", include={"init_from", "first_block", "last_block"})
     return _flat(config.settings.model_dump(mode="json")) | more
 
@@ -164,7 +164,7 @@ def _arm(runs: list[Measured], most: int) -> Arm:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation of at least one value."""
+    """Return the mean and standard deviation of at least one value."""
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return Spread(mean=mean, deviation=None)

@@ -59,7 +59,7 @@ def print_comparison(comparison: Comparison, stderr: bool = False) -> None:
 
 
 def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """The name of every figure, and what each arm has of it."""
+    """List the name of every figure, and what each arm has of it."""
     arms, first = comparison.arms, comparison.arms[0]
     found = [
         (label, [_cell(arm.spread.get(name), first.spread.get(name), form, arm is first) for arm in arms])

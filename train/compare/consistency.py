@@ -11,7 +11,7 @@ def matched_cosine(
     first: Tensor,  # [A, O] unit rows
     second: Tensor,  # [B, O] unit rows
 ) -> float:
-    """Mean cosine of the rows of two decoders, each row of the smaller matched with a row of its own of the larger.
+    """Return the mean cosine of two decoders' rows, each row of the smaller matched with one of its own in the larger.
 
     The matching is the one with the largest sum (Hungarian): the pairwise mean correlation coefficient of dictionaries
     (PW-MCC; Song et al. 2025, arXiv 2505.20254), by cosine with its sign, as a latent's direction has one. 0 for none.
@@ -26,5 +26,5 @@ def densest(
     density: Tensor,  # [F]
     most: int,
 ) -> Tensor:
-    """The `most` densest of `latents`: the matching's time rises with their third power."""
+    """Return the `most` densest of `latents`: the matching's time rises with the cube of their number."""
     return latents[density[latents].argsort(descending=True, stable=True)[:most]]

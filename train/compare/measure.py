@@ -201,7 +201,7 @@ def measure_run(run: Path, store: Store, l0: float) -> Measured:
 
 
 def tradeoff(model: Transcoder, rows: StoreRows, wanted: Sequence[float]) -> list[Point]:
-    """Held-out fvu at thresholds for about the `wanted` l0, rising, as far as the latents reach it."""
+    """Measure held-out fvu at thresholds for about the `wanted` l0, rising, as far as the latents reach it."""
     found = []
     for l0 in wanted:
         threshold = threshold_at(model, rows, l0, _CALIBRATION_ROWS)
@@ -213,7 +213,7 @@ def tradeoff(model: Transcoder, rows: StoreRows, wanted: Sequence[float]) -> lis
 
 
 def position_0_share_of_top(held_out: HeldOutActive) -> Tensor:  # [F] float64
-    """The share of position 0 among the strongest rows of each latent, as many as count `TOP` at natural frequencies.
+    """Return position 0's share of the strongest rows of each latent, as many as count `TOP` at natural frequencies.
 
     0 for a latent that is never active.
     """
@@ -231,7 +231,7 @@ def position_0_share_of_top(held_out: HeldOutActive) -> Tensor:  # [F] float64
 
 
 def cost_per_step(run: Path, settings: Settings) -> tuple[float | None, float | None]:
-    """Milliseconds of CPU time of all cores, and by the clock.
+    """Return milliseconds per step: of CPU time of all cores, and by the clock.
 
     Between rows of `timing.jsonl` that no evaluation or checkpoint falls between, the first left out: it compiles.
     """
@@ -253,7 +253,7 @@ def cost_per_step(run: Path, settings: Settings) -> tuple[float | None, float | 
 
 
 def _correlations(active: SparseLatents) -> tuple[dict[float, int], Pairs, float]:
-    """How many pairs correlate above each level, those above 0.8, and the largest correlation."""
+    """Return how many pairs correlate above each level, the pairs above 0.8, and the largest correlation."""
     found, counts = correlated_pairs(active, LEAST_TOGETHER, partners=64, levels=(0.5, _CORRELATION))
     return counts, found.pairs.kept(found.correlation > _CORRELATION), float(found.correlation[:1].sum())
 

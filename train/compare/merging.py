@@ -19,7 +19,7 @@ def densest_of(
     groups: Groups,
     density: Tensor,  # [F]
 ) -> tuple[Tensor, Tensor]:
-    """The densest latent of each group, and all others of the groups."""
+    """Return the densest latent of each group, and all others of the groups."""
     kept = [max(group, key=lambda latent: int(density[latent])) for group in groups]
     others = sorted({latent for group in groups for latent in group}.difference(kept))
     return torch.tensor(kept, dtype=torch.int64), torch.tensor(others, dtype=torch.int64)
@@ -33,7 +33,7 @@ def merge(
     dropped: Tensor,  # [n]
     threshold: Tensor,  # [F]
 ) -> float:
-    """Fvu on the report rows when `dropped` are never active and `kept` have new decoder rows.
+    """Return fvu on the report rows when `dropped` are never active and `kept` have new decoder rows.
 
     The new rows are those of least squared error on the calibration rows, at natural frequencies. Leaves `transcoder`
     as it was.
@@ -53,7 +53,7 @@ def without(
     latents: Tensor,  # [n]
     threshold: Tensor,  # [F]
 ) -> float:
-    """Fvu on the report rows when `latents` are never active."""
+    """Return fvu on the report rows when `latents` are never active."""
     silent = threshold.clone()
     silent[latents] = torch.inf
     return evaluate_whole(transcoder, rows, silent).fvu
@@ -66,7 +66,7 @@ def alike(
     seed: int,
     choices: int = 8,
 ) -> Tensor:
-    """For each of `latents` another one of `others`, at random from the `choices` nearest in density, none twice."""
+    """Pick for each of `latents` one of `others`, at random from the `choices` nearest in density, none twice."""
     generator = torch.Generator().manual_seed(key_bits("latents removed at random", seed) % 2**63)
     free, found = others.clone(), []
     for latent in latents.tolist():
@@ -80,7 +80,7 @@ def alike(
 
 
 def _refitted(transcoder: Transcoder, rows: StoreRows, kept: Tensor, threshold: Tensor) -> Tensor:  # [G, O]
-    """Decoder rows of `kept` of least squared error where all other latents are as they are."""
+    """Return decoder rows of `kept` of least squared error where all other latents are as they are."""
     device, count = transcoder.W_dec.device, len(kept)
     column = torch.full((transcoder.d_sae,), count, device=device)
     column[kept] = torch.arange(count, device=device)
@@ -98,7 +98,7 @@ def _refitted(transcoder: Transcoder, rows: StoreRows, kept: Tensor, threshold: 
 
 
 def _columns(active: SparseLatents, column: Tensor, count: int) -> Tensor:  # [R, G] float64
-    """The values of the latents that have a column."""
+    """Return the values of the latents that have a column."""
     room = torch.zeros(len(active.starts) - 1, count + 1, dtype=torch.float64, device=column.device)
     room[active.rows, column[active.latents]] = active.values.double()
     return room[:, :-1]

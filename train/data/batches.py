@@ -26,7 +26,7 @@ Side = Literal["source", "target"]
 
 
 def source_width(store: Store, source: Side) -> int:
-    """`d_in` of a transcoder that reads this side of the store's pairs."""
+    """Return `d_in` of a transcoder that reads this side of the store's pairs."""
     return store.record.d_in if source == "source" else store.record.d_out
 
 
@@ -78,14 +78,14 @@ class BatchReader(RowReader):
         pool.shutdown(cancel_futures=True)
 
     def natural_weights(self) -> Tensor:
-        """How often each row of a batch counts at natural frequencies: [B] float32, 1 on average."""
+        """Return how often each row of a batch counts at natural frequencies: [B] float32, 1 on average."""
         natural = torch.tensor(self.natural_rows)
         counts = torch.tensor(self.counts)
         weights = torch.where(counts > 0, natural / counts, 0.0).repeat_interleave(counts)
         return weights / weights.mean()
 
     def batch(self, step: int) -> Batch:
-        """The rows of `step`, counted from 0. Raises what reading them raised."""
+        """Return the rows of `step`, counted from 0. Raises what reading them raised."""
         began = time.monotonic()
         rows = self._stage(step).to_float(self.store.request.storage)
         self.waited += time.monotonic() - began
@@ -154,13 +154,13 @@ class _Stage:
         self._copied = torch.cuda.Event() if cuda else None
 
     def to_fill(self) -> list[NDArray[Any]]:
-        """The buffers, when the last copy out of them is done."""
+        """Return the buffers, once the last copy out of them is done."""
         if self._copied:
             self._copied.synchronize()
         return [rows.numpy() for rows in self._rows]
 
     def to_float(self, storage: StorageType) -> list[Tensor]:
-        """The rows as float32 on the device; the device's other work neither waits nor is waited for."""
+        """Return the rows as float32 on the device; the device's other work neither waits nor is waited for."""
         if not self._stream or not self._copied:
             return [to_float(rows, storage, self._device) for rows in self._rows]
         with torch.cuda.stream(self._stream):
@@ -226,7 +226,7 @@ class StoreRows:
 
 
 def _outliers(store: Store, stratum: str, low: int, high: int, device: torch.device) -> Tensor:
-    """Which of the rows `low:high` of a stratum are left out of figures, [n] bool."""
+    """Tell which of the rows `low:high` of a stratum are left out of figures, [n] bool."""
     found = torch.zeros(high - low, dtype=torch.bool)
     if store.exclusion and store.exclusion.figures:
         rows = store.outliers[stratum]
@@ -236,21 +236,21 @@ def _outliers(store: Store, stratum: str, low: int, high: int, device: torch.dev
 
 
 def read_rows(array: MappedArray, low: int, high: int, storage: StorageType, device: torch.device) -> Tensor:
-    """Rows `low:high` of a source or target array, [n, d] float32."""
+    """Read rows `low:high` of a source or target array, [n, d] float32."""
     out = _staging(high - low, array, torch.device("cpu"))
     array.read(low, high, out.numpy())
     return to_float(out, storage, device)
 
 
 def to_float(rows: Tensor, storage: StorageType, device: torch.device) -> Tensor:
-    """Stored rows as float32 on `device`; bfloat16 arrives as its bits in uint16."""
+    """Convert stored rows to float32 on `device`; bfloat16 arrives as its bits in uint16."""
     typed = rows.view(torch.bfloat16) if storage == "bfloat16" else rows
     assert typed.dtype == _TORCH[storage]
     return typed.to(device).to(torch.float32, copy=True)  # a copy always: buffers are filled again
 
 
 def _sides(source: Side) -> tuple[Side, ...]:
-    """What is read, the source first and the target last."""
+    """List the sides that are read, the source first and the target last."""
     return ("source", "target") if source == "source" else ("target",)
 
 

@@ -37,7 +37,7 @@ class Correlated(NamedTuple):
 
     @classmethod
     def none(cls) -> "Correlated":
-        """No pairs."""
+        """Return no pairs."""
         latents, numbers = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
         return cls(Pairs(latents, latents), numbers, numbers)
 
@@ -48,11 +48,11 @@ def correlated_pairs(
     partners: int = 8,
     levels: tuple[float, ...] = (0.5, 0.8, 0.9),
 ) -> tuple[Correlated, dict[float, int]]:
-    """Pairs of latents with at least `least_together` rows in common, by falling correlation.
+    """List pairs of latents with at least `least_together` rows in common, by falling correlation.
 
-    Of every latent, the `partners` largest correlations above 0 with latents after it; and how many pairs there are
-    above each level, those that are not listed included. `active` is on CPU and holds active pairs alone
-    (`SparseLatents.positive`).
+    Of every latent, these are the `partners` largest correlations above 0 with latents after it. The second result is
+    how many pairs there are above each level, those that are not listed included. `active` is on CPU and holds active
+    pairs alone (`SparseLatents.positive`).
     """
     found, correlation, over, spread = _partners(active, least_together, partners, levels, both=False)
     first, place = np.nonzero(found >= 0)
@@ -65,7 +65,7 @@ def correlated_pairs(
 
 
 def most_correlated(active: SparseLatents, least_together: int, partners: int) -> tuple[Tensor, Tensor]:  # [F, M] each
-    """For every latent, which others it has the largest correlations above 0 with, falling, and these; -1: no more.
+    """Return, for every latent, the others with the largest correlations above 0, and these, falling; -1: no more.
 
     As `correlated_pairs`, but with latents before it, too.
     """
@@ -76,7 +76,7 @@ def most_correlated(active: SparseLatents, least_together: int, partners: int) -
 def _partners(
     active: SparseLatents, least_together: int, partners: int, levels: tuple[float, ...], both: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
-    """Partners and their correlation [F, M], how many are above each level, and the deviation [F] of each latent."""
+    """Return partners, their correlation [F, M], how many are above each level, and each latent's deviation [F]."""
     order, starts = active.by_latent
     shape = (active.d_sae, partners)
     found, correlation, over, spread = (
@@ -92,7 +92,7 @@ def _partners(
 
 
 def measure(active: SparseLatents, pairs: Pairs) -> Measures:
-    """Of any pairs of latents; `active` as for `correlated_pairs`."""
+    """Compute the measures of any pairs of latents; `active` as for `correlated_pairs`."""
     order, starts = active.by_latent
     rows, products = np.empty(len(pairs.first), np.int64), np.empty(len(pairs.first))
     sides = (t.numpy() for t in (*pairs, active.rows, active.values, order, starts))
@@ -107,7 +107,7 @@ def measure(active: SparseLatents, pairs: Pairs) -> Measures:
 
 
 def moments(active: SparseLatents) -> tuple[Tensor, Tensor]:  # [F] float64 each
-    """Mean and standard deviation of every latent over all rows, those on which it is not active as 0."""
+    """Return mean and standard deviation of every latent over all rows, those on which it is not active as 0."""
     total, values = len(active.starts) - 1, active.values.double()
     nothing = torch.zeros(active.d_sae, dtype=torch.float64)
     mean = nothing.index_add(0, active.latents, values) / total
@@ -122,7 +122,7 @@ def position_loss(
     weights: Tensor,  # [B] how often each row counts; 0 for those of other positions
     excess: Tensor,  # [F]
 ) -> Tensor:  # []
-    """Activation at rows with a weight, of every latent by its `excess`, per row of the batch."""
+    """Sum the activation at rows with a weight, of every latent by its `excess`, per row of the batch."""
     return (values * weights[active.rows] * excess[active.latents]).sum() / len(weights)
 
 
@@ -130,7 +130,7 @@ def mass(
     active: SparseLatents,
     weights: Tensor,  # [B]
 ) -> Tensor:  # [F]
-    """Summed activation of every latent, rows counting by their weights."""
+    """Sum the activation of every latent, rows counting by their weights."""
     weighted = active.values.clamp_min(0) * weights[active.rows]
     if weighted.device.type == "cpu":
         return weighted.new_zeros(active.d_sae).index_add_(0, active.latents, weighted)
@@ -144,7 +144,7 @@ def co_activation_loss(
     pairs: Pairs,
     strength: Tensor,  # [C]
 ) -> Tensor:  # []
-    """Sum over pairs, by their strength, of the mean over rows of the product of both latents' values.
+    """Sum over pairs, by their strength, the mean over rows of the product of both latents' values.
 
     With a strength of 2 (r - margin) / (deviation * deviation), r being that of a sample, its gradient is that of
     the squared excess of r over the margin, where means and deviations are held fixed. The gradient of the batch's own
@@ -157,7 +157,7 @@ def co_activation_loss(
 
 
 def _dense(values: Tensor, active: SparseLatents, pairs: Pairs) -> Tensor:
-    """[C] the same as `_Products`; by a room of latents by rows, which needs no size that only the device knows."""
+    """Compute the same as `_Products`, [C]; by a dense table of latents by rows, whose size the host knows."""
     latents = torch.cat(pairs)
     column = torch.full((active.d_sae,), len(latents), device=latents.device)
     column[latents] = torch.arange(len(latents), device=latents.device)  # of one of the places that a latent has

@@ -110,7 +110,7 @@ class CorrelationReport(Config):
 
 
 def change_of(now: CorrelationReport, before: CorrelationReport | None) -> Trend | None:
-    """What changed since the report before; none: there is none."""
+    """Return what changed since the report before; none: there is none."""
     if not before:
         return None
     return Trend(

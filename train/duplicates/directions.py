@@ -27,20 +27,20 @@ class Pairs(NamedTuple):
     """[N] int64"""
 
     def kept(self, wanted: Tensor) -> "Pairs":
-        """The pairs that `wanted` [N] names, as bools or by their numbers."""
+        """Return the pairs that `wanted` [N] names, as bools or by their numbers."""
         return Pairs(self.first[wanted], self.second[wanted])
 
     def joined(self, other: "Pairs") -> "Pairs":
-        """These, and those of `other` behind them."""
+        """Return these pairs, and those of `other` behind them."""
         return Pairs(torch.cat([self.first, other.first]), torch.cat([self.second, other.second]))
 
     def cpu(self) -> "Pairs":
-        """The same on CPU."""
+        """Return the same on CPU."""
         return Pairs(self.first.cpu(), self.second.cpu())
 
 
 def connected(pairs: Pairs) -> list[list[int]]:
-    """Groups of latents that pairs connect, directly or through others; the largest first, latents rising."""
+    """Group the latents that pairs connect, directly or through others; the largest group first, latents rising."""
     parent: dict[int, int] = {}
 
     def root(latent: int) -> int:
@@ -63,9 +63,9 @@ def close_pairs(
     library: Blas,
     block: int = 256,
 ) -> tuple[Pairs, Tensor]:  # cosines [N]
-    """All pairs of `latents` whose decoder rows have a cosine above `floor`, and the cosines.
+    """List all pairs of `latents` whose decoder rows have a cosine above `floor`, and the cosines.
 
-    In blocks of rows against those after them, so that no [n, n] is made and each cosine is computed once.
+    Blocks of rows are compared with those after them, so that no [n, n] is made and each cosine is computed once.
     """
     rows = W_dec.detach()[latents]
     first, second, cosines = [latents[:0]], [latents[:0]], [rows.new_zeros(0)]
@@ -84,7 +84,7 @@ def nearest_cosines(
     library: Blas,
     block: int = 1024,
 ) -> Tensor:  # [n]
-    """The largest cosine of each of `latents` with another of them; -1 for one alone."""
+    """Return the largest cosine of each of `latents` with another of them; -1 for one alone."""
     rows = W_dec.detach()[latents]
     nearest = []
     for low in range(0, len(rows), block):
@@ -98,7 +98,7 @@ def _above(
     products: Tensor,  # [R, n]
     floor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N] each
-    """Rows, columns and values of what lies above the diagonal and is above `floor`."""
+    """Return rows, columns and values of what lies above the diagonal and is above `floor`."""
     if products.device.type != "cpu":
         rows, columns = torch.triu(products, 1).gt(floor).nonzero(as_tuple=True)
         return rows, columns, products[rows, columns]
@@ -116,7 +116,7 @@ def effective_number(
     latents: Tensor,  # [n] int64
     d_sae: int,
 ) -> float:
-    """Sum over `latents` of 1 / (neighbours, itself included), by pairs of neighbours."""
+    """Sum 1 / (neighbours, itself included) over `latents`, by pairs of neighbours."""
     neighbours = torch.bincount(torch.cat(close), minlength=d_sae)[latents]
     return float((1 / (1 + neighbours.double())).sum())
 
@@ -127,10 +127,10 @@ def steps_between_scans(
     rows: int,
     cost_share: float,
 ) -> int:
-    """How often all decoder rows can be scanned for a share of what a step's product on `rows` rows costs.
+    """Return the steps between scans of all decoder rows, for these to cost a share of a step's product on `rows` rows.
 
-    Counted in operations: F * F * O, each cosine being computed once, and 2 * B * D * F. So it is the same on every
-    machine.
+    Costs are counted in operations: F * F * O, each cosine being computed once, and 2 * B * D * F. So the result is
+    the same on every machine.
     """
     return math.ceil(W_dec.numel() / (cost_share * 2 * rows * W_enc.shape[0]))
 
@@ -140,7 +140,7 @@ def chunk(
     size: int,
     generator: torch.Generator,
 ) -> Tensor:  # [min(size, n)] int64, rising
-    """A random chunk of the live latents (OrtSAE, arXiv 2509.22033)."""
+    """Draw a random chunk of the live latents (OrtSAE, arXiv 2509.22033)."""
     return live[torch.randperm(len(live), generator=generator)[:size].to(live.device)].sort().values
 
 
@@ -149,7 +149,7 @@ def nearest(
     cosines: Tensor,  # [N]
     d_sae: int,
 ) -> Tensor:  # [N]
-    """For how many of its two latents a pair is the closest of all: 0, 1 or 2."""
+    """Count for how many of its two latents a pair is the closest of all: 0, 1 or 2."""
     best = cosines.new_full((d_sae,), -torch.inf)
     for side in pairs:
         best.scatter_reduce_(0, side, cosines, "amax")
@@ -163,7 +163,7 @@ def direction_loss(
     weights: Tensor | float = 1.0,  # [N]
     unit: bool = True,
 ) -> Tensor:  # []
-    """Weighted sum over pairs of the squared excess of their cosine over its margin; its gradient reaches both rows.
+    """Sum over pairs the weighted squared excess of the cosine over its margin; the gradient reaches both rows.
 
     The gradient is added to `W_dec.grad`: so it comes from `backward`, and not from `torch.autograd.grad`. Of `unit`
     rows it is that of the product of two rows: its part along a row is the optimizer's to drop.

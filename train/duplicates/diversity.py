@@ -86,7 +86,7 @@ class ControllerConfig(Config):
         return self.max_share_above_0_7 is not None or self.max_pairs_above_0_8 is not None
 
     def moved(self, scale: float, found: float, goal: float | None) -> float:
-        """A weight's factor after a report that `found` so much: up above the goal, down below half of it."""
+        """Return a weight's factor after a report that `found` so much: up above the goal, down below half of it."""
         if goal is None or goal / 2 <= found <= goal:
             return scale
         return min(scale * self.gain, self.most) if found > goal else max(scale / self.gain, 1 / self.most)
@@ -130,7 +130,7 @@ class Diversity:
         """Moving averages of every latent's activation: at position 0, and everywhere."""
 
     def value_terms(self, output: StepOutput) -> dict[str, Tensor]:
-        """Terms whose gradient reaches the latents' values; they belong into one backward with the step's loss."""
+        """Return terms whose gradient reaches the latents' values; they belong in one backward with the step's loss."""
         together, position, terms = self._config.co_activation, self._config.position, {}
         if together.weight:
             loss = co_activation_loss(output.values, output.active, self.correlated, self._strength)
@@ -145,7 +145,7 @@ class Diversity:
         return terms
 
     def direction_terms(self, dead: Tensor, step: int) -> dict[str, Tensor]:
-        """Terms of decoder rows alone, at `step`; of latents that are not `dead` [F]."""
+        """Return terms of decoder rows alone, at `step`; of latents that are not `dead` [F]."""
         config, model, terms = self._config, self._transcoder, {}
         scale = self.scales["direction"]
         if config.orthogonality.weight and step % config.orthogonality.every == 0:
@@ -174,7 +174,7 @@ class Diversity:
         return self.scales != before
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return {
             f"diversity.{name}.{side}": latents
             for name, pairs in (("mined", self.mined), ("correlated", self.correlated))

@@ -64,11 +64,11 @@ class MonitorConfig(Config):
     """... and their firing sets at least this Jaccard index."""
 
     def resolve(self, steps: int) -> "MonitorConfig":
-        """The same with `every` as a number, for a run of so many steps."""
+        """Return the same with `every` as a number, for a run of so many steps."""
         return self.model_copy(update={"every": max(1, min(100, steps // 4))}) if self.every == "auto" else self
 
     def sample_bytes(self, batch_rows: int, per_row: int) -> int:
-        """Bytes of the open sample at most, with so many rows in a batch and active latents on a row."""
+        """Return the most bytes of the open sample, with so many rows in a batch and active latents on a row."""
         rows = -(-self.rows // batch_rows) * batch_rows if self.every else 0
         return 20 * min(rows * per_row, math.isqrt(2 * _MOST_MEETINGS * rows)) + 24 * rows
 
@@ -96,7 +96,7 @@ class CorrelationMonitor:
         """The pairs of the last report on training steps by falling correlation, those not listed included."""
 
     def due(self, done: int) -> bool:
-        """Whether a report follows step `done`, counted from 1."""
+        """Tell whether a report follows step `done`, counted from 1."""
         return bool(self._every) and (done % self._every == 0 or done == self._steps)
 
     def add(self, step: StepOutput, done: int) -> None:
@@ -158,7 +158,7 @@ class CorrelationMonitor:
             self.lost_reports += 1
 
     def state(self) -> dict[str, Tensor]:
-        """The open sample and the last report, for a checkpoint: a file can be lost to a full disk."""
+        """Return the open sample and the last report, for a checkpoint: a file can be lost to a full disk."""
         report = self._last.model_dump_json().encode() if self._last else b""
         sample = {
             f"monitor.{i:04d}.{name}": tensor
@@ -195,7 +195,7 @@ class CorrelationMonitor:
         return min(-(-done // self._every) * self._every, self._steps)
 
     def _sample(self) -> tuple[SparseLatents, Tensor]:
-        """The active pairs of all rows kept, and the stratum of every row."""
+        """Return the active pairs of all rows kept, and the stratum of every row."""
         return SparseLatents.joined([active for active, _ in self._kept]), torch.cat(
             [stratum for _, stratum in self._kept]
         )
@@ -314,7 +314,7 @@ def _share(which: Tensor, live: int) -> float:
 
 
 def _effective_rank(rows: Tensor, library: Blas) -> float:
-    """Of rows [n, O]; 0 for none."""
+    """Return the effective rank of rows [n, O]; 0 for none."""
     if not len(rows):
         return 0.0
     values = torch.linalg.eigvalsh(blas.product(library, rows.T, rows).double().cpu()).clamp_min(0).sqrt()

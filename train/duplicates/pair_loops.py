@@ -36,12 +36,12 @@ def partners(
     correlation: Floats,
     spread: Floats,
 ) -> None:
-    """Correlations above 0 of every latent with those after it that are active on a row with it, over `total` rows.
+    """Correlate every latent with those after it that are active on a row with it, over `total` rows.
 
     With `both`, with those before it, too: each pair is then met twice.
-    Of the pairs with at least `least_together` rows in common, over[f, i] is how many are above levels[i], and the M
-    largest are kept, largest first: found [F, M] which, -1 for none, and their correlation [F, M]. And the standard
-    deviation of every latent, spread [F].
+    Of the pairs with at least `least_together` rows in common, over[f, i] is how many are above levels[i]. The M
+    largest correlations above 0 are kept, largest first: found [F, M] says with which latents, -1 for none, and
+    correlation [F, M] what they are. spread [F] is the standard deviation of every latent.
     """
     most = found.shape[1]
     latent_count = len(by_latent) - 1
@@ -105,7 +105,7 @@ def meetings(
     together: Ints,
     products: Floats,
 ) -> None:
-    """For each pair of latents [C], on how many rows both have values above 0, and the sum of their products there."""
+    """Count, for each pair of latents [C], the rows on which both are above 0, and sum their products there."""
     for pair in prange(len(first)):
         i, j, count, total = by_latent[first[pair]], by_latent[second[pair]], 0, 0.0
         while i < by_latent[first[pair] + 1] and j < by_latent[second[pair] + 1]:
@@ -124,7 +124,7 @@ def meetings(
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath=_SUMS)
 def dots(W_dec: Floats, first: Ints, second: Ints, found: Floats) -> None:
-    """Of the rows [F, O] of each pair of latents."""
+    """Compute the dot product of the rows [F, O] of each pair of latents."""
     for pair in prange(len(first)):
         one, other, total = W_dec[first[pair]], W_dec[second[pair]], found[pair] * 0
         for i in range(len(one)):
@@ -134,7 +134,7 @@ def dots(W_dec: Floats, first: Ints, second: Ints, found: Floats) -> None:
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def add_partners(W_dec: Floats, first: Ints, second: Ints, weights: Floats, parts: int, grad: Floats) -> None:
-    """To the row of each latent of a pair in `grad` [F, O], that of the other by the pair's weight; O in `parts`."""
+    """Add to each latent's row of `grad` [F, O] that of its pair's other latent by the pair's weight; O in `parts`."""
     width = W_dec.shape[1]
     for part in prange(parts):
         low, high = width * part // parts, width * (part + 1) // parts
@@ -150,7 +150,7 @@ def add_partners(W_dec: Floats, first: Ints, second: Ints, weights: Floats, part
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def count_above(products: Floats, floor: float, counts: Ints) -> None:
-    """How many entries of each row of `products` [R, n] lie above the diagonal and are above `floor`."""
+    """Count the entries of each row of `products` [R, n] that lie above the diagonal and are above `floor`."""
     for i in prange(len(products)):
         row, count = products[i, i + 1 :], np.int64(0)
         for j in range(len(row)):
@@ -160,7 +160,7 @@ def count_above(products: Floats, floor: float, counts: Ints) -> None:
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def list_above(products: Floats, floor: float, starts: Ints, rows: Ints, columns: Ints, values: Floats) -> None:
-    """Where those are and what they are, each row's from its place in `starts` on."""
+    """List where the entries of `count_above` are and what they are, each row's from its place in `starts` on."""
     for i in prange(len(products)):
         at, j = starts[i], i + 1
         while at < starts[i + 1]:
@@ -181,7 +181,7 @@ def add_product_gradients(
     weights: Floats,
     grad: Floats,
 ) -> None:
-    """To `grad` [N], of each value that of its pair's other latent on the row, by the pair's weight [C]."""
+    """Add to `grad` [N], for each value, that of its pair's other latent on the row, by the pair's weight [C]."""
     for pair in range(len(first)):
         i, j, weight = by_latent[first[pair]], by_latent[second[pair]], weights[pair]
         while i < by_latent[first[pair] + 1] and j < by_latent[second[pair] + 1]:

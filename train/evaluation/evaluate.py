@@ -125,7 +125,7 @@ class Sums:
 
     @classmethod
     def of(cls, target: Tensor, reconstructions: Tensor, active: Tensor) -> "Sums":
-        """Of rows y [B, O], their reconstructions [B, P, O] and counts of active latents [P]."""
+        """Compute the sums of rows y [B, O], their reconstructions [B, P, O] and counts of active latents [P]."""
         residual = target.unsqueeze(1) - reconstructions
         return cls(
             rows=float(len(target)),
@@ -137,11 +137,11 @@ class Sums:
         )
 
     def plus(self, other: "Sums", weight: float = 1.0) -> "Sums":
-        """The sums over both; the other's rows count `weight` times."""
+        """Return the sums over both; the other's rows count `weight` times."""
         return Sums(*(a + b * weight for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def part(self, prefix: int) -> Part:
-        """The figures of the prefix with index `prefix`. No variance: fvu 0 without error, else 1."""
+        """Return the figures of the prefix with index `prefix`. No variance: fvu 0 without error, else 1."""
         n = max(self.rows, 1.0)
         total = self.squares - float(self.target.square().sum()) / n
         errors = float(self.errors[prefix])
@@ -155,7 +155,7 @@ class Sums:
 
 
 def ratio(error: float, total: float, scale: float) -> float:
-    """Quotient error / total, defined when `total` is rounding noise beside `scale`: 0 without error, else 1."""
+    """Return error / total, defined when `total` is rounding noise beside `scale`: 0 without error, else 1."""
     if total > 1e-12 * scale:
         return error / total
     return 0.0 if error <= 1e-12 * scale else 1.0
@@ -163,7 +163,7 @@ def ratio(error: float, total: float, scale: float) -> float:
 
 @torch.no_grad()
 def evaluate(transcoder: Transcoder, rows: StoreRows, threshold: Tensor, seed: int) -> Evaluation:
-    """Figures on the store's report blocks under `threshold` [F] of `calibrate`."""
+    """Compute figures on the store's report blocks under `threshold` [F] of `calibrate`."""
     store = rows.store
     strata, outliers, skip, fired = _by_threshold(transcoder, rows, threshold)
     drawn = _by_training_rule(transcoder, rows, seed)
@@ -198,7 +198,7 @@ def evaluate(transcoder: Transcoder, rows: StoreRows, threshold: Tensor, seed: i
 def _weigher(
     strata: dict[str, Sums], outliers: dict[str, Sums], store: Store, last: int
 ) -> Callable[[Sums, float], Weight]:
-    """What gives the weight of some rows, each of which counts so many times, among all."""
+    """Return what gives the weight of some rows, each of which counts so many times, among all."""
     every = [(sums, _times(store, name)) for part in (strata, outliers) for name, sums in part.items()]
     errors, active = (
         sum(float(getattr(sums, kind)[last]) * times for sums, times in every) for kind in ("errors", "active")
@@ -216,7 +216,7 @@ def _weigher(
 
 @torch.no_grad()
 def evaluate_whole(transcoder: Transcoder, rows: StoreRows, threshold: Tensor) -> Part:
-    """The headline figures alone, as `evaluate` has them, for a fraction of the time."""
+    """Compute the headline figures alone, as `evaluate` has them, for a fraction of the time."""
     store, strata = rows.store, dict[str, Sums]()
     for whole in rows.chunks(store.record.report_blocks, transcoder.W_enc.device):
         if natural_weights(store)[whole.stratum]:
@@ -230,7 +230,7 @@ def evaluate_whole(transcoder: Transcoder, rows: StoreRows, threshold: Tensor) -
 
 @torch.no_grad()
 def calibrate(transcoder: Transcoder, rows: StoreRows, most: int | None = None) -> Tensor:  # [F] float32
-    """The thresholds of inference, by all calibration rows or by about as many as `most`.
+    """Return the thresholds of inference, by all calibration rows or by about as many as `most`.
 
     For a fixed k: the one value at which the calibration blocks' natural-frequency rows, without position 0, have k
     active latents each. A JumpReLU has its own; a ReLU has 0.
@@ -241,7 +241,7 @@ def calibrate(transcoder: Transcoder, rows: StoreRows, most: int | None = None) 
 
 @torch.no_grad()
 def threshold_at(transcoder: Transcoder, rows: StoreRows, l0: float, most: int | None = None) -> Tensor:  # [F] float32
-    """Thresholds at which rows have `l0` active latents each, as in `calibrate`, whatever the activation.
+    """Return thresholds at which rows have `l0` active latents each, as in `calibrate`, whatever the activation.
 
     One for all latents; those of a JumpReLU, moved by one number. Each chunk gives its values above the smallest that
     one before it gave, and not too many; when one above the result could have been hidden, all give more.
@@ -272,16 +272,16 @@ def threshold_at(transcoder: Transcoder, rows: StoreRows, l0: float, most: int |
 
 
 def _weighted_cut(values: Tensor, weights: Tensor, total: float) -> float:
-    """The threshold above which values weigh `total`; -inf when all of them weigh less."""
+    """Return the threshold above which values weigh `total`; -inf when all of them weigh less."""
     values, order = values.sort(descending=True)
     index = int(torch.searchsorted(weights[order].cumsum(0), total, right=True))
     return float(values[index]) if index < len(values) else -torch.inf
 
 
 def weighted_rows(rows: StoreRows, device: torch.device, most: int | None = None) -> Iterator[tuple[RowChunk, float]]:
-    """The calibration rows without position 0 and outliers, and how often each counts at natural frequencies.
+    """Yield calibration rows without position 0 and outliers, and how often each counts at natural frequencies.
 
-    Of more than `most` rows, the same share of every stratum, its first: rows are permuted within their block.
+    Of more than `most` rows, the same share of every stratum is taken, its first: rows are permuted within their block.
     """
     record, natural = rows.store.record, natural_weights(rows.store)
     blocks = record.calibration_blocks or record.report_blocks
@@ -293,13 +293,13 @@ def weighted_rows(rows: StoreRows, device: torch.device, most: int | None = None
 
 
 def natural_weights(store: Store) -> dict[str, float]:
-    """How often a stored row of each stratum counts at natural frequencies; 0 for position 0, unless it is alone."""
+    """Return how often a stored row of each stratum counts at natural frequencies; 0 for position 0, unless alone."""
     strata = store.record.plan.stored_strata
     return {s.name: 0.0 if s.is_position_0 and len(strata) > 1 else s.natural_rows / s.rows for s in strata}
 
 
 def _times(store: Store, name: str) -> float:
-    """How often a stored row of a stratum counts at natural frequencies, position 0 included."""
+    """Return how often a stored row of a stratum counts at natural frequencies, position 0 included."""
     stratum = store.strata[name].stratum
     return stratum.natural_rows / stratum.rows
 
@@ -307,9 +307,9 @@ def _times(store: Store, name: str) -> float:
 def _by_threshold(
     transcoder: Transcoder, rows: StoreRows, threshold: Tensor
 ) -> tuple[dict[str, Sums], dict[str, Sums], dict[str, Sums], Tensor]:
-    """Sums by stratum over report rows that are no outliers and over those that are, and which latents fired [F].
+    """Return sums by stratum over report rows that are no outliers, and over those that are; and which latents fired.
 
-    The third are of the skip connection alone, over the first rows; none without one.
+    The third sums are of the skip connection alone, over the first rows; none without one. The last result is [F].
     """
     strata, outliers, skip = dict[str, Sums](), dict[str, Sums](), dict[str, Sums]()
     store, device = rows.store, transcoder.W_enc.device
@@ -334,13 +334,13 @@ def _add(found: dict[str, Sums], stratum: str, sums: Sums) -> None:
 
 
 def counts_as_firing(store: Store, stratum: str) -> bool:
-    """Whether a latent that fires on rows of a stratum alone is alive: not at a position 0 that training leaves out."""
+    """Tell whether a latent that fires on one stratum alone is alive: not at a position 0 that training leaves out."""
     left_out = store.exclusion is not None and store.exclusion.position_0
     return not (left_out and store.strata[stratum].stratum.is_position_0)
 
 
 def _by_training_rule(transcoder: Transcoder, rows: StoreRows, seed: int) -> dict[str, Sums]:
-    """Sums by stratum over batches of the natural mixture, as many as cover the report rows once."""
+    """Return sums by stratum over batches of the natural mixture, as many as cover the report rows once."""
     store, device = rows.store, transcoder.W_enc.device
     blocks = store.record.report_blocks
     batch_rows = min(rows.chunk_rows, len(blocks) * store.request.block_sequences * store.request.context_size)
@@ -374,7 +374,7 @@ def _natural(strata: dict[str, Sums], store: Store) -> Sums:
 
 
 def _summed(parts: Sequence[tuple[Sums, float]]) -> Sums | None:
-    """The sums over all parts, rows of each counted so many times; none of none."""
+    """Return the sums over all parts, rows of each counted so many times; none of none."""
     total: Sums | None = None
     for sums, weight in parts:
         total = total.plus(sums, weight) if total else sums.plus(sums, weight - 1)

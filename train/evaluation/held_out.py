@@ -49,7 +49,7 @@ def held_out_active(
     blocks: range,
     threshold: Tensor,  # [F]
 ) -> HeldOutActive:
-    """Active pairs under `threshold` on all rows of `blocks` but outliers, thinned out to natural frequencies.
+    """Return active pairs under `threshold` on all rows of `blocks` but outliers, thinned to natural frequencies.
 
     Of a stratum that counts less than another, each block's first rows are taken: they are a random part of it. Rows of
     position 0 are taken as they are. Where so many latents are active that counting pairs of them would take more than

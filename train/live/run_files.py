@@ -24,7 +24,7 @@ class Lines:
         self._path, self._inode, self._offset = path, 0, 0
 
     def read(self) -> Iterator[Row]:
-        """The rows that were added; a line that is being written waits, one that is torn is left out."""
+        """Yield the rows that were added; a line that is being written waits, one that is torn is left out."""
         with suppress(FileNotFoundError), open(self._path, "rb") as file:
             status = os.fstat(file.fileno())
             if status.st_ino != self._inode or status.st_size < self._offset:

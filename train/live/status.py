@@ -58,7 +58,7 @@ class Status:
         return int(self.row.get("step", 0))
 
     def figure(self, name: str) -> float:
-        """One of the last row, NaN where it has none."""
+        """Return one figure of the last row, NaN where it has none."""
         return float(self.row.get(name, math.nan))
 
     @property
@@ -74,7 +74,7 @@ class Status:
         return self.row.get("terms", {})
 
     def share(self, *terms: str) -> float:
-        """What terms are of the loss."""
+        """Return the share of the loss that `terms` make up."""
         return sum(self.terms.get(name, 0.0) for name in terms) / (self.row.get("loss") or 1.0)
 
     @property
@@ -89,7 +89,7 @@ class Status:
         return [name for name, one in self.components.items() if not one["effect"]]
 
     def note(self) -> str:
-        """The headline figures, for the end of a plain line."""
+        """Return the headline figures, for the end of a plain line."""
         if not self.row:
             return ""
         parts = [f"fvu {self.figure('fvu'):.4f}", f"l0 {self.figure('l0_training_rule'):.1f}"]
@@ -101,12 +101,12 @@ class Status:
         return "  ".join([*parts, self.used()])
 
     def used(self) -> str:
-        """How many components that are on had an effect so far, and which had none."""
+        """Tell how many components that are on had an effect so far, and which had none."""
         idle, count = self.idle, len(self.components)
         return f"used {count - len(idle)}/{count}" + (f" (not yet {', '.join(idle)})" if idle else "")
 
     def detail(self) -> str:
-        """All figures, for the end of a plain line."""
+        """Return all figures, for the end of a plain line."""
         figures = {name: self.figure(name) for name in ("lr", "grad_norm", "loss")} | dict(self.terms)
         parts = [f"{name} {short(value)}" for name, value in figures.items()]
         parts += [f"fvu of {name} {part['fvu']:.4f}" for name, part in self.row.get("strata", {}).items()]
@@ -115,7 +115,7 @@ class Status:
         return "  ".join([self.note(), *parts, *calls])
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         pace, row = self.pace, self.row
         held_out = {key: self.held_out.get(key) for key in ("step", "fvu", "l0", "dead_share")}
         return {

@@ -41,7 +41,7 @@ class RunPanel:
         """Bytes that the run takes, and those that are free."""
 
     def draw(self, pace: Pace, state: str = "") -> RenderableType:
-        """The panel: `pace` as the run is, or was; `state` in a few words."""
+        """Draw the panel: `pace` as the run is, or was; `state` in a few words."""
         taken, free = (size(count) for count in self.disk.value())
         space = [("disk", f"{taken} taken"), ("", f"{free} free")]
 
@@ -55,7 +55,7 @@ class RunPanel:
 
 
 def _body(status: Status, space: Pairs, width: int, blocks: bool) -> RenderableType:
-    """Figures and components, side by side where there is room."""
+    """Draw figures and components, side by side where there is room."""
     beside = width >= _BESIDE
     if not status.row:
         return Group(pairs(space), "no figures yet: the first come with the first row of the logs")
@@ -90,12 +90,12 @@ def _figures(status: Status, course: str) -> Pairs:
 
 
 def _course(status: Status, width: int) -> str:
-    """The course of the training rows' fvu, by its logarithm."""
+    """Draw the course of the training rows' fvu, by its logarithm."""
     return sparkline([math.log(value) for value in status.fvu if value > 0], width)
 
 
 def _components(status: Status, *, units: bool) -> Table:
-    """What each component that is on adds to the loss, and has done."""
+    """Make a table of what each component that is on adds to the loss, and has done."""
     rows = [_component(status, name) for name in status.components]
     if not units:
         rows = [row[:-1] for row in rows]
@@ -114,7 +114,7 @@ def _component(status: Status, name: str) -> Sequence[str]:
 
 
 def _more(status: Status) -> RenderableType:
-    """Figures by position and by prefix, and those that few ask for."""
+    """Draw figures by position and by prefix, and those that few ask for."""
     strata, prefixes = status.row.get("strata", {}), status.row.get("prefixes", {})
     by_position = [
         (name, f"{part['rows']:,}", short(part["fvu"]), f"{part['l0_training_rule']:.1f}")

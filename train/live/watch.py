@@ -26,7 +26,7 @@ class Watched:
     """A run, looked at from outside."""
 
     def __init__(self, run: Path) -> None:
-        """Raises `UserError` when `run` is none."""
+        """Raise `UserError` when `run` is none."""
         self._run = run
         self.status = Status(run, *_steps_and_rows(run))
         self.state: State = "starting"
@@ -60,7 +60,7 @@ class Watched:
         return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def sentence(self) -> str:
-        """The state, and what to do about it."""
+        """Tell the state, and what to do about it."""
         step, newest, steps = self.status.step, self._checkpoint, self.status.steps
         if self.state == "stopped":
             behind = f" (its newest checkpoint: {newest})" if newest else " (no checkpoint: it will begin anew)"
@@ -78,12 +78,12 @@ class Watched:
         return f"python -m train resume {self._run}"
 
     def line(self) -> str:
-        """The newest figures, as the trainer prints them."""
+        """Return the newest figures, as the trainer prints them."""
         note = self.status.detail() if verbosity() == Verbosity.VERBOSE else self.status.note()
         return f"train {self.status.pace.line()}  {note}".rstrip()
 
     def panel(self) -> RenderableType:
-        """The panel that the trainer shows."""
+        """Draw the panel that the trainer shows."""
         state: str = self.state
         with suppress(OSError):
             age = time.time() - (self._run / METRICS).stat().st_mtime
@@ -91,7 +91,7 @@ class Watched:
         return self._panel.draw(self.status.pace, state)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         taken, free = self._panel.disk.value()
         return {
             "state": self.state,
@@ -137,7 +137,7 @@ def watch(run: Path, *, once: bool, as_json: bool) -> None:
 
 
 def _steps_and_rows(run: Path) -> tuple[int, int]:
-    """Of a run's settings: its steps, and the rows of a batch."""
+    """Read a run's settings: return its steps, and the rows of a batch."""
     path = run / CONFIG
     if not path.is_file():
         raise UserError(f"{run} is not a run: it has no {CONFIG}")
@@ -153,7 +153,7 @@ def _rows(lines: Lines) -> Iterator[Row]:
 
 
 def _usage(run: Path) -> Row:
-    """`usage.json`, or nothing where there is none yet."""
+    """Read `usage.json`; return nothing where there is none yet."""
     with suppress(OSError, CorruptData):
         found = durable.read_json(run / USAGE)
         return found if isinstance(found, dict) else {}

@@ -17,7 +17,7 @@ Blas = Literal["torch", "numpy"]
 
 
 def faster_here() -> Blas:
-    """The library to take on this processor: the same at every call, since sums differ in their last bits.
+    """Return the library to take on this processor: the same at every call, since sums differ in their last bits.
 
     torch's wheels for x86 bring MKL, which is slow on processors of another maker; numpy's bring OpenBLAS, which is not
     (docs/benchmarks.md, "step").
@@ -27,13 +27,13 @@ def faster_here() -> Blas:
 
 
 def bfloat16_units() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32, and torch has what makes use of it."""
+    """Tell whether this processor multiplies bfloat16 faster than float32, and torch has what makes use of it."""
     flags = _first_line("flags").split()
     return torch.backends.mkldnn.is_available() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 def addmm(blas: Blas, bias: Tensor, x: Tensor, W: Tensor) -> Tensor:
-    """Bias [F] + x [B, D] @ W [D, F], without gradient."""
+    """Return bias [F] + x [B, D] @ W [D, F], without gradient."""
     if blas == "torch":
         return torch.addmm(bias, x, W)
     found = product(blas, x, W)
@@ -42,7 +42,7 @@ def addmm(blas: Blas, bias: Tensor, x: Tensor, W: Tensor) -> Tensor:
 
 
 def product(blas: Blas, x: Tensor, W: Tensor) -> Tensor:
-    """X [B, D] @ W [D, F], without gradient; by `numpy`, on CPU, each thread takes a part of the rows."""
+    """Return x [B, D] @ W [D, F], without gradient; by `numpy`, on CPU, each thread takes a part of the rows."""
     if blas == "torch":
         return x.detach() @ W.detach()
     out = x.new_empty(len(x), W.shape[1])
@@ -77,7 +77,7 @@ def _vendor() -> str:
 
 
 def _first_line(name: str) -> str:
-    """That of /proc/cpuinfo that begins with `name`; empty where there is none."""
+    """Return the first line of /proc/cpuinfo that begins with `name`; empty where there is none."""
     place = Path("/proc/cpuinfo")
     lines = place.read_text().splitlines() if place.exists() else []
     return next((line for line in lines if line.startswith(name)), "")

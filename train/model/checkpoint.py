@@ -83,7 +83,7 @@ class Listed(Config):
 
 
 def folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
+    """Return where the checkpoint of `step` lies."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 
@@ -115,17 +115,17 @@ def publish(
 
 
 def steps(run: Path) -> list[Path]:
-    """The folders of all checkpoints, oldest first, valid or not."""
+    """List the folders of all checkpoints, oldest first, valid or not."""
     return sorted((p for p in run.glob("checkpoints/step-*") if p.name[5:].isdecimal()), key=number)
 
 
 def number(path: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
+    """Return the step in the name of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None."""
     try:
         if path.is_symlink():
             return f"{path} is a symbolic link"
@@ -146,7 +146,7 @@ def verify(path: Path) -> str | None:
 
 
 def listed(path: Path) -> Listed:
-    """What there is to say of the checkpoint in a folder."""
+    """Return what there is to say of the checkpoint in a folder."""
     wrong = verify(path)
     state = None if wrong else read_state(path)
     return Listed(
@@ -160,7 +160,7 @@ def listed(path: Path) -> Listed:
 
 
 def read_state(path: Path) -> CheckpointState:
-    """`state.json` of a checkpoint. Raises `UserError` where there is none, and `CorruptData`."""
+    """Read `state.json` of a checkpoint. Raises `UserError` where there is none, and `CorruptData`."""
     if not (path / STATE).is_file():
         raise UserError(f"{path} is not a checkpoint: it has no {STATE}")
     data = durable.read_json(path / STATE)
@@ -174,7 +174,7 @@ def read_state(path: Path) -> CheckpointState:
 
 
 def find(run: Path, step: int | None = None, warn: list[str] | None = None) -> Checkpoint:
-    """The checkpoint of `step`, or the newest one that verifies; torn newer ones are named in `warn`.
+    """Find the checkpoint of `step`, or the newest one that verifies; torn newer ones are named in `warn`.
 
     Raises `UserError` when there is none.
     """
@@ -211,7 +211,7 @@ def of(path: Path, step: int | None = None) -> tuple[Path, Checkpoint]:
 
 
 def load_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's file, checked against the names, shapes and dtypes of `expected`.
+    """Load the tensors of a checkpoint's file, checked against the names, shapes and dtypes of `expected`.
 
     Raises `CorruptData` naming the tensor when one is missing, too many, of another shape or dtype, or not finite.
     """
@@ -225,7 +225,7 @@ def load_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises `CorruptData` when it is not one."""
+    """Load the tensors of a safetensors file. Raises `CorruptData` when it is not one."""
     try:
         return load(path.read_bytes())
     except (SafetensorError, OSError) as error:

@@ -25,12 +25,12 @@ class AuxKConfig(Config):
     """The same as a share of the run's rows, at most 10 million rows; read when `dead_after_tokens` is not set."""
 
     def dead_after(self, run_rows: int) -> int:
-        """Rows without firing after which a latent of a run of `run_rows` rows is dead."""
+        """Return the rows without firing after which a latent of a run of `run_rows` rows is dead."""
         return self.dead_after_tokens or max(1, min(10_000_000, round(self.dead_after_share * run_rows)))
 
 
 def matryoshka_weight(rows: int, prefixes: int, d_out: int) -> float:
-    """What a squared error weighs in the loss.
+    """Return what a squared error weighs in the loss.
 
     The loss is the mean squared error per value over rows and prefixes: every prefix is in it (Bussmann et al. 2025).
     """
@@ -41,7 +41,7 @@ def auxk_weight(
     residual: Tensor,  # [B, O] target - reconstruction, detached
     dead: Tensor,  # [F] bool
 ) -> Tensor:  # []
-    """What a squared error of predicting the residual from dead latents weighs in the auxiliary loss.
+    """Return what a squared error of predicting the residual from dead latents weighs in the auxiliary loss.
 
     The loss is that error relative to the residual; 0 when no latent is dead.
     """

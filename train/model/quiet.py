@@ -53,7 +53,7 @@ def left_out(store: Store, blocks: range) -> list[tuple[str, int]]:
 
 
 def _spread(rows: NDArray[np.int64]) -> list[int]:
-    """At most `_KEPT` of them, evenly."""
+    """Return at most `_KEPT` of the rows, evenly."""
     found: list[int] = rows[:: -(-len(rows) // _KEPT) or 1].tolist()
     return found
 
@@ -62,7 +62,7 @@ class Quiet:
     """The term of a run. It holds its rows and no state."""
 
     def __init__(self, transcoder: Transcoder, config: QuietConfig, rows: Tensor, batch_rows: int) -> None:
-        """`rows` [n, D] are normalised sources that nothing is to be active on."""
+        """Take `rows` [n, D], normalised sources that nothing is to be active on."""
         self._transcoder, self._config = transcoder, config
         size = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) / rows.shape[1] ** 0.5).clamp_min(1.0)
         self._rows, self._times = rows / size, 1 / size

@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def fitting(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
-    """A loaded tensor that is as `like`. Raises `ValueError` with its name when it is missing or of another kind."""
+    """Return a loaded tensor that is as `like`.
+
+    Raises `ValueError` with its name when it is missing or of another kind.
+    """
     if name not in tensors:
         raise ValueError(f"tensor {name!r} is missing")
     tensor = tensors[name]
@@ -21,7 +24,7 @@ def fitting(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
 
 
 def numbers(tensors: Mapping[str, Tensor], name: str, below: int, count: int | None = None) -> Tensor:
-    """A loaded list of numbers from 0 to `below` - 1, int64 [count]; as many as there are, if `count` is not given.
+    """Return a loaded list of numbers from 0 to `below` - 1, int64 [count]; as many as there are, without `count`.
 
     Raises `ValueError` with its name otherwise.
     """

@@ -34,7 +34,7 @@ class SparseLatents:
 
     @classmethod
     def of(cls, rows: Tensor, latents: Tensor, values: Tensor, shape: torch.Size) -> "SparseLatents":
-        """Pairs of pre-activations of a `shape` [B, F]."""
+        """Make pairs of pre-activations of a `shape` [B, F]."""
         return cls(rows, latents, values, offsets(rows, shape[0]), shape[1])
 
     @cached_property
@@ -48,29 +48,29 @@ class SparseLatents:
         return order, offsets(found, self.d_sae)
 
     def with_values(self, values: Tensor) -> "SparseLatents":
-        """The same pairs with other values [N]."""
+        """Return the same pairs with other values [N]."""
         return replace(self, values=values)
 
     def cpu(self) -> "SparseLatents":
-        """The same on CPU."""
+        """Return the same on CPU."""
         rows, latents, values, starts = (part.cpu() for part in (self.rows, self.latents, self.values, self.starts))
         return SparseLatents(rows, latents, values, starts, self.d_sae)
 
     def positive(self) -> "SparseLatents":
-        """The pairs that are active."""
+        """Return the pairs that are active."""
         kept = self.values > 0
         shape = torch.Size((len(self.starts) - 1, self.d_sae))
         return SparseLatents.of(self.rows[kept], self.latents[kept], self.values[kept], shape)
 
     def of_rows(self, wanted: Tensor) -> "SparseLatents":
-        """The pairs of the `wanted` rows [B] bool, which are numbered anew."""
+        """Return the pairs of the `wanted` rows [B] bool, which are numbered anew."""
         kept, number = wanted[self.rows], wanted.cumsum(0) - 1
         shape = torch.Size((int(wanted.sum()), self.d_sae))
         return SparseLatents.of(number[self.rows[kept]], self.latents[kept], self.values[kept], shape)
 
     @classmethod
     def joined(cls, parts: Sequence["SparseLatents"]) -> "SparseLatents":
-        """The pairs of at least one part, the rows of each numbered after those of the part before."""
+        """Join the pairs of at least one part, the rows of each numbered after those of the part before."""
         sizes = [len(part.starts) - 1 for part in parts]
         firsts = accumulate(sizes, initial=0)
         return cls.of(
@@ -81,7 +81,7 @@ class SparseLatents:
         )
 
     def slice(self, rows: slice) -> "SparseLatents":
-        """The pairs of some rows, which are numbered from 0."""
+        """Return the pairs of some rows, which are numbered from 0."""
         low, high = int(self.starts[rows.start]), int(self.starts[rows.stop])
         return SparseLatents(
             self.rows[low:high] - rows.start,
@@ -93,7 +93,7 @@ class SparseLatents:
 
 
 def offsets(groups: Tensor, count: int) -> Tensor:
-    """Where each of `count` groups begins in `groups` [N], which rise; [count + 1], int64."""
+    """Return where each of `count` groups begins in `groups` [N], which rise; [count + 1], int64."""
     return torch.searchsorted(groups.contiguous(), torch.arange(count + 1, device=groups.device))
 
 
@@ -102,9 +102,9 @@ def countable(
     times: float,
     most: int,
 ) -> Tensor:  # [B] bool
-    """Every n-th row, so that counting pairs of latents on `times` as many rows meets `most` of them.
+    """Select every n-th row, so that counting pairs of latents on `times` as many rows meets `most` of them.
 
-    Of two latents on a row, each pair of them twice: the cost is the square of a row's active latents.
+    Each pair of two latents on a row is met twice: the cost is the square of a row's active latents.
     """
     meetings = int(int(active.starts.diff().square().sum()) * times)
     return torch.arange(len(active.starts) - 1) % max(1, -(-meetings // most)) == 0

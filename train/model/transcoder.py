@@ -51,7 +51,7 @@ class TranscoderConfig(Config):
     """Add a linear map from source to target beside the latents."""
 
     def resolve(self, d_in: int, activation: Activation) -> "TranscoderConfig":
-        """The same with `d_sae` and `prefixes` as numbers. Raises `UserError` when they do not fit."""
+        """Return the same with `d_sae` and `prefixes` as numbers. Raises `UserError` when they do not fit."""
         d_sae = multiple("transcoder.d_sae", self.d_sae, d_in, "8x")
         default = tuple(sorted({max(1, d_sae // n) for n in (16, 8, 4, 2, 1)}))
         prefixes = self.prefixes or default
@@ -104,7 +104,7 @@ class StepOutput:
     """[B, F] without gradient; none from a guarded search, unless they were wanted"""
 
     def with_terms(self, terms: dict[str, Tensor]) -> "StepOutput":
-        """The same with further terms beside those of the loss."""
+        """Return the same with further terms beside those of the loss."""
         return replace(self, terms=self.terms | {name: term.detach() for name, term in terms.items()})
 
 
@@ -243,7 +243,7 @@ class Transcoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Random unit decoder rows; the encoder is their scaled transpose where widths agree, else random too.
+        """Set random unit decoder rows; the encoder is their scaled transpose where widths agree, else random too.
 
         Where the norm of decoder rows is free they are 0 instead, and the encoder is what it would be.
         """
@@ -272,29 +272,29 @@ class Transcoder(nn.Module):
         grad.addcmul_(self.W_dec, (grad * self.W_dec).sum(dim=1, keepdim=True), value=-1)
 
     def unit_decoder(self) -> Tensor:
-        """[F, O] the decoder rows without gradient, each divided by its norm; a row of 0 stays 0."""
+        """Return the decoder rows [F, O] without gradient, each divided by its norm; a row of 0 stays 0."""
         rows = self.W_dec.detach()
         if self.has_unit_decoder:
             return rows
         return rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
     def normalised(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [B, D] and [B, O] shifted and scaled by the store's statistics."""
+        """Return rows [B, D] and [B, O] shifted and scaled by the store's statistics."""
         return self.normalised_source(source), (target - self.target_mean).div_(self.target_scale)
 
     def normalised_source(self, source: Tensor) -> Tensor:
-        """Rows [B, D] shifted and scaled by the store's statistics."""
+        """Return rows [B, D] shifted and scaled by the store's statistics."""
         return (source - self.source_mean).div_(self.source_scale)
 
     @torch.no_grad()
     def pre_acts(self, x: Tensor) -> Tensor:
-        """[B, F] from normalised rows [B, D]."""
+        """Compute the pre-activations [B, F] from normalised rows [B, D]."""
         return blas.addmm(self.blas, self.b_enc, x, self.W_enc)
 
     def step(
         self, source: Tensor, target: Tensor, dead: Tensor, auxk: AuxKConfig, step: int, whole: bool = False
     ) -> StepOutput:
-        """The loss of one batch. `dead` [F] bool are the latents that aux-k may use.
+        """Compute the loss of one batch. `dead` [F] bool are the latents that aux-k may use.
 
         `whole`: a guarded search gives `pre_acts` as well, which costs it time and changes nothing else.
         """
@@ -325,26 +325,29 @@ class Transcoder(nn.Module):
         )
 
     def select(self, pre_acts: Tensor, step: int) -> tuple[SparseLatents, Tensor]:
-        """The pairs that take part in the training step `step`, and the smallest of their positive pre-activations."""
+        """Select the pairs that take part in the training step `step`.
+
+        Returns them, and the smallest of their positive pre-activations.
+        """
         active, smallest = self.activation.select(self._ops, pre_acts, self.thresholds(), step, self._guess)
         self._guess = 0.95 * smallest
         return active, smallest
 
     def select_final(self, pre_acts: Tensor) -> SparseLatents:
-        """The pairs that the training rule activates after all warm-ups; changes nothing."""
+        """Select the pairs that the training rule activates after all warm-ups; changes nothing."""
         return self.activation.select_final(self._ops, pre_acts, self.thresholds(), self._guess)
 
     def select_above(self, pre_acts: Tensor, thresholds: Tensor) -> SparseLatents:
-        """The pairs above `thresholds` [F]: the rule of inference."""
+        """Select the pairs above `thresholds` [F]: the rule of inference."""
         return self._ops.above(pre_acts, thresholds)
 
     def reconstruct(self, values: Tensor, active: SparseLatents, x: Tensor) -> Tensor:
-        """[B, P, O]: every prefix's reconstruction of the normalised targets."""
+        """Return every prefix's reconstruction of the normalised targets: [B, P, O]."""
         decoded = plain.decode_prefixes(values, self.W_dec, active, self.group, len(self.prefixes))
         return decoded + self.linear_part(x).unsqueeze(1)
 
     def reconstruct_whole(self, values: Tensor, active: SparseLatents, x: Tensor) -> Tensor:
-        """[B, O]: the last prefix's alone."""
+        """Return the last prefix's reconstruction alone: [B, O]."""
         whole = plain.decode_prefixes(values, self.W_dec, active, torch.zeros_like(self.group), 1)[:, 0]
         return whole + self.linear_part(x)
 
@@ -358,7 +361,7 @@ class Transcoder(nn.Module):
 
     @torch.no_grad()
     def _selected(self, x: Tensor, step: int, whole: bool) -> tuple[Tensor | None, SparseLatents, Tensor]:
-        """The pre-activations, where there are all of them, and the selection of a step, as of `select`."""
+        """Return the pre-activations, where there are all of them, and the selection of a step, as of `select`."""
         if self.guarded is None:
             pre_acts = self._searched(x)
             return pre_acts, *self.select(pre_acts, step)
@@ -368,20 +371,21 @@ class Transcoder(nn.Module):
 
     @torch.no_grad()
     def _searched(self, x: Tensor) -> Tensor:
-        """[B, F] the pre-activations among which a step selects."""
+        """Return the pre-activations [B, F] among which a step selects."""
         if self.product_dtype == torch.float32:
             return self.pre_acts(x)
         low = [tensor.to(self.product_dtype) for tensor in (self.b_enc, x, self.W_enc)]
         return torch.addmm(*low)
 
     def thresholds(self) -> Tensor:
-        """[F] the learned thresholds of a JumpReLU; 0 for activations that learn none."""
+        """Return the learned thresholds [F] of a JumpReLU; 0 for activations that learn none."""
         return self._zeros if self.log_threshold is None else self.log_threshold.exp()
 
     def _auxk(self, x: Tensor, pre_acts: Tensor | None, residual: Tensor, dead: Tensor, config: AuxKConfig) -> Tensor:
-        """Dead latents are dead because their pre-activations are negative: they are taken before the ReLU.
+        """Compute the auxiliary loss: the error of predicting the residual from dead latents.
 
-        Without `pre_acts`, those of the dead latents are made here.
+        Dead latents are dead because their pre-activations are negative: they are taken before the ReLU. Without
+        `pre_acts`, those of the dead latents are made here.
         """
         if pre_acts is None:
             active = guarded.row_topk(self.blas, x, self.W_enc, self.b_enc, config.k, dead)

@@ -53,7 +53,7 @@ class Contexts(NamedTuple):
 
 
 def browser_files(run: str, store: Store, table: pa.Table, contexts: pa.Table) -> dict[str, bytes]:
-    """All files of the folder `report/`, by their names below it.
+    """Return all files of the folder `report/`, by their names below it.
 
     `run` is a name for people, `table` what `latents_table` made, and `contexts` the run's samples. The same input
     gives the same bytes.
@@ -81,7 +81,7 @@ def browser_files(run: str, store: Store, table: pa.Table, contexts: pa.Table) -
 
 
 def cut(contexts: pa.Table, d_sae: int) -> Contexts:
-    """The first contexts of each latent, and of each the tokens around its peak, a fourth of them after it."""
+    """Keep the first contexts of each latent, and of each the tokens around its peak, a fourth of them after it."""
     latents = contexts["latent"].to_numpy()
     rank = np.arange(len(latents)) - np.searchsorted(latents, latents)
     table = contexts.filter(pa.array(rank < CONTEXTS)).combine_chunks()
@@ -114,16 +114,16 @@ class _Words:
         self._known, self._places = known, np.argsort(order)
 
     def of(self, tokens: Array) -> list[int]:
-        """What stands for each of `tokens`."""
+        """Return the number that stands for each of `tokens`."""
         return self._places[np.searchsorted(self._known, tokens)].tolist()
 
     def lists(self, column: pa.Array, most: int | None = None) -> list[list[int] | None]:
-        """The same for a list of tokens per latent."""
+        """Return the same for a list of tokens per latent."""
         return [None if one is None else self.of(np.array(one[:most], np.int64)) for one in column.to_pylist()]
 
 
 def _index(table: pa.Table, words: _Words, record: SamplesRecord) -> dict[str, Any]:
-    """What lists, sorts and finds latents."""
+    """Return the data by which the page lists, sorts and finds latents."""
     return {
         "chunk": CHUNK,
         "strata": list(record.rows),
@@ -139,7 +139,7 @@ def _index(table: pa.Table, words: _Words, record: SamplesRecord) -> dict[str, A
 
 
 def _chunk(table: pa.Table, shown: Contexts, words: _Words, low: int) -> dict[str, Any]:
-    """What else is shown of the latents from `low` on."""
+    """Return what else is shown of the chunk of latents from `low` on."""
     part = table.slice(low, CHUNK)
     first, last = shown.starts[low], shown.starts[min(low + CHUNK, len(table))]
     of_tokens, contexts = slice(shown.ends[first], shown.ends[last]), shown.table.slice(first, last - first)
@@ -163,7 +163,7 @@ def _chunk(table: pa.Table, shown: Contexts, words: _Words, low: int) -> dict[st
 
 
 def _call(function: str, value: Any, number: int | None = None) -> bytes:
-    """A script that hands `value` to the page."""
+    """Return a script that hands `value` to the page."""
     plain = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
     packed = base64.b64encode(gzip.compress(plain, compresslevel=6, mtime=0))
     argument = b"" if number is None else b"%d," % number
@@ -180,13 +180,13 @@ def _column(values: pa.ChunkedArray) -> list[int | float | None]:
 
 
 def _firsts(lists: pa.ChunkedArray) -> list[int | float | None]:
-    """The first of each list, if there is one."""
+    """Return the first of each list, if there is one."""
     found = [one[0] if one else None for one in lists.to_pylist()]
     return _rounded(np.array([one or 0 for one in found]), np.array([one is not None for one in found], bool))
 
 
 def _rounded(values: Array, there: Array | None = None) -> list[int | float | None]:
-    """Numbers with few digits, 0 as an integer, none where they are not `there`."""
+    """Round numbers to few digits, 0 as an integer, none where they are not `there`."""
     out = np.zeros(len(values), object)
     some = np.flatnonzero(values)
     out[some] = [float(f"{value:.{_DIGITS}g}") for value in values[some].tolist()]

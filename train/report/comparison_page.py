@@ -22,7 +22,7 @@ _AGAINST = {
 
 
 def html(comparison: Comparison) -> bytes:
-    """The page. Reads `metrics.jsonl` of every run."""
+    """Draw the page. Reads `metrics.jsonl` of every run."""
     curves = {path: gather.training_curves(Path(path), 2**53) for arm in comparison.arms for path in arm.runs}
     every = {"tradeoff": _tradeoff(comparison.arms), "training": _training(comparison.arms, curves)}
     every |= {name: _against(comparison.arms, name, label) for name, label in _AGAINST.items()}
@@ -41,7 +41,7 @@ def html(comparison: Comparison) -> bytes:
 
 
 def _tradeoff(arms: Sequence[Arm]) -> go.Figure:
-    """One line per arm, through the means over its seeds, with their deviations."""
+    """Draw one line per arm, through the means over its seeds, with their deviations."""
     traces = []
     for i, arm in enumerate(arms):
         points = list(zip(*arm.tradeoff.values(), strict=False))  # of the seeds, as far as all of them reach
@@ -60,7 +60,7 @@ def _tradeoff(arms: Sequence[Arm]) -> go.Figure:
 
 
 def _training(arms: Sequence[Arm], curves: dict[str, Curves]) -> go.Figure | None:
-    """One line per run; those of an arm look the same, and the first of them is in the legend."""
+    """Draw one line per run; those of an arm look the same, and the first of them is in the legend."""
     traces = []
     for i, arm in enumerate(arms):
         for number, path in enumerate(arm.runs):
@@ -81,7 +81,7 @@ def _training(arms: Sequence[Arm], curves: dict[str, Curves]) -> go.Figure | Non
 
 
 def _against(arms: Sequence[Arm], name: str, label: str) -> go.Figure | None:
-    """A point per run."""
+    """Draw a point per run."""
     traces = []
     for i, arm in enumerate(arms):
         there = {path: one for path, one in arm.runs.items() if getattr(one, name) is not None}

@@ -43,12 +43,12 @@ _PAIRS, _CLUSTERS, _OF_A_CLUSTER, _CONTEXTS = 20, 10, 6, 3
 
 
 def training_curves(run: Path, step: int) -> Curves:
-    """What `metrics.jsonl` has up to `step`."""
+    """Return what `metrics.jsonl` has up to `step`."""
     return _curves([_flat(row) for row in Log(run / METRICS).rows() if row["step"] <= step])
 
 
 def timing_curves(run: Path, step: int) -> Curves:
-    """Speed and waiting between rows of `timing.jsonl`; a resumed run's clock starts anew."""
+    """Return speed and waiting between rows of `timing.jsonl`; a resumed run's clock starts anew."""
     found: list[dict[str, Any]] = []
     rows, seconds, first = 0.0, 0.0, None
     for row in Log(run / TIMING).rows():
@@ -64,7 +64,7 @@ def timing_curves(run: Path, step: int) -> Curves:
 
 
 def monitor_curves(run: Path, step: int) -> Curves:
-    """The trend over reports of the correlation monitor."""
+    """Return the trend over reports of the correlation monitor."""
     found = []
     for path in _monitor_reports(run):
         report = read_correlations(path)
@@ -82,18 +82,18 @@ def monitor_curves(run: Path, step: int) -> Curves:
 
 
 def _monitor_reports(run: Path) -> list[Path]:
-    """In order of step."""
+    """List the monitor's reports in order of step."""
     found = [path for path in (run / REPORTS).glob("correlation-*.json") if path.stem.split("-")[1].isdecimal()]
     return sorted(found, key=lambda path: int(path.stem.split("-")[1]))
 
 
 def read_correlations(path: Path) -> CorrelationReport:
-    """A report of the monitor. Raises `CorruptData`."""
+    """Read a report of the monitor. Raises `CorruptData`."""
     return read_record(CorrelationReport, durable.read_json(path), path)
 
 
 def duplicates(run: Path, step: int) -> Duplicates | None:
-    """The report on all held-out rows of `step`; where there is none, the last one up to it."""
+    """Return the report on all held-out rows of `step`; where there is none, the last one up to it."""
     whole = run / REPORTS / HELD_OUT
     found = [(read_correlations(path), path) for path in ([whole] if whole.is_file() else [])]
     if not found or found[0][0].step != step:
@@ -113,19 +113,19 @@ def duplicates(run: Path, step: int) -> Duplicates | None:
 
 
 def usage(run: Path) -> UsageRecord | None:
-    """What each component did so far."""
+    """Return what each component did so far."""
     path = run / USAGE
     return read_record(UsageRecord, durable.read_json(path), path) if path.is_file() else None
 
 
 def density(table: pa.Table) -> Histogram:
-    """Of all latents, without position 0; `outside` are those that are active nowhere else, or never."""
+    """Count all latents by density, without position 0; `outside` are those active nowhere else, or never."""
     values = table["density"].to_numpy()
     return histogram(values[values > 0], _DENSITY_EDGES, outside=int((values == 0).sum()))
 
 
 def at_position_0(table: pa.Table) -> Histogram | None:
-    """Of live latents."""
+    """Count live latents by the share of their active rows that are of position 0."""
     values = table["position_0_share"].drop_null().to_numpy()
     return histogram(values, _SHARE_EDGES) if len(values) else None
 
@@ -134,7 +134,7 @@ def nearest(
     table: pa.Table,
     width: int,
 ) -> Nearest:
-    """Of live latents, beside random directions of as many dimensions, `width`."""
+    """Return the largest cosines of live latents, beside those of random directions of as many dimensions, `width`."""
     first = pc.list_element(table.filter(pc.greater(pc.list_value_length(table["nearest_cosines"]), 0))
                             ["nearest_cosines"], 0).to_numpy()  # fmt: skip
     live = len(first)
@@ -152,7 +152,7 @@ def nearest(
 
 
 def examples(contexts: Path, table: pa.Table, found: Duplicates | None) -> dict[int, Example]:
-    """The latents of the first pairs and clusters, with their strongest contexts."""
+    """Return the latents of the first pairs and clusters, with their strongest contexts."""
     if not found:
         return {}
     wanted = [one.latent for pair in found.pairs[:_PAIRS] for one in pair.latents]
@@ -186,7 +186,7 @@ def examples(contexts: Path, table: pa.Table, found: Duplicates | None) -> dict[
 
 
 def store_facts(store: Store) -> StoreFacts:
-    """What a reader of the report wants to know of the store."""
+    """Return what a reader of the report wants to know of the store."""
     record, request = store.record, store.request
     rows = {s.name: len(record.training_blocks) * s.rows for s in record.plan.stored_strata}
     return StoreFacts(
@@ -208,13 +208,13 @@ def store_facts(store: Store) -> StoreFacts:
 
 
 def histogram(values: NDArray[Any], edges: NDArray[np.float64], outside: int = 0) -> Histogram:
-    """Counts of `values`; those past the first or last edge are counted at it."""
+    """Count `values` between `edges`; those past the first or last edge are counted at it."""
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
     return Histogram(edges=edges.tolist(), counts=counts.tolist(), outside=outside)
 
 
 def _nearest_of_random(count: int, width: int) -> NDArray[np.float32]:
-    """The largest cosine of each of `count` random directions with another of them."""
+    """Return the largest cosine of each of `count` random directions with another of them."""
     rows = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
     rows /= rows.norm(dim=1, keepdim=True)
     some = min(count, _RANDOM_ROWS)
@@ -244,7 +244,7 @@ def _finite(value: Any) -> float | None:
 
 
 def _flat(row: Mapping[str, Any], start: str = "") -> dict[str, Any]:
-    """Numbers by dotted names, but for held-out figures of parts, which the last evaluation has."""
+    """Return numbers by dotted names, but for held-out figures of parts, which the last evaluation has."""
     found: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, dict):

@@ -43,7 +43,7 @@ def latents_table(
     latents: pa.Table,
     contexts: pa.Table,
 ) -> pa.Table:
-    """All columns, each with a description; `latents` and `contexts` are the samples of `transcoder`.
+    """Return all columns, each with a description; `latents` and `contexts` are the samples of `transcoder`.
 
     Correlations are of latents under `threshold` on the store's report rows.
     """
@@ -77,7 +77,7 @@ def latents_table(
 
 
 def position_0_share(latents: pa.Table, store: Store) -> pa.Array:
-    """[F] the share of position 0 among the rows on which each latent is active, at natural frequencies.
+    """Return [F] the share of position 0 among the rows on which each latent is active, at natural frequencies.
 
     `density_0 * natural_0 / sum_s density_s * natural_s` over strata s: samples look at stored rows, of which a stratum
     has more or fewer than it would by nature. Null for a latent that is never active, and for all where position 0 is
@@ -101,7 +101,10 @@ def nearest(
     library: Blas,
     block: int = 1024,
 ) -> tuple[Tensor, Tensor]:  # [F, M] each, on CPU
-    """Of each of `live`, the others with the largest cosines, falling, and these; -1: no more, and for the others."""
+    """Return the others with the largest cosines to each of `live`, falling, and these cosines.
+
+    Latents are -1 where there are no more, and for those that are not live.
+    """
     latents = torch.full((len(W_dec), most), -1)
     cosines = torch.zeros(len(W_dec), most)
     rows, taken = W_dec.detach()[live.to(W_dec.device)], min(most, len(live) - 1)
@@ -115,7 +118,7 @@ def nearest(
 
 
 def peaks(contexts: pa.Table, d_sae: int) -> pa.Array:
-    """[F] lists of the distinct tokens at the peaks of each latent's top, the most frequent first, then the strongest.
+    """List [F] the distinct tokens at the peaks of each latent's top, the most frequent first, then the strongest.
 
     `contexts` are sorted by latent, the strongest first.
     """
@@ -139,7 +142,10 @@ class _Effects(NamedTuple):
 
 
 def _effects(transcoder: Transcoder, store: Store) -> dict[str, tuple[pa.Array, str]]:
-    """Columns of tokens and logits, of what an activation of 1 adds to the targets: a decoder row, in their units."""
+    """Return columns of tokens and logits, of what an activation of 1 adds to the targets.
+
+    That is a decoder row, in the targets' units.
+    """
     unknown = "null: the store has no unembedding, or its targets are not part of the residual stream"
     what = "logits that an activation of 1 adds to each directly, up to the final norm's scale"
     told = (f"tokens that it promotes most, falling; {unknown}", what, "tokens that it suppresses most", what)
@@ -157,14 +163,14 @@ def _effects(transcoder: Transcoder, store: Store) -> dict[str, tuple[pa.Array, 
 
 
 def _whole(values: Array) -> pa.Array:
-    """[F] lists of as many values each."""
+    """Return [F] lists of as many values each."""
     kind = np.float32 if values.dtype.kind == "f" else np.int32
     ends = np.arange(len(values) + 1) * values.shape[1]
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values.astype(kind).ravel()))
 
 
 def _lists(latents: Tensor, values: Tensor) -> pa.Array:
-    """[F] lists of those `values` [F, M] at which `latents` are some."""
+    """Return [F] lists of those `values` [F, M] at which `latents` are not -1."""
     there, flat = (latents >= 0).numpy(), values.numpy()
     ends = np.concatenate([[0], np.cumsum(there.sum(1))])
     kind = np.float32 if flat.dtype.kind == "f" else np.int32
@@ -172,5 +178,5 @@ def _lists(latents: Tensor, values: Tensor) -> pa.Array:
 
 
 def _stratum(column: str) -> str | None:
-    """The stratum of a column of densities."""
+    """Return the stratum of a column of densities; none for another column."""
     return column.removeprefix("density_") if column.startswith("density_") else None

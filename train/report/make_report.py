@@ -58,7 +58,7 @@ def make_report(loaded: LoadedRun, *, linear: bool = False) -> Report:
 
 
 def plots(report: Report) -> dict[str, dict[str, str]]:
-    """What a sync takes of a report: its plots as JSON of Plotly, and the verdict."""
+    """Return what a sync takes of a report: its plots as JSON of Plotly, and the verdict."""
     return {
         "plots": {name: str(one.to_json()) for name, one in figures(report).items()},
         "verdict": {check.name: f"{check.state}: {check.said}" for check in report.verdict},
@@ -95,7 +95,7 @@ def _report(loaded: LoadedRun, table: pa.Table, held_out: Evaluation, linear_fvu
 
 
 def _read(samples: Path) -> pa.Table:
-    """A file of samples. Raises `CorruptData`."""
+    """Read a file of samples. Raises `CorruptData`."""
     try:
         return pq.read_table(samples)
     except (pa.ArrowException, OSError) as error:
@@ -103,7 +103,7 @@ def _read(samples: Path) -> pa.Table:
 
 
 def _held_out(loaded: LoadedRun) -> Evaluation:
-    """As the run wrote it at that step, or else measured now."""
+    """Return the evaluation that the run wrote at that step, or else measure it now."""
     for row in reversed(Log(loaded.path / METRICS).rows()):
         if row["step"] == loaded.step and "held_out" in row:
             return Evaluation.model_validate(row["held_out"])
@@ -111,7 +111,7 @@ def _held_out(loaded: LoadedRun) -> Evaluation:
 
 
 def _publish(run: Path, report: Report, beside: dict[str, bytes]) -> None:
-    """The folder first, whole: what the page leads to is there when the page is."""
+    """Publish the folder first, whole: what the page leads to is there when the page is."""
     folder = run / FOLDER
     files = {HTML: page.html(report), MARKDOWN: page.markdown(report)}
     files[JSON] = durable.json_bytes(report.model_dump(mode="json"))

@@ -46,7 +46,7 @@ class Token(NamedTuple):
 
 
 def environment() -> Environment:
-    """Templates of all pages; whatever they are given is escaped."""
+    """Return the environment of all pages' templates; whatever they are given is escaped."""
     found = Environment(
         loader=PackageLoader("train.report", "assets"),
         autoescape=lambda name: name is not None and name.endswith(".html"),
@@ -67,18 +67,18 @@ def environment() -> Environment:
 
 
 def asset(name: str) -> Markup:
-    """A style sheet or script of this package, to stand inside a page."""
+    """Read a style sheet or script of this package, to stand inside a page."""
     return Markup(files("train.report").joinpath("assets", name).read_text())
 
 
 def embedded(value: Any) -> Markup:
-    """JSON that can stand in a script element: nothing in it ends one."""
+    """Return JSON that can stand in a script element: nothing in it ends one."""
     text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
 
 
 def html(report: Report) -> bytes:
-    """The page."""
+    """Draw the page."""
     return (
         environment()
         .get_template("report.html")
@@ -94,7 +94,7 @@ def html(report: Report) -> bytes:
 
 
 def drawn(plots: Mapping[str, go.Figure]) -> dict[str, Any]:
-    """What a template needs for plots by id: their numbers as tables, and the scripts that draw them."""
+    """Return what a template needs for plots by id: their numbers as tables, and the scripts that draw them."""
     tables = {name: table(one) for name, one in plots.items()}
     given = ",".join(f"{json.dumps(name)}:{_as_text(one).to_json()}" for name, one in plots.items())
     return {
@@ -106,14 +106,14 @@ def drawn(plots: Mapping[str, go.Figure]) -> dict[str, Any]:
 
 
 def markdown(report: Report) -> bytes:
-    """The same in short."""
+    """Return the same in short, as Markdown."""
     template = environment().get_template("report.md")
     text = template.render(report=report, states=STATES)
     return re.sub(r"\n{3,}", "\n\n", text).encode()
 
 
 def table(figure: go.Figure) -> Table:
-    """The numbers of a plot by its x values: of a histogram each bin that holds any, of curves some dozen rows.
+    """List the numbers of a plot by its x values: of a histogram each bin that holds any, of curves some dozen rows.
 
     A series of few points, such as evaluations, is there whole.
     """
@@ -138,7 +138,7 @@ def table(figure: go.Figure) -> Table:
 
 
 def tokens(context: Context) -> list[Token]:
-    """The tokens of a context, shaded by their share of its largest activation."""
+    """Return the tokens of a context, shaded by their share of its largest activation."""
     largest = max((value for value in context.activations if value), default=0.0) or 1.0
     return [
         Token(short(text), (value or 0) / largest, "not stored" if value is None else f"{value:.3g}", i == context.peak)
@@ -147,29 +147,35 @@ def tokens(context: Context) -> list[Token]:
 
 
 def short(text: str) -> str:
-    """A token as people can see it: unseen characters as signs, so that none turns text; of a long one the start."""
+    """Return a token as people can see it.
+
+    Unseen characters are shown as signs, so that none turns text; of a long token only the start is shown.
+    """
     if len(text) > _LONG:
         text = f"{text[:_LONG]}… ({len(text):,} characters)"
     return _UNSEEN.sub(lambda found: _VISIBLE.get(found[0], f"[U+{ord(found[0]):04X}]"), text)
 
 
 def plain(text: str) -> str:
-    """A name for Markdown, which nothing else escapes: no HTML, link or image, and in a table no cell, begins in it."""
+    """Escape a name for Markdown, which nothing else does.
+
+    No HTML, link or image, and in a table no cell, begins in it.
+    """
     return re.sub(r"([\\<\[\]|])", r"\\\1", text)
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share as people read it."""
+    """Format a share as people read it."""
     return f"{share:.{digits}%}"
 
 
 def thousands(count: int) -> str:
-    """A count as people read it."""
+    """Format a count as people read it."""
     return f"{count:,}"
 
 
 def told_bytes(size: float) -> str:
-    """A size as people read it."""
+    """Format a size as people read it."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
@@ -178,7 +184,7 @@ def told_bytes(size: float) -> str:
 
 
 def flat(settings: dict[str, Any], start: str = "") -> dict[str, str]:
-    """Settings by dotted names, as `--set` takes them."""
+    """Return settings by dotted names, as `--set` takes them."""
     found: dict[str, str] = {}
     for name, value in settings.items():
         found |= flat(value, f"{start}{name}.") if isinstance(value, dict) else {f"{start}{name}": json.dumps(value)}
@@ -186,7 +192,10 @@ def flat(settings: dict[str, Any], start: str = "") -> dict[str, str]:
 
 
 def _as_text(figure: go.Figure) -> go.Figure:
-    """A copy in which no name is markup: Plotly takes some elements of HTML in texts for such, links among them."""
+    """Return a copy in which no name is markup.
+
+    Plotly takes some elements of HTML in texts for markup, links among them.
+    """
     found = go.Figure(figure)
     for trace in found.data:
         trace.name = escape(trace.name, quote=False)

@@ -19,7 +19,7 @@ _MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 
 
 def figures(report: Report) -> dict[str, go.Figure]:
-    """By id, those that there is anything for."""
+    """Draw all plots that there is anything for, by id."""
     every = {
         "fvu": _fvu(report),
         "l0": _l0(report),
@@ -97,7 +97,7 @@ def _lines(
 
 
 def log_axis(traces: Sequence[go.Scatter]) -> dict[str, Any]:
-    """Labels at 1, 2 and 5 of every power of ten where there are few of them, else at powers alone.
+    """Put labels at 1, 2 and 5 of every power of ten where there are few of them, else at powers alone.
 
     Values of one size have a linear axis.
     """
@@ -112,7 +112,7 @@ def log_axis(traces: Sequence[go.Scatter]) -> dict[str, Any]:
 
 
 def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Every n-th of many points, and the last."""
+    """Return every n-th of many points, and the last."""
     every = -(-len(points) // _MOST_POINTS)
     return points if every == 1 else [*points[:-1:every], points[-1]]
 
@@ -166,7 +166,7 @@ def _centres(found: Histogram) -> list[float]:
 def figure(
     traces: list[Any], x_title: str, y_title: str, x: dict[str, Any] | None = None, y: dict[str, Any] | None = None
 ) -> go.Figure:
-    """Traces with titled axes, in no colours of their own."""
+    """Draw traces with titled axes, in no colours of their own."""
     return go.Figure(traces).update_layout(
         template="none",
         xaxis={"title": {"text": x_title}, "automargin": True, **(x or {})},
@@ -176,7 +176,7 @@ def figure(
 
 
 def look(i: int) -> dict[str, Any]:
-    """Dash and marker of the i-th series."""
+    """Return the dash and marker of the i-th series."""
     return {
         "line": {"dash": _DASHES[i % len(_DASHES)], "width": 2},
         "marker": {"symbol": _MARKERS[i % len(_MARKERS)], "size": 8},

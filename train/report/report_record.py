@@ -36,7 +36,7 @@ class Curves(Config):
     series: dict[str, list[float | None]]
 
     def of(self, *names: str) -> dict[str, list[float | None]]:
-        """Some series by name, those that are there."""
+        """Return some series by name, those that are there."""
         return {name: self.series[name] for name in names if name in self.series}
 
 

@@ -14,7 +14,7 @@ _TENTH = 0.1
 
 
 def verdict(report: Report) -> list[Check]:
-    """All checks that the report has figures for, in the order in which a reader asks."""
+    """List all checks that the report has figures for, in the order in which a reader asks."""
     return [
         *_finished(report),
         *_reconstruction(report),
@@ -34,7 +34,7 @@ def verdict(report: Report) -> list[Check]:
 
 
 def _check(name: str, said: str, figure: float, look: float, bad: float, see: str) -> Check:
-    """Figures are worse the larger they are; where `look` is above `bad`, the smaller."""
+    """Judge a figure that is worse the larger it is; where `look` is above `bad`, the smaller."""
     sign = 1 if bad >= look else -1
     state: State = "bad" if sign * figure > sign * bad else "look" if sign * figure > sign * look else "good"
     return Check(name=name, state=state, said=said, figure=figure, look_beyond=look, bad_beyond=bad, see=see)
@@ -74,7 +74,7 @@ def _generalisation(report: Report) -> Iterator[Check]:
 
 
 def _convergence(report: Report) -> Iterator[Check]:
-    """Before the learning rate falls: after that fvu does in any case."""
+    """Check whether fvu still falls before the learning rate does: after that it falls in any case."""
     end = report.steps * (1 - report.decay_share)
     if report.step >= end and (fall := _fall(report, end)) is not None:
         said = f"In the last tenth before the learning rate falls, fvu {_moved(fall)}"
@@ -88,7 +88,7 @@ def _stability(report: Report) -> Iterator[Check]:
 
 
 def _fall(report: Report, end: float) -> float | None:
-    """How much lower fvu is over the tenth of the run before step `end` than over the tenth before that, as a share."""
+    """Return by what share fvu is lower over the tenth of the run before step `end` than over the tenth before."""
     fvus = report.training.series.get("fvu_natural", [])
     found = [(step, value) for step, value in zip(report.training.steps, fvus, strict=True) if value is not None]
     tenth = report.steps * _TENTH
@@ -148,7 +148,7 @@ def _position_0(report: Report) -> Iterator[Check]:
 
 
 def _outliers(report: Report) -> Iterator[Check]:
-    """Whether rows that are enormous or constant take latents from the others: outliers, and position 0."""
+    """Check whether rows that are enormous or constant take latents from the others: outliers, and position 0."""
     first, out = report.held_out.strata.get(POSITION_0), report.held_out.outliers
     named = [("position 0", first.l0) if first else None, ("an outlier", out.l0) if out else None]
     found = [part for part in named if part]

@@ -9,7 +9,7 @@ from shared.errors import UserError
 
 
 def arithmetic(device: str) -> dict[str, str]:
-    """As it is in this process; recorded in every checkpoint."""
+    """Return what the last bits depend on in this process; recorded in every checkpoint."""
     found = {
         "threads": str(torch.get_num_threads()),
         "loop_threads": str(numba.get_num_threads()),

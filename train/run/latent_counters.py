@@ -13,7 +13,7 @@ class Counters:
     """Rows since each latent fired, and a running threshold: training state that evaluation does not touch."""
 
     def __init__(self, d_sae: int, dead_after: int, device: torch.device) -> None:
-        """A latent is dead when it has not fired for `dead_after` rows."""
+        """Start from zero. A latent is dead when it has not fired for `dead_after` rows."""
         self._dead_after = dead_after
         self.rows_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.threshold = torch.zeros((), dtype=torch.float32, device=device)
@@ -28,11 +28,11 @@ class Counters:
         self.threshold.copy_(decay * self.threshold + (1 - decay) * step.threshold)
 
     def dead(self) -> Tensor:
-        """Which latents [F] are dead, bool."""
+        """Return which latents [F] are dead, bool."""
         return self.rows_since_fired >= self._dead_after
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"rows_since_fired": self.rows_since_fired, "running_threshold": self.threshold}
 
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -75,7 +75,7 @@ def samples_of(loaded: LoadedRun, settings: SamplesConfig) -> Samples:
 
 
 def open_store(run: Path, config: RunConfig, store_path: Path | None = None, local: Local | None = None) -> Store:
-    """The store of `run`, or another one of the same widths. Raises `UserError`."""
+    """Open the store of `run`, or another one of the same widths. Raises `UserError`."""
     store = Store.open(store_path or config.store, local)
     d_in, d_out = source_width(store, config.settings.source), store.record.d_out
     if (d_in, d_out) != (config.d_in, config.d_out):
@@ -94,7 +94,7 @@ def rows_of(config: RunConfig, store: Store) -> StoreRows:
 
 
 def build_transcoder(config: RunConfig, store: Store) -> Transcoder:
-    """The transcoder of a run with its store's normalisation, not initialised."""
+    """Build the transcoder of a run with its store's normalisation, not initialised."""
     settings = config.settings
     shift_and_scale = normalisation(store, settings.source)
     model = Transcoder(config.d_in, config.d_out, settings.transcoder, settings.activation, shift_and_scale)

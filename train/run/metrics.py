@@ -80,7 +80,7 @@ class Window:
             self._terms[name] = self._terms.get(name, torch.zeros_like(term, dtype=torch.float64)) + term
 
     def row(self) -> dict[str, Any]:
-        """The window's figures; then it starts anew.
+        """Return the window's figures; then it starts anew.
 
         Overall figures leave position 0 out, and are over the rows as drawn, but for `fvu_natural`.
         """
@@ -119,7 +119,7 @@ class Window:
         return row
 
     def state(self) -> dict[str, Tensor]:
-        """The open window, for a checkpoint."""
+        """Return the open window, for a checkpoint."""
         return {f"window.{k}": v for k, v in self._sums.items()} | {
             f"window.terms.{k}": v for k, v in self._terms.items()
         }
@@ -137,7 +137,7 @@ class Window:
 
 
 def _fvu(sums: dict[str, Tensor], sizes: Tensor, weights: Tensor) -> list[float]:
-    """Fvu per prefix; rows of each stratum count by `weights` [S], which are importance weights."""
+    """Return fvu per prefix; rows of each stratum count by `weights` [S], which are importance weights."""
     squares = float(weights @ sums["squares"])
     total = squares - float((weights @ sums["target"]).square().sum()) / max(float(weights @ sizes.double()), 1e-300)
     total = total if total > 1e-6 * squares else 0.0  # sums of a batch are in float32: one row repeated has no variance
@@ -145,7 +145,7 @@ def _fvu(sums: dict[str, Tensor], sizes: Tensor, weights: Tensor) -> list[float]
 
 
 def _share(part: Tensor, whole: Tensor) -> float:
-    """`part` over `whole`; 0 where there is nothing."""
+    """Return `part` over `whole`; 0 where there is nothing."""
     return float(part) / float(whole) if float(whole) else 0.0
 
 
@@ -166,7 +166,7 @@ class Log:
             self.lost_rows += 1
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows, a torn last one left out; none where there is no file."""
+        """Return all rows, a torn last one left out; none where there is no file."""
         return [row for _, row in self._lines()]
 
     def cut(self, step: int) -> None:
@@ -177,7 +177,7 @@ class Log:
                 durable.truncate(self.path, size)
 
     def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Where each row ends in the file, and the row."""
+        """Yield where each row ends in the file, and the row."""
         end = 0
         for line in self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else ():
             end += len(line)
@@ -187,7 +187,7 @@ class Log:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A row that has its step; none for what is no row."""
+    """Return a row that has its step; none for what is no row."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

@@ -53,7 +53,7 @@ class OptimizerConfig(Config):
         return self.model_copy(update={"warmup_steps": warmup, "lr": lr, "decoder_rate": rate})
 
     def lr_at(self, step: int, steps: int) -> float:
-        """The learning rate of `step`, counted from 0, in a run of `steps`."""
+        """Return the learning rate of `step`, counted from 0, in a run of `steps`."""
         assert self.lr != "auto", "resolve the configuration first"
         rise = min(1.0, (step + 1) / ((self.warmup_steps or 0) + 1))
         decay = self.decay_share * steps
@@ -74,7 +74,7 @@ class Optimizer:
         self._adam = kind(transcoder, config)
 
     def step(self, losses: Sequence[Tensor], step: int) -> tuple[float, Tensor]:
-        """Backward, one loss after the other, and update.
+        """Run backward, one loss after the other, and update.
 
         Returns the learning rate and the gradients' norm before clipping. The first loss should be the one that reaches
         every latent: it writes gradients, and those after it add to them.
@@ -86,7 +86,7 @@ class Optimizer:
         return lr, self._adam.update(lr, self._config.max_grad_norm or float("inf"))
 
     def state(self) -> dict[str, Tensor]:
-        """Adam's state by `<parameter>.<name>`."""
+        """Return Adam's state by `<parameter>.<name>`."""
         return self._adam.state()
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -183,7 +183,7 @@ class CompiledAdam:
 
 
 def _rows(tensor: Tensor) -> NDArray[Any]:
-    """A parameter, its gradient or a moment as rows that lie one after the other in memory."""
+    """Return a parameter, its gradient or a moment as rows that lie one after the other in memory."""
     tensor = tensor.detach()
     if tensor.dim() == 1:
         tensor = tensor.unsqueeze(0)

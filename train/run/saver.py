@@ -46,7 +46,7 @@ class CheckpointConfig(Config):
     """Whether training goes on while one is written, from a copy in memory; false: it waits, and needs no copy."""
 
     def kept(self, found: Sequence[Checkpoint]) -> set[int]:
-        """Which of `found`, oldest first, are kept, by step."""
+        """Return which of `found`, oldest first, are kept, by step."""
         steps, size = [one.step for one in found], {one.step: one.state.bytes for one in found}
         fvu = {one.step: one.state.held_out.fvu for one in found if one.state.held_out}
         best = sorted(fvu, key=lambda step: (fvu[step], step))[: self.keep_best]
@@ -60,7 +60,7 @@ class CheckpointConfig(Config):
         return kept
 
     def most(self, steps: int, size: int) -> int:
-        """Bytes that a run of `steps` takes at most for checkpoints of `size`, the one being written included."""
+        """Return the most bytes that `steps` steps take for checkpoints of `size`, the one being written included."""
         many = (
             self.keep_last + self.keep_best + (steps // math.lcm(self.every, self.keep_every) if self.keep_every else 0)
         )
@@ -106,9 +106,10 @@ class Saver:
         fallback: Path | None = None,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`size`: bytes of a checkpoint, about. `logs` are forced to disk before a checkpoint is published.
+        """Set up saving. `size`: bytes of a checkpoint, about.
 
-        `fallback`: a run's folder on another disk, for when this one is full. `failed` is called for each that is lost.
+        `logs` are forced to disk before a checkpoint is published. `fallback`: a run's folder on another disk, for when
+        this one is full. `failed` is called for each that is lost.
         """
         self._run, self._config, self._arithmetic, self._size = run, config, arithmetic, size
         self._logs, self._fallback, self._failed = logs, fallback, failed
@@ -155,7 +156,7 @@ class Saver:
         self._prune(self._run)
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is published or lost."""
+        """Wait until the checkpoint that is being written is published or lost."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -251,7 +252,7 @@ class Saver:
         del self._valid[one.path]
 
     def _found(self, run: Path) -> list[Checkpoint]:
-        """The valid ones of a folder, oldest first: others do not count, and are not touched."""
+        """List the valid checkpoints of a folder, oldest first: others do not count, and are not touched."""
         paths = checkpoint.steps(run)
         for path in paths:
             if path not in self._valid and checkpoint.verify(path) is None:
@@ -284,7 +285,7 @@ def bring_home(run: Path, fallback: Path) -> None:
 
 
 def _copy(tensors: Tensors) -> Tensors:
-    """On the same device: training changes its own on."""
+    """Copy tensors on the same device: training goes on changing its own."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 

@@ -76,7 +76,7 @@ def prove(settings: Settings) -> None:
 
 
 def _moved(terms: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
-    """`parameter` after a small step down the gradient of a term, as it is where the term gives none."""
+    """Return `parameter` after a small step down the gradient of a term, as it is where the term gives none."""
     if parameter.grad is not None:
         parameter.grad.zero_()
     if name in terms:
@@ -92,7 +92,7 @@ def _cosine(W_dec: Tensor) -> float:
 
 
 def _together(active: SparseLatents, values: Tensor) -> float:
-    """The summed product of the planted latents' values."""
+    """Return the summed product of the planted latents' values."""
     dense = torch.zeros(len(active.starts) - 1, active.d_sae)
     dense[active.rows, active.latents] = values
     return float(dense[:, _SAME].prod(1).sum())

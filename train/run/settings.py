@@ -117,7 +117,7 @@ def load_settings(
 
 
 def read_config(run: Path) -> RunConfig:
-    """`config.json` of a run. Raises `UserError` when `run` is none."""
+    """Read `config.json` of a run. Raises `UserError` when `run` is none."""
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is not a run: it has no {CONFIG}")
     config = read_record(RunConfig, durable.read_json(run / CONFIG), run / CONFIG)
@@ -128,7 +128,7 @@ def read_config(run: Path) -> RunConfig:
 
 
 def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConfig:
-    """The run that `settings` ask for on `store`, every automatic choice made. Raises `UserError`."""
+    """Return the run that `settings` ask for on `store`, every automatic choice made. Raises `UserError`."""
     record, exclusion = store.record, resolve_exclusion(store, settings)
     if settings.device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device must be auto, cpu or cuda, got {settings.device}")
@@ -251,7 +251,7 @@ def _blas(wanted: Literal["auto", "torch", "numpy"], device: str) -> Blas:
 
 
 def default_kernels(device: str) -> Kernels:
-    """What `auto` takes on a device."""
+    """Return what `auto` takes on a device."""
     return "compiled" if device == "cpu" else "plain"
 
 
@@ -279,7 +279,10 @@ def _product_dtype(wanted: Literal["auto", ProductDtype], kernels: Kernels, acti
 
 
 def checkpoint_bytes(settings: Settings, d_in: int, d_out: int) -> int:
-    """Bytes of one checkpoint at most: three float32 numbers per parameter, the counters, the monitor's open sample."""
+    """Return how many bytes one checkpoint takes at most.
+
+    Three float32 numbers per parameter, the counters, the monitor's open sample.
+    """
     shape, activation, batch = settings.transcoder, settings.activation, settings.rows.batch_rows
     assert isinstance(shape.d_sae, int)
     skip = d_in * d_out if shape.skip else 0

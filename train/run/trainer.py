@@ -54,7 +54,10 @@ class Trainer:
         fallback: Path | None = None,
         inexact: bool = False,
     ) -> None:
-        """`fallback`: a run's folder for checkpoints that have no room here. `inexact`: see `require_same`."""
+        """Set up a run.
+
+        `fallback`: a run's folder for checkpoints that have no room here. `inexact`: see `require_same`.
+        """
         store = store.excluding(config.exclusion)
         self._store, self._config, self._path, self._rows = store, config, path, rows_of(config, store)
         self._settings = config.settings
@@ -159,7 +162,7 @@ class Trainer:
                     raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
 
     def _finish(self, stop: list[int]) -> None:
-        """What follows the last checkpoint; resuming a finished run makes it anew where some of it is missing."""
+        """Do what follows the last checkpoint; resuming a finished run makes it anew where some of it is missing."""
         monitor, samples = self._settings.monitor.every != 0, self._settings.samples.rows > 0
         steps = self._settings.steps
         there = (not monitor or self._monitor.reported_held_out) and (not samples or self._sampled)
@@ -226,7 +229,10 @@ class Trainer:
         return found
 
     def _threshold(self, done: int) -> Tensor:
-        """Calibrated inference thresholds [F] of the present weights; a step that needs them twice calibrates once."""
+        """Return calibrated inference thresholds [F] of the present weights.
+
+        A step that needs them twice calibrates once.
+        """
         if self._calibrated is None or self._calibrated[0] != done:
             self._calibrated = done, calibrate(self._transcoder, self._rows)
         return self._calibrated[1]
@@ -250,7 +256,7 @@ class Trainer:
         return all(path.is_file() for path in paths(self._path, self._settings.steps))
 
     def _sample(self, stop: list[int]) -> None:
-        """Samples of the last step. A full disk costs the files and one warning, never the run."""
+        """Write samples of the last step. A full disk costs the files and one warning, never the run."""
         done, settings = self._settings.steps, self._settings.samples
         try:
             found = make_samples(
@@ -272,7 +278,7 @@ class Trainer:
             warn(f"{error}; the run is finished, and has no samples")
 
     def _initialise(self, initial: Checkpoint | None, resumed: Checkpoint | None) -> None:
-        """Weights from `resumed`, with all other state; else from `initial`, weights only; else random."""
+        """Take weights from `resumed`, with all other state; else from `initial`, weights only; else random."""
         if resumed:
             self._transcoder.load_checkpoint(resumed)
             tensors = checkpoint.load_state(path := resumed.path / checkpoint.OPTIMIZER)
@@ -288,14 +294,17 @@ class Trainer:
             self._transcoder.initialise(self._settings.seed)
 
     def _l0_by_running_threshold(self, pre_acts: Tensor | None) -> float:
-        """Active latents per row of one batch by the running threshold, without position 0."""
+        """Return active latents per row of one batch by the running threshold, without position 0."""
         assert pre_acts is not None, "a step that is logged has all pre-activations"
         counts, strata = (pre_acts > self._counters.threshold).sum(1), self._reader.slices()
         rows = [counts[s] for name, s in strata.items() if name != POSITION_0 or len(strata) == 1]
         return float(torch.cat(rows).double().mean())
 
     def _note_nan(self, loss: Tensor, source: Tensor, step: int) -> None:
-        """A source that is not finite need not show in the loss: no comparison selects a NaN."""
+        """Note the first step whose loss or source is not finite.
+
+        Such a source need not show in the loss: no comparison selects a NaN.
+        """
         finite = torch.isfinite(loss) & torch.isfinite(source.sum())
         self._first_bad = torch.where(finite, self._first_bad, self._first_bad.clamp_max(step))
 
@@ -310,6 +319,6 @@ class Trainer:
 
 
 def use_threads(count: int) -> None:
-    """As many CPU threads for torch and for the compiled loops."""
+    """Use `count` CPU threads for torch, and as many for the compiled loops."""
     torch.set_num_threads(count)
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))

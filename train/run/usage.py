@@ -45,7 +45,7 @@ class UsageRecord(Config):
 
 
 def components(settings: Settings) -> dict[str, str]:
-    """Which components the settings switch on, and what the effect of each counts."""
+    """Return which components the settings switch on, and what the effect of each counts."""
     diversity, term = settings.diversity, "weighted loss, summed over steps"
     wanted = {
         "reconstruction": True,
@@ -83,7 +83,7 @@ class Usage:
             self._effect[name] += effect
 
     def take_back(self, name: str) -> None:
-        """Of a call that was counted before it failed: it had no effect."""
+        """Take back the effect of a call that was counted before it failed: it had none."""
         self._effect[name] -= 1
 
     def effects(self, terms: dict[str, float], steps: int) -> None:
@@ -115,7 +115,7 @@ class Usage:
         return record
 
     def finished(self, step: int) -> bool:
-        """Whether the file has been published after the last step, with all that follows it."""
+        """Tell whether the file has been published after the last step, with all that follows it."""
         if not self._path.is_file():
             return False
         record = read_record(UsageRecord, durable.read_json(self._path), self._path)
@@ -130,7 +130,7 @@ class Usage:
             raise ProjectError(f"configured, and never ran in {step} steps: {', '.join(unused)} ({self._path})")
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
+        """Return the counts, for a checkpoint."""
         return {
             "usage.calls": torch.tensor([self._calls[name] for name in self._kept]),
             "usage.effect": torch.tensor([self._effect[name] for name in self._kept], dtype=torch.float64),

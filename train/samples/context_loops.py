@@ -52,7 +52,10 @@ def profile(
     windows: Array,
     largest: Array,
 ) -> None:
-    """Of every latent: rows and summed activation by stratum [F, P], sequences [F], and its largest activation [F]."""
+    """Fill in the figures of every latent.
+
+    They are rows and summed activation by stratum [F, P], sequences [F], and its largest activation [F].
+    """
     for f in range(len(starts) - 1):
         last = -1
         for pair in range(starts[f], starts[f + 1]):
@@ -87,7 +90,10 @@ def _take(preferred: Array, stratum: Array, most: int, out: Array) -> None:
 
 @njit(cache=True, nogil=True)
 def _windows(low: int, high: int, places: Array, values: Array, repeats: Array, context_size: int) -> Array:
-    """The largest pair of every sequence, the first of equals, by falling value; `repeats` [S * T] are left out."""
+    """Return the largest pair of every sequence, the first of equals, by falling value.
+
+    `repeats` [S * T] are left out.
+    """
     found, count, last = np.empty(high - low, np.int64), 0, -1
     for pair in range(low, high):
         if repeats[places[pair]]:
@@ -152,7 +158,7 @@ def select(
 
 @njit(cache=True, nogil=True)
 def _find(wanted: int, among: Array) -> Any:
-    """Where `wanted` is in `among`, which rises; -1 if it is not."""
+    """Return where `wanted` is in `among`, which rises; -1 if it is not."""
     at = np.searchsorted(among, wanted)
     return at if at < len(among) and among[at] == wanted else -1
 
@@ -178,7 +184,7 @@ def contexts(
     activations: Array,
     stored: Array,
 ) -> None:
-    """The contexts around places `peaks` [n] and what `latents` [n] are there: `activations` and `stored` [n, C].
+    """Find the contexts around places `peaks` [n] and what `latents` [n] are there: `activations` and `stored` [n, C].
 
     `first` [n] is the place of a context's first token, `length` [n] how many it has, and `position` [n] the peak's.
     `after` tokens follow the peak, where there are as many. A context stays in its sequence, and in its document where

@@ -102,7 +102,7 @@ class _Rows(NamedTuple):
     """[N] float32"""
 
     def of(self, kept: Array) -> "_Rows":
-        """Those that are `kept`, [R] bool."""
+        """Return those that are `kept`, [R] bool."""
         pairs = np.repeat(kept, self.counts)
         return _Rows(self.places[kept], self.strata[kept], self.counts[kept], self.latents[pairs], self.values[pairs])
 
@@ -161,7 +161,7 @@ def encode(
 
 
 def _extent(store: Store, blocks: range, most_rows: int) -> tuple[int, int]:
-    """How many sequences have `most_rows` stored rows at most, but one at least; and how many rows they have."""
+    """Return how many sequences have `most_rows` stored rows at most, but one at least; and how many rows they have."""
     strata, per_block = store.strata.values(), store.request.block_sequences
     in_block = sum(s.stratum.rows for s in strata)
     whole = min(most_rows // in_block, len(blocks))
@@ -178,7 +178,7 @@ def _extent(store: Store, blocks: range, most_rows: int) -> tuple[int, int]:
 
 
 def _marks(array: MappedArray, rows: int, block: int) -> Array:
-    """The part of a block, with `rows` rows, of an array of integers."""
+    """Read the part of a block, with `rows` rows, of an array of integers."""
     out = np.empty(rows, array.spec.dtype)
     array.read(block * rows, (block + 1) * rows, out)
     return out.astype(np.int64)
@@ -200,9 +200,10 @@ class _Encoder:
         self._rows = 0
 
     def block(self, block: int, done: int, sequences: int, most_pairs: int) -> tuple[_Rows, int]:
-        """The rows of the first `sequences` of a block, `done` lying before it, each once; and how many sequences.
+        """Return the rows of the first `sequences` of a block, each once, and how many sequences these are.
 
-        They are half as many, as often as it takes for `most_pairs`; the very first is kept in any case.
+        `done` sequences lie before the block. `sequences` is halved as often as it takes for `most_pairs`; the very
+        first is kept in any case.
         """
         context, per_block = self._store.request.context_size, self._store.request.block_sequences
         found, least = [_NO_ROWS], 0 if done else 1
@@ -230,7 +231,7 @@ class _Encoder:
         return whole if once.all() else whole.of(once), sequences
 
     def _chunk(self, array: MappedArray, start: int, places: Array, wanted: Array, stratum: int) -> _Rows:
-        """The `wanted` rows of a chunk of one stratum."""
+        """Encode the `wanted` rows of a chunk of one stratum."""
         device, storage, model = self._transcoder.W_enc.device, self._store.request.storage, self._transcoder
         rows = read_rows(array, start, start + len(places), storage, device)
         if len(wanted) < len(places):
@@ -248,14 +249,17 @@ class _Encoder:
 
 
 def outliers_of(store: Store, stratum: str, block: int, rows: int) -> Array:
-    """The outliers of a block, counted from its first of `rows` rows of the stratum: their contexts are not shown."""
+    """Return the outliers of a block, counted from its first of `rows` rows of the stratum.
+
+    Their contexts are not shown.
+    """
     found = store.outliers[stratum]
     low, high = np.searchsorted(found, [block * rows, (block + 1) * rows])
     return found[low:high] - block * rows
 
 
 def _by_latent(found: list[_Rows], d_sae: int) -> tuple[Array, Array, Array]:
-    """Starts [F + 1], places [N] and values [N] of the pairs, grouped by latent; takes `found` to pieces."""
+    """Return starts [F + 1], places [N] and values [N] of the pairs, grouped by latent; takes `found` to pieces."""
     counts = sum(np.bincount(part.latents, minlength=d_sae) for part in found)
     starts = np.concatenate([[0], np.cumsum(counts)])
     ends, places, values = starts[:-1].copy(), np.empty(starts[-1], np.int32), np.empty(starts[-1], np.float32)

@@ -25,7 +25,7 @@ def make_samples(
     step: int,
     stop: Sequence[object] = (),
 ) -> Samples:
-    """Samples of `transcoder` as it is at `step`, from `blocks`.
+    """Make samples of `transcoder` as it is at `step`, from `blocks`.
 
     Raises `Stopped` when `stop` is filled meanwhile.
     """

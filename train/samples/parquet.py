@@ -65,12 +65,12 @@ class Samples(NamedTuple):
 
 
 def paths(run: Path, step: int) -> tuple[Path, Path]:
-    """The files of contexts and of latents."""
+    """Return the files of contexts and of latents."""
     return run / FOLDER / f"step-{step:06d}.parquet", run / FOLDER / f"latents-{step:06d}.parquet"
 
 
 def contexts_table(found: Activations, chosen: Selection, context: int, tokenizer: Path) -> pa.Table:
-    """A row per sample, of `context` tokens at most; without `tokenizer`, a file, their text is null."""
+    """Make a row per sample, of `context` tokens at most; without `tokenizer`, a file, their text is null."""
     n, (known_tokens, known_places) = len(chosen.pairs), found.known
     context = min(context, found.tokens.shape[1])
     peaks = found.places[chosen.pairs].astype(np.int64)
@@ -116,7 +116,7 @@ def contexts_table(found: Activations, chosen: Selection, context: int, tokenize
 
 
 def latents_table(found: Activations, chosen: Selection, prefixes: Array, weights: Array) -> pa.Table:
-    """A row per latent; `prefixes` [F] hold them, and rows of each stratum weigh `weights` [P] in the whole."""
+    """Make a row per latent; `prefixes` [F] hold them, and rows of each stratum weigh `weights` [P] in the whole."""
     shape = (found.d_sae, len(found.strata))
     rows, windows = np.zeros(shape, np.int64), np.zeros(found.d_sae, np.int64)
     sums, largest = np.zeros(shape), np.zeros(found.d_sae, np.float32)
@@ -168,7 +168,7 @@ def _table(columns: dict[str, tuple[pa.Array, str]]) -> pa.Table:
 
 
 def parquet(table: pa.Table) -> bytes:
-    """The table as a file."""
+    """Return the table as a file."""
     out = pa.BufferOutputStream()
     pq.write_table(table, out, compression="zstd", row_group_size=_GROUP_ROWS)
     return out.getvalue().to_pybytes()

@@ -42,7 +42,7 @@ class SamplesConfig(Config):
     """Tokens of a context, at most: a fourth of them after the peak."""
 
     def most_of(self, wanted: int) -> int:
-        """How many of `wanted` contexts may come from one stratum."""
+        """Return how many of `wanted` contexts may come from one stratum."""
         return math.ceil(round(self.max_stratum_share * wanted, 9))
 
 

@@ -9,7 +9,7 @@ from shared.errors import CorruptData
 
 
 def pieces(file: Path, tokens: Sequence[int]) -> list[str]:
-    """What each of `tokens` adds to a text before it, spaces included, by the tokenizer in `file`.
+    """Return what each of `tokens` adds to a text before it, spaces included, by the tokenizer in `file`.
 
     Bytes that are not whole characters are U+FFFD, special tokens their names, and what the tokenizer does not know its
     number in angle brackets. Raises `CorruptData` when the file is no tokenizer.

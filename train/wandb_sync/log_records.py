@@ -27,7 +27,7 @@ class Records:
         self._newest = {METRICS: -1, TIMING: -1}
 
     def ready(self, complete: bool) -> Iterator[tuple[int, Row]]:
-        """Steps and their rows, in order: those to which nothing is added any more, or all of a `complete` run.
+        """Yield steps and their rows, in order: those to which nothing is added any more, or all of a `complete` run.
 
         So the last step's, to which the reports after it belong, waits for the run's end.
         """
@@ -56,7 +56,7 @@ class Records:
         return self._steps
 
     def usage(self) -> Row:
-        """Calls and effect of every component so far."""
+        """Return calls and effect of every component so far."""
         with suppress(FileNotFoundError):
             record = json.loads((self._run / USAGE).read_bytes())
             found = {name: {key: of[key] for key in ("calls", "effect")} for name, of in record["components"].items()}
@@ -64,13 +64,16 @@ class Records:
         return {}
 
     def held_out(self) -> Row:
-        """The summary of the report of held-out rows."""
+        """Return the summary of the report of held-out rows."""
         with suppress(FileNotFoundError):
             return summary(json.loads((self._run / REPORTS / HELD_OUT).read_bytes()), "correlation_held_out")
         return {}
 
     def histograms(self) -> dict[str, tuple[Any, Any]]:
-        """Counts and edges: latents by the logarithm of their density, listed pairs by correlation; those there are."""
+        """Return counts and edges of those histograms that there are.
+
+        They are of latents by the logarithm of their density, and of listed pairs by correlation.
+        """
         import numpy as np
         import pyarrow.parquet as pq
 
@@ -85,7 +88,7 @@ class Records:
 
 
 def flatten(value: Row) -> Row:
-    """Nested objects as one, without lists and nulls: `{"a": {"0.5": 1}}` becomes `{"a/0_5": 1}`.
+    """Return nested objects as one, without lists and nulls: `{"a": {"0.5": 1}}` becomes `{"a/0_5": 1}`.
 
     Points become underscores: W&B takes `a.b` for a path of its own.
     """
@@ -100,7 +103,7 @@ def flatten(value: Row) -> Row:
 
 
 def summary(report: Row, name: str) -> Row:
-    """A report's figures: all but the listed pairs and clusters, of which there are the numbers."""
+    """Return a report's figures: all but the listed pairs and clusters, of which there are the numbers."""
     counts = {"pairs_listed": len(report["pairs"]), "clusters": len(report["clusters"])}
     figures = {key: part for key, part in report.items() if key not in ("schema_version", "step", "sample")}
     return flatten({name: figures | counts})

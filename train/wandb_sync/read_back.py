@@ -15,12 +15,12 @@ WHOLE, FIRST, MIDDLE, LAST = range(1, 5)
 
 
 def steps(path: Path) -> set[int]:
-    """The steps with a row of history in the file `path`."""
+    """Return the steps with a row of history in the file `path`."""
     return {record.history.step.num for record in records(path) if record.WhichOneof("record_type") == "history"}
 
 
 def records(path: Path) -> Iterator[Any]:
-    """The whole records of the file; what is torn is left out."""
+    """Yield the whole records of the file; what is torn is left out."""
     from wandb.proto import wandb_internal_pb2
 
     for data in _serialised(path.read_bytes()):

@@ -57,7 +57,7 @@ def kill_marked(run: Path) -> None:
 
 
 def marked(run: Path) -> list[int]:
-    """The living processes of the sync of `run`, this one left out."""
+    """List the living processes of the sync of `run`, this one left out."""
     wanted, found = os.fsencode(f"{MARK}={run.resolve()}"), []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # it has ended, or is another user's
@@ -67,7 +67,7 @@ def marked(run: Path) -> list[int]:
 
 
 def unsent(run: Path) -> list[Path]:
-    """What was synced offline and is not uploaded, oldest first."""
+    """List what was synced offline and is not uploaded, oldest first."""
     found = sorted((run / FOLDER).glob("offline-run-*/run-*.wandb"))
     return [path for path in found if not path.with_name(path.name + ".synced").exists()]
 
@@ -95,7 +95,7 @@ def _start(run: Path, project: str) -> subprocess.Popen[bytes] | None:
 
 
 def _paths() -> list[str]:
-    """Where the worker finds this project, and what the environment says."""
+    """List where the worker finds this project, and what the environment says."""
     return [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 

@@ -114,7 +114,7 @@ class Child:
         durable.publish_json(self._folder / STATE, self._state | {"step": last})
 
     def _open(self) -> Any:
-        """The W&B run; a server that does not answer soon has the sync start again, offline."""
+        """Return the W&B run; a server that does not answer soon has the sync start again, offline."""
         if self._wandb:
             return self._wandb
         import wandb
@@ -158,7 +158,7 @@ class Child:
                 self._again(offline=True)
 
     def _at_the_end(self, records: Records) -> Row:
-        """What is written after the last step."""
+        """Return what is written after the last step."""
         import wandb
 
         histograms = records.histograms().items()
@@ -184,7 +184,7 @@ class Child:
         return {steps + number}
 
     def _open_state(self) -> None:
-        """The run's identity at W&B, made once, and the step up to which everything is known to be synced."""
+        """Read the run's identity at W&B, made once, and the step up to which everything is known to be synced."""
         path = self._folder / STATE
         if not path.exists() and (before := self._folder / _STATE_BEFORE).exists():
             durable.publish_json(path, durable.read_json(before))
@@ -195,7 +195,7 @@ class Child:
             _say(f"the run stays in the project {self._state['project']}; remove {self._folder} to sync it anew")
 
     def _why_offline(self) -> str | None:
-        """Why the sync is to be offline; empty: it is not; none: there is to be no sync."""
+        """Tell why the sync is to be offline; empty: it is not; none: there is to be no sync."""
         import wandb
 
         settings = wandb.setup().settings
@@ -215,7 +215,7 @@ class Child:
         return set().union(*(steps(path) for path in self._local_files()))
 
     def _locked(self) -> ExitStack:
-        """The lock of the sync: the child of a trainer that was killed may be at its last rows, for a while."""
+        """Take the lock of the sync: the child of a trainer that was killed may be at its last rows, for a while."""
         stack, until = ExitStack(), time.monotonic() + SECONDS + 2
         while True:
             try:
@@ -260,7 +260,7 @@ def _has_key(settings: Any) -> bool:
 
 
 def _say(text: str) -> None:
-    """Into the log, if it takes it."""
+    """Print into the log, if it takes it."""
     with suppress(OSError):
         print(text, flush=True)
 

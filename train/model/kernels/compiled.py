@@ -99,7 +99,7 @@ class Found:
         return int(self.counts.sum())
 
     def largest(self, n: int) -> tuple[SparseLatents, Tensor]:
-        """The `n` largest, and the smallest of them; 0 for none."""
+        """Return the `n` largest, and the smallest of them; 0 for none."""
         count, kind = self.count, self.values.dtype.type
         least = np.partition(self.joined(self.values), count - n)[count - n] if n else 0.0
         rows, latents, starts = (torch.empty(size, dtype=torch.int64) for size in (n, n, self.shape[0] + 1))
@@ -109,13 +109,13 @@ class Found:
         return SparseLatents(rows, latents, kept, starts, self.shape[1]), kept.new_tensor(least)
 
     def joined(self, values: Any) -> Any:
-        """What lies as `flat` does, without the room between parts."""
+        """Return `values`, which lie as `flat` does, without the room between parts."""
         counts = self.counts.tolist()
         return np.concatenate([values[i * self.size : i * self.size + count] for i, count in enumerate(counts)])
 
 
 def parts_of(shape: torch.Size) -> tuple[Any, int]:
-    """Room for the counts of the parts that are searched side by side, and the places of each."""
+    """Return room for the counts of the parts that are searched side by side, and the number of places of each."""
     parts = min(_PARTS, max(shape[0], 1))
     return np.empty(parts, np.int64), -(-shape[0] // parts) * shape[1]
 
@@ -130,7 +130,7 @@ def _above(pre_acts: Tensor, floors: Tensor) -> Found:
 
 
 def _searched(pre_acts: Tensor) -> Tensor:
-    """In a type that the loops have."""
+    """Return the pre-activations in a type that the loops have."""
     return pre_acts.float() if pre_acts.dtype == torch.bfloat16 else pre_acts
 
 

@@ -126,7 +126,7 @@ class _PrefixLoss(torch.autograd.Function):
 
 
 def _has_gradient(parameter: Tensor) -> bool:
-    """Whether a term before has left a gradient to add to; makes room for one, not cleared, if not."""
+    """Tell whether a term before has left a gradient to add to; if not, make room for one, not cleared."""
     if parameter.grad is not None:
         return True
     parameter.grad = torch.empty_like(parameter)

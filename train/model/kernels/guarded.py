@@ -86,7 +86,7 @@ class Guarded:
         return active, smallest, pre_acts
 
     def figures(self) -> dict[str, float]:
-        """What the search has taken: all but the first of them are 0 as long as all goes well."""
+        """Return what the search has taken: all but the first figure are 0 as long as all goes well."""
         return {
             "search_computed": self._computed / max(self._selected, 1),
             "search_again": self._again,
@@ -94,7 +94,7 @@ class Guarded:
         }
 
     def _search(self, near: Near, x: Tensor, W_enc: Tensor, n: int) -> "_Candidates":
-        """All pairs that can be among the `n` largest have their values in what is returned.
+        """Return candidates that hold the values of all pairs that can be among the `n` largest.
 
         Bounds are compared with a guess first, somewhat below the smallest selected of the step before, and once more
         when that was too high.
@@ -127,13 +127,13 @@ def row_topk(
 
 
 def in_bfloat16(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Near:
-    """The product of both sides rounded to bfloat16, rounded again."""
+    """Compute the product of both sides rounded to bfloat16, rounded again."""
     one, other = _rounded(x), _rounded(W_enc.T)
     return _near(one.low @ other.low.T, b_enc, one, other, _BFLOAT16)
 
 
 def in_float32(library: blas.Blas, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Near:
-    """The product of both sides as they are."""
+    """Compute the product of both sides as they are."""
     one, other = (side._replace(lost=np.zeros_like(side.lost)) for side in (_rounded(x), _rounded(W_enc.T)))
     return _near(blas.product(library, x, W_enc), b_enc, one, other, 0.0)
 
@@ -154,7 +154,7 @@ def _rounded(rows: Tensor) -> _Rounded:
 
 
 def _near(product: Tensor, b_enc: Tensor, x: _Rounded, W: _Rounded, relative: float) -> Near:
-    """|value - product - b| <= relative |product| + |x_lost| |W| + |x_low| |W_lost| + roundings of both sums."""
+    """Bound |value - product - b| by relative |product| + |x_lost| |W| + |x_low| |W_lost| + roundings of both sums."""
     bias = b_enc.detach()
     gamma = sum(terms * unit / (1 - terms * unit) for terms in [x.low.shape[1] + 8] for unit in (_FINER, _COARSER))
     rows = np.stack([x.norms + x.lost, x.lost])
@@ -163,7 +163,7 @@ def _near(product: Tensor, b_enc: Tensor, x: _Rounded, W: _Rounded, relative: fl
 
 
 def _no_less(numbers: NDArray[np.float64]) -> Any:
-    """Float32 numbers that are not below `numbers`."""
+    """Return float32 numbers that are not below `numbers`."""
     return np.where(numbers < _HUGE, numbers * (1 + _SLACK) + _TINY, np.inf).astype(np.float32)
 
 
@@ -185,7 +185,7 @@ class _Candidates:
         """How many values, and whether each was below its bound."""
 
     def least(self, n: int) -> float:
-        """The least value of `n` pairs or more, those that are largest by the product; -inf where fewer are here."""
+        """Return the least value of `n` pairs or more, those largest by the product; -inf where fewer are here."""
         if len(self._flat) < n:
             return -np.inf
         wanted = self._middle >= np.partition(self._middle, len(self._flat) - n)[len(self._flat) - n]
@@ -193,7 +193,7 @@ class _Candidates:
         return float(self._values[wanted].min())
 
     def compute(self, wanted: NDArray[np.bool_]) -> None:
-        """The values of the `wanted` pairs that are not there yet. One that is NaN is never selected: it is -inf."""
+        """Compute the values of the `wanted` pairs that are missing. One that is NaN is never selected: it is -inf."""
         places = np.flatnonzero(wanted & (self._values == -np.inf))
         rows = self._flat[places] // self._shape[1]
         values = np.empty(len(places), np.float32)
@@ -209,5 +209,5 @@ class _Candidates:
 
 
 def _bits(product: Tensor) -> Any:
-    """What `numba_loops.find_reaching` reads."""
+    """Return the product as `numba_loops.find_reaching` reads it."""
     return product.view(torch.int16).numpy().view(np.uint16) if product.dtype == torch.bfloat16 else product.numpy()

@@ -24,13 +24,14 @@ _LANE = 16
 
 
 def compiled_before() -> bool:
-    """Whether this machine has the loops already: compiling them takes half a minute."""
-    return any(Path(adam.stats.cache_path).glob("loops.adam-*.nbi"))
+    """Tell whether this machine has the loops already: compiling them takes half a minute."""
+    line = adam.py_func.__code__.co_firstlineno
+    return any(Path(adam.stats.cache_path).glob(f"numba_loops.adam-{line}.*.nbi"))
 
 
 @njit(**_COMPILED)
 def find_above(pre_acts: Floats, floors: Floats, counts: Ints, flat: Ints, values: Floats) -> None:
-    """Where `pre_acts` [B, F] is above `floors` [F], and what it is there; in as many parts of rows as `counts` has.
+    """Find where `pre_acts` [B, F] is above `floors` [F], and its value there; in as many row parts as `counts` has.
 
     Those of a part lie in `flat` and `values` [B * F], rising, from the part's own place on, and `counts` says how many
     they are. Few entries are above, so lanes without any are passed over.
@@ -60,7 +61,7 @@ def find_above(pre_acts: Floats, floors: Floats, counts: Ints, flat: Ints, value
 
 @intrinsic
 def _widened(_: Any, value: Any) -> Any:
-    """The bits of a bfloat16 as a float32; a float32 as it is."""
+    """Return the bits of a bfloat16 as a float32; a float32 as it is."""
 
     def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
         if value != types.uint16:
@@ -103,7 +104,7 @@ def find_reaching(
     near: Floats,
     upper: Floats,
 ) -> None:
-    """Where the upper bound of a pre-activation is not below `floor`, in as many parts of rows as `counts` has.
+    """Find where the upper bound of a pre-activation is not below `floor`, in as many parts of rows as `counts` has.
 
     `products` [B, F] are float32, or the bits of bfloat16, and with `bias` [F] near the pre-activations: these are at
     most relative * |product| + rows[0, b] * columns[0, f] + rows[1, b] * columns[1, f] + columns[2, f] above. Results
@@ -153,7 +154,7 @@ def keep_pairs(
     kept: Floats,
     starts: Ints,
 ) -> None:
-    """The first len(rows) pairs of what `find_above` found, of those above `least` all, of those equal to it the first.
+    """Keep len(rows) pairs of what `find_above` found: all of those above `least`, the first of those equal to it.
 
     `kept` gets their values, and `starts` [B + 1] where each row's begin.
     """
@@ -177,7 +178,7 @@ def keep_pairs(
 
 @njit(**_COMPILED)
 def largest_of_rows(pre_acts: Floats, among: Ints, parts: int, latents: Ints, values: Floats) -> None:
-    """The largest pre-activations of each row [B, F] among the latents `among` [n], rising, and where they are.
+    """Find the largest pre-activations of each row [B, F] among the latents `among` [n], rising, and where they are.
 
     As many as `latents` [B, k] is wide, at most n; of equal ones the first. A row's k-th largest says about where to
     look in the next, so that few are compared; when they are too few, all are. A NaN that is compared is the largest.
@@ -221,7 +222,7 @@ def add_to_rows(rows: Floats, row: Floats) -> None:
 
 @njit(cache=True, nogil=True)
 def group(keys: Ints, order: Ints, starts: Ints) -> None:
-    """Pairs in order of `keys` [N], equal ones as they come: `order` [N], and where each key's begin, `starts`."""
+    """Put pairs in order of `keys` [N], equal ones as they come: `order` [N], and where each key's begin, `starts`."""
     starts[:] = 0
     for key in keys:
         starts[key + 1] += 1
@@ -235,7 +236,7 @@ def group(keys: Ints, order: Ints, starts: Ints) -> None:
 
 @njit(fastmath=_SUMS, **_COMPILED)
 def products(rows: Ints, latents: Ints, left: Floats, right: Floats, bias: Floats, out: Floats) -> None:
-    """out[i] = <left[row], right[latent]> + bias[latent] for every pair."""
+    """Write out[i] = <left[row], right[latent]> + bias[latent] for every pair."""
     for i in prange(len(out)):
         one, other = left[rows[i]], right[latents[i]]
         total = bias[latents[i]]
@@ -307,7 +308,7 @@ def prefix_loss(
 def sums_by_latent(
     order: Ints, starts: Ints, weights: Floats, rows: Ints, table: Floats, out: Floats, bias: Floats, add: bool
 ) -> None:
-    """out[f] = sum over the latent's pairs of weight * table[row]; out [F, O], `add`: added to what is there.
+    """Write out[f] = sum over the latent's pairs of weight * table[row]; out [F, O], `add`: added to what is there.
 
     The sum of the weights is added to bias[f].
     """
@@ -335,7 +336,7 @@ def sums_by_latent(
 
 @njit(fastmath=_SUMS, **_COMPILED)
 def row_squares(grad: Floats, rows: Floats, unit: bool, parallel_part: Floats, out: Floats) -> None:
-    """Squared norm of each gradient row [F, D], in float64; of unit rows, of the part at right angles to the row.
+    """Compute each gradient row's squared norm [F, D], in float64; of unit rows, of the part orthogonal to the row.
 
     `parallel_part` [F] gets <grad, row> for unit rows, and 0 else.
     """
@@ -374,7 +375,7 @@ def adam(
     correction1: float,
     correction2: float,
 ) -> None:
-    """One step of Adam on rows [F, D], in place, with gradients scaled by `scale`.
+    """Take one step of Adam on rows [F, D], in place, with gradients scaled by `scale`.
 
     Of unit rows the gradient's part along the row is dropped before, and the norm restored after.
 

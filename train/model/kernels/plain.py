@@ -73,7 +73,7 @@ def decode_prefixes(
 
 
 def smallest_positive(values: Tensor) -> Tensor:
-    """The smallest value above 0, or 0."""
+    """Return the smallest value above 0, or 0."""
     if not len(values):
         return values.new_zeros(())
     least = values.masked_fill(values <= 0, torch.inf).min()
@@ -126,7 +126,7 @@ def _bag(
     starts: Tensor,  # [G + 1]
     weights: Tensor,  # [N]
 ) -> Tensor:  # [G, d]
-    """For every group of consecutive pairs, the weighted sum of the table's rows."""
+    """Return, for every group of consecutive pairs, the weighted sum of the table's rows."""
     return embedding_bag(
         index, table.detach(), starts, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
@@ -138,7 +138,7 @@ def _sampled_product(
     starts: Tensor,  # [G + 1]
     columns: Tensor,  # [N]
 ) -> Tensor:  # [N]
-    """<left[g], right[column]> for every pair, without the dense product."""
+    """Compute <left[g], right[column]> for every pair, without the dense product."""
     zeros = torch.zeros(len(columns), dtype=left.dtype, device=left.device)
     pattern = torch.sparse_csr_tensor(
         starts, columns, zeros, size=(left.shape[0], right.shape[0]), check_invariants=False

@@ -89,7 +89,7 @@ class Triton(Fused):
 
 
 def _nth_largest(pre_acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The bits of the `n`-th largest, and how many equal to it are among the `n`; 0 and 0 if fewer are positive."""
+    """Return the bits of the `n`-th largest, and how many equal to it are among the `n`; 0, 0 if fewer are positive."""
     device, size = pre_acts.device, pre_acts.numel()
     found, wanted = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1,), n, device=device)
     enough = torch.ones(1, dtype=torch.bool, device=device)
@@ -108,7 +108,7 @@ def _nth_largest(pre_acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _key(values: Any) -> Any:
-    """Positive values as integers of the same order; 0 for all others."""
+    """Return positive values as integers of the same order; 0 for all others."""
     values = values.to(tl.float32)
     return tl.where(values > 0, values.to(tl.int32, bitcast=True), 0)
 
@@ -124,7 +124,7 @@ def _histogram(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """How many have each digit, of those whose digits above it are `above_digit`."""
+    """Count how many have each digit, of those whose digits above it are `above_digit`."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     key = _key(tl.load(pre_acts + at, mask=at < size, other=0.0))
     counted = (key > 0) & ((key >> SHIFT >> BITS) == tl.load(above_digit).to(tl.int32))
@@ -134,7 +134,7 @@ def _histogram(
 
 @triton.jit
 def _count(pre_acts: Any, nth: Any, more: Any, equal: Any, width: Any, BLOCK: tl.constexpr) -> None:
-    """How many of a row are above the bits `nth`, and how many are equal."""
+    """Count how many of a row are above the bits `nth`, and how many are equal."""
     row, bits = tl.program_id(0).to(tl.int64), tl.load(nth).to(tl.int32)
     above_it = tl.zeros([BLOCK], tl.int32)
     at_it = tl.zeros([BLOCK], tl.int32)
