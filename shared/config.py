@@ -198,7 +198,7 @@ def _nearest_setting(cls: type[BaseModel], parts: list[str]) -> str:
     if not parts:
         return ""
     if given in known:
-        return f"; another kind than that of {parts[0]}.kind has it"
+        return f"; it is a setting of another {parts[0]}.kind"
     same = [name for name in known if name.rpartition(".")[2] == parts[-1]]
     groups = [name for name in {known_name.partition(".")[0] for known_name in known if "." in known_name}]
     inside = [name for name in known if name.rpartition(".")[0] == ".".join(parts[:-1])]

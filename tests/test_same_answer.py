@@ -147,7 +147,7 @@ def test_a_bench_that_was_killed_goes_on_with_what_it_has(
     trained: list[str] = []
     store = Store.open(pristine.path)
 
-    def train(_: Store, sets: list[str], out: Path) -> None:
+    def train(_: Store, preset: str, sets: list[str], out: Path) -> None:
         trained.append(out.stem)
         if len(trained) == 3:
             raise KeyboardInterrupt

@@ -302,9 +302,12 @@ def test_resume_refuses_another_store_and_another_thread_count(command, store: S
 
 BAD = {
     "unknown preset": (["tinny"], "no preset 'tinny'; presets: base, gemma-2-2b, tiny; did you mean 'tiny'?"),
-    "unknown setting": (["--set", "optimizer.lrr=1"], "unknown option 'optimizer.lrr'; did you mean 'lr'?"),
+    "unknown setting": (["--set", "optimizer.lrr=1"], "unknown option 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
     "unknown option": (["--stpes", "1"], "No such option"),
-    "setting of another activation": (["--set", "activation.l1_coefficient=1"], "activation.batchtopk.l1_coefficient"),
+    "setting of another activation": (
+        ["--set", "activation.l1_coefficient=1"],
+        "activation.l1_coefficient'; it is a setting of another activation.kind",
+    ),
     "not a number": (["--set", "optimizer.lr=fast"], "optimizer.lr: Input should be a valid number"),
     "negative": (["--steps", "-5"], "steps: Input should be greater than or equal to 1 (got -5)"),
     "k above d_sae": (["--set", "transcoder.d_sae=16"], "activation.k = 32 is more than d_sae = 16"),
