@@ -212,7 +212,5 @@ def test_a_setting_that_is_named_like_a_branch_of_a_union_is_one_line(name):
 
 
 def test_a_setting_of_another_kind_says_so():
-    with pytest.raises(
-        UserError, match=r"'activation.l0_coefficient'; another kind than that of activation.kind has it"
-    ):
+    with pytest.raises(UserError, match=r"'activation.l0_coefficient'; it is a setting of another activation.kind"):
         load_settings("tiny", {"activation.l0_coefficient": 3})
