@@ -289,22 +289,19 @@ def _samples_config(
 def find_initial(run: Path, config: RunConfig) -> Checkpoint:
     """Return the newest checkpoint of `run`, whose weights must fit `config`. Raises `UserError` with both shapes."""
     found = checkpoint.find(run)
-    theirs, ours = _shape(read_config(run)), _shape(config)
+    before = read_config(run)
+    theirs, ours = _shape(before), _shape(config)
     if theirs != ours:
         wrong = next(key for key in ours if theirs[key] != ours[key])
         raise UserError(
             f"--init-from {run}: its {wrong} is {theirs[wrong]}, this run's is {ours[wrong]}; make them agree"
         )
-    if _decoder_norm(read_config(run)) == "free" and _decoder_norm(config) == "unit":
+    if [one.settings.transcoder.decoder_norm for one in (before, config)] == ["free", "unit"]:
         raise UserError(
             f"--init-from {run}: its decoder rows have free norms, and this run would set them to 1; use "
             "transcoder.decoder_norm=free"
         )
     return found
-
-
-def _decoder_norm(config: RunConfig) -> str:
-    return config.settings.transcoder.decoder_norm
 
 
 def _shape(config: RunConfig) -> dict[str, object]:

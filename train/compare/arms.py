@@ -67,28 +67,24 @@ def compare_runs(
     Raises `UserError` when there are none, one is not finished, two are one run, they are not of one store, or have no
     k in common.
     """
-    runs = [runs] if isinstance(runs, Path | str) else runs
-    return _compared([Path(run) for run in runs], Path(store) if store else None, l0, matched_latents)
-
-
-def _compared(runs: list[Path], store: Path | None, l0: float | None, matched_latents: int) -> Comparison:
-    if len(set(map(os.path.realpath, runs))) < max(len(runs), 1):
+    paths = [Path(run) for run in runs]
+    if len(set(map(os.path.realpath, paths))) < max(len(paths), 1):
         raise UserError("compare needs different runs: RUN RUN ...")
     if l0 is not None and not 0 < l0 < math.inf:
         raise UserError(f"--l0 must be a number above 0, got {l0}")
-    configs = [read_config(run) for run in runs]
-    opened = _store(runs, configs, store)
-    for run, config in zip(runs, configs, strict=True):
+    configs = [read_config(run) for run in paths]
+    opened = _store(paths, configs, Path(store) if store else None)
+    for run, config in zip(paths, configs, strict=True):
         require_finished(run, config)
-    wanted, groups = _common_k(configs) if l0 is None else l0, _groups(runs, configs)
-    with opened.reading(), Progress("compare", len(runs), "runs") as progress:
+    wanted, groups = _common_k(configs) if l0 is None else l0, _groups(paths, configs)
+    with opened.reading(), Progress("compare", len(paths), "runs") as progress:
         measured = []
-        for i, run in enumerate(runs):
+        for i, run in enumerate(paths):
             measured.append(measure_run(run, opened, wanted))
             progress.update(i + 1, run.name)
     arms = [_arm([measured[i] for i in group], matched_latents) for group in groups]
     if len({arm.name for arm in arms}) < len(arms):
-        arms = [arm.model_copy(update={"name": runs[group[0]].name}) for arm, group in zip(arms, groups, strict=True)]
+        arms = [arm.model_copy(update={"name": paths[group[0]].name}) for arm, group in zip(arms, groups, strict=True)]
     described = [_described(configs[group[0]]) for group in groups]
     names = {name for one in described for name in one}
     odd = sorted(name for name in names - {"seed"} if len({json.dumps(one.get(name)) for one in described}) > 1)

@@ -137,9 +137,8 @@ class Transcoder(nn.Module):
         self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.W_skip = nn.Parameter(torch.zeros(d_in, d_out)) if config.skip else None
-        self.log_threshold = None
-        if activation.learns_thresholds:
-            self.log_threshold = nn.Parameter(activation.initial_thresholds(self.d_sae).log())
+        thresholds = activation.initial_thresholds(self.d_sae)
+        self.log_threshold = None if thresholds is None else nn.Parameter(thresholds.log())
         self.source_mean, self.target_mean = nn.Buffer(normalisation.source_mean), nn.Buffer(normalisation.target_mean)
         self.source_scale = nn.Buffer(torch.tensor(normalisation.source_scale, dtype=torch.float32))
         self.target_scale = nn.Buffer(torch.tensor(normalisation.target_scale, dtype=torch.float32))
@@ -366,6 +365,7 @@ class Transcoder(nn.Module):
             pre_acts = self._searched(x)
             return pre_acts, *self.select(pre_acts, step)
         n = self.activation.pairs_of_step(step, len(x))
+        assert n is not None, "the settings choose a guarded search only where there is a number of pairs"
         active, smallest, found = self.guarded.batch_topk(self.blas, x, self.W_enc, self.b_enc, n, whole)
         return found, active, smallest
 

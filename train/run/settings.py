@@ -172,7 +172,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
                 "threads": settings.threads or torch.get_num_threads(),
                 "blas": _blas(settings.blas, device),
                 "kernels": kernels,
-                "product_dtype": _product_dtype(settings.product_dtype, kernels, settings.activation),
+                "product_dtype": _product_dtype(settings.product_dtype, kernels, activation),
                 "rows": settings.rows.resolve(store.request.block_sequences),
                 "monitor": monitor,
             }
@@ -267,7 +267,7 @@ def _kernels(wanted: Literal["auto", Kernels], device: str) -> Kernels:
 
 
 def _product_dtype(wanted: Literal["auto", ProductDtype], kernels: Kernels, activation: Activation) -> ProductDtype:
-    can = kernels == "compiled" and activation.takes_largest_of_batch
+    can = kernels == "compiled" and activation.pairs_of_step(0, 1) is not None
     if wanted == "guarded-bfloat16" and not can:
         raise UserError(
             "product_dtype = guarded-bfloat16 is for activation.kind = batchtopk on kernels = compiled, got "

@@ -7,7 +7,6 @@ Legend: B rows, F latents, N pairs.
 from abc import ABC, abstractmethod
 from typing import ClassVar, Self
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -27,12 +26,8 @@ class ActivationBase(Config, ABC):
 
     penalty_name: ClassVar[str | None] = None
     """The name of its own term in the loss, if it has one."""
-    learns_thresholds: ClassVar[bool] = False
-    """Whether each latent has a threshold that is trained."""
     needs_unit_decoder: ClassVar[bool] = False
     """Whether its penalty is on latent values, so that decoder rows must have norm 1."""
-    takes_largest_of_batch: ClassVar[bool] = False
-    """Whether a step selects a number of pairs from the whole batch, which a guarded search can do."""
 
     @abstractmethod
     def resolve(self, steps: int) -> Self:
@@ -46,17 +41,25 @@ class ActivationBase(Config, ABC):
         """The active latents per row that it asks for; none where that is what comes of training."""
         return None
 
-    def pairs_of_step(self, step: int, rows: int) -> int:
-        """Return how many pairs a batch of `rows` has at `step`, where `takes_largest_of_batch`."""
-        raise NotImplementedError
+    def pairs_of_step(self, step: int, rows: int) -> int | None:
+        """Return how many pairs `step` selects from a whole batch of `rows`, which a guarded search can do.
+
+        None where it selects row by row, or by thresholds.
+        """
+        return None
 
     def most_active(self, d_sae: int) -> int:
         """Return the most active latents per row of a step, on average over its batch."""
         return d_sae
 
-    def initial_thresholds(self, d_sae: int) -> Tensor:
-        """Return the thresholds [F] that training starts from, where they are learned."""
-        raise NotImplementedError
+    def initial_thresholds(self, d_sae: int) -> Tensor | None:
+        """Return the thresholds [F] that training starts from; none where none are learned."""
+        return None
+
+    @property
+    def learns_thresholds(self) -> bool:
+        """Whether each latent has a threshold that is trained."""
+        return self.initial_thresholds(1) is not None
 
     @abstractmethod
     def select(
@@ -114,10 +117,6 @@ class FixedK(ActivationBase):
         """The active latents per row that it asks for: k."""
         return float(self.k)
 
-    def pairs_of_step(self, step: int, rows: int) -> int:
-        """Return how many pairs a batch of `rows` has at `step`, where `takes_largest_of_batch`."""
-        raise NotImplementedError
-
     def most_active(self, d_sae: int) -> int:
         """Return the largest k of any step."""
         return max(self.k, self.k_at(0))
@@ -163,5 +162,4 @@ def multiple(name: str, value: int | str, unit: int, example: str) -> int:
 
 def with_smallest(active: SparseLatents) -> tuple[SparseLatents, Tensor]:
     """Return the pairs with the smallest of their positive pre-activations."""
-    with torch.no_grad():
-        return active, smallest_positive(active.values)
+    return active, smallest_positive(active.values)

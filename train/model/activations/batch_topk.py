@@ -12,7 +12,6 @@ from train.model.sparse_latents import SparseLatents
 class BatchTopK(FixedK):
     """The k x B largest of a batch; a threshold at inference."""
 
-    takes_largest_of_batch = True
     kind: Literal["batchtopk"] = "batchtopk"
 
     def pairs_of_step(self, step: int, rows: int) -> int:

@@ -14,7 +14,7 @@ from train.model.sparse_latents import SparseLatents
 class JumpReLU(Penalised):
     """A learned threshold per latent, trained by a straight-through estimator with an L0 penalty."""
 
-    penalty_name, learns_thresholds = "l0", True
+    penalty_name = "l0"
     kind: Literal["jumprelu"] = "jumprelu"
     l0_coefficient: float = Field(1e-3, ge=0)
     """Weight of the mean number of active latents per row."""
