@@ -194,20 +194,18 @@ def _without_kinds(cls: type[BaseModel], parts: list[str]) -> list[str]:
 
 def _nearest_setting(cls: type[BaseModel], parts: list[str]) -> str:
     """Name the setting that was meant: one whose last part, or whose whole name, is nearly what was given."""
-    known, given = names_of(cls), ".".join(parts)[:_MOST_PLACE]
     if not parts:
         return ""
+    known, given = names_of(cls), ".".join(parts)[:_MOST_PLACE]
     if given in known:
         return f"; it is a setting of another {parts[0]}.kind"
-    same = [name for name in known if name.rpartition(".")[2] == parts[-1]]
-    groups = [name for name in {known_name.partition(".")[0] for known_name in known if "." in known_name}]
-    inside = [name for name in known if name.rpartition(".")[0] == ".".join(parts[:-1])]
-    near = difflib.get_close_matches(parts[-1][:80], [name.rpartition(".")[2] for name in inside], n=1)
-    if near:
-        return f"; did you mean {next(n for n in inside if n.rpartition('.')[2] == near[0])!r}?"
-    if same:
+    *group, last = parts
+    inside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == ".".join(group)]
+    if near := difflib.get_close_matches(last[:80], inside, n=1):
+        return f"; did you mean {'.'.join([*group, *near])!r}?"
+    if same := [name for name in known if name.rpartition(".")[2] == last]:
         return f"; did you mean {' or '.join(map(repr, same[:3]))}?"
-    return _nearest(given, [*known, *groups])
+    return _nearest(given, [*known, *sorted({name.partition(".")[0] for name in known})])
 
 
 def names_of(cls: type[BaseModel]) -> list[str]:

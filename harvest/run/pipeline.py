@@ -63,10 +63,8 @@ def harvest(settings: Settings, cache: Path | str, *, force: bool = False) -> li
                 held = [locks.enter_context(lock_store(path)) for path, _ in _unfinished(paths, inputs)]
                 found = _targets(paths, inputs) if held else []  # others may have finished some by then
                 planned, widths = prepare(found, inputs, settings, force=force)
-                targets = [
-                    t for t in planned if not is_finished(t.path, t.request, inputs.training_blocks)
-                ]  # not those
-                # that lacked nothing but what `prepare` made whole: other processes do not see them either
+                # Without those that `prepare` alone made whole: other processes find them finished.
+                targets = [t for t in planned if not is_finished(t.path, t.request, inputs.training_blocks)]
                 for lock in held:
                     lock.share()
         else:
