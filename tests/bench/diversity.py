@@ -11,8 +11,8 @@ on two cores.
 
 Arms: `baseline` has no diversity loss; `ortsae` the penalty on random chunks of decoder rows alone (arXiv 2509.22033),
 of half of all rows or a quarter, every 5 steps; `mined` the one on the closest pairs of all; `full` is that and the
-penalty on correlated pairs, as the presets have it; `strong` has three times that. All have the same margins. `mined`
-and `strong` run if they are named.
+penalty on correlated pairs, as the presets have it; `double` and `strong` have two and three times the second. All have
+the same margins. `mined`, `double` and `strong` run if they are named.
 """
 
 import argparse
@@ -38,6 +38,7 @@ ARMS: dict[str, dict[str, float]] = {
     },
     "mined": {"diversity.mined.weight": 1},
     "full": {"diversity.mined.weight": 1, "diversity.co_activation.weight": 1},
+    "double": {"diversity.mined.weight": 1, "diversity.co_activation.weight": 2},
     "strong": {"diversity.mined.weight": 1, "diversity.co_activation.weight": 3},
 }
 SETTINGS: dict[str, tuple[list[str], dict[str, float]]] = {

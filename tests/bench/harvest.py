@@ -30,7 +30,7 @@ from shared.store.checks import read_store_record
 from shared.store.layout import block_bytes, store_specs
 from shared.store.packed import LEVEL
 from shared.store.store import Store
-from tests.bench.record import SMOKE, record, run, sized
+from tests.bench.record import SMOKE, named, record, run, sized
 from tests.llms import make_gemma, small_inputs, texts, write_jsonl
 
 REPEATS = sized(3, 1)
@@ -49,7 +49,7 @@ BLOCK, ONE_BLOCK = f"store.block_sequences={WINDOWS}", f"tokens={WINDOWS * 256}"
 def main() -> None:
     """Measure what is named on the command line, and record."""
     parts = {"speed": speed, "writing": writing, "packing": packing, "memory": memory}
-    wanted = sys.argv[1:] or list(parts)
+    wanted = named(__doc__, *parts)
     with tempfile.TemporaryDirectory() as folder:
         for name in wanted:
             parts[name](Path(folder))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.bench.peer_worker import STAND_IN, STEPS
-from tests.bench.record import ROOT, SMOKE, record, sized
+from tests.bench.record import ROOT, SMOKE, named, record, sized
 from tests.bench.step import SHAPES, B
 
 PLACE = sized(ROOT / ".venv-peers", ROOT)
@@ -94,7 +94,7 @@ class Worker:
 
 def main() -> None:
     """Measure the shapes named on the command line, and record."""
-    for shape in sys.argv[1:] or list(SHAPES):
+    for shape in named(__doc__, *SHAPES):
         measure(shape)
 
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.bench.record import SMOKE, record, run, sized
+from tests.bench.record import SMOKE, named, record, run, sized
 from tests.llms import small_harvest
 from tests.runs import SMALL
 
@@ -23,7 +23,7 @@ TRAIN = sized([], ["--steps", "20", *SMALL])
 
 def main() -> None:
     """Measure the parts that are named, or both, and record."""
-    parts = sys.argv[1:] or ["trained", "random"]
+    parts = named(__doc__, "trained", "random")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         if "trained" in parts:

