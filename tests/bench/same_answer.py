@@ -3,7 +3,7 @@
     python -m tests.bench.same_answer reference --store STORE [--steps N] [--k N] [--kernels A B]
     python -m tests.bench.same_answer peers --store STORE [--steps N] [--k N] [--seeds N] [--preset NAME]
                                             [--trainers NAME ...] [--set a.b=value ...] [--label NAME]
-                                            [--work FOLDER] [--jobs N]
+                                            [--rates LR ...] [--work FOLDER] [--jobs N]
 
 `reference`: two runs of the preset `tiny` with one seed and so one batch order, one on the fast kernels and one on the
 dense fp32 reference (`--kernels A B` compares others). Held-out fvu must agree within half a percent.
@@ -13,11 +13,11 @@ k, on one thread each. SAELens and dictionary_learning train no transcoders: the
 the store's target are set against this trainer with `source=target`, which is the same map. sparsify's TopK transcoder
 is set against this trainer's with `activation.kind=topk` and no prefixes, which has its loss, and against its default
 kind. Every trainer has a grid of learning rates of its own, which grows by factors of two until its best is not at an
-edge (or `--most` rates are tried, which is then said): by the fvu of the k largest latents of every row for trainers
-that train so, and for the others by that under the threshold of k latents on average; both are told of all. At the
-best rate `--seeds` seeds count, each with another order of rows. tests/bench/judge.py measures all of them alike on the
-report rows without position 0, and tests/bench/peer_training.py says what else peers are given. Rows that this trainer
-leaves out nobody sees.
+edge (or `--most` rates are tried, which is then said; `--rates` are tried alone): by the fvu of the k largest latents
+of every row for trainers that train so, and for the others by that under the threshold of k latents on average; both
+are told of all. At the best rate `--seeds` seeds count, each with another order of rows. tests/bench/judge.py measures
+all of them alike on the report rows without position 0, and tests/bench/peer_training.py says what else peers are
+given. Rows that this trainer leaves out nobody sees.
 
 What was trained and judged is kept in `--work`, by what it was made from, so that a killed bench goes on where it was.
 """
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
     parser.add_argument("--seeds", type=int, default=3, help="at the best rate")
     parser.add_argument("--most", type=int, default=7, help="learning rates of a trainer")
+    parser.add_argument("--rates", nargs="+", type=float, help="the learning rates of every trainer")
     parser.add_argument("--preset", default="tiny", help="of this trainer")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="a setting of this trainer")
     parser.add_argument("--label", help="of the store in the title; its widths if not given")
@@ -79,6 +80,7 @@ def main() -> None:
             sets = "".join(f" --set {setting}" for setting in options.set)
             seeds = f" --seeds {options.seeds}" if part == "peers" else ""
             preset = f" --preset {options.preset}" if options.preset != "tiny" else ""
+            preset += f" --rates {' '.join(map(str, options.rates))}" if options.rates else ""
             line = (
                 f"python -m tests.bench.same_answer {part} --store STORE --steps {options.steps}{preset}{seeds}{sets}"
             )
@@ -131,7 +133,7 @@ def measure(rows: SameRows, name: str, options: argparse.Namespace) -> tuple[Fig
         results[lr] = rows.result(name, lr, 0)
         return mean_fvu([results[lr]], rule)
 
-    best, inside = search(at, TRAINERS[name].rates, options.most)
+    best, inside = search(at, options.rates or TRAINERS[name].rates, 0 if options.rates else options.most)
     seeds = [results[best], *(rows.result(name, best, seed) for seed in range(1, options.seeds))]
     words = RULES[rule].format(k=options.k)
     figures: Figures = {f"{name}: {words}, lr {lr:.3g}": (mean_fvu([results[lr]], rule), "") for lr in sorted(results)}
