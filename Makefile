@@ -34,7 +34,7 @@ ifneq ($(and $(strip $(ARGS)),$(word 2,$(filter harvest train report,$(MAKECMDGO
 $(error ARGS is ambiguous with several commands: pass HARVEST_ARGS=..., TRAIN_ARGS=... and REPORT_ARGS=...)
 endif
 
-.PHONY: help harvest train report test test-faults fuzz lint bench compare clean
+.PHONY: help harvest train report test test-faults fuzz lint bench compare interop clean
 
 help: ## List the targets and variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -83,6 +83,9 @@ bench: $(DEV) ## Measure kernels, a step and reading; rewrites docs/benchmarks.m
 
 compare: $(DEV) ## Harvest, train and compare every arm of the diversity loss; an hour and a half on two cores
 	@$(BIN)/python -m tests.bench.diversity $(ARGS)
+
+interop: $(DEV) ## Load exports in SAELens, sparsify and circuit-tracer, each in an environment of its own
+	@$(BIN)/python -m tests.interop $(ARGS)
 
 test: lint ## Lint, type check and run all tests, the fast ones first
 	@$(PYTEST) $(ARGS)

@@ -19,7 +19,7 @@ LAYERS = {
     "shared": (("errors", "bounds", "keyed"), "files", "config", "console", "store", "command_line", "program"),
     "harvest": (("embedded", "settings", "hub", "digests"), "text", "llm", "writer", "run", "commands", "cli"),
     "train": (
-        ("data", "live"), "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"), "compare", "report",
+        ("data", "live"), "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"), ("compare", "interchange"), "report",
         ("commands", "tables"), "cli",
     ),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train.commands import evaluate, resume, sample, train, write_report
+    from train.commands import evaluate, export, resume, sample, train, write_report
     from train.compare.arms import compare_runs
     from train.data.batches import batches
     from train.model.transcoder import Transcoder, TranscoderOutput
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from train.run.settings import Settings, load_settings
 
 _PLACES = {
-    "train.commands": ("evaluate", "resume", "sample", "train", "write_report"),
+    "train.commands": ("evaluate", "export", "resume", "sample", "train", "write_report"),
     "train.compare.arms": ("compare_runs",),
     "train.data.batches": ("batches",),
     "train.model.transcoder": ("Transcoder", "TranscoderOutput"),
@@ -32,6 +32,7 @@ __all__ = [
     "batches",
     "compare_runs",
     "evaluate",
+    "export",
     "load_run",
     "load_settings",
     "resume",

@@ -1,11 +1,11 @@
-"""`python -m train run|resume|watch|checkpoints|evaluate|samples|report|compare`: parses, builds, runs."""
+"""`python -m train run|resume|watch|checkpoints|evaluate|samples|report|export|compare`: parses, builds, runs."""
 
 import functools
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from shared.console.terminal import Verbosity, verbosity
 from shared.errors import UserError
 from shared.files import durable
 from shared.store.store import Local, Store
+
+if TYPE_CHECKING:
+    from train.interchange.export import Format
 
 _fallback_option = click.option(
     "--fallback-dir",
@@ -247,6 +250,50 @@ def report(
         return
     if verbosity() > Verbosity.QUIET:
         print_verdict(found)
+    click.echo(path)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "kind",
+    required=True,
+    type=click.Choice(["saelens", "circuit-tracer", "sparsify"]),
+    help="The library that is to read it.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="A new folder; default: RUN/exports/FORMAT.")
+@click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
+@click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
+@click.option("--prefix", type=int, help="Only the first so many latents: one of the Matryoshka prefixes.")
+@click.option("--layers", type=click.IntRange(1), help="Layers of the model, for circuit-tracer.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@shared.command_line.quiet_option
+@shared.command_line.local_options
+def export(
+    runs: tuple[Path, ...],
+    kind: "Format",
+    out: Path | None,
+    store: Path | None,
+    step: int | None,
+    prefix: int | None,
+    layers: int | None,
+    as_json: bool,
+    local: Local | None,
+) -> None:
+    """Write a transcoder in another library's format, and compare what was written with the run on held-out rows.
+
+    circuit-tracer takes RUNS of several layers, one each. Prints the folder's path as its last line.
+    """
+    from train.commands import export as export_runs
+    from train.tables import print_agreements
+
+    path, found = export_runs(runs, kind, out, store=store, local=local, step=step, prefix=prefix, layers=layers)
+    if as_json:
+        click.echo(json.dumps({"path": str(path), "runs": [one.model_dump(mode="json") for one in found]}, indent=2))
+        return
+    if verbosity() > Verbosity.QUIET:
+        print_agreements(found, [str(run) for run in runs], kind)
     click.echo(path)
 
 

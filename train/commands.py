@@ -1,7 +1,7 @@
-"""What the commands do, for the command line and for Python: train, resume, evaluate, sample and report on a run."""
+"""What the commands do, for the command line and for Python: train, resume, evaluate, sample, report, export."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +13,7 @@ from shared.store.store import Local, Store
 from train.evaluation.evaluate import Evaluation, calibrate
 from train.evaluation.evaluate import evaluate as evaluate_rows
 from train.evaluation.linear_baseline import linear_map_fvu
-from train.live.run_files import CONFIG, LOCK
+from train.live.run_files import CONFIG, EXPORTS, LOCK
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, Listed
 from train.run.load_run import load_run, open_store, samples_of
@@ -25,6 +25,7 @@ from train.samples.select import SamplesConfig
 from train.wandb_sync.sync import FOLDER, REPORT, synced
 
 if TYPE_CHECKING:
+    from train.interchange.export import Exported, Format
     from train.report.report_record import Report
 
 _BEFORE_CONFIG = {LOCK, CONFIG + durable.TEMPORARY}
@@ -267,6 +268,37 @@ def write_report(
             with synced(run, project):
                 pass  # the trainer has ended: what W&B lacks is sent
         return run / HTML, made
+
+
+def export(
+    runs: Sequence[Path | str] | Path | str,
+    kind: "Format",
+    path: Path | str | None = None,
+    *,
+    store: Path | str | None = None,
+    local: Local | None = None,
+    step: int | None = None,
+    prefix: int | None = None,
+    layers: int | None = None,
+) -> "Exported":
+    """Write the transcoder of a run in another library's format, read it back and compare; returns where, and how far.
+
+    `kind`: `saelens`, `sparsify`, or `circuit-tracer`, which takes a run for each of some layers and the number of the
+    model's `layers`. `path`: a new folder, in the first run's `exports` if not given. `step`: a checkpoint's, else the
+    newest; `prefix`: the first so many latents alone. Raises `UserError` when there is no such run, checkpoint or
+    store, or no place for such a transcoder in the format, and `DiskFull`.
+    """
+    from train.interchange.export import export as export_loaded
+
+    paths = [Path(run) for run in ([runs] if isinstance(runs, Path | str) else runs)]
+    name = kind if prefix is None else f"{kind}-{prefix}"
+    with ExitStack() as reading:
+        loaded = []
+        for run in paths:
+            opened = open_store(run, read_config(run), _path(store), local)
+            reading.enter_context(opened.reading())
+            loaded.append(load_run(run, step, store=opened))
+        return export_loaded(loaded, kind, _path(path) or paths[0] / EXPORTS / name, prefix=prefix, layers=layers)
 
 
 def _path(given: Path | str | None) -> Path | None:

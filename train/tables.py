@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from train.evaluation.evaluate import Evaluation, Weight
+from train.interchange.agreement import Agreement
 from train.model.checkpoint import Listed
 from train.report.report_record import STATES, Report
 
@@ -17,6 +18,18 @@ def print_evaluation(evaluation: Evaluation, title: str, linear_fvu: float | Non
     console.print(_headline(evaluation, title, linear_fvu))
     console.print(_prefixes(evaluation))
     console.print(_strata(evaluation))
+
+
+def print_agreements(found: Sequence[Agreement], runs: Sequence[str], kind: str) -> None:
+    """Print a table per run: it and what was read back of its export, on the same held-out rows."""
+    console = Console(stderr=True)
+    for run, one in zip(runs, found, strict=True):
+        table = Table("", "run", f"as {kind}", title=f"{escape(run)}, {one.rows:,} held-out rows", title_justify="left")
+        for name, told, digits in (("fvu", "fvu", 4), ("l0", "active latents per row", 2)):
+            table.add_row(told, *(f"{getattr(part, name):.{digits}f}" for part in (one.ours, one.exported)))
+        table.add_row("active in one alone", "", f"{one.differing:.2%}")
+        table.add_row("largest error of a row, same latents active", "", f"{one.largest_error:.1e}")
+        console.print(table)
 
 
 def print_checkpoints(found: Sequence[Listed], run: str) -> None:

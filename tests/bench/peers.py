@@ -22,6 +22,7 @@ PACKAGES = {
     "SAELens": "sae-lens==6.54.12",
     "dictionary_learning": "dictionary-learning==0.1.0",
     "sparsify": "eai-sparsify==1.3.3",
+    "circuit_tracer": "circuit-tracer==0.5.0",
 }
 TORCH = "torch==2.13.0"
 ROUNDS = sized({"S": 12, "M": 8, "L": 3}, {"S": 1})

@@ -167,7 +167,7 @@ def evaluate(transcoder: Transcoder, rows: StoreRows, threshold: Tensor, seed: i
     store = rows.store
     strata, outliers, skip, fired = _by_threshold(transcoder, rows, threshold)
     drawn = _by_training_rule(transcoder, rows, seed)
-    whole, drawn_whole = _natural(strata, store), _natural(drawn, store)
+    whole, drawn_whole = natural_sums(strata, store), natural_sums(drawn, store)
     last = len(transcoder.prefixes) - 1
     head, weigh = whole.part(last), _weigher(strata, outliers, store, last)
     out = _summed([(sums, _times(store, name)) for name, sums in outliers.items()])
@@ -191,7 +191,7 @@ def evaluate(transcoder: Transcoder, rows: StoreRows, threshold: Tensor, seed: i
             for name, sums in strata.items()
         },
         outliers=Outliers(**weigh(out, 1.0).model_dump(), rows=out.rows, l0=out.part(last).l0) if out else None,
-        fvu_of_skip=_natural(skip, store).part(0).fvu if skip else None,
+        fvu_of_skip=natural_sums(skip, store).part(0).fvu if skip else None,
     )
 
 
@@ -224,8 +224,9 @@ def evaluate_whole(transcoder: Transcoder, rows: StoreRows, threshold: Tensor) -
             x, y = transcoder.normalised(chunk.source, chunk.target)
             active = transcoder.select_above(transcoder.pre_acts(x), threshold)
             reconstructions = transcoder.reconstruct_whole(active.values, active, x).unsqueeze(1)
-            _add(strata, chunk.stratum, Sums.of(y, reconstructions, torch.tensor([len(active.rows)], device=y.device)))
-    return _natural(strata, store).part(0)
+            count = torch.tensor([len(active.rows)], device=y.device)
+            add_sums(strata, chunk.stratum, Sums.of(y, reconstructions, count))
+    return natural_sums(strata, store).part(0)
 
 
 @torch.no_grad()
@@ -322,14 +323,15 @@ def _by_threshold(
             active = transcoder.select_above(transcoder.pre_acts(x), threshold)
             if found is strata and counts_as_firing(store, chunk.stratum):
                 fired[active.latents] = True
-            _add(found, chunk.stratum, _sums(transcoder, x, y, active))
+            add_sums(found, chunk.stratum, _sums(transcoder, x, y, active))
             if found is strata and transcoder.W_skip is not None:
                 none = torch.zeros(1, device=device)
-                _add(skip, chunk.stratum, Sums.of(y, transcoder.linear_part(x).unsqueeze(1), none))
+                add_sums(skip, chunk.stratum, Sums.of(y, transcoder.linear_part(x).unsqueeze(1), none))
     return strata, outliers, skip, fired
 
 
-def _add(found: dict[str, Sums], stratum: str, sums: Sums) -> None:
+def add_sums(found: dict[str, Sums], stratum: str, sums: Sums) -> None:
+    """Add the sums of some rows to those of their stratum."""
     found[stratum] = found[stratum].plus(sums) if stratum in found else sums
 
 
@@ -356,7 +358,7 @@ def _by_training_rule(transcoder: Transcoder, rows: StoreRows, seed: int) -> dic
             of, part = (x[at], y[at]), active.slice(at)
             if kept is not None:
                 of, part = (x[at][kept[at]], y[at][kept[at]]), part.of_rows(kept[at])
-            _add(strata, name, _sums(transcoder, *of, part))
+            add_sums(strata, name, _sums(transcoder, *of, part))
     return strata
 
 
@@ -366,7 +368,8 @@ def _sums(transcoder: Transcoder, x: Tensor, y: Tensor, active: SparseLatents) -
     return Sums.of(y, reconstructions, counts)
 
 
-def _natural(strata: dict[str, Sums], store: Store) -> Sums:
+def natural_sums(strata: dict[str, Sums], store: Store) -> Sums:
+    """Return the sums over all strata, each weighted by its natural frequency; position 0 is left out."""
     weights = natural_weights(store)
     found = _summed([(sums, weights[name]) for name, sums in strata.items() if weights[name]])
     assert found

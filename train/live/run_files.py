@@ -13,6 +13,8 @@ from typing import Any
 METRICS, TIMING, USAGE, CONFIG, LOCK = "metrics.jsonl", "timing.jsonl", "usage.json", "config.json", ".lock"
 REPORTS, HELD_OUT = "anti_duplication_logs", "correlation-held-out.json"
 """The folder of the correlation monitor's reports, and the one on held-out rows."""
+EXPORTS = "exports"
+"""The folder of transcoders in other libraries' formats."""
 
 Row = dict[str, Any]
 

@@ -103,8 +103,7 @@ def publish(
         durable.remove_folder(path)
     with durable.publish_folder(path, needed) as temporary:
         for name, part in tensors.items():
-            with durable.saving_tensors(temporary / name):
-                save_file({key: value.detach().cpu().contiguous() for key, value in part.items()}, temporary / name)
+            save_tensors(temporary / name, part)
         files = {
             name: FileRecord(bytes=(temporary / name).stat().st_size, crc32c=file_crc32c(temporary / name))
             for name in (WEIGHTS, OPTIMIZER)
@@ -222,6 +221,12 @@ def load_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: fitting(tensors, name, want) for name, want in expected.items()}
     except ValueError as error:
         raise CorruptData(f"{path}: {error}") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file. Raises `OSError` when the disk is full."""
+    with durable.saving_tensors(path):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def load_state(path: Path) -> dict[str, Tensor]:

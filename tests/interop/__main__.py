@@ -1,0 +1,113 @@
+"""Exports in the libraries they are for: `make interop`, or `python -m tests.interop [--folder DIR]`.
+
+Every layer of the embedded model is harvested in one pass, a transcoder is trained on each, and the exports are loaded
+by SAELens, sparsify and circuit-tracer, each in an environment of its own (made at first use: gigabytes, minutes). Each
+gets the same held-out rows; what it makes of them is compared with the run. circuit-tracer also makes an attribution
+graph of a prompt. Figures go to docs/benchmarks.md under "interop". What is in the folder already is not made again.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shared.store.store import Store
+from tests.bench.peers import environment
+from tests.bench.record import ROOT, record, run
+from train import Transcoder
+from train.data.batches import StoreRows
+from train.run.settings import read_config
+
+MODEL = ROOT / "harvest" / "embedded" / "model"
+LAYERS, LAYER, ROWS = 10, 8, 1024
+HERE = Path(__file__).parent
+LIBRARIES = {"saelens": "SAELens", "sparsify": "sparsify", "circuit-tracer": "circuit_tracer"}
+HARVEST = ("--tokens", 65_536, "--set", f"capture.layers={list(range(LAYERS))}")
+TRAIN = ("--steps", 300, "--set", "transcoder.d_sae=1024", "--set", "samples.rows=0")
+SAME = 1e-5
+"""A row's error over its norm that is still rounding."""
+
+
+def main() -> None:
+    """Make what is missing, export, load, compare and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "interop")
+    folder = parser.parse_args().folder.resolve()
+    os.environ |= {"HF_HUB_OFFLINE": "1"}
+    runs = trained(folder)
+    exports = {kind: exported(runs, kind, folder / "exports" / kind) for kind in LIBRARIES}
+    figures = dict[str, tuple[float, str]]()
+    for kind, library in LIBRARIES.items():
+        figures |= {f"{library}: {name}": value for name, value in read(runs[LAYER], kind, exports[kind]).items()}
+    found = graph(exports["circuit-tracer"], folder / "graph.json")
+    figures |= {f"circuit_tracer, attribution graph: {name}": (value, "") for name, value in found.items()}
+    for name, (value, unit) in figures.items():
+        print(f"{name}: {value:.6g} {unit}")
+    record(f"interop: embedded model, {LAYERS} layers", "python -m tests.interop", figures)
+    wrong = [name for name, (value, _) in figures.items() if name.endswith("same latents active") and value > SAME]
+    if wrong or found["layers with latents"] != LAYERS:
+        sys.exit(f"not the same: {wrong or found}")
+
+
+def trained(folder: Path) -> list[Path]:
+    """A short run of every layer of the embedded model."""
+    python = (sys.executable, "-m")
+    runs = [folder / f"layer-{layer}" for layer in range(LAYERS)]
+    if not all((path / "checkpoints" / "step-000300").exists() for path in runs):
+        stores = run(*python, "harvest", "run", "tiny", *HARVEST, "--cache", folder / "cache").out.splitlines()
+        for store, path in zip(stores[-LAYERS:], runs, strict=True):
+            if not path.exists():
+                run(*python, "train", "run", "tiny", "--store", store, "--runs", folder, "--name", path.name, *TRAIN)
+    return runs
+
+
+def exported(runs: list[Path], kind: str, path: Path) -> Path:
+    """The export of one run, or of all of them as circuit-tracer's set."""
+    wanted = [*runs, "--layers", LAYERS] if kind == "circuit-tracer" else [runs[LAYER]]
+    if not path.exists():
+        run(sys.executable, "-m", "train", "export", *wanted, "--format", kind, "--out", path)
+    return path
+
+
+def read(path: Path, kind: str, export: Path) -> dict[str, tuple[float, str]]:
+    """What a library makes of held-out rows, beside the run."""
+    rows, out = export.parent / "rows.npz", export.parent / f"{kind}.npz"
+    x = held_out(path)
+    np.savez(rows, source=x.numpy())
+    python = environment(LIBRARIES[kind])
+    run(python, HERE / "reader.py", kind.replace("-", "_"), export, rows, out)
+    transcoder = Transcoder.load(path)
+    with torch.no_grad():
+        latents, target = transcoder.encode(x, dense=True).numpy(), transcoder(x).reconstruction.numpy()
+    theirs = np.load(out)
+    same = ((theirs["latents"] != 0) == (latents != 0)).all(axis=1)
+    errors = np.linalg.norm(theirs["target"] - target, axis=1) / np.linalg.norm(target, axis=1)
+    return {
+        "rows with the same latents active": (float(same.mean()), "share"),
+        "largest error of a row over its norm, same latents active": (float(errors[same].max(initial=0)), ""),
+        "active latents per row": (float((theirs["latents"] != 0).sum(axis=1).mean()), ""),
+        "active latents per row of the run": (float((latents != 0).sum(axis=1).mean()), ""),
+    }
+
+
+def held_out(path: Path) -> torch.Tensor:
+    """The first rows of the last stratum's report blocks."""
+    store = Store.open(read_config(path).store)
+    *_, last = store.strata
+    chunks = StoreRows(store, ROWS).chunks(store.record.report_blocks, torch.device("cpu"))
+    return next(chunk.source for chunk in chunks if chunk.stratum == last)
+
+
+def graph(export: Path, out: Path) -> dict[str, float]:
+    """The sizes of an attribution graph."""
+    run(environment("circuit_tracer"), HERE / "graph.py", export, MODEL, out)
+    found: dict[str, float] = json.loads(out.read_text())
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""An attribution graph by circuit-tracer from an export: `python graph.py FOLDER MODEL OUT`, in its environment.
+
+Imports nothing of this project. MODEL is a folder of a Gemma-2 model, such as the embedded one; OUT gets JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from circuit_tracer import attribute
+from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
+from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
+from transformer_lens import HookedTransformerConfig
+from transformer_lens.loading_from_pretrained import convert_hf_model_config
+from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PROMPT = "import os\n\ndef read(path):\n    with open(path) as file:\n        return file."
+WRAPPED = {".mlp.": ".mlp.old_mlp.", "unembed.": "unembed.old_unembed."}
+"""What the replacement model wraps, and has under another name."""
+
+
+def main() -> None:
+    """Load, attribute, and write the sizes of the graph and how far the model's logits are from transformers'."""
+    folder, model, out = sys.argv[1:]
+    # sdpa leaves out Gemma-2's soft caps
+    loaded = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    transcoders, _ = load_transcoder_from_hub(str(Path(folder).resolve()), dtype=torch.float32)
+    replacement = TransformerLensReplacementModel.from_config(
+        hooked_config(loaded.config), transcoders, tokenizer=tokenizer
+    )
+    state = convert_gemma_weights(loaded, replacement.cfg)
+    for part, name in WRAPPED.items():
+        state = {key.replace(part, name): value for key, value in state.items()}
+    assert not replacement.load_state_dict(state, strict=False).unexpected_keys
+    tokens = torch.tensor([tokenizer.bos_token_id, *tokenizer(PROMPT, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        error = (replacement(tokens[None]) - loaded(tokens[None]).logits).abs().max()
+    graph = attribute(tokens, replacement, max_n_logits=5, verbose=False)
+    features = graph.active_features  # [n, 3] layer, position, latent
+    found = {
+        "largest error of a logit": float(error),
+        "tokens": len(tokens),
+        "nodes": len(graph.adjacency_matrix),
+        "latents": len(features),
+        "edges": int((graph.adjacency_matrix != 0).sum()),
+        "layers with latents": len(features[:, 0].unique()),
+    }
+    Path(out).write_text(json.dumps(found))
+
+
+def hooked_config(config: Any) -> HookedTransformerConfig:
+    """The library's own settings for Gemma-2, with this model's sizes."""
+    known = convert_hf_model_config("google/gemma-2-2b")
+    known |= {
+        "d_model": config.hidden_size, "d_head": config.head_dim, "n_heads": config.num_attention_heads,
+        "d_mlp": config.intermediate_size, "n_layers": config.num_hidden_layers, "d_vocab": config.vocab_size,
+        "n_ctx": config.max_position_embeddings, "n_key_value_heads": config.num_key_value_heads,
+        "window_size": config.sliding_window, "attn_scale": config.query_pre_attn_scalar**0.5,
+        "attn_types": ["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
+        "model_name": "embedded", "device": "cpu", "init_weights": False, "default_prepend_bos": False,
+    }  # fmt: skip
+    del known["tokenizer_name"]
+    return HookedTransformerConfig.from_dict(known)
+
+
+if __name__ == "__main__":
+    main()

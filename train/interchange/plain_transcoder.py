@@ -1,0 +1,91 @@
+"""A transcoder as other libraries have it: in the LLM's own units, and with one threshold for each latent.
+
+    h = x @ W_enc + b_enc                  [B, F]
+    latents = h where h > threshold, else 0
+    y = latents @ W_dec + b_dec [+ x @ W_skip]
+
+Legend: B rows, D d_in, O d_out, F latents.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from train.model.transcoder import Transcoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainTranscoder:
+    """Float32 tensors of one transcoder, and which of its latents are active."""
+
+    W_enc: Tensor
+    """[D, F]"""
+    b_enc: Tensor
+    """[F]"""
+    W_dec: Tensor
+    """[F, O]"""
+    b_dec: Tensor
+    """[O]"""
+    threshold: Tensor
+    """[F], none below 0"""
+    W_skip: Tensor | None = None
+    """[D, O]"""
+    k: int | None = None
+    """The k largest latents of every row are active instead, where they are above 0."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, transcoder: Transcoder, threshold: Tensor, prefix: int | None = None) -> Self:
+        """Fold the normalisation of a trained transcoder into its weights, in float64; latent values stay the same.
+
+        `threshold` [F] are those of inference. `prefix`: the first so many latents alone, one of `prefixes`.
+        """
+        n = prefix or transcoder.d_sae
+        mean, scale = transcoder.source_mean.double(), transcoder.source_scale.double()
+        out = transcoder.target_scale.double()
+        W_enc = transcoder.W_enc[:, :n].double() / scale
+        b_enc = transcoder.b_enc[:n].double() - mean @ W_enc
+        b_dec = transcoder.b_dec.double() * out + transcoder.target_mean.double()
+        W_skip = None
+        if transcoder.W_skip is not None:
+            W_skip = transcoder.W_skip.double() * out / scale
+            b_dec = b_dec - mean @ W_skip
+        return cls(
+            W_enc=W_enc.float(),
+            b_enc=b_enc.float(),
+            W_dec=(transcoder.W_dec[:n].double() * out).float(),
+            b_dec=b_dec.float(),
+            threshold=threshold[:n].float(),
+            W_skip=None if W_skip is None else W_skip.float(),
+        )
+
+    def silent(self) -> "PlainTranscoder":
+        """Return one of the same shape whose latents are never active, and whose prediction is 0."""
+        return PlainTranscoder(
+            W_enc=torch.zeros_like(self.W_enc),
+            b_enc=torch.zeros_like(self.b_enc),
+            W_dec=torch.zeros_like(self.W_dec),
+            b_dec=torch.zeros_like(self.b_dec),
+            threshold=torch.zeros_like(self.threshold),
+            W_skip=None if self.W_skip is None else torch.zeros_like(self.W_skip),
+        )
+
+    @property
+    def d_sae(self) -> int:
+        """The number of latents."""
+        return len(self.b_enc)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the latents [B, F] of source rows `x` [B, D], 0 where a latent is not active."""
+        h = x @ self.W_enc + self.b_enc
+        if self.k is None:
+            return h.where(h > self.threshold, 0.0)
+        top = h.relu().topk(self.k, dim=1)
+        return torch.zeros_like(h).scatter_(1, top.indices, top.values)
+
+    def decode(self, latents: Tensor, x: Tensor) -> Tensor:
+        """Return the predicted target rows [B, O]; `x` [B, D] are the source rows, which a skip connection reads."""
+        y = latents @ self.W_dec + self.b_dec
+        return y if self.W_skip is None else y + x @ self.W_skip
