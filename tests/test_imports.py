@@ -19,8 +19,8 @@ LAYERS = {
     "shared": (("errors", "bounds", "keyed"), "files", "config", "console", "store", "command_line", "program"),
     "harvest": (("embedded", "settings", "hub", "digests"), "text", "llm", "writer", "run", "commands", "cli"),
     "train": (
-        ("data", "live"), "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"), ("compare", "interchange"), "report",
-        ("commands", "tables"), "cli",
+        ("data", "live"), "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"),
+        ("compare", "interchange"), "report", ("commands", "tables"), "cli",
     ),
 }  # fmt: skip
 """Each package's folders and modules from the bottom up: what stands in a line imports only from lines before it."""
