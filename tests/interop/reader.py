@@ -1,4 +1,4 @@
-"""What another library makes of an export: `python reader.py LIBRARY FOLDER ROWS OUT`, in that library's environment.
+"""What another library makes of an export: `python reader.py LIBRARY FOLDER LAYER ROWS OUT`, in its environment.
 
 Imports nothing of this project. ROWS is an .npz with `source` [B, D]; OUT gets `latents` [B, F] and `target` [B, O].
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def saelens(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
+def saelens(folder: Path, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """`SAE.load_from_disk`, with the skip connection where there is one."""
     from sae_lens import SAE
 
@@ -20,7 +20,7 @@ def saelens(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     return sae.encode(x), sae(x)
 
 
-def sparsify(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
+def sparsify(folder: Path, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """`SparseCoder.load_from_disk`."""
     from sparsify import SparseCoder
 
@@ -30,22 +30,22 @@ def sparsify(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     return latents, found.sparse_out if hasattr(found, "sparse_out") else found.sae_out
 
 
-def circuit_tracer(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`load_transcoder_from_hub` by the set's absolute path; the layer that is not silent."""
+def circuit_tracer(folder: Path, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`load_transcoder_from_hub` by the set's absolute path."""
     from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
 
     found, config = load_transcoder_from_hub(str(folder.resolve()), dtype=torch.float32)
     assert config["feature_input_hook"], config
-    layer = next(one for one in found.transcoders if bool(one.b_enc.any()))
-    latents = layer.encode(x)
-    return latents, layer.decode(latents, x)
+    transcoder = found.transcoders[layer]
+    latents = transcoder.encode(x)
+    return latents, transcoder.decode(latents, x)
 
 
 def main() -> None:
     """Run a library on some rows."""
-    library, folder, rows, out = sys.argv[1:]
+    library, folder, layer, rows, out = sys.argv[1:]
     with torch.no_grad():
-        latents, target = globals()[library](Path(folder), torch.from_numpy(np.load(rows)["source"]))
+        latents, target = globals()[library](Path(folder), int(layer), torch.from_numpy(np.load(rows)["source"]))
     np.savez(out, latents=latents.numpy(), target=target.numpy())
 
 

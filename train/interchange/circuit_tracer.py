@@ -9,11 +9,14 @@ MLP is then an error node of the graph.
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from shared.errors import UserError
 from shared.files import durable
+from train.interchange.foreign_tensors import ForeignTensors
 from train.interchange.origin import Origin
 from train.interchange.plain_transcoder import PlainTranscoder
-from train.model.checkpoint import load_state, save_tensors
+from train.model.checkpoint import save_tensors
 
 CONFIG, THRESHOLD = "config.yaml", "activation_function.threshold"
 
@@ -35,17 +38,20 @@ def write(plain: Sequence[PlainTranscoder], origins: Sequence[Origin], layers: i
     durable.publish_bytes(folder / CONFIG, _config(origins[0]).encode())
 
 
-def read(folder: Path, layer: int) -> PlainTranscoder:
-    """Read one layer of a folder of `write`. Raises `CorruptData`."""
-    found = load_state(folder / file_of(layer))
-    return PlainTranscoder(
-        W_enc=found["W_enc"].T,
-        b_enc=found["b_enc"],
-        W_dec=found["W_dec"],
-        b_dec=found["b_dec"],
-        threshold=found[THRESHOLD],
-        W_skip=found["W_skip"].T if "W_skip" in found else None,
+def read_layer(tensors: ForeignTensors) -> PlainTranscoder:
+    """Take one layer's transcoder out of its file. Raises `UserError` and `CorruptData`."""
+    (d_sae, d_in), d_out = tensors.matrix("W_enc"), tensors.matrix("W_dec")[1]
+    plain = PlainTranscoder(
+        W_enc=tensors.take("W_enc", d_sae, d_in).T,
+        b_enc=tensors.take("b_enc", d_sae),
+        W_dec=tensors.take("W_dec", d_sae, d_out),
+        b_dec=tensors.take("b_dec", d_out),
+        threshold=tensors.per_latent(THRESHOLD, d_sae) if THRESHOLD in tensors else torch.zeros(d_sae),
+        W_skip=tensors.take("W_skip", d_out, d_in).T if "W_skip" in tensors else None,
     )
+    if plain.threshold.min() < 0:
+        raise UserError(f"{tensors.path}: a threshold is below 0, where circuit-tracer lets negative latents through")
+    return plain
 
 
 def file_of(layer: int) -> str:

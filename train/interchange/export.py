@@ -10,6 +10,7 @@ from train.evaluation.evaluate import calibrate
 from train.interchange import circuit_tracer, saelens, sparsify
 from train.interchange.agreement import LARGEST_CHANGE, LARGEST_ERROR, Agreement, agreement
 from train.interchange.card import card
+from train.interchange.foreign_tensors import ForeignTensors
 from train.interchange.origin import origin_of
 from train.interchange.plain_transcoder import PlainTranscoder
 from train.run.load_run import LoadedRun
@@ -64,7 +65,8 @@ def _write(
     origins = [origin_of(loaded) for loaded in runs]
     if kind == "circuit-tracer":
         circuit_tracer.write(plain, origins, layers, folder)
-        return [circuit_tracer.read(folder, origin.layer) for origin in origins]
+        files = [folder / circuit_tracer.file_of(origin.layer) for origin in origins]
+        return [circuit_tracer.read_layer(ForeignTensors(file)) for file in files]
     if len(runs) != 1:
         raise UserError(
             f"--format {kind} takes one run, got {len(runs)}; circuit-tracer's sets take one for each layer"

@@ -7,7 +7,7 @@
 Legend: B rows, D d_in, O d_out, F latents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -59,6 +59,21 @@ class PlainTranscoder:
             b_dec=b_dec.float(),
             threshold=threshold[:n].float(),
             W_skip=None if W_skip is None else W_skip.float(),
+        )
+
+    def reading_less_b_dec(self) -> "PlainTranscoder":
+        """Return the same function without `b_dec` being taken from its input first, as many autoencoders do."""
+        return replace(self, b_enc=(self.b_enc.double() - self.b_dec.double() @ self.W_enc.double()).float())
+
+    def with_unit_decoder(self) -> "PlainTranscoder":
+        """Return the same function with decoder rows of norm 1: a latent is then its value times its row's norm."""
+        norms = self.W_dec.norm(dim=1).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+        return replace(
+            self,
+            W_enc=self.W_enc * norms,
+            b_enc=self.b_enc * norms,
+            W_dec=self.W_dec / norms.unsqueeze(1),
+            threshold=self.threshold * norms,
         )
 
     def silent(self) -> "PlainTranscoder":

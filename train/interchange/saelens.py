@@ -5,12 +5,22 @@
 
 from pathlib import Path
 
+import torch
+from pydantic import ConfigDict, Field
+
+from shared.bounds import Width
+from shared.config import Config, read_record
+from shared.errors import UserError
 from shared.files import durable
+from train.interchange.foreign_tensors import ForeignTensors
 from train.interchange.origin import Origin
 from train.interchange.plain_transcoder import PlainTranscoder
-from train.model.checkpoint import load_state, save_tensors
+from train.model.checkpoint import save_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_ARCHITECTURES = (
+    "transcoder", "jumprelu_transcoder", "skip_transcoder", "jumprelu_skip_transcoder", "standard", "jumprelu", "topk",
+)  # fmt: skip
 VERSION = "6.54.12"
 """Without a version from 6 on, its loader drops the metadata."""
 
@@ -28,16 +38,45 @@ def write(plain: PlainTranscoder, folder: Path, origin: Origin) -> None:
 
 
 def read(folder: Path) -> PlainTranscoder:
-    """Read a folder of `write`. Raises `CorruptData`."""
-    found = load_state(folder / WEIGHTS)
-    return PlainTranscoder(
-        W_enc=found["W_enc"],
-        b_enc=found["b_enc"],
-        W_dec=found["W_dec"],
-        b_dec=found["b_dec"],
-        threshold=found["threshold"],
-        W_skip=found["W_skip"].T if "W_skip" in found else None,
+    """Read a folder of SAELens 6. Raises `UserError` on an architecture that is another function, and `CorruptData`."""
+    config = read_record(_Config, durable.read_json(folder / CONFIG), folder / CONFIG)
+    kind = config.architecture
+    if kind not in _ARCHITECTURES:
+        raise UserError(f"{folder}: architecture {kind!r}; what is read: {', '.join(_ARCHITECTURES)}")
+    if (config.normalize_activations, config.reshape_activations) != ("none", "none"):
+        raise UserError(
+            f"{folder}: rows are normalised or reshaped at run time; fold that into the weights in SAELens first"
+        )
+    tensors, skip = ForeignTensors(folder / WEIGHTS), "skip" in kind
+    d_in, d_sae, d_out = config.d_in, config.d_sae, config.d_out or config.d_in
+    plain = PlainTranscoder(
+        W_enc=tensors.take("W_enc", d_in, d_sae),
+        b_enc=tensors.take("b_enc", d_sae),
+        W_dec=tensors.take("W_dec", d_sae, d_out),
+        b_dec=tensors.take("b_dec", d_out),
+        threshold=(tensors.take("threshold", d_sae) if "jumprelu" in kind else torch.zeros(d_sae)).clamp_min(0),
+        W_skip=tensors.take("W_skip", d_out, d_in).T if skip else None,
+        k=config.k if kind == "topk" else None,
     )
+    if config.rescale_acts_by_decoder_norm:
+        plain = plain.with_unit_decoder()
+    return plain.reading_less_b_dec() if config.apply_b_dec_to_input and "transcoder" not in kind else plain
+
+
+class _Config(Config):
+    """What is read of `cfg.json`."""
+
+    model_config = ConfigDict(extra="ignore")
+    architecture: str
+    d_in: Width
+    d_sae: Width
+    d_out: Width | None = None
+    k: int | None = Field(None, ge=1)
+    apply_b_dec_to_input: bool = True
+    """SAELens's own default."""
+    normalize_activations: str = "none"
+    reshape_activations: str = "none"
+    rescale_acts_by_decoder_norm: bool = False
 
 
 def _config(plain: PlainTranscoder, origin: Origin) -> dict[str, object]:

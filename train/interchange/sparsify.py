@@ -9,11 +9,17 @@ before the MLP reads the input of the norm before the MLP.
 
 from pathlib import Path
 
+import torch
+from pydantic import ConfigDict, Field
+
+from shared.bounds import Width
+from shared.config import Config, read_record
 from shared.errors import UserError
 from shared.files import durable
+from train.interchange.foreign_tensors import ForeignTensors
 from train.interchange.origin import Origin
 from train.interchange.plain_transcoder import PlainTranscoder
-from train.model.checkpoint import load_state, save_tensors
+from train.model.checkpoint import save_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
@@ -48,15 +54,32 @@ def write(plain: PlainTranscoder, folder: Path, origin: Origin) -> None:
 
 
 def read(folder: Path) -> PlainTranscoder:
-    """Read a folder of `write`. Raises `CorruptData`."""
-    tensors, config = load_state(folder / WEIGHTS), durable.read_json(folder / CONFIG)
-    bias = tensors["encoder.bias"]
-    return PlainTranscoder(
-        W_enc=tensors["encoder.weight"].T,
-        b_enc=bias,
-        W_dec=tensors["W_dec"],
-        b_dec=tensors["b_dec"],
-        threshold=bias.new_zeros(len(bias)),
-        W_skip=tensors["W_skip"].T if "W_skip" in tensors else None,
-        k=config["k"],
+    """Read a folder of sparsify. Raises `UserError` on an activation that is another function, and `CorruptData`."""
+    config = read_record(_Config, durable.read_json(folder / CONFIG), folder / CONFIG)
+    if config.activation != "topk":
+        raise UserError(f"{folder}: activation {config.activation!r}; what is read: topk")
+    tensors, d_in = ForeignTensors(folder / WEIGHTS), config.d_in
+    d_sae = config.num_latents or d_in * config.expansion_factor
+    plain = PlainTranscoder(
+        W_enc=tensors.take("encoder.weight", d_sae, d_in).T,
+        b_enc=tensors.take("encoder.bias", d_sae),
+        W_dec=tensors.take("W_dec", d_sae, d_in),
+        b_dec=tensors.take("b_dec", d_in),
+        threshold=torch.zeros(d_sae),
+        W_skip=tensors.take("W_skip", d_in, d_in).T if config.skip_connection else None,
+        k=config.k,
     )
+    return plain if config.transcode else plain.reading_less_b_dec()
+
+
+class _Config(Config):
+    """What is read of `cfg.json`, with sparsify's own defaults."""
+
+    model_config = ConfigDict(extra="ignore")
+    d_in: Width
+    num_latents: int = Field(0, ge=0)
+    expansion_factor: int = Field(32, ge=1)
+    k: int = Field(32, ge=1)
+    transcode: bool = False
+    skip_connection: bool = False
+    activation: str = "topk"
