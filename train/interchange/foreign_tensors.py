@@ -1,7 +1,9 @@
 """Tensors of files that other libraries wrote: each is there, has the shape that the others imply, and is finite."""
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -61,5 +63,5 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, BadZipFile, zlib.error) as error:
         raise CorruptData(f"{path}: not a readable .npz file of arrays ({error})") from error
