@@ -69,21 +69,13 @@ class Trainer:
             store, blocks, self._settings.rows, self._settings.seed, device, self._settings.source
         )
         self._transcoder = build_transcoder(config, store)
-        self._optimizer = Optimizer(self._transcoder, self._settings.optimizer, self._settings.steps)
+        self._optimizer = Optimizer(self._transcoder, self._settings.optimizer, config.length_at)
         strata = self._reader.slices()
         weights = self._reader.natural_weights().to(device)
         at_0 = strata.get(POSITION_0, slice(0, 0))
         self._diversity = Diversity(self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed)
-        self._quiet = Quiet.of(
-            self._transcoder,
-            self._settings.quiet,
-            store,
-            blocks,
-            self._settings.source,
-            self._settings.rows.batch_rows,
-        )
         self._monitor = CorrelationMonitor(path, self._settings.monitor, self._transcoder, strata, self._settings.steps)
-        dead_after = self._settings.auxk.dead_after(self._settings.steps * self._settings.rows.batch_rows)
+        dead_after = self._settings.auxk.dead_after(config.lengths[0] * self._settings.rows.batch_rows)
         self._counters = Counters(self._transcoder.d_sae, dead_after, device)
         apart = self._reader.has_outliers
         self._window = Window(strata, self._transcoder.prefixes, config.d_out, weights, outliers=apart)
@@ -107,6 +99,7 @@ class Trainer:
             logs=self._log.paths,
             fallback=fallback,
             failed=lambda: self._usage.take_back("checkpoint"),
+            record=config.model_dump(mode="json"),
         )
         self._cadences = (
             self._settings.log_every,
@@ -120,6 +113,14 @@ class Trainer:
         if resumed and not inexact:
             require_same(resumed.state.arithmetic, self._arithmetic, str(resumed.path))
         self._initialise(initial, resumed)
+        self._quiet = Quiet.of(  # with the checkpoint's means and scales: the store has others once it was extended
+            self._transcoder,
+            self._settings.quiet,
+            store,
+            blocks,
+            self._settings.source,
+            self._settings.rows.batch_rows,
+        )
 
     def train(self) -> None:
         """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
