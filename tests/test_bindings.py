@@ -15,6 +15,7 @@ from tests.reports import read
 from tests.runs import SMALL, Outcome, as_format_4_had_it, assert_same_run, rows
 from tests.stores import SyntheticStore, edit, faults, make_store
 from train.model import checkpoint
+from train.run import trainer
 from train.run.settings import Extension, read_config
 
 Command = Callable[..., Outcome]
@@ -264,3 +265,47 @@ def test_a_run_made_longer_says_so_and_its_learning_rate_is_that_of_the_longer_r
     assert command("report", run).code == 0
     finished = next(check for check in read(run).verdict if check.name == "finished")
     assert finished.said == "Trained for all of its 40 steps; made longer at step 20, when it had 20 steps."
+
+
+@pytest.mark.fault(45)
+@pytest.mark.parametrize("fate", ["renamed", "replaced"])
+def test_a_run_that_is_removed_or_renamed_under_its_trainer_ends_in_an_error(
+    command: Command, store: SyntheticStore, finished: Path, tmp_path: Path, fate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, step = tmp_path / "run", trainer.Trainer._step
+
+    def meet_fate(self: trainer.Trainer, number: int) -> Any:
+        if number == 12:
+            run.rename(tmp_path / "elsewhere")
+            if fate == "replaced":
+                shutil.copytree(finished, run)
+        return step(self, number)
+
+    monkeypatch.setattr(trainer.Trainer, "_step", meet_fate)
+    before = contents(finished)
+    done = command("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", 20, *SMALL, *CADENCE)
+    monkeypatch.undo()
+    assert done.code == 1 and len(done.err.splitlines()) >= 1
+    assert f"{run} was removed or renamed while it was trained; nothing is written there after step 15" in done.err
+    if fate == "replaced":
+        assert contents(run) == {run / path.relative_to(finished): data for path, data in before.items()}
+    else:
+        assert not run.exists()
+        assert command("resume", tmp_path / "elsewhere").code == 0
+        assert_same_run(finished, tmp_path / "elsewhere")
+
+
+@pytest.mark.fault(44)
+def test_edited_counts_of_components_are_refused_and_made_anew(
+    command: Command, finished: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    edit(run / "usage.json", lambda record: record["components"]["auxk"].update(effect=5.0))
+    done = command("report", run)
+    assert done.code == 1 and f"{run}/usage.json: its digest is not that of what it holds" in done.err
+    assert f"python -m train resume {run}" in done.err
+    again = command("resume", run)
+    assert again.code == 0 and "warning: " in again.err
+    assert (run / "usage.json").read_bytes() == (finished / "usage.json").read_bytes()
+    edit(run / "usage.json", lambda record: record.pop("digest"))  # as those of earlier versions are
+    assert command("report", run).code == 0

@@ -62,5 +62,6 @@ PROMISES: dict[str, dict[int, str]] = {
         43: "A run whose config.json says another thing than its checkpoints were trained with is refused by field; "
         "one that was made longer by `resume --steps` says so.",
         44: "A checkpoint whose state.json was edited does not verify.",
+        45: "A run that is removed or renamed under its trainer ends in an error, and nothing is written in its place.",
     },
 }
