@@ -46,3 +46,11 @@ def assert_same_run(a: Path, b: Path) -> None:
 def _results(run: Path) -> list[Path]:
     logs = [run / "metrics.jsonl", run / "usage.json"]
     return [*logs, *run.glob("anti_duplication_logs/*"), *run.glob("samples/*")]
+
+
+def as_format_4_had_it(run: Path) -> None:
+    """Take from a run's checkpoints what they did not hold before format 5: settings, and a digest of their record."""
+    for path in checkpoint.steps(run):
+        state = json.loads((path / checkpoint.STATE).read_text())
+        older = {name: value for name, value in state.items() if name not in ("config", "digest")}
+        (path / checkpoint.STATE).write_text(json.dumps(older | {"format_version": 4}))

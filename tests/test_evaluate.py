@@ -78,8 +78,8 @@ def test_fvu_explained_variance_and_l0_equal_the_formulas_at_natural_frequencies
         if name != "000-001":  # one constant row: no variance
             assert found.strata[name].fvu == pytest.approx(reference.fvu(y, guess), rel=1e-5)
         assert found.strata[name].l0 == pytest.approx(float((latents > 0).sum(1).double().mean()))
-        for size, part in found.strata[name].prefixes.items():
-            assert part.l0 == pytest.approx(float((latents[:, :size] > 0).sum(1).double().mean()))
+        for size, of_stratum in found.strata[name].prefixes.items():
+            assert of_stratum.l0 == pytest.approx(float((latents[:, :size] > 0).sum(1).double().mean()))
     assert found.dead_share == pytest.approx(1 - float(fired.double().mean()))
     assert found.rows == sum(len(x) for x, _ in rows.values())
 
@@ -160,6 +160,17 @@ def test_evaluation_changes_nothing(store: Store) -> None:
 @pytest.mark.parametrize(("error", "total", "expected"), [(1.0, 4.0, 0.25), (0.0, 0.0, 0.0), (2.0, 1e-13, 1.0)])
 def test_a_quotient_without_variance_is_defined(error: float, total: float, expected: float) -> None:
     assert ratio(error, total, 1.0) == expected
+
+
+def test_a_stratum_whose_target_is_constant_has_no_fvu(store: Store) -> None:
+    """Position 0 of the store is one row; what of it is not explained is its relative error."""
+    model = make_model(store, BatchTopK(k=K))
+    rows = StoreRows(store, 37)
+    found = evaluate(model, rows, calibrate(model, rows), seed=0).strata
+    at_0 = found.pop("000-001")
+    assert (at_0.fvu, at_0.explained_variance) == (None, None) and (at_0.relative_error or 0) > 0
+    assert {part.fvu for part in at_0.prefixes.values()} == {None}
+    assert all(part.fvu is not None and part.explained_variance is not None for part in found.values())
 
 
 def test_a_constant_target_has_fvu_0_or_1(store: Store) -> None:

@@ -139,11 +139,34 @@ def test_a_row_is_one_line_of_strict_json(tmp_path: Path) -> None:
 
 
 def test_one_row_repeated_has_no_variance_to_explain() -> None:
-    """Sums in float32 leave rounding noise, which is none: fvu is 1, and not millions."""
+    """Sums in float32 leave rounding noise, which is none: there is no fvu, and not one of millions."""
     window = Window(STRATA, PREFIXES, 3, WEIGHTS)
     step, target, _ = make_step(0)
     target = target.clone()
     target[STRATA["000-001"]] = torch.tensor([0.1, 31.7, -12.3])
     for _ in range(50):
         window.add(replace(step, target=target, errors=torch.full_like(step.errors, 1e3)), torch.tensor(1.0))
-    assert window.row()["strata"]["000-001"]["fvu"] == 1.0
+    row = window.row()
+    assert row["strata"]["000-001"]["fvu"] is None and row["fvu"] > 1
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64, 1024, 8192])
+def test_a_constant_target_has_no_fvu_however_many_rows_a_batch_has_of_it(rows: int) -> None:
+    """Position 0 where it is trained on, and BOS is its only token; others vary by a thousandth."""
+    strata = {"000-001": slice(0, rows), "001-004": slice(rows, 2 * rows)}
+    generator = torch.Generator().manual_seed(0)
+    row = 20 * torch.randn(96, generator=generator)
+    target = row.expand(2 * rows, 96).clone()
+    target[rows:] += 0.03 * 20 * torch.randn(rows, 96, generator=generator)
+    step, _, _ = make_step(0)
+    window = Window(strata, PREFIXES, 96, torch.ones(2 * rows))
+    none = torch.zeros(0, dtype=torch.int64)
+    nothing = SparseLatents.of(none, none, torch.zeros(0), torch.Size((2 * rows, 8)))
+    errors = torch.ones(2 * rows, len(PREFIXES))
+    for _ in range(3):
+        window.add(replace(step, target=target, errors=errors, active=nothing), torch.tensor(1.0))
+    found = window.row()["strata"]
+    assert found["000-001"]["fvu"] is None
+    if rows > 1:
+        variance = float((target[rows:].double() - target[rows:].double().mean(0)).square().sum())
+        assert found["001-004"]["fvu"] == pytest.approx(rows / variance, rel=0.05)

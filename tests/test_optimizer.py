@@ -1,11 +1,12 @@
 """The update against Adam written out in float64, and what surrounds it."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from shared.errors import UserError
+from train.duplicates.diversity import DiversityConfig
 from train.model.activations import BatchTopK, JumpReLU, ReLU, TopK
 from train.model.losses import AuxKConfig
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
@@ -27,7 +28,7 @@ def make(decoder_norm: Literal["unit", "free"] = "unit") -> Transcoder:
 def optimizer_of(kind: type, model: Transcoder, config: OptimizerConfig, steps: int) -> Optimizer:
     """With the one kind of Adam or the other: the one of the model's kernels."""
     model.kernels = "compiled" if kind is CompiledAdam else "plain"
-    optimizer = Optimizer(model, config, steps)
+    optimizer = Optimizer(model, config, lambda _: steps)
     assert isinstance(optimizer._adam, kind)
     return optimizer
 
@@ -157,5 +158,49 @@ def test_the_learning_rate_follows_the_width_and_warm_ups_the_run() -> None:
     assert [activation.k_at(step) for step in (0, 5, 10, 49)] == [15, 10, 5, 5] and activation.most_active(64) == 15
     with pytest.raises(UserError, match="activation.k_warmup_steps = 51"):
         BatchTopK(k_warmup_steps=51).resolve(50)
+    with pytest.raises(UserError, match="activation.k_warmup_share = 1, and the run has 50 steps"):
+        BatchTopK(k_start="3x", k_warmup_share=1).resolve(50)
+    with pytest.raises(UserError, match="optimizer.warmup_steps = 10, and the run has 10 steps"):
+        OptimizerConfig(warmup_steps=10).resolve(10, 4, unit_decoder=True)
     with pytest.raises(UserError, match="activation.k_start must be a positive number or a multiple such as 3x"):
         BatchTopK(k_start="x").resolve(50)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"k_start": 96}, "activation.k_start = 96, and no warm-up leads from it to k = 32"),
+        ({"k_start": "3x", "k_warmup_steps": 0, "k_warmup_share": 0.2}, "activation.k_start = 3x, and no warm-up"),
+        ({"k_warmup_share": 0.2}, r"a warm-up of k \(0.2 by activation.k_warmup_share .* nothing to start from"),
+        ({"k_warmup_steps": 9}, r"a warm-up of k \(9 by"),
+    ],
+)
+def test_a_warm_up_of_k_needs_a_start_and_a_length(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        BatchTopK(**settings).resolve(100)
+
+
+def test_a_start_that_is_k_is_no_warm_up() -> None:
+    assert BatchTopK(k=8, k_start="1x").resolve(100).k_at(0) == 8
+
+
+def test_the_last_step_of_every_warm_up_that_is_taken_has_k() -> None:
+    for steps in range(1, 60):
+        for share in (0.0, 0.15, 0.5, 0.9, 0.99):
+            try:
+                found = BatchTopK(k=8, k_start="3x" if share else None, k_warmup_share=share).resolve(steps)
+            except UserError:
+                continue
+            assert found.k_at(steps - 1) == 8
+
+
+def test_numbers_above_d_sae_and_latents_that_never_die_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert AuxKConfig(k=64).resolve(32, 1000).k == 32
+    assert "auxk.k = 64 is more than d_sae = 32: 32 is taken" in capsys.readouterr().err
+    rows = DiversityConfig.model_validate({"orthogonality": {"weight": 1}}).resolve(32).orthogonality.rows
+    assert rows == 32 and "diversity.orthogonality.rows = 1,024 is more than d_sae = 32" in capsys.readouterr().err
+    AuxKConfig(dead_after_tokens=1000).resolve(64, 1000)
+    assert "auxk.dead_after_tokens = 1,000 is no less than the 1,000 rows of the run" in capsys.readouterr().err
+    for quiet in (AuxKConfig(), AuxKConfig(coefficient=0, k=999)):
+        assert quiet.resolve(64, 1000) == quiet
+    assert DiversityConfig().resolve(32) == DiversityConfig() and not capsys.readouterr().err

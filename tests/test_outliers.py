@@ -15,7 +15,7 @@ from shared.store.outliers import Exclusion, long_rows, pack_long_rows
 from shared.store.reader import RowReader, RowsConfig, RowStream, rows_per_stratum, training_strata
 from shared.store.statistics import decode, moments_of, row_norms
 from shared.store.store import Store
-from tests.runs import SMALL, rows
+from tests.runs import SMALL, as_format_4_had_it, rows
 from tests.stores import SyntheticStore, edit, make_store
 from train.data.batches import BatchReader, StoreRows
 from train.evaluation.evaluate import calibrate, evaluate, natural_weights
@@ -347,6 +347,7 @@ def test_a_run_from_before_there_were_exclusions_goes_on_as_it_was(
     for later in ("checkpoints/step-000020", "samples", "anti_duplication_logs"):
         shutil.rmtree(tmp_path / "old" / later)
     edit(tmp_path / "old" / "config.json", lambda config: (config.pop("exclusion"), config["settings"].pop("quiet")))
+    as_format_4_had_it(tmp_path / "old")
     assert command("resume", tmp_path / "old").code == 0
     left, right = checkpoint.find(tmp_path / "new"), checkpoint.find(tmp_path / "old")
     assert left.step == right.step == 20

@@ -290,7 +290,7 @@ def test_resume_refuses_another_store_and_another_thread_count(command, store: S
     done = command("run", "--store", store.path, "--runs", tmp_path / "runs", "--steps", 10, *SMALL)
     other = make_store(tmp_path / "other", seed=9)
     refused = command("resume", done.path, "--store", other.path)
-    assert refused.code == 2 and "was trained on request" in refused.err
+    assert refused.code == 2 and "was trained on: its request is" in refused.err
     config = json.loads((done.path / "config.json").read_text())
     config["settings"]["threads"] = 2
     (done.path / "config.json").write_text(json.dumps(config))

@@ -222,7 +222,7 @@ def test_a_whole_step_on_a_device_waits_for_nothing(kind: str, product_dtype: to
     model = make(ACTIVATIONS[kind], kernels="plain").float()
     model.product_dtype = product_dtype
     device = torch.device("cpu")
-    optimizer, counters = Optimizer(model, OptimizerConfig(), 10), Counters(F, B, device)
+    optimizer, counters = Optimizer(model, OptimizerConfig(), lambda _: 10), Counters(F, B, device)
     window = Window({"000-001": slice(0, 2), "001-004": slice(2, B)}, PREFIXES, O, torch.ones(B, device=device))
     source, target = draw(B, D, seed=1).float(), draw(B, O, seed=2).float()
     with _Waits() as waits:

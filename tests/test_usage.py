@@ -60,6 +60,21 @@ def test_planted_latents_move_what_is_on(per_row: str, rows: int, least: int) ->
     prove(OFF)
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.97, 0.98, 0.99, 0.999, 0.999999])
+def test_the_planted_pair_lies_above_any_margin(margin: float) -> None:
+    settings = ALL_ON.model_dump()
+    settings["diversity"] |= {"margin": margin, "cross_margin": margin}
+    settings["diversity"]["co_activation"]["margin"] = margin
+    prove(Settings.model_validate(settings))
+
+
+def test_a_margin_that_is_1_in_float32_is_named() -> None:
+    settings = ALL_ON.model_dump()
+    settings["diversity"] |= {"margin": 0.99999999}
+    with pytest.raises(ProjectError, match=r"diversity.orthogonality is on, .*; diversity.margin is 0.99999999$"):
+        prove(Settings.model_validate(settings))
+
+
 def no_loss(W_dec: torch.Tensor, *_: object) -> torch.Tensor:
     return W_dec.sum() * 0
 

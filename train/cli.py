@@ -117,6 +117,7 @@ def list_all(preset: str, store: Path | None, file: Path | None, assignments: tu
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
+@click.option("--steps", type=click.IntRange(1), help="Make the run longer: so many optimiser steps in all.")
 @click.option("--threads", type=click.IntRange(1), help="Another number of CPU threads; the last bits may differ.")
 @click.option("--inexact", is_flag=True, help="Go on on another processor or other versions; the last bits may differ.")
 @_fallback_option
@@ -126,16 +127,29 @@ def list_all(preset: str, store: Path | None, file: Path | None, assignments: tu
 def resume(
     run: Path,
     store: Path | None,
+    steps: int | None,
     threads: int | None,
     inexact: bool,
     fallback: Path | None,
     project: str | None,
     local: Local | None,
 ) -> None:
-    """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit."""
+    """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit.
+
+    With --steps, the run is made longer: the learning rate is from here on that of a run of so many steps.
+    """
     from train.commands import resume as resume_run
 
-    resume_run(run, store=store, local=local, fallback=fallback, threads=threads, inexact=inexact, project=project)
+    resume_run(
+        run,
+        store=store,
+        local=local,
+        fallback=fallback,
+        project=project,
+        threads=threads,
+        inexact=inexact,
+        steps=steps,
+    )
     _summarise(run)
     click.echo(run)
 

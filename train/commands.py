@@ -13,12 +13,13 @@ from shared.store.store import Local, Store
 from train.evaluation.evaluate import Evaluation, calibrate
 from train.evaluation.evaluate import evaluate as evaluate_rows
 from train.evaluation.linear_baseline import linear_map_fvu
-from train.live.run_files import CONFIG, EXPORTS, LOCK
+from train.live.run_files import BLOCKS, CONFIG, EXPORTS, HELD_OUT, LOCK, REPORTS
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, Listed
+from train.run.bindings import pinned, require_own_config, require_own_store
 from train.run.load_run import load_run, open_store, samples_of
 from train.run.saver import bring_home, require_own
-from train.run.settings import RunConfig, Settings, checkpoint_bytes, read_config, resolve
+from train.run.settings import Extension, RunConfig, Settings, checkpoint_bytes, read_config, resolve
 from train.run.trainer import Trainer, use_threads
 from train.samples.parquet import SamplesRecord
 from train.samples.select import SamplesConfig
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from train.interchange.export import Exported, Format
     from train.report.report_record import Report
 
-_BEFORE_CONFIG = {LOCK, CONFIG + durable.TEMPORARY}
+_BEFORE_CONFIG = {LOCK, BLOCKS, *(name + durable.TEMPORARY for name in (BLOCKS, CONFIG))}
 """What a run that was killed before its configuration was written leaves; it is started again."""
 
 
@@ -54,6 +55,8 @@ def train(
     exists = UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
     if run.exists() and {path.name for path in run.iterdir()} - _BEFORE_CONFIG:
         raise exists
+    blocks = pinned(store, config.training_blocks)
+    config = config.model_copy(update={"blocks": blocks.digest})
     source = find_initial(init_from, config) if init_from else None
     if not force:
         size = checkpoint_bytes(config.settings, config.d_in, config.d_out)
@@ -68,6 +71,7 @@ def train(
         with durable.lock(run / LOCK, f"run {run}"):
             if (run / CONFIG).exists():  # of a run that was started meanwhile
                 raise exists
+            durable.publish_json(run / BLOCKS, blocks.model_dump(mode="json"))
             durable.publish_bytes(run / CONFIG, written)
             with synced(run, project):
                 new.train()
@@ -102,32 +106,63 @@ def resume(
     project: str | None = None,
     threads: int | None = None,
     inexact: bool = False,
+    steps: int | None = None,
 ) -> Path:
     """Continue `run` from its newest valid checkpoint, or from step 0 when it has none. Returns `run`.
 
+    `steps`: make it longer first, see `make_longer`.
+
     The result is that of an uninterrupted run, bit for bit, unless other `threads` are asked for, or `inexact` lets
     another processor or other versions of libraries do. Checkpoints that are in the `fallback` folder are brought home.
-    With a W&B `project`, all of the run that is not synced yet is.
+    With a W&B `project`, all of the run that is not synced yet is. Raises `UserError` when the store has other rows, or
+    `config.json` other settings, than the run was trained with.
     """
     run, store, fallback = Path(run), _path(store), _path(fallback)
     config = read_config(run)
-    if threads and threads != config.settings.threads:
-        inexact = True
-        config = config.model_copy(update={"settings": config.settings.model_copy(update={"threads": threads})})
     opened = Store.open(store or config.store, local)
-    if opened.request.digest != config.request:
-        raise UserError(
-            f"{run} was trained on request {config.request[:6]}, {opened.path} is {opened.request.digest[:6]}"
-        )
+    require_own_store(run, config, opened)
     elsewhere = _fallback(run, fallback, (run / CONFIG).read_bytes())
     with opened.reading(), durable.lock(run / LOCK, f"run {run}"), _resumable(run):
         durable.sweep(run)
         found = _newest(run, elsewhere)
+        if found:
+            require_own_config(run, config, found)
+        config = make_longer(run, config, found.step if found else 0, steps, elsewhere) if steps else config
+        if threads and threads != config.settings.threads:
+            inexact = True
+            config = config.model_copy(update={"settings": config.settings.model_copy(update={"threads": threads})})
         source = find_initial(config.init_from, config) if config.init_from and not found else None
         continued = Trainer(opened, config, run, initial=source, resumed=found, fallback=elsewhere, inexact=inexact)
         with synced(run, project):
             continued.train()
     return run
+
+
+def make_longer(run: Path, config: RunConfig, done: int, steps: int, fallback: Path | None = None) -> RunConfig:
+    """Make a run of which `done` steps are done one of `steps`. Returns its `config.json`, which records that.
+
+    From step `done` on the learning rate is that of a run of `steps`. All that was a share of the run when it started
+    (warm-ups, when a latent is dead, the monitor's cadence) stays as long as it was. A run that has as many steps
+    already is left as it is. Raises `UserError` when it has more.
+    """
+    before = config.settings
+    if steps <= before.steps:
+        if steps == before.steps:
+            return config
+        raise UserError(f"--steps {steps:,}: {run} has {before.steps:,} steps already, and is only ever made longer")
+    settings = build(Settings, before.model_dump() | {"steps": steps}, "--steps")
+    extension = Extension(step=done, steps_before=before.steps)
+    longer = config.model_copy(update={"settings": settings, "extensions": (*config.extensions, extension)})
+    (run / REPORTS / HELD_OUT).unlink(missing_ok=True)  # of the step that was the last one
+    written = durable.json_bytes(longer.model_dump(mode="json"))
+    places = [place for place in (fallback, run) if place and (place / CONFIG).is_file()]
+    durable.publish_files({place / CONFIG: written for place in places})
+    rates = [before.optimizer.lr_at(min(done, length - 1), length) for length in longer.lengths[-2:]]
+    say(
+        f"{run} had {before.steps:,} steps and now has {steps:,}; from step {done + 1:,} on the learning rate is that "
+        f"of a run of {steps:,}: {rates[1]:.3g}, it was {rates[0]:.3g}"
+    )
+    return longer
 
 
 def _fallback(run: Path, folder: Path | None, config: bytes) -> Path | None:
@@ -322,6 +357,7 @@ def find_initial(run: Path, config: RunConfig) -> Checkpoint:
     """Return the newest checkpoint of `run`, whose weights must fit `config`. Raises `UserError` with both shapes."""
     found = checkpoint.find(run)
     before = read_config(run)
+    require_own_config(run, before, found)
     theirs, ours = _shape(before), _shape(config)
     if theirs != ours:
         wrong = next(key for key in ours if theirs[key] != ours[key])

@@ -93,7 +93,8 @@ def _strata(e: Evaluation) -> Table:
     table.columns[0].no_wrap = True
     for name, part in e.strata.items():
         drawn = "-" if part.l0_training_rule is None else f"{part.l0_training_rule:.2f}"
-        table.add_row(name, f"{part.rows:,.0f}", f"{part.fvu:.4f}", f"{part.l0:.2f}", drawn, *_weight(part))
+        fvu = "-" if part.fvu is None else f"{part.fvu:.4f}"
+        table.add_row(name, f"{part.rows:,.0f}", fvu, f"{part.l0:.2f}", drawn, *_weight(part))
     if e.outliers:
         table.add_row("outliers", f"{e.outliers.rows:,.0f}", "-", f"{e.outliers.l0:.2f}", "-", *_weight(e.outliers))
     _right(table)

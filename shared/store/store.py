@@ -1,6 +1,8 @@
 """Opens a finished store: has its records and shard files checked, and maps its rows. No torch here."""
 
 import ctypes
+import hashlib
+import json
 import mmap
 import os
 import time
@@ -198,6 +200,7 @@ class Store:
         self.packed = read_packed(path, self.arrays(), record.blocks) if is_packed(path) else None
         """The packed shard files, of a packed store."""
         self._local_given = local or Local()
+        self._block_checksums: dict[int, str] = {}
 
     @classmethod
     def open(cls, path: Path | str, local: Local | None = None) -> "Store":
@@ -347,6 +350,18 @@ class Store:
         window = np.empty((1, self.request.context_size), self.tokens.spec.dtype)
         self.tokens.read(at[0], at[0] + 1, window)
         return window[0], at[1]
+
+    def block_checksum(self, block: int) -> str:
+        """Return 16 hexadecimal digits that stand for a block's rows and tokens: stores that share them share the rows.
+
+        They start the SHA-256 over the sizes and crc32c of its shard files, as the ledger has them. Raises
+        `CorruptData` when the block's record is damaged or missing.
+        """
+        if block not in self._block_checksums:
+            record = read_ledger(self.path, block).model_dump(mode="json", include={"files", "tokens"})
+            text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+            self._block_checksums[block] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self._block_checksums[block]
 
     @property
     def tokenizer(self) -> Path:

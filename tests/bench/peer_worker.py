@@ -140,7 +140,7 @@ def ours(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
     model = Transcoder(d, d, config, activation, Normalisation(torch.zeros(d), 1.0, torch.zeros(d), 1.0))
     model.initialise(0)
     model.blas, model.kernels = faster_here(), "compiled"
-    optimizer, data = Optimizer(model, OptimizerConfig(lr=3e-4), 10**6), batches(d, rows)
+    optimizer, data = Optimizer(model, OptimizerConfig(lr=3e-4), lambda _: 10**6), batches(d, rows)
     counters, window = figures_of(model)
     dead, numbers = torch.arange(d_sae) % 4 == 0, itertools.count()
 

@@ -65,7 +65,7 @@ def setup(shape: str) -> Setup:
     model = Transcoder(d, d, config, activation, still)
     model.initialise(0)
     model.blas, model.kernels = faster_here(), "compiled"
-    optimizer = Optimizer(model, OptimizerConfig(lr=1e-4), 10**6)
+    optimizer = Optimizer(model, OptimizerConfig(lr=1e-4), lambda _: 10**6)
     dead = torch.arange(d_sae) % DEAD == 0
     return Setup(model, optimizer, torch.randn(B, d), torch.randn(B, d), dead)
 

@@ -56,4 +56,12 @@ PROMISES: dict[str, dict[int, str]] = {
         40: "Bad Unicode and a missing text column are one line, with the columns there are.",
         41: "A batch larger than the store, one row, a resume past the end: a clear error or a clean finish.",
     },
+    "Records that belong together": {
+        42: "A run whose store holds other rows, under whatever name, is not resumed, evaluated or compared on it: the "
+        "block that differs is named.",
+        43: "A run whose config.json says another thing than its checkpoints were trained with is refused by field; "
+        "one that was made longer by `resume --steps` says so.",
+        44: "A checkpoint whose state.json was edited does not verify.",
+        45: "A run that is removed or renamed under its trainer ends in an error, and nothing is written in its place.",
+    },
 }

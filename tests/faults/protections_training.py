@@ -124,8 +124,8 @@ TRAINING = (
     Protection(
         (24,),
         "train/model/checkpoint.py",
-        "version not in (3, FORMAT_VERSION)",
-        "version not in (FORMAT_VERSION,)",
+        "not 3 <= version <= FORMAT_VERSION",
+        "version != FORMAT_VERSION",
         ("tests/faults/test_old_runs.py::test_a_run_of_format_3_is_listed_evaluated_and_resumed",),
     ),
     Protection(

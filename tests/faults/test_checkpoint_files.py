@@ -14,6 +14,7 @@ from shared.store.checks import file_record
 from tests.runs import SMALL, Outcome
 from tests.stores import SyntheticStore, edit, flip
 from train.model import checkpoint
+from train.model.checkpoint import sealed
 
 Command = Callable[..., Outcome]
 WEIGHTS, OPTIMIZER, STATE = checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.STATE
@@ -52,7 +53,7 @@ def publish(run: Path, step: int, name: str, change: Callable[[dict[str, Any]], 
 
 def seal(path: Path) -> None:
     record = file_record(path).model_dump(mode="json")
-    edit(path.with_name(STATE), lambda value: value["files"].update({path.name: record}))
+    edit(path.with_name(STATE), lambda value: (value["files"].update({path.name: record}), value.update(sealed(value))))
 
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {

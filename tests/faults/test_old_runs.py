@@ -32,4 +32,4 @@ def test_a_run_of_format_3_is_listed_evaluated_and_resumed(command: Callable[...
     resumed = command("resume", run, "--store", store.path)
     assert resumed.code == 0, resumed.err
     assert rows(run)[-1]["held_out"]["fvu"] == pytest.approx(FVU[30], rel=1e-5)
-    assert checkpoint.find(run).state.format_version == 4
+    assert checkpoint.find(run).state.format_version == checkpoint.FORMAT_VERSION

@@ -112,8 +112,8 @@ def resumed(run: Path, env: dict[str, str], *options: object) -> str:
 def test_off_is_off(plain: Path) -> None:
     """That wandb was not imported is asserted in the process itself."""
     assert sorted(path.name for path in plain.iterdir()) == [
-        ".lock", "anti_duplication_logs", "checkpoints", "config.json", "metrics.jsonl", "samples", "timing.jsonl",
-        "usage.json",
+        ".lock", "anti_duplication_logs", "blocks.json", "checkpoints", "config.json", "metrics.jsonl", "samples",
+        "timing.jsonl", "usage.json",
     ]  # fmt: skip
 
 

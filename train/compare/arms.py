@@ -14,7 +14,8 @@ from shared.errors import UserError
 from shared.store.store import Store
 from train.compare.consistency import densest, matched_cosine
 from train.compare.measure import Figures, Measured, Point, measure_run, require_finished
-from train.run.settings import RunConfig, Settings, read_config, resolve_exclusion
+from train.run.bindings import foreign_block
+from train.run.settings import RunConfig, Settings, flat, read_config, resolve_exclusion
 
 
 class Spread(Config):
@@ -113,6 +114,11 @@ def _store(runs: Sequence[Path], configs: Sequence[RunConfig], path: Path | None
             f"{runs[0]} was trained on request {first.request[:6]}, {store.path} is {store.request.digest[:6]}: pass "
             "the --store that the runs were trained on"
         )
+    for run, config in zip(runs, configs, strict=True):
+        if wrong := foreign_block(run, config, store, whole=False):
+            raise UserError(
+                f"{store.path} is not the store that {run} was trained on: {wrong}; compare runs of one store"
+            )
     return store.excluding(resolve_exclusion(store, Settings()))  # all runs are judged on the same rows
 
 
@@ -139,8 +145,8 @@ def _groups(runs: Sequence[Path], configs: Sequence[RunConfig]) -> list[list[int
 
 def _described(config: RunConfig) -> dict[str, Any]:
     """Return what defines a run, by dotted names."""
-    more = config.model_dump(mode="json", include={"init_from", "first_block", "last_block"})
-    return _flat(config.settings.model_dump(mode="json")) | more
+    more = config.model_dump(mode="json", include={"init_from", "first_block", "last_block", "extensions"})
+    return flat(config.settings) | more
 
 
 def _arm(runs: list[Measured], most: int) -> Arm:
@@ -173,10 +179,3 @@ def _numbers(figures: dict[str, Any], start: str = "") -> Iterator[tuple[str, fl
             yield from _numbers(value, f"{start}{name}.")
         elif value is not None:
             yield f"{start}{name}", float(value)
-
-
-def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= _flat(value, f"{start}{name}.") if isinstance(value, dict) else {f"{start}{name}": value}
-    return found

@@ -16,6 +16,7 @@ from shared.keyed import key_bits
 from train.duplicates.co_activation import Correlated, co_activation_loss, mass, position_loss
 from train.duplicates.correlation_report import CorrelationReport
 from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest, steps_between_scans
+from train.model.losses import at_most
 from train.model.saved_tensors import fitting, numbers
 from train.model.transcoder import StepOutput, Transcoder
 
@@ -104,6 +105,13 @@ class DiversityConfig(Config):
     co_activation: CoActivationConfig = CoActivationConfig()
     position: PositionConfig = PositionConfig()
     controller: ControllerConfig = ControllerConfig()
+
+    def resolve(self, d_sae: int) -> "DiversityConfig":
+        """Return the same with chunks of at most as many rows as there are, with a warning."""
+        if not self.orthogonality.weight:
+            return self
+        rows = at_most("diversity.orthogonality.rows", self.orthogonality.rows, d_sae)
+        return self.model_copy(update={"orthogonality": self.orthogonality.model_copy(update={"rows": rows})})
 
 
 class Diversity:

@@ -23,6 +23,10 @@ from train.data.batches import BatchReader, RowChunk, StoreRows
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Transcoder
 
+CONSTANT_SHARE = 1e-6
+"""Rows whose target varies by no more than this share of its squared distance from the mean of all are constant: what
+bfloat16 rounds is as much."""
+
 
 class EvaluationConfig(Config):
     """When a run looks at held-out rows."""
@@ -54,6 +58,18 @@ class Part(Config):
     """Active latents per row by threshold."""
 
 
+class PartOfStratum(Config):
+    """Figures over the rows of one stratum, under some prefix."""
+
+    rows: float
+    fvu: float | None
+    """None where the target is constant, as it is at position 0 where every window starts with BOS."""
+    explained_variance: float | None
+    """None for such rows as well."""
+    l0: float
+    """Active latents per row by threshold."""
+
+
 class Weight(Config):
     """How much some rows weigh among all held-out rows, at natural frequencies."""
 
@@ -66,12 +82,12 @@ class Weight(Config):
     """Of the active latents of all rows."""
 
 
-class StratumPart(Part, Weight):
+class StratumPart(PartOfStratum, Weight):
     """One stratum, its outliers left out."""
 
     l0_training_rule: float | None
     """Active latents per row by the training rule, on batches of the natural mixture; none: no rows drawn."""
-    prefixes: dict[int, Part]
+    prefixes: dict[int, PartOfStratum]
 
 
 class Outliers(Weight):
@@ -142,8 +158,7 @@ class Sums:
 
     def part(self, prefix: int) -> Part:
         """Return the figures of the prefix with index `prefix`. No variance: fvu 0 without error, else 1."""
-        n = max(self.rows, 1.0)
-        total = self.squares - float(self.target.square().sum()) / n
+        n, total = max(self.rows, 1.0), self._variance
         errors = float(self.errors[prefix])
         unexplained = errors - float(self.residual[prefix].square().sum()) / n
         return Part(
@@ -152,6 +167,17 @@ class Sums:
             explained_variance=1 - ratio(unexplained, total, self.squares),
             l0=float(self.active[prefix]) / n,
         )
+
+    @property
+    def _variance(self) -> float:
+        """The target's squared distance from its mean, summed over rows."""
+        return self.squares - float(self.target.square().sum()) / max(self.rows, 1.0)
+
+    def part_of_stratum(self, prefix: int) -> PartOfStratum:
+        """Return the same for the rows of one stratum: without fvu where the target is constant."""
+        found = self.part(prefix).model_dump()
+        constant = self._variance <= CONSTANT_SHARE * self.squares
+        return PartOfStratum(**found | (dict.fromkeys(("fvu", "explained_variance")) if constant else {}))
 
 
 def ratio(error: float, total: float, scale: float) -> float:
@@ -183,10 +209,10 @@ def evaluate(transcoder: Transcoder, rows: StoreRows, threshold: Tensor, seed: i
         prefixes=_parts(whole, transcoder.prefixes),
         strata={
             name: StratumPart(
-                **sums.part(last).model_dump(),
+                **sums.part_of_stratum(last).model_dump(),
                 **weigh(sums, _times(store, name)).model_dump(),
                 l0_training_rule=drawn[name].part(last).l0 if name in drawn else None,
-                prefixes=_parts(sums, transcoder.prefixes),
+                prefixes={size: sums.part_of_stratum(i) for i, size in enumerate(transcoder.prefixes)},
             )
             for name, sums in strata.items()
         },

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 METRICS, TIMING, USAGE, CONFIG, LOCK = "metrics.jsonl", "timing.jsonl", "usage.json", "config.json", ".lock"
+BLOCKS = "blocks.json"
+"""Checksums of the blocks of the store that the run reads."""
 REPORTS, HELD_OUT = "anti_duplication_logs", "correlation-held-out.json"
 """The folder of the correlation monitor's reports, and the one on held-out rows."""
 EXPORTS = "exports"

@@ -109,7 +109,8 @@ class Status:
         """Return all figures, for the end of a plain line."""
         figures = {name: self.figure(name) for name in ("lr", "grad_norm", "loss")} | dict(self.terms)
         parts = [f"{name} {short(value)}" for name, value in figures.items()]
-        parts += [f"fvu of {name} {part['fvu']:.4f}" for name, part in self.row.get("strata", {}).items()]
+        strata = {name: part["fvu"] for name, part in self.row.get("strata", {}).items()}
+        parts += [f"fvu of {name} {fvu:.4f}" for name, fvu in strata.items() if fvu is not None]
         parts.append(f"data wait {self.timing.get('data_wait_share', 0.0):.1%}")
         calls = [f"{name} {one['calls']:,} calls {short(one['effect'])}" for name, one in self.components.items()]
         return "  ".join([self.note(), *parts, *calls])

@@ -117,7 +117,12 @@ def _more(status: Status) -> RenderableType:
     """Draw figures by position and by prefix, and those that few ask for."""
     strata, prefixes = status.row.get("strata", {}), status.row.get("prefixes", {})
     by_position = [
-        (name, f"{part['rows']:,}", short(part["fvu"]), f"{part['l0_training_rule']:.1f}")
+        (
+            name,
+            f"{part['rows']:,}",
+            "-" if part["fvu"] is None else short(part["fvu"]),
+            f"{part['l0_training_rule']:.1f}",
+        )
         for name, part in strata.items()
     ]
     by_prefix = [(f"{int(name):,}", short(part["fvu"])) for name, part in prefixes.items()]

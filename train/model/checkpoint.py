@@ -2,13 +2,15 @@
 
 weights.safetensors      parameters, normalisation, inference thresholds: all that evaluation and export need
 optimizer.safetensors    Adam's moments, dead counters, running threshold, the open metrics window
-state.json               step, what the last bits depend on, held-out figures, size and crc32c of the two files;
-                         "latest" is the highest step that verifies
+state.json               step, what the last bits depend on, held-out figures, the run's settings, size and crc32c of
+                         the two files, and its own digest; "latest" is the highest step that verifies
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import Field
 from safetensors import SafetensorError
@@ -24,7 +26,7 @@ from shared.store.layout import FileRecord
 from train.live.run_files import CONFIG
 from train.model.saved_tensors import fitting
 
-FORMAT_VERSION: Final = 4
+FORMAT_VERSION: Final = 5
 """A run's settings, beside its checkpoints: `train.run.settings.RunConfig`."""
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
@@ -40,15 +42,17 @@ class HeldOut(Config):
 
 
 class CheckpointState(Config):
-    """`state.json`. Format 3 had no held-out figures, and of `arithmetic` the threads alone."""
+    """`state.json`. Format 4 had no `config` and no digest; 3 no held-out figures, and of `arithmetic` the threads."""
 
-    format_version: Literal[3, 4] = FORMAT_VERSION
+    format_version: Literal[3, 4, 5] = FORMAT_VERSION
     step: int = Field(ge=0, lt=2**53)
     """Steps done."""
     arithmetic: dict[Short, Short] = Field(max_length=100)
     """What the last bits of training depend on, see `train.run.determinism`."""
     held_out: HeldOut | None = None
     """Of this step, if it was evaluated."""
+    config: dict[str, Any] | None = None
+    """What `config.json` held when the checkpoint was made."""
     files: dict[Literal["weights.safetensors", "optimizer.safetensors"], FileRecord]
 
     @property
@@ -94,8 +98,12 @@ def publish(
     optimizer: Mapping[str, Tensor],
     arithmetic: Mapping[str, str],
     held_out: HeldOut | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Publish a checkpoint, in place of one that does not verify. Raises `DiskFull`, and leaves nothing then."""
+    """Publish a checkpoint, in place of one that does not verify. Raises `DiskFull`, and leaves nothing then.
+
+    `config`: what the run's `config.json` holds.
+    """
     path = folder(run, step)
     tensors = {WEIGHTS: weights, OPTIMIZER: optimizer}
     needed = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
@@ -108,9 +116,22 @@ def publish(
             name: FileRecord(bytes=(temporary / name).stat().st_size, crc32c=file_crc32c(temporary / name))
             for name in (WEIGHTS, OPTIMIZER)
         }
-        state = CheckpointState(step=step, arithmetic=dict(arithmetic), held_out=held_out, files=files)
-        durable.publish_json(temporary / STATE, state.model_dump(mode="json"))
+        state = CheckpointState(
+            step=step,
+            arithmetic=dict(arithmetic),
+            held_out=held_out,
+            config=dict(config) if config else None,
+            files=files,
+        )
+        durable.publish_json(temporary / STATE, sealed(state.model_dump(mode="json")))
     return path
+
+
+def sealed(state: dict[str, Any]) -> dict[str, Any]:
+    """Return what `state.json` holds: `state`, with the SHA-256 of it."""
+    rest = {name: value for name, value in state.items() if name != "digest"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return rest | {"digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def steps(run: Path) -> list[Path]:
@@ -164,11 +185,15 @@ def read_state(path: Path) -> CheckpointState:
         raise UserError(f"{path} is not a checkpoint: it has no {STATE}")
     data = durable.read_json(path / STATE)
     version = data.get("format_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version not in (3, FORMAT_VERSION):
+    if isinstance(version, int) and not 3 <= version <= FORMAT_VERSION:
         remedy = "upgrade" if version > FORMAT_VERSION else "train it again"
         raise UserError(f"{path}: written by format {version}, this reads 3 to {FORMAT_VERSION}; {remedy}")
     if version == 3 and isinstance(data.get("threads"), int):
         data["arithmetic"] = {"threads": str(data.pop("threads"))}
+    if version == FORMAT_VERSION and data != sealed(data):
+        raise CorruptData(f"{path / STATE}: its digest is not that of what it holds: it was edited, or is damaged")
+    if isinstance(data, dict):
+        data.pop("digest", None)
     return read_record(CheckpointState, data, path / STATE)
 
 

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from shared.config import Config
+from shared.errors import warn
 
 
 class AuxKConfig(Config):
@@ -27,6 +28,24 @@ class AuxKConfig(Config):
     def dead_after(self, run_rows: int) -> int:
         """Return the rows without firing after which a latent of a run of `run_rows` rows is dead."""
         return self.dead_after_tokens or max(1, min(10_000_000, round(self.dead_after_share * run_rows)))
+
+    def resolve(self, d_sae: int, run_rows: int) -> "AuxKConfig":
+        """Return the same with at most as many latents as there are. Warns of that, and where none can ever be dead."""
+        if not self.coefficient:
+            return self
+        if self.dead_after(run_rows) >= run_rows:
+            warn(
+                f"auxk.dead_after_tokens = {self.dead_after(run_rows):,} is no less than the {run_rows:,} rows of the "
+                "run: no latent is ever dead, so auxk does nothing"
+            )
+        return self.model_copy(update={"k": at_most("auxk.k", self.k, d_sae)})
+
+
+def at_most(name: str, value: int, d_sae: int) -> int:
+    """Return a number of latents, at most `d_sae`; warns where that is less than was asked for."""
+    if value > d_sae:
+        warn(f"{name} = {value:,} is more than d_sae = {d_sae:,}: {d_sae:,} is taken")
+    return min(value, d_sae)
 
 
 def matryoshka_weight(rows: int, prefixes: int, d_out: int) -> float:

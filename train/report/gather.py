@@ -31,7 +31,7 @@ from train.report.report_record import (
     StoreFacts,
 )
 from train.run.metrics import Log
-from train.run.usage import UsageRecord
+from train.run.usage import UsageRecord, read_usage
 
 _DENSITY_EDGES = np.logspace(-7, 0, 57)
 _COSINE_EDGES = np.linspace(-1, 1, 81)
@@ -115,7 +115,7 @@ def duplicates(run: Path, step: int) -> Duplicates | None:
 def usage(run: Path) -> UsageRecord | None:
     """Return what each component did so far."""
     path = run / USAGE
-    return read_record(UsageRecord, durable.read_json(path), path) if path.is_file() else None
+    return read_usage(path) if path.is_file() else None
 
 
 def density(table: pa.Table) -> Histogram:

@@ -75,6 +75,8 @@ def _report(loaded: LoadedRun, table: pa.Table, held_out: Evaluation, linear_fvu
         decay_share=settings.optimizer.decay_share,
         d_sae=len(table),
         k=settings.activation.expected_l0,
+        k_trained=settings.activation.expected_l0_at(step - 1),
+        extensions=config.extensions,
         verdict=[],
         held_out=held_out,
         linear_fvu=linear_fvu,

@@ -7,6 +7,7 @@ from pydantic import Field
 from shared.config import Config
 from train.duplicates.correlation_report import CorrelatedPair, Directions
 from train.evaluation.evaluate import Evaluation
+from train.run.settings import Extension
 from train.run.usage import UsageRecord
 
 State = Literal["good", "look", "bad"]
@@ -141,6 +142,10 @@ class Report(Config):
     d_sae: int
     k: float | None
     """Active latents per row that were asked for; none: the activation has no k."""
+    k_trained: float | None = None
+    """Those of the last step that was trained: not `k` yet while k is warming up."""
+    extensions: tuple[Extension, ...] = ()
+    """When the run was made longer."""
     verdict: list[Check]
     held_out: Evaluation
     linear_fvu: float | None

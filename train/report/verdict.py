@@ -42,7 +42,8 @@ def _check(name: str, said: str, figure: float, look: float, bad: float, see: st
 
 def _finished(report: Report) -> Iterator[Check]:
     share = report.step / report.steps
-    said = f"Trained for all of its {report.steps:,} steps."
+    made = [f"made longer at step {one.step:,}, when it had {one.steps_before:,} steps" for one in report.extensions]
+    said = "; ".join([f"Trained for all of its {report.steps:,} steps", *made]) + "."
     if share < 1 and report.usage and report.usage.step == report.steps:
         said = f"An earlier checkpoint: step {report.step:,} of a run that went on to its last one, {report.steps:,}."
     elif share < 1:
@@ -104,7 +105,14 @@ def _moved(fall: float) -> str:
 
 
 def _l0(report: Report) -> Iterator[Check]:
-    if report.k:
+    if report.k and report.k_trained not in (None, report.k):
+        off = abs(report.k_trained / report.k - 1) if report.k_trained else 0.0
+        said = (
+            f"Trained so far with {report.k_trained:g} latents a row, {report.k:g} were asked for: k is still warming "
+            "up, and figures are at a k that this transcoder was not trained with."
+        )
+        yield _check("l0", said, off, 0.0, 0.5, "curves")
+    elif report.k:
         off = abs(report.held_out.l0 / report.k - 1)
         said = f"{report.held_out.l0:.1f} latents are active on a held-out row, {report.k:g} were asked for."
         yield _check("l0", said, off, 0.1, 0.5, "curves")
@@ -162,11 +170,12 @@ def _outliers(report: Report) -> Iterator[Check]:
 
 
 def _strata(report: Report) -> Iterator[Check]:
-    parts = {name: part for name, part in report.held_out.strata.items() if name != POSITION_0}
-    if len(parts) > 1 and report.held_out.fvu > 0:
-        name, part = max(parts.items(), key=lambda item: item[1].fvu)
-        ratio = part.fvu / report.held_out.fvu
-        said = f"Positions {name} are explained worst: fvu {part.fvu:.4f}, {ratio:.2f} times the whole's."
+    strata = report.held_out.strata.items()
+    fvus = {name: part.fvu for name, part in strata if name != POSITION_0 and part.fvu is not None}
+    if len(fvus) > 1 and report.held_out.fvu > 0:
+        name, fvu = max(fvus.items(), key=lambda item: item[1])
+        ratio = fvu / report.held_out.fvu
+        said = f"Positions {name} are explained worst: fvu {fvu:.4f}, {ratio:.2f} times the whole's."
         yield _check("strata", said, ratio, 1.5, 4.0, "strata")
 
 

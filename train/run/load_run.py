@@ -14,6 +14,7 @@ from train.model.checkpoint import Checkpoint
 from train.model.kernels import guarded
 from train.model.normalisation import normalisation
 from train.model.transcoder import Transcoder
+from train.run.bindings import foreign_block, require_own_config, require_own_store
 from train.run.settings import RunConfig, default_kernels, read_config, resolve_exclusion
 from train.samples.make_samples import make_samples
 from train.samples.parquet import Samples
@@ -40,7 +41,7 @@ class LoadedRun:
     @property
     def training_blocks(self) -> range:
         """Those that the run trained on; of another store than the run's, all that there are to train on."""
-        same = self.rows.store.request.digest == self.config.request
+        same = foreign_block(self.path, self.config, self.rows.store) is None
         return self.config.training_blocks if same else self.rows.store.record.training_blocks
 
 
@@ -55,6 +56,7 @@ def load_run(
     run = Path(run)
     config = read_config(run)
     found = found or checkpoint.find(run, step)
+    require_own_config(run, config, found)
     store = store or open_store(run, config)
     transcoder = build_transcoder(config, store)
     threshold = transcoder.load_checkpoint(found)
@@ -75,15 +77,20 @@ def samples_of(loaded: LoadedRun, settings: SamplesConfig) -> Samples:
 
 
 def open_store(run: Path, config: RunConfig, store_path: Path | None = None, local: Local | None = None) -> Store:
-    """Open the store of `run`, or another one of the same widths. Raises `UserError`."""
+    """Open the store of `run`, or another one of the same widths.
+
+    Raises `UserError`, also when other rows are where the store of the run was.
+    """
     store = Store.open(store_path or config.store, local)
+    if store_path is None:
+        require_own_store(run, config, store)
     d_in, d_out = source_width(store, config.settings.source), store.record.d_out
     if (d_in, d_out) != (config.d_in, config.d_out):
         raise UserError(
             f"{store.path} has d_in {d_in} and d_out {d_out}, "
             f"{run} was trained with {config.d_in} and {config.d_out}; pass the --store of the same model and hooks"
         )
-    same = store.request.digest == config.request
+    same = foreign_block(run, config, store) is None
     anew = config.exclusion and resolve_exclusion(store, config.settings)
     return store.excluding(config.exclusion if same else anew)
 

@@ -14,10 +14,13 @@ from torch import Tensor
 from shared.errors import DiskFull, warn
 from shared.files import durable
 from shared.store.strata import POSITION_0
-from train.evaluation.evaluate import ratio
+from train.evaluation.evaluate import CONSTANT_SHARE, ratio
 from train.model.saved_tensors import fitting
 from train.model.transcoder import StepOutput
 
+_ROUNDING = 2e-8
+"""Times the rows that one float32 sum is over: what such a sum of one row repeated makes of its variance, at most a
+fourth of that, as a share of its square."""
 OUTLIERS = "outliers"
 """Their name among the strata."""
 
@@ -104,7 +107,7 @@ class Window:
             "strata": {
                 name: {
                     "rows": int(sizes[i]),
-                    "fvu": _fvu(sums, sizes, (torch.arange(len(sizes)) == i).double())[-1],
+                    "fvu": self._fvu_of_stratum(sums, sizes, i),
                     "relative_error": _share(sums["errors"][i, -1], sums["squares"][i]),
                     "error_share": _share(sums["errors"][i, -1], sums["errors"][:, -1].sum()),
                     "active_share": _share(sums["active"][i], sums["active"].sum()),
@@ -117,6 +120,14 @@ class Window:
             value.zero_()
         self._terms = {}
         return row
+
+    def _fvu_of_stratum(self, sums: dict[str, Tensor], sizes: Tensor, i: int) -> float | None:
+        """Return the fvu of the stratum with index `i`; none where its target is constant, but for rounding."""
+        weights = (torch.arange(len(sizes)) == i).double()
+        total, squares = _variance(sums, sizes, weights)
+        batch_rows = float(self._member[i].sum()) or self._member.shape[1]  # outliers are anywhere
+        constant = total <= max(CONSTANT_SHARE, _ROUNDING * batch_rows) * squares
+        return None if constant else _fvu(sums, sizes, weights)[-1]
 
     def state(self) -> dict[str, Tensor]:
         """Return the open window, for a checkpoint."""
@@ -138,10 +149,16 @@ class Window:
 
 def _fvu(sums: dict[str, Tensor], sizes: Tensor, weights: Tensor) -> list[float]:
     """Return fvu per prefix; rows of each stratum count by `weights` [S], which are importance weights."""
-    squares = float(weights @ sums["squares"])
-    total = squares - float((weights @ sums["target"]).square().sum()) / max(float(weights @ sizes.double()), 1e-300)
-    total = total if total > 1e-6 * squares else 0.0  # sums of a batch are in float32: one row repeated has no variance
+    total, squares = _variance(sums, sizes, weights)
+    total = total if total > CONSTANT_SHARE * squares else 0.0  # one row repeated has no variance
     return [ratio(float(error), total, squares) for error in weights @ sums["errors"]]
+
+
+def _variance(sums: dict[str, Tensor], sizes: Tensor, weights: Tensor) -> tuple[float, float]:
+    """Return the target's squared distance from its mean, and from 0, as sums over rows."""
+    squares = float(weights @ sums["squares"])
+    mean = float((weights @ sums["target"]).square().sum()) / max(float(weights @ sizes.double()), 1e-300)
+    return squares - mean, squares
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

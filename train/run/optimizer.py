@@ -1,6 +1,6 @@
 """Adam on float32 master weights, the learning rate's schedule, and what happens around a step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -68,8 +68,9 @@ class OptimizerConfig(Config):
 class Optimizer:
     """One step of Adam with clipping before it, and after it decoder rows of norm 1 where they are to have it."""
 
-    def __init__(self, transcoder: Transcoder, config: OptimizerConfig, steps: int) -> None:
-        self._transcoder, self._config, self._steps = transcoder, config, steps
+    def __init__(self, transcoder: Transcoder, config: OptimizerConfig, length_at: Callable[[int], int]) -> None:
+        """Set up the optimizer. `length_at`: how many steps the run has, by the step that is trained."""
+        self._transcoder, self._config, self._length_at = transcoder, config, length_at
         kind = CompiledAdam if transcoder.kernels == "compiled" else TorchAdam
         self._adam = kind(transcoder, config)
 
@@ -82,7 +83,7 @@ class Optimizer:
         self._transcoder.zero_grad(set_to_none=True)
         for loss in losses:
             loss.backward()
-        lr = self._config.lr_at(step, self._steps)
+        lr = self._config.lr_at(step, self._length_at(step))
         return lr, self._adam.update(lr, self._config.max_grad_norm or float("inf"))
 
     def state(self) -> dict[str, Tensor]:

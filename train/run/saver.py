@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from pydantic import Field
 from torch import Tensor
@@ -105,14 +105,15 @@ class Saver:
         logs: Sequence[Path] = (),
         fallback: Path | None = None,
         failed: Callable[[], None] = lambda: None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
-        """Set up saving. `size`: bytes of a checkpoint, about.
+        """Set up saving. `size`: bytes of a checkpoint, about. `record`: what the run's `config.json` holds.
 
         `logs` are forced to disk before a checkpoint is published. `fallback`: a run's folder on another disk, for when
         this one is full. `failed` is called for each that is lost.
         """
         self._run, self._config, self._arithmetic, self._size = run, config, arithmetic, size
-        self._logs, self._fallback, self._failed = logs, fallback, failed
+        self._logs, self._fallback, self._failed, self._record = logs, fallback, failed, record
         self._reserve = checkpoint.folder(run, 0).with_name(RESERVE)
         self._thread: Thread | None = None
         self._error: BaseException | None = None
@@ -197,7 +198,9 @@ class Saver:
         for log in self._logs:
             if log.is_file():
                 durable.fsync_file(log)
-        path = checkpoint.publish(run, job.step, job.weights, job.optimizer, self._arithmetic, job.held_out)
+        path = checkpoint.publish(
+            run, job.step, job.weights, job.optimizer, self._arithmetic, job.held_out, self._record
+        )
         if wrong := checkpoint.verify(path):
             raise OSError(None, f"written, and does not verify: {wrong}", str(path))
 

@@ -55,11 +55,12 @@ def prove(settings: Settings) -> None:
         if name in ("orthogonality", "mined"):
             moved, before = _moved(terms, name, model.W_dec), model.W_dec.detach()
             if not _cosine(moved) < _cosine(before):
-                raise _inert(f"diversity.{name}")
+                raise _inert(f"diversity.{name}", f"; diversity.margin is {settings.diversity.margin}")
         elif name == "co_activation":
             moved, before = _moved(terms, name, step.values), step.values.detach()
             if not _together(step.active, moved) < _together(step.active, before):
-                raise _inert(f"diversity.{name}")
+                margin = settings.diversity.co_activation.margin
+                raise _inert(f"diversity.{name}", f"; diversity.co_activation.margin is {margin}")
         elif name == "position":
             moved, at = _moved(terms, name, step.values), torch.isin(step.active.latents, torch.tensor(_AT_0))
             if not moved[at].sum() < step.values.detach()[at].sum():
@@ -105,15 +106,19 @@ def _planted(settings: Settings, rows: int) -> tuple[Transcoder, StepOutput, dic
     model = Transcoder(16, 16, config, activation, Normalisation(torch.zeros(16), 1.0, torch.zeros(16), 1.0))
     model.initialise(0)
     model.blas = "numpy" if settings.blas == "numpy" else "torch"
+    near, alike = (
+        min(1.0, 10 * (1 - margin)) ** 0.5
+        for margin in (settings.diversity.margin, settings.diversity.co_activation.margin)
+    )  # so that the planted pair lies above margins near 1: its distance from 1 falls with that of the margin
     at_0 = max(2, rows // 4)
     dense = torch.rand(rows, 32, generator=generator) * (torch.rand(rows, 32, generator=generator) > 0.5)
     with torch.no_grad():
         model.W_dec.copy_(torch.randn(model.W_dec.shape, generator=generator))
         model.normalise_decoder()
-        model.W_dec[_SAME[1]] = model.W_dec[_SAME[0]] + 0.05 * torch.randn(16, generator=generator)
+        model.W_dec[_SAME[1]] = model.W_dec[_SAME[0]] + 0.05 * near * torch.randn(16, generator=generator)
         model.normalise_decoder()
     dense[at_0:, _SAME[0]] = torch.rand(rows - at_0, generator=generator)
-    dense[:, _SAME[1]] = dense[:, _SAME[0]] * (1 + 0.1 * torch.rand(rows, generator=generator))
+    dense[:, _SAME[1]] = dense[:, _SAME[0]] * (1 + 0.1 * alike * torch.rand(rows, generator=generator))
     dense[:, _AT_0] = 0
     dense[:at_0, _AT_0[0]] = 1
     dense[:at_0, _AT_0[1]] = 1
@@ -133,9 +138,10 @@ def _planted(settings: Settings, rows: int) -> tuple[Transcoder, StepOutput, dic
     return model, step, {POSITION_0: slice(0, at_0), "001-004": slice(at_0, rows)}
 
 
-def _inert(name: str) -> ProjectError:
+def _inert(name: str, note: str = "") -> ProjectError:
     return ProjectError(
         f"{name} is on, and planted duplicates do not move it: the run would train without it, so it was not started"
+        + note
     )
 
 

@@ -2,17 +2,18 @@
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import dropwhile, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import safetensors
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from shared.bounds import Blocks, Width
+from shared.bounds import Blocks, Digest, Width
 from shared.config import Config, build, load_preset, override, read_record
 from shared.errors import UserError
 from shared.files import durable
@@ -78,6 +79,15 @@ class Settings(Config):
     samples: SamplesConfig = SamplesConfig()
 
 
+class Extension(Config):
+    """One time that a run was made longer."""
+
+    step: int = Field(ge=0, le=10**9)
+    """Steps done then: from there on the learning rate is that of the longer run."""
+    steps_before: int = Field(ge=1, le=10**9)
+    """Steps of the run until then."""
+
+
 class RunConfig(Config):
     """A run as it was resolved: `config.json`."""
 
@@ -97,11 +107,31 @@ class RunConfig(Config):
     """Versions that the run started with."""
     exclusion: Exclusion | None = None
     """Rows that are left out; none, as in runs from before there were exclusions: no row is."""
+    blocks: Digest | None = None
+    """Digest of `blocks.json`, the checksums of the blocks that the run reads; none: in runs from before there was."""
+    extensions: tuple[Extension, ...] = ()
+    """When the run was made longer (`train resume RUN --steps N`), in order."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if any(before >= after for before, after in pairwise(self.lengths)):
+            raise ValueError(f"a run is only ever made longer, and extensions say that it had {self.lengths} steps")
+        return self
 
     @property
     def training_blocks(self) -> range:
         """Of the run's store."""
         return range(self.first_block, self.last_block)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The steps of the run when it was started, and after each extension."""
+        return [*(one.steps_before for one in self.extensions), self.settings.steps]
+
+    def length_at(self, step: int) -> int:
+        """Return how many steps the run had when `step`, counted from 0, was to be trained."""
+        begun = sum(1 for _ in dropwhile(lambda one: one.step > step, reversed(self.extensions)))
+        return self.lengths[begun]
 
 
 def load_settings(
@@ -120,11 +150,29 @@ def read_config(run: Path) -> RunConfig:
     """Read `config.json` of a run. Raises `UserError` when `run` is none."""
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is not a run: it has no {CONFIG}")
-    config = read_record(RunConfig, durable.read_json(run / CONFIG), run / CONFIG)
+    return parse_config(durable.read_json(run / CONFIG), run / CONFIG)
+
+
+def parse_config(data: Any, path: Path) -> RunConfig:
+    """Validate what `config.json` holds, of this version or one before. Raises `CorruptData` that names `path`."""
+    config = read_record(RunConfig, data, path)
     if config.exclusion is None:  # from before there were any, and so without the term that goes with them
         quiet = config.settings.quiet.model_copy(update={"weight": 0.0})
         return config.model_copy(update={"settings": config.settings.model_copy(update={"quiet": quiet})})
     return config
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return all settings of `config` as JSON, by dotted names."""
+
+    def parts(group: dict[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in group.items():
+            if isinstance(value, dict):
+                yield from parts(value, f"{start}{name}.")
+            else:
+                yield f"{start}{name}", value
+
+    return dict(parts(config.model_dump(mode="json")))
 
 
 def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConfig:
@@ -161,11 +209,14 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     monitor = settings.monitor.resolve(settings.steps)
     _check_reports(settings, monitor)
     kernels = _kernels(settings.kernels, device)
+    assert isinstance(shape.d_sae, int)
     return RunConfig(
         settings=settings.model_copy(
             update={
                 "transcoder": shape,
                 "activation": activation,
+                "auxk": settings.auxk.resolve(shape.d_sae, settings.steps * settings.rows.batch_rows),
+                "diversity": settings.diversity.resolve(shape.d_sae),
                 "quiet": settings.quiet.resolve(view, blocks),
                 "optimizer": settings.optimizer.resolve(settings.steps, d_in, shape.decoder_norm == "unit"),
                 "device": device,

@@ -1,5 +1,6 @@
 """The training run: batch -> loss -> backward -> step -> track -> log -> evaluate -> checkpoint."""
 
+import os
 from pathlib import Path
 
 import numba
@@ -17,6 +18,7 @@ from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
 from train.evaluation.evaluate import Evaluation, calibrate, evaluate
 from train.evaluation.held_out import held_out_active
+from train.live.run_files import CONFIG
 from train.live.training_panel import RunPanel
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, HeldOut
@@ -69,21 +71,13 @@ class Trainer:
             store, blocks, self._settings.rows, self._settings.seed, device, self._settings.source
         )
         self._transcoder = build_transcoder(config, store)
-        self._optimizer = Optimizer(self._transcoder, self._settings.optimizer, self._settings.steps)
+        self._optimizer = Optimizer(self._transcoder, self._settings.optimizer, config.length_at)
         strata = self._reader.slices()
         weights = self._reader.natural_weights().to(device)
         at_0 = strata.get(POSITION_0, slice(0, 0))
         self._diversity = Diversity(self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed)
-        self._quiet = Quiet.of(
-            self._transcoder,
-            self._settings.quiet,
-            store,
-            blocks,
-            self._settings.source,
-            self._settings.rows.batch_rows,
-        )
         self._monitor = CorrelationMonitor(path, self._settings.monitor, self._transcoder, strata, self._settings.steps)
-        dead_after = self._settings.auxk.dead_after(self._settings.steps * self._settings.rows.batch_rows)
+        dead_after = self._settings.auxk.dead_after(config.lengths[0] * self._settings.rows.batch_rows)
         self._counters = Counters(self._transcoder.d_sae, dead_after, device)
         apart = self._reader.has_outliers
         self._window = Window(strata, self._transcoder.prefixes, config.d_out, weights, outliers=apart)
@@ -107,6 +101,7 @@ class Trainer:
             logs=self._log.paths,
             fallback=fallback,
             failed=lambda: self._usage.take_back("checkpoint"),
+            record=config.model_dump(mode="json"),
         )
         self._cadences = (
             self._settings.log_every,
@@ -120,9 +115,21 @@ class Trainer:
         if resumed and not inexact:
             require_same(resumed.state.arithmetic, self._arithmetic, str(resumed.path))
         self._initialise(initial, resumed)
+        self._quiet = Quiet.of(  # with the checkpoint's means and scales: the store has others once it was extended
+            self._transcoder,
+            self._settings.quiet,
+            store,
+            blocks,
+            self._settings.source,
+            self._settings.rows.batch_rows,
+        )
 
     def train(self) -> None:
-        """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published."""
+        """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published.
+
+        Raises `ProjectError` where the run's folder is removed or renamed meanwhile.
+        """
+        self._folder = self._path.stat()
         self._log.open(self._first)
         self._saver.prune()
         with stop_signals() as stop:
@@ -144,6 +151,7 @@ class Trainer:
                 last = stopping or done == settings.steps
                 if last or any(self._due(done, every) for every in self._cadences):
                     self._refuse_nan()
+                    self._require_folder(done)
                 if self._monitor.due(done):
                     report = self._monitor.report(done, self._counters.dead())
                     self._usage.call("monitor", effect=len(report.pairs))
@@ -163,6 +171,7 @@ class Trainer:
 
     def _finish(self, stop: list[int]) -> None:
         """Do what follows the last checkpoint; resuming a finished run makes it anew where some of it is missing."""
+        self._require_folder(self._settings.steps)
         monitor, samples = self._settings.monitor.every != 0, self._settings.samples.rows > 0
         steps = self._settings.steps
         there = (not monitor or self._monitor.reported_held_out) and (not samples or self._sampled)
@@ -307,6 +316,18 @@ class Trainer:
         """
         finite = torch.isfinite(loss) & torch.isfinite(source.sum())
         self._first_bad = torch.where(finite, self._first_bad, self._first_bad.clamp_max(step))
+
+    def _require_folder(self, done: int) -> None:
+        """Raise `ProjectError` when the run is no longer where it was: what is written there would belong to no run."""
+        try:
+            there = os.path.samestat(self._path.stat(), self._folder) and (self._path / CONFIG).is_file()
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise ProjectError(
+                f"{self._path} was removed or renamed while it was trained; nothing is written there after step "
+                f"{done:,}; if it was renamed, continue with: python -m train resume NEW_NAME"
+            )
 
     def _refuse_nan(self) -> None:
         """Raise `ProjectError` if any step so far was not finite. Waits for the device."""

@@ -10,11 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from shared.bounds import Digest
 from shared.config import Config, read_record
 from shared.console.terminal import say
-from shared.errors import DiskFull, ProjectError, warn
+from shared.errors import CorruptData, DiskFull, ProjectError, warn
 from shared.files import durable
 from train.live.run_files import USAGE
+from train.model.checkpoint import sealed
 from train.model.saved_tensors import fitting
 from train.run.settings import Settings
 
@@ -42,6 +44,19 @@ class UsageRecord(Config):
     rows: dict[str, int]
     """Rows drawn from every stratum."""
     notes: list[str]
+    digest: Digest | None = None
+    """SHA-256 of the rest; none: in files from before there was one."""
+
+
+def read_usage(path: Path) -> UsageRecord:
+    """Read a run's `usage.json`. Raises `CorruptData`, also where a figure was edited."""
+    data = durable.read_json(path)
+    if isinstance(data, dict) and data.get("digest") and data != sealed(data):
+        raise CorruptData(
+            f"{path}: its digest is not that of what it holds: it was edited, or is damaged; this makes it anew: "
+            f"python -m train resume {path.parent}"
+        )
+    return read_record(UsageRecord, data, path)
 
 
 def components(settings: Settings) -> dict[str, str]:
@@ -107,7 +122,7 @@ class Usage:
             ],
         )
         try:
-            durable.publish_json(self._path, record.model_dump(mode="json"))
+            durable.publish_json(self._path, sealed(record.model_dump(mode="json")))
         except (DiskFull, OSError) as error:
             if not self.lost:
                 warn(f"{error}; training goes on, {USAGE} is not up to date")
@@ -118,7 +133,11 @@ class Usage:
         """Tell whether the file has been published after the last step, with all that follows it."""
         if not self._path.is_file():
             return False
-        record = read_record(UsageRecord, durable.read_json(self._path), self._path)
+        try:
+            record = read_usage(self._path)
+        except CorruptData as error:
+            warn(f"{error}")
+            return False
         return record.step == step and all(component.calls for component in record.components.values())
 
     def finish(self, step: int) -> None:

@@ -41,6 +41,10 @@ class ActivationBase(Config, ABC):
         """The active latents per row that it asks for; none where that is what comes of training."""
         return None
 
+    def expected_l0_at(self, step: int) -> float | None:
+        """Return the active latents per row that `step`, counted from 0, asks for; none as for `expected_l0`."""
+        return self.expected_l0
+
     def pairs_of_step(self, step: int, rows: int) -> int | None:
         """Return how many pairs `step` selects from a whole batch of `rows`, which a guarded search can do.
 
@@ -101,6 +105,17 @@ class FixedK(ActivationBase):
         """As `ActivationBase.resolve`."""
         warmup = warmup_steps("activation.k_warmup", self.k_warmup_steps, self.k_warmup_share, steps)
         start = None if self.k_start is None else multiple("activation.k_start", self.k_start, self.k, "3x")
+        asked = self.k_warmup_share if self.k_warmup_steps is None else self.k_warmup_steps
+        if start not in (None, self.k) and not asked:
+            raise UserError(
+                f"activation.k_start = {self.k_start}, and no warm-up leads from it to k = {self.k}: every step would "
+                "have k; set activation.k_warmup_share above 0, or leave out k_start"
+            )
+        if start is None and asked:
+            raise UserError(
+                f"a warm-up of k ({asked:g} by activation.k_warmup_share or k_warmup_steps) has nothing to start from: "
+                "set activation.k_start, such as 3x, or the warm-up to 0"
+            )
         return self.model_copy(update={"k_warmup_steps": warmup, "k_start": start})
 
     def check(self, d_sae: int) -> None:
@@ -116,6 +131,10 @@ class FixedK(ActivationBase):
     def expected_l0(self) -> float | None:
         """The active latents per row that it asks for: k."""
         return float(self.k)
+
+    def expected_l0_at(self, step: int) -> float | None:
+        """As `ActivationBase.expected_l0_at`: k on its way from `k_start`."""
+        return float(self.k_at(max(step, 0)))
 
     def most_active(self, d_sae: int) -> int:
         """Return the largest k of any step."""
