@@ -16,7 +16,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from shared.config import Config, read_record
-from shared.errors import CorruptData, UserError
+from shared.errors import CorruptData, UserError, warn
 from shared.files import durable
 from shared.files.untrusted import refuse_links
 from shared.store.checks import fault, file_crc32c
@@ -173,8 +173,8 @@ def read_state(path: Path) -> CheckpointState:
     return read_record(CheckpointState, data, path / STATE)
 
 
-def find(run: Path, step: int | None = None, warn: list[str] | None = None) -> Checkpoint:
-    """Find the checkpoint of `step`, or the newest one that verifies; torn newer ones are named in `warn`.
+def find(run: Path, step: int | None = None) -> Checkpoint:
+    """Find the checkpoint of `step`, or the newest one that verifies, with a warning for each newer one that does not.
 
     Raises `UserError` when there is none.
     """
@@ -189,8 +189,7 @@ def find(run: Path, step: int | None = None, warn: list[str] | None = None) -> C
             if path.is_dir():
                 raise CorruptData(wrong)
             raise UserError(f"{run} has no checkpoint of step {step}; it has {[number(p) for p in steps(run)]}")
-        if warn is not None:
-            warn.append(f"skipped a checkpoint that does not verify: {wrong}")
+        warn(f"skipped a checkpoint that does not verify: {wrong}")
     raise UserError(f"{run} has no valid checkpoint; start the run again under another name")
 
 
