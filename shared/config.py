@@ -4,6 +4,8 @@ A field that does not exist is an error, and the message names the nearest one t
 """
 
 import difflib
+import hashlib
+import json
 import re
 import reprlib
 import tomllib
@@ -54,6 +56,13 @@ class RenamedConfig(Config):
 
 
 M = TypeVar("M", bound=BaseModel)
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record as JSON holds it, with the SHA-256 of the rest as its `digest`."""
+    rest = {name: value for name, value in record.items() if name != "digest"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return rest | {"digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def build(cls: type[M], data: Mapping[str, Any], origin: str) -> M:

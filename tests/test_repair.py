@@ -128,6 +128,18 @@ def test_repair_and_recomputing_want_the_stores_own_model_and_text(
     assert done.code == 2 and "is not the text it was made from" in done.err.splitlines()[-1]
 
 
+def test_a_model_and_a_text_that_were_renamed_are_known_by_what_they_hold(
+    finished: Path, text: Path, model: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(finished, copy)
+    (copy / ARRAYS / "tokens/c/1/0").unlink()
+    renamed = shutil.copy(text, tmp_path / "renamed.jsonl"), shutil.copytree(model, tmp_path / "renamed")
+    done = command("repair", copy, "--text", renamed[0], "--model", renamed[1])
+    assert done.code == 0, done.err
+    assert contents(copy) == contents(finished)
+
+
 def test_a_row_that_is_not_the_models_is_found(finished: Path, model: Path, tmp_path: Path) -> None:
     """Checksums that agree with wrong rows: only the model can tell."""
     copy = tmp_path / "store"

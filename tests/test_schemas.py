@@ -11,8 +11,8 @@ import pytest
 from shared.config import Config
 from train.compare.arms import Comparison
 from train.duplicates.correlation_report import CorrelationReport
+from train.live.log_rows import UsageRecord
 from train.report.report_record import Report
-from train.run.usage import UsageRecord
 from train.samples.parquet import SamplesRecord
 
 SCHEMAS: dict[str, type[Config]] = {

@@ -24,6 +24,9 @@ _fallback_option = click.option(
     type=click.Path(path_type=Path),
     help="A folder on another disk for a checkpoint that has no room in the run's.",
 )
+_verify_option = click.option(
+    "--verify", is_flag=True, help="Read all of the store's shard files first; without it, some 512 MiB of them."
+)
 
 
 @click.group(name="python -m train", cls=shared.command_line.Commands)
@@ -63,6 +66,7 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
 @_fallback_option
 @sync_options
 @shared.command_line.verbosity_options
+@_verify_option
 @shared.command_line.local_options
 def run(
     preset: str,
@@ -78,6 +82,7 @@ def run(
     fallback: Path | None,
     project: str | None,
     local: Local | None,
+    verify: bool,
 ) -> None:
     """Train a transcoder. Prints the run's path as its last line."""
     from train.run.settings import load_settings
@@ -88,7 +93,7 @@ def run(
 
     opened = Store.open(store, local)
     path = runs / (name or _free_name(runs, file.stem if file else preset))
-    train(opened, settings, path, init_from=init_from, force=force, fallback=fallback, project=project)
+    train(opened, settings, path, init_from=init_from, force=force, fallback=fallback, project=project, verify=verify)
     _summarise(path)
     click.echo(path)
 
@@ -123,6 +128,7 @@ def list_all(preset: str, store: Path | None, file: Path | None, assignments: tu
 @_fallback_option
 @sync_options
 @shared.command_line.verbosity_options
+@_verify_option
 @shared.command_line.local_options
 def resume(
     run: Path,
@@ -133,6 +139,7 @@ def resume(
     fallback: Path | None,
     project: str | None,
     local: Local | None,
+    verify: bool,
 ) -> None:
     """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit.
 
@@ -149,6 +156,7 @@ def resume(
         threads=threads,
         inexact=inexact,
         steps=steps,
+        verify=verify,
     )
     _summarise(run)
     click.echo(run)
@@ -187,13 +195,16 @@ def checkpoints(run: Path, as_json: bool) -> None:
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_verify_option
 @shared.command_line.local_options
-def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool, local: Local | None) -> None:
+def evaluate(
+    run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool, local: Local | None, verify: bool
+) -> None:
     """Show held-out figures of a checkpoint, by stratum and prefix. Changes nothing."""
     from train.commands import evaluate as evaluate_run
     from train.tables import print_evaluation
 
-    found, evaluation, map_fvu = evaluate_run(run, store=store, local=local, step=step, linear=linear)
+    found, evaluation, map_fvu = evaluate_run(run, store=store, local=local, step=step, linear=linear, verify=verify)
     if as_json:
         extra = {"linear_fvu": map_fvu} if linear else {}
         click.echo(json.dumps({"step": found} | evaluation.model_dump(mode="json") | extra, indent=2))
@@ -209,6 +220,7 @@ def evaluate(run: Path, store: Path | None, step: int | None, linear: bool, as_j
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override samples.*; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
+@_verify_option
 @shared.command_line.local_options
 def samples(
     run: Path,
@@ -218,11 +230,12 @@ def samples(
     assignments: tuple[str, ...],
     as_json: bool,
     local: Local | None,
+    verify: bool,
 ) -> None:
     """Write contexts in which each latent of a checkpoint is active. Prints the file's path as its last line."""
     from train.commands import sample
 
-    path, record = sample(run, store=store, local=local, step=step, rows=rows, changes=assignments)
+    path, record = sample(run, store=store, local=local, step=step, rows=rows, changes=assignments, verify=verify)
     if as_json:
         click.echo(json.dumps(record.model_dump(mode="json") | {"path": str(path)}, indent=2))
         return
@@ -241,6 +254,7 @@ def samples(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @sync_options
 @shared.command_line.quiet_option
+@_verify_option
 @shared.command_line.local_options
 def report(
     run: Path,
@@ -250,6 +264,7 @@ def report(
     as_json: bool,
     project: str | None,
     local: Local | None,
+    verify: bool,
 ) -> None:
     """Write report.html, its twins in Markdown and JSON, and a browser of all latents.
 
@@ -258,7 +273,7 @@ def report(
     from train.commands import write_report
     from train.tables import print_verdict
 
-    path, found = write_report(run, store=store, local=local, step=step, linear=linear, project=project)
+    path, found = write_report(run, store=store, local=local, step=step, linear=linear, project=project, verify=verify)
     if as_json:
         click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
         return
@@ -328,9 +343,16 @@ def export(
 )
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page with plots here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_verify_option
 @shared.command_line.quiet_option
 def compare(
-    runs: tuple[Path, ...], store: Path | None, l0: float | None, matched_latents: int, html: Path | None, as_json: bool
+    runs: tuple[Path, ...],
+    store: Path | None,
+    l0: float | None,
+    matched_latents: int,
+    html: Path | None,
+    as_json: bool,
+    verify: bool,
 ) -> None:
     """Compare held-out figures of RUNS of one store side by side; those that differ in their seed alone are one arm."""
     from train.compare.arms import compare_runs
@@ -340,7 +362,7 @@ def compare(
         durable.make_folder(html.parent)
         if not os.access(html.parent, os.W_OK):
             raise UserError(f"--html {html}: the folder cannot be written to; name a file in another one")
-    found = compare_runs(runs, store=store, l0=l0, matched_latents=matched_latents)
+    found = compare_runs(runs, store=store, l0=l0, matched_latents=matched_latents, verify=verify)
     if html:
         from train.report import comparison_page
 
@@ -359,11 +381,10 @@ def _summarise(run: Path) -> None:
     """Print the last held-out figures of the run on stderr, unless the user wants quiet."""
     if verbosity() == Verbosity.QUIET:
         return
-    from train.evaluation.evaluate import Evaluation
     from train.live.run_files import METRICS
-    from train.run.metrics import Log
+    from train.run.metrics import Log, evaluation_of
     from train.tables import print_evaluation
 
-    last = next((row for row in reversed(Log(run / METRICS).rows()) if "held_out" in row), None)
-    if last:
-        print_evaluation(Evaluation.model_validate(last["held_out"]), f"{run}, step {last['step']}", None, stderr=True)
+    log = Log(run / METRICS)
+    if last := evaluation_of(log.rows(tell=False), log.path):
+        print_evaluation(last[1], f"{run}, step {last[0]}", None, stderr=True)

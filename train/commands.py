@@ -17,7 +17,7 @@ from train.live.run_files import BLOCKS, CONFIG, EXPORTS, HELD_OUT, LOCK, REPORT
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, Listed
 from train.run.bindings import pinned, require_own_config, require_own_store
-from train.run.load_run import load_run, open_store, samples_of
+from train.run.load_run import check_shards, load_run, open_store, place_of_store, remember_store, samples_of
 from train.run.saver import bring_home, require_own
 from train.run.settings import Extension, RunConfig, Settings, checkpoint_bytes, read_config, resolve
 from train.run.trainer import Trainer, use_threads
@@ -42,16 +42,21 @@ def train(
     force: bool = False,
     fallback: Path | str | None = None,
     project: str | None = None,
+    verify: bool = False,
 ) -> Path:
     """Train from step 0 in the new folder `run`. Returns `run`.
 
     `init_from`: a run whose newest weights to start from. `force`: start although the checkpoints may not fit the disk.
     `fallback`: where checkpoints go when the disk of `run` is full. `project`: one of W&B that the run is sent to.
-    Raises `UserError` when `run` exists, the settings do not fit the store, or the checkpoints do not fit the disk.
+    `verify`: read all of the store's shard files first, and not only some.
+
+    Raises `UserError` when `run` exists, the settings do not fit the store, or the checkpoints do not fit the disk, and
+    `CorruptData` when the store is damaged.
     """
     store, run = store if isinstance(store, Store) else Store.open(store), Path(run)
     init_from, fallback = _path(init_from), _path(fallback)
     config = resolve(store, settings, init_from)
+    check_shards(store, config.training_blocks, verify=verify)
     exists = UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
     if run.exists() and {path.name for path in run.iterdir()} - _BEFORE_CONFIG:
         raise exists
@@ -107,6 +112,7 @@ def resume(
     threads: int | None = None,
     inexact: bool = False,
     steps: int | None = None,
+    verify: bool = False,
 ) -> Path:
     """Continue `run` from its newest valid checkpoint, or from step 0 when it has none. Returns `run`.
 
@@ -114,13 +120,16 @@ def resume(
 
     The result is that of an uninterrupted run, bit for bit, unless other `threads` are asked for, or `inexact` lets
     another processor or other versions of libraries do. Checkpoints that are in the `fallback` folder are brought home.
-    With a W&B `project`, all of the run that is not synced yet is. Raises `UserError` when the store has other rows, or
-    `config.json` other settings, than the run was trained with.
+    With a W&B `project`, all of the run that is not synced yet is. `verify`: read all of the store's shard files first,
+    and not only some. Raises `UserError` when the store has other rows, or `config.json` other settings, than the run
+    was trained with.
     """
     run, store, fallback = Path(run), _path(store), _path(fallback)
     config = read_config(run)
-    opened = Store.open(store or config.store, local)
+    opened = Store.open(place_of_store(run, config, store), local)
     require_own_store(run, config, opened)
+    remember_store(run, config, opened)
+    check_shards(opened, config.training_blocks, verify=verify)
     elsewhere = _fallback(run, fallback, (run / CONFIG).read_bytes())
     with opened.reading(), durable.lock(run / LOCK, f"run {run}"), _resumable(run):
         durable.sweep(run)
@@ -180,17 +189,14 @@ def _newest(run: Path, fallback: Path | None) -> Checkpoint | None:
 
     Checkpoints are brought home from `fallback` where there is room.
     """
-    warnings: list[str] = []
     places = [run]
     if fallback:
         try:
             bring_home(run, fallback)
         except DiskFull as error:
-            warnings.append(f"{error}; what has no room stays in {fallback}")
+            warn(f"{error}; what has no room stays in {fallback}")
             places.append(fallback)
-    found = [checkpoint.find(place, warn=warnings) for place in places if checkpoint.steps(place)]
-    for warning in warnings:
-        warn(f"{warning}")
+    found = [checkpoint.find(place) for place in places if checkpoint.steps(place)]
     return max(found, key=lambda one: one.step, default=None)
 
 
@@ -227,15 +233,17 @@ def evaluate(
     local: Local | None = None,
     step: int | None = None,
     linear: bool = False,
+    verify: bool = False,
 ) -> Evaluated:
     """Evaluate a checkpoint of `run`, the newest or that of `step`, with thresholds calibrated on the store.
 
-    `linear`: also fit the best linear map on the training rows. Changes nothing. Raises `UserError` when there is no
-    such run, checkpoint or store.
+    `linear`: also fit the best linear map on the training rows. `verify`: read all of the store's shard files first,
+    and not only some. Changes nothing. Raises `UserError` when there is no such run, checkpoint or store, and
+    `CorruptData` when the store is damaged.
     """
     run, store = Path(run), _path(store)
     config, found = read_config(run), checkpoint.find(run, step)
-    opened = open_store(run, config, store, local)
+    opened = open_store(run, config, store, local, verify=verify)
     with opened.reading():
         loaded = load_run(run, store=opened, found=found)
         threshold = calibrate(loaded.transcoder, loaded.rows)
@@ -251,17 +259,18 @@ def sample(
     step: int | None = None,
     rows: int | None = None,
     changes: Mapping[str, object] | Sequence[str] = (),
+    verify: bool = False,
 ) -> tuple[Path, SamplesRecord]:
     """Write samples of a checkpoint of `run`, as its settings say but for `rows` and `changes`.
 
     Returns the file of the contexts, and what it was made from. A run that makes none of its own gets as many as one
-    that does. Raises `UserError` when an assignment is not of samples, and `DiskFull`.
+    that does. `verify` as in `evaluate`. Raises `UserError` when an assignment is not of samples, and `DiskFull`.
     """
     run, store = Path(run), _path(store)
     config = read_config(run)
     settings = _samples_config(config.settings.samples, rows, changes)
     found = checkpoint.find(run, step)
-    opened = open_store(run, config, store, local)
+    opened = open_store(run, config, store, local, verify=verify)
     with opened.reading(), durable.lock(run / LOCK, f"run {run}"):
         durable.sweep(run)
         use_threads(config.settings.threads)
@@ -277,11 +286,12 @@ def write_report(
     step: int | None = None,
     linear: bool = False,
     project: str | None = None,
+    verify: bool = False,
 ) -> tuple[Path, "Report"]:
     """Write the report of a checkpoint of `run`, and sync its plots to a W&B `project` if there is one.
 
-    Returns the page's path, and what it holds. Raises `DiskFull`, and `UserError` when the report of an unfinished run
-    is to be synced: rows that come later would be of earlier steps.
+    `verify` as in `evaluate`. Returns the page's path, and what it holds. Raises `DiskFull`, and `UserError` when the
+    report of an unfinished run is to be synced: rows that come later would be of earlier steps.
     """
     from train.report.make_report import HTML, make_report, plots  # they take half a second to import
 
@@ -293,7 +303,7 @@ def write_report(
             f"--wandb syncs reports of finished runs, and this one is of step {found.step} of {steps} of {run}; "
             f"finish it with: python -m train resume {run} --wandb"
         )
-    opened = open_store(run, config, store, local)
+    opened = open_store(run, config, store, local, verify=verify)
     with opened.reading(), durable.lock(run / LOCK, f"run {run}"):
         durable.sweep(run)
         use_threads(config.settings.threads)  # first, for the last bits of what follows

@@ -137,7 +137,7 @@ def _restore(target: Target, names: Sequence[str], files: ModelFiles, text: Sequ
     wanted = target.request.corpus
     settings = own_text(wanted, text)
     corpus = open_corpus(settings, wanted.separator, target.request.seed)
-    if corpus.identity != wanted:
+    if corpus.identity.model_copy(update={"name": wanted.name}) != wanted:  # by what it holds, under any name
         raise UserError(
             f"{target.path}: its tokens are damaged, and {', '.join(settings.name)} is not the text it was made from; "
             "pass --text, or run the harvest that made it again"

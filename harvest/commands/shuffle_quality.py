@@ -17,7 +17,7 @@ from harvest.writer.blocks import SIDES
 from shared.console.progress import Progress
 from shared.store.layout import STORAGE_DTYPES
 from shared.store.reader import RowReader, RowsConfig
-from shared.store.statistics import decode
+from shared.store.statistics import decode, row_norms
 from shared.store.store import Store
 
 BATCH_ROWS = (1024, 4096)
@@ -62,7 +62,8 @@ class Shuffle:
 def measure(store: Store, batch_rows: int, run_rows: int | None = None, seed: int = 0) -> Shuffle:
     """Measure the first batches: an epoch of the stratum with most rows in them, but 128 to 512.
 
-    `run_rows` as training is told, or its default.
+    `run_rows` as training is told, or its default. Raises `CorruptData` when a row is not finite, or longer than any
+    that the store's statistics know.
     """
     config = RowsConfig(batch_rows=batch_rows, run_rows=run_rows or "auto")
     reader = RowReader(store, store.record.training_blocks, config, seed)
@@ -76,6 +77,7 @@ def measure(store: Store, batch_rows: int, run_rows: int | None = None, seed: in
             reader.will_need(min(step + 1, batches - 1))
             for side, width in widths.items():
                 rows = reader.read(step, side, np.empty((batch_rows, width), dtype))
+                reader.check_norms(step, side, row_norms(rows))
                 means[side][step] = decode(rows).mean(axis=0, dtype=np.float64)
             documents.add(step)
             bar.update(step + 1)

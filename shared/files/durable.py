@@ -204,10 +204,21 @@ def json_bytes(value: Any) -> bytes:
 
 
 def read_json(path: Path, most: int = MOST_BYTES) -> Any:
-    """Parse a JSON file strictly: a regular file of at most `most` bytes, in UTF-8, of bounded nesting.
+    """Parse a JSON file as `parse_json` does: a regular file of at most `most` bytes.
 
-    Duplicate keys, NaN, numbers out of range and lone surrogates are errors. Raises `CorruptData` when it is not that,
-    and `FileNotFoundError` when it is not there.
+    Raises `CorruptData` when it is not that, and `FileNotFoundError` when it is not there.
+    """
+    data = read_file(path, most)
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise CorruptData(f"{path}: not valid JSON ({error}); restore the file or make its folder again") from error
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON strictly: in UTF-8, of bounded nesting.
+
+    Raises `ValueError` when it is not that, and on duplicate keys, NaN, numbers out of range and lone surrogates.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -226,15 +237,14 @@ def read_json(path: Path, most: int = MOST_BYTES) -> Any:
     def refuse(text: str) -> None:
         raise ValueError(f"{text} is not JSON")
 
-    data = read_file(path, most)
     try:
         value = json.loads(data.decode(), object_pairs_hook=unique, parse_float=finite, parse_constant=refuse)
-        if nests_too_deep(value):
-            raise ValueError(f"nested more than {MOST_NESTED} deep")
-        if b"\\ud" in data.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise CorruptData(f"{path}: not valid JSON ({error}); restore the file or make its folder again") from error
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    if nests_too_deep(value):
+        raise ValueError(f"nested more than {MOST_NESTED} deep")
+    if b"\\ud" in data.lower():
+        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 

@@ -274,6 +274,6 @@ def buffers_record(buffers: Sequence[Any]) -> FileRecord:
     return FileRecord(bytes=size, crc32c=f"{value:08x}")
 
 
-def remedy(spec: ArraySpec, shard: int) -> str:
+def remedy(spec: ArraySpec, shard: int, store: Path | str = "STORE") -> str:
     """Tell what to do about a damaged shard file, in words."""
-    return f"repair block {shard // spec.shards_per_block}: harvest repair STORE"
+    return f"repair block {shard // spec.shards_per_block}: harvest repair {store}"

@@ -8,7 +8,7 @@ A block's statistics list its long rows, so that most stores are not read for th
 lists are read where their histograms of norms have long rows, or as a whole where there is no histogram.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from shared.errors import CorruptData
 from shared.files.untrusted import read_file
 from shared.store.checks import fault, read_ledger
 from shared.store.layout import moments_path
-from shared.store.statistics import norm_bin, row_norms
+from shared.store.statistics import bin_end, norm_bin, row_norms
 
 Array = NDArray[Any]
 Limits = Mapping[str, float | None]
@@ -32,6 +32,8 @@ LISTED_ABOVE = 4.0
 """Rows over this many times their block's median norm are listed in the block's statistics."""
 _MOST_BYTES = 2**30
 _ROWS_AT_ONCE = 4096
+_ROUNDING = 1e-3
+"""Share by which a norm in float32 can differ from one in float64, and more."""
 
 
 class Exclusion(Config):
@@ -116,6 +118,19 @@ def _side(
         return long_rows(read(), limit).rows
     some = counts[bins >= norm_bin(limit * (1 - 1e-6))].any()  # those norms were in float32
     return long_rows(read(), limit).rows if some else np.zeros(0, np.int64)
+
+
+def longest_norms(path: Path, block: int, names: Iterable[str]) -> dict[str, float]:
+    """Return the norm that no stored row of a block is above, by `stratum/side` of `names`.
+
+    Infinity where the block's statistics do not tell: those of older stores have no histograms. Raises `CorruptData`
+    when the statistics are damaged.
+    """
+    tensors, found = _statistics(path, block), {}
+    for name in names:
+        bins = tensors.get(f"{name}/bins", np.zeros(0))
+        found[name] = bin_end(int(bins.max())) * (1 + _ROUNDING) if len(bins) else np.inf
+    return found
 
 
 def _statistics(path: Path, block: int) -> dict[str, Array]:

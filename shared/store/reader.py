@@ -262,6 +262,18 @@ class RowReader:
             getattr(stratum, array).gather(runs, out[at:])
         return out
 
+    def check_norms(self, step: int, side: str, norms: NDArray[np.float64]) -> None:
+        """Raise `CorruptData` as `Store.check_norms`; `norms` [B] are of the rows of `step`."""
+        for stratum, runs, at in self._runs(step):
+            rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(low, high) for low, high in runs)])
+            self.store.check_norms(stratum.stratum.name, side, rows, norms[at : at + len(rows)])
+
+    def longest_norms(self, side: str) -> NDArray[np.float64]:  # [B]
+        """Return, for each row of a batch, the norm that no row of its stratum is above in any of the blocks."""
+        longest = [max(self.store.longest_norm(block, s.stratum.name, side) for block in self.blocks)
+                   for s in self._strata]  # fmt: skip
+        return np.repeat(longest, self.counts)
+
     def will_need(self, step: int) -> None:
         """Ask the kernel to read the rows of `step` ahead."""
         for stratum, runs, _ in self._runs(step):

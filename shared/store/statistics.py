@@ -127,6 +127,11 @@ def norm_bin(norm: float) -> int:
     return int(_bin(np.array([norm]))[0])
 
 
+def bin_end(number: int) -> float:
+    """Return the norm at which a bin of the histogram ends; the last one has no end."""
+    return float(2.0 ** (_LOW + (number + 1) / BINS_PER_OCTAVE)) if number < BINS - 1 else np.inf
+
+
 def _bin(norms: NDArray[np.float64]) -> NDArray[np.int64]:
     exponent = np.log2(np.clip(norms, 2.0**_LOW, 2.0**_HIGH))
     return np.clip(((exponent - _LOW) * BINS_PER_OCTAVE).astype(np.int64), 0, BINS - 1)

@@ -3,10 +3,12 @@
 import ctypes
 import hashlib
 import json
+import math
 import mmap
 import os
+import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from copy import copy
@@ -44,6 +46,7 @@ from shared.store.layout import (
     REQUEST,
     STORE,
     TOKENIZER,
+    FileRecord,
     StoreRecord,
     block_bytes,
     documents_spec,
@@ -54,7 +57,7 @@ from shared.store.layout import (
     stratum_specs,
     tokens_spec,
 )
-from shared.store.outliers import Exclusion, block_outliers
+from shared.store.outliers import Exclusion, block_outliers, longest_norms
 from shared.store.packed import LOCAL_BYTES, LocalFolder, packed_metadata
 from shared.store.statistics import OUTLIER_RATIO
 from shared.store.strata import Stratum
@@ -64,6 +67,8 @@ RowRun = tuple[int, int]
 """Neighbouring rows of an array, a half-open range."""
 CONSTANT = 100.0
 """Rows whose mean is so many times their deviation are one row for training."""
+CHECKED_BYTES = 2**28
+"""Of shard files that `Store.check_shards` reads unless it reads all: a tenth of a second from memory."""
 _KINDS = ("mean", "variance")
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -201,6 +206,7 @@ class Store:
         """The packed shard files, of a packed store."""
         self._local_given = local or Local()
         self._block_checksums: dict[int, str] = {}
+        self._longest: dict[int, dict[str, float]] = {}
 
     @classmethod
     def open(cls, path: Path | str, local: Local | None = None) -> "Store":
@@ -400,6 +406,71 @@ class Store:
     def shard_bytes(self) -> int:
         """Of all shard files, unpacked."""
         return self.record.blocks * block_bytes(self.arrays())
+
+    def longest_norm(self, block: int, stratum: str, side: str) -> float:
+        """Return the norm that no stored row is above.
+
+        Where the block's statistics do not tell, as in older stores: one that no sound row comes near, by the
+        statistics of all training rows. Raises `CorruptData` when the statistics are damaged.
+        """
+        if block not in self._longest:
+            names = [f"{name}/{side}" for name in self.strata for side in ("source", "target")]
+            self._longest[block] = longest_norms(self.path, block, names)
+        found = self._longest[block][f"{stratum}/{side}"]
+        return found if found < np.inf else self._far_above(stratum, side)
+
+    def _far_above(self, stratum: str, side: str) -> float:
+        """Return a thousand times the norm that a row has which makes up all of the mean squared norm."""
+        part = self.record.strata[list(self.strata).index(stratum)]
+        squares = (getattr(one, side).mean_squared_norm * max(one.rows, 1) for one in (part, self.record.overall))
+        return 1e3 * math.sqrt(max(squares))
+
+    def check_norms(self, stratum: str, side: str, rows: NDArray[np.int64], norms: NDArray[np.float64]) -> None:
+        """Raise `CorruptData` when a row is not finite, or longer than `longest_norm`.
+
+        `norms` [n] are of the stored `rows` [n], numbered over all blocks. Finds most flipped bits of an exponent.
+        """
+        array: MappedArray = getattr(self.strata[stratum], side)
+        blocks, places = np.unique(rows // self.strata[stratum].stratum.rows, return_inverse=True)
+        limits = np.array([self.longest_norm(int(block), stratum, side) for block in blocks])[places]
+        wrong = np.flatnonzero(~(np.isfinite(norms) & (norms <= limits)))
+        if len(wrong):
+            shard, row = divmod(int(rows[wrong[0]]), array.spec.rows_per_shard)
+            norm, limit = norms[wrong[0]], limits[wrong[0]]
+            said = f"has the norm {norm:.4g}, and the store's statistics allow {limit:.4g} at most"
+            raise CorruptData(
+                f"{self.path / ARRAYS / array.spec.shard_path(shard)}: row {row} "
+                f"{said if np.isfinite(norm) else 'is not finite'}; {remedy(array.spec, shard, self.path)}"
+            )
+
+    def check_shards(self, *parts: Iterable[int], everything: bool = False) -> None:
+        """Read shard files of some blocks, and compare their crc32c with the record.
+
+        Of each of `parts`, some blocks, as many files as have `CHECKED_BYTES`, others each time, and one at least; or
+        all of them with `everything`. Raises `CorruptData` that names the first damaged one.
+        """
+        files: dict[str, FileRecord] = {}
+        for blocks in parts:
+            files |= self._some_shards(blocks, None if everything else CHECKED_BYTES)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            faults = pool.map(lambda item: fault(self.path / ARRAYS / item[0], item[1]), files.items())
+            for name, wrong in zip(files, faults, strict=True):
+                if wrong:
+                    path = self.path / ARRAYS / name
+                    raise CorruptData(f"{path}: {wrong}; repair it with: harvest repair {self.path}")
+
+    def _some_shards(self, blocks: Iterable[int], most: int | None) -> dict[str, FileRecord]:
+        """Return the shard files of `blocks`, with those of their tokens; at random, as many as have `most` bytes."""
+        records = [read_ledger(self.path, block) for block in blocks]
+        files = {name: file for record in records for name, file in (record.files | record.tokens).items()}
+        if self.packed:
+            files = {name: self.packed.files[name] for name in files}
+        if most is None:
+            return files
+        names = [*files]
+        random.shuffle(names)  # no result depends on which are read
+        ends = np.cumsum([files[name].bytes for name in names])
+        return {name: files[name] for name in names[: max(1, int(np.searchsorted(ends, most, side="right")))]}
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """Read every file once, on all cores, and compare its crc32c with the record.

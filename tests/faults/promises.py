@@ -55,6 +55,13 @@ PROMISES: dict[str, dict[int, str]] = {
         39: "Documents shorter or longer than the context: every token is accounted for.",
         40: "Bad Unicode and a missing text column are one line, with the columns there are.",
         41: "A batch larger than the store, one row, a resume past the end: a clear error or a clean finish.",
+        42: "A damaged row of a store, held out or trained on, that is not finite or longer than the statistics "
+        "allow is an error naming shard and row, and never a figure. Shard files are read and compared with their "
+        "checksums when a run opens its store: 256 MiB of held-out and of training blocks each, all with --verify.",
+        43: "Lost rows of a run's logs are said by resume and by the report's verdict; a damaged row or record is "
+        "named once and left out by watch, report, compare and resume.",
+        44: "Samples have a checksum of every page, and a damaged file of them is refused.",
+        45: "A store that was moved is given once with --store, and found by every later command of the run.",
     },
     "Records that belong together": {
         42: "A run whose store holds other rows, under whatever name, is not resumed, evaluated or compared on it: the "

@@ -46,7 +46,7 @@ INPUT = (
     Protection(
         (21,),
         "shared/files/durable.py",
-        "        if nests_too_deep(value):\n",
+        "    if nests_too_deep(value):\n",
         "        if False:\n",
         (f"{_HOSTILE}::test_json_made_to_hurt_is_one_error",),
     ),

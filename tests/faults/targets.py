@@ -24,6 +24,7 @@ from shared.store.checks import read_vectors
 from shared.store.layout import ARRAYS, LedgerRecord, StorePlan, StoreRecord, StoreRequest, moments_path, record_path
 from shared.store.store import Local, Store
 from shared.store.unembedding import Unembedding
+from tests.faults import targets_of_runs as runs
 from tests.stores import make_store
 
 MODELS: tuple[type[Config], ...] = (StoreRecord, StoreRequest, StorePlan, LedgerRecord, packed.PackedRecord)
@@ -106,7 +107,7 @@ def settings(data: bytes) -> None:
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (json_file, records, store, packed_store, shard, chunk, vectors, unembedding, settings)
-}
+} | runs.TARGETS
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
@@ -126,6 +127,7 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     yield "vectors", save({name: np.ones(width) for name, width in WIDTHS.items()})
     parts = {"W_U": np.ones((5, 4), np.float32), "final_norm.gain": np.ones(4, np.float32)}
     yield "unembedding", save(parts)
+    yield from runs.seeds()
 
 
 def _opened(path: Path, names: tuple[str, ...], data: bytes) -> None:

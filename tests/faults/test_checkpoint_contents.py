@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.config import sealed
 from shared.store.checks import file_record
 from shared.store.layout import FileRecord
 from tests.runs import SMALL, Outcome, rows
@@ -53,7 +54,7 @@ def test_other_arithmetic_is_refused_unless_asked_for(command: Command, store: S
     place = checkpoint.folder(run, 10) / checkpoint.STATE
     state = json.loads(place.read_text())
     other = state | {"arithmetic": state["arithmetic"] | {"processor": "AVX1024", "numpy": "9"}}
-    place.write_text(json.dumps(checkpoint.sealed(other)))
+    place.write_text(json.dumps(sealed(other)))
     refused = command("resume", run)
     assert refused.code == 2 and f"numpy 9, here {state['arithmetic']['numpy']}, processor AVX1024, here" in refused.err
     assert "continue all the same with --inexact" in refused.err and steps(run) == [10]
@@ -74,7 +75,7 @@ def rewritten(run: Path, step: int, change: Callable[[dict[str, torch.Tensor]], 
     state = json.loads((path.parent / checkpoint.STATE).read_text())
     record: FileRecord = file_record(path)
     state["files"][checkpoint.OPTIMIZER] = record.model_dump(mode="json")
-    (path.parent / checkpoint.STATE).write_text(json.dumps(checkpoint.sealed(state)))
+    (path.parent / checkpoint.STATE).write_text(json.dumps(sealed(state)))
 
 
 def pairs(first: int, second: int) -> dict[str, torch.Tensor]:

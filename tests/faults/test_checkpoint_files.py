@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.config import sealed
 from shared.store.checks import file_record
 from tests.runs import SMALL, Outcome
 from tests.stores import SyntheticStore, edit, flip
 from train.model import checkpoint
-from train.model.checkpoint import sealed
 
 Command = Callable[..., Outcome]
 WEIGHTS, OPTIMIZER, STATE = checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.STATE

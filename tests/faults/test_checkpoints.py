@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.config import sealed
 from tests.faults.disk import fill, small_disk
 from tests.runs import SMALL, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
@@ -322,7 +323,7 @@ def test_what_a_kill_kept_from_being_removed_goes_when_the_run_is_resumed(
     old = checkpoint.folder(run, 40)
     shutil.copytree(checkpoint.folder(run, 50), old)
     state = json.loads((old / checkpoint.STATE).read_text())
-    (old / checkpoint.STATE).write_text(json.dumps(checkpoint.sealed(state | {"step": 40})))
+    (old / checkpoint.STATE).write_text(json.dumps(sealed(state | {"step": 40})))
     assert steps(run) == [40, 50, 60]
     assert command("resume", run).code == 0
     assert steps(run) == [50, 60]

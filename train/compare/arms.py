@@ -15,6 +15,7 @@ from shared.store.store import Store
 from train.compare.consistency import densest, matched_cosine
 from train.compare.measure import Figures, Measured, Point, measure_run, require_finished
 from train.run.bindings import foreign_block
+from train.run.load_run import check_shards, place_of_store, remember_store
 from train.run.settings import RunConfig, Settings, flat, read_config, resolve_exclusion
 
 
@@ -59,11 +60,17 @@ class Comparison(Config):
 
 
 def compare_runs(
-    runs: Sequence[Path | str], *, store: Path | str | None = None, l0: float | None = None, matched_latents: int = 4096
+    runs: Sequence[Path | str],
+    *,
+    store: Path | str | None = None,
+    l0: float | None = None,
+    matched_latents: int = 4096,
+    verify: bool = False,
 ) -> Comparison:
     """Measure finished `runs` on one store at one l0: that of their k, unless another is given.
 
-    `store`: where it is now, if it was moved. `matched_latents`: as many are matched across seeds, at most.
+    `store`: where it is now, if it was moved. `matched_latents`: as many are matched across seeds, at most. `verify`:
+    read all of the store's shard files first, and not only some.
 
     Raises `UserError` when there are none, one is not finished, two are one run, they are not of one store, or have no
     k in common.
@@ -75,13 +82,13 @@ def compare_runs(
         raise UserError(f"--l0 must be a number above 0, got {l0}")
     configs = [read_config(run) for run in paths]
     opened = _store(paths, configs, Path(store) if store else None)
-    for run, config in zip(paths, configs, strict=True):
-        require_finished(run, config)
+    check_shards(opened, opened.record.training_blocks, verify=verify)
+    found = [require_finished(run, config) for run, config in zip(paths, configs, strict=True)]
     wanted, groups = _common_k(configs) if l0 is None else l0, _groups(paths, configs)
     with opened.reading(), Progress("compare", len(paths), "runs") as progress:
         measured = []
         for i, run in enumerate(paths):
-            measured.append(measure_run(run, opened, wanted))
+            measured.append(measure_run(run, opened, wanted, found[i]))
             progress.update(i + 1, run.name)
     arms = [_arm([measured[i] for i in group], matched_latents) for group in groups]
     if len({arm.name for arm in arms}) < len(arms):
@@ -100,7 +107,7 @@ def compare_runs(
 
 
 def _store(runs: Sequence[Path], configs: Sequence[RunConfig], path: Path | None) -> Store:
-    store, first = Store.open(path or configs[0].store), configs[0]
+    store, first = Store.open(place_of_store(runs[0], configs[0], path)), configs[0]
     for run, config in zip(runs, configs, strict=True):
         if config.request != first.request:
             raise UserError(
@@ -119,6 +126,7 @@ def _store(runs: Sequence[Path], configs: Sequence[RunConfig], path: Path | None
             raise UserError(
                 f"{store.path} is not the store that {run} was trained on: {wrong}; compare runs of one store"
             )
+        remember_store(run, config, store)
     return store.excluding(resolve_exclusion(store, Settings()))  # all runs are judged on the same rows
 
 

@@ -22,6 +22,7 @@ from train.evaluation.evaluate import evaluate_whole, threshold_at
 from train.evaluation.held_out import HeldOutActive, held_out_active
 from train.live.run_files import TIMING
 from train.model import checkpoint
+from train.model.checkpoint import Checkpoint
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Transcoder
 from train.run.load_run import load_run
@@ -120,21 +121,25 @@ class Measured:
     """[F, O] on CPU, each row divided by its norm"""
 
 
-def require_finished(run: Path, config: RunConfig) -> None:
-    """Raise `UserError` when the newest checkpoint of `run` is not of its last step."""
-    if (step := checkpoint.find(run).step) < config.settings.steps:
+def require_finished(run: Path, config: RunConfig) -> Checkpoint:
+    """Return the newest checkpoint of `run`. Raises `UserError` when it is not of the last step."""
+    found = checkpoint.find(run)
+    if found.step < config.settings.steps:
         raise UserError(
-            f"{run} is at step {step} of {config.settings.steps}; finish it with: python -m train resume {run}"
+            f"{run} is at step {found.step} of {config.settings.steps}; finish it with: python -m train resume {run}"
         )
+    return found
 
 
 @torch.no_grad()
-def measure_run(run: Path, store: Store, l0: float) -> Measured:
-    """Measure the finished `run` on `store`, with thresholds at which rows have `l0` active latents each.
+def measure_run(run: Path, store: Store, l0: float, found: Checkpoint | None = None) -> Measured:
+    """Measure the newest checkpoint of `run`, or the one that was `found`, on `store`.
+
+    Thresholds are those at which rows have `l0` active latents each.
 
     Raises `UserError` when it has fewer active latents even without a threshold.
     """
-    loaded = load_run(run, store=store)
+    loaded = load_run(run, store=store, found=found)
     config, model, rows = loaded.config, loaded.transcoder, replace(loaded.rows, chunk_rows=_CHUNK_ROWS)
     threshold = threshold_at(model, rows, l0)
     held_out = held_out_active(model, rows, store.record.report_blocks, threshold)

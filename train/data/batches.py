@@ -129,12 +129,14 @@ def batches(
     Rows are float32, in the LLM's own units. `rows` says which ones a batch has; by default 1,024 at natural
     frequencies, without outliers. `source` is the side of the pairs that is read as source. The store is in use, and a
     thread reads ahead, until the last batch was taken or the iterator is closed. Raises `UserError` when `rows` does
-    not fit the store.
+    not fit the store, and `CorruptData` as `Store.check_shards`.
     """
     opened = store if isinstance(store, Store) else Store.open(store)
     config = (rows or RowsConfig()).resolve(opened.request.block_sequences)
     view = opened.excluding(config.exclusion(opened, figures=True))
-    reader = BatchReader(view, config.training_blocks(opened), config, seed, torch.device(device), source)
+    blocks = config.training_blocks(opened)
+    opened.check_shards(blocks)
+    reader = BatchReader(view, blocks, config, seed, torch.device(device), source)
 
     def read() -> Iterator[Batch]:
         with opened.reading(), reader:
@@ -209,7 +211,8 @@ class StoreRows:
     def chunks(self, blocks: range, device: torch.device, most: Mapping[str, int] | None = None) -> Iterator[RowChunk]:
         """Yield all rows of `blocks`, stratum by stratum.
 
-        With `most`, the first so many of each stratum that it names, and no others.
+        With `most`, the first so many of each stratum that it names, and no others. Raises `CorruptData` as
+        `Store.check_norms`.
         """
         for name, stratum in self.store.strata.items():
             rows = stratum.stratum.rows
@@ -222,6 +225,7 @@ class StoreRows:
                     array: MappedArray = getattr(stratum, side)
                     array.will_need([(low, min(low + 2 * self.chunk_rows, stop))])  # this chunk and the next
                     found.append(read_rows(array, low, high, self.store.request.storage, device))
+                    check_rows(self.store, name, side, low, found[-1])
                 yield RowChunk(name, found[0], found[-1], _outliers(self.store, name, low, high, device))
 
 
@@ -240,6 +244,12 @@ def read_rows(array: MappedArray, low: int, high: int, storage: StorageType, dev
     out = _staging(high - low, array, torch.device("cpu"))
     array.read(low, high, out.numpy())
     return to_float(out, storage, device)
+
+
+def check_rows(store: Store, stratum: str, side: Side, first: int, rows: Tensor) -> None:
+    """Raise `CorruptData` as `Store.check_norms`; `rows` [n, d] are the stored ones from row `first` on."""
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().numpy()
+    store.check_norms(stratum, side, np.arange(first, first + len(norms)), norms)
 
 
 def to_float(rows: Tensor, storage: StorageType, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from shared.config import Config
+from shared.errors import ProjectError
 from shared.store.reader import RowsConfig
 from shared.store.store import Store
 from train.data.batches import BatchReader, RowChunk, StoreRows
@@ -181,7 +182,15 @@ class Sums:
 
 
 def ratio(error: float, total: float, scale: float) -> float:
-    """Return error / total, defined when `total` is rounding noise beside `scale`: 0 without error, else 1."""
+    """Return error / total, defined when `total` is rounding noise beside `scale`: 0 without error, else 1.
+
+    Raises `ProjectError` when one of them is not finite.
+    """
+    if not all(map(math.isfinite, (error, total, scale))):
+        raise ProjectError(
+            f"a figure is not finite (squared error {error:.4g} of {total:.4g}): the transcoder's outputs overflow, or "
+            "rows of the store are damaged; lower optimizer.lr, or check the store with: python -m harvest verify"
+        )
     if total > 1e-12 * scale:
         return error / total
     return 0.0 if error <= 1e-12 * scale else 1.0

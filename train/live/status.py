@@ -124,16 +124,16 @@ class Status:
             "step": self.step,
             "steps": self.steps,
             "seconds": pace.seconds,
-            "steps_per_second": pace.rate,
-            "rows_per_second": pace.rate * self.batch_rows,
-            "seconds_left": pace.seconds_left,
+            "steps_per_second": _finite(pace.rate),
+            "rows_per_second": _finite(pace.rate * self.batch_rows),
+            "seconds_left": _finite(pace.seconds_left),
             "fvu": row.get("fvu"),
             "l0": row.get("l0_training_rule"),
             "dead_share": row.get("dead_share"),
             "lr": row.get("lr"),
             "loss": row.get("loss"),
             "terms": self.terms,
-            "penalty_share": self.share(*PENALTIES),
+            "penalty_share": _finite(self.share(*PENALTIES)),
             "data_wait_share": self.timing.get("data_wait_share"),
             "held_out": held_out if self.held_out else None,
             "components": self.components,
@@ -142,3 +142,8 @@ class Status:
 
 def _place(component: str) -> tuple[int, str]:
     return (_ORDER.index(component) if component in _ORDER else len(_ORDER)), component
+
+
+def _finite(value: float | None) -> float | None:
+    """Return a figure that was computed, as JSON can have it."""
+    return value if value is None or math.isfinite(value) else None

@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 from rich.console import Console, RenderableType
 
+from shared.config import read_record
 from shared.console.panel import duration
 from shared.console.terminal import Verbosity, panel_shown, shows_panels, verbosity
-from shared.errors import CorruptData, UserError
+from shared.errors import CorruptData, UserError, warn
 from shared.files import durable
-from train.live.run_files import CONFIG, LOCK, METRICS, TIMING, USAGE, Lines, Row
+from train.live.log_rows import WatchedConfig
+from train.live.run_files import CONFIG, LOCK, METRICS, TIMING, Lines, Row, read_usage
 from train.live.status import Status
 from train.live.training_panel import RunPanel
 
@@ -30,20 +32,32 @@ class Watched:
         self._run = run
         self.status = Status(run, *_steps_and_rows(run))
         self.state: State = "starting"
+        self._said = ""
         self._metrics, self._timing = Lines(run / METRICS), Lines(run / TIMING)
         self._panel = RunPanel(self.status)
 
     def look(self) -> Iterator[None]:
         """Take in what is new, and yield after each new row of the metrics. At the end, `state` is up to date."""
         held = durable.is_held(self._run / LOCK)  # before the rows: all that an ended trainer wrote is then there
-        timing = {row["step"]: row for row in _rows(self._timing)}
-        usage = _usage(self._run)
-        for row in _rows(self._metrics):
+        timing = {row["step"]: row for row in self._timing.read()}
+        usage = self._usage()
+        for row in self._metrics.read():
             self.status.add(row)
             self.status.update(timing.get(row["step"], {}), usage)
             yield
         self.status.update(next(reversed(timing.values()), {}), usage)
         self.state = self._state(held)
+
+    def _usage(self) -> Row:
+        """Return what `usage.json` holds; nothing where there is none yet, or, with a warning, where it is damaged."""
+        try:
+            found = read_usage(self._run)
+        except CorruptData as error:
+            if str(error) != self._said:
+                warn(f"{error}; it is left out")
+            self._said = str(error)
+            return {}
+        return found.model_dump(mode="json") if found else {}
 
     def _state(self, held: bool) -> State:
         done = self.status.usage.get("step") == self.status.steps and bool(self.status.components)
@@ -120,7 +134,7 @@ def watch(run: Path, *, once: bool, as_json: bool) -> None:
 
         def show() -> None:
             if as_json:
-                print(json.dumps(watched.as_json(), indent=2 if once else None), flush=True)
+                print(json.dumps(watched.as_json(), indent=2 if once else None, allow_nan=False), flush=True)
             elif not panel:
                 print(watched.line(), flush=True)
 
@@ -141,20 +155,10 @@ def _steps_and_rows(run: Path) -> tuple[int, int]:
     path = run / CONFIG
     if not path.is_file():
         raise UserError(f"{run} is not a run: it has no {CONFIG}")
+    data = durable.read_json(path)
     try:
-        settings = durable.read_json(path)["settings"]
-        return int(settings["steps"]), int(settings["rows"]["batch_rows"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptData(f"{path}: not the settings of a run ({error!r})") from error
-
-
-def _rows(lines: Lines) -> Iterator[Row]:
-    return (row for row in lines.read() if isinstance(row, dict) and isinstance(row.get("step"), int))
-
-
-def _usage(run: Path) -> Row:
-    """Read `usage.json`; return nothing where there is none yet."""
-    with suppress(OSError, CorruptData):
-        found = durable.read_json(run / USAGE)
-        return found if isinstance(found, dict) else {}
-    return {}
+        settings = read_record(WatchedConfig, data, path).settings
+    except CorruptData as error:
+        wrong = str(error).removeprefix(f"{path}: ")
+        raise CorruptData(f"{path}: not the settings of a run ({wrong})") from error
+    return settings.steps, settings.rows.batch_rows

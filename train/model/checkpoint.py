@@ -6,8 +6,6 @@ state.json               step, what the last bits depend on, held-out figures, t
                          the two files, and its own digest; "latest" is the highest step that verifies
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
@@ -17,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from shared.config import Config, read_record
-from shared.errors import CorruptData, UserError
+from shared.config import Config, read_record, sealed
+from shared.errors import CorruptData, UserError, warn
 from shared.files import durable
 from shared.files.untrusted import refuse_links
 from shared.store.checks import fault, file_crc32c
@@ -127,13 +125,6 @@ def publish(
     return path
 
 
-def sealed(state: dict[str, Any]) -> dict[str, Any]:
-    """Return what `state.json` holds: `state`, with the SHA-256 of it."""
-    rest = {name: value for name, value in state.items() if name != "digest"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return rest | {"digest": hashlib.sha256(text.encode()).hexdigest()}
-
-
 def steps(run: Path) -> list[Path]:
     """List the folders of all checkpoints, oldest first, valid or not."""
     return sorted((p for p in run.glob("checkpoints/step-*") if p.name[5:].isdecimal()), key=number)
@@ -197,8 +188,8 @@ def read_state(path: Path) -> CheckpointState:
     return read_record(CheckpointState, data, path / STATE)
 
 
-def find(run: Path, step: int | None = None, warn: list[str] | None = None) -> Checkpoint:
-    """Find the checkpoint of `step`, or the newest one that verifies; torn newer ones are named in `warn`.
+def find(run: Path, step: int | None = None) -> Checkpoint:
+    """Find the checkpoint of `step`, or the newest one that verifies, with a warning for each newer one that does not.
 
     Raises `UserError` when there is none.
     """
@@ -213,8 +204,7 @@ def find(run: Path, step: int | None = None, warn: list[str] | None = None) -> C
             if path.is_dir():
                 raise CorruptData(wrong)
             raise UserError(f"{run} has no checkpoint of step {step}; it has {[number(p) for p in steps(run)]}")
-        if warn is not None:
-            warn.append(f"skipped a checkpoint that does not verify: {wrong}")
+        warn(f"skipped a checkpoint that does not verify: {wrong}")
     raise UserError(f"{run} has no valid checkpoint; start the run again under another name")
 
 

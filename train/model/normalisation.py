@@ -43,7 +43,7 @@ def moments(store: Store, side: str) -> tuple[Vector, Vector]:
     for part in strata:
         numbers = store.outliers[part.stratum.name]
         low, high = np.searchsorted(numbers, [block * part.stratum.rows for block in (blocks.start, blocks.stop)])
-        removed.append(read_rows_at(getattr(part, side), numbers[low:high]))
+        removed.append(read_rows_at(store, part.stratum.name, side, numbers[low:high]))
         weights.append(np.full(high - low, part.stratum.natural_rows / part.stratum.rows))
     return without(overall.mean, overall.variance, rows, np.concatenate(removed), np.concatenate(weights))
 
@@ -65,10 +65,13 @@ def without(mean: Vector, variance: Vector, rows: float, removed: Vector, weight
     return found, np.maximum(m2 / left, 0.0)
 
 
-def read_rows_at(array: MappedArray, rows: NDArray[np.int64]) -> Vector:
-    """Read some rows of an array as numbers [n, d]."""
+def read_rows_at(store: Store, stratum: str, side: str, rows: NDArray[np.int64]) -> Vector:
+    """Read some rows of an array as numbers [n, d]. Raises `CorruptData` as `Store.check_norms`."""
+    array: MappedArray = getattr(store.strata[stratum], side)
     out = np.empty((len(rows), array.spec.width or 1), array.spec.dtype)
     for low in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[low : low + _ROWS_AT_ONCE].tolist()
         array.gather([(row, row + 1) for row in part], out[low:])
-    return decode(out).astype(np.float64)
+    found = decode(out).astype(np.float64)
+    store.check_norms(stratum, side, rows, np.linalg.norm(found, axis=1))
+    return found

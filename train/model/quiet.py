@@ -74,9 +74,9 @@ class Quiet:
     ) -> "Quiet":
         """Read the rows that training on `blocks` of `store` leaves out."""
         places, parts = (left_out(store, blocks) if config.weight else []), []
-        for name, part in store.strata.items():
+        for name in store.strata:
             numbers = np.array([row for stratum, row in places if stratum == name], np.int64)
-            parts.append(read_rows_at(getattr(part, source), numbers))
+            parts.append(read_rows_at(store, name, source, numbers))
         device = transcoder.W_enc.device
         rows = torch.from_numpy(np.concatenate(parts)).float().to(device)
         return cls(transcoder, config, transcoder.normalised_source(rows), batch_rows)

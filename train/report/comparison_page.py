@@ -7,10 +7,12 @@ import plotly.graph_objects as go
 
 from train.compare.arms import Arm, Comparison, spread
 from train.compare.comparison_table import rows
+from train.live.run_files import METRICS
 from train.report import gather
 from train.report.page import asset, drawn, environment
 from train.report.plots import figure, log_axis, look, thinned
 from train.report.report_record import Curves
+from train.run.metrics import Log
 
 _AGAINST = {
     "share_above_0_7": "share of live latents with a neighbour above cosine 0.7",
@@ -23,7 +25,8 @@ _AGAINST = {
 
 def html(comparison: Comparison) -> bytes:
     """Draw the page. Reads `metrics.jsonl` of every run."""
-    curves = {path: gather.training_curves(Path(path), 2**53) for arm in comparison.arms for path in arm.runs}
+    paths = [path for arm in comparison.arms for path in arm.runs]
+    curves = {path: gather.training_curves(Log(Path(path) / METRICS).rows(), 2**53) for path in paths}
     every = {"tradeoff": _tradeoff(comparison.arms), "training": _training(comparison.arms, curves)}
     every |= {name: _against(comparison.arms, name, label) for name, label in _AGAINST.items()}
     return (

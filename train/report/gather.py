@@ -5,21 +5,22 @@ Legend: F latents, O d_out.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from shared.config import read_record
+from shared.errors import CorruptData
 from shared.files import durable
 from shared.store.store import Store
 from train.duplicates.correlation_report import CorrelationReport
-from train.live.run_files import HELD_OUT, METRICS, REPORTS, TIMING, USAGE
+from train.live.run_files import HELD_OUT, REPORTS, TIMING, Row
 from train.report.report_record import (
     Cluster,
     Context,
@@ -31,7 +32,6 @@ from train.report.report_record import (
     StoreFacts,
 )
 from train.run.metrics import Log
-from train.run.usage import UsageRecord, read_usage
 
 _DENSITY_EDGES = np.logspace(-7, 0, 57)
 _COSINE_EDGES = np.linspace(-1, 1, 81)
@@ -40,11 +40,12 @@ _RANDOM_ROWS, _BLOCK = 2**15, 1024
 """Of random directions, at most, against all of them: the same distribution from a part."""
 _PAIRS, _CLUSTERS, _OF_A_CLUSTER, _CONTEXTS = 20, 10, 6, 3
 """Whose contexts are shown, and how many of each latent."""
+_REMOVE = "remove the file, and the report is made without it"
 
 
-def training_curves(run: Path, step: int) -> Curves:
-    """Return what `metrics.jsonl` has up to `step`."""
-    return _curves([_flat(row) for row in Log(run / METRICS).rows() if row["step"] <= step])
+def training_curves(metrics: Sequence[Row], step: int) -> Curves:
+    """Return what rows of `metrics.jsonl` have up to `step`."""
+    return _curves([_flat(row) for row in metrics if row["step"] <= step])
 
 
 def timing_curves(run: Path, step: int) -> Curves:
@@ -89,11 +90,22 @@ def _monitor_reports(run: Path) -> list[Path]:
 
 def read_correlations(path: Path) -> CorrelationReport:
     """Read a report of the monitor. Raises `CorruptData`."""
-    return read_record(CorrelationReport, durable.read_json(path), path)
+    report = read_record(CorrelationReport, durable.read_json(path), path)
+    if not _levels(report):
+        raise CorruptData(f"{path}: lacks the counts of pairs above 0.8, or of neighbours above 0.7; {_REMOVE}")
+    return report
 
 
-def duplicates(run: Path, step: int) -> Duplicates | None:
-    """Return the report on all held-out rows of `step`; where there is none, the last one up to it."""
+def _levels(report: CorrelationReport) -> bool:
+    """Tell whether a report has the counts that are shown."""
+    return "0.8" in report.without_position_0.pairs_above and "0.7" in report.directions.share_with_neighbour_above
+
+
+def duplicates(run: Path, step: int, d_sae: int) -> Duplicates | None:
+    """Return the report on all held-out rows of `step`; where there is none, the last one up to it.
+
+    Raises `CorruptData` when it names other latents than those of `d_sae`.
+    """
     whole = run / REPORTS / HELD_OUT
     found = [(read_correlations(path), path) for path in ([whole] if whole.is_file() else [])]
     if not found or found[0][0].step != step:
@@ -101,6 +113,9 @@ def duplicates(run: Path, step: int) -> Duplicates | None:
     report, path = next(((one, path) for one, path in found if one.step <= step), (None, None))
     if not report or not path:
         return None
+    named = chain((one.latent for pair in report.pairs for one in pair.latents), *report.clusters)
+    if odd := [latent for latent in named if not 0 <= latent < d_sae]:
+        raise CorruptData(f"{path}: names latent {odd[0]}, and the run has {d_sae:,}; {_REMOVE}")
     return Duplicates(
         source=str(path.relative_to(run)),
         rows=report.without_position_0.rows,
@@ -110,12 +125,6 @@ def duplicates(run: Path, step: int) -> Duplicates | None:
         pairs=report.pairs,
         clusters=[Cluster(latents=latents) for latents in report.clusters],
     )
-
-
-def usage(run: Path) -> UsageRecord | None:
-    """Return what each component did so far."""
-    path = run / USAGE
-    return read_usage(path) if path.is_file() else None
 
 
 def density(table: pa.Table) -> Histogram:
@@ -151,8 +160,8 @@ def nearest(
     )
 
 
-def examples(contexts: Path, table: pa.Table, found: Duplicates | None) -> dict[int, Example]:
-    """Return the latents of the first pairs and clusters, with their strongest contexts."""
+def examples(contexts: pa.Table, table: pa.Table, found: Duplicates | None) -> dict[int, Example]:
+    """Return the latents of the first pairs and clusters, with their strongest contexts of the samples."""
     if not found:
         return {}
     wanted = [one.latent for pair in found.pairs[:_PAIRS] for one in pair.latents]
@@ -160,10 +169,10 @@ def examples(contexts: Path, table: pa.Table, found: Duplicates | None) -> dict[
     latents = sorted(set(wanted))
     shown: dict[int, list[Context]] = {latent: [] for latent in latents}
     columns = ["latent", "kind", "rank", "position", "peak", "tokens", "text", "activations"]
-    rows = pq.read_table(
-        contexts, columns=columns, filters=[("latent", "in", latents), ("rank", "<", _CONTEXTS)]
-    ).to_pylist() if latents else []  # fmt: skip
-    for row in rows:
+    wanted_rows = pc.and_(
+        pc.is_in(contexts["latent"], pa.array(latents, contexts["latent"].type)), pc.less(contexts["rank"], _CONTEXTS)
+    )
+    for row in contexts.select(columns).filter(wanted_rows).to_pylist():
         if row["kind"] == "top":
             shown[row["latent"]].append(
                 Context(

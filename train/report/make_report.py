@@ -3,15 +3,13 @@
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from shared.console.progress import Progress
 from shared.console.terminal import say
-from shared.errors import CorruptData
 from shared.files import durable
 from train.evaluation.evaluate import Evaluation, evaluate
 from train.evaluation.linear_baseline import linear_map_fvu
-from train.live.run_files import METRICS
+from train.live.run_files import METRICS, Row
 from train.report import gather, page
 from train.report.browser import browser_files
 from train.report.latents import latents_table
@@ -19,8 +17,9 @@ from train.report.plots import figures
 from train.report.report_record import Report
 from train.report.verdict import verdict
 from train.run.load_run import LoadedRun, samples_of
-from train.run.metrics import Log
-from train.samples.parquet import paths
+from train.run.metrics import Log, evaluation_of
+from train.run.usage import usage_of
+from train.samples.parquet import paths, read_contexts, read_latents
 from train.samples.select import SamplesConfig
 
 FOLDER = "report"
@@ -34,22 +33,23 @@ def make_report(loaded: LoadedRun, *, linear: bool = False) -> Report:
     `linear`: also fit the best linear map on the training rows, for comparison. Raises `DiskFull`.
     """
     run, settings, rows = loaded.path, loaded.config.settings, loaded.rows
+    metrics = Log(run / METRICS).rows()
     contexts, latents = paths(run, loaded.step)
     if not (contexts.is_file() and latents.is_file()):
         wanted = settings.samples if settings.samples.rows else SamplesConfig()
         samples_of(loaded, wanted).publish(run)
-    sampled = _read(contexts)
+    sampled = read_contexts(contexts)
     with Progress("report", 4, "parts") as progress:
         progress.update(0, "neighbours")
-        table = latents_table(loaded.transcoder, rows, loaded.threshold, _read(latents), sampled)
+        table = latents_table(loaded.transcoder, rows, loaded.threshold, read_latents(latents), sampled)
         progress.update(1, "held-out rows")
-        held_out = _held_out(loaded)
+        held_out = _held_out(loaded, metrics)
         if linear and settings.source == "target":
             say("note: the best linear map of the targets to themselves leaves nothing: --linear says nothing here")
             linear = False
         fvu = linear_map_fvu(rows, loaded.threshold.device) if linear else None
         progress.update(2, "the browser of latents")
-        report = _report(loaded, table, held_out, fvu)
+        report = _report(loaded, table, sampled, metrics, held_out, fvu)
         beside = browser_files(report.run, rows.store, table, sampled)
         progress.update(3, "writing")
         _publish(run, report, beside)
@@ -65,9 +65,16 @@ def plots(report: Report) -> dict[str, dict[str, str]]:
     }
 
 
-def _report(loaded: LoadedRun, table: pa.Table, held_out: Evaluation, linear_fvu: float | None) -> Report:
+def _report(
+    loaded: LoadedRun,
+    table: pa.Table,
+    contexts: pa.Table,
+    metrics: list[Row],
+    held_out: Evaluation,
+    linear_fvu: float | None,
+) -> Report:
     run, step, config = loaded.path, loaded.step, loaded.config
-    duplicates, settings = gather.duplicates(run, step), config.settings
+    duplicates, settings = gather.duplicates(run, step, len(table)), config.settings
     report = Report(
         run=run.resolve().name,
         step=step,
@@ -80,15 +87,15 @@ def _report(loaded: LoadedRun, table: pa.Table, held_out: Evaluation, linear_fvu
         verdict=[],
         held_out=held_out,
         linear_fvu=linear_fvu,
-        training=gather.training_curves(run, step),
+        training=gather.training_curves(metrics, step),
         timing=gather.timing_curves(run, step),
         monitor=gather.monitor_curves(run, step),
         density=gather.density(table),
         at_position_0=gather.at_position_0(table),
         nearest=gather.nearest(table, config.d_out),
         duplicates=duplicates,
-        examples=gather.examples(paths(run, step)[0], table, duplicates),
-        usage=gather.usage(run),
+        examples=gather.examples(contexts, table, duplicates),
+        usage=usage_of(run),
         store=gather.store_facts(loaded.rows.store),
         settings=settings.model_dump(mode="json"),
         software=config.software,
@@ -96,19 +103,10 @@ def _report(loaded: LoadedRun, table: pa.Table, held_out: Evaluation, linear_fvu
     return report.model_copy(update={"verdict": verdict(report)})
 
 
-def _read(samples: Path) -> pa.Table:
-    """Read a file of samples. Raises `CorruptData`."""
-    try:
-        return pq.read_table(samples)
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptData(f"{samples}: not readable ({error}); remove it, and the report makes it anew") from error
-
-
-def _held_out(loaded: LoadedRun) -> Evaluation:
+def _held_out(loaded: LoadedRun, metrics: list[Row]) -> Evaluation:
     """Return the evaluation that the run wrote at that step, or else measure it now."""
-    for row in reversed(Log(loaded.path / METRICS).rows()):
-        if row["step"] == loaded.step and "held_out" in row:
-            return Evaluation.model_validate(row["held_out"])
+    if found := evaluation_of(metrics, loaded.path / METRICS, loaded.step):
+        return found[1]
     return evaluate(loaded.transcoder, loaded.rows, loaded.threshold, loaded.config.settings.seed)
 
 

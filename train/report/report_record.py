@@ -7,8 +7,8 @@ from pydantic import Field
 from shared.config import Config
 from train.duplicates.correlation_report import CorrelatedPair, Directions
 from train.evaluation.evaluate import Evaluation
+from train.live.log_rows import UsageRecord
 from train.run.settings import Extension
-from train.run.usage import UsageRecord
 
 State = Literal["good", "look", "bad"]
 STATES: dict[State, tuple[str, str]] = {"bad": ("✗", "failed"), "look": ("!", "worth a look"), "good": ("✓", "good")}

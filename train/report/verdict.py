@@ -7,7 +7,9 @@ fired at position 0 alone. Each is in the report beside its figure.
 from collections.abc import Iterator
 
 from shared.store.strata import POSITION_0
+from train.live.run_files import METRICS, TIMING, USAGE
 from train.report.report_record import Check, Report, State
+from train.run.metrics import describe_missing, logged_steps
 
 _TENTH = 0.1
 """Of the run: what fvu is averaged over."""
@@ -17,6 +19,7 @@ def verdict(report: Report) -> list[Check]:
     """List all checks that the report has figures for, in the order in which a reader asks."""
     return [
         *_finished(report),
+        *_records(report),
         *_reconstruction(report),
         *_generalisation(report),
         *_convergence(report),
@@ -51,6 +54,24 @@ def _finished(report: Report) -> Iterator[Check]:
     yield _check("finished", said, share, 1.0, 0.0, "curves")
 
 
+def _records(report: Report) -> Iterator[Check]:
+    """Name rows of the logs and files that the run wrote and that are not there; nothing where all are."""
+    expected = _logged(report)
+    for log, steps in ((METRICS, report.training.steps), (TIMING, report.timing.steps)):
+        if missing := sorted(set(expected) - set(steps)):
+            said = f"{log}: {describe_missing(missing)}; figures over steps are of the others."
+            yield _check(log, said, len(missing) / len(expected), 0.0, 0.999, "curves")
+    if expected and not report.usage:
+        said = f"{USAGE} is missing or damaged: what each component did is not known."
+        yield _check(USAGE, said, 1.0, 0.0, 1.0, "usage")
+
+
+def _logged(report: Report) -> list[int]:
+    """List the steps that the logs should have rows of."""
+    settings = report.settings
+    return logged_steps(settings["log_every"], settings["evaluation"]["every"], report.steps, report.step)
+
+
 def _reconstruction(report: Report) -> Iterator[Check]:
     fvu = report.held_out.fvu
     said = (
@@ -65,7 +86,8 @@ def _reconstruction(report: Report) -> Iterator[Check]:
 
 def _generalisation(report: Report) -> Iterator[Check]:
     trained = [value for value in report.training.series.get("fvu_natural", []) if value is not None]
-    if trained and trained[-1] > 0:
+    newest_is_there = set(_logged(report)[-1:]) <= set(report.training.steps)
+    if trained and trained[-1] > 0 and newest_is_there:
         ratio = report.held_out.fvu_training_rule / trained[-1]
         said = (
             f"By the training rule, fvu is {report.held_out.fvu_training_rule:.4f} held out and {trained[-1]:.4f} "

@@ -6,7 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shared.errors import UserError
+from shared.config import Config, read_record
+from shared.console.terminal import say
+from shared.errors import DiskFull, ProjectError, UserError
+from shared.files import durable
+from shared.store.checks import read_store_record
 from shared.store.store import Local, Store
 from train.data.batches import StoreRows, source_width
 from train.model import checkpoint
@@ -19,6 +23,8 @@ from train.run.settings import RunConfig, default_kernels, read_config, resolve_
 from train.samples.make_samples import make_samples
 from train.samples.parquet import Samples
 from train.samples.select import SamplesConfig
+
+PLACE = "store_place.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +82,14 @@ def samples_of(loaded: LoadedRun, settings: SamplesConfig) -> Samples:
     return make_samples(loaded.transcoder, loaded.rows, blocks, loaded.threshold, settings, seed=seed, step=loaded.step)
 
 
-def open_store(run: Path, config: RunConfig, store_path: Path | None = None, local: Local | None = None) -> Store:
-    """Open the store of `run`, or another one of the same widths.
+def open_store(
+    run: Path, config: RunConfig, store_path: Path | None = None, local: Local | None = None, *, verify: bool = False
+) -> Store:
+    """Open the store of `run`, or another one of the same widths, and read some of its shard files, or all to `verify`.
 
-    Raises `UserError`, also when other rows are where the store of the run was.
+    Raises `UserError`, also when other rows are where the store of the run was, and `CorruptData` when one is damaged.
     """
-    store = Store.open(store_path or config.store, local)
+    store = Store.open(place_of_store(run, config, store_path), local)
     if store_path is None:
         require_own_store(run, config, store)
     d_in, d_out = source_width(store, config.settings.source), store.record.d_out
@@ -91,8 +99,54 @@ def open_store(run: Path, config: RunConfig, store_path: Path | None = None, loc
             f"{run} was trained with {config.d_in} and {config.d_out}; pass the --store of the same model and hooks"
         )
     same = foreign_block(run, config, store) is None
+    if same:
+        remember_store(run, config, store)
+    check_shards(store, config.training_blocks if same else store.record.training_blocks, verify=verify)
     anew = config.exclusion and resolve_exclusion(store, config.settings)
     return store.excluding(config.exclusion if same else anew)
+
+
+class StorePlace(Config):
+    """`store_place.json` of a run: where its store is, after it was moved."""
+
+    store: Path
+
+
+def place_of_store(run: Path, config: RunConfig, given: Path | None = None) -> Path:
+    """Return where the store of `run` is: as `given`, else as it was given last, else where it was when it started.
+
+    Raises `CorruptData` when the record of that is damaged.
+    """
+    path = run / PLACE
+    if given or not path.is_file():
+        return given or config.store
+    return read_record(StorePlace, durable.read_json(path), path).store
+
+
+def remember_store(run: Path, config: RunConfig, store: Store) -> None:
+    """Keep where the store of `run` is, if it is no longer where the run has it; with a note where that cannot be."""
+    known = place_of_store(run, config)
+    if known.resolve() == store.path.resolve() or _is_at(known, config.request):
+        return
+    try:
+        durable.publish_json(run / PLACE, StorePlace(store=store.path.resolve()).model_dump(mode="json"))
+    except (DiskFull, OSError) as error:
+        say(f"note: where the store of {run} is now cannot be kept ({error}); give --store the next time, too")
+
+
+def _is_at(place: Path, digest: str) -> bool:
+    """Tell whether a store of this request is at `place`."""
+    try:
+        return read_store_record(place).request.digest == digest
+    except ProjectError:
+        return False
+
+
+def check_shards(store: Store, training_blocks: range, *, verify: bool) -> None:
+    """Read some of the store's shard files, or all to `verify`. Raises `CorruptData` that names a damaged one."""
+    record = store.record
+    held_out = [block for block in range(record.blocks) if block not in record.training_blocks]
+    store.check_shards(held_out, training_blocks, everything=verify)
 
 
 def rows_of(config: RunConfig, store: Store) -> StoreRows:

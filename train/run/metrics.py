@@ -4,17 +4,20 @@ Sums are gathered on the device and fetched once per row of metrics.jsonl.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shared.errors import DiskFull, warn
+from shared.config import read_record
+from shared.errors import CorruptData, DiskFull, warn
 from shared.files import durable
 from shared.store.strata import POSITION_0
-from train.evaluation.evaluate import CONSTANT_SHARE, ratio
+from train.evaluation.evaluate import CONSTANT_SHARE, Evaluation, ratio
+from train.live.log_rows import checked_row
+from train.live.run_files import Row, model_of
 from train.model.saved_tensors import fitting
 from train.model.transcoder import StepOutput
 
@@ -23,6 +26,7 @@ _ROUNDING = 2e-8
 fourth of that, as a share of its square."""
 OUTLIERS = "outliers"
 """Their name among the strata."""
+_NAMED = 5
 
 
 class Window:
@@ -182,31 +186,63 @@ class Log:
                 warn(f"{self.path}: {error}; training goes on, rows are lost")
             self.lost_rows += 1
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return all rows, a torn last one left out; none where there is no file."""
-        return [row for _, row in self._lines()]
+    def rows(self, *, tell: bool = True) -> list[dict[str, Any]]:
+        """Return all rows, a torn last one left out; none where there is no file.
+
+        What is no row is left out, with one warning, unless `tell` is false.
+        """
+        wrong: list[str] = []
+        found = [row for _, row in self._lines(wrong)]
+        if wrong and tell:
+            more = f", and {len(wrong) - 1} more lines are none" if len(wrong) > 1 else ""
+            warn(f"{wrong[0]}{more}; such rows are left out")
+        return found
 
     def cut(self, step: int) -> None:
         """Drop rows past `step`, and a torn last line: a resumed run writes them again. That takes no room."""
         if self.path.is_file():
-            ends = [end for end, row in self._lines() if row["step"] <= step]
+            ends = [end for end, row in self._lines([]) if row["step"] <= step]
             if (size := max(ends, default=0)) < self.path.stat().st_size:
                 durable.truncate(self.path, size)
 
-    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield where each row ends in the file, and the row."""
+    def _lines(self, wrong: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield where each row ends in the file, and the row; add to `wrong` what is wrong with other whole lines."""
         end = 0
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else ():
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        for number, line in enumerate(lines, 1):
             end += len(line)
-            row = _parsed(line) if line.endswith(b"\n") else None
-            if row is not None:
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                row = checked_row(line, model_of(self.path), self.path)
+            except CorruptData as error:
+                wrong.append(f"{error}, in line {number}")
+            else:
                 yield end, row
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return a row that has its step; none for what is no row."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+def evaluation_of(rows: Sequence[Row], log: Path, step: int | None = None) -> tuple[int, Evaluation] | None:
+    """Return the newest evaluation in rows of `log`, or that of `step`, with its step; none: there is none.
+
+    One that is not whole is left out, with a warning.
+    """
+    for row in reversed(rows):
+        if "held_out" in row and step in (None, row["step"]):
+            try:
+                return row["step"], read_record(Evaluation, row["held_out"], log)
+            except CorruptData as error:
+                warn(f"{error}, in held_out of step {row['step']}; it is left out")
+    return None
+
+
+def logged_steps(log_every: int, evaluation_every: int, steps: int, done: int) -> list[int]:
+    """List the steps up to `done` that have a row in each log, of a run of `steps` steps."""
+    found = {step for every in (log_every, evaluation_every) for step in range(every, done + 1, every)}
+    return sorted(found | ({steps} if done >= steps else set()))
+
+
+def describe_missing(steps: Sequence[int]) -> str:
+    """Name steps that rows are missing of, the first few."""
+    more = f" and {len(steps) - _NAMED} more" if len(steps) > _NAMED else ""
+    rows = "row is missing, of step" if len(steps) == 1 else "rows are missing, of steps"
+    return f"{len(steps):,} {rows} {', '.join(map(str, steps[:_NAMED]))}{more}"

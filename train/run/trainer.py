@@ -13,7 +13,7 @@ from shared.console.terminal import say
 from shared.errors import CorruptData, DiskFull, ProjectError, Stopped, warn
 from shared.store.store import Store
 from shared.store.strata import POSITION_0
-from train.data.batches import BatchReader
+from train.data.batches import Batch, BatchReader
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
 from train.evaluation.evaluate import Evaluation, calibrate, evaluate
@@ -28,7 +28,7 @@ from train.model.transcoder import StepOutput
 from train.run.determinism import arithmetic, require_same
 from train.run.latent_counters import Counters
 from train.run.load_run import build_transcoder, rows_of
-from train.run.metrics import Window
+from train.run.metrics import Window, logged_steps
 from train.run.optimizer import Optimizer
 from train.run.saver import Saver
 from train.run.self_test import prove
@@ -110,6 +110,9 @@ class Trainer:
             self._settings.checkpoint.every,
         )
         self._first_bad = torch.tensor(_NEVER, device=device)
+        sides = (self._settings.source, "target")
+        self._longest = [torch.from_numpy(self._reader.longest_norms(side)).to(device) for side in sides]
+        """[B] the norms that no row of the store is above, of source and target."""
         self._calibrated: tuple[int, Tensor] | None = None
         self._first = 0
         if resumed and not inexact:
@@ -130,13 +133,20 @@ class Trainer:
         Raises `ProjectError` where the run's folder is removed or renamed meanwhile.
         """
         self._folder = self._path.stat()
-        self._log.open(self._first)
+        self._log.open(self._first, expected := self._logged_steps())
+        if expected:
+            self._usage.warn_if_missing()
         self._saver.prune()
         with stop_signals() as stop:
             if self._first < self._settings.steps:
                 self._train(stop)
             self._finish(stop)
         self._log.warn_of_lost_rows()
+
+    def _logged_steps(self) -> list[int]:
+        """List the steps that the logs have rows of already."""
+        settings = self._settings
+        return logged_steps(settings.log_every, settings.evaluation.every, settings.steps, self._first)
 
     def _train(self, stop: list[int]) -> None:
         settings = self._settings
@@ -207,7 +217,7 @@ class Trainer:
         lr, grad_norm = self._optimizer.step([loss, *apart.values()], step)
 
         # From here on only counting: none of it waits for the device.
-        self._note_nan(output.loss + sum((of_values | apart).values()) + grad_norm, batch.source, step)
+        self._note_bad(output.loss + sum((of_values | apart).values()) + grad_norm, batch, step)
         output = output.with_terms(of_values | apart)
         self._monitor.add(output, step + 1)
         self._usage.call(*output.terms)
@@ -309,13 +319,15 @@ class Trainer:
         rows = [counts[s] for name, s in strata.items() if name != POSITION_0 or len(strata) == 1]
         return float(torch.cat(rows).double().mean())
 
-    def _note_nan(self, loss: Tensor, source: Tensor, step: int) -> None:
-        """Note the first step whose loss or source is not finite.
+    def _note_bad(self, loss: Tensor, batch: Batch, step: int) -> None:
+        """Note the first step whose loss or source is not finite, or with a row that is longer than any of the store.
 
         Such a source need not show in the loss: no comparison selects a NaN.
         """
-        finite = torch.isfinite(loss) & torch.isfinite(source.sum())
-        self._first_bad = torch.where(finite, self._first_bad, self._first_bad.clamp_max(step))
+        good = torch.isfinite(loss) & torch.isfinite(batch.source.sum())
+        for rows, longest in zip((batch.source, batch.target), self._longest, strict=True):
+            good &= (torch.linalg.vector_norm(rows, dim=1) <= longest).all()
+        self._first_bad = torch.where(good, self._first_bad, self._first_bad.clamp_max(step))
 
     def _require_folder(self, done: int) -> None:
         """Raise `ProjectError` when the run is no longer where it was: what is written there would belong to no run."""
@@ -330,13 +342,20 @@ class Trainer:
             )
 
     def _refuse_nan(self) -> None:
-        """Raise `ProjectError` if any step so far was not finite. Waits for the device."""
+        """Raise `ProjectError` if any step so far had a bad row or loss. Waits for the device."""
         if (step := int(self._first_bad)) < _NEVER:
+            self._refuse_rows(step)
             raise ProjectError(
-                f"the loss or a source row is not finite at step {step + 1} of {self._path} (rows "
-                f"{self._reader.describe(step)}); nothing was published since; check the store with: python -m harvest "
-                f"verify {self._store.path}, or lower optimizer.lr"
+                f"the loss is not finite at step {step + 1} of {self._path} (rows {self._reader.describe(step)}); "
+                "nothing was published since; lower optimizer.lr"
             )
+
+    def _refuse_rows(self, step: int) -> None:
+        """Raise `CorruptData` that names shard and row when the rows of `step` are why it is bad."""
+        batch = self._reader.batch(step)
+        for side, rows in ((self._settings.source, batch.source), ("target", batch.target)):
+            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().numpy()
+            self._reader.check_norms(step, side, norms)
 
 
 def use_threads(count: int) -> None:

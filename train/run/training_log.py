@@ -1,15 +1,15 @@
 """What a run writes while it trains: a row of metrics and one of timing, and the figures that its panel shows."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.errors import warn
+from train.live.log_rows import UsageRecord
 from train.live.run_files import METRICS, TIMING
 from train.live.status import Status
-from train.run.metrics import Log
-from train.run.usage import UsageRecord
+from train.run.metrics import Log, describe_missing
 
 
 class TrainingLog:
@@ -28,12 +28,19 @@ class TrainingLog:
         """Both files."""
         return self.metrics.path, self.timing.path
 
-    def open(self, first: int) -> None:
-        """Begin at step `first`: rows past it, of a run that was killed, are dropped, and those before are shown."""
+    def open(self, first: int, expected: Sequence[int] = ()) -> None:
+        """Begin at step `first`: rows past it, of a run that was killed, are dropped, and those before are shown.
+
+        Rows of `expected` steps that are not there are warned of.
+        """
         for log in (self.metrics, self.timing):
             log.cut(first)
-        for row in self.metrics.rows():
-            self.status.add(row)
+            rows = log.rows()
+            if missing := sorted(set(expected) - {row["step"] for row in rows}):
+                warn(f"{log.path}: {describe_missing(missing)}; the run goes on without them")
+            if log is self.metrics:
+                for row in rows:
+                    self.status.add(row)
         self._first = first
 
     def start_clock(self) -> None:

@@ -4,59 +4,23 @@ Before the first step, `prove` sends planted latents through the code that the r
 are counted. After the last step, one that never ran is a failure, and one that found nothing to do is a note.
 """
 
+import os
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from shared.bounds import Digest
-from shared.config import Config, read_record
+from shared.config import sealed
 from shared.console.terminal import say
 from shared.errors import CorruptData, DiskFull, ProjectError, warn
 from shared.files import durable
-from train.live.run_files import USAGE
-from train.model.checkpoint import sealed
+from train.live.log_rows import Component, UsageRecord
+from train.live.run_files import USAGE, read_usage
 from train.model.saved_tensors import fitting
 from train.run.settings import Settings
 
 SAMPLES = "samples"
 """The component that has no state: it runs after the last checkpoint."""
-
-
-class Component(Config):
-    """What one component has done."""
-
-    calls: int
-    """Steps of which it was part; or reports, evaluations or checkpoints that it made."""
-    effect: float
-    """What came of it, in total."""
-    effect_counts: str
-    """What `effect` counts."""
-
-
-class UsageRecord(Config):
-    """`usage.json`."""
-
-    schema_version: Literal[1] = 1
-    step: int
-    components: dict[str, Component]
-    rows: dict[str, int]
-    """Rows drawn from every stratum."""
-    notes: list[str]
-    digest: Digest | None = None
-    """SHA-256 of the rest; none: in files from before there was one."""
-
-
-def read_usage(path: Path) -> UsageRecord:
-    """Read a run's `usage.json`. Raises `CorruptData`, also where a figure was edited."""
-    data = durable.read_json(path)
-    if isinstance(data, dict) and data.get("digest") and data != sealed(data):
-        raise CorruptData(
-            f"{path}: its digest is not that of what it holds: it was edited, or is damaged; this makes it anew: "
-            f"python -m train resume {path.parent}"
-        )
-    return read_record(UsageRecord, data, path)
 
 
 def components(settings: Settings) -> dict[str, str]:
@@ -80,6 +44,15 @@ def components(settings: Settings) -> dict[str, str]:
         "checkpoint": "checkpoints published",
         **({SAMPLES: "latents with samples"} if settings.samples.rows else {}),
     }
+
+
+def usage_of(run: Path) -> UsageRecord | None:
+    """Read `usage.json` of a run; none: it is not there, or, with a warning, it is damaged."""
+    try:
+        return read_usage(run)
+    except CorruptData as error:
+        warn(f"{error}; it is left out")
+        return None
 
 
 class Usage:
@@ -131,14 +104,12 @@ class Usage:
 
     def finished(self, step: int) -> bool:
         """Tell whether the file has been published after the last step, with all that follows it."""
-        if not self._path.is_file():
-            return False
-        try:
-            record = read_usage(self._path)
-        except CorruptData as error:
-            warn(f"{error}")
-            return False
-        return record.step == step and all(component.calls for component in record.components.values())
+        record = usage_of(self._path.parent)
+        return (
+            record is not None
+            and record.step == step
+            and all(component.calls for component in record.components.values())
+        )
 
     def finish(self, step: int) -> None:
         """Publish after the last step. Raises `ProjectError` when a component that is on never ran."""
@@ -154,6 +125,11 @@ class Usage:
             "usage.calls": torch.tensor([self._calls[name] for name in self._kept]),
             "usage.effect": torch.tensor([self._effect[name] for name in self._kept], dtype=torch.float64),
         }
+
+    def warn_if_missing(self) -> None:
+        """Warn where the file is not there, of a run that has written rows."""
+        if not os.path.lexists(self._path):
+            warn(f"{self._path} is missing; it is written anew, from the checkpoint")
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from shared.console.progress import Progress
 from shared.errors import Stopped
 from shared.store.store import MappedArray, Store
-from train.data.batches import StoreRows, read_rows
+from train.data.batches import StoreRows, check_rows, read_rows
 from train.model.transcoder import Transcoder
 from train.samples import context_loops
 from train.samples.context_loops import NOT_STORED
@@ -221,7 +221,7 @@ class _Encoder:
                 wanted = np.flatnonzero((places[low:high] < (done + sequences) * context) & ordinary[low:high])
                 if not len(wanted):
                     continue
-                found.append(self._chunk(array, block * rows + low, places[low:high], wanted, index))
+                found.append(self._chunk(block * rows + low, places[low:high], wanted, index))
                 while sequences > least and sum(len(part.latents) for part in found) > most_pairs:
                     sequences //= 2
                     found = [part.of(part.places < (done + sequences) * context) for part in found]
@@ -230,10 +230,12 @@ class _Encoder:
         once[np.unique(whole.places, return_index=True)[1]] = True
         return whole if once.all() else whole.of(once), sequences
 
-    def _chunk(self, array: MappedArray, start: int, places: Array, wanted: Array, stratum: int) -> _Rows:
+    def _chunk(self, start: int, places: Array, wanted: Array, stratum: int) -> _Rows:
         """Encode the `wanted` rows of a chunk of one stratum."""
         device, storage, model = self._transcoder.W_enc.device, self._store.request.storage, self._transcoder
-        rows = read_rows(array, start, start + len(places), storage, device)
+        name, part = list(self._store.strata.items())[stratum]
+        rows = read_rows(getattr(part, self._source), start, start + len(places), storage, device)
+        check_rows(self._store, name, self._source, start, rows)
         if len(wanted) < len(places):
             rows = rows[torch.from_numpy(wanted).to(device)]
         active = model.select_above(model.pre_acts(model.normalised_source(rows)), self._threshold).cpu()

@@ -4,15 +4,19 @@ Both open in pandas, polars or duckdb. The description of each column, and a rec
 schema's metadata. No time stamps and no paths: the same run gives the same bytes.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from shared.config import Config
+from shared.config import Config, brief
+from shared.errors import CorruptData
 from shared.files import durable
 from train.samples import context_loops
 from train.samples.encode import Activations
@@ -26,6 +30,35 @@ RECORD = b"transcoder_cache.samples"
 """The key of the record in the schema's metadata."""
 _GROUP_ROWS = 8192
 """Contexts that are compressed together: a reader that wants one latent's reads those of some hundred."""
+_REMOVE = "remove it, and the report makes it anew"
+
+
+def _list_of(kind: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
+    return lambda found: pa.types.is_list(found) and kind(found.value_type)
+
+
+_CONTEXTS = {
+    "latent": pa.types.is_integer,
+    "kind": pa.types.is_dictionary,
+    "rank": pa.types.is_integer,
+    "activation": pa.types.is_floating,
+    "position": pa.types.is_integer,
+    "peak": pa.types.is_integer,
+    "tokens": _list_of(pa.types.is_integer),
+    "text": _list_of(pa.types.is_string),
+    "activations": _list_of(pa.types.is_floating),
+}
+"""The columns that a report reads, and what they hold; there are more."""
+_LATENTS = {
+    "latent": pa.types.is_integer,
+    "prefix": pa.types.is_integer,
+    "contexts": pa.types.is_integer,
+    "density": pa.types.is_floating,
+    "max": pa.types.is_floating,
+    "mean": pa.types.is_floating,
+    "bin_edges": _list_of(pa.types.is_floating),
+}
+_WITH_NULLS = ("max", "mean", "bin_edges")
 
 
 class SamplesRecord(Config):
@@ -168,7 +201,48 @@ def _table(columns: dict[str, tuple[pa.Array, str]]) -> pa.Table:
 
 
 def parquet(table: pa.Table) -> bytes:
-    """Return the table as a file."""
+    """Return the table as a file, with a checksum of every page."""
     out = pa.BufferOutputStream()
-    pq.write_table(table, out, compression="zstd", row_group_size=_GROUP_ROWS)
+    pq.write_table(table, out, compression="zstd", row_group_size=_GROUP_ROWS, write_page_checksum=True)
     return out.getvalue().to_pybytes()
+
+
+def read_contexts(path: Path) -> pa.Table:
+    """Read a file of contexts, its checksums compared. Raises `CorruptData` when it is not one, or is damaged."""
+    table, record = _read(path, _CONTEXTS)
+    latents, peaks = (table[name].to_numpy() for name in ("latent", "peak"))
+    sizes = [pc.list_value_length(table[name]).to_numpy() for name in ("tokens", "activations", "text")]
+    good = len(table) == record.contexts and ((latents >= 0) & (latents < record.d_sae)).all()
+    good = good and (np.diff(latents) >= 0).all() and ((peaks >= 0) & (peaks < sizes[0])).all()
+    if not (good and all((size == sizes[0]).all() for size in sizes)):
+        raise CorruptData(f"{path}: its contexts are not those that its record counts; {_REMOVE}")
+    return table
+
+
+def read_latents(path: Path) -> pa.Table:
+    """Read a file of latents, its checksums compared. Raises `CorruptData` when it is not one, or is damaged."""
+    table, record = _read(path, _LATENTS)
+    for name in (f"density_{stratum}" for stratum in record.rows):
+        if name not in table.column_names or not pa.types.is_floating(table.schema.field(name).type):
+            raise CorruptData(f"{path}: column {name} is missing, or holds no numbers; {_REMOVE}")
+    if len(table) != record.d_sae or (table["latent"].to_numpy() != np.arange(record.d_sae)).any():
+        raise CorruptData(f"{path}: its rows are not the {record.d_sae:,} latents of its record; {_REMOVE}")
+    return table
+
+
+def _read(path: Path, columns: Mapping[str, Callable[[pa.DataType], bool]]) -> tuple[pa.Table, SamplesRecord]:
+    """Read a file that has `columns` of these types, without nulls but in lists."""
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise CorruptData(f"{path}: not readable ({brief(str(error))}); {_REMOVE}") from error
+    for name, kind in columns.items():
+        if table.schema.get_field_index(name) < 0 or not kind(table.schema.field(name).type):
+            raise CorruptData(f"{path}: column {name} is missing, or of another type; {_REMOVE}")
+        if table[name].null_count and name not in _WITH_NULLS:
+            raise CorruptData(f"{path}: column {name} has nulls; {_REMOVE}")
+    try:
+        return table, SamplesRecord.model_validate_json((table.schema.metadata or {}).get(RECORD, b""))
+    except ValidationError as error:
+        raise CorruptData(f"{path}: it has no record of what it was made from; {_REMOVE}") from error

@@ -79,7 +79,9 @@ class Records:
 
         found: dict[str, tuple[Any, Any]] = {}
         with suppress(FileNotFoundError):
-            density = pq.read_table(self._run / LATENTS.format(self._steps), columns=["density"])["density"].to_numpy()
+            path = self._run / LATENTS.format(self._steps)
+            table = pq.read_table(path, columns=["density"], page_checksum_verification=True)
+            density = table["density"].to_numpy()
             found["plots/log10_density"] = np.histogram(np.log10(density[density > 0]), BINS)
         with suppress(FileNotFoundError):
             pairs = json.loads((self._run / REPORTS / HELD_OUT).read_bytes())["pairs"]
