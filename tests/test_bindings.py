@@ -309,3 +309,21 @@ def test_edited_counts_of_components_are_refused_and_made_anew(
     assert (run / "usage.json").read_bytes() == (finished / "usage.json").read_bytes()
     edit(run / "usage.json", lambda record: record.pop("digest"))  # as those of earlier versions are
     assert command("report", run).code == 0
+
+
+def test_a_run_that_is_started_anew_starts_from_the_weights_that_it_started_from(
+    command: Command, store: SyntheticStore, finished: Path, tmp_path: Path
+) -> None:
+    """It was killed before its first checkpoint, and the other run was trained further meanwhile."""
+    first = Path(shutil.copytree(finished, tmp_path / "first"))
+    whole, run = (trained(command, store.path, tmp_path, "--init-from", first, name=name) for name in ("a", "b"))
+    assert command("resume", first, "--steps", 30).code == 0 and checkpoint.find(first).step == 30
+    for file in ("checkpoints", "samples"):
+        shutil.rmtree(run / file)
+    killed = Path(shutil.copytree(run, tmp_path / "killed"))
+    assert command("resume", run).code == 0
+    assert_same_run(whole, run)
+    edit(killed / "config.json", lambda config: config["initial"].update(crc32c="0" * 8))
+    refused(command("resume", killed), "step-000020 is not the checkpoint that this run started from")
+    shutil.rmtree(checkpoint.folder(first, 20))
+    refused(command("resume", killed), f"{first} has no checkpoint of step 20; it has [30]")

@@ -19,7 +19,7 @@ from train.model.checkpoint import Checkpoint, Listed
 from train.run.bindings import pinned, require_own_config, require_own_store
 from train.run.load_run import check_shards, load_run, open_store, place_of_store, remember_store, samples_of
 from train.run.saver import bring_home, require_own
-from train.run.settings import Extension, RunConfig, Settings, checkpoint_bytes, read_config, resolve
+from train.run.settings import Extension, InitialWeights, RunConfig, Settings, checkpoint_bytes, read_config, resolve
 from train.run.trainer import Trainer, use_threads
 from train.samples.parquet import SamplesRecord
 from train.samples.select import SamplesConfig
@@ -63,6 +63,9 @@ def train(
     blocks = pinned(store, config.training_blocks)
     config = config.model_copy(update={"blocks": blocks.digest})
     source = find_initial(init_from, config) if init_from else None
+    if source:
+        weights = InitialWeights(step=source.step, crc32c=source.state.files["weights.safetensors"].crc32c)
+        config = config.model_copy(update={"initial": weights})
     if not force:
         size = checkpoint_bytes(config.settings, config.d_in, config.d_out)
         durable.require_space(
@@ -364,8 +367,17 @@ def _samples_config(
 
 
 def find_initial(run: Path, config: RunConfig) -> Checkpoint:
-    """Return the newest checkpoint of `run`, whose weights must fit `config`. Raises `UserError` with both shapes."""
-    found = checkpoint.find(run)
+    """Return the newest checkpoint of `run`, or the one that `config` started from. Its weights must fit `config`.
+
+    Raises `UserError` with both shapes, or when the checkpoint that it started from is gone, or is another.
+    """
+    initial = config.initial
+    found = checkpoint.find(run, initial.step if initial else None)
+    if initial and found.state.files["weights.safetensors"].crc32c != initial.crc32c:
+        raise UserError(
+            f"{found.path} is not the checkpoint that this run started from: other weights of the same step; start the "
+            "run again under another name"
+        )
     before = read_config(run)
     require_own_config(run, before, found)
     theirs, ours = _shape(before), _shape(config)

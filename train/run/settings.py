@@ -88,6 +88,14 @@ class Extension(Config):
     """Steps of the run until then."""
 
 
+class InitialWeights(Config):
+    """Which weights of `init_from` a run started from."""
+
+    step: int = Field(ge=0, le=10**9)
+    crc32c: str = Field(pattern="^[0-9a-f]{8}$")
+    """Of the file."""
+
+
 class RunConfig(Config):
     """A run as it was resolved: `config.json`."""
 
@@ -102,7 +110,9 @@ class RunConfig(Config):
     d_in: Width
     d_out: Width
     init_from: Path | None
-    """The checkpoint that the weights started from."""
+    """The run that the weights started from."""
+    initial: InitialWeights | None = None
+    """Its checkpoint; none: there is no such run, or this one is from before that was recorded."""
     software: dict[str, str]
     """Versions that the run started with."""
     exclusion: Exclusion | None = None
