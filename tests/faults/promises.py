@@ -53,7 +53,13 @@ PROMISES: dict[str, dict[int, str]] = {
         37: "A missing model or tokenizer is one line: what, where it was looked for, how to supply it.",
         38: "An empty corpus publishes no store.",
         39: "Documents shorter or longer than the context: every token is accounted for.",
-        40: "Bad Unicode and a missing text column are one line, with the columns there are.",
+        40: "A missing text column is one line, with the columns there are; bad Unicode is replaced, and counted.",
         41: "A batch larger than the store, one row, a resume past the end: a clear error or a clean finish.",
+        42: "Bytes that are no text are decoded where that is certain, or named with their file; replaced characters "
+        "are counted and, if many, warned of.",
+        43: "Padding of given token ids is never stored as text, with an attention mask or without.",
+        44: "A row that is no document is named by file and row; it is left out only if asked for, and counted.",
+        45: "A token that the model has no embedding of is one line before the model is loaded.",
+        46: "Where documents are joined, EOS stands between them, also an EOS that is the BOS, unless asked otherwise.",
     },
 }

@@ -94,7 +94,7 @@ INPUT = (
     ),
     Protection(
         (27,),
-        "harvest/text/tokenize.py",
+        "harvest/text/tokenizer_files.py",
         "trust_remote_code=False",
         "trust_remote_code=True",
         ("tests/faults/test_hostile.py::test_no_module_unpickles_evaluates_or_trusts",),
