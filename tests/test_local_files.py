@@ -2,7 +2,9 @@
 
 import bz2
 import csv
+import errno
 import gzip
+import io
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +18,7 @@ import pytest
 from harvest.settings import TextSettings
 from harvest.text import dataset_rows
 from harvest.text.corpus import open_corpus
-from shared.errors import UserError
+from shared.errors import DiskFull, UserError
 from shared.keyed import permutation
 from tests.llms import texts, write_jsonl
 
@@ -226,6 +228,31 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(name: str) -> None:
     with pytest.raises(UserError, match=r"text file") as caught:
         open_corpus(TextSettings(name=(name,)), None, 0)
     assert "hub" not in str(caught.value)
+
+
+def test_a_full_disk_for_the_copy_names_the_place_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dataset_rows, "TemporaryFile", Full)
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
+    with pytest.raises(DiskFull, match=r"no room for the rows of .*a\.parquet, .*TMPDIR .*text\.streaming=true"):
+        read(tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", streaming=True) == TEXTS
+
+
+def test_what_a_named_column_stands_beside_is_not_read(tmp_path: Path) -> None:
+    """Not even to see what the column holds."""
+    bad = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff")]
+    )
+    pq.write_table(pa.table({"other": bad, "text": ["a"]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", column="text") == ["a"]
+    with pytest.raises(UserError, match=r"a\.parquet: not readable as parquet \(UnicodeDecodeError"):
+        read(tmp_path / "a.parquet", column="other")
 
 
 def test_many_files_need_few_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

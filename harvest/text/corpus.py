@@ -160,14 +160,15 @@ def _held(settings: TextSettings, name: str, rows: Rows) -> dict[str, Any]:
     """Return what each column holds, a `Kind` or other words, None where no row that was read holds anything."""
     held: dict[str, Any] = {}
     refused = None
-    for row in rows.first():
+    columns = None if settings.column is None else (settings.column,)
+    for row in rows.first(columns):
         refused = refused or (f"{row.place}: {row.refusal}" if row.refusal else None)
         _note(held, row)
     if not held:
         raise UserError(refused) if refused else _no_rows(name)
     if not _is_open(settings, held):
         return held
-    for number, row in enumerate(rows.as_read(), 1):
+    for number, row in enumerate(rows.as_read(columns), 1):
         _note(held, row)
         choice = _choice(settings, held)
         most = _MOST_SEARCHED if choice is None or held.get(choice) is None else _MOST_JUDGED

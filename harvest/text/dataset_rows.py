@@ -1,19 +1,21 @@
 """Rows of local files and of hub data sets: the first of them, and all in a given order."""
 
+import errno
 import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from harvest.hub import explain
 from harvest.text.local_files import TextFile
-from shared.errors import UserError
+from shared.errors import DiskFull, UserError
 from shared.keyed import permutation
 
-_FIRST = 100
+_FIRST, _FIRST_FILES = 100, 100
 _BATCH = 64
 _OPEN_FILES = 64
 
@@ -34,8 +36,8 @@ class Row(NamedTuple):
 class Rows(Protocol):
     """A table of rows."""
 
-    def first(self) -> Iterator[Row]:
-        """Yield some rows from the start of every file, to see the columns by."""
+    def first(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """Yield some rows from the start of every file, or of many, to see what columns hold; `columns` as below."""
         ...
 
     def shuffled(self, seed: int, columns: Sequence[str]) -> Iterator[Row]:
@@ -57,10 +59,10 @@ class FileRows:
     def __init__(self, files: Sequence[TextFile]) -> None:
         self._files = files
 
-    def first(self) -> Iterator[Row]:
-        """Yield the first rows of every file."""
-        for file in self._files:
-            yield from islice(_rows(file, None), _FIRST)
+    def first(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """Yield the first rows of the first files."""
+        for file in self._files[:_FIRST_FILES]:
+            yield from islice(_rows(file, columns), _FIRST)
 
     def as_read(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """Yield rows file after file, line after line."""
@@ -112,9 +114,9 @@ class DatasetRows:
         self._name, self._load = name, load
         """`load(streaming)` gives the data set."""
 
-    def first(self) -> Iterator[Row]:
+    def first(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """Yield the first rows, by streaming."""
-        yield from islice(self.as_read(), _FIRST)
+        yield from islice(self.as_read(columns), _FIRST)
 
     def as_read(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """Yield rows as they are streamed."""
@@ -175,11 +177,27 @@ def _index(file: TextFile) -> Iterator[tuple[int, int]]:
 
 
 def _copy(file: TextFile, columns: Sequence[str], to: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Append the lines of every row `to` a file; yields their numbers, and their offsets there."""
+    """Append the lines of every row `to` a file; yields their numbers, and their offsets there. Raises `DiskFull`."""
     for number, line in enumerate(file.lines(columns), 1):
         if _is_row(file, line):
             yield number, to.tell()
-            to.write(line if line.endswith(b"\n") else line + b"\n")
+            with _room_for(file):
+                to.write(line if line.endswith(b"\n") else line + b"\n")
+    with _room_for(file):
+        to.flush()
+
+
+@contextmanager
+def _room_for(file: TextFile) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFull(
+            f"{gettempdir()}: no room for the rows of {file.path}, which are copied there to be shuffled; set TMPDIR "
+            "to a larger disk, or take them in their own order with --set text.streaming=true"
+        ) from error
 
 
 def _is_row(file: TextFile, line: bytes) -> bool:

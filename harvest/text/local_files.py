@@ -50,7 +50,7 @@ _BOMS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }  # in this order: the mark of UTF-32 starts with that of UTF-16
-_HEAD_BYTES = 2**16
+_HEAD_BYTES, _BUFFER_BYTES = 2**16, 2**20
 _MOST_NUL_SHARE = 0.05
 _BATCH_ROWS = 256
 _OF_A_DATA_SET = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -218,7 +218,7 @@ def _stream(file: TextFile) -> Iterator[BinaryIO]:
             yield plain
     else:
         with pa.input_stream(str(file.path), compression=file.compression) as stream:
-            yield io.BufferedReader(stream)
+            yield io.BufferedReader(stream, _BUFFER_BYTES)
 
 
 def _lines(file: TextFile) -> Iterator[bytes]:
