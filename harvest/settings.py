@@ -14,6 +14,7 @@ from shared.store.layout import Documents, StorageType, check_strata
 EMBEDDED = "embedded"
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "tiny"
+MOST_REFUSED = 2**53
 _OF_A_NAME = ("revision", "subset", "split", "column", "kind")
 
 
@@ -38,19 +39,23 @@ class TextSettings(Config):
     """Which text is read."""
 
     name: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(default=(EMBEDDED,), min_length=1)
-    """`embedded`, a data set on the hub, or local files: .jsonl (a row per line), .parquet, .txt (a text per line)."""
+    """`embedded`, a data set on the hub, or local files or folders of them: .jsonl and .txt (a row per line), .json,
+    .csv, .tsv, .parquet, .arrow; those of text also compressed (.gz, .zst, .bz2)."""
     subset: str | None = None
     """Configuration of a hub data set."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set; its main branch if not given."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a local folder of several."""
     column: str | None = None
     """Column to read; if not given `text`, or else the only one that holds text, chat messages or token ids."""
     kind: Literal["auto", "text", "messages", "input_ids"] = "auto"
-    """What the column holds; `auto` looks at its first row."""
+    """What the column holds; `auto` looks at its first row that holds anything."""
     streaming: bool = False
-    """Read a hub data set or parquet files in their own order, without downloading or converting all of them first."""
+    """Read rows in their own order, without downloading, decompressing or converting all of them first."""
+    max_refused: int = Field(default=0, ge=0, le=MOST_REFUSED)
+    """Most rows to leave out, and count, because they are no document: no such column, no text, bad JSON, a chat that
+    the template refuses."""
 
 
 class WindowSettings(Config):
@@ -61,7 +66,7 @@ class WindowSettings(Config):
     bos: bool | Literal["auto"] = "auto"
     """Put the tokenizer's BOS first; `auto` where it has one."""
     separator: bool | Literal["auto"] = "auto"
-    """Put the tokenizer's EOS after every document; `auto` where it has one that is not its BOS."""
+    """Put the tokenizer's EOS after every document, also one that is its BOS; `auto` where it has one."""
     documents: Documents = "joined"
     """`apart`: positions restart at every document, and attention does not cross from one to the next."""
 

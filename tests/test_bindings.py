@@ -60,7 +60,7 @@ def refused(done: Outcome, *said: str) -> None:
     assert [text for text in said if text not in done.err] == []
 
 
-@pytest.mark.fault(42)
+@pytest.mark.fault(46)
 def test_a_store_of_the_same_name_with_other_rows_is_refused_by_block(
     command: Command, store: SyntheticStore, other: Path, tmp_path: Path
 ) -> None:
@@ -76,7 +76,7 @@ def test_a_store_of_the_same_name_with_other_rows_is_refused_by_block(
     refused(command("compare", mine, "--store", other), "block 3 holds other rows", f"that {mine} was trained on")
 
 
-@pytest.mark.fault(42)
+@pytest.mark.fault(46)
 @pytest.mark.parametrize("word", ["evaluate", "samples", "report"])
 def test_other_rows_where_the_store_of_a_run_was_are_refused(
     command: Command, store: SyntheticStore, other: Path, tmp_path: Path, word: str
@@ -159,7 +159,7 @@ def set_in(config: dict[str, Any], name: str, value: object) -> None:
     config[last] = value
 
 
-@pytest.mark.fault(43)
+@pytest.mark.fault(47)
 @pytest.mark.parametrize("case", EDITS)
 def test_an_edited_configuration_is_refused_by_field(
     command: Command, finished: Path, tmp_path: Path, case: str
@@ -175,7 +175,7 @@ def test_an_edited_configuration_is_refused_by_field(
     }
 
 
-@pytest.mark.fault(43)
+@pytest.mark.fault(47)
 def test_rows_that_are_left_out_and_blocks_are_settings_too(command: Command, finished: Path, tmp_path: Path) -> None:
     cases: dict[str, Callable[[Any], Any]] = {
         "exclusion.source_norm is 1.0, and": lambda config: config["exclusion"].update(source_norm=1.0),
@@ -192,7 +192,7 @@ def test_rows_that_are_left_out_and_blocks_are_settings_too(command: Command, fi
     assert done.code == 1 and "a run is only ever made longer, and extensions say that it had [20, 20]" in done.err
 
 
-@pytest.mark.fault(43)
+@pytest.mark.fault(47)
 def test_a_run_that_others_start_from_is_checked_as_well(
     command: Command, store: SyntheticStore, finished: Path, tmp_path: Path
 ) -> None:
@@ -203,7 +203,7 @@ def test_a_run_that_others_start_from_is_checked_as_well(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.fault(44)
+@pytest.mark.fault(48)
 @pytest.mark.parametrize("change", [
     lambda state: state["held_out"].update(fvu=0.0512),
     lambda state: state["arithmetic"].update(numpy="9"),
@@ -242,7 +242,7 @@ def test_a_run_with_a_constant_rate_that_is_made_longer_is_the_longer_run(
     assert held_out["step"] == 30 and (run / "samples/step-000030.parquet").is_file()
 
 
-@pytest.mark.fault(43)
+@pytest.mark.fault(47)
 def test_a_run_made_longer_says_so_and_its_learning_rate_is_that_of_the_longer_run_from_there_on(
     command: Command, store: SyntheticStore, tmp_path: Path
 ) -> None:
@@ -267,7 +267,7 @@ def test_a_run_made_longer_says_so_and_its_learning_rate_is_that_of_the_longer_r
     assert finished.said == "Trained for all of its 40 steps; made longer at step 20, when it had 20 steps."
 
 
-@pytest.mark.fault(45)
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("fate", ["renamed", "replaced"])
 def test_a_run_that_is_removed_or_renamed_under_its_trainer_ends_in_an_error(
     command: Command, store: SyntheticStore, finished: Path, tmp_path: Path, fate: str, monkeypatch: pytest.MonkeyPatch
@@ -295,7 +295,7 @@ def test_a_run_that_is_removed_or_renamed_under_its_trainer_ends_in_an_error(
         assert_same_run(finished, tmp_path / "elsewhere")
 
 
-@pytest.mark.fault(44)
+@pytest.mark.fault(48)
 def test_edited_counts_of_components_are_refused_and_made_anew(
     command: Command, finished: Path, tmp_path: Path
 ) -> None:

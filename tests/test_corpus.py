@@ -12,9 +12,10 @@ from harvest.commands.repair import own_text
 from harvest.embedded.corpus import documents
 from harvest.embedded.tokenizer import BOS_ID, EOS_ID
 from harvest.hub import dataset_commit, explain
-from harvest.settings import TextSettings
+from harvest.settings import MOST_REFUSED, TextSettings
 from harvest.text.corpus import open_corpus
-from harvest.text.dataset_rows import LineRows
+from harvest.text.dataset_rows import FileRows
+from harvest.text.local_files import find_files
 from harvest.text.tokenize import Encoder, clean, split_at
 from shared.errors import UserError
 from shared.keyed import permutation
@@ -36,7 +37,10 @@ def settings(*names: object, **more: Any) -> TextSettings:
 
 
 def read(*names: object, seed: int = 0, **more: Any) -> list[Any]:
-    return list(open_corpus(settings(*names, **more), None, seed).read())
+    found = list(open_corpus(settings(*names, **more), None, seed).read())
+    if refused := next((one for one in found if one.refusal), None):
+        raise UserError(f"{refused.place}: {refused.refusal}")
+    return [one.value for one in found]
 
 
 def write_parquet(path: Path, columns: dict[str, list[Any]]) -> Path:
@@ -50,7 +54,7 @@ def write_parquet(path: Path, columns: dict[str, list[Any]]) -> Path:
 def test_embedded_text_is_permuted_by_the_seed() -> None:
     expected = [document.text for document in documents()]
     corpus = open_corpus(TextSettings(), "<eos>", 3)
-    assert list(corpus.read()) == [expected[i] for i in permutation(len(expected), "documents", 3)]
+    assert [one.value for one in corpus.read()] == [expected[i] for i in permutation(len(expected), "documents", 3)]
     assert corpus.identity.order == "shuffled" and corpus.identity.separator == "<eos>"
 
 
@@ -171,17 +175,17 @@ def test_an_empty_file_has_no_text(tmp_path: Path) -> None:
 def encoder(folder: Path, path: Path, separator: str | None = "<eos>") -> tuple[Encoder, Iterator[Any]]:
     corpus = open_corpus(settings(path, streaming=True), separator, 0)
     made = Encoder(folder, corpus.identity, VOCABULARY)
-    return made, made.encode(corpus.read())
+    return made, (one.ids for one in made.encode(corpus.read()))
 
 
 def test_text_stays_text(folder: Path, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "t.jsonl", [{"text": "def <bos> return<eos>"}, {"text": None}, {"text": ""}, {}])
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": "def <bos> return<eos>"}, {"text": None}, {"text": ""}])
     made, ids = encoder(folder, path)
     first, *empty = ids
     assert (made.bos, made.separator) == (BOS_ID, EOS_ID)
     assert not {BOS_ID, EOS_ID} & set(first.tolist())
     assert made._tokenizer.decode(first) == "def <bos> return<eos>"
-    assert [piece.size for piece in empty] == [0, 0, 0]
+    assert [piece.size for piece in empty] == [0, 0]
 
 
 @pytest.mark.fault(40)
@@ -219,7 +223,7 @@ def test_a_hub_text_is_one_whether_its_column_was_named_or_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """And repair finds it by its identity alone."""
-    rows = LineRows([write_jsonl(tmp_path / "x.jsonl", [{"id": 1, "story": "one"}])])
+    rows = FileRows(find_files([write_jsonl(tmp_path / "x.jsonl", [{"id": 1, "story": "one"}])], "train"))
     monkeypatch.setattr("harvest.text.corpus.dataset_commit", lambda name, revision: revision or "c0ffee")
     monkeypatch.setattr("harvest.text.corpus.hub_rows", lambda name, subset, split, commit: rows)
     found = open_corpus(settings("some/stories", subset="en", split="test"), None, 0).identity
@@ -229,11 +233,17 @@ def test_a_hub_text_is_one_whether_its_column_was_named_or_found(
     assert found == named
     assert (found.revision, found.subset, found.split, found.column) == ("c0ffee", "en", "test", "story")
     assert own_text(found, ()) == settings(
-        "some/stories", revision="c0ffee", subset="en", split="test", column="story", kind="text"
+        "some/stories",
+        revision="c0ffee",
+        subset="en",
+        split="test",
+        column="story",
+        kind="text",
+        max_refused=MOST_REFUSED,
     )
     other = open_corpus(settings("some/stories", subset="en"), None, 0).identity
     assert other.digest != found.digest
-    assert own_text(found, ("x.jsonl",)) == settings("x.jsonl", column="story", kind="text")
+    assert own_text(found, ("x.jsonl",)) == settings("x.jsonl", column="story", kind="text", max_refused=MOST_REFUSED)
 
 
 def test_a_commit_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:

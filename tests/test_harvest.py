@@ -433,10 +433,7 @@ def test_other_models(small: Line, tmp_path: Path, shape: str) -> None:
     folder = SHAPES[shape](tmp_path / "model")
     path = command(*small(tmp_path / "cache", model=folder, tokens=1)).store
     request = Store.open(path).request
-    assert (request.bos, request.corpus.separator) == {
-        "qwen2": (False, "<eos>"),
-        "gpt2": (True, None),
-    }.get(shape, (True, "<eos>"))
+    assert (request.bos, request.corpus.separator) == (shape != "qwen2", "<eos>")
     found = json.loads(command("verify", path, "--against-model", 10, "--model", folder, "--json").out)
     assert found["against_model"]["equal"] == 10
     assert (path / "unembedding.safetensors").is_file()

@@ -119,7 +119,7 @@ def test_models_that_do_not_fit(small: Line, model: Path, tmp_path: Path) -> Non
     edit_json(tmp_path / "nobos/tokenizer_config.json", bos_token=None, eos_token="<bos>")
     edit_json(tmp_path / "nobos/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     refused(run(tmp_path / "nobos", "--set", "windows.bos=true"), "no BOS token", folder=tmp_path / "cache")
-    edit_json(tmp_path / "nobos/tokenizer_config.json", bos_token="<bos>")
+    edit_json(tmp_path / "nobos/tokenizer_config.json", bos_token="<bos>", eos_token=None)
     more = ("--set", "windows.separator=true")
     refused(run(tmp_path / "nobos", *more), "windows.separator=auto", folder=tmp_path / "cache")
     assert Store.open(run(tmp_path / "nobos").store).request.corpus.separator is None

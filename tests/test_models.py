@@ -135,6 +135,6 @@ def test_the_command_harvests_every_architecture(folders: dict[str, Path], shape
     store.tokens.read(0, len(tokens), tokens)
     first = {"qwen2": None, "gpt2": 1}.get(shape, 2)
     assert store.request.bos == (first is not None)
-    assert store.request.corpus.separator == (None if shape == "gpt2" else "<eos>")
+    assert store.request.corpus.separator == "<eos>"
     assert first is None or (tokens[:, 0] == first).all()
     assert first is not None or len(set(tokens[:, 0].tolist())) > 1

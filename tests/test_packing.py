@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from harvest.text.packing import Packed, Quota, TokenStream, Windows, model_positions, pack
+from harvest.text.packing import Encoded, Packed, Quota, TokenStream, Windows, model_positions, pack
 from shared.store.layout import Documents
 
 CONTEXT = 8
@@ -51,7 +51,7 @@ def run(
     separator: int | None = SEPARATOR,
 ) -> tuple[Packed, list]:
     kept: list = []
-    stream = TokenStream(docs, bos=bos, separator=separator, context=CONTEXT, kind=kind)
+    stream = TokenStream(map(Encoded, docs), bos=bos, separator=separator, context=CONTEXT, kind=kind)
     return pack(stream, CONTEXT, quota, lambda part: kept.extend(pairs(part))), kept
 
 
@@ -146,6 +146,30 @@ def test_segments_continue_one_another(seed: int, kind: Documents) -> None:
     used = sum(token != BOS for window in b for token, _ in window)
     left = first.tokens - sum(token != BOS for window in [*a, *pairs(first.held_out)] for token, _ in window)
     assert second.tokens >= used and left >= 0
+
+
+def test_what_is_left_out_of_rows_is_counted_in_its_segment() -> None:
+    row = np.full(CONTEXT - 2, 9, np.int32)
+    docs = [
+        Encoded(row, {"padding_tokens": 3}),
+        Encoded(row[:0], {"refused_rows": 1}),
+        Encoded(row[:0]),
+        Encoded(row, {"padding_tokens": 4, "replaced_characters": 2}),
+        Encoded(row, {"replaced_characters": 8}),
+    ]
+
+    def packed(skipped: int, wanted: int) -> Packed:
+        stream = TokenStream(docs, bos=BOS, separator=SEPARATOR, context=CONTEXT, kind="joined")
+        return pack(stream, CONTEXT, Quota(held_out=0, skipped=skipped, wanted=wanted), lambda part: None)
+
+    first, second, both = packed(0, 1), packed(1, 2), packed(0, 3)
+    assert first.left_out == {"padding_tokens": 3}
+    assert second.left_out == {"padding_tokens": 4, "replaced_characters": 10, "refused_rows": 1}
+    assert both.left_out == {"padding_tokens": 7, "replaced_characters": 10, "refused_rows": 1}
+    assert (both.documents, both.empty_documents) == (3, 1)
+    record = both.counts(10, 0).model_dump(mode="json")
+    assert record["padding_tokens"] == 7 and record["refused_rows"] == 1
+    assert "padding_tokens" not in packed(0, 0).counts(0, 0).model_dump(mode="json")  # as a version before wrote it
 
 
 def test_a_corpus_that_is_too_short_gives_what_there_is() -> None:

@@ -123,6 +123,10 @@ def test_repair_and_recomputing_want_the_stores_own_model_and_text(
     shutil.copytree(finished, copy)
     refused(command("verify", copy, "--against-model", 5, "--model", other), "is not the model of the store")
     (copy / ARRAYS / "tokens/c/1/0").unlink()
+    renamed = shutil.copy(text, tmp_path / "renamed.jsonl")
+    assert command("repair", copy, "--model", model, "--text", renamed).code == 0
+    assert contents(copy) == contents(finished)
+    (copy / ARRAYS / "tokens/c/1/0").unlink()
     wrong = write_jsonl(tmp_path / "text.jsonl", [{"text": "another"}])
     done = command("repair", copy, "--model", model, "--text", wrong)
     assert done.code == 2 and "is not the text it was made from" in done.err.splitlines()[-1]

@@ -1,5 +1,6 @@
 """What is known of each latent, against dense mathematics in float64."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -149,3 +150,13 @@ def test_peaks_are_the_tokens_that_the_top_contexts_peak_at(run: Reported, table
     for f, tokens in at.items():  # a Counter keeps the order of equals, which is that of the contexts
         assert table["peaks"][f].as_py() == [token for token, _ in Counter(tokens).most_common()]
     assert peaks(run.contexts.slice(0, 0), 3).to_pylist() == [[], [], []]
+
+
+def test_promoted_tokens_are_tokens_of_the_tokenizer(run: Reported, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.store.tokenizer.mkdir()
+    (run.store.tokenizer / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("train.report.latents.known_tokens", lambda file: list(range(10, 40)))
+    table = run.table()
+    shutil.rmtree(run.store.tokenizer)
+    for name in ("promoted", "suppressed"):
+        assert {token for row in table[name].to_pylist() for token in row} <= set(range(10, 40))

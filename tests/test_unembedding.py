@@ -132,3 +132,24 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(part)
         with pytest.raises(CorruptData, match="not a readable unembedding"):
             Unembedding(tmp_path / name)
+
+
+@pytest.mark.parametrize("block_values", [2**24, 32 * 7])
+def test_rows_that_no_token_has_are_never_promoted(
+    block_values: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings are often padded; and the mean is that of tokens alone."""
+    monkeypatch.setattr(shared.store.unembedding, "_BLOCK_VALUES", block_values)
+    rng = np.random.default_rng(0)
+    weight, directions = rng.normal(size=(50, 32)).astype(np.float32), rng.normal(size=(4, 32)).astype(np.float32)
+    weight[40:] *= 100
+    tokens = [*range(30), *range(33, 40), 99]  # 30 to 32 and all from 40 on are no tokens; 99 is no row
+    save_file({"W_U": weight, "final_norm.gain": np.ones(32, np.float32)}, tmp_path / "u")
+    known = np.array(tokens[:-1])
+    dense = directions @ weight[known].T
+    dense -= dense.mean(1, keepdims=True)
+    order = known[np.argsort(dense, axis=1)]
+    found = Unembedding(tmp_path / "u").effects(directions, 6, tokens)
+    assert (found.promoted == order[:, :-7:-1]).all() and (found.suppressed == order[:, :6]).all()
+    np.testing.assert_allclose(found.promoted_effects, np.sort(dense, axis=1)[:, :-7:-1], rtol=1e-4, atol=1e-5)
+    assert set(Unembedding(tmp_path / "u").effects(directions, 50, tokens).promoted[0].tolist()) == set(known.tolist())

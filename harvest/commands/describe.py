@@ -113,9 +113,10 @@ def _shuffle_table(shuffle: list[Facts]) -> Table:
 
 def _packing_table(facts: Facts) -> Table:
     packing = facts["plan"]["packing"]
-    table = Table("segment", "blocks", *(key.replace("_", " ") for key in packing[0]), title="packing")
+    names = list(dict.fromkeys(name for counts in packing for name in counts))
+    table = Table("segment", "blocks", *(name.replace("_", " ") for name in names), title="packing")
     for number, (blocks, counts) in enumerate(zip(facts["plan"]["segments"], packing, strict=True)):
-        table.add_row(str(number), str(blocks), *(f"{value:,}" for value in counts.values()))
+        table.add_row(str(number), str(blocks), *(f"{counts.get(name, 0):,}" for name in names))
     return table
 
 

@@ -9,7 +9,7 @@ from harvest.commands.describe import verify
 from harvest.llm.model_files import ModelFiles, find_model, read_shape
 from harvest.run.pipeline import lock_store
 from harvest.run.ranks import Ranks
-from harvest.settings import EMBEDDED, ModelSettings, TextSettings
+from harvest.settings import EMBEDDED, MOST_REFUSED, ModelSettings, TextSettings
 from harvest.text.corpus import open_corpus
 from harvest.writer import finish, ledger
 from harvest.writer.recover_records import refuse_packed
@@ -127,6 +127,7 @@ def own_text(corpus: CorpusIdentity, names: Sequence[str]) -> TextSettings:
         column=corpus.column,
         kind=corpus.kind,
         streaming=corpus.order == "as_read",
+        max_refused=MOST_REFUSED,
         **({} if names else hub),
     )
 
@@ -142,4 +143,5 @@ def _restore(target: Target, names: Sequence[str], files: ModelFiles, text: Sequ
             f"{target.path}: its tokens are damaged, and {', '.join(settings.name)} is not the text it was made from; "
             "pass --text, or run the harvest that made it again"
         )
-    restore(target, names, corpus, Encoder(files.folder, wanted, read_shape(files.folder).vocabulary))
+    vocabulary = read_shape(files.folder).vocabulary
+    restore(target, names, corpus, Encoder(files.folder, wanted, vocabulary, settings.max_refused))

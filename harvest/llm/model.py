@@ -14,9 +14,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from harvest.text.tokenizer_files import has_tokenizer, load_tokenizer
 from shared.errors import UserError
 from shared.store.layout import StorageType
 
@@ -201,11 +204,17 @@ def _bridge(folder: Path, network: Any, device: str, dtype: torch.dtype) -> Any:
 
     # A nested configuration does not name its class, and the bridge goes by that name.
     network.config.architectures = [type(network).__name__]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    # The bridge insists on a tokenizer, and nothing here asks it for one.
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else _any_tokenizer()
     bridge = TransformerBridge.boot_transformers(
         str(folder), hf_model=network.eval(), tokenizer=tokenizer, device=device, dtype=dtype
     )
     return bridge.eval()
+
+
+def _any_tokenizer() -> Any:
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a", pad_token="a")
 
 
 @contextmanager

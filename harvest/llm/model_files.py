@@ -14,6 +14,7 @@ from harvest.digests import file_sha256
 from harvest.embedded import MODEL_FOLDER
 from harvest.hub import model_snapshot
 from harvest.settings import EMBEDDED, ModelSettings, WindowSettings
+from harvest.text.tokenizer_files import has_tokenizer, load_tokenizer
 from shared.config import brief
 from shared.errors import UserError
 
@@ -46,11 +47,15 @@ class ModelFiles:
 
     @property
     def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files, in order of name. Raises `UserError` when there are none."""
-        found = [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
-        if not {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} & {path.name for path in found}:
+        """The tokenizer's files, in order of name; none when it has no tokenizer."""
+        if not has_tokenizer(self.folder):
+            return []
+        return [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
+
+    def require_tokenizer(self) -> None:
+        """Raise `UserError` when there is no tokenizer: all texts but token ids need one, and so do special tokens."""
+        if not has_tokenizer(self.folder):
             raise UserError(f"{self.folder} has no tokenizer (tokenizer.json); copy the model's tokenizer files there")
-        return found
 
     def weights_digest(self) -> str:
         """Return the SHA-256 over the names and contents of the configuration and the weights. Raises `UserError`."""
@@ -138,7 +143,9 @@ def _embedding_rows(folder: Path) -> int | None:
 
 
 def read_special_tokens(files: ModelFiles) -> SpecialTokens:
-    """Read BOS and EOS as the tokenizer's files name them."""
+    """Read BOS and EOS as the tokenizer's files name them; without a tokenizer there are none."""
+    if not has_tokenizer(files.folder):
+        return SpecialTokens(bos=None, eos=None)
     named: dict[str, str | None] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (files.folder / name).is_file():
@@ -153,13 +160,11 @@ def window_tokens(settings: WindowSettings, folder: Path, special: SpecialTokens
     """Tell whether BOS is put first, and the separator between documents, if any. Raises `UserError`."""
     if settings.bos is True and not special.bos:
         raise UserError(f"the tokenizer in {folder} has no BOS token; pass --set windows.bos=auto")
-    usable = special.eos if special.eos != special.bos else None
-    if settings.separator is True and not usable:
+    if settings.separator is True and not special.eos:
         raise UserError(
-            f"the tokenizer in {folder} has no EOS apart from its BOS to put between documents; "
-            "pass --set windows.separator=auto"
+            f"the tokenizer in {folder} has no EOS to put between documents; pass --set windows.separator=auto"
         )
-    return bool(special.bos and settings.bos), usable if settings.separator else None
+    return bool(special.bos and settings.bos), special.eos if settings.separator else None
 
 
 def resolve_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
@@ -180,12 +185,7 @@ def _cuda_devices() -> int:
 
 def _defaults(folder: Path) -> dict[str, str | None]:
     """Return the tokenizer class's own special tokens, for folders that do not name them (gpt2)."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the library raises whatever a file's content led to
-        raise UserError(f"{folder}: its tokenizer does not load: {error}") from error
+    tokenizer = load_tokenizer(folder)
     return {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
 
 

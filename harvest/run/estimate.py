@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harvest.llm.model_files import ModelFiles, read_shape
+from harvest.text.tokenizer_files import TOKENIZER_JSON
 from harvest.writer import ledger
 from harvest.writer.blocks import over_norm, quotas
 from harvest.writer.target import Target
@@ -22,6 +23,8 @@ from shared.store.strata import Stratum, stratum_ranges
 
 _RECORD_BYTES, _TENSOR_BYTES, _METADATA_BYTES = 256, 512, 2048
 """More than one file's entry in a record, a tensor's entry in a header and an array's `zarr.json` take."""
+_WITH_ONE_MORE_FILE = 4
+"""At most as many times the bytes of a tokenizer's files does it take when `tokenizer.json` is made from them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +154,8 @@ def _record_bytes(request: StoreRequest, strata: Sequence[Stratum], blocks: int,
     statistics = (len(strata) + 1) * (4 * _TENSOR_BYTES + 16 * width)
     metadata = _METADATA_BYTES * (4 + 6 * len(strata)) + 2**16
     tokenizer = sum(path.stat().st_size for path in model.tokenizer_files)
+    if not any(path.name == TOKENIZER_JSON for path in model.tokenizer_files):
+        tokenizer *= _WITH_ONE_MORE_FILE
     plans = 2 * _RECORD_BYTES * blocks * math.ceil(2 * request.block_tokens * 4 / 2**27 + 2)
     return blocks * per_block + statistics + metadata + tokenizer + plans
 

@@ -105,6 +105,8 @@ def identify(settings: Settings) -> Inputs:
     bos, separator = window_tokens(settings.windows, model.folder, read_special_tokens(model))
     _check_sizes(settings, shape)
     corpus = open_corpus(settings.text, separator, settings.seed)
+    if corpus.identity.kind != "input_ids" or settings.store.exclude_special:
+        model.require_tokenizer()
     common = {
         "model": _model_identity(settings, model),
         "tokenizer": model.tokenizer_digest(),
@@ -254,7 +256,8 @@ def prepare(
     if needing or any(damaged.values()):
         from harvest.text.tokenize import Encoder
 
-        encoder = Encoder(inputs.model.folder, inputs.corpus.identity, inputs.shape.vocabulary)
+        text, vocabulary = inputs.corpus.identity, inputs.shape.vocabulary
+        encoder = Encoder(inputs.model.folder, text, vocabulary, settings.text.max_refused)
         for target in targets:
             if damaged[target.path]:
                 restore(target, damaged[target.path], inputs.corpus, encoder)

@@ -5,16 +5,19 @@ passed on as None and counted as empty where windows are packed.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from harvest.digests import file_sha256
 from harvest.embedded.corpus import corpus_digest, documents
 from harvest.hub import dataset_commit
 from harvest.settings import EMBEDDED, TextSettings
-from harvest.text.dataset_rows import LineRows, Row, Rows, hub_rows, parquet_rows
+from harvest.text.dataset_rows import FileRows, Row, Rows, hub_rows
+from harvest.text.local_files import find_files, has_splits, is_local
 from shared.config import build
 from shared.errors import UserError
 from shared.keyed import permutation
@@ -22,7 +25,25 @@ from shared.store.layout import CorpusIdentity
 
 Kind = Literal["text", "messages", "input_ids"]
 Order = Literal["shuffled", "as_read"]
-_SUFFIXES = (".jsonl", ".parquet", ".txt")
+_COMPANIONS = ("attention_mask", "labels", "position_ids", "special_tokens_mask", "token_type_ids")
+"""Columns of numbers beside token ids."""
+_MOST_JUDGED, _MOST_SEARCHED = 10_000, 1_000_000
+"""Rows that are read to see what the columns hold: when one can be chosen already, and when none can."""
+
+
+class Document(NamedTuple):
+    """What a row holds."""
+
+    value: Any
+    """A text, a list of messages, a list of token ids, or None."""
+    place: str
+    """Where it stands, for messages to people."""
+    mask: Any = None
+    """Of token ids, which count: those where this is not 0; none if all do."""
+    replaced: int = 0
+    """Characters that became U+FFFD because their bytes are no UTF-8."""
+    refusal: str | None = None
+    """Why it cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,19 +51,21 @@ class Corpus:
     """A text that can be read from its start any number of times."""
 
     identity: CorpusIdentity
-    read: Callable[[], Iterator[Any]]
-    """Documents in order: str, list of messages or list of ids, or None."""
+    read: Callable[[], Iterator[Document]]
+    """Gives all documents in order."""
 
 
 def open_corpus(settings: TextSettings, separator: str | None, seed: int) -> Corpus:
     """Find the text and identify it; reads no more than that takes. Raises `UserError`."""
     if settings.name == (EMBEDDED,):
-        _refuse(settings, "the embedded text", "column", "kind", "streaming", "subset", "split", "revision")
+        given = ("column", "kind", "streaming", "subset", "split", "revision", "max_refused")
+        _refuse(settings, "the embedded text", *given)
         return _embedded(separator, seed)
-    files = [Path(name).expanduser() for name in settings.name]
-    if len(files) > 1 or files[0].suffix in _SUFFIXES or files[0].exists():
-        _refuse(settings, "local text files", "subset", "split", "revision")
-        return _local(settings, files, separator, seed)
+    if len(settings.name) > 1 or is_local(settings.name[0]):
+        paths = [Path(name).expanduser() for name in settings.name]
+        unused = ("subset", "revision") if any(map(has_splits, paths)) else ("subset", "split", "revision")
+        _refuse(settings, "local text files", *unused)
+        return _local(settings, paths, separator, seed)
     return _hub(settings, settings.name[0], separator, seed)
 
 
@@ -58,18 +81,18 @@ def _embedded(separator: str | None, seed: int) -> Corpus:
     identity = CorpusIdentity(
         name=EMBEDDED, digest=corpus_digest(texts), column=None, kind="text", order="shuffled", separator=separator
     )
-    return Corpus(identity=identity, read=lambda: (texts[i].text for i in permutation(len(texts), "documents", seed)))
+
+    def read() -> Iterator[Document]:
+        yield from (Document(texts[i].text, EMBEDDED) for i in permutation(len(texts), "documents", seed))
+
+    return Corpus(identity=identity, read=read)
 
 
-def _local(settings: TextSettings, files: list[Path], separator: str | None, seed: int) -> Corpus:
-    suffixes = {path.suffix for path in files}
-    if len(suffixes) > 1 or not suffixes <= set(_SUFFIXES):
-        raise UserError(f"text files must all be of one kind, {', '.join(_SUFFIXES)}; got {', '.join(map(str, files))}")
-    if missing := next((path for path in files if not path.is_file()), None):
-        raise UserError(f"no text file at {missing}")
-    rows: Rows = parquet_rows(files) if suffixes == {".parquet"} else LineRows(files)
-    name = ", ".join(path.name for path in files)
-    return _rows_corpus(settings, name, rows, _files_digest(files), separator, seed)
+def _local(settings: TextSettings, paths: list[Path], separator: str | None, seed: int) -> Corpus:
+    files = find_files(paths, settings.split)
+    name = ", ".join(file.path.name for file in files)
+    digest = _files_digest([file.path for file in files])
+    return _rows_corpus(settings, name, FileRows(files), digest, separator, seed)
 
 
 def _hub(settings: TextSettings, name: str, separator: str | None, seed: int) -> Corpus:
@@ -93,62 +116,139 @@ def _rows_corpus(
     order: Order = "as_read" if settings.streaming else "shuffled"
     found = {"digest": digest, "column": column, "kind": kind, "order": order, "separator": separator}
     identity = build(CorpusIdentity, {"name": name, **found, **place}, f"text {name}")
+    mask = column.replace("input_ids", "attention_mask") if "input_ids" in column else "attention_mask"
+    columns = (column, mask) if kind == "input_ids" else (column,)
 
-    def read() -> Iterator[Any]:
-        head = _head(name, rows)
-        if not any(column in row for row in head):
-            raise _no_column(name, column, dict.fromkeys(key for row in head for key in row))
-        for row in rows.as_read() if settings.streaming else rows.shuffled(seed):
-            yield row.get(column)
+    def read() -> Iterator[Document]:
+        found = rows.as_read(columns) if settings.streaming else rows.shuffled(seed, columns)
+        if (first := next(found, None)) is None:
+            raise _no_rows(name)
+        for row in chain([first], found):
+            yield _document(row, *columns)
 
     return Corpus(identity=identity, read=read)
+
+
+def _document(row: Row, column: str, mask: str | None = None) -> Document:
+    refusal = row.refusal
+    if refusal is None and column not in row.values:
+        refusal = _no_column(column, row.values)
+    return Document(row.values.get(column), row.place, row.values.get(mask) if mask else None, row.replaced, refusal)
 
 
 def _column(settings: TextSettings, name: str, rows: Rows) -> tuple[str, Kind]:
     """Find the column to read and what it holds, by the settings or else by the first rows."""
     if settings.column is not None and settings.kind != "auto":
         return settings.column, settings.kind
-    head = _head(name, rows)
-    kinds = {column: _kind(head, column) for row in head for column in row}
-    column = settings.column or _default_column(kinds, settings.kind)
-    if column is None or column not in kinds:
-        raise _no_column(name, column or "text", kinds)
-    kind = kinds[column] if settings.kind == "auto" else settings.kind
+    held = _held(settings, name, rows)
+    column = _choice(settings, held)
+    if column is None or column not in held:
+        raise UserError(f"{name}: {_no_column(column or 'text', held)}")
+    kind = held[column] if settings.kind == "auto" else settings.kind
     if kind is None:
-        raise UserError(f"{name}: column {column!r} holds no text, chat messages or token ids; columns: {list(kinds)}")
+        raise UserError(
+            f"{name}: column {column!r} holds nothing in all the rows that were read; columns: {list(held)}"
+        )
+    if kind not in get_args(Kind):
+        raise UserError(
+            f"{name}: column {column!r} holds no text, chat messages or token ids, but {kind}; columns: {list(held)}"
+        )
     return column, kind
 
 
-def _head(name: str, rows: Rows) -> list[Row]:
-    if head := rows.head():
-        return head
-    raise UserError(f"{name}: no rows; there is no text to harvest")
+def _held(settings: TextSettings, name: str, rows: Rows) -> dict[str, Any]:
+    """Return what each column holds, a `Kind` or other words, None where no row that was read holds anything."""
+    held: dict[str, Any] = {}
+    refused = None
+    columns = None if settings.column is None else (settings.column,)
+    for row in rows.first(columns):
+        refused = refused or (f"{row.place}: {row.refusal}" if row.refusal else None)
+        _note(held, row)
+    if not held:
+        raise UserError(refused) if refused else _no_rows(name)
+    if not _is_open(settings, held):
+        return held
+    for number, row in enumerate(rows.as_read(columns), 1):
+        _note(held, row)
+        choice = _choice(settings, held)
+        most = _MOST_SEARCHED if choice is None or held.get(choice) is None else _MOST_JUDGED
+        if number >= most or not _is_open(settings, held):
+            break
+    return held
 
 
-def _no_column(name: str, column: str, known: Iterable[str]) -> UserError:
-    return UserError(f"{name}: no column {column!r}; its columns: {', '.join(known)} (--set text.column=)")
+def _note(held: dict[str, Any], row: Row) -> None:
+    for column, value in row.values.items():
+        if held.get(column) is None:
+            held[column] = _kind(column, value)
 
 
-def _default_column(kinds: dict[str, Kind | None], wanted: str) -> str | None:
-    """Return `text`, or else the only column of a kind that can be read: messages before token ids before text."""
-    if kinds.get("text") and wanted in ("auto", "text"):
+def _is_open(settings: TextSettings, held: Mapping[str, str | None]) -> bool:
+    """Tell whether more rows could change which column is chosen, or what it is found to hold."""
+    if settings.column is not None:
+        return settings.column in held and held[settings.column] is None
+    return held.get("text") != "text" and None in held.values()
+
+
+def _choice(settings: TextSettings, held: Mapping[str, str | None]) -> str | None:
+    """Return the column to read: that of the settings, or the default one of those that can be read, or `text`."""
+    return settings.column or _default_column(held, settings.kind) or ("text" if "text" in held else None)
+
+
+def _no_rows(name: str) -> UserError:
+    return UserError(f"{name}: no rows; there is no text to harvest")
+
+
+def _no_column(column: str, known: Iterable[str]) -> str:
+    return f"no column {column!r}; its columns: {', '.join(known)} (--set text.column=)"
+
+
+def _default_column(held: Mapping[str, str | None], wanted: str) -> str | None:
+    """Return `text`, or else the only column of a kind that can be read: messages before token ids before text.
+
+    Of several columns of token ids it is `input_ids`, and never one that is known to stand beside another.
+    """
+    if held.get("text") in get_args(Kind) and wanted in ("auto", "text"):
         return "text"
     for kind in ("messages", "input_ids", "text") if wanted == "auto" else (wanted,):
-        columns = [column for column, found in kinds.items() if found == kind]
+        columns = [column for column, found in held.items() if found == kind]
+        if kind == "input_ids":
+            columns = [column for column in columns if column not in _COMPANIONS]
+            columns = ["input_ids"] if "input_ids" in columns else columns
         if len(columns) == 1:
             return columns[0]
     return None
 
 
-def _kind(head: list[Row], column: str) -> Kind | None:
-    value = next((row[column] for row in head if row.get(column)), None)
-    if isinstance(value, str):
-        return "text"
-    if not isinstance(value, list):
+def _kind(column: str, value: Any) -> str | None:
+    """Return what a value is, a `Kind` or other words; None if it holds nothing."""
+    if value is None or value in ("", [], {}):
         return None
-    if all(isinstance(item, dict) and "role" in item for item in value):
+    if isinstance(value, str):
+        # A chat as a JSON string; a column that is called `text` is taken at its word.
+        return "messages" if column != "text" and value.lstrip()[:1] == "[" and is_chat(parsed(value)) else "text"
+    if is_chat(value):
         return "messages"
-    return "input_ids" if all(type(item) is int for item in value) else None
+    if not isinstance(value, list):
+        return "an object" if isinstance(value, dict) else type(value).__name__
+    return "input_ids" if all(type(item) is int for item in value) else f"a list of {type(value[0]).__name__}"
+
+
+def is_chat(value: Any) -> bool:
+    """Tell whether a value is a list of messages, with a role each, or with a sender as ShareGPT has it."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and ("role" in item or {"from", "value"} <= item.keys()) for item in value)
+    )
+
+
+def parsed(text: str) -> Any:
+    """Return what a JSON text says, or None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _files_digest(files: list[Path]) -> str:

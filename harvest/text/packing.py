@@ -8,7 +8,8 @@ The first documents fill the held-out windows, and the rest of the document that
 that none is on both sides.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,14 @@ from shared.store.layout import Documents, PackingCounts
 
 Ids = NDArray[np.int32]
 _TOGETHER = 64
+
+
+class Encoded(NamedTuple):
+    """The token ids of a document."""
+
+    ids: Ids
+    left_out: Mapping[str, int] = {}
+    """What of its row is not in them, by the names that `PackingCounts` has for it."""
 
 
 class Windows(NamedTuple):
@@ -69,6 +78,10 @@ class Packed:
     empty_documents: int
     tokens: int
     """Tokens of the documents read, separators included."""
+    left_out: Mapping[str, int]
+    """What of the rows is in no document, by the names that `PackingCounts` has for it."""
+    dropped: int
+    """Tokens of the document at the held-out windows' end that are in neither part."""
 
     def counts(self, kept: int, held_out: int) -> PackingCounts:
         """Return the record, when `kept` and `held_out` tokens, BOS excluded, are in the windows that are stored."""
@@ -80,6 +93,7 @@ class Packed:
             tokens_kept=kept,
             tokens_held_out=held_out,
             tokens_left_over=self.tokens - kept - held_out,
+            **self.left_out,
         )
 
 
@@ -87,12 +101,13 @@ class TokenStream:
     """Cuts windows of `context` tokens, reading no document before it is needed."""
 
     def __init__(
-        self, documents: Iterable[Ids], *, bos: int | None, separator: int | None, context: int, kind: Documents
+        self, documents: Iterable[Encoded], *, bos: int | None, separator: int | None, context: int, kind: Documents
     ) -> None:
         self._documents, self._context = iter(documents), context
         self._end = np.array([] if separator is None else [separator], np.int32)
         self._cutter = (_Joined if kind == "joined" else _Apart)(bos, context)
         self.documents = self.empty = self.tokens = 0
+        self.left_out: Counter[str] = Counter()
 
     @property
     def rest(self) -> int:
@@ -109,19 +124,22 @@ class TokenStream:
             elif not self._read():
                 return
 
-    def drop_rest(self) -> None:
-        """Leave out what is read and not yet cut."""
+    def drop_rest(self) -> int:
+        """Leave out what is read and not yet cut; returns how many tokens that is."""
+        rest = self.rest
         self._cutter.drop()
+        return rest
 
     def _read(self) -> bool:
         for document in self._documents:
-            if document.size:
-                whole = np.concatenate([document, self._end])
+            self.left_out.update(document.left_out)
+            if document.ids.size:
+                whole = np.concatenate([document.ids, self._end])
                 self._cutter.add(whole, self.documents)
                 self.documents += 1
                 self.tokens += whole.size
                 return True
-            self.empty += 1
+            self.empty += not document.left_out.get("refused_rows")
         return False
 
 
@@ -197,7 +215,7 @@ def pack(stream: TokenStream, context: int, quota: Quota, keep: Callable[[Window
     A later segment (`skipped` above 0) starts where the one before it ended, and counts from there.
     """
     held_out = join(stream.windows(quota.held_out), context)
-    stream.drop_rest()
+    dropped = stream.drop_rest()
     held_out_documents = stream.documents
     skipped = sum(len(part.tokens) for part in stream.windows(quota.skipped))
     start = _Start(stream) if skipped else None
@@ -212,6 +230,8 @@ def pack(stream: TokenStream, context: int, quota: Quota, keep: Callable[[Window
         held_out_documents=0 if start else held_out_documents,
         empty_documents=stream.empty - (start.empty if start else 0),
         tokens=stream.tokens - (start.tokens if start else 0),
+        left_out=stream.left_out - (start.left_out if start else Counter()),
+        dropped=0 if start else dropped,
     )
 
 
@@ -222,3 +242,4 @@ class _Start:
         self.documents = stream.documents - (1 if stream.rest else 0)
         self.empty = stream.empty
         self.tokens = stream.tokens - stream.rest
+        self.left_out = stream.left_out.copy()

@@ -8,11 +8,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from harvest.llm.model_files import ModelFiles
+from harvest.text.tokenizer_files import TOKENIZER_JSON, as_tokenizer_json
 from harvest.writer.attention_sinks import overall
 from harvest.writer.blocks import SIDES, Array, unpack_moments
 from harvest.writer.recover_records import read_records
 from harvest.writer.target import Target
-from shared.errors import CorruptData
+from shared.errors import CorruptData, warn
 from shared.files import durable
 from shared.store.checks import buffers_record, fault, file_record, read_ledger
 from shared.store.layout import (
@@ -46,7 +47,7 @@ def finish(target: Target, model: ModelFiles) -> None:
     moments = training_moments(target, training)
     summaries, overall_, tensors = summarise(target.plan, moments)
     files = {statistics: save(tensors)}
-    files |= {f"{TOKENIZER}/{path.name}": path.read_bytes() for path in model.tokenizer_files}
+    files |= _tokenizer(model)
     records = {name: buffers_record([data]) for name, data in files.items()}
     if target.request.unembedding:
         records[UNEMBEDDING] = file_record(target.path / UNEMBEDDING)
@@ -68,6 +69,17 @@ def finish(target: Target, model: ModelFiles) -> None:
     for path in target.path.glob(STATISTICS):
         if path.name != statistics:
             path.unlink()
+
+
+def _tokenizer(model: ModelFiles) -> dict[str, bytes]:
+    """Return the tokenizer's files by their names in the store, and `tokenizer.json`, which stage 2 reads."""
+    files = {path.name: path.read_bytes() for path in model.tokenizer_files}
+    if files and TOKENIZER_JSON not in files:
+        if made := as_tokenizer_json(model.folder):
+            files[TOKENIZER_JSON] = made
+        else:
+            warn(f"{model.folder}: its tokenizer cannot be written as {TOKENIZER_JSON}; samples will show no text")
+    return {f"{TOKENIZER}/{name}": data for name, data in files.items()}
 
 
 def drop_damaged(target: Target) -> None:

@@ -44,6 +44,8 @@ from shared.store.layout import (
 from shared.store.strata import stratum_ranges
 
 _DOCUMENTS_AHEAD = 256
+_MOST_REPLACED, _MOST_EMPTY = 1e-4, 0.5
+"""Replaced characters per token, and the share of rows without text, above which there is a warning."""
 
 
 def extend(targets: Sequence[Target], training_blocks: int, corpus: Corpus, encoder: Encoder) -> list[Target]:
@@ -58,6 +60,7 @@ def extend(targets: Sequence[Target], training_blocks: int, corpus: Corpus, enco
     with _packed(first, before, training_blocks, corpus, encoder) as (windows, packed, quota):
         segment = _Segment(first.request, len(first.segments), before, windows, packed.held_out)
         _check(packed, quota, before + segment.blocks, training_blocks, first.request)
+        _warn_of_losses(packed, first.request.corpus.name, encoder.first_refusal)
         if not segment.blocks:
             return [_exhausted(target) for target in targets]
         special = first.plan.special_tokens if first.plan else encoder.special if first.request.exclude_special else ()
@@ -116,9 +119,11 @@ def _packed(
     """Yield the windows of training blocks `before` to `after`, whole blocks of them, in order of the text."""
     request, size = target.request, target.request.block_sequences
     quota = Quota(held_out=request.held_out_blocks * size, skipped=before * size, wanted=(after - before) * size)
+    bos = encoder.bos if request.bos else None
+    encoder.require_embedded(bos, encoder.separator)
     stream = TokenStream(
         ahead(encoder.encode(corpus.read()), _DOCUMENTS_AHEAD),
-        bos=encoder.bos if request.bos else None,
+        bos=bos,
         separator=encoder.separator,
         context=request.context_size,
         kind=request.documents,
@@ -277,6 +282,11 @@ def _check(packed: Packed, quota: Quota, blocks: int, wanted: int, request: Stor
     per_block = request.block_tokens
     if blocks == 0 or (not quota.skipped and len(packed.held_out.tokens) < quota.held_out):
         needed = (request.held_out_blocks + 1) * request.block_sequences * (request.context_size - request.bos)
+        if packed.dropped and packed.tokens >= needed:
+            raise UserError(
+                f"{request.corpus.name}: no whole training block is left: {_dropped(packed)}; split the text into more "
+                "documents, or --set store.held_out_blocks=0"
+            )
         raise UserError(
             f"{request.corpus.name}: its {packed.documents:,} documents hold {packed.tokens:,} tokens, and "
             f"{request.held_out_blocks} held-out blocks and one training block need {needed:,}; give more text, or "
@@ -286,4 +296,27 @@ def _check(packed: Packed, quota: Quota, blocks: int, wanted: int, request: Stor
         warn(
             f"{request.corpus.name} holds {blocks * per_block:,} training tokens in whole blocks, "
             f"{wanted * per_block:,} were asked for; taking what there is"
+            f"{f' ({_dropped(packed)})' if packed.dropped >= per_block else ''}"
+        )
+
+
+def _dropped(packed: Packed) -> str:
+    """Say what is lost where the held-out part ends."""
+    return (
+        f"document {packed.held_out_documents:,} of {packed.documents:,} begins in the held-out part, and its other "
+        f"{packed.dropped:,} of {packed.tokens:,} tokens are left out, so that no document is on both sides"
+    )
+
+
+def _warn_of_losses(packed: Packed, name: str, first_refusal: str | None) -> None:
+    """Warn about rows and characters that were given and are in no document."""
+    rows = packed.documents + packed.empty_documents + packed.left_out.get("refused_rows", 0)
+    if refused := packed.left_out.get("refused_rows"):
+        warn(f"{name}: {refused:,} of {rows:,} rows ({refused / rows:.1%}) were left out; the first: {first_refusal}")
+    if packed.empty_documents > _MOST_EMPTY * rows:
+        warn(f"{name}: {packed.empty_documents:,} of {rows:,} rows ({packed.empty_documents / rows:.0%}) hold nothing")
+    if (replaced := packed.left_out.get("replaced_characters", 0)) > _MOST_REPLACED * packed.tokens:
+        warn(
+            f"{name}: {replaced:,} characters, one for every {packed.tokens // replaced:,} tokens, are no UTF-8 and "
+            "became U+FFFD; if the text has another encoding, convert it: iconv -f LATIN1 -t UTF-8"
         )

@@ -14,9 +14,9 @@ tokenizer/
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from shared.bounds import (
     MAX_BLOCKS,
@@ -188,6 +188,18 @@ class PackingCounts(Config):
     tokens_held_out: Count
     tokens_left_over: Count
     """Read, but not enough for another whole block, or past a held-out block's end."""
+    replaced_characters: Count = 0
+    """Characters of documents that became U+FFFD: bytes that are no UTF-8, and halves of surrogate pairs."""
+    padding_tokens: Count = 0
+    """Given token ids that are no text: where `attention_mask` is 0, or padding at a row's ends; in no other count."""
+    refused_rows: Count = 0
+    """Rows that are no document, left out because `text.max_refused` allows it; not counted as empty."""
+
+    @model_serializer(mode="wrap")
+    def _without_zeros(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a later version's counts where they are 0: a store without them is written as before."""
+        later = ("replaced_characters", "padding_tokens", "refused_rows")
+        return {name: value for name, value in serialize(self).items() if value or name not in later}
 
 
 class RowCounts(Config):

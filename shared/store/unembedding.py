@@ -3,6 +3,7 @@
 import json
 import mmap
 import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,14 +49,18 @@ class Unembedding:
         if self._gain.shape != self._weight.shape[1:]:
             raise CorruptData(f"{path}: final_norm.gain is {self._gain.shape}, and W_U is {self._weight.shape}")
 
-    def effects(self, directions: NDArray[np.float32], count: int) -> TokenEffects:
+    def effects(
+        self, directions: NDArray[np.float32], count: int, tokens: Collection[int] | None = None
+    ) -> TokenEffects:
         """Find the `count` tokens that each row of `directions` [n, d_model] promotes and suppresses most.
 
         The effect is `(w * gain) @ W_U.T` less its mean over the vocabulary: what adding `w` to the residual stream
-        does to the logits directly, up to the norm's scale and before any softcap. Raises `UserError` when the
-        directions are not as wide as the residual stream.
+        does to the logits directly, up to the norm's scale and before any softcap. The vocabulary is `tokens`, or else
+        all rows: many models have rows beyond those that the tokenizer knows. Raises `UserError` when the directions
+        are not as wide as the residual stream.
         """
-        vocabulary, width = self._weight.shape
+        rows_known = self._known(tokens)
+        width, vocabulary = self._weight.shape[1], int(rows_known.sum())
         if directions.ndim != 2 or directions.shape[1] != width:
             raise UserError(
                 f"directions are {list(directions.shape)}, and {self._path} unembeds {width} values; the tokens that a "
@@ -66,15 +71,22 @@ class Unembedding:
         promoted, suppressed = _Largest(len(scaled), count), _Largest(len(scaled), count)
         step, total = max(1, _BLOCK_VALUES // width), np.zeros(width)
         rows = max(1, _BLOCK_VALUES // step)
-        for first in range(0, vocabulary, step):  # the outer loop: making `W_U` float32 costs as much as a product
-            weight = _float32(self._weight[first : first + step])
-            total += weight.sum(0, dtype=np.float64)
+        # The outer loop: making `W_U` float32 costs as much as a product.
+        for first in range(0, len(self._weight), step):
+            weight, known = _float32(self._weight[first : first + step]), rows_known[first : first + step]
+            total += (weight if known.all() else weight[known]).sum(0, dtype=np.float64)
             for low in range(0, len(scaled), rows):
                 effects = scaled[low : low + rows] @ weight.T
-                promoted.add(effects, low, first)
-                suppressed.add(-effects, low, first)
+                promoted.add(np.where(known, effects, -np.inf), low, first)
+                suppressed.add(np.where(known, -effects, -np.inf), low, first)
         mean = (scaled @ (total / vocabulary)).astype(np.float32)[:, None]
         return TokenEffects(promoted.columns, promoted.values - mean, suppressed.columns, -suppressed.values - mean)
+
+    def _known(self, tokens: Collection[int] | None) -> NDArray[np.bool_]:
+        """Return which rows [vocabulary] are `tokens`; all if none of them is, or none are given."""
+        known = np.zeros(len(self._weight), bool)
+        known[[token for token in tokens or () if 0 <= token < len(known)]] = True
+        return known if known.any() else ~known
 
     def _tensor(self, name: str, dimensions: int) -> NDArray[Any]:
         told = self._header[name]

@@ -134,7 +134,7 @@ def write_text(path: Path) -> Path:
     """The documents of the preset `tiny` in its order."""
     with path.open("w") as file:
         for document in open_corpus(TextSettings(), None, 0).read():
-            print(json.dumps({"text": document}), file=file)
+            print(json.dumps({"text": document.value}), file=file)
     return path
 
 

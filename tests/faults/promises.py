@@ -53,7 +53,7 @@ PROMISES: dict[str, dict[int, str]] = {
         37: "A missing model or tokenizer is one line: what, where it was looked for, how to supply it.",
         38: "An empty corpus publishes no store.",
         39: "Documents shorter or longer than the context: every token is accounted for.",
-        40: "Bad Unicode and a missing text column are one line, with the columns there are.",
+        40: "A missing text column is one line, with the columns there are; bad Unicode is replaced, and counted.",
         41: "A batch larger than the store, one row, a resume past the end: a clear error or a clean finish.",
         42: "A damaged row of a store, held out or trained on, that is not finite or longer than the statistics "
         "allow is an error naming shard and row, and never a figure. Shard files are read and compared with their "
@@ -64,11 +64,19 @@ PROMISES: dict[str, dict[int, str]] = {
         45: "A store that was moved is given once with --store, and found by every later command of the run.",
     },
     "Records that belong together": {
-        42: "A run whose store holds other rows, under whatever name, is not resumed, evaluated or compared on it: the "
+        46: "A run whose store holds other rows, under whatever name, is not resumed, evaluated or compared on it: the "
         "block that differs is named.",
-        43: "A run whose config.json says another thing than its checkpoints were trained with is refused by field; "
+        47: "A run whose config.json says another thing than its checkpoints were trained with is refused by field; "
         "one that was made longer by `resume --steps` says so.",
-        44: "A checkpoint whose state.json was edited does not verify.",
-        45: "A run that is removed or renamed under its trainer ends in an error, and nothing is written in its place.",
+        48: "A checkpoint whose state.json was edited does not verify.",
+        49: "A run that is removed or renamed under its trainer ends in an error, and nothing is written in its place.",
+    },
+    "Text and tokens": {
+        50: "Bytes that are no text are decoded where that is certain, or named with their file; replaced characters "
+        "are counted and, if many, warned of.",
+        51: "Padding of given token ids is never stored as text, with an attention mask or without.",
+        52: "A row that is no document is named by file and row; it is left out only if asked for, and counted.",
+        53: "A token that the model has no embedding of is one line before the model is loaded.",
+        54: "Where documents are joined, EOS stands between them, also an EOS that is the BOS, unless asked otherwise.",
     },
 }

@@ -22,6 +22,7 @@ from train.evaluation.held_out import held_out_active
 from train.model import blas
 from train.model.blas import Blas
 from train.model.transcoder import Transcoder
+from train.samples.token_text import known_tokens
 
 Array = NDArray[Any]
 
@@ -154,7 +155,9 @@ def _effects(transcoder: Transcoder, store: Store) -> dict[str, tuple[pa.Array, 
         columns = _Effects(*none, *none)
     else:
         directions = (transcoder.W_dec.detach() * transcoder.target_scale).cpu().numpy()
-        found = Unembedding(store.path / UNEMBEDDING).effects(directions, EFFECTS)
+        file = store.tokenizer / "tokenizer.json"
+        tokens = known_tokens(file) if file.is_file() else None
+        found = Unembedding(store.path / UNEMBEDDING).effects(directions, EFFECTS, tokens)
         columns = _Effects(
             *(_whole(part) for part in (found.promoted, found.promoted_effects)),
             *(_whole(part) for part in (found.suppressed, found.suppressed_effects)),
