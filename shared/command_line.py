@@ -1,6 +1,7 @@
 """Runs a click group and maps every error a user can meet to one line on stderr and an exit code; shared options."""
 
 import functools
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import click
 
 from shared.console.process import let_idle_threads_sleep
 from shared.console.terminal import Verbosity, with_verbosity
-from shared.errors import ProjectError, Stopped, UserError
+from shared.errors import ProjectError, Stopped, UserError, printable
 from shared.store.packed import LOCAL_BYTES
 from shared.store.store import Local
 
@@ -28,6 +29,8 @@ class Commands(click.Group):
 def run(group: click.Group) -> None:
     """Run `group` on `sys.argv` and exit: 0 done, 1 failed, 2 the user's input, 3 stopped and resumable."""
     let_idle_threads_sleep()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # bytes of a path go out as they came in
+        sys.stdout.reconfigure(errors="surrogateescape" if sys.stdout.encoding == "utf-8" else "backslashreplace")
     try:
         group.main(standalone_mode=False)
     except ProjectError as error:
@@ -42,7 +45,7 @@ def run(group: click.Group) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(code)
 
 

@@ -7,7 +7,11 @@ ProjectError            1   something failed that was not the user's input
     └── DiskFull        3
 """
 
+import re
 import sys
+
+_NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tabs and line ends, what turns the direction of writing, and halves of characters."""
 
 
 class ProjectError(Exception):
@@ -36,6 +40,14 @@ class DiskFull(Stopped):
     """No space (or quota, or file-size limit) left while writing."""
 
 
+def printable(text: str) -> str:
+    """Return `text` with escapes, as Python writes them, in place of what a terminal would obey or cannot show.
+
+    Names and texts of strangers stand in messages; every line that is printed goes through this.
+    """
+    return _NO_TEXT.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def warn(text: str) -> None:
-    """Print a warning on stderr, however little the user wants to hear."""
-    print(f"warning: {text}", file=sys.stderr)
+    """Print a warning on stderr, in one line, however little the user wants to hear."""
+    print(f"warning: {printable(' '.join(text.split()))}", file=sys.stderr)

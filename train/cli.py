@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import shared.command_line
-from shared.console.terminal import Verbosity, verbosity
+from shared.console.terminal import Verbosity, show_path, verbosity
 from shared.errors import UserError
 from shared.files import durable
 from shared.store.store import Local, Store
@@ -84,10 +84,10 @@ def run(
     from train.commands import train
 
     opened = Store.open(store, local)
-    path = runs / (name or _free_name(runs, file.stem if file else preset))
+    path = runs / (_free_name(runs, file.stem if file else preset) if name is None else _one_folder(name))
     train(opened, settings, path, init_from=init_from, force=force, fallback=fallback, project=project)
     _summarise(path)
-    click.echo(path)
+    show_path(path)
 
 
 @main.command("settings")
@@ -134,7 +134,7 @@ def resume(
 
     resume_run(run, store=store, local=local, fallback=fallback, threads=threads, inexact=inexact, project=project)
     _summarise(run)
-    click.echo(run)
+    show_path(run)
 
 
 @main.command()
@@ -213,7 +213,7 @@ def samples(
         f"step {record.step}: {record.contexts:,} contexts of {record.latents:,} of {record.d_sae:,} latents, "
         f"from {sum(record.rows.values()):,} rows of {record.sequences:,} sequences"
     )
-    click.echo(path)
+    show_path(path)
 
 
 @main.command()
@@ -247,7 +247,7 @@ def report(
         return
     if verbosity() > Verbosity.QUIET:
         print_verdict(found)
-    click.echo(path)
+    show_path(path)
 
 
 @main.command()
@@ -288,6 +288,16 @@ def compare(
         click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
     else:
         print_comparison(found)
+
+
+def _one_folder(name: str) -> str:
+    """Return the name of a run. Raises `UserError` when it leads out of the folder of runs, or cannot be shown."""
+    if name in ("", ".", "..") or "/" in name or not name.isprintable():
+        raise UserError(
+            f"--name {name!r}: expected the name of one folder in --runs, without / and control characters; say with "
+            "--runs where that folder lies"
+        )
+    return name
 
 
 def _free_name(runs: Path, preset: str) -> str:

@@ -9,6 +9,7 @@ from shared.config import build, override
 from shared.console.terminal import say
 from shared.errors import DiskFull, Stopped, UserError, warn
 from shared.files import durable
+from shared.files.untrusted import refuse_links
 from shared.store.store import Local, Store
 from train.evaluation.evaluate import Evaluation, calibrate
 from train.evaluation.evaluate import evaluate as evaluate_rows
@@ -110,6 +111,9 @@ def resume(
     """
     run, store, fallback = Path(run), _path(store), _path(fallback)
     config = read_config(run)
+    elsewhere = _fallback(run, fallback, (run / CONFIG).read_bytes())
+    for place in (run, elsewhere):
+        _refuse_links(place)
     if threads and threads != config.settings.threads:
         inexact = True
         config = config.model_copy(update={"settings": config.settings.model_copy(update={"threads": threads})})
@@ -118,7 +122,6 @@ def resume(
         raise UserError(
             f"{run} was trained on request {config.request[:6]}, {opened.path} is {opened.request.digest[:6]}"
         )
-    elsewhere = _fallback(run, fallback, (run / CONFIG).read_bytes())
     with opened.reading(), durable.lock(run / LOCK, f"run {run}"), _resumable(run):
         durable.sweep(run)
         found = _newest(run, elsewhere)
@@ -127,6 +130,12 @@ def resume(
         with synced(run, project):
             continued.train()
     return run
+
+
+def _refuse_links(run: Path | None) -> None:
+    """Raise `CorruptData` when something in `run`, which is written to, leads out of it. W&B makes links of its own."""
+    if run:
+        refuse_links(run, but_in=(FOLDER,))
 
 
 def _fallback(run: Path, folder: Path | None, config: bytes) -> Path | None:
@@ -223,6 +232,7 @@ def sample(
     """
     run, store = Path(run), _path(store)
     config = read_config(run)
+    _refuse_links(run)
     settings = _samples_config(config.settings.samples, rows, changes)
     found = checkpoint.find(run, step)
     opened = open_store(run, config, store, local)
@@ -251,6 +261,7 @@ def write_report(
 
     run, store = Path(run), _path(store)
     config = read_config(run)
+    _refuse_links(run)
     found = checkpoint.find(run, step)
     if project and found.step < (steps := config.settings.steps):
         raise UserError(

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from shared.console.terminal import PlainConsole
 from train.evaluation.evaluate import Evaluation, Weight
 from train.model.checkpoint import Listed
 from train.report.report_record import STATES, Report
@@ -13,7 +12,7 @@ from train.report.report_record import STATES, Report
 
 def print_evaluation(evaluation: Evaluation, title: str, linear_fvu: float | None, stderr: bool = False) -> None:
     """Print the headline, the prefixes and the strata."""
-    console = Console(stderr=stderr)
+    console = PlainConsole(stderr=stderr)
     console.print(_headline(evaluation, title, linear_fvu))
     console.print(_prefixes(evaluation))
     console.print(_strata(evaluation))
@@ -21,7 +20,7 @@ def print_evaluation(evaluation: Evaluation, title: str, linear_fvu: float | Non
 
 def print_checkpoints(found: Sequence[Listed], run: str) -> None:
     """Print a line per checkpoint."""
-    console = Console()
+    console = PlainConsole()
     table = Table("step", "bytes", "held-out fvu", "l0", "valid", title=f"checkpoints of {run}", title_justify="left")
     for one in found:
         figures = (f"{one.held_out.fvu:.4f}", f"{one.held_out.l0:.2f}") if one.held_out else ("-", "-")
@@ -36,12 +35,12 @@ def print_checkpoints(found: Sequence[Listed], run: str) -> None:
 
 def print_verdict(report: Report) -> None:
     """Print what a report found good, worth a look, or failed, the worst first."""
-    title = escape(f"{report.run}, step {report.step:,} of {report.steps:,}")
+    title = f"{report.run}, step {report.step:,} of {report.steps:,}"
     table = Table(title=title, title_justify="left", show_header=False)
     for check in report.worst_first:
         sign, word = STATES[check.state]
-        table.add_row(f"{sign} {word}", check.name, escape(check.said))
-    Console(stderr=True).print(table)
+        table.add_row(f"{sign} {word}", check.name, check.said)
+    PlainConsole(stderr=True).print(table)
 
 
 def _headline(e: Evaluation, title: str, linear_fvu: float | None) -> Table:

@@ -7,13 +7,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from harvest.llm.model_files import ModelFiles, read_shape
 from harvest.writer import ledger
 from harvest.writer.blocks import over_norm, quotas
 from harvest.writer.target import Target
+from shared.console.terminal import PlainConsole
 from shared.files import durable
 from shared.store.layout import UNEMBEDDING, StoreRequest, block_bytes, row_specs, store_specs
 from shared.store.reader import MOST_RUN_ROWS, RowsConfig
@@ -174,7 +174,7 @@ def require_space(estimates: Sequence[Estimate]) -> None:
 
 def show(estimates: Sequence[Estimate], seconds: float | None) -> None:
     """Print the estimates as tables on stdout; `seconds` that the forward passes will take, if measured."""
-    console = Console(width=None if Console().is_terminal else 140)
+    console = PlainConsole(width=None if PlainConsole().is_terminal else 140)
     for one in estimates:
         console.print(one.table())
     first = estimates[0]

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from shared.console.panel import Pace, panel
 from shared.console.terminal import Verbosity, panel_shown, shows_panels, verbosity
+from shared.errors import printable
 
 _PLAIN_SECONDS = 5.0
 
@@ -77,4 +78,4 @@ class Progress:
 
     def _print(self, note: str) -> None:
         self._printed, self._told = time.monotonic(), True
-        print(f"{self._name} {self.pace().line()}  {note}".rstrip(), file=sys.stderr, flush=True)
+        print(printable(f"{self._name} {self.pace().line()}  {note}".rstrip()), file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from shared.errors import Stopped
+from shared.errors import Stopped, printable
 
 STOP: tuple[signal.Signals, ...] = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
@@ -47,5 +47,5 @@ def leave(message: str) -> NoReturn:
     """End the process without waiting for its threads, as a kill would, with the exit code of `Stopped`."""
     under_panel = getattr(sys.stderr, "rich_proxied_file", None)  # the terminal; a panel ends without a line's end,
     shown = "\n\x1b[?25h" if under_panel else ""  # and hides the cursor
-    print(f"{shown}error: {message}", file=under_panel or sys.stderr, flush=True)
+    print(f"{shown}error: {printable(message)}", file=under_panel or sys.stderr, flush=True)
     os._exit(Stopped.exit_code)

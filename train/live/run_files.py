@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from shared.files.untrusted import regular_or_link
+
 METRICS, TIMING, USAGE, CONFIG, LOCK = "metrics.jsonl", "timing.jsonl", "usage.json", "config.json", ".lock"
 REPORTS, HELD_OUT = "anti_duplication_logs", "correlation-held-out.json"
 """The folder of the correlation monitor's reports, and the one on held-out rows."""
@@ -25,7 +27,7 @@ class Lines:
 
     def read(self) -> Iterator[Row]:
         """Yield the rows that were added; a line that is being written waits, one that is torn is left out."""
-        with suppress(FileNotFoundError), open(self._path, "rb") as file:
+        with suppress(FileNotFoundError), open(self._path, "rb", opener=regular_or_link) as file:
             status = os.fstat(file.fileno())
             if status.st_ino != self._inode or status.st_size < self._offset:
                 self._inode, self._offset = status.st_ino, 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.errors import DiskFull, warn
+from shared.errors import ProjectError, warn
 from shared.files import durable
 from shared.store.strata import POSITION_0
 from train.evaluation.evaluate import ratio
@@ -150,7 +150,7 @@ def _share(part: Tensor, whole: Tensor) -> float:
 
 
 class Log:
-    """Appends rows to a file of JSON lines. A full disk costs rows and one warning, never the run."""
+    """Appends rows to a file of JSON lines. A full disk, or a link there, costs rows and one warning, never the run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -160,7 +160,7 @@ class Log:
         """Append one row, whole or not at all."""
         try:
             durable.append_line(self.path, (json.dumps(row, allow_nan=False) + "\n").encode())
-        except (DiskFull, OSError) as error:
+        except (ProjectError, OSError) as error:
             if not self.lost_rows:
                 warn(f"{self.path}: {error}; training goes on, rows are lost")
             self.lost_rows += 1
