@@ -11,7 +11,7 @@ import click
 
 from shared.console.process import let_idle_threads_sleep
 from shared.console.terminal import Verbosity, with_verbosity
-from shared.errors import ProjectError, Stopped, UserError, printable
+from shared.errors import ProjectError, Stopped, UserError, printable, tell
 from shared.store.packed import LOCAL_BYTES
 from shared.store.store import Local
 
@@ -45,7 +45,7 @@ def run(group: click.Group) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print("error: " + printable(" ".join(message.split())), file=sys.stderr)
+    tell("error: " + printable(" ".join(message.split())))
     sys.exit(code)
 
 

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.segment import Segment
 from rich.text import Text
 
-from shared.errors import printable
+from shared.errors import printable, silence, tell
 
 _WIDTH = 80
 """Columns of a terminal that says it has none."""
@@ -55,18 +55,18 @@ def with_verbosity(wanted: Verbosity) -> Iterator[None]:
 def say(text: str) -> None:
     """Print what is good to know, and no warning: on stderr, unless the user wants quiet."""
     if _verbosity > Verbosity.QUIET:
-        print(printable(text), file=sys.stderr, flush=True)
+        tell(printable(text))
 
 
 def show_text(text: str) -> None:
     """Print (a part of) a result on stdout."""
-    print(printable(text), flush=True)
+    tell(printable(text), sys.stdout)
 
 
 def show_path(path: Path) -> None:
     """Print a path on stdout, as it is: a program may read it. On a terminal it is text like all other."""
     text = str(path)
-    print(printable(text) if sys.stdout.isatty() else text, flush=True)
+    tell(printable(text) if sys.stdout.isatty() else text, sys.stdout)
 
 
 class PlainConsole(Console):
@@ -76,6 +76,17 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, **options)
         if self.width < 1:  # COLUMNS=0
             self.width = _WIDTH
+
+    def print(self, *given: Any, **options: Any) -> None:
+        """Print as rich does; where nobody reads it any more, that stops no work."""
+        try:
+            super().print(*given, **options)
+        except OSError:
+            silence(self.file)
+
+    def on_broken_pipe(self) -> None:
+        """Be silent, in place of rich's end of the process."""
+        silence(self.file)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Convert a text; its width is measured with the escapes in it."""
