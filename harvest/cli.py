@@ -78,17 +78,19 @@ def run(cache: Path, force: bool, **given: Any) -> None:
 @click.option("--force", is_flag=True, help="Say what is needed, but accept a disk that looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> None:
-    """Say what `run` would write: rows and bytes by stratum, files, free disk. Refuses what does not fit."""
+    """Say what `run` would write: rows, bytes, free disk, and what the hooks mean. Refuses what does not fit."""
     settings = _settings(**given)
     from harvest.run import estimate, pipeline
 
     found = pipeline.estimates(settings, cache)
+    pair = pipeline.explain(settings)
     seconds = pipeline.measure(settings, cache) if eta else None
     if as_json:
         stores = [one.as_json() for one in found]
-        print(json.dumps({"stores": stores, "seconds": seconds, "needed_bytes": estimate.needed(found)}, indent=2))
+        needed = estimate.needed(found)
+        print(json.dumps({"stores": stores, "pair": pair, "seconds": seconds, "needed_bytes": needed}, indent=2))
     else:
-        estimate.show(found, seconds)
+        estimate.show(found, pair, seconds)
     if not force:
         estimate.require_space(found)
 

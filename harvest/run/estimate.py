@@ -172,14 +172,18 @@ def require_space(estimates: Sequence[Estimate]) -> None:
     durable.require_space(estimates[0].path.parent, needed(estimates), "the store (--force to go on all the same)")
 
 
-def show(estimates: Sequence[Estimate], seconds: float | None) -> None:
-    """Print the estimates as tables on stdout; `seconds` that the forward passes will take, if measured."""
+def show(estimates: Sequence[Estimate], pair: Sequence[str], seconds: float | None) -> None:
+    """Print the estimates as tables on stdout, and lines on what is stored, `pair`.
+
+    `seconds` that the forward passes will take, if measured.
+    """
     console = PlainConsole(width=None if PlainConsole().is_terminal else 140)
     for one in estimates:
         console.print(one.table())
     first = estimates[0]
     blocks, held_out = first.blocks, first.request.held_out_blocks
     lines = [
+        *pair,
         f"{blocks * first.request.block_tokens:,} tokens: {blocks:,} blocks of {first.request.block_sequences:,} "
         f"windows of {first.request.context_size:,}, {held_out} of them held out",
         f"{needed(estimates):,} bytes needed, {durable.free_bytes(first.path.parent):,} free",

@@ -32,7 +32,7 @@ PROMISES: dict[str, dict[int, str]] = {
         20: "An array's metadata with another dtype, byte order or shape, or none, is refused and never made anew.",
         21: "JSON that is cut, has duplicate keys, NaN, 1e999, deep nesting, unknown keys, negative or huge numbers is "
         "one clear error.",
-        22: "Names with `..`, absolute paths, NUL, and links out of a store or a run open and change nothing outside it; "
+        22: "Names with `..`, absolute paths, NUL, and links out of a store or a run open and change nothing outside; "
         "no pipe is waited for.",
         23: "A newer format is named, with the one that is read, and asks for an upgrade.",
         24: "An older format is read.",
@@ -57,5 +57,9 @@ PROMISES: dict[str, dict[int, str]] = {
         39: "Documents shorter or longer than the context: every token is accounted for.",
         40: "Bad Unicode and a missing text column are one line, with the columns there are.",
         41: "A batch larger than the store, one row, a resume past the end: a clear error or a clean finish.",
+    },
+    "Strangers' models and names": {
+        42: "Names and texts of strangers reach a terminal as text: no markup, no control sequence.",
+        43: "A model's rows are those of plain transformers, or the model is refused; odd folders are one line.",
     },
 }

@@ -33,12 +33,14 @@ def test_text_that_a_terminal_can_show_stays(given: str) -> None:
     assert printable(given) == given
 
 
+@pytest.mark.fault(42)
 def test_what_a_terminal_would_obey_or_cannot_show_is_escaped() -> None:
     assert (
         printable("a\x1b[31m\x9b1m\x7f\r\0\u202e\u2028\udcff") == "a\\x1b[31m\\x9b1m\\x7f\\r\\x00\\u202e\\u2028\\udcff"
     )
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 @pytest.mark.parametrize("terminal", [True, False])
 def test_every_kind_of_drawing_shows_a_name_as_it_stands(name: str, terminal: bool) -> None:
@@ -62,6 +64,7 @@ def test_columns_of_zero_are_no_reason_to_print_nothing(monkeypatch: pytest.Monk
     assert out.getvalue() == "held-out fvu\n"
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_a_store_with_any_model_name_is_listed_and_described(tmp_path: Path, name: str) -> None:
     made = make_store(tmp_path / "cache" / "store")
@@ -74,6 +77,7 @@ def test_a_store_with_any_model_name_is_listed_and_described(tmp_path: Path, nam
     assert "store" in harvest("ls", "--cache", tmp_path / "cache").out
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("name", FOLDERS, ids=ascii)
 def test_a_cache_and_a_store_of_any_name(tmp_path: Path, name: str) -> None:
     empty = harvest("ls", "--cache", tmp_path / name)
@@ -87,6 +91,7 @@ def test_a_cache_and_a_store_of_any_name(tmp_path: Path, name: str) -> None:
     assert gone.code == 2 and printable(f"{name}-3") in gone.err and printable(gone.err) == gone.err
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("name", FOLDERS, ids=ascii)
 def test_a_run_of_any_name(command: Command, trained: Path, tmp_path: Path, name: str) -> None:
     run = Path(shutil.copytree(trained, tmp_path / name))
@@ -98,6 +103,7 @@ def test_a_run_of_any_name(command: Command, trained: Path, tmp_path: Path, name
         assert what[0] == "resume" or printable(name) in said.replace("\n", "")
 
 
+@pytest.mark.fault(42)
 def test_a_column_with_control_sequences(tmp_path: Path) -> None:
     text = llms.write_jsonl(tmp_path / "a.jsonl", [{"\x1b[31mred": 1}])
     model = llms.make_gemma(tmp_path / "model")
@@ -106,6 +112,7 @@ def test_a_column_with_control_sequences(tmp_path: Path) -> None:
     assert "\x1b" not in done.err
 
 
+@pytest.mark.fault(42)
 def test_a_warning_is_one_line_of_text(capsys: pytest.CaptureFixture[str]) -> None:
     warn("a\x1b[2J\nerror: b")
     assert capsys.readouterr().err == "warning: a\\x1b[2J error: b\n"
