@@ -3,7 +3,9 @@
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +86,9 @@ def run(
     from train.commands import train
 
     opened = Store.open(store, local)
-    path = runs / (_free_name(runs, file.stem if file else preset) if name is None else _one_folder(name))
-    train(opened, settings, path, init_from=init_from, force=force, fallback=fallback, project=project)
+    taken = nullcontext(runs / _one_folder(name)) if name is not None else _free_folder(runs, file, preset)
+    with taken as path:
+        train(opened, settings, path, init_from=init_from, force=force, fallback=fallback, project=project)
     _summarise(path)
     show_path(path)
 
@@ -300,8 +303,31 @@ def _one_folder(name: str) -> str:
     return name
 
 
-def _free_name(runs: Path, preset: str) -> str:
-    return next(name for i in range(1, 10**6) if not (runs / (name := f"{preset}-{i:03d}")).exists())
+@contextmanager
+def _free_folder(runs: Path, file: Path | None, preset: str) -> Iterator[Path]:
+    """Make the first free folder `<preset>-<number>`, so that no other run takes it; where it stays empty, it goes."""
+    made, stem = not runs.is_dir(), _one_folder(file.stem) if file else preset
+    try:
+        durable.make_folder(runs)
+        path = _make_first(runs / f"{stem}-{number:03d}" for number in count(1))
+    except OSError as error:
+        raise UserError(f"cannot write to {runs}: {error.strerror}; choose another folder with --runs") from error
+    try:
+        yield path
+    finally:
+        with suppress(OSError):  # there is a run in it
+            path.rmdir()
+            if made:
+                runs.rmdir()
+
+
+def _make_first(paths: Iterator[Path]) -> Path:
+    """Make the first folder that is not there, and return it."""
+    for path in paths:
+        with suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError("there is always another number")
 
 
 def _summarise(run: Path) -> None:

@@ -396,9 +396,10 @@ def explain(error: OSError, path: Path, needed: int | None = None) -> Exception:
     if error.errno not in _FULL:  # an fsync that fails names no file
         return error if error.filename else OSError(error.errno, error.strerror, str(path))
     size = f"{needed:,} bytes needed, " if needed is not None else ""
+    remedy = "raise the limit on the size of files (ulimit -f)" if error.errno == errno.EFBIG else "free some space"
     return DiskFull(
         f"disk full while writing {error.filename or path}: {size}{free_bytes(path.parent):,} bytes free "
-        f"({os.strerror(error.errno)}); free some space and run it again"
+        f"({os.strerror(error.errno)}); {remedy} and run it again"
     )
 
 
