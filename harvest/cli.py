@@ -12,8 +12,8 @@ import click
 import shared.command_line
 from harvest.settings import DEFAULT_PRESET, Settings, load_settings
 from shared.console.signals import stop_at_once
-from shared.console.terminal import say
-from shared.errors import UserError
+from shared.console.terminal import say, show_path, show_text
+from shared.errors import UserError, printable
 from shared.store.store import Local
 
 
@@ -69,7 +69,7 @@ def run(cache: Path, force: bool, **given: Any) -> None:
     from harvest.run.pipeline import harvest
 
     for path in harvest(settings, cache, force=force):
-        print(path)
+        show_path(path)
 
 
 @group.command()
@@ -78,17 +78,19 @@ def run(cache: Path, force: bool, **given: Any) -> None:
 @click.option("--force", is_flag=True, help="Say what is needed, but accept a disk that looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> None:
-    """Say what `run` would write: rows and bytes by stratum, files, free disk. Refuses what does not fit."""
+    """Say what `run` would write: rows, bytes, free disk, and what the hooks mean. Refuses what does not fit."""
     settings = _settings(**given)
     from harvest.run import estimate, pipeline
 
     found = pipeline.estimates(settings, cache)
+    pair = pipeline.explain(settings)
     seconds = pipeline.measure(settings, cache) if eta else None
     if as_json:
         stores = [one.as_json() for one in found]
-        print(json.dumps({"stores": stores, "seconds": seconds, "needed_bytes": estimate.needed(found)}, indent=2))
+        needed = estimate.needed(found)
+        print(json.dumps({"stores": stores, "pair": pair, "seconds": seconds, "needed_bytes": needed}, indent=2))
     else:
-        estimate.show(found, seconds)
+        estimate.show(found, pair, seconds)
     if not force:
         estimate.require_space(found)
 
@@ -149,7 +151,7 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
 
         found = against_model(store, rows, model, seed, local)
         facts["against_model"], lines, wrong = asdict(found), [*lines, found.text()], bool(found.wrong)
-    print(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
+    show_text(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
     if wrong:
         sys.exit(1)
 
@@ -166,7 +168,7 @@ def repair(store: Path, model: str | None, text: tuple[str, ...], workers: int, 
     from harvest.commands.repair import repair as mend
 
     damage = mend(store, model, text, workers)
-    print(json.dumps(asdict(damage), indent=2) if as_json else damage.text())
+    show_text(json.dumps(asdict(damage), indent=2) if as_json else damage.text())
 
 
 @group.command()
@@ -184,7 +186,7 @@ def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
         print(json.dumps({"path": str(folder), "shard_bytes": size, "packed_shard_bytes": packed}, indent=2))
     else:
         say(f"{size:,} bytes of rows packed into {packed:,}: {size / packed:.2f} to 1")
-        print(folder)
+        show_path(folder)
 
 
 @group.command()
@@ -198,7 +200,10 @@ def unpack(packed: Path, folder: Path, force: bool, as_json: bool) -> None:
     from harvest.commands.archive import unpack as write
 
     size = write(packed, folder, force=force)
-    print(json.dumps({"path": str(folder), "shard_bytes": size}, indent=2) if as_json else folder)
+    if as_json:
+        print(json.dumps({"path": str(folder), "shard_bytes": size}, indent=2))
+    else:
+        show_path(folder)
 
 
 @group.command()
@@ -228,10 +233,10 @@ def rm(store: tuple[str, ...], cache: Path, yes: bool, dry_run: bool) -> None:
     for path in paths:
         size = stores.check_removable(path)
         if dry_run:
-            print(f"would remove {path}: {size:,} bytes")
-        elif yes or not sys.stdin.isatty() or click.confirm(f"remove {path} ({size:,} bytes)?"):
+            show_text(f"would remove {path}: {size:,} bytes")
+        elif yes or not sys.stdin.isatty() or click.confirm(printable(f"remove {path} ({size:,} bytes)?")):
             stores.remove(path)
-            print(f"removed {path}: {size:,} bytes")
+            show_text(f"removed {path}: {size:,} bytes")
     if not dry_run:
         stores.sweep(cache)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shared.errors import CorruptData, DiskFull
 from shared.files import durable
+from shared.files.untrusted import regular_or_link
 
 SMALLEST = 64 * 2**20
 """Bytes from which on a file's digest is remembered."""
@@ -35,7 +36,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular_or_link) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,6 +1,9 @@
 """Runs a click group and maps every error a user can meet to one line on stderr and an exit code; shared options."""
 
+import errno
 import functools
+import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +13,14 @@ import click
 
 from shared.console.process import let_idle_threads_sleep
 from shared.console.terminal import Verbosity, with_verbosity
-from shared.errors import ProjectError, Stopped, UserError
+from shared.errors import ProjectError, Stopped, UserError, printable, tell
 from shared.store.packed import LOCAL_BYTES
 from shared.store.store import Local
+
+_REMEDIES = {
+    errno.EMFILE: "; raise the limit on open files: ulimit -n 4096",
+    errno.ENFILE: "; the whole system has too many; close some programs",
+}
 
 
 class Commands(click.Group):
@@ -28,21 +36,37 @@ class Commands(click.Group):
 def run(group: click.Group) -> None:
     """Run `group` on `sys.argv` and exit: 0 done, 1 failed, 2 the user's input, 3 stopped and resumable."""
     let_idle_threads_sleep()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # bytes of a path go out as they came in
+        sys.stdout.reconfigure(errors="surrogateescape" if sys.stdout.encoding == "utf-8" else "backslashreplace")
     try:
+        _require_current_folder()
         group.main(standalone_mode=False)
     except ProjectError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
-        _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}{_REMEDIES.get(error.errno or 0, '')}", 1)
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else group.name
         _fail(f"{error.format_message()}  (see: {command} --help)", 2)
     except (KeyboardInterrupt, click.Abort):
         _fail("stopped; run the same command again to continue", Stopped.exit_code)
+    except MemoryError:
+        _fail("out of memory; free some, raise the limit (ulimit -v), or ask for less at once", 1)
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        _fail("the system refuses another thread; raise the limit on processes (ulimit -u, or the job's)", 1)
+
+
+def _require_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the current folder was removed; change to one that is there: cd FOLDER") from error
 
 
 def _fail(message: str, code: int) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    tell("error: " + printable(" ".join(message.split())))
     sys.exit(code)
 
 

@@ -95,7 +95,7 @@ def load_preset(presets: Path, name: str, file: Path | None) -> dict[str, Any]:
         raise UserError(f"no preset {name!r}; presets: {', '.join(known)}{_nearest(name, known)}")
     path = file or presets / f"{name}.toml"
     try:
-        return _toml(read_file(path, MOST_CONFIG_BYTES, follow=True).decode())
+        return _toml(read_file(path, MOST_CONFIG_BYTES, follow=True).decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"no configuration file at {path}") from error
     except (ValueError, OSError, CorruptData) as error:

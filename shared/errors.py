@@ -7,7 +7,14 @@ ProjectError            1   something failed that was not the user's input
     └── DiskFull        3
 """
 
+import os
+import re
 import sys
+from contextlib import suppress
+from typing import IO, TextIO
+
+_NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tabs and line ends, what turns the direction of writing, and halves of characters."""
 
 
 class ProjectError(Exception):
@@ -36,6 +43,31 @@ class DiskFull(Stopped):
     """No space (or quota, or file-size limit) left while writing."""
 
 
+def printable(text: str) -> str:
+    """Return `text` with escapes, as Python writes them, in place of what a terminal would obey or cannot show.
+
+    Names and texts of strangers stand in messages; every line that is printed goes through this.
+    """
+    return _NO_TEXT.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def tell(text: str, stream: TextIO | None = None) -> None:
+    """Print text on stderr, or on another `stream`; where nobody reads it any more, that stops no work."""
+    stream = stream or sys.stderr
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        silence(stream)
+
+
+def silence(stream: IO[str]) -> None:
+    """Send what is still to be written to `stream` nowhere: its terminal or pipe is gone."""
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 def warn(text: str) -> None:
-    """Print a warning on stderr, however little the user wants to hear."""
-    print(f"warning: {text}", file=sys.stderr)
+    """Print a warning on stderr, in one line, however little the user wants to hear."""
+    tell(f"warning: {printable(' '.join(text.split()))}")

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,13 +278,20 @@ def wait_for(cache: Path, pattern: str, process: Any) -> None:
 
 
 def _save(folder: Path, kind: Any, config: Any) -> Path:
+    return save_model(folder, lambda: kind(config))
+
+
+def save_model(folder: Path, make: Callable[[], Any]) -> Path:
+    """Save what `make` returns, its weights changed so that one can tell what they do, with a tokenizer."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
-    model = kind(config)
+    model = make()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(5.0)  # the usual 0.02 gives activations that hardly differ
+            else:
+                parameter.add_(0.5 * torch.rand_like(parameter))  # gains of 1 and biases of 0 would hide what norms do
     model.save_pretrained(folder)
     save_tokenizer(train_tokenizer(texts(50, seed=99), VOCABULARY), folder, 1024)
     return folder

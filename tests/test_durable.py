@@ -40,8 +40,8 @@ class Disk:
 
         return watched
 
-    def _open(self, path: Path, mode: str, buffering: int) -> Any:
-        file = open(path, mode, buffering=buffering)  # noqa: SIM115
+    def _open(self, path: Path, mode: str, buffering: int, opener: Any) -> Any:
+        file = open(path, mode, buffering=buffering, opener=opener)  # noqa: SIM115
         disk = self
 
         class Watched:

@@ -1,12 +1,15 @@
 """The window's figures against the rows themselves, the dead counters, and the log."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from shared.files import durable
 from tests import reference
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import StepOutput
@@ -123,8 +126,14 @@ def test_a_log_is_cut_after_a_step_and_drops_a_torn_line(tmp_path: Path) -> None
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 10}\n{"step": 20}\n'
 
 
-def test_rows_that_cannot_be_written_are_counted_and_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
-    log = Log(Path("/dev/full"))
+def test_rows_that_cannot_be_written_are_counted_and_warned_of_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: object, data: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(durable, "_write", full)
+    log = Log(tmp_path / "metrics.jsonl")
     for step in range(3):
         log.append({"step": step})
     assert log.lost_rows == 3

@@ -88,7 +88,8 @@ def test_hooks_without_rows_per_position_are_refused(folder: Path) -> None:
 
 
 def test_a_parallel_architecture_has_no_resid_mid(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no hook 'blocks.1.hook_resid_mid'; near it: "):
+    said = r"no hook .blocks.1.hook_resid_mid.: .*in parallel.*capture\.source=mlp\.hook_in"
+    with pytest.raises(UserError, match=said):
         probe(make_neox(tmp_path / "neox"), ["blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"], 16)
 
 

@@ -31,7 +31,18 @@ def test_only_a_second_ctrl_c_interrupts() -> None:
 
 
 def test_signals_of_the_scheduler_are_among_them() -> None:
-    assert STOP == (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    assert STOP == (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+@pytest.mark.fault(5)
+def test_nohup_keeps_a_closed_terminal_from_being_noted() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop == [] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.fault(5)

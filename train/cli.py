@@ -3,14 +3,16 @@
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import shared.command_line
-from shared.console.terminal import Verbosity, verbosity
+from shared.console.terminal import Verbosity, show_path, verbosity
 from shared.errors import UserError
 from shared.files import durable
 from shared.store.store import Local, Store
@@ -92,10 +94,20 @@ def run(
     from train.commands import train
 
     opened = Store.open(store, local)
-    path = runs / (name or _free_name(runs, file.stem if file else preset))
-    train(opened, settings, path, init_from=init_from, force=force, fallback=fallback, project=project, verify=verify)
+    taken = nullcontext(runs / _one_folder(name)) if name is not None else _free_folder(runs, file, preset)
+    with taken as path:
+        train(
+            opened,
+            settings,
+            path,
+            init_from=init_from,
+            force=force,
+            fallback=fallback,
+            project=project,
+            verify=verify,
+        )
     _summarise(path)
-    click.echo(path)
+    show_path(path)
 
 
 @main.command("settings")
@@ -159,7 +171,7 @@ def resume(
         verify=verify,
     )
     _summarise(run)
-    click.echo(run)
+    show_path(run)
 
 
 @main.command()
@@ -243,7 +255,7 @@ def samples(
         f"step {record.step}: {record.contexts:,} contexts of {record.latents:,} of {record.d_sae:,} latents, "
         f"from {sum(record.rows.values()):,} rows of {record.sequences:,} sequences"
     )
-    click.echo(path)
+    show_path(path)
 
 
 @main.command()
@@ -279,7 +291,7 @@ def report(
         return
     if verbosity() > Verbosity.QUIET:
         print_verdict(found)
-    click.echo(path)
+    show_path(path)
 
 
 @main.command()
@@ -323,7 +335,7 @@ def export(
         return
     if verbosity() > Verbosity.QUIET:
         print_agreements(found, [str(run) for run in runs], kind)
-    click.echo(path)
+    show_path(path)
 
 
 @main.command()
@@ -373,8 +385,41 @@ def compare(
         print_comparison(found)
 
 
-def _free_name(runs: Path, preset: str) -> str:
-    return next(name for i in range(1, 10**6) if not (runs / (name := f"{preset}-{i:03d}")).exists())
+def _one_folder(name: str) -> str:
+    """Return the name of a run. Raises `UserError` when it leads out of the folder of runs, or cannot be shown."""
+    if name in ("", ".", "..") or "/" in name or not name.isprintable():
+        raise UserError(
+            f"--name {name!r}: expected the name of one folder in --runs, without / and control characters; say with "
+            "--runs where that folder lies"
+        )
+    return name
+
+
+@contextmanager
+def _free_folder(runs: Path, file: Path | None, preset: str) -> Iterator[Path]:
+    """Make the first free folder `<preset>-<number>`, so that no other run takes it; where it stays empty, it goes."""
+    made, stem = not runs.is_dir(), _one_folder(file.stem) if file else preset
+    try:
+        durable.make_folder(runs)
+        path = _make_first(runs / f"{stem}-{number:03d}" for number in count(1))
+    except OSError as error:
+        raise UserError(f"cannot write to {runs}: {error.strerror}; choose another folder with --runs") from error
+    try:
+        yield path
+    finally:
+        with suppress(OSError):  # there is a run in it
+            path.rmdir()
+            if made:
+                runs.rmdir()
+
+
+def _make_first(paths: Iterator[Path]) -> Path:
+    """Make the first folder that is not there, and return it."""
+    for path in paths:
+        with suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError("there is always another number")
 
 
 def _summarise(run: Path) -> None:

@@ -9,6 +9,7 @@ from shared.config import build, override
 from shared.console.terminal import say
 from shared.errors import DiskFull, Stopped, UserError, warn
 from shared.files import durable
+from shared.files.untrusted import refuse_links
 from shared.store.store import Local, Store
 from train.evaluation.evaluate import Evaluation, calibrate
 from train.evaluation.evaluate import evaluate as evaluate_rows
@@ -129,11 +130,13 @@ def resume(
     """
     run, store, fallback = Path(run), _path(store), _path(fallback)
     config = read_config(run)
+    elsewhere = _fallback(run, fallback, (run / CONFIG).read_bytes())
+    for place in (run, elsewhere):
+        _refuse_links(place)
     opened = Store.open(place_of_store(run, config, store), local)
     require_own_store(run, config, opened)
     remember_store(run, config, opened)
     check_shards(opened, config.training_blocks, verify=verify)
-    elsewhere = _fallback(run, fallback, (run / CONFIG).read_bytes())
     with opened.reading(), durable.lock(run / LOCK, f"run {run}"), _resumable(run):
         durable.sweep(run)
         found = _newest(run, elsewhere)
@@ -175,6 +178,12 @@ def make_longer(run: Path, config: RunConfig, done: int, steps: int, fallback: P
         f"of a run of {steps:,}: {rates[1]:.3g}, it was {rates[0]:.3g}"
     )
     return longer
+
+
+def _refuse_links(run: Path | None) -> None:
+    """Raise `CorruptData` when something in `run`, which is written to, leads out of it. W&B makes links of its own."""
+    if run:
+        refuse_links(run, but_in=(FOLDER,))
 
 
 def _fallback(run: Path, folder: Path | None, config: bytes) -> Path | None:
@@ -271,6 +280,7 @@ def sample(
     """
     run, store = Path(run), _path(store)
     config = read_config(run)
+    _refuse_links(run)
     settings = _samples_config(config.settings.samples, rows, changes)
     found = checkpoint.find(run, step)
     opened = open_store(run, config, store, local, verify=verify)
@@ -300,6 +310,7 @@ def write_report(
 
     run, store = Path(run), _path(store)
     config = read_config(run)
+    _refuse_links(run)
     found = checkpoint.find(run, step)
     if project and found.step < (steps := config.settings.steps):
         raise UserError(

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from shared.console.terminal import PlainConsole
 from train.evaluation.evaluate import Evaluation, Weight
 from train.interchange.agreement import Agreement
 from train.model.checkpoint import Listed
@@ -14,7 +13,7 @@ from train.report.report_record import STATES, Report
 
 def print_evaluation(evaluation: Evaluation, title: str, linear_fvu: float | None, stderr: bool = False) -> None:
     """Print the headline, the prefixes and the strata."""
-    console = Console(stderr=stderr)
+    console = PlainConsole(stderr=stderr)
     console.print(_headline(evaluation, title, linear_fvu))
     console.print(_prefixes(evaluation))
     console.print(_strata(evaluation))
@@ -22,9 +21,9 @@ def print_evaluation(evaluation: Evaluation, title: str, linear_fvu: float | Non
 
 def print_agreements(found: Sequence[Agreement], runs: Sequence[str], kind: str) -> None:
     """Print a table per run: it and what was read back of its export, on the same held-out rows."""
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     for run, one in zip(runs, found, strict=True):
-        table = Table("", "run", f"as {kind}", title=f"{escape(run)}, {one.rows:,} held-out rows", title_justify="left")
+        table = Table("", "run", f"as {kind}", title=f"{run}, {one.rows:,} held-out rows", title_justify="left")
         for name, told, digits in (("fvu", "fvu", 4), ("l0", "active latents per row", 2)):
             table.add_row(told, *(f"{getattr(part, name):.{digits}f}" for part in (one.ours, one.exported)))
         table.add_row("active in one alone", "", f"{one.differing:.2%}")
@@ -34,7 +33,7 @@ def print_agreements(found: Sequence[Agreement], runs: Sequence[str], kind: str)
 
 def print_checkpoints(found: Sequence[Listed], run: str) -> None:
     """Print a line per checkpoint."""
-    console = Console()
+    console = PlainConsole()
     table = Table("step", "bytes", "held-out fvu", "l0", "valid", title=f"checkpoints of {run}", title_justify="left")
     for one in found:
         figures = (f"{one.held_out.fvu:.4f}", f"{one.held_out.l0:.2f}") if one.held_out else ("-", "-")
@@ -49,12 +48,12 @@ def print_checkpoints(found: Sequence[Listed], run: str) -> None:
 
 def print_verdict(report: Report) -> None:
     """Print what a report found good, worth a look, or failed, the worst first."""
-    title = escape(f"{report.run}, step {report.step:,} of {report.steps:,}")
+    title = f"{report.run}, step {report.step:,} of {report.steps:,}"
     table = Table(title=title, title_justify="left", show_header=False)
     for check in report.worst_first:
         sign, word = STATES[check.state]
-        table.add_row(f"{sign} {word}", check.name, escape(check.said))
-    Console(stderr=True).print(table)
+        table.add_row(f"{sign} {word}", check.name, check.said)
+    PlainConsole(stderr=True).print(table)
 
 
 def _headline(e: Evaluation, title: str, linear_fvu: float | None) -> Table:

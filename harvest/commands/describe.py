@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from harvest.commands.shuffle_quality import BATCH_ROWS, LIMIT, as_json, measure
 from harvest.writer.blocks import SIDES
 from shared.console.progress import Progress
+from shared.console.terminal import PlainConsole
 from shared.errors import CorruptData
 from shared.files.disk_usage import size_of
 from shared.store.checks import read_store_record
@@ -39,7 +39,7 @@ def describe(path: Path, local: Local | None = None, *, shuffle: bool = False, r
 
 def show(facts: Facts) -> None:
     """Print the facts as tables on stdout."""
-    console = Console(width=None if Console().is_terminal else 140)
+    console = PlainConsole(width=None if PlainConsole().is_terminal else 140)
     console.print(_request_table(facts))
     console.print(_strata_table(facts))
     console.print(_packing_table(facts))

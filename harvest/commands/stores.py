@@ -1,6 +1,7 @@
 """The folder that stores are made in: what is there, what is nearest to a request, and removing what is not used."""
 
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -8,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from shared.console.panel import size
+from shared.console.terminal import PlainConsole
 from shared.errors import ProjectError, UserError
 from shared.files import durable
 from shared.files.disk_usage import size_of
@@ -25,7 +26,8 @@ class Entry:
 
     name: str
     state: str
-    """`complete`, `packed`, `12 of 40 blocks`, `complete; extended: 12 of 40 blocks`, `packing`, or `damaged: ...`"""
+    """`complete`, `packed`, `12 of 40 blocks`, `complete; extended: 12 of 40 blocks`, `packing`, `damaged: ...`, or
+    `cannot be read: ...`"""
     bytes: int
     """On disk, all files."""
     age_seconds: float
@@ -43,16 +45,28 @@ class Entry:
 
 
 def list_stores(cache: Path) -> list[Entry]:
-    """List every store in the folder `cache`, by name; no shard is opened."""
+    """List every store in the folder `cache`, by name; no shard is opened. Raises `UserError` when it is a file."""
+    if cache.exists() and not cache.is_dir():
+        raise UserError(f"{cache} is a file, and stores lie in a folder; pass that with --cache")
     if not cache.is_dir():
         return []
-    found = [path for path in sorted(cache.iterdir()) if (path / REQUEST).is_file()]
+    found = [path for path in sorted(cache.iterdir()) if _holds_store(path)]
     return [_entry(path) for path in found if path.suffix != durable.TEMPORARY]
+
+
+def _holds_store(path: Path) -> bool:
+    """Tell whether a folder is a store, as far as one can see: one that cannot be read is listed, too."""
+    try:
+        return stat.S_ISREG((path / REQUEST).stat().st_mode)
+    except PermissionError:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def show(entries: Sequence[Entry], cache: Path) -> None:
     """Print the stores as a table on stdout."""
-    console = Console(width=None if Console().is_terminal else 160)
+    console = PlainConsole(width=None if PlainConsole().is_terminal else 160)
     if not entries:
         console.print(f"no stores in {cache}", highlight=False)
         return
@@ -120,10 +134,8 @@ def sweep(cache: Path) -> None:
 def _entry(path: Path) -> Entry:
     users = durable.holders(path / REQUEST)
     writers = [f"{who}, harvesting" for who in durable.holders(path.with_name(f"{path.name}.lock"))]
-    newest = max(
-        (file.stat().st_mtime for file in (path / STORE, path / PLAN, path / REQUEST, path / LEDGER) if file.exists()),
-        default=time.time(),
-    )
+    times = [path / name for name in (STORE, PLAN, REQUEST, LEDGER)]
+    newest = max((mtime for file in times if (mtime := _mtime(file))), default=path.lstat().st_mtime)
     common: dict[str, Any] = {"name": path.name, "bytes": size_of(path), "age_seconds": max(0.0, time.time() - newest)}
     try:
         request = read_request(path)
@@ -137,6 +149,9 @@ def _entry(path: Path) -> Entry:
             state = progress(path)
     except ProjectError as error:
         return Entry(**common, state=f"damaged: {error}", used_by=[*users, *writers])
+    except OSError as error:  # of a store that another user made, or on a disk that fails
+        what = f"cannot be read: {error.filename or path}: {error.strerror}"
+        return Entry(**common, state=what, used_by=[*users, *writers])
     return Entry(
         **common,
         state=state,
@@ -148,6 +163,14 @@ def _entry(path: Path) -> Entry:
         tokens=plan.training_blocks * request.block_tokens if plan else None,
         rows=sum(stratum.total("stored") for stratum in plan.strata) if plan else None,
     )
+
+
+def _mtime(path: Path) -> float | None:
+    """Return when `path` was changed; none where it is not there, or cannot be seen."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def _hooks(request: StoreRequest) -> tuple[str, str]:

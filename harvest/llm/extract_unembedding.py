@@ -19,8 +19,7 @@ def publish_unembedding(model: Model, path: Path) -> None:
     Tensors: `W_U` [vocabulary, d_model] in the model's type; `final_norm.gain` and `final_norm.bias` [d_model] and
     `b_U` [vocabulary] in float32. The metadata's `logits` is JSON (one entry: the library writes several
     in any order): `norm`, `rms` (x over its root mean square) or `layer` (after taking its mean away); `eps`, added to
-    the mean square; `softcap`, c of `c * tanh(logits / c)`, or null. Raises `UserError` when the configuration does not
-    say enough.
+    the mean square; `softcap`, c of `c * tanh(logits / c)`, or null. Raises `UserError` when they are not finite.
     """
     (weight, offset), config = model.unembedding, model.text_config
     gain, bias, kind = norm_effect(model.final_norm, weight.shape[1], weight.device)
@@ -28,10 +27,12 @@ def publish_unembedding(model: Model, path: Path) -> None:
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     gain, bias, offset = gain * scale, bias * scale, offset.float() * scale
     tensors = {"W_U": weight, "final_norm.gain": gain, "final_norm.bias": bias, "b_U": offset}
-    names = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps")
-    eps = next((getattr(config, name) for name in names if hasattr(config, name)), None)
-    if eps is None:
-        raise UserError("the model's configuration names no eps of its final norm; use --set store.unembedding=false")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise UserError(
+            "the model's unembedding or final norm has values that are not finite; its weights are damaged: take "
+            "another copy of them, or use --set store.unembedding=false"
+        )
+    eps = norm_eps(model.final_norm, weight.shape[1], weight.device)
     softcap = getattr(config, "final_logit_softcapping", None)
     told = json.dumps({"norm": kind, "eps": eps, "softcap": softcap}, sort_keys=True)
     kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -46,11 +47,30 @@ def norm_effect(norm: nn.Module, d_model: int, device: torch.device) -> tuple[Te
     so that eps is lost in it. A copy in float32 is asked: in bfloat16 the bias drowns in the rounding of the gain.
     """
     norm = copy.deepcopy(norm).float()
-    signs = 1.0 - 2.0 * (torch.arange(d_model, device=device) % 2)
+    signs = _signs(d_model, device)
     with torch.inference_mode():
         probes = 1024.0 * torch.stack([signs, -signs, torch.ones_like(signs)])
         up, down, ones = norm(probes[:, None]).squeeze(1).cpu()
     signs = signs.cpu()
     gain, bias = signs * (up - down) / 2, (up + down) / 2
-    kind = "layer" if torch.allclose(ones, bias, atol=1e-3 * float(gain.abs().max())) else "rms"
+    limit = 1e-3 * float(gain.abs().nan_to_num().max())
+    kind = "layer" if torch.allclose(ones, bias, atol=limit) else "rms"
     return gain, bias, kind
+
+
+def norm_eps(norm: nn.Module, d_model: int, device: torch.device) -> float:
+    """Return what a norm adds to the mean square: as it says itself, or else from what it does to small vectors."""
+    named = (getattr(norm, name, None) for name in ("eps", "variance_epsilon", "epsilon"))
+    said = next((value for value in named if isinstance(value, float)), None)
+    if said is not None:
+        return said
+    norm, signs, small = copy.deepcopy(norm).double(), _signs(d_model, device).double(), 1e-3
+    with torch.inference_mode():
+        probes = torch.stack([1e6 * signs, -1e6 * signs, small * signs, -small * signs])
+        up, down, small_up, small_down = norm(probes[:, None]).squeeze(1).double()
+    ratio = float((up - down).norm() / (small_up - small_down).norm())  # sqrt(small^2 + eps) / small
+    return float(f"{small**2 * (ratio**2 - 1):.3g}")
+
+
+def _signs(d_model: int, device: torch.device) -> Tensor:
+    return 1.0 - 2.0 * (torch.arange(d_model, device=device) % 2)

@@ -5,24 +5,40 @@ import difflib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from harvest.text.tokenizer_files import has_tokenizer, load_tokenizer
-from shared.errors import UserError
+from shared.errors import ProjectError, UserError, warn
 from shared.store.layout import StorageType
 
+_TOLERANCE: dict[StorageType, float] = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+"""Of logits, relative: a bridge may compute queries, keys and values apart that are one product without it."""
+_OFF = {
+    "hook_mlp_in": "hook_resid_mid",
+    "hook_attn_in": "hook_resid_pre",
+    **dict.fromkeys(("hook_q_input", "hook_k_input", "hook_v_input"), "hook_resid_pre"),
+    "attn.hook_result": "attn.hook_z",
+}
+"""Ends of names of hooks that the bridge has, but leaves out until it is asked, and what to use in their place."""
+_OFF_WHY = {
+    "hook_resid_mid": "has the same values",
+    "hook_resid_pre": "has the same values",
+    "attn.hook_z": "has each head's output before the projection that makes this of it",
+}
 _NESTED = {r"^language_model\.lm_head\.": "lm_head.", r"^(model\.language_model|language_model\.model)\.": "model."}
 """Names of the text part's weights in models that also see, old and new, to those of the text model alone."""
 
@@ -48,6 +64,7 @@ class Model:
     def visit(self, ids: Tensor, position_ids: Tensor | None, take: Callable[[str, Tensor], None]) -> None:
         """Run windows `ids` [S, T] and call `take` with each hook's name and activations, which it must not keep.
 
+        Activations by head, [S, T, heads, width], come as one row per position, one head after the other.
         Positions count from 0, or are `position_ids` [S, T], which start again at 0 with every document: attention
         does not cross from one document to the next then (only without a key-value cache, which is off).
         """
@@ -56,12 +73,27 @@ class Model:
 
         def hook(name: str, values: Tensor, hook: Any) -> None:
             seen.add(name)
-            take(name, values)
+            take(name, _rows(values))
 
         with torch.inference_mode():
             hooks = [(name, partial(hook, name)) for name in self._hooks]
             self._bridge.run_with_hooks(ids, fwd_hooks=hooks, **positions, **self._forward)
         assert seen == set(self._hooks), f"hooks {set(self._hooks) - seen} gave nothing"
+
+    def trace(self, ids: Tensor, hooks: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+        """Run windows `ids` [S, T] with gradients; each hook's activations become what its function returns."""
+
+        def hook(change: Callable[[Tensor], Tensor], values: Tensor, hook: Any) -> Tensor:
+            return change(values)
+
+        with torch.enable_grad():
+            changes = [(name, partial(hook, change)) for name, change in hooks.items()]
+            self._bridge.run_with_hooks(ids, fwd_hooks=changes, **self._forward)
+
+    @property
+    def embedding(self) -> Tensor:
+        """The token embedding [vocabulary, d_model]."""
+        return self._bridge.original_model.get_input_embeddings().weight
 
     @property
     def final_norm(self) -> nn.Module:
@@ -146,8 +178,34 @@ def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[st
         # transformers fills what it does not find with random numbers, and says so in a warning only.
         if missing := sorted(loaded["missing_keys"]):
             raise UserError(f"{folder}: its weights lack {len(missing)} tensors, the first is {missing[0]}")
-        return Model(
-            _bridge(folder, network.to(device), device, kind), hooks, {"use_cache": False, **_few_logits(network)}
+        if left := _left_over(loaded["unexpected_keys"], network, layers):
+            warn(
+                f"{folder}: its weights hold {len(left)} tensors that the model has no place for, the first is "
+                f"{left[0]}; rows are computed without them: see whether config.json belongs to these weights"
+            )
+        forward = {"use_cache": False, **_few_logits(network)}
+        ids = torch.arange(16, device=device)[None] % network.get_input_embeddings().num_embeddings
+        with torch.inference_mode():
+            expected = network.to(device).eval()(ids, **forward).logits.float()
+            bridge = _bridge(folder, network, device, kind)
+            _check_same(folder, bridge(ids, **forward).float(), expected, _TOLERANCE[dtype])
+        return Model(bridge, hooks, forward)
+
+
+def _left_over(names: Iterable[str], network: nn.Module, layers: int) -> list[str]:
+    """List the tensors that belong into the layers that run, and are not used."""
+    starts = {found[1] for name in network.state_dict() if (found := re.match(r"(.+?)\.\d+\.", name))}
+    inner = {name: re.match(r"(.+?)\.(\d+)\.", name) for name in names}
+    return sorted(name for name, found in inner.items() if found and found[1] in starts and int(found[2]) < layers)
+
+
+def _check_same(folder: Path, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raise `UserError` unless the model computes behind the bridge what it computes without it; NaN is told later."""
+    difference = float((found - expected).norm() / expected.norm())
+    if difference > tolerance:
+        raise UserError(
+            f"{folder}: transformer-lens {version('transformer-lens')} computes something else than transformers for "
+            f"this model (its logits differ by {difference:.2g} of their norm); it cannot be harvested"
         )
 
 
@@ -156,26 +214,61 @@ def probe(folder: Path, hooks: Sequence[str], context_size: int) -> dict[str, in
 
     Also refuses hooks that do not give one row per position: [S, T, width].
     """
-    # Tensors with a shape only. Not the device `meta`: the bridge refuses to split GPT-2's joined projection there.
-    with _quiet(), _explained(folder), FakeTensorMode(allow_non_fake_inputs=True):
-        network = transformers.AutoModelForCausalLM.from_config(
-            _cut_config(folder, layers_needed(hooks)), attn_implementation="eager", trust_remote_code=False
+    with without_weights(folder, hooks) as model:
+        found, shorter = (
+            {name: tuple(value.shape) for name, value in model(torch.zeros(2, size).long()).items()}
+            for size in (context_size, context_size - 1)
         )
-        # Not use_cache=False, as in a harvest: it looks at values, and there are none.
-        model = Model(_bridge(folder, network, "cpu", torch.float32), hooks, _few_logits(network))
-    _check_names(model.hook_names, hooks)
-    with _quiet(), _explained(folder), FakeTensorMode(allow_non_fake_inputs=True):
-        found = {name: tuple(value.shape) for name, value in model(torch.zeros(2, context_size).long()).items()}
     for name, shape in found.items():
-        if len(shape) != 3 or shape[:2] != (2, context_size):
+        # Of attention's pattern, [S, heads, T, T], the width changes with the context.
+        if len(shape) != 3 or shape[:2] != (2, context_size) or shape[2] != shorter[name][-1]:
             raise UserError(f"hook {name} has no rows per position: shape {shape} for 2 windows of {context_size}")
     return {name: shape[2] for name, shape in found.items()}
 
 
+@contextmanager
+def without_weights(folder: Path, hooks: Sequence[str]) -> Iterator[Model]:
+    """Yield the model with tensors that have a shape only. Raises `UserError` on a hook that is not there."""
+    # Not the device `meta`: the bridge refuses to split GPT-2's joined projection there. Experts are chosen by value,
+    # but for those that are computed as one product.
+    with _quiet(), _explained(folder), FakeTensorMode(allow_non_fake_inputs=True), _NothingEdited():
+        network = transformers.AutoModelForCausalLM.from_config(
+            _cut_config(folder, layers_needed(hooks)),
+            attn_implementation="eager",
+            experts_implementation="batched_mm",
+            trust_remote_code=False,
+        )
+        # Not use_cache=False, as in a harvest: it looks at values, and there are none.
+        model = Model(_bridge(folder, network, "cpu", torch.float32), hooks, _few_logits(network))
+        _check_names(model.hook_names, hooks)
+        yield model
+
+
+class _NothingEdited(TorchFunctionMode):
+    """Answers routers of experts, which compare values to see whether a hook has changed them: no."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if func is torch.equal else func(*args, **(kwargs or {}))
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values.flatten(2) if values.dim() > 3 else values
+
+
 def _check_names(known: Sequence[str], hooks: Sequence[str]) -> None:
+    offered = [name for name in known if not name.endswith(tuple(_OFF))]
     for name in hooks:
+        start, middle = name.rpartition(".")[0], "hook_resid_mid"
+        if other := next((other for end, other in _OFF.items() if name.endswith(end)), None):
+            other = other if f"{start}.{middle}" in known or other != middle else "hook_resid_pre"
+            raise UserError(f"hook {name} is switched off in this model; use {other}, which {_OFF_WHY[other]}")
+        if name not in known and name.endswith(middle) and f"{start}.mlp.hook_in" in known:
+            raise UserError(
+                f"the model has no hook {name!r}: its attention and MLP run in parallel, and nothing is between them; "
+                "for what the MLP reads, use --set capture.source=mlp.hook_in"
+            )
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or [n for n in known if "mlp" in n][:3]
+            near = difflib.get_close_matches(name, offered, n=3) or [n for n in offered if "mlp" in n][:3]
             raise UserError(f"the model has no hook {name!r}; near it: {', '.join(near)}")
 
 
@@ -219,11 +312,15 @@ def _any_tokenizer() -> Any:
 
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Turn what the libraries raise for a folder they cannot use into one line."""
+    """Turn what the libraries raise for a folder they cannot use into one line; it can be anything."""
     try:
         yield
-    except (ValueError, KeyError, OSError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: the model does not load ({type(error).__name__}: {error})") from error
+    except (ProjectError, MemoryError):
+        raise
+    except ImportError as error:
+        raise UserError(f"{folder}: the model needs a package that is not installed ({error}); install it") from error
+    except Exception as error:
+        raise UserError(f"{folder}: the model does not load ({type(error).__name__}: {str(error)[:500]})") from error
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from harvest.settings import EMBEDDED, ModelSettings, WindowSettings
 from harvest.text.tokenizer_files import has_tokenizer, load_tokenizer
 from shared.config import brief
 from shared.errors import UserError
+from shared.files.untrusted import regular_or_link
 
 _TOKENIZER_FILES = (
     "added_tokens.json",
@@ -33,6 +34,7 @@ _TOKENIZER_FILES = (
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _MOST_HEADER_BYTES = 100 * 2**20
+_MOST_SIZE, _MOST_LAYERS = 2**31, 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,9 +119,17 @@ def read_shape(folder: Path) -> ModelShape:
         raise UserError(f"{folder / 'config.json'}: text_config is {brief(config)}, expected an object")
 
     def first(*names: str) -> int | None:
-        return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+        name = next((name for name in names if config.get(name) is not None), "")
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= _MOST_SIZE):
+            raise UserError(
+                f"{folder / 'config.json'}: {name} is {brief(value)}, expected a number from 1 to {_MOST_SIZE:,}"
+            )
+        return value
 
     layers, d_model = first("num_hidden_layers", "n_layer", "num_layers"), first("hidden_size", "n_embd", "d_model")
+    if layers is not None and layers > _MOST_LAYERS:
+        raise UserError(f"{folder / 'config.json'}: {layers:,} layers, expected at most {_MOST_LAYERS:,}")
     vocabulary = first("vocab_size") or _embedding_rows(folder)  # Gemma 3's leave it out where it is the class's own
     if layers is None or d_model is None or vocabulary is None:
         raise UserError(f"{folder / 'config.json'} names no number of layers, hidden size or vocabulary size")
@@ -130,15 +140,20 @@ def read_shape(folder: Path) -> ModelShape:
 def _embedding_rows(folder: Path) -> int | None:
     """Return the number of rows of the token embedding, by the headers of the weight files."""
     for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular_or_link) as file:
             size = min(int.from_bytes(file.read(8), "little"), _MOST_HEADER_BYTES)
             try:
                 header = json.loads(file.read(size))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: not a safetensors file ({error})") from error
+        if not isinstance(header, dict):
+            raise UserError(f"{path}: not a safetensors file (its header is {brief(header)}, expected an object)")
         for name, tensor in header.items():
             if name.endswith(_EMBEDDINGS):
-                return int(tensor["shape"][0])
+                shape = tensor.get("shape") if isinstance(tensor, dict) else None
+                if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+                    raise UserError(f"{path}: not a safetensors file ({name} has the shape {brief(shape)})")
+                return int(shape[0])
     return None
 
 
@@ -150,7 +165,8 @@ def read_special_tokens(files: ModelFiles) -> SpecialTokens:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (files.folder / name).is_file():
             config = _read_json(files.folder / name)
-            named |= {key: _content(config[key]) for key in ("bos_token", "eos_token") if key in config}
+            tokens = {key: config[key] for key in ("bos_token", "eos_token") if key in config}
+            named |= {key: _content(files.folder / name, key, token) for key, token in tokens.items()}
     if "bos_token" not in named:
         named = _defaults(files.folder)
     return SpecialTokens(bos=named["bos_token"] or None, eos=named.get("eos_token") or None)
@@ -189,8 +205,11 @@ def _defaults(folder: Path) -> dict[str, str | None]:
     return {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
 
 
-def _content(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+def _content(path: Path, key: str, token: Any) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{path}: {key} is {brief(token)}, expected text")
+    return text
 
 
 def _digest(paths: Iterable[Path]) -> str:

@@ -7,7 +7,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from harvest.llm.model_files import ModelFiles, read_shape
@@ -15,6 +14,7 @@ from harvest.text.tokenizer_files import TOKENIZER_JSON
 from harvest.writer import ledger
 from harvest.writer.blocks import over_norm, quotas
 from harvest.writer.target import Target
+from shared.console.terminal import PlainConsole
 from shared.files import durable
 from shared.store.layout import UNEMBEDDING, StoreRequest, block_bytes, row_specs, store_specs
 from shared.store.reader import MOST_RUN_ROWS, RowsConfig
@@ -177,14 +177,18 @@ def require_space(estimates: Sequence[Estimate]) -> None:
     durable.require_space(estimates[0].path.parent, needed(estimates), "the store (--force to go on all the same)")
 
 
-def show(estimates: Sequence[Estimate], seconds: float | None) -> None:
-    """Print the estimates as tables on stdout; `seconds` that the forward passes will take, if measured."""
-    console = Console(width=None if Console().is_terminal else 140)
+def show(estimates: Sequence[Estimate], pair: Sequence[str], seconds: float | None) -> None:
+    """Print the estimates as tables on stdout, and lines on what is stored, `pair`.
+
+    `seconds` that the forward passes will take, if measured.
+    """
+    console = PlainConsole(width=None if PlainConsole().is_terminal else 140)
     for one in estimates:
         console.print(one.table())
     first = estimates[0]
     blocks, held_out = first.blocks, first.request.held_out_blocks
     lines = [
+        *pair,
         f"{blocks * first.request.block_tokens:,} tokens: {blocks:,} blocks of {first.request.block_sequences:,} "
         f"windows of {first.request.context_size:,}, {held_out} of them held out",
         f"{needed(estimates):,} bytes needed, {durable.free_bytes(first.path.parent):,} free",

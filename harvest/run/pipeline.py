@@ -85,6 +85,15 @@ def estimates(settings: Settings, cache: Path | str) -> list[Estimate]:
     return [estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets]
 
 
+def explain(settings: Settings) -> list[str]:
+    """Return lines on what the source and the target of the first layer mean in this model; no weights are loaded."""
+    inputs = identify(settings)
+    from harvest.llm.pair_meaning import explain_pair
+
+    request = inputs.requests[0]
+    return explain_pair(inputs.model.folder, request.source_hook, request.target_hook)
+
+
 def measure(settings: Settings, cache: Path | str) -> float:
     """Return the seconds that the forward passes of all blocks to come will take, by the speed of a few batches."""
     inputs = identify(settings)

@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from shared.config import models_in
+from shared.console.terminal import PlainConsole
+from shared.errors import printable
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "length >=", "max_length": "length <="}
 
@@ -51,11 +52,13 @@ def show_settings(found: Sequence[Setting], title: str) -> None:
         if (head := one.name.rpartition(".")[0]) != group:
             table.add_section()
             group = head
-        mark = "[bold]{}[/bold] *" if one.is_changed else "{}"
         default = "" if not one.is_changed else "required" if one.default is _REQUIRED else _text(one.default)
-        value = mark.format(escape(_text(one.value)))
-        table.add_row(escape(one.name), value, escape(default), escape(f"{one.told} ({one.allowed})"))
-    console = Console()
+        value = Text(printable(_text(one.value)))
+        if one.is_changed:
+            value.stylize("bold")
+            value.append(" *")
+        table.add_row(one.name, value, default, f"{one.told} ({one.allowed})")
+    console = PlainConsole()
     if not console.is_terminal:
         console.width = 140
     console.print(table)

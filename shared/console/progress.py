@@ -1,6 +1,5 @@
 """Progress with rate and time left, on stderr: a panel on a terminal, a plain line every few seconds elsewhere."""
 
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,6 +10,7 @@ from rich.text import Text
 
 from shared.console.panel import Pace, panel
 from shared.console.terminal import Verbosity, panel_shown, shows_panels, verbosity
+from shared.errors import printable, tell
 
 _PLAIN_SECONDS = 5.0
 
@@ -77,4 +77,4 @@ class Progress:
 
     def _print(self, note: str) -> None:
         self._printed, self._told = time.monotonic(), True
-        print(f"{self._name} {self.pace().line()}  {note}".rstrip(), file=sys.stderr, flush=True)
+        tell(printable(f"{self._name} {self.pace().line()}  {note}".rstrip()))

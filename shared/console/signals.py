@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from shared.errors import Stopped
+from shared.errors import Stopped, printable
 
 STOP: tuple[signal.Signals, ...] = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 )
-"""Ctrl-C, a request to end, and what SLURM sends ahead of its limit when asked to (`--signal=USR1@120`)."""
+"""Ctrl-C, a request to end, what SLURM sends ahead of its limit when asked to (`--signal=USR1@120`), and the end of the
+terminal. The last is left alone where it is ignored, as `nohup` has it."""
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in STOP}
+    before = {number: signal.signal(number, note) for number in _heeded()}
     try:
         yield received
     finally:
@@ -39,13 +40,18 @@ def stop_signals() -> Iterator[list[int]]:
 
 def stop_at_once() -> None:
     """Let every signal of `STOP` raise `KeyboardInterrupt`, as Ctrl-C does: for work that a kill does not hurt."""
-    for number in STOP:
+    for number in _heeded():
         signal.signal(number, signal.default_int_handler)
+
+
+def _heeded() -> list[signal.Signals]:
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP if not (nohup and number == signal.SIGHUP)]
 
 
 def leave(message: str) -> NoReturn:
     """End the process without waiting for its threads, as a kill would, with the exit code of `Stopped`."""
     under_panel = getattr(sys.stderr, "rich_proxied_file", None)  # the terminal; a panel ends without a line's end,
     shown = "\n\x1b[?25h" if under_panel else ""  # and hides the cursor
-    print(f"{shown}error: {message}", file=under_panel or sys.stderr, flush=True)
+    print(f"{shown}error: {printable(message)}", file=under_panel or sys.stderr, flush=True)
     os._exit(Stopped.exit_code)

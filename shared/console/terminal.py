@@ -7,11 +7,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
+from rich.segment import Segment
 from rich.text import Text
 
+from shared.errors import printable, silence, tell
+
+_WIDTH = 80
+"""Columns of a terminal that says it has none."""
 _REFRESHES = 1
 """Of a panel, per second: each takes two milliseconds of the interpreter from the work that it shows."""
 
@@ -48,12 +55,52 @@ def with_verbosity(wanted: Verbosity) -> Iterator[None]:
 def say(text: str) -> None:
     """Print what is good to know, and no warning: on stderr, unless the user wants quiet."""
     if _verbosity > Verbosity.QUIET:
-        print(text, file=sys.stderr, flush=True)
+        tell(printable(text))
+
+
+def show_text(text: str) -> None:
+    """Print (a part of) a result on stdout."""
+    tell(printable(text), sys.stdout)
+
+
+def show_path(path: Path) -> None:
+    """Print a path on stdout, as it is: a program may read it. On a terminal it is text like all other."""
+    text = str(path)
+    tell(printable(text) if sys.stdout.isatty() else text, sys.stdout)
+
+
+class PlainConsole(Console):
+    """A console that takes every text as it stands: nothing in it is markup, an emoji's name or a control sequence."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+        if self.width < 1:  # COLUMNS=0
+            self.width = _WIDTH
+
+    def print(self, *given: Any, **options: Any) -> None:
+        """Print as rich does; where nobody reads it any more, that stops no work."""
+        try:
+            super().print(*given, **options)
+        except OSError:
+            silence(self.file)
+
+    def on_broken_pipe(self) -> None:
+        """Be silent, in place of rich's end of the process."""
+        silence(self.file)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Convert a text; its width is measured with the escapes in it."""
+        return super().render_str(printable(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield what is to be printed; only rich's own control sequences are left."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 def shows_panels(stderr: bool = True) -> bool:
     """Tell whether stderr, or stdout, is a terminal on which a panel can be drawn in place."""
-    console = Console(stderr=stderr)
+    console = PlainConsole(stderr=stderr)
     return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
@@ -77,7 +124,8 @@ def panel_shown(draw: Callable[[], RenderableType], stderr: bool = True) -> Iter
 
     What is printed on stderr meanwhile appears above it, each line whole. A terminal that is gone stops nothing.
     """
-    console = Console(stderr=stderr, soft_wrap=True)  # lines of others are left to the terminal, so they can be copied
+    # Lines of others are left to the terminal, so that they can be copied.
+    console = PlainConsole(stderr=stderr, soft_wrap=True)
     live = Live(
         _Drawing(draw),
         console=console,

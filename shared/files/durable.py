@@ -1,6 +1,7 @@
 """Publishing files so that a reader sees the old state or the new one, also after a kill, a full disk or a power cut.
 
-The only module that publishes files, takes locks or measures free space. The order is: write a temporary file in the
+The only module that publishes files, takes locks or measures free space. Nothing is written through a symbolic link,
+and no pipe is waited for. The order is: write a temporary file in the
 same folder, fsync it, rename it, fsync the folder. A record that says some data exist is published after the data.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from shared.errors import CorruptData, DiskFull, UserError
-from shared.files.untrusted import MOST_BYTES, MOST_NESTED, nests_too_deep, read_file
+from shared.files.untrusted import MOST_BYTES, MOST_NESTED, nests_too_deep, read_file, regular
 
 TEMPORARY = ".tmp"
 _ASKING_SECONDS = 0.05
@@ -71,6 +72,7 @@ def publish_file(path: Path, write: Callable[[Path], object], needed: int | None
     temporary = path.with_name(path.name + TEMPORARY)
     make_folder(path.parent)
     try:
+        temporary.unlink(missing_ok=True)  # `write` would follow a link
         with saving_tensors(temporary):
             write(temporary)
         fsync_file(temporary)
@@ -144,7 +146,7 @@ def reserve(path: Path, size: int) -> None:
         return
     make_folder(path.parent)
     try:
-        with open(path, "wb") as file:
+        with open(path, "wb", opener=regular) as file:
             os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         path.unlink(missing_ok=True)
@@ -154,7 +156,7 @@ def reserve(path: Path, size: int) -> None:
 def append_line(path: Path, line: bytes) -> None:
     """Append a line to a log, all of it or nothing; not forced to disk. Raises `DiskFull`."""
     try:
-        with open(path, "ab", buffering=0) as file:
+        with open(path, "ab", buffering=0, opener=regular) as file:
             before = file.seek(0, os.SEEK_END)
             try:
                 _write(file, line)
@@ -168,15 +170,16 @@ def append_line(path: Path, line: bytes) -> None:
 
 def truncate(path: Path, size: int) -> None:
     """Cut a log to its first `size` bytes, durably; that takes no room."""
-    os.truncate(path, size)
-    fsync_file(path)
+    with open(path, "r+b", buffering=0, opener=regular) as file:
+        file.truncate(size)
+        os.fsync(file.fileno())
 
 
 def make_sparse(path: Path, size: int) -> None:
     """Make an empty file of `size` bytes that takes no room yet."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
+        with open(path, "wb", opener=regular) as file:
             file.truncate(size)
     except OSError as error:
         raise explain(error, path) from error
@@ -185,7 +188,7 @@ def make_sparse(path: Path, size: int) -> None:
 def write_at(path: Path, offset: int, data: bytes) -> None:
     """Write into a file that need not outlive the process. Raises `DiskFull` when there is no room."""
     try:
-        with open(path, "r+b", buffering=0) as file:
+        with open(path, "r+b", buffering=0, opener=regular) as file:
             file.seek(offset)
             _write(file, data)
     except OSError as error:
@@ -320,8 +323,8 @@ def is_held(path: Path) -> bool:
     if holders(path):
         return True
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
+        descriptor = regular(path, os.O_RDONLY)
+    except (OSError, CorruptData):
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -364,9 +367,9 @@ def _take(descriptor: int, kind: int) -> None:
 
 def _open_to_lock(path: Path, make: bool) -> int:
     if path.exists() or not make:
-        return os.open(path, os.O_RDONLY)
+        return regular(path, os.O_RDONLY)
     make_folder(path.parent)
-    return os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    return regular(path, os.O_RDONLY | os.O_CREAT)
 
 
 def sweep(folder: Path) -> None:
@@ -403,9 +406,10 @@ def explain(error: OSError, path: Path, needed: int | None = None) -> Exception:
     if error.errno not in _FULL:  # an fsync that fails names no file
         return error if error.filename else OSError(error.errno, error.strerror, str(path))
     size = f"{needed:,} bytes needed, " if needed is not None else ""
+    remedy = "raise the limit on the size of files (ulimit -f)" if error.errno == errno.EFBIG else "free some space"
     return DiskFull(
         f"disk full while writing {error.filename or path}: {size}{free_bytes(path.parent):,} bytes free "
-        f"({os.strerror(error.errno)}); free some space and run it again"
+        f"({os.strerror(error.errno)}); {remedy} and run it again"
     )
 
 
@@ -418,7 +422,7 @@ def _parts(data: Buffers) -> Sequence[Any]:
 
 
 def _write_synced(path: Path, data: Buffers) -> None:
-    with open(path, "wb", buffering=0) as file:
+    with open(path, "wb", buffering=0, opener=regular) as file:
         for part in _parts(data):
             _write(file, part)
         os.fsync(file.fileno())

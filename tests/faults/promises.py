@@ -7,7 +7,8 @@ PROMISES: dict[str, dict[int, str]] = {
         3: "A store whose request was changed, or that is continued by another request, is refused by field.",
         4: "A training killed anywhere, also inside a checkpoint, and resumed has the weights, optimizer state, "
         "metrics, reports and samples of the uninterrupted run, bit for bit; no step is missing or doubled.",
-        5: "SIGTERM, SIGINT and SIGUSR1 finish the step, publish, and exit with code 3; a second Ctrl-C exits at once.",
+        5: "SIGTERM, SIGINT, SIGUSR1 and SIGHUP finish the step, publish, and exit with code 3; a second Ctrl-C exits "
+        "at once.",
         6: "A kill between publishing a checkpoint and removing old ones, or during that, leaves a valid one.",
         7: "After a power cut, what was published verifies or is absent.",
         8: "Of several torn newest checkpoints, the newest valid one is loaded, with a warning.",
@@ -31,7 +32,8 @@ PROMISES: dict[str, dict[int, str]] = {
         20: "An array's metadata with another dtype, byte order or shape, or none, is refused and never made anew.",
         21: "JSON that is cut, has duplicate keys, NaN, 1e999, deep nesting, unknown keys, negative or huge numbers is "
         "one clear error.",
-        22: "Names with `..`, absolute paths, NUL, and links out of the store open nothing outside it.",
+        22: "Names with `..`, absolute paths, NUL, and links out of a store or a run open and change nothing outside; "
+        "no pipe is waited for.",
         23: "A newer format is named, with the one that is read, and asks for an upgrade.",
         24: "An older format is read.",
         25: "A checkpoint with wrong names, shapes, dtypes, NaN or a changed bit is refused with the tensor's name.",
@@ -78,5 +80,9 @@ PROMISES: dict[str, dict[int, str]] = {
         52: "A row that is no document is named by file and row; it is left out only if asked for, and counted.",
         53: "A token that the model has no embedding of is one line before the model is loaded.",
         54: "Where documents are joined, EOS stands between them, also an EOS that is the BOS, unless asked otherwise.",
+    },
+    "Strangers' models and names": {
+        55: "Names and texts of strangers reach a terminal as text: no markup, no control sequence.",
+        56: "A model's rows are those of plain transformers, or the model is refused; odd folders are one line.",
     },
 }

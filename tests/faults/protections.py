@@ -61,7 +61,7 @@ PROTECTIONS: tuple[Protection, ...] = (
     Protection(
         (5,),
         "shared/console/signals.py",
-        '("SIGINT", "SIGTERM", "SIGUSR1")',
+        '("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")',
         '("SIGINT", "SIGTERM")',
         (
             "tests/test_signals.py::test_signals_of_the_scheduler_are_among_them",

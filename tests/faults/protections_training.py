@@ -89,7 +89,7 @@ TRAINING = (
     Protection(
         (12,),
         "train/run/metrics.py",
-        "        except (DiskFull, OSError) as error:\n            if not self.lost_rows:",
+        "        except (ProjectError, OSError) as error:\n            if not self.lost_rows:",
         "        except FileNotFoundError as error:\n            if not self.lost_rows:",
         (f"{_CHECKPOINTS}::test_rows_and_reports_that_have_no_room_cost_a_warning_each",),
     ),

@@ -1,9 +1,8 @@
 """A comparison as a table: a column for every arm, with the spread over its seeds and the change against the first."""
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from shared.console.terminal import PlainConsole
 from train.compare.arms import Comparison, Spread
 
 _ROWS = {
@@ -39,7 +38,7 @@ def print_comparison(comparison: Comparison, stderr: bool = False) -> None:
     seeds = "seed" if all(len(arm.runs) == 1 for arm in comparison.arms) else "seeds"
     table = Table(
         "",
-        *(f"{escape(arm.name)}\n{len(arm.runs)} {seeds}" for arm in comparison.arms),
+        *(f"{arm.name}\n{len(arm.runs)} {seeds}" for arm in comparison.arms),
         title=f"{comparison.report_rows:,} held-out rows at l0 {comparison.l0:g}; mean ± deviation over seeds; in "
         "brackets: against the first",
         title_justify="left",
@@ -48,14 +47,14 @@ def print_comparison(comparison: Comparison, stderr: bool = False) -> None:
         table.add_row(label, *cells)
     for column in table.columns[1:]:
         column.justify = "right"
-    console = Console(stderr=stderr)
+    console = PlainConsole(stderr=stderr)
     if not console.is_terminal:  # a file or a pipe has room
-        console = Console(stderr=stderr, width=40 + 32 * len(comparison.arms))
+        console = PlainConsole(stderr=stderr, width=40 + 32 * len(comparison.arms))
     console.print(table)
     for arm in comparison.arms:
         if arm.differs:
             differs = ", ".join(f"{key}={value}" for key, value in arm.differs.items())
-            console.print(f"{arm.name}: {differs}", markup=False)
+            console.print(f"{arm.name}: {differs}")
 
 
 def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:

@@ -12,6 +12,7 @@ from typing import Any
 from shared.config import read_record, sealed
 from shared.errors import CorruptData, warn
 from shared.files.durable import read_json
+from shared.files.untrusted import regular_or_link
 from train.live.log_rows import AnyRow, MetricsRow, TimingRow, UsageRecord, checked_row
 
 METRICS, TIMING, USAGE, CONFIG, LOCK = "metrics.jsonl", "timing.jsonl", "usage.json", "config.json", ".lock"
@@ -59,7 +60,7 @@ class Lines:
 
         The first such line is warned of.
         """
-        with suppress(FileNotFoundError), open(self._path, "rb") as file:
+        with suppress(FileNotFoundError), open(self._path, "rb", opener=regular_or_link) as file:
             status = os.fstat(file.fileno())
             if status.st_ino != self._inode or status.st_size < self._offset:
                 self._inode, self._offset, self._line = status.st_ino, 0, 0

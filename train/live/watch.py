@@ -7,11 +7,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from shared.config import read_record
 from shared.console.panel import duration
-from shared.console.terminal import Verbosity, panel_shown, shows_panels, verbosity
+from shared.console.terminal import PlainConsole, Verbosity, panel_shown, show_text, shows_panels, verbosity
 from shared.errors import CorruptData, UserError, warn
 from shared.files import durable
 from train.live.log_rows import WatchedConfig
@@ -128,7 +128,7 @@ def watch(run: Path, *, once: bool, as_json: bool) -> None:
         for _ in watched.look():
             pass
         if panel and once:
-            Console().print(watched.panel())
+            PlainConsole().print(watched.panel())
         elif panel:
             shown.enter_context(panel_shown(watched.panel, stderr=False))
 
@@ -136,7 +136,7 @@ def watch(run: Path, *, once: bool, as_json: bool) -> None:
             if as_json:
                 print(json.dumps(watched.as_json(), indent=2 if once else None, allow_nan=False), flush=True)
             elif not panel:
-                print(watched.line(), flush=True)
+                show_text(watched.line())
 
         show()
         while not once and watched.state in ("starting", "running"):
@@ -145,7 +145,7 @@ def watch(run: Path, *, once: bool, as_json: bool) -> None:
                 show()
         shown.close()
         if not as_json:
-            print(watched.sentence())
+            show_text(watched.sentence())
         elif not once:
             show()
 

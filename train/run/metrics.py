@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shared.config import read_record
-from shared.errors import CorruptData, DiskFull, warn
+from shared.errors import CorruptData, ProjectError, warn
 from shared.files import durable
 from shared.store.strata import POSITION_0
 from train.evaluation.evaluate import CONSTANT_SHARE, Evaluation, ratio
@@ -171,7 +171,7 @@ def _share(part: Tensor, whole: Tensor) -> float:
 
 
 class Log:
-    """Appends rows to a file of JSON lines. A full disk costs rows and one warning, never the run."""
+    """Appends rows to a file of JSON lines. A full disk, or a link there, costs rows and one warning, never the run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -181,7 +181,7 @@ class Log:
         """Append one row, whole or not at all."""
         try:
             durable.append_line(self.path, (json.dumps(row, allow_nan=False) + "\n").encode())
-        except (DiskFull, OSError) as error:
+        except (ProjectError, OSError) as error:
             if not self.lost_rows:
                 warn(f"{self.path}: {error}; training goes on, rows are lost")
             self.lost_rows += 1

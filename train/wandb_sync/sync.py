@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from shared.console.terminal import say
-from shared.errors import warn
+from shared.errors import CorruptData, warn
+from shared.files.untrusted import regular
 
 SECONDS = 10.0
 """How long the trainer waits at its end, at most."""
@@ -80,7 +81,7 @@ def _start(run: Path, project: str) -> subprocess.Popen[bytes] | None:
     folder = run.resolve() / FOLDER
     try:
         folder.mkdir(exist_ok=True)
-        with open(folder / LOG, "ab") as log:
+        with open(folder / LOG, "ab", opener=regular) as log:
             return subprocess.Popen(
                 [sys.executable, *WORKER, str(run.resolve()), project, f"--seconds={SECONDS}"],
                 stdin=subprocess.PIPE,  # held open: its end is how the child learns that the trainer is gone
@@ -89,6 +90,9 @@ def _start(run: Path, project: str) -> subprocess.Popen[bytes] | None:
                 start_new_session=True,  # a Ctrl-C is not for it
                 env=os.environ | {MARK: str(run.resolve()), "PYTHONPATH": os.pathsep.join(_paths())},
             )
+    except CorruptData as error:
+        warn(f"the run is not synced to W&B: {error}")
+        return None
     except OSError as error:
         warn(f"the run is not synced to W&B: {error.filename or folder}: {error.strerror}")
         return None
