@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from shared.files import durable
 from tests.runs import SMALL, assert_same_run, rows
-from tests.stores import SyntheticStore, make_store
+from tests.stores import SyntheticStore, make_store, record_as_it_is
 from train.model import checkpoint
 from train.run.settings import checkpoint_bytes, read_config
 
@@ -395,6 +395,7 @@ def test_a_source_that_is_not_finite_stops_the_run_and_names_its_rows(
         data = bytearray(shard.read_bytes())
         data[: 16 * 2 * 64] = bits * (16 * 64)
         shard.write_bytes(data)
+        record_as_it_is(made.path, shard)
     done = command(
         "run", "--store", made.path, "--runs", tmp_path / "runs", "--steps", 50, "--set", "transcoder.d_sae=64",
         "--set", f"activation.kind={activation}", "--set", "activation.k=6", "--set", "activation.k_start=6",

@@ -461,14 +461,20 @@ class Store:
 
     def _some_shards(self, blocks: Iterable[int], most: int | None) -> dict[str, FileRecord]:
         """Return the shard files of `blocks`, with those of their tokens; at random, as many as have `most` bytes."""
-        records = [read_ledger(self.path, block) for block in blocks]
-        files = {name: file for record in records for name, file in (record.files | record.tokens).items()}
+        files: dict[str, FileRecord] = {}
+        numbers = list(blocks)
+        random.shuffle(numbers)  # no result depends on which are read
+        for block in numbers:
+            if most is not None and sum(file.bytes for file in files.values()) >= most:
+                break
+            record = read_ledger(self.path, block)
+            files |= record.files | record.tokens
         if self.packed:
             files = {name: self.packed.files[name] for name in files}
         if most is None:
             return files
         names = [*files]
-        random.shuffle(names)  # no result depends on which are read
+        random.shuffle(names)
         ends = np.cumsum([files[name].bytes for name in names])
         return {name: files[name] for name in names[: max(1, int(np.searchsorted(ends, most, side="right")))]}
 

@@ -344,18 +344,21 @@ class Trainer:
     def _refuse_nan(self) -> None:
         """Raise `ProjectError` if any step so far had a bad row or loss. Waits for the device."""
         if (step := int(self._first_bad)) < _NEVER:
-            self._refuse_rows(step)
             raise ProjectError(
-                f"the loss is not finite at step {step + 1} of {self._path} (rows {self._reader.describe(step)}); "
-                "nothing was published since; lower optimizer.lr"
+                f"a row is damaged, or the loss is not finite at step {step + 1} of {self._path} (rows "
+                f"{self._reader.describe(step)}); nothing was published since; {self._why_bad(step)}"
             )
 
-    def _refuse_rows(self, step: int) -> None:
-        """Raise `CorruptData` that names shard and row when the rows of `step` are why it is bad."""
+    def _why_bad(self, step: int) -> str:
+        """Name the damaged row of `step`; where all are sound, tell what else to do."""
         batch = self._reader.batch(step)
         for side, rows in ((self._settings.source, batch.source), ("target", batch.target)):
             norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().numpy()
-            self._reader.check_norms(step, side, norms)
+            try:
+                self._reader.check_norms(step, side, norms)
+            except CorruptData as error:
+                return str(error)
+        return "all its rows are sound: lower optimizer.lr"
 
 
 def use_threads(count: int) -> None:
