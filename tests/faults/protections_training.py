@@ -4,6 +4,8 @@ from tests.faults.protection import Protection
 
 _CHECKPOINTS = "tests/faults/test_checkpoints.py"
 _SYNC = "tests/faults/test_wandb_sync.py"
+_HELD_OUT = "tests/faults/test_held_out_rows.py"
+_LOST = "tests/faults/test_lost_rows.py"
 
 TRAINING = (
     Protection(
@@ -96,8 +98,8 @@ TRAINING = (
     Protection(
         (12,),
         "train/run/metrics.py",
-        '            row = _parsed(line) if line.endswith(b"\\n") else None',
-        "            row = json.loads(line)",
+        '            if not line.endswith(b"\\n"):\n                continue\n',
+        "",
         (f"{_CHECKPOINTS}::test_a_torn_last_line_is_dropped_by_resume",),
     ),
     Protection(
@@ -155,5 +157,33 @@ TRAINING = (
         "    if spec is None or spec.origin is None:",
         "    if False:",
         (f"{_SYNC}::test_wandb_is_not_installed",),
+    ),
+    Protection(
+        (42,),
+        "train/data/batches.py",
+        "                    check_rows(self.store, name, side, low, found[-1])\n",
+        "",
+        (f"{_HELD_OUT}::test_a_held_out_row_that_the_statistics_do_not_allow_is_named",),
+    ),
+    Protection(
+        (42,),
+        "train/run/load_run.py",
+        "    check_shards(store, config.training_blocks if same else store.record.training_blocks, verify=verify)\n",
+        "",
+        (f"{_HELD_OUT}::test_a_flipped_bit_of_a_held_out_row_is_named_by_its_checksum",),
+    ),
+    Protection(
+        (43,),
+        "train/live/log_rows.py",
+        "    read_record(model, row, log)\n",
+        "",
+        (f"{_LOST}::test_a_row_that_is_none_is_named_once_and_left_out",),
+    ),
+    Protection(
+        (44,),
+        "train/samples/parquet.py",
+        ", page_checksum_verification=True",
+        "",
+        (f"{_LOST}::test_no_flipped_bit_of_samples_is_read_as_other_data",),
     ),
 )

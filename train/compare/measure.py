@@ -247,7 +247,8 @@ def cost_per_step(run: Path, settings: Settings) -> tuple[float | None, float | 
         evaluated = row["step"] // settings.evaluation.every > before["step"] // settings.evaluation.every
         saved = (row["step"] - 1) // settings.checkpoint.every > (before["step"] - 1) // settings.checkpoint.every
         resumed = row.get("from_step") != before.get("from_step")  # its clocks start anew
-        if evaluated or saved or resumed or row["step"] == settings.steps or "cpu_seconds" not in row:
+        timed = "cpu_seconds" in row and "cpu_seconds" in before
+        if evaluated or saved or resumed or row["step"] == settings.steps or not timed:
             continue
         steps += row["step"] - before["step"]
         for name in spent:
