@@ -7,6 +7,7 @@ ProjectError            1   something failed that was not the user's input
     └── DiskFull        3
 """
 
+import errno
 import os
 import re
 import sys
@@ -56,12 +57,16 @@ def tell(text: str, stream: TextIO | None = None) -> None:
     stream = stream or sys.stderr
     try:
         print(text, file=stream, flush=True)
-    except OSError:
-        silence(stream)
+    except OSError as error:
+        give_up(stream, error)
 
 
-def silence(stream: IO[str]) -> None:
-    """Send what is still to be written to `stream` nowhere: its terminal or pipe is gone."""
+def give_up(stream: IO[str], error: OSError) -> None:
+    """Go on without `stream` after `error`: its terminal or pipe is gone. A result that has no room raises `error`."""
+    if error.errno not in (errno.EPIPE, errno.EIO):
+        if stream is sys.stderr:
+            return
+        raise error
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

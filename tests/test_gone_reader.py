@@ -49,6 +49,13 @@ def test_a_closed_terminal_publishes(pristine: SyntheticStore, tmp_path: Path) -
     assert not list((tmp_path / "run").rglob("*.tmp")) and not (tmp_path / "run/checkpoints/reserve").exists()
 
 
+def test_a_result_that_has_no_room_is_an_error(pristine: SyntheticStore) -> None:
+    with open("/dev/full", "w") as full:
+        line = [sys.executable, "-m", "harvest", "verify", str(pristine.path), "-q"]
+        done = subprocess.run(line, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=200)
+    assert done.returncode == 1 and "No space left on device" in done.stderr
+
+
 @pytest.mark.parametrize("gone", ["stderr", "both"])
 def test_a_pipe_that_nobody_reads(pristine: SyntheticStore, tmp_path: Path, gone: str) -> None:
     read, write = os.pipe()

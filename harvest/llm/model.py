@@ -171,6 +171,7 @@ def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[st
             key_mapping=_NESTED,
             dtype=kind,
             attn_implementation="eager",
+            experts_implementation="eager",
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,

@@ -3,6 +3,8 @@
 Warnings and errors are printed whatever the verbosity is; while a panel is shown they appear above it.
 """
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +17,7 @@ from rich.live import Live
 from rich.segment import Segment
 from rich.text import Text
 
-from shared.errors import printable, silence, tell
+from shared.errors import give_up, printable, tell
 
 _WIDTH = 80
 """Columns of a terminal that says it has none."""
@@ -81,12 +83,12 @@ class PlainConsole(Console):
         """Print as rich does; where nobody reads it any more, that stops no work."""
         try:
             super().print(*given, **options)
-        except OSError:
-            silence(self.file)
+        except OSError as error:
+            give_up(self.file, error)
 
     def on_broken_pipe(self) -> None:
         """Be silent, in place of rich's end of the process."""
-        silence(self.file)
+        give_up(self.file, BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Convert a text; its width is measured with the escapes in it."""
