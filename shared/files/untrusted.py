@@ -45,7 +45,7 @@ def read_file(path: Path, most: int = MOST_BYTES, *, follow: bool = False) -> by
 
     Raises what `regular` raises, and `CorruptData` when the file is larger.
     """
-    with open(path, "rb", buffering=0, opener=regular_or_link if follow else regular) as file:
+    with open(regular(path, os.O_RDONLY, follow=follow), "rb", buffering=0) as file:
         data = bytearray()
         while len(data) <= most and (chunk := file.read(min(2**22, most + 1 - len(data)))):
             data += chunk
