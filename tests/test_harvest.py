@@ -78,9 +78,8 @@ def check_statistics(store: Store) -> None:
         values = decode(rows, store.request.storage).astype(np.float64)
         found = store.statistics[name]["source"]
         np.testing.assert_allclose(found.mean, values.mean(0), rtol=1e-6, atol=1e-5)
-        np.testing.assert_allclose(
-            found.variance, values.var(0), rtol=5e-6, atol=1e-12
-        )  # float32 sums of some hundred rows
+        # in float32 over some hundred rows at a time
+        np.testing.assert_allclose(found.variance, values.var(0), rtol=5e-6, atol=1e-12)
         norms = np.linalg.norm(values, axis=1)
         assert summary.rows == len(values)
         assert summary.source.mean_squared_norm == pytest.approx((norms**2).mean())
