@@ -63,14 +63,15 @@ def tell(text: str, stream: TextIO | None = None) -> None:
 
 def give_up(stream: IO[str], error: OSError) -> None:
     """Go on without `stream` after `error`: its terminal or pipe is gone. A result that has no room raises `error`."""
-    if error.errno not in (errno.EPIPE, errno.EIO):
-        if stream is sys.stderr:
-            return
-        raise error
-    with suppress(OSError):
+    gone = error.errno in (errno.EPIPE, errno.EIO)
+    if not gone and stream is sys.stderr:
+        return
+    with suppress(OSError):  # or what is still in its buffer would fail again when the process ends
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+    if not gone:
+        raise error
 
 
 def warn(text: str) -> None:

@@ -276,6 +276,7 @@ def test_a_run_that_is_removed_or_renamed_under_its_trainer_ends_in_an_error(
 
     def meet_fate(self: trainer.Trainer, number: int) -> Any:
         if number == 12:
+            self._saver.wait()
             run.rename(tmp_path / "elsewhere")
             if fate == "replaced":
                 shutil.copytree(finished, run)

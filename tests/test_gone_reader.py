@@ -32,6 +32,7 @@ def test_a_closed_terminal_publishes(pristine: SyntheticStore, tmp_path: Path) -
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # tests may run under nohup, which ignores it
     )
     os.close(theirs)
     began, metrics = time.monotonic(), tmp_path / "run" / "metrics.jsonl"

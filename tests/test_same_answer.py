@@ -116,7 +116,7 @@ def options(store: Path, work: Path, **given: Any) -> Namespace:
     """Of a bench of seconds."""
     shape = {"steps": 3, "k": 4, "d_sae": 128, "seeds": 2, "most": 4}
     sets = ["rows.batch_rows=16", "monitor.every=0", "diversity.co_activation.weight=0"]
-    return Namespace(store=store, work=work, preset="tiny", **shape, set=sets, **given)
+    return Namespace(store=store, work=work, preset="tiny", rates=None, **shape, set=sets, **given)
 
 
 @pytest.mark.parametrize("name", ["ours, Matryoshka BatchTopK", "ours, autoencoder"])

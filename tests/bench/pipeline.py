@@ -90,7 +90,8 @@ def quality(evaluation: dict[str, Any]) -> dict[str, tuple[float, str]]:
         figures[f"prefix {size}: fvu"] = (part["fvu"], "")
         figures[f"prefix {size}: l0"] = (part["l0"], "latents")
     for name, part in evaluation["strata"].items():
-        figures[f"positions {name}: fvu"] = (part["fvu"], "")
+        if part["fvu"] is not None:  # of a constant target there is none
+            figures[f"positions {name}: fvu"] = (part["fvu"], "")
         figures[f"positions {name}: l0 by threshold"] = (part["l0"], "latents")
         if part["l0_training_rule"] is not None:
             figures[f"positions {name}: l0 by training rule"] = (part["l0_training_rule"], "latents")
