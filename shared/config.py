@@ -58,11 +58,16 @@ class RenamedConfig(Config):
 M = TypeVar("M", bound=BaseModel)
 
 
+def json_digest(value: Any) -> str:
+    """Return the SHA-256, as 64 hexadecimal digits, over a value as canonical JSON: sorted names, no spaces."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record as JSON holds it, with the SHA-256 of the rest as its `digest`."""
+    """Return a record as JSON holds it, with the digest of the rest as its `digest`."""
     rest = {name: value for name, value in record.items() if name != "digest"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return rest | {"digest": hashlib.sha256(text.encode()).hexdigest()}
+    return rest | {"digest": json_digest(rest)}
 
 
 def build(cls: type[M], data: Mapping[str, Any], origin: str) -> M:

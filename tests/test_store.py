@@ -9,7 +9,8 @@ import pytest
 from shared.errors import CorruptData
 from shared.store import arrays, layout
 from shared.store.checks import buffers_record, fault, file_crc32c, read_store_record
-from shared.store.store import MappedArray, Store
+from shared.store.mapped_array import MappedArray
+from shared.store.store import Store
 from tests.stores import SyntheticStore, cut, faults, flip, make_store
 
 SOURCE = "strata/004-016/source"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from train.commands import evaluate, export, resume, sample, train, write_report
     from train.compare.arms import compare_runs
     from train.data.batches import batches
+    from train.interchange.read_transcoder import read_transcoder
     from train.model.transcoder import Transcoder, TranscoderOutput
     from train.run.load_run import LoadedRun, load_run
     from train.run.settings import Settings, load_settings
@@ -20,6 +21,7 @@ _PLACES = {
     "train.commands": ("evaluate", "export", "resume", "sample", "train", "write_report"),
     "train.compare.arms": ("compare_runs",),
     "train.data.batches": ("batches",),
+    "train.interchange.read_transcoder": ("read_transcoder",),
     "train.model.transcoder": ("Transcoder", "TranscoderOutput"),
     "train.run.load_run": ("LoadedRun", "load_run"),
     "train.run.settings": ("Settings", "load_settings"),
@@ -35,6 +37,7 @@ __all__ = [
     "export",
     "load_run",
     "load_settings",
+    "read_transcoder",
     "resume",
     "sample",
     "train",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
 import click
 
@@ -16,9 +16,7 @@ from shared.console.terminal import Verbosity, show_path, verbosity
 from shared.errors import UserError
 from shared.files import durable
 from shared.store.store import Local, Store
-
-if TYPE_CHECKING:
-    from train.interchange.export import Format
+from train.interchange import Format
 
 _fallback_option = click.option(
     "--fallback-dir",
@@ -300,7 +298,7 @@ def report(
     "--format",
     "kind",
     required=True,
-    type=click.Choice(["saelens", "circuit-tracer", "sparsify"]),
+    type=click.Choice(get_args(Format)),
     help="The library that is to read it.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="A new folder; default: RUN/exports/FORMAT.")
@@ -313,7 +311,7 @@ def report(
 @shared.command_line.local_options
 def export(
     runs: tuple[Path, ...],
-    kind: "Format",
+    kind: Format,
     out: Path | None,
     store: Path | None,
     step: int | None,

@@ -27,7 +27,8 @@ from train.samples.select import SamplesConfig
 from train.wandb_sync.sync import FOLDER, REPORT, synced
 
 if TYPE_CHECKING:
-    from train.interchange.export import Exported, Format
+    from train.interchange import Format
+    from train.interchange.export import Exported
     from train.report.report_record import Report
 
 _BEFORE_CONFIG = {LOCK, BLOCKS, *(name + durable.TEMPORARY for name in (BLOCKS, CONFIG))}

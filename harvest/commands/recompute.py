@@ -17,8 +17,9 @@ from harvest.writer.target import Target, read_block
 from shared.console.progress import Progress
 from shared.keyed import hash_integers
 from shared.store.checks import read_ledger
+from shared.store.mapped_array import MappedArray
 from shared.store.statistics import decode
-from shared.store.store import Local, MappedArray, Store
+from shared.store.store import Local, Store
 
 ROUNDING = 0.02
 """The relative difference of a row that rounding explains: five units in the last place of bfloat16."""

@@ -11,8 +11,6 @@ statistics-000019.safetensors   means and variances per dimension of a store of 
 tokenizer/
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -38,7 +36,7 @@ from shared.bounds import (
     TokenId,
     Width,
 )
-from shared.config import Config
+from shared.config import Config, json_digest
 from shared.store.arrays import INNER_ROWS, ArraySpec
 from shared.store.statistics import QUANTILES
 from shared.store.strata import Stratum, stratum_name, stratum_ranges
@@ -141,8 +139,7 @@ class StoreRequest(Config):
     @property
     def digest(self) -> str:
         """SHA-256 over the canonical JSON of the request."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return json_digest(self.model_dump(mode="json"))
 
     @property
     def folder(self) -> str:

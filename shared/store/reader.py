@@ -15,9 +15,10 @@ from pydantic import Field
 from shared.config import RenamedConfig
 from shared.errors import UserError
 from shared.keyed import permutation
+from shared.store.mapped_array import RowRun
 from shared.store.outliers import Exclusion
 from shared.store.statistics import OUTLIER_RATIO
-from shared.store.store import RowRun, Store, StratumRows
+from shared.store.store import Store, StratumRows
 from shared.store.strata import Stratum
 
 MOST_RUN_ROWS = 64

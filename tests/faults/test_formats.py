@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from shared.store.layout import ARRAYS, FORMAT_VERSION
-from shared.store.store import Local, MappedArray, Store
+from shared.store.mapped_array import MappedArray
+from shared.store.store import Local, Store
 from tests.llms import command, contents
 from tests.stores import SyntheticStore, edit, stock_rows
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.store.layout import StorageType
+from shared.store.mapped_array import MappedArray
 from shared.store.reader import AHEAD, RowReader, RowsConfig
-from shared.store.store import MappedArray, Store
+from shared.store.store import Store
 
 _TORCH: dict[StorageType, torch.dtype] = {
     "bfloat16": torch.bfloat16,

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from shared.errors import ProjectError, UserError
 from shared.files import durable
 from train.evaluation.evaluate import calibrate
-from train.interchange import circuit_tracer, saelens, sparsify
+from train.interchange import Format, circuit_tracer, saelens, sparsify
 from train.interchange.agreement import LARGEST_CHANGE, LARGEST_ERROR, Agreement, agreement
 from train.interchange.card import card
 from train.interchange.foreign_tensors import ForeignTensors
@@ -15,7 +15,6 @@ from train.interchange.origin import origin_of
 from train.interchange.plain_transcoder import PlainTranscoder
 from train.run.load_run import LoadedRun
 
-Format = Literal["saelens", "circuit-tracer", "sparsify"]
 CARD = "README.md"
 
 

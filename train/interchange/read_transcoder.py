@@ -12,6 +12,7 @@
 dictionary_learning saves `ae.pt`, a pickle, which is not read here: a pickle can run any code.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,12 +31,13 @@ class Found(NamedTuple):
     transcoder: PlainTranscoder
 
 
-def read_transcoder(path: Path) -> Found:
+def read_transcoder(path: Path | str) -> Found:
     """Read what is at `path`, a file or a folder.
 
     Raises `UserError` when it is nothing that is known, or another function than a transcoder here can be, and
     `CorruptData` when a file is damaged.
     """
+    path = Path(path)
     if path.is_dir():
         return _read_folder(path)
     if path.suffix in (".pt", ".pth", ".pkl", ".bin"):
@@ -62,24 +64,14 @@ def _read_folder(path: Path) -> Found:
     )
 
 
-def _gemma_scope(tensors: ForeignTensors) -> PlainTranscoder:
-    (d_in, d_sae), d_out = tensors.matrix("W_enc"), tensors.matrix("W_dec")[1]
-    return PlainTranscoder(
-        W_enc=tensors.take("W_enc", d_in, d_sae),
-        b_enc=tensors.take("b_enc", d_sae),
-        W_dec=tensors.take("W_dec", d_sae, d_out),
-        b_dec=tensors.take("b_dec", d_out),
-        threshold=tensors.per_latent("threshold", d_sae).clamp_min(0),
-    )
-
-
-def _gemma_scope_2(tensors: ForeignTensors) -> PlainTranscoder:
-    (d_in, d_sae), d_out = tensors.matrix("w_enc"), tensors.matrix("w_dec")[1]
+def _gemma_scope(tensors: ForeignTensors, W_enc: str = "W_enc", W_dec: str = "W_dec") -> PlainTranscoder:
+    """Read a transcoder of either Gemma Scope; they name two tensors differently, and the second may have a skip."""
+    (d_in, d_sae), d_out = tensors.matrix(W_enc), tensors.matrix(W_dec)[1]
     skip = "affine_skip_connection"
     return PlainTranscoder(
-        W_enc=tensors.take("w_enc", d_in, d_sae),
+        W_enc=tensors.take(W_enc, d_in, d_sae),
         b_enc=tensors.take("b_enc", d_sae),
-        W_dec=tensors.take("w_dec", d_sae, d_out),
+        W_dec=tensors.take(W_dec, d_sae, d_out),
         b_dec=tensors.take("b_dec", d_out),
         threshold=tensors.per_latent("threshold", d_sae).clamp_min(0),
         W_skip=tensors.take(skip, d_in, d_out) if skip in tensors else None,
@@ -103,7 +95,7 @@ def _dictionary_learning(tensors: ForeignTensors) -> PlainTranscoder:
 _BY_TENSOR = (
     ("Gemma Scope", "W_enc", _gemma_scope),
     ("circuit-tracer", "W_enc", circuit_tracer.read_layer),
-    ("Gemma Scope 2", "w_enc", _gemma_scope_2),
+    ("Gemma Scope 2", "w_enc", partial(_gemma_scope, W_enc="w_enc", W_dec="w_dec")),
     ("dictionary_learning", "encoder.weight", _dictionary_learning),
 )
 """Libraries by a tensor that only their files have; an .npz is Gemma Scope's."""

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shared.store.mapped_array import MappedArray
 from shared.store.statistics import decode
-from shared.store.store import MappedArray, Store
+from shared.store.store import Store
 from train.data.batches import Side
 from train.model.transcoder import Normalisation
 

@@ -5,15 +5,13 @@ run pins the checksums of the blocks that it reads. And `config.json` says how a
 what its checkpoints say.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from shared.bounds import Blocks, Digest
-from shared.config import Config, brief, read_record
+from shared.config import Config, brief, json_digest, read_record
 from shared.errors import CorruptData, UserError
 from shared.files import durable
 from shared.store.checks import MOST_RECORD_BYTES
@@ -33,8 +31,7 @@ class PinnedBlocks(Config):
     @property
     def digest(self) -> Digest:
         """SHA-256 over the record, which `config.json` names."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return json_digest(self.model_dump(mode="json"))
 
 
 def pinned(store: Store, training: range) -> PinnedBlocks:

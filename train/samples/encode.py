@@ -16,7 +16,8 @@ from torch import Tensor
 
 from shared.console.progress import Progress
 from shared.errors import Stopped
-from shared.store.store import MappedArray, Store
+from shared.store.mapped_array import MappedArray
+from shared.store.store import Store
 from train.data.batches import StoreRows, check_rows, read_rows
 from train.model.transcoder import Transcoder
 from train.samples import context_loops

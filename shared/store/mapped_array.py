@@ -1,0 +1,109 @@
+"""One array of a store as memory maps of its shard files. No torch here."""
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import CorruptData
+from shared.store.arrays import ArraySpec
+from shared.store.checks import remedy
+from shared.store.packed import LocalFolder
+
+Rows = NDArray[Any]
+RowRun = tuple[int, int]
+"""Neighbouring rows of an array, a half-open range."""
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class MappedArray:
+    """One array of the store as memory maps, one per shard file, opened at first use.
+
+    Maps are private and advised `MADV_RANDOM`, so that a run of rows is read and nothing beside it. Those of a packed
+    store are of files in a local folder, into which rows are decoded before they are read. Several threads may read.
+
+    Reading raises `CorruptData` when a shard file became shorter than its rows, or a packed chunk does not decode.
+    """
+
+    def __init__(self, root: Path, spec: ArraySpec, blocks: int, local: LocalFolder | None = None) -> None:
+        self.spec = spec
+        self.rows = blocks * spec.rows_per_block
+        self._folder, self._local = local.folder if local else root, local
+        self._rows_per_shard, self._row_bytes = spec.rows_per_shard, spec.row_bytes  # both take a search
+        self._maps: dict[int, tuple[Rows, int]] = {}  # with their addresses
+
+    def shard(self, number: int) -> Rows:
+        """Return the rows of one shard file, a read-only view."""
+        return self._rows(number, 0, self._rows_per_shard)
+
+    def read(self, start: int, stop: int, out: Rows) -> None:
+        """Copy rows `start:stop` into the first rows of `out`; they may lie in several shard files."""
+        self.gather([(start, stop)], out)
+
+    def gather(self, runs: Sequence[RowRun], out: Rows) -> None:
+        """Copy `runs` one after the other into the first rows of `out`; the copies leave other threads the GIL."""
+        if not self._local:
+            parts = [self._map(number)[0][low:high] for number, low, high in self._spans(runs)]
+            if parts:  # one call: half the time where runs are short
+                np.concatenate(parts, out=out[: sum(map(len, parts))])
+            return
+        filled = 0
+        for number, low, high in self._spans(runs):  # one by one: a shard takes disk space as long as a part is held
+            out[filled : filled + high - low] = self._rows(number, low, high)[low:high]
+            filled += high - low
+
+    def will_need(self, runs: Sequence[RowRun]) -> None:
+        """Ask the kernel to read `runs` ahead; does nothing for a packed store. Raises nothing: reading does."""
+        if self._local:
+            return
+        with suppress(CorruptData, OSError):
+            for number, low, high in self._spans(runs):
+                first = low * self._row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+                # Not by mmap's own method: that holds the GIL while the kernel works.
+                _madvise(self._map(number)[1] + first, high * self._row_bytes - first, mmap.MADV_WILLNEED)
+
+    def _spans(self, runs: Sequence[RowRun]) -> list[tuple[int, int, int]]:
+        """List (shard, first row, past the last row) of the parts of `runs`."""
+        size, found = self._rows_per_shard, []
+        for start, stop in runs:
+            while start < stop:
+                number, low = divmod(start, size)
+                high = min(size, low + stop - start)
+                found.append((number, low, high))
+                start += high - low
+        return found
+
+    def _rows(self, number: int, low: int, high: int) -> Rows:
+        """Return a shard of which rows `low:high` can be read."""
+        if not self._local:
+            return self._map(number)[0]
+        with self._local.lock:  # a shard is not evicted before it is mapped
+            self._local.decode(self.spec, number, low, high, lambda: self._maps.pop(number, None))
+            return self._map(number)[0]
+
+    def _map(self, number: int) -> tuple[Rows, int]:
+        if found := self._maps.get(number):
+            return found
+        path = self._folder / self.spec.shard_path(number)
+        with open(path, "rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) < self.spec.payload_bytes:
+                raise CorruptData(
+                    f"{path}: {size:,} bytes, its rows take {self.spec.payload_bytes:,}; {remedy(self.spec, number)}"
+                )
+            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+        mapped.madvise(mmap.MADV_RANDOM)
+        rows = np.frombuffer(mapped, dtype=self.spec.dtype, count=self.spec.payload_bytes // self._item)
+        rows = rows if self.spec.width is None else rows.reshape(-1, self.spec.width)
+        self._maps[number] = rows, rows.ctypes.data
+        return self._maps[number]
+
+    @property
+    def _item(self) -> int:
+        return np.dtype(self.spec.dtype).itemsize
