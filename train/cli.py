@@ -385,6 +385,7 @@ def import_(
     type=float,
     help="Active latents per row to compare at; default: the runs' k.",
 )
+@click.option("--own-l0", is_flag=True, help="Compare each run at its own: by its k, or its learned thresholds.")
 @click.option(
     "--matched-latents",
     type=click.IntRange(1),
@@ -400,6 +401,7 @@ def compare(
     runs: tuple[Path, ...],
     store: Path | None,
     l0: float | None,
+    own_l0: bool,
     matched_latents: int,
     html: Path | None,
     as_json: bool,
@@ -413,7 +415,7 @@ def compare(
         durable.make_folder(html.parent)
         if not os.access(html.parent, os.W_OK):
             raise UserError(f"--html {html}: the folder cannot be written to; name a file in another one")
-    found = compare_runs(runs, store=store, l0=l0, matched_latents=matched_latents, verify=verify)
+    found = compare_runs(runs, store=store, l0=l0, own_l0=own_l0, matched_latents=matched_latents, verify=verify)
     if html:
         from train.report import comparison_page
 

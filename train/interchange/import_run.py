@@ -80,7 +80,7 @@ def import_transcoder(path: Path, store: Store, run: Path, options: ImportOption
     config = resolve(store, _settings(plain, store, reading), None)
     blocks = pinned(store, config.training_blocks)
     config = config.model_copy(update={"imported": imported, "blocks": blocks.digest})
-    check_shards(store, config.training_blocks)
+    check_shards(store, config.training_blocks, verify=False)
     _tell(path, imported, store, reading)
     size = checkpoint_bytes(config.settings, config.d_in, config.d_out) // 3
     with store.reading(), durable.publish_folder(run, size) as folder:
@@ -233,9 +233,10 @@ def _require_widths(path: Path, plain: PlainTranscoder, store: Store, source: Si
     theirs = (len(plain.W_enc), len(plain.b_dec))
     ours = (source_width(store, source), store.record.d_out)
     if theirs != ours:
+        kind = " (an autoencoder of the targets)" if source == "target" else ""
         raise UserError(
             f"{path} reads rows of {theirs[0]} values and predicts {theirs[1]}, {store.path} has {ours[0]} and "
-            f"{ours[1]}{' (an autoencoder of the targets)' if source == 'target' else ''}; pass the store of its model and hooks"
+            f"{ours[1]}{kind}; pass the store of its model and hooks"
         )
     if plain.k is not None and plain.k > plain.d_sae:
         raise UserError(f"{path}: k = {plain.k} is more than its {plain.d_sae} latents")
