@@ -70,8 +70,9 @@ def compare_runs(
 ) -> Comparison:
     """Measure finished `runs` on one store at one l0: that of their k, unless another is given.
 
-    `own_l0`: each at the l0 that it has, by its k or its learned thresholds. `store`: where it is now, if it was moved. `matched_latents`: as many are matched across seeds, at most. `verify`:
-    read all of the store's shard files first, and not only some.
+    `own_l0`: each at the l0 that it has, by its k or its learned thresholds. `store`: where it is now, if it was moved.
+    `matched_latents`: as many are matched across seeds, at most. `verify`: read all of the store's shard files first,
+    and not only some.
 
     Raises `UserError` when there are none, one is not finished, two are one run, they are not of one store, or have no
     k in common.
@@ -161,8 +162,7 @@ def _groups(runs: Sequence[Path], configs: Sequence[RunConfig]) -> list[list[int
 def _described(config: RunConfig) -> dict[str, Any]:
     """Return what defines a run, by dotted names."""
     more = config.model_dump(mode="json", include={"init_from", "first_block", "last_block", "extensions"})
-    source = config.imported
-    told = {"imported": f"{source.library} {min(source.files.values())[:12]}"} if source else {}
+    told = {"imported": config.imported.name} if config.imported else {}
     return flat(config.settings) | more | told
 
 

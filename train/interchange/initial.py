@@ -48,7 +48,7 @@ def _of_run(run: Path, config: RunConfig) -> Initial:
     _require_same(run, _shape(before), _shape(config))
     if [one.settings.transcoder.decoder_norm for one in (before, config)] == ["free", "unit"]:
         raise _free_norms(run)
-    weights = InitialWeights(step=found.step, crc32c=found.state.files[checkpoint.WEIGHTS].crc32c)
+    weights = InitialWeights(step=found.step, crc32c=found.state.files["weights.safetensors"].crc32c)
     if before.imported is None:
         return Initial(weights, lambda model: model.load_checkpoint(found))
     imported = Transcoder.load(run, found.step)  # in the LLM's own units; the new run shifts and scales rows
@@ -57,7 +57,7 @@ def _of_run(run: Path, config: RunConfig) -> Initial:
 
 def _of_library(path: Path, config: RunConfig) -> Initial:
     library, plain = read_transcoder(path)
-    theirs = {
+    theirs: dict[str, object] = {
         "d_in": len(plain.W_enc),
         "d_out": len(plain.b_dec),
         "transcoder.d_sae": plain.d_sae,

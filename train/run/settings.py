@@ -118,6 +118,11 @@ class Imported(Config):
     metadata: dict[str, Any] = {}
     """All that its configuration file says."""
 
+    @property
+    def name(self) -> str:
+        """The library, and the start of SHA-256 of the weights: two transcoders of one library have different names."""
+        return f"{self.library} {next(iter(self.files.values()), '')[:12]}"
+
 
 class RunConfig(Config):
     """A run as it was resolved: `config.json`."""
