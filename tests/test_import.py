@@ -293,10 +293,9 @@ def test_what_does_not_fit_the_store_is_refused_in_one_line_and_leaves_nothing(
              ("model_name", "gpt2\x1b[31m", "it was trained on gpt2\\x1b[31m, the store is of synthetic")]  # fmt: skip
     for i, (name, value, said) in enumerate(hooks):
         path = saelens(tmp_path / f"odd-{i}", w, kind, **{**fits, name: value})
-        refused = import_(command, path, square, runs)
+        refused = import_(command, path, square, tmp_path / "none")
         assert (refused.code, refused.err.count("\n")) == (2, 1), refused.err
         assert said in refused.err and "--accept-mismatch" in refused.err
-        assert not runs.exists()
         taken = import_(command, path, square, runs / str(i), "--accept-mismatch")
         assert taken.code == 0, taken.err
         assert len(read_config(taken.path).imported.accepted) == 1  # type: ignore[union-attr]
