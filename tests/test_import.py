@@ -50,7 +50,7 @@ def w() -> dict[str, Tensor]:
     return drawn | {"threshold": drawn["threshold"].abs()}
 
 
-def save(path: Path, config: tuple[str, object] | None = None, **tensors: Tensor) -> Path:
+def save(path: Path, config: tuple[str, object] | None, tensors: dict[str, Tensor]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
     if config:
@@ -63,7 +63,7 @@ def saelens(folder: Path, w: dict[str, Tensor], kind: str, **metadata: str) -> P
     told = {"architecture": kind, "d_in": D, "d_out": D, "d_sae": F, "apply_b_dec_to_input": False,
             "metadata": metadata}  # fmt: skip
     skip = {"W_skip": w["W_skip"].T} if "skip" in kind else {}
-    save(folder / "sae_weights.safetensors", ("cfg.json", told), **{name: w[name] for name in names}, **skip)
+    save(folder / "sae_weights.safetensors", ("cfg.json", told), {name: w[name] for name in names} | skip)
     return folder
 
 
@@ -75,18 +75,15 @@ def write(kind: str, folder: Path, w: dict[str, Tensor]) -> Path:
     if kind == "sparsify":
         told = {"d_in": D, "num_latents": F, "k": K, "transcode": True}
         tensors = {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
-        return save(folder / "sae.safetensors", ("cfg.json", told), **tensors).parent
+        return save(folder / "sae.safetensors", ("cfg.json", told), tensors).parent
     if kind == "circuit-tracer":
         tensors = {"W_enc": w["W_enc"].T, "activation_function.threshold": w["threshold"]}
-        return save(folder / "layer_3.safetensors", **tensors, **{n: w[n] for n in ("b_enc", "W_dec", "b_dec")})
+        return save(folder / "layer_3.safetensors", None, tensors | {n: w[n] for n in ("b_enc", "W_dec", "b_dec")})
     if kind == "gemma scope 2":
         tensors = {"w_enc": w["W_enc"], "w_dec": w["W_dec"], **{n: w[n] for n in ("b_enc", "b_dec", "threshold")}}
-        return save(folder / "two.safetensors", **tensors)
-    return save(
-        folder / "ae.safetensors",
-        **{"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T},
-        b_dec=w["b_dec"],
-    )
+        return save(folder / "two.safetensors", None, tensors)
+    tensors = {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T}
+    return save(folder / "ae.safetensors", None, tensors | {"b_dec": w["b_dec"]})
 
 
 def slow(kind: str, w: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,12 @@ from train.run.bindings import foreign_block
 from train.run.load_run import check_shards, place_of_store, remember_store
 from train.run.settings import RunConfig, Settings, flat, read_config, resolve_exclusion
 
+_OF_IMPORTED = (
+    *("source", "seed", "transcoder.d_sae", "transcoder.skip", "transcoder.source_rms_eps"),
+    *("activation.kind", "activation.k"),
+)
+"""Settings of an imported run that say what it is; those of training were not used."""
+
 
 class Spread(Config):
     """One figure over the seeds of an arm."""
@@ -100,7 +106,7 @@ def compare_runs(
         arms = [arm.model_copy(update={"name": paths[group[0]].name}) for arm, group in zip(arms, groups, strict=True)]
     described = [_described(configs[group[0]]) for group in groups]
     names = {name for one in described for name in one}
-    odd = sorted(name for name in names - {"seed"} if len({json.dumps(one.get(name)) for one in described}) > 1)
+    odd = sorted(name for name in names - {"seed"} if _differs(name, described))
     differs = [{name: one[name] for name in odd if name in one} for one in described]
     return Comparison(
         store=opened.request.digest,
@@ -159,11 +165,18 @@ def _groups(runs: Sequence[Path], configs: Sequence[RunConfig]) -> list[list[int
     return list(found.values())
 
 
+def _differs(name: str, described: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether arms have other values of `name`; imported ones, which were not trained here, do not have all."""
+    return len({json.dumps(one.get(name)) for one in described if name in one or "imported" not in one}) > 1
+
+
 def _described(config: RunConfig) -> dict[str, Any]:
     """Return what defines a run, by dotted names."""
     more = config.model_dump(mode="json", include={"init_from", "first_block", "last_block", "extensions"})
-    told = {"imported": config.imported.name} if config.imported else {}
-    return flat(config.settings) | more | told
+    found = flat(config.settings) | more
+    if config.imported is None:
+        return found
+    return {name: found[name] for name in _OF_IMPORTED if name in found} | {"imported": config.imported.name}
 
 
 def _arm(runs: list[Measured], most: int) -> Arm:

@@ -19,6 +19,8 @@ from train.run.settings import InitialWeights, RunConfig, read_config
 class Initial(NamedTuple):
     """Weights to start from."""
 
+    path: Path
+    """Of the checkpoint or the file."""
     weights: InitialWeights
     """What `config.json` records of them."""
     load: Callable[[Transcoder], object]
@@ -35,8 +37,8 @@ def find_initial(path: Path, config: RunConfig) -> Initial:
     found = found or _of_library(path, config)
     if config.initial and found.weights != config.initial:
         raise UserError(
-            f"{path} is not what this run started from: other weights of the same step; start the run again under "
-            "another name"
+            f"{found.path} is not {'the file' if found.weights.library else 'the checkpoint'} that this run started from: "
+            "other weights of the same name; start the run again under another name"
         )
     return found
 
@@ -50,9 +52,9 @@ def _of_run(run: Path, config: RunConfig) -> Initial:
         raise _free_norms(run)
     weights = InitialWeights(step=found.step, crc32c=found.state.files["weights.safetensors"].crc32c)
     if before.imported is None:
-        return Initial(weights, lambda model: model.load_checkpoint(found))
+        return Initial(found.path, weights, lambda model: model.load_checkpoint(found))
     imported = Transcoder.load(run, found.step)  # in the LLM's own units; the new run shifts and scales rows
-    return Initial(weights, PlainTranscoder.of(imported, imported.inference_threshold).copy_to)
+    return Initial(found.path, weights, PlainTranscoder.of(imported, imported.inference_threshold).copy_to)
 
 
 def _of_library(path: Path, config: RunConfig) -> Initial:
@@ -69,7 +71,7 @@ def _of_library(path: Path, config: RunConfig) -> Initial:
     if config.settings.transcoder.decoder_norm == "unit":
         raise _free_norms(path)
     crc32c = file_crc32c(declared(path, library).files[0])
-    return Initial(InitialWeights(step=0, crc32c=crc32c, library=library), plain.copy_to)
+    return Initial(path, InitialWeights(step=0, crc32c=crc32c, library=library), plain.copy_to)
 
 
 def _free_norms(path: Path) -> UserError:
