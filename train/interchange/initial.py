@@ -37,8 +37,8 @@ def find_initial(path: Path, config: RunConfig) -> Initial:
     found = found or _of_library(path, config)
     if config.initial and found.weights != config.initial:
         raise UserError(
-            f"{found.path} is not {'the file' if found.weights.library else 'the checkpoint'} that this run started from: "
-            "other weights of the same name; start the run again under another name"
+            f"{found.path} is not {'the file' if found.weights.library else 'the checkpoint'} that this run started "
+            "from: other weights of the same name; start the run again under another name"
         )
     return found
 
