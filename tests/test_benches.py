@@ -17,7 +17,17 @@ from tests.forks import Forks
 from tests.stores import make_store
 
 FOLDER = Path(__file__).parent / "bench"
-PARTS = {"__init__", "record", "peer_worker", "peer_training", "live_worker", "judge", "same_rows", "real_model"}
+PARTS = {
+    "__init__",
+    "record",
+    "peer_worker",
+    "peer_training",
+    "peer_saving",
+    "live_worker",
+    "judge",
+    "same_rows",
+    "real_model",
+}
 """What is no bench, but of one; and what downloads a model, which has a test of its own."""
 COMMANDS: dict[str, list[str]] = {
     "checkpoints": ["STORE", "large"],
@@ -29,6 +39,7 @@ COMMANDS: dict[str, list[str]] = {
     "harvest": ["speed", "writing", "packing", "memory"],
     "initialisation": ["STORE"],
     "pages": ["RUN"],
+    "parity": ["STORE --work WORK"],
     "planted": ["--arms baseline mined --seeds 2"],
     "recipe": ["synthetic STORE --arms recipe before --seeds 0 1 --work WORK"],
     "scaling": ["synthetic STORE --work WORK"],

@@ -122,7 +122,7 @@ def options(store: Path, work: Path, **given: Any) -> Namespace:
 @pytest.mark.parametrize("name", ["ours, Matryoshka BatchTopK", "ours, autoencoder"])
 def test_peers_get_the_rows_of_our_run_without_position_0(pristine: SyntheticStore, tmp_path: Path, name: str) -> None:
     bench = SameRows(options(pristine.path, tmp_path))
-    store, config = bench._resolved(bench._settings(name, 1e-3, 5))
+    store, config = bench.resolved(bench.settings(name, 1e-3, 5))
     reader = BatchReader(
         store,
         range(config.first_block, config.last_block),

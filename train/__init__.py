@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train.commands import evaluate, export, resume, sample, train, write_report
+    from train.commands import evaluate, export, import_transcoder, resume, sample, train, write_report
     from train.compare.arms import compare_runs
     from train.data.batches import batches
     from train.interchange.read_transcoder import read_transcoder
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from train.run.settings import Settings, load_settings
 
 _PLACES = {
-    "train.commands": ("evaluate", "export", "resume", "sample", "train", "write_report"),
+    "train.commands": ("evaluate", "export", "import_transcoder", "resume", "sample", "train", "write_report"),
     "train.compare.arms": ("compare_runs",),
     "train.data.batches": ("batches",),
     "train.interchange.read_transcoder": ("read_transcoder",),
@@ -35,6 +35,7 @@ __all__ = [
     "compare_runs",
     "evaluate",
     "export",
+    "import_transcoder",
     "load_run",
     "load_settings",
     "read_transcoder",

@@ -60,7 +60,9 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--name", help="The run's folder in --runs; default: the preset's name and the next free number.")
 @click.option("--steps", type=int, help="Optimiser steps.")
 @click.option("--seed", type=int, help="Seed of the initial weights and the order of rows.")
-@click.option("--init-from", type=click.Path(path_type=Path), help="A run whose newest weights to start from.")
+@click.option(
+    "--init-from", type=click.Path(path_type=Path), help="Weights to start from: a run's, or another library's."
+)
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
 @click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
 @_fallback_option
@@ -336,6 +338,45 @@ def export(
     show_path(path)
 
 
+@main.command("import")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--store", required=True, type=click.Path(path_type=Path), help="A finished store (a folder).")
+@click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Where runs are kept.")
+@click.option("--name", help="The run's folder in --runs; default: `import` and the next free number.")
+@click.option("--source-hook", help="The hook that it reads, such as ln2.hook_normalized, where its files do not say.")
+@click.option("--accept-mismatch", is_flag=True, help="Import it although its model or hooks are not the store's.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@shared.command_line.quiet_option
+@shared.command_line.local_options
+def import_(
+    path: Path,
+    store: Path,
+    runs: Path,
+    name: str | None,
+    source_hook: str | None,
+    accept_mismatch: bool,
+    as_json: bool,
+    local: Local | None,
+) -> None:
+    """Make a finished run of a transcoder that another library wrote, to evaluate, compare, sample, report or export.
+
+    PATH is a folder of SAELens or sparsify, or a file of circuit-tracer, Gemma Scope or dictionary_learning. Prints the
+    run's path as its last line.
+    """
+    from train.commands import import_transcoder
+    from train.tables import print_evaluation
+
+    opened = Store.open(store, local)
+    with nullcontext(runs / _one_folder(name)) if name is not None else _free_folder(runs, None, "import") as run:
+        found = import_transcoder(path, opened, run, source_hook=source_hook, accept_mismatch=accept_mismatch)
+    if as_json:
+        click.echo(json.dumps({"path": str(run)} | found.model_dump(mode="json"), indent=2))
+        return
+    if verbosity() > Verbosity.QUIET:
+        print_evaluation(found, str(run), None, stderr=True)
+    show_path(run)
+
+
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--store", type=click.Path(path_type=Path), help="Where the runs' store is now, if it was moved.")
@@ -344,6 +385,7 @@ def export(
     type=float,
     help="Active latents per row to compare at; default: the runs' k.",
 )
+@click.option("--own-l0", is_flag=True, help="Compare each run at its own: by its k, or its learned thresholds.")
 @click.option(
     "--matched-latents",
     type=click.IntRange(1),
@@ -359,6 +401,7 @@ def compare(
     runs: tuple[Path, ...],
     store: Path | None,
     l0: float | None,
+    own_l0: bool,
     matched_latents: int,
     html: Path | None,
     as_json: bool,
@@ -372,7 +415,7 @@ def compare(
         durable.make_folder(html.parent)
         if not os.access(html.parent, os.W_OK):
             raise UserError(f"--html {html}: the folder cannot be written to; name a file in another one")
-    found = compare_runs(runs, store=store, l0=l0, matched_latents=matched_latents, verify=verify)
+    found = compare_runs(runs, store=store, l0=l0, own_l0=own_l0, matched_latents=matched_latents, verify=verify)
     if html:
         from train.report import comparison_page
 

@@ -14,13 +14,14 @@ from shared.store.store import Local, Store
 from train.evaluation.evaluate import Evaluation, calibrate
 from train.evaluation.evaluate import evaluate as evaluate_rows
 from train.evaluation.linear_baseline import linear_map_fvu
+from train.interchange.initial import find_initial
 from train.live.run_files import BLOCKS, CONFIG, EXPORTS, HELD_OUT, LOCK, REPORTS
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, Listed
 from train.run.bindings import pinned, require_own_config, require_own_store
 from train.run.load_run import check_shards, load_run, open_store, place_of_store, remember_store, samples_of
 from train.run.saver import bring_home, require_own
-from train.run.settings import Extension, InitialWeights, RunConfig, Settings, checkpoint_bytes, read_config, resolve
+from train.run.settings import Extension, RunConfig, Settings, checkpoint_bytes, read_config, resolve
 from train.run.trainer import Trainer, use_threads
 from train.samples.parquet import SamplesRecord
 from train.samples.select import SamplesConfig
@@ -48,7 +49,8 @@ def train(
 ) -> Path:
     """Train from step 0 in the new folder `run`. Returns `run`.
 
-    `init_from`: a run whose newest weights to start from. `force`: start although the checkpoints may not fit the disk.
+    `init_from`: a run whose newest weights to start from, or another library's transcoder. `force`: start although the
+    checkpoints may not fit the disk.
     `fallback`: where checkpoints go when the disk of `run` is full. `project`: one of W&B that the run is sent to.
     `verify`: read all of the store's shard files first, and not only some.
 
@@ -66,8 +68,7 @@ def train(
     config = config.model_copy(update={"blocks": blocks.digest})
     source = find_initial(init_from, config) if init_from else None
     if source:
-        weights = InitialWeights(step=source.step, crc32c=source.state.files["weights.safetensors"].crc32c)
-        config = config.model_copy(update={"initial": weights})
+        config = config.model_copy(update={"initial": source.weights})
     if not force:
         size = checkpoint_bytes(config.settings, config.d_in, config.d_out)
         durable.require_space(
@@ -77,7 +78,8 @@ def train(
     written = durable.json_bytes(config.model_dump(mode="json"))
     elsewhere = _fallback(run, fallback, written)
     with store.reading(), _resumable(run):
-        new = Trainer(store, config, run, initial=source, fallback=elsewhere)  # raises before anything is written
+        load = source.load if source else None
+        new = Trainer(store, config, run, initial=load, fallback=elsewhere)  # raises before anything is written
         with durable.lock(run / LOCK, f"run {run}"):
             if (run / CONFIG).exists():  # of a run that was started meanwhile
                 raise exists
@@ -131,6 +133,10 @@ def resume(
     """
     run, store, fallback = Path(run), _path(store), _path(fallback)
     config = read_config(run)
+    if config.imported:
+        raise UserError(
+            f"{run} was imported, and has nothing to continue; train from it with: train run --init-from {run}"
+        )
     elsewhere = _fallback(run, fallback, (run / CONFIG).read_bytes())
     for place in (run, elsewhere):
         _refuse_links(place)
@@ -148,7 +154,8 @@ def resume(
             inexact = True
             config = config.model_copy(update={"settings": config.settings.model_copy(update={"threads": threads})})
         source = find_initial(config.init_from, config) if config.init_from and not found else None
-        continued = Trainer(opened, config, run, initial=source, resumed=found, fallback=elsewhere, inexact=inexact)
+        load = source.load if source else None
+        continued = Trainer(opened, config, run, initial=load, resumed=found, fallback=elsewhere, inexact=inexact)
         with synced(run, project):
             continued.train()
     return run
@@ -361,6 +368,28 @@ def export(
         return export_loaded(loaded, kind, _path(path) or paths[0] / EXPORTS / name, prefix=prefix, layers=layers)
 
 
+def import_transcoder(
+    path: Path | str,
+    store: Store | Path | str,
+    run: Path | str,
+    *,
+    source_hook: str | None = None,
+    accept_mismatch: bool = False,
+) -> Evaluation:
+    """Make the finished run `run` of a transcoder at `path` that another library wrote. Returns held-out figures.
+
+    Every command that reads a finished run takes it. `source_hook`: what it reads, where its files do not say.
+    `accept_mismatch`: although its model or hooks are not the store's. Raises `UserError` when `run` exists, when it is
+    nothing that `read_transcoder` reads, or its widths, model or hooks are not the store's, and `CorruptData`.
+    """
+    from train.interchange.import_run import ImportOptions
+    from train.interchange.import_run import import_transcoder as import_from
+
+    opened = store if isinstance(store, Store) else Store.open(store)
+    options = ImportOptions(source_hook=source_hook, accept_mismatch=accept_mismatch)
+    return import_from(Path(path), opened, Path(run), options)
+
+
 def _path(given: Path | str | None) -> Path | None:
     return None if given is None else Path(given)
 
@@ -376,43 +405,3 @@ def _samples_config(
     if not settings.rows:
         raise UserError("samples.rows is 0, and nothing would be sampled; leave it out, or ask for some with --rows")
     return settings
-
-
-def find_initial(run: Path, config: RunConfig) -> Checkpoint:
-    """Return the newest checkpoint of `run`, or the one that `config` started from. Its weights must fit `config`.
-
-    Raises `UserError` with both shapes, or when the checkpoint that it started from is gone, or is another.
-    """
-    initial = config.initial
-    found = checkpoint.find(run, initial.step if initial else None)
-    if initial and found.state.files["weights.safetensors"].crc32c != initial.crc32c:
-        raise UserError(
-            f"{found.path} is not the checkpoint that this run started from: other weights of the same step; start the "
-            "run again under another name"
-        )
-    before = read_config(run)
-    require_own_config(run, before, found)
-    theirs, ours = _shape(before), _shape(config)
-    if theirs != ours:
-        wrong = next(key for key in ours if theirs[key] != ours[key])
-        raise UserError(
-            f"--init-from {run}: its {wrong} is {theirs[wrong]}, this run's is {ours[wrong]}; make them agree"
-        )
-    if [one.settings.transcoder.decoder_norm for one in (before, config)] == ["free", "unit"]:
-        raise UserError(
-            f"--init-from {run}: its decoder rows have free norms, and this run would set them to 1; use "
-            "transcoder.decoder_norm=free"
-        )
-    return found
-
-
-def _shape(config: RunConfig) -> dict[str, object]:
-    settings = config.settings
-    return {
-        "source": config.settings.source,
-        "d_in": config.d_in,
-        "d_out": config.d_out,
-        "transcoder.d_sae": settings.transcoder.d_sae,
-        "transcoder.skip": settings.transcoder.skip,
-        "use of learned thresholds": settings.activation.learns_thresholds,
-    }

@@ -49,6 +49,18 @@ class Unembedding:
         if self._gain.shape != self._weight.shape[1:]:
             raise CorruptData(f"{path}: final_norm.gain is {self._gain.shape}, and W_U is {self._weight.shape}")
 
+    @property
+    def final_norm(self) -> tuple[str, float]:
+        """What the model's norms are, `rms` or `layer`, and what they add to the mean square. Raises `CorruptData`."""
+        try:
+            told = json.loads(self._header["__metadata__"]["logits"])
+            kind, eps = str(told["norm"]), float(told["eps"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CorruptData(f"{self._path}: does not say what the final norm is ({error!r})") from error
+        if kind not in ("rms", "layer") or not 0 < eps <= 1:
+            raise CorruptData(f"{self._path}: a final norm of kind {kind[:20]!r} with eps {eps:g}")
+        return kind, eps
+
     def effects(
         self, directions: NDArray[np.float32], count: int, tokens: Collection[int] | None = None
     ) -> TokenEffects:

@@ -96,8 +96,8 @@ class SameRows:
 
     def result(self, name: str, lr: float, seed: int) -> Result:
         """Train with one learning rate and seed, and judge; both are kept."""
-        sets = self._settings(name, lr, seed)
-        store, config = self._resolved(sets)
+        sets = self.settings(name, lr, seed)
+        store, config = self.resolved(sets)
         told = told_ours(config) if name in OURS else told_peer(name, config, lr)
         key = f"{name.replace(',', '').replace(' ', '-')}-lr{lr:.3g}-seed{seed}-{digest(told)}"
         weights, found = self._work / f"{key}.npz", self._work / f"{key}.json"
@@ -112,7 +112,7 @@ class SameRows:
         own, equal, per_row = (part and Part(*part) for part in read["parts"])
         return Result(Judged(own, equal, per_row, *read["counts"]), read["seconds"])
 
-    def _settings(self, name: str, lr: float, seed: int) -> list[str]:
+    def settings(self, name: str, lr: float, seed: int) -> list[str]:
         """Settings of this trainer's run whose rows everybody gets."""
         options, trainer = self._options, TRAINERS[name]
         own = [setting.format(k=options.k, d_sae=options.d_sae) for setting in trainer.settings]
@@ -120,7 +120,7 @@ class SameRows:
         chosen = f"source={trainer.source}", f"seed={seed}", f"optimizer.lr={lr!r}", "threads=1", "samples.rows=0"
         return own_settings(options.steps, options.k, options.d_sae, *own, *chosen, *options.set)
 
-    def _resolved(self, sets: list[str]) -> tuple[Store, RunConfig]:
+    def resolved(self, sets: list[str]) -> tuple[Store, RunConfig]:
         """The store, and the run of these settings."""
         store = Store.open(self._options.store)
         config = resolve(store, load_settings(self._options.preset, sets), None)
@@ -138,7 +138,7 @@ class SameRows:
     def _read_rows(self, source: Side) -> list[Rows]:
         """The report blocks' rows at natural frequencies, without position 0 and outliers."""
         name = next(name for name, trainer in OURS.items() if trainer.source == source)
-        store, config = self._resolved(self._settings(name, 1e-3, 0))
+        store, config = self.resolved(self.settings(name, 1e-3, 0))
         weights, normalised = natural_weights(store), build_transcoder(config, store).normalised
         found = []
         for chunk in StoreRows(store, 1024, source).chunks(store.record.report_blocks, CPU):

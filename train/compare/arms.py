@@ -18,6 +18,12 @@ from train.run.bindings import foreign_block
 from train.run.load_run import check_shards, place_of_store, remember_store
 from train.run.settings import RunConfig, Settings, flat, read_config, resolve_exclusion
 
+_OF_IMPORTED = (
+    *("source", "seed", "transcoder.d_sae", "transcoder.skip", "transcoder.source_rms_eps"),
+    *("activation.kind", "activation.k"),
+)
+"""Settings of an imported run that say what it is; those of training were not used."""
+
 
 class Spread(Config):
     """One figure over the seeds of an arm."""
@@ -49,8 +55,8 @@ class Comparison(Config):
     schema_version: Literal[1] = 1
     store: str
     """Digest of its request."""
-    l0: float
-    """Active latents per row, of all runs, on the calibration rows."""
+    l0: float | None
+    """Active latents per row, of all runs, on the calibration rows; none: each has its own."""
     report_rows: int
     """Stored rows of the report blocks, position 0 included."""
     matched_latents: int
@@ -64,13 +70,15 @@ def compare_runs(
     *,
     store: Path | str | None = None,
     l0: float | None = None,
+    own_l0: bool = False,
     matched_latents: int = 4096,
     verify: bool = False,
 ) -> Comparison:
     """Measure finished `runs` on one store at one l0: that of their k, unless another is given.
 
-    `store`: where it is now, if it was moved. `matched_latents`: as many are matched across seeds, at most. `verify`:
-    read all of the store's shard files first, and not only some.
+    `own_l0`: each at the l0 that it has, by its k or its learned thresholds. `store`: where it is now, if it was moved.
+    `matched_latents`: as many are matched across seeds, at most. `verify`: read all of the store's shard files first,
+    and not only some.
 
     Raises `UserError` when there are none, one is not finished, two are one run, they are not of one store, or have no
     k in common.
@@ -80,11 +88,14 @@ def compare_runs(
         raise UserError("compare needs different runs: RUN RUN ...")
     if l0 is not None and not 0 < l0 < math.inf:
         raise UserError(f"--l0 must be a number above 0, got {l0}")
+    if own_l0 and l0 is not None:
+        raise UserError("--own-l0 and --l0 exclude each other: pass one of them")
     configs = [read_config(run) for run in paths]
     opened = _store(paths, configs, Path(store) if store else None)
     check_shards(opened, opened.record.training_blocks, verify=verify)
     found = [require_finished(run, config) for run, config in zip(paths, configs, strict=True)]
-    wanted, groups = _common_k(configs) if l0 is None else l0, _groups(paths, configs)
+    wanted = None if own_l0 else _common_k(configs) if l0 is None else l0
+    groups = _groups(paths, configs)
     with opened.reading(), Progress("compare", len(paths), "runs") as progress:
         measured = []
         for i, run in enumerate(paths):
@@ -95,7 +106,7 @@ def compare_runs(
         arms = [arm.model_copy(update={"name": paths[group[0]].name}) for arm, group in zip(arms, groups, strict=True)]
     described = [_described(configs[group[0]]) for group in groups]
     names = {name for one in described for name in one}
-    odd = sorted(name for name in names - {"seed"} if len({json.dumps(one.get(name)) for one in described}) > 1)
+    odd = sorted(name for name in names - {"seed"} if _differs(name, described))
     differs = [{name: one[name] for name in odd if name in one} for one in described]
     return Comparison(
         store=opened.request.digest,
@@ -133,7 +144,10 @@ def _store(runs: Sequence[Path], configs: Sequence[RunConfig], path: Path | None
 def _common_k(configs: Sequence[RunConfig]) -> float:
     found = {config.settings.activation.expected_l0 for config in configs}
     if len(found) > 1 or None in found:
-        raise UserError("the runs have no k in common: pass --l0, the active latents per row to compare them at")
+        raise UserError(
+            "the runs have no k in common: pass --l0, the active latents per row to compare them at, or --own-l0 to "
+            "compare each at its own"
+        )
     return found.pop() or 0.0
 
 
@@ -151,10 +165,18 @@ def _groups(runs: Sequence[Path], configs: Sequence[RunConfig]) -> list[list[int
     return list(found.values())
 
 
+def _differs(name: str, described: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether arms have other values of `name`; imported ones, which were not trained here, do not have all."""
+    return len({json.dumps(one.get(name)) for one in described if name in one or "imported" not in one}) > 1
+
+
 def _described(config: RunConfig) -> dict[str, Any]:
     """Return what defines a run, by dotted names."""
     more = config.model_dump(mode="json", include={"init_from", "first_block", "last_block", "extensions"})
-    return flat(config.settings) | more
+    found = flat(config.settings) | more
+    if config.imported is None:
+        return found
+    return {name: found[name] for name in _OF_IMPORTED if name in found} | {"imported": config.imported.name}
 
 
 def _arm(runs: list[Measured], most: int) -> Arm:

@@ -9,6 +9,7 @@ _ROWS = {
     "fvu": ("fvu", ".4f"),
     "l0": ("l0", ".2f"),
     "live": ("live latents", ",.0f"),
+    "dead_share": ("dead latents", ".2%"),
     "effective_number": ("effective number", ",.0f"),
     "nearest.median": ("nearest cosine, median", ".3f"),
     "nearest.p99": ("nearest cosine, p99", ".3f"),
@@ -39,7 +40,7 @@ def print_comparison(comparison: Comparison, stderr: bool = False) -> None:
     table = Table(
         "",
         *(f"{arm.name}\n{len(arm.runs)} {seeds}" for arm in comparison.arms),
-        title=f"{comparison.report_rows:,} held-out rows at l0 {comparison.l0:g}; mean ± deviation over seeds; in "
+        title=f"{comparison.report_rows:,} held-out rows at {_l0(comparison)}; mean ± deviation over seeds; in "
         "brackets: against the first",
         title_justify="left",
     )
@@ -64,7 +65,28 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
         (label, [_cell(arm.spread.get(name), first.spread.get(name), form, arm is first) for arm in arms])
         for name, (label, form) in _ROWS.items()
     ]
-    return [*found, ("PW-MCC between seeds", [_cell(arm.pw_mcc, first.pw_mcc, ".3f", arm is first) for arm in arms])]
+    return [
+        *found,
+        *_strata(comparison),
+        ("PW-MCC between seeds", [_cell(arm.pw_mcc, first.pw_mcc, ".3f", arm is first) for arm in arms]),
+    ]
+
+
+def _strata(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """List fvu by position, for the strata that all arms have."""
+    first = comparison.arms[0]
+    names = [name for name in first.spread if name.startswith("strata.") and name.endswith(".fvu")]
+    return [
+        (
+            f"fvu at positions {name.split('.')[1]}",
+            [_cell(arm.spread.get(name), first.spread[name], ".4f", arm is first) for arm in comparison.arms],
+        )
+        for name in names
+    ]
+
+
+def _l0(comparison: Comparison) -> str:
+    return "each run's own l0" if comparison.l0 is None else f"l0 {comparison.l0:g}"
 
 
 def _cell(found: Spread | None, first: Spread | None, form: str, is_first: bool) -> str:

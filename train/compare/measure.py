@@ -18,7 +18,7 @@ from train.compare.merging import alike, densest_of, merge, without
 from train.data.batches import StoreRows
 from train.duplicates.co_activation import correlated_pairs, measure
 from train.duplicates.directions import Pairs, close_pairs, connected, effective_number, nearest_cosines
-from train.evaluation.evaluate import evaluate_whole, threshold_at
+from train.evaluation.evaluate import calibrate, evaluate_strata, evaluate_whole, threshold_at
 from train.evaluation.held_out import HeldOutActive, held_out_active
 from train.live.run_files import TIMING
 from train.model import checkpoint
@@ -67,6 +67,14 @@ class Point(Config):
     fvu: float
 
 
+class StratumFigures(Config):
+    """Of one position stratum."""
+
+    fvu: float | None
+    """None where the target is constant."""
+    l0: float
+
+
 class Figures(Config):
     """Of one run. Position 0 is left out of fvu, l0 and, unless it is named, correlations; elsewhere it is in."""
 
@@ -102,6 +110,8 @@ class Figures(Config):
     """Of all cores, between rows of the logs with no evaluation or checkpoint between; none: there are no such rows."""
     ms_per_step: float | None
     """The same by the clock."""
+    strata: dict[str, StratumFigures] = {}
+    """By name, without position 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,16 +142,17 @@ def require_finished(run: Path, config: RunConfig) -> Checkpoint:
 
 
 @torch.no_grad()
-def measure_run(run: Path, store: Store, l0: float, found: Checkpoint | None = None) -> Measured:
+def measure_run(run: Path, store: Store, l0: float | None, found: Checkpoint | None = None) -> Measured:
     """Measure the newest checkpoint of `run`, or the one that was `found`, on `store`.
 
-    Thresholds are those at which rows have `l0` active latents each.
+    Thresholds are those at which rows have `l0` active latents each; without one, those that the run has: by its own k
+    or its learned thresholds.
 
     Raises `UserError` when it has fewer active latents even without a threshold.
     """
     loaded = load_run(run, store=store, found=found)
     config, model, rows = loaded.config, loaded.transcoder, replace(loaded.rows, chunk_rows=_CHUNK_ROWS)
-    threshold = threshold_at(model, rows, l0)
+    threshold = calibrate(model, rows) if l0 is None else threshold_at(model, rows, l0)
     held_out = held_out_active(model, rows, store.record.report_blocks, threshold)
     rest, W_dec = held_out.without_position_0, model.unit_decoder()
     trained_on = rest if store.exclusion and store.exclusion.position_0 else held_out.active
@@ -154,8 +165,8 @@ def measure_run(run: Path, store: Store, l0: float, found: Checkpoint | None = N
     near, random = nearest_cosines(W_dec, live.to(W_dec.device), model.blas).cpu(), _random(len(live), W_dec.shape[1])
     same = close.kept(measure(rest, close).jaccard >= _JACCARD)
     counts, correlated, largest = _correlations(rest)
-    evaluation = evaluate_whole(model, rows, threshold)
-    if not threshold.any() and evaluation.l0 < 0.9 * l0:
+    evaluation, strata = evaluate_strata(model, rows, threshold)
+    if l0 is not None and not threshold.any() and evaluation.l0 < 0.9 * l0:
         raise UserError(f"rows of {run} have {evaluation.l0:.1f} active latents, not {l0:g}; pass a smaller --l0")
     at_0, (cpu, wall) = position_0_share_of_top(held_out)[live], cost_per_step(run, config.settings)
 
@@ -187,6 +198,7 @@ def measure_run(run: Path, store: Store, l0: float, found: Checkpoint | None = N
         latents_at_position_0=int((at_0 == 1).sum()),
         cpu_ms_per_step=cpu,
         ms_per_step=wall,
+        strata={name: StratumFigures(fvu=part.fvu, l0=part.l0) for name, part in strata.items()},
     )
     return Measured(
         path=run,
@@ -195,7 +207,7 @@ def measure_run(run: Path, store: Store, l0: float, found: Checkpoint | None = N
         tradeoff=sorted(
             [
                 Point(l0=evaluation.l0, fvu=evaluation.fvu),
-                *tradeoff(model, rows, [l0 * times for times in _TIMES]),
+                *tradeoff(model, rows, [(l0 or evaluation.l0) * times for times in _TIMES]),
             ],
             key=lambda point: point.l0,
         ),

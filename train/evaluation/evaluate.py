@@ -252,6 +252,14 @@ def _weigher(
 @torch.no_grad()
 def evaluate_whole(transcoder: Transcoder, rows: StoreRows, threshold: Tensor) -> Part:
     """Compute the headline figures alone, as `evaluate` has them, for a fraction of the time."""
+    return evaluate_strata(transcoder, rows, threshold)[0]
+
+
+@torch.no_grad()
+def evaluate_strata(
+    transcoder: Transcoder, rows: StoreRows, threshold: Tensor
+) -> tuple[Part, dict[str, PartOfStratum]]:
+    """Compute the headline figures, and those of each stratum that is in them."""
     store, strata = rows.store, dict[str, Sums]()
     for whole in rows.chunks(store.record.report_blocks, transcoder.W_enc.device):
         if natural_weights(store)[whole.stratum]:
@@ -261,7 +269,7 @@ def evaluate_whole(transcoder: Transcoder, rows: StoreRows, threshold: Tensor) -
             reconstructions = transcoder.reconstruct_whole(active.values, active, x).unsqueeze(1)
             count = torch.tensor([len(active.rows)], device=y.device)
             add_sums(strata, chunk.stratum, Sums.of(y, reconstructions, count))
-    return natural_sums(strata, store).part(0)
+    return natural_sums(strata, store).part(0), {name: sums.part_of_stratum(0) for name, sums in strata.items()}
 
 
 @torch.no_grad()

@@ -46,7 +46,8 @@ def agreement(transcoder: Transcoder, exported: PlainTranscoder, rows: StoreRows
         chunk = whole.ordinary
         if not weights[chunk.stratum] or not len(chunk.source):
             continue
-        ours, theirs = _ours(transcoder, chunk.source, exported.d_sae), _theirs(exported, chunk.source)
+        ours = _ours(transcoder, chunk.source, exported.d_sae)
+        theirs = _theirs(exported, transcoder.over_rms(chunk.source))
         for into, (latents, y) in zip(sums, (ours, theirs), strict=True):
             add_sums(into, chunk.stratum, Sums.of(chunk.target, y.unsqueeze(1), (latents != 0).sum().reshape(1)))
         differ = ((ours[0] != 0) != (theirs[0] != 0)).sum(1)

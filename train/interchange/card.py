@@ -60,6 +60,7 @@ def _one(loaded: LoadedRun, plain: PlainTranscoder, found: Agreement, kind: str)
         f"| model | {origin.model}, weights sha256 {origin.weights[:12]} |",
         f"| text | {origin.text}, windows of {origin.context_size} tokens{', BOS first' if origin.bos else ''} |",
         f"| run | {origin.run} |",
+        *([f"| imported from | {origin.imported} |"] if origin.imported else []),
         "",
     ]
     if kind == "sparsify":

@@ -27,6 +27,8 @@ class Origin(NamedTuple):
     prefixes: tuple[int, ...]
     run: str
     """The run's folder name and step."""
+    imported: str | None
+    """Whose transcoder it is; none: the run trained it."""
 
     @property
     def hooks(self) -> tuple[str, str]:
@@ -40,11 +42,15 @@ def origin_of(loaded: LoadedRun) -> Origin:
     request, transcoder = loaded.rows.store.request, loaded.transcoder
     k = transcoder.activation.expected_l0
     is_transcoder = loaded.config.settings.source == "source"
+    source_hook = request.source_hook if is_transcoder else request.target_hook
+    if transcoder.source_rms_eps is not None:
+        source_hook = f"blocks.{request.layer}.ln2.hook_normalized"
+    imported = loaded.config.imported
     return Origin(
         model=request.model.name,
         weights=request.model.weights,
         layer=request.layer,
-        source_hook=request.source_hook if is_transcoder else request.target_hook,
+        source_hook=source_hook,
         target_hook=request.target_hook,
         is_transcoder=is_transcoder,
         context_size=request.context_size,
@@ -53,4 +59,5 @@ def origin_of(loaded: LoadedRun) -> Origin:
         k=None if k is None else round(k),
         prefixes=transcoder.prefixes,
         run=f"{loaded.path.resolve().name}, step {loaded.step}",
+        imported=imported.name if imported else None,
     )

@@ -61,6 +61,28 @@ class PlainTranscoder:
             W_skip=None if W_skip is None else W_skip.float(),
         )
 
+    @torch.no_grad()
+    def copy_to(self, transcoder: Transcoder) -> None:
+        """Give `transcoder`, of the same shape, weights with which it is this function; the inverse of `of`.
+
+        Its shift and scale stay, and are folded out of the weights in float64. Latent values stay the same. Learned
+        thresholds are taken over; one of 0 becomes the least float32 above it.
+        """
+        assert not transcoder.has_unit_decoder, "the norms of these decoder rows are part of the function"
+        mean, scale = transcoder.source_mean.double(), transcoder.source_scale.double()
+        W_enc, W_dec = self.W_enc.to(mean), self.W_dec.to(mean)
+        b_dec, out = self.b_dec.to(mean) - transcoder.target_mean.double(), transcoder.target_scale.double()
+        if self.W_skip is not None and transcoder.W_skip is not None:
+            transcoder.W_skip.copy_(self.W_skip.to(mean) * scale / out)
+            b_dec = b_dec + mean @ self.W_skip.to(mean)
+        transcoder.W_enc.copy_(W_enc * scale)
+        transcoder.b_enc.copy_(self.b_enc.to(mean) + mean @ W_enc)
+        transcoder.W_dec.copy_(W_dec / out)
+        transcoder.b_dec.copy_(b_dec / out)
+        if transcoder.log_threshold is not None:
+            least = torch.finfo(torch.float32).tiny
+            transcoder.log_threshold.copy_(self.threshold.to(mean).clamp_min(least).log())
+
     def reading_less_b_dec(self) -> "PlainTranscoder":
         """Return the same function without `b_dec` being taken from its input first, as many autoencoders do."""
         return replace(self, b_enc=(self.b_enc.double() - self.b_dec.double() @ self.W_enc.double()).float())

@@ -30,7 +30,9 @@ class Watched:
     def __init__(self, run: Path) -> None:
         """Raise `UserError` when `run` is none."""
         self._run = run
-        self.status = Status(run, *_steps_and_rows(run))
+        config = _config(run)
+        self.status = Status(run, config.settings.steps, config.settings.rows.batch_rows)
+        self._imported = config.imported is not None
         self.state: State = "starting"
         self._said = ""
         self._metrics, self._timing = Lines(run / METRICS), Lines(run / TIMING)
@@ -60,6 +62,8 @@ class Watched:
         return found.model_dump(mode="json") if found else {}
 
     def _state(self, held: bool) -> State:
+        if self._imported:
+            return "finished"
         done = self.status.usage.get("step") == self.status.steps and bool(self.status.components)
         if done and all(one["calls"] for one in self.status.components.values()):
             return "finished"  # also while its report is made, which holds the lock
@@ -75,6 +79,8 @@ class Watched:
 
     def sentence(self) -> str:
         """Tell the state, and what to do about it."""
+        if self._imported:
+            return f"{self._run} was imported, and has no training to follow; its figures: train evaluate {self._run}"
         step, newest, steps = self.status.step, self._checkpoint, self.status.steps
         if self.state == "stopped":
             behind = f" (its newest checkpoint: {newest})" if newest else " (no checkpoint: it will begin anew)"
@@ -150,15 +156,14 @@ def watch(run: Path, *, once: bool, as_json: bool) -> None:
             show()
 
 
-def _steps_and_rows(run: Path) -> tuple[int, int]:
-    """Read a run's settings: return its steps, and the rows of a batch."""
+def _config(run: Path) -> WatchedConfig:
+    """Read what is watched of a run's settings. Raises `UserError` when `run` is none."""
     path = run / CONFIG
     if not path.is_file():
         raise UserError(f"{run} is not a run: it has no {CONFIG}")
     data = durable.read_json(path)
     try:
-        settings = read_record(WatchedConfig, data, path).settings
+        return read_record(WatchedConfig, data, path)
     except CorruptData as error:
         wrong = str(error).removeprefix(f"{path}: ")
         raise CorruptData(f"{path}: not the settings of a run ({wrong})") from error
-    return settings.steps, settings.rows.batch_rows

@@ -18,13 +18,16 @@ Vector = NDArray[np.float64]
 _ROWS_AT_ONCE = 4096
 
 
-def normalisation(store: Store, source: Side) -> Normalisation:
+def normalisation(store: Store, source: Side, *, over_rms: bool = False) -> Normalisation:
     """Return the shift and scale of a transcoder that reads `source`; outliers are left out as `store.exclusion` says.
 
-    Raises `CorruptData` when a block's statistics are damaged.
+    `over_rms`: source rows are divided by their root mean square, and so neither shifted nor scaled. Raises
+    `CorruptData` when a block's statistics are damaged.
     """
     sides = [moments(store, side) for side in (source, "target")]
     shift, scale = zip(*((torch.from_numpy(mean).float(), _scale(variance)) for mean, variance in sides), strict=True)
+    if over_rms:
+        return Normalisation(torch.zeros_like(shift[0]), 1.0, shift[1], scale[1])
     return Normalisation(shift[0], scale[0], shift[1], scale[1])
 
 

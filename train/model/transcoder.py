@@ -1,6 +1,6 @@
 """The transcoder: parameters, normalisation, and the step from rows to the terms of the loss.
 
-    pre_acts = (x - mean_x) / scale_x @ W_enc + b_enc          [B, F]
+    pre_acts = (x - mean_x) / scale_x @ W_enc + b_enc          [B, F]; x over its root mean square first, if asked for
     latents  = ReLU(select(pre_acts))                          (row, latent, value) triples
     prefix p: (y - mean_y) / scale_y ~ latents[:, :p] @ W_dec[:p] + b_dec [+ x_normalised @ W_skip]
 
@@ -49,6 +49,10 @@ class TranscoderConfig(Config):
     """Norm of the encoder's columns at the start."""
     skip: bool = False
     """Add a linear map from source to target beside the latents."""
+    source_rms_eps: float | None = Field(None, gt=0, le=1)
+    """Read every source row x as x / sqrt(mean(x^2) + this), as a model's RMSNorm does before its gain; it is then not
+    shifted and scaled by the store's statistics. From `hook_resid_mid` this is `ln2.hook_normalized`, which the
+    transcoders of Gemma Scope read. None: off."""
 
     def resolve(self, d_in: int, activation: Activation) -> "TranscoderConfig":
         """Return the same with `d_sae` and `prefixes` as numbers. Raises `UserError` when they do not fit."""
@@ -141,6 +145,7 @@ class Transcoder(nn.Module):
         self.log_threshold = None if thresholds is None else nn.Parameter(thresholds.log())
         self.source_mean, self.target_mean = nn.Buffer(normalisation.source_mean), nn.Buffer(normalisation.target_mean)
         self.source_scale = nn.Buffer(torch.tensor(normalisation.source_scale, dtype=torch.float32))
+        self.source_rms_eps = config.source_rms_eps
         self.target_scale = nn.Buffer(torch.tensor(normalisation.target_scale, dtype=torch.float32))
         edges = torch.tensor(self.prefixes)
         self.blas: blas.Blas = "torch"
@@ -282,8 +287,14 @@ class Transcoder(nn.Module):
         return self.normalised_source(source), (target - self.target_mean).div_(self.target_scale)
 
     def normalised_source(self, source: Tensor) -> Tensor:
-        """Return rows [B, D] shifted and scaled by the store's statistics."""
-        return (source - self.source_mean).div_(self.source_scale)
+        """Return rows [B, D] shifted and scaled by the store's statistics; by their root mean square if so set."""
+        return (self.over_rms(source) - self.source_mean).div_(self.source_scale)
+
+    def over_rms(self, source: Tensor) -> Tensor:
+        """Return rows [B, D] in the units that a transcoder in other libraries reads: see `source_rms_eps`."""
+        if self.source_rms_eps is None:
+            return source
+        return source / (source.square().mean(dim=1, keepdim=True) + self.source_rms_eps).sqrt()
 
     @torch.no_grad()
     def pre_acts(self, x: Tensor) -> Tensor:

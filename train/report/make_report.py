@@ -84,6 +84,7 @@ def _report(
         k=settings.activation.expected_l0,
         k_trained=settings.activation.expected_l0_at(step - 1),
         extensions=config.extensions,
+        imported=config.imported.name if config.imported else None,
         verdict=[],
         held_out=held_out,
         linear_fvu=linear_fvu,

@@ -114,7 +114,7 @@ def log_axis(traces: Sequence[go.Scatter]) -> dict[str, Any]:
 def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """Return every n-th of many points, and the last."""
     every = -(-len(points) // _MOST_POINTS)
-    return points if every == 1 else [*points[:-1:every], points[-1]]
+    return points if every <= 1 else [*points[:-1:every], points[-1]]
 
 
 def _strata(report: Report) -> go.Figure | None:

@@ -146,6 +146,8 @@ class Report(Config):
     """Those of the last step that was trained: not `k` yet while k is warming up."""
     extensions: tuple[Extension, ...] = ()
     """When the run was made longer."""
+    imported: str | None = None
+    """Whose transcoder it is, of an imported run; none: the run trained it."""
     verdict: list[Check]
     held_out: Evaluation
     linear_fvu: float | None

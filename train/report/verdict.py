@@ -44,6 +44,9 @@ def _check(name: str, said: str, figure: float, look: float, bad: float, see: st
 
 
 def _finished(report: Report) -> Iterator[Check]:
+    if report.imported:
+        yield _check("finished", f"Imported, not trained here: {report.imported}.", 1.0, 1.0, 0.0, "settings")
+        return
     share = report.step / report.steps
     made = [f"made longer at step {one.step:,}, when it had {one.steps_before:,} steps" for one in report.extensions]
     said = "; ".join([f"Trained for all of its {report.steps:,} steps", *made]) + "."
@@ -68,6 +71,8 @@ def _records(report: Report) -> Iterator[Check]:
 
 def _logged(report: Report) -> list[int]:
     """List the steps that the logs should have rows of."""
+    if report.imported:
+        return []
     settings = report.settings
     return logged_steps(settings["log_every"], settings["evaluation"]["every"], report.steps, report.step)
 

@@ -157,7 +157,8 @@ def rows_of(config: RunConfig, store: Store) -> StoreRows:
 def build_transcoder(config: RunConfig, store: Store) -> Transcoder:
     """Build the transcoder of a run with its store's normalisation, not initialised."""
     settings = config.settings
-    shift_and_scale = normalisation(store, settings.source)
+    over_rms = settings.transcoder.source_rms_eps is not None
+    shift_and_scale = normalisation(store, settings.source, over_rms=over_rms)
     model = Transcoder(config.d_in, config.d_out, settings.transcoder, settings.activation, shift_and_scale)
     model.blas = "numpy" if settings.blas == "numpy" else "torch"  # `auto` only in runs from before there was a choice
     model.kernels = default_kernels(settings.device) if settings.kernels == "auto" else settings.kernels

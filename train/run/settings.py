@@ -13,7 +13,7 @@ import safetensors
 import torch
 from pydantic import Field, model_validator
 
-from shared.bounds import Blocks, Digest, Width
+from shared.bounds import Blocks, Digest, Name, Text, Width
 from shared.config import Config, build, load_preset, override, read_record
 from shared.errors import UserError
 from shared.files import durable
@@ -92,8 +92,36 @@ class InitialWeights(Config):
     """Which weights of `init_from` a run started from."""
 
     step: int = Field(ge=0, le=10**9)
+    """0 for those of another library."""
     crc32c: str = Field(pattern="^[0-9a-f]{8}$")
     """Of the file."""
+    library: Name | None = None
+    """Whose file it is; none: a run's checkpoint."""
+
+
+class Imported(Config):
+    """Where the weights of an imported run come from: what its files say, as far as they do."""
+
+    library: Name
+    path: Text
+    """Of the file or folder that was imported."""
+    files: dict[Text, Digest]
+    """SHA-256 of each file that was read, by name."""
+    model: Text | None
+    """The model that it was trained on; none: the files do not say."""
+    source_hook: Text | None
+    """The hook that it reads; none: the files do not say, and it is taken to be the store's."""
+    target_hook: Text | None
+    """The hook that it predicts; none as above."""
+    accepted: tuple[Text, ...] = ()
+    """How model and hooks differ from the store's, which was accepted."""
+    metadata: dict[str, Any] = {}
+    """All that its configuration file says."""
+
+    @property
+    def name(self) -> str:
+        """The library, and the start of SHA-256 of the weights: two transcoders of one library have different names."""
+        return f"{self.library} {next(iter(self.files.values()), '')[:12]}"
 
 
 class RunConfig(Config):
@@ -121,6 +149,8 @@ class RunConfig(Config):
     """Digest of `blocks.json`, the checksums of the blocks that the run reads; none: in runs from before there was."""
     extensions: tuple[Extension, ...] = ()
     """When the run was made longer (`train resume RUN --steps N`), in order."""
+    imported: Imported | None = None
+    """Where its weights come from; none: the run trained them."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,6 +1,7 @@
 """The training run: batch -> loss -> backward -> step -> track -> log -> evaluate -> checkpoint."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numba
@@ -24,7 +25,7 @@ from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, HeldOut
 from train.model.kernels import numba_loops
 from train.model.quiet import Quiet
-from train.model.transcoder import StepOutput
+from train.model.transcoder import StepOutput, Transcoder
 from train.run.determinism import arithmetic, require_same
 from train.run.latent_counters import Counters
 from train.run.load_run import build_transcoder, rows_of
@@ -50,7 +51,7 @@ class Trainer:
         store: Store,
         config: RunConfig,
         path: Path,
-        initial: Checkpoint | None = None,
+        initial: Callable[[Transcoder], object] | None = None,
         resumed: Checkpoint | None = None,
         *,
         fallback: Path | None = None,
@@ -58,7 +59,8 @@ class Trainer:
     ) -> None:
         """Set up a run.
 
-        `fallback`: a run's folder for checkpoints that have no room here. `inexact`: see `require_same`.
+        `initial`: gives the transcoder its first weights. `fallback`: a run's folder for checkpoints that have no room
+        here. `inexact`: see `require_same`.
         """
         store = store.excluding(config.exclusion)
         self._store, self._config, self._path, self._rows = store, config, path, rows_of(config, store)
@@ -296,7 +298,7 @@ class Trainer:
         except DiskFull as error:
             warn(f"{error}; the run is finished, and has no samples")
 
-    def _initialise(self, initial: Checkpoint | None, resumed: Checkpoint | None) -> None:
+    def _initialise(self, initial: Callable[[Transcoder], object] | None, resumed: Checkpoint | None) -> None:
         """Take weights from `resumed`, with all other state; else from `initial`, weights only; else random."""
         if resumed:
             self._transcoder.load_checkpoint(resumed)
@@ -308,7 +310,7 @@ class Trainer:
                 raise CorruptData(f"{path}: {error}") from error
             self._first = resumed.step
         elif initial:
-            self._transcoder.load_checkpoint(initial)
+            initial(self._transcoder)
         else:
             self._transcoder.initialise(self._settings.seed)
 
