@@ -347,9 +347,9 @@ def export(
     `kind`: `saelens`, `hf` (the same, for the Hugging Face hub), `sparsify`, or `circuit-tracer`, which takes a run for
     each of some layers and the number of the model's `layers`; `neuronpedia` and `delphi` hold what latents do, so that
     there is nothing to compare. `path`: a new folder, in the first run's `exports` if not given. `step`: that of a
-    checkpoint, else the newest; `prefix`: the first so many latents alone; `licence`: the hub's name of one, for the card. Raises
-    `UserError` when there is no such run, checkpoint or store, or no place for such a transcoder in the format, and
-    `DiskFull`.
+    checkpoint, else the newest; `prefix`: the first so many latents alone; `licence`: the hub's name of one, for the
+    card. Raises `UserError` when there is no such run, checkpoint or store, or no place for such a transcoder in the
+    format, and `DiskFull`.
     """
     from train.interchange.export import export as export_loaded
 
