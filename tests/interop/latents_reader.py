@@ -26,13 +26,13 @@ def delphi(folder: Path, values: dict[int, np.ndarray]) -> dict[str, Any]:
         bos_token_id = pad_token_id = 0
 
         def decode(self, tokens: Any, **_: Any) -> str:
-            return " ".join(str(int(one)) for one in tokens)
+            return " ".join(map(str, np.ravel(tokens).tolist()))
 
         def batch_decode(self, rows: Any, **_: Any) -> list[str]:
             return [self.decode(row) for row in rows]
 
         def convert_ids_to_tokens(self, tokens: Any) -> list[str]:
-            return [str(int(one)) for one in tokens]
+            return list(map(str, np.ravel(tokens).tolist()))
 
     config = ConstructorConfig(min_examples=20, n_non_activating=5)
     dataset = LatentDataset(
@@ -50,7 +50,7 @@ def delphi(folder: Path, values: dict[int, np.ndarray]) -> dict[str, Any]:
     return {
         "activations compared": compared,
         "largest error over the largest activation (float16)": largest,
-        "latents with examples": len([record for record in dataset if record is not None]),
+        "latents with examples, of 8": len([record for record in explained if record is not None]),
         "tokens": dataset.tokens.numel(),
     }
 
@@ -80,8 +80,8 @@ def SAEDashboard(folder: Path, values: dict[int, np.ndarray]) -> dict[str, Any]:
             compared += len(values[f])
             np.testing.assert_allclose(theirs.bar_values, line["freq_hist_data_bar_values"], rtol=1e-4, atol=1e-4)
     for line in _lines(place / "activations"):
-        # the client takes shares alone; -1 is the dashboards' mark for the strongest
-        Activation.from_np_db_json(line | {"binContains": max(line["binContains"], 0)})
+        # the client takes shares alone (-1 is the dashboards' mark for the strongest), and a column that the server adds
+        Activation.from_np_db_json(line | {"binContains": max(line["binContains"], 0), "source": line["layer"]})
         activations += 1
     return {
         "latents": features,
