@@ -35,9 +35,10 @@ def delphi(folder: Path, values: dict[int, np.ndarray]) -> dict[str, Any]:
             return list(map(str, np.ravel(tokens).tolist()))
 
     config = ConstructorConfig(min_examples=20, n_non_activating=5)
-    dataset = LatentDataset(
-        folder / "latents", SamplerConfig(n_examples_train=5, n_examples_test=5), config, Tokenizer()
-    )
+    where, sampler = folder / "latents", SamplerConfig(n_examples_train=5, n_examples_test=5)
+    dataset = LatentDataset(where, sampler, config, Tokenizer())
+    some = {dataset.modules[0]: torch.tensor(sorted(values)[:8])}
+    explained = LatentDataset(where, sampler, config, Tokenizer(), latents=some)
     largest, compared = 0.0, 0
     for buffer in dataset.buffers:
         for latent, locations, found in zip(*buffer.load_data_per_latent(), strict=True):
@@ -80,7 +81,7 @@ def SAEDashboard(folder: Path, values: dict[int, np.ndarray]) -> dict[str, Any]:
             compared += len(values[f])
             np.testing.assert_allclose(theirs.bar_values, line["freq_hist_data_bar_values"], rtol=1e-4, atol=1e-4)
     for line in _lines(place / "activations"):
-        # the client takes shares alone (-1 is the dashboards' mark for the strongest), and a column that the server adds
+        # the client takes shares alone (-1 marks the strongest), and a column that the server adds
         Activation.from_np_db_json(line | {"binContains": max(line["binContains"], 0), "source": line["layer"]})
         activations += 1
     return {
