@@ -53,7 +53,7 @@ def loaded(run: Path) -> LoadedRun:
 def pairs(loaded: LoadedRun, made: SyntheticStore) -> dict[tuple[int, int], np.ndarray]:
     """Latents [F] float64 of every stored training row, by sequence and column of `tokens`; 0 where not active."""
     store, model = loaded.rows.store, loaded.transcoder
-    found = {}
+    found = dict[tuple[int, int], np.ndarray]()
     for name, part in store.strata.items():
         size, blocks = part.stratum.rows, loaded.training_blocks
         rows = slice(blocks.start * size, blocks.stop * size)

@@ -67,7 +67,13 @@ def trained(folder: Path) -> Path:
     )
     tensors = {"W_U": np.random.default_rng(0).normal(size=(VOCABULARY, D)), "final_norm.gain": np.ones(D)}
     save_file({name: one.astype(np.float32) for name, one in tensors.items()}, store.path / "unembedding.safetensors")
-    settings = ("samples.rows=0", f"transcoder.d_sae={D_SAE}", "activation.k_start=32", "monitor.every=0")
+    settings = (
+        "samples.rows=0",
+        f"transcoder.d_sae={D_SAE}",
+        "activation.k_start=32",
+        "diversity.co_activation.weight=0",
+        "monitor.every=0",
+    )
     options = [*sized([], SMALL), *(part for one in sized(settings, settings[:1]) for part in ("--set", one))]
     done = run(
         sys.executable,

@@ -112,7 +112,7 @@ def read_latents(path: Path, kind: str, library: str, export: Path) -> dict[str,
     found = activations_of(load_run(path), SAMPLED if kind == "neuronpedia" else None)
     values, out = export.parent / f"{kind}.npz", export.parent / f"{kind}.json"
     own = {f: found.values[found.starts[f] : found.starts[f + 1]] for f in WANTED}
-    np.savez(values, **{str(f): one for f, one in own.items() if len(one)})
+    np.savez(values, allow_pickle=False, **{str(f): one for f, one in own.items() if len(one)})
     run(environment(library), HERE / "latents_reader.py", library, export, values, out)
     told: dict[str, float] = json.loads(out.read_text())
     return told
