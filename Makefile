@@ -84,7 +84,7 @@ bench: $(DEV) ## Measure kernels, a step and reading; rewrites docs/benchmarks.m
 compare: $(DEV) ## Harvest, train and compare every arm of the diversity loss; an hour and a half on two cores
 	@$(BIN)/python -m tests.bench.diversity $(ARGS)
 
-interop: $(DEV) ## Load exports in SAELens, sparsify and circuit-tracer, each in an environment of its own
+interop: $(DEV) ## Load exports in SAELens, sparsify, circuit-tracer, delphi and SAEDashboard, each in an environment of its own
 	@$(BIN)/python -m tests.interop $(ARGS)
 
 test: lint ## Lint, type check and run all tests, the fast ones first

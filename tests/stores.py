@@ -82,6 +82,7 @@ def make_request(
     layer: int = 3,
     seed: int = 0,
     label: str = "synthetic",
+    unembedding: bool = False,
 ) -> layout.StoreRequest:
     """A request like a harvest's, for a model and a corpus that do not exist."""
     return layout.StoreRequest(
@@ -106,7 +107,7 @@ def make_request(
         block_sequences=block_sequences,
         held_out_blocks=held_out_blocks,
         batch_sequences=4,
-        unembedding=False,
+        unembedding=unembedding,
         seed=seed,
     )
 

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 
 from shared.errors import UserError
 from tests.reported import DEAD, Reported, reported
-from train.report.latents import EFFECTS, LEAST_TOGETHER, NEIGHBOURS, nearest, peaks, position_0_share
+from train.duplicates.directions import nearest_directions
+from train.report.latents import EFFECTS, LEAST_TOGETHER, NEIGHBOURS, peaks, position_0_share
 
 F, O, VOCABULARY = 64, 24, 61
 
@@ -81,7 +82,7 @@ def test_neighbours_by_cosine_are_those_of_live_latents(run: Reported, table: pa
 @pytest.mark.parametrize("live", [[], [3], [3, 8], list(range(0, 20, 2))])
 def test_few_live_latents_have_few_neighbours(live: list[int], block: int) -> None:
     rows = torch.nn.functional.normalize(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)))
-    latents, cosines = nearest(rows, torch.tensor(live, dtype=torch.int64), 3, "torch", block)
+    latents, cosines = nearest_directions(rows, torch.tensor(live, dtype=torch.int64), 3, "torch", block)
     for f in range(20):
         others = sorted((g for g in live if g != f), key=lambda g: -float(rows[f] @ rows[g]))[:3] if f in live else []
         assert latents[f].tolist() == others + [-1] * (3 - len(others))
@@ -155,7 +156,7 @@ def test_peaks_are_the_tokens_that_the_top_contexts_peak_at(run: Reported, table
 def test_promoted_tokens_are_tokens_of_the_tokenizer(run: Reported, monkeypatch: pytest.MonkeyPatch) -> None:
     run.store.tokenizer.mkdir()
     (run.store.tokenizer / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr("train.report.latents.known_tokens", lambda file: list(range(10, 40)))
+    monkeypatch.setattr("train.samples.token_effects.known_tokens", lambda file: list(range(10, 40)))
     table = run.table()
     shutil.rmtree(run.store.tokenizer)
     for name in ("promoted", "suppressed"):

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import click
 
 import shared.command_line
-from shared.console.terminal import Verbosity, show_path, verbosity
+from shared.console.terminal import Verbosity, show_path, show_text, verbosity
 from shared.errors import UserError
 from shared.files import durable
 from shared.store.store import Local, Store
@@ -308,6 +308,9 @@ def report(
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--prefix", type=int, help="Only the first so many latents: one of the Matryoshka prefixes.")
 @click.option("--layers", type=click.IntRange(1), help="Layers of the model, for circuit-tracer.")
+@click.option("--license", "licence", help="The hub's name of a licence, such as mit, for the card.")
+@click.option("--push", "repository", metavar="OWNER/NAME", help="Also upload the folder to the Hugging Face hub.")
+@click.option("--private", is_flag=True, help="Make it private, if --push makes it; as with hf upload, it is public.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 @shared.command_line.local_options
@@ -319,22 +322,37 @@ def export(
     step: int | None,
     prefix: int | None,
     layers: int | None,
+    licence: str | None,
+    repository: str | None,
+    private: bool,
     as_json: bool,
     local: Local | None,
 ) -> None:
     """Write a transcoder in another library's format, and compare what was written with the run on held-out rows.
 
-    circuit-tracer takes RUNS of several layers, one each. Prints the folder's path as its last line.
+    neuronpedia and delphi get contexts and activations instead. circuit-tracer takes RUNS of several layers, one each.
+    Prints the folder's path as its last line.
     """
     from train.commands import export as export_runs
+    from train.interchange.hub import push, require_push
     from train.tables import print_agreements
 
-    path, found = export_runs(runs, kind, out, store=store, local=local, step=step, prefix=prefix, layers=layers)
+    if repository:
+        require_push(repository)
+    elif private:
+        raise UserError("--private is for --push OWNER/NAME")
+    path, found = export_runs(
+        runs, kind, out, store=store, local=local, step=step, prefix=prefix, layers=layers, licence=licence
+    )
+    url = push(path, repository, private=private) if repository else None
     if as_json:
-        click.echo(json.dumps({"path": str(path), "runs": [one.model_dump(mode="json") for one in found]}, indent=2))
+        where = {"path": str(path)} | ({"url": url} if url else {})
+        click.echo(json.dumps(where | {"runs": [one.model_dump(mode="json") for one in found]}, indent=2))
         return
-    if verbosity() > Verbosity.QUIET:
+    if found and verbosity() > Verbosity.QUIET:
         print_agreements(found, [str(run) for run in runs], kind)
+    if url:
+        show_text(url)
     show_path(path)
 
 

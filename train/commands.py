@@ -347,13 +347,16 @@ def export(
     step: int | None = None,
     prefix: int | None = None,
     layers: int | None = None,
+    licence: str | None = None,
 ) -> "Exported":
     """Write the transcoder of a run in another library's format, read it back and compare; returns where, and how far.
 
-    `kind`: `saelens`, `sparsify`, or `circuit-tracer`, which takes a run for each of some layers and the number of the
-    model's `layers`. `path`: a new folder, in the first run's `exports` if not given. `step`: a checkpoint's, else the
-    newest; `prefix`: the first so many latents alone. Raises `UserError` when there is no such run, checkpoint or
-    store, or no place for such a transcoder in the format, and `DiskFull`.
+    `kind`: `saelens`, `hf` (the same, for the Hugging Face hub), `sparsify`, or `circuit-tracer`, which takes a run for
+    each of some layers and the number of the model's `layers`; `neuronpedia` and `delphi` hold what latents do, so that
+    there is nothing to compare. `path`: a new folder, in the first run's `exports` if not given. `step`: that of a
+    checkpoint, else the newest; `prefix`: the first so many latents alone; `licence`: the hub's name of one, for the
+    card. Raises `UserError` when there is no such run, checkpoint or store, or no place for such a transcoder in the
+    format, and `DiskFull`.
     """
     from train.interchange.export import export as export_loaded
 
@@ -365,7 +368,8 @@ def export(
             opened = open_store(run, read_config(run), _path(store), local)
             reading.enter_context(opened.reading())
             loaded.append(load_run(run, step, store=opened))
-        return export_loaded(loaded, kind, _path(path) or paths[0] / EXPORTS / name, prefix=prefix, layers=layers)
+        out = _path(path) or paths[0] / EXPORTS / name
+        return export_loaded(loaded, kind, out, prefix=prefix, layers=layers, licence=licence)
 
 
 def import_transcoder(

@@ -94,6 +94,11 @@ class Unembedding:
         mean = (scaled @ (total / vocabulary)).astype(np.float32)[:, None]
         return TokenEffects(promoted.columns, promoted.values - mean, suppressed.columns, -suppressed.values - mean)
 
+    def scaled(self, tokens: Collection[int] | None = None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the vocabulary [n], as `effects` takes it, and its rows of `W_U` times the gain [n, d_model]."""
+        known = np.flatnonzero(self._known(tokens))
+        return known, _float32(self._weight[known]) * self._gain
+
     def _known(self, tokens: Collection[int] | None) -> NDArray[np.bool_]:
         """Return which rows [vocabulary] are `tokens`; all if none of them is, or none are given."""
         known = np.zeros(len(self._weight), bool)

@@ -23,7 +23,17 @@ PACKAGES = {
     "dictionary_learning": "dictionary-learning==0.1.0",
     "sparsify": "eai-sparsify==1.3.3",
     "circuit_tracer": "circuit-tracer==0.5.0",
+    "delphi": "eai-delphi==0.1.3",
+    "SAEDashboard": "sae-dashboard==0.8.0",
 }
+BESIDE = {
+    "delphi": ("transformers", "orjson", "asyncer", "blobfile", "faiss-cpu", "sentence-transformers", "jaxtyping",
+               "simple_parsing", "safetensors", "datasets"),
+    "SAEDashboard": ("sae-lens==6.54.12", "eindex-callum", "dataclasses-json", "python-dotenv", "requests", "einops",
+                     "matplotlib", "rich", "neuronpedia==1.2.1"),
+}  # fmt: skip
+"""What these two are installed with instead of their own dependencies: delphi's bring a server of LLMs, and those of
+SAEDashboard cannot be met beside the SAELens that reads transcoders."""
 TORCH = "torch==2.13.0"
 ROUNDS = sized({"S": 12, "M": 8, "L": 3}, {"S": 1})
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_TOP_PAD_": str(2**26)}
@@ -44,7 +54,9 @@ def environment(package: str) -> Path:
     if not (folder / "made").exists():
         print(f"installing {PACKAGES[package]} into {folder}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        for wanted in ([TORCH], [TORCH, PACKAGES[package]]):  # first alone: of a range, pip may take another build
+        last = ["--no-deps", PACKAGES[package]] if package in BESIDE else [TORCH, PACKAGES[package]]
+        # torch first, alone: of a range, pip may take another build
+        for wanted in ([TORCH], *([[TORCH, *BESIDE[package]]] if package in BESIDE else []), last):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
         if package == "dictionary_learning":  # it pulls a torchvision of another build, which breaks the import
             subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)

@@ -3,7 +3,8 @@
 Every layer of the embedded model is harvested in one pass, a transcoder is trained on each, and the exports are loaded
 by SAELens, sparsify and circuit-tracer, each in an environment of its own (made at first use: gigabytes, minutes). Each
 gets the same held-out rows; what it makes of them is compared with the run. circuit-tracer also makes an attribution
-graph of a prompt. Figures go to docs/benchmarks.md under "interop". What is in the folder already is not made again.
+graph of a prompt; delphi reads its cache of latents, SAEDashboard and Neuronpedia's client the files for Neuronpedia.
+Figures go to docs/benchmarks.md under "interop". What is in the folder already is not made again.
 """
 
 import argparse
@@ -20,12 +21,18 @@ from tests.bench.peers import environment
 from tests.bench.record import ROOT, record, run
 from train import Transcoder
 from train.data.batches import StoreRows
+from train.interchange.sampled import activations_of
+from train.run.load_run import load_run
 from train.run.settings import read_config
 
 MODEL = ROOT / "harvest" / "embedded" / "model"
 LAYERS, LAYER, ROWS = 10, 8, 1024
+SAMPLED, WANTED = 20_000, range(64)
+"""Rows of samples; latents whose activations are compared one by one."""
 HERE = Path(__file__).parent
 LIBRARIES = {"saelens": "SAELens", "sparsify": "sparsify", "circuit-tracer": "circuit_tracer"}
+READERS = {"delphi": "delphi", "neuronpedia": "SAEDashboard"}
+"""What reads which export of what latents do."""
 HARVEST = ("--tokens", 65_536, "--set", f"capture.layers={list(range(LAYERS))}")
 TRAIN = ("--steps", 300, "--set", "transcoder.d_sae=1024", "--set", "samples.rows=0")
 SAME = 1e-5
@@ -43,6 +50,9 @@ def main() -> None:
     figures = dict[str, tuple[float, str]]()
     for kind, library in LIBRARIES.items():
         figures |= {f"{library}: {name}": value for name, value in read(runs[LAYER], kind, exports[kind]).items()}
+    for kind, library in READERS.items():
+        told = read_latents(runs[LAYER], kind, library, folder / "exports" / kind)
+        figures |= {f"{library}: {name}": (value, "") for name, value in told.items()}
     found = graph(exports["circuit-tracer"], folder / "graph.json")
     figures |= {f"circuit_tracer, attribution graph: {name}": (value, "") for name, value in found.items()}
     for name, (value, unit) in figures.items():
@@ -92,6 +102,20 @@ def read(path: Path, kind: str, export: Path) -> dict[str, tuple[float, str]]:
         "active latents per row": (float((theirs["latents"] != 0).sum(axis=1).mean()), ""),
         "active latents per row of the run": (float((latents != 0).sum(axis=1).mean()), ""),
     }
+
+
+def read_latents(path: Path, kind: str, library: str, export: Path) -> dict[str, float]:
+    """What a library makes of exported latents, beside the run's own activations."""
+    if not list(path.glob("samples/*")):
+        run(sys.executable, "-m", "train", "samples", path, "--rows", SAMPLED)
+    exported([path] * (LAYER + 1), kind, export)
+    found = activations_of(load_run(path), SAMPLED if kind == "neuronpedia" else None)
+    values, out = export.parent / f"{kind}.npz", export.parent / f"{kind}.json"
+    own = {f: found.values[found.starts[f] : found.starts[f + 1]] for f in WANTED}
+    np.savez(values, allow_pickle=False, **{str(f): one for f, one in own.items() if len(one)})
+    run(environment(library), HERE / "latents_reader.py", library, export, values, out)
+    told: dict[str, float] = json.loads(out.read_text())
+    return told
 
 
 def held_out(path: Path) -> torch.Tensor:

@@ -94,6 +94,30 @@ def nearest_cosines(
     return torch.cat(nearest) if nearest else rows.new_zeros(0)
 
 
+@torch.no_grad()
+def nearest_directions(
+    W_dec: Tensor,  # [F, O] unit rows
+    live: Tensor,  # [n] int64
+    most: int,
+    library: Blas,
+    block: int = 1024,
+) -> tuple[Tensor, Tensor]:  # [F, M] each, on CPU
+    """Return the others with the largest cosines to each of `live`, falling, and these cosines.
+
+    Latents are -1 where there are no more, and for those that are not live.
+    """
+    latents = torch.full((len(W_dec), most), -1)
+    cosines = torch.zeros(len(W_dec), most)
+    rows, taken = W_dec.detach()[live.to(W_dec.device)], min(most, len(live) - 1)
+    for low in range(0, len(rows) if taken > 0 else 0, block):
+        found = blas.product(library, rows[low : low + block], rows.T)
+        found[torch.arange(len(found)), torch.arange(low, low + len(found))] = -torch.inf
+        largest = found.topk(taken)
+        latents[live[low : low + block], :taken] = live[largest.indices.cpu()]
+        cosines[live[low : low + block], :taken] = largest.values.float().clamp(-1, 1).cpu()
+    return latents, cosines
+
+
 def _above(
     products: Tensor,  # [R, n]
     floor: float,

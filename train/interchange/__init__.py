@@ -2,5 +2,5 @@
 
 from typing import Literal
 
-Format = Literal["saelens", "circuit-tracer", "sparsify"]
+Format = Literal["saelens", "circuit-tracer", "sparsify", "hf", "neuronpedia", "delphi"]
 """What `train export` writes."""

@@ -1,21 +1,30 @@
-"""Write a trained transcoder in another library's format, and show that what was written is the same function."""
+"""Write a trained transcoder in another library's format, and show that what was written is the same function.
 
-from collections.abc import Sequence
+Two formats hold what latents do, and no weights: there is nothing to compare.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from shared.console.terminal import say
 from shared.errors import ProjectError, UserError
 from shared.files import durable
 from train.evaluation.evaluate import calibrate
-from train.interchange import Format, circuit_tracer, saelens, sparsify
+from train.interchange import Format, circuit_tracer, delphi, neuronpedia, saelens, sparsify
 from train.interchange.agreement import LARGEST_CHANGE, LARGEST_ERROR, Agreement, agreement
-from train.interchange.card import card
+from train.interchange.card import card, card_of_latents
 from train.interchange.foreign_tensors import ForeignTensors
 from train.interchange.origin import origin_of
 from train.interchange.plain_transcoder import PlainTranscoder
 from train.run.load_run import LoadedRun
 
 CARD = "README.md"
+_ONE_LAYER = {"saelens": saelens, "hf": saelens, "sparsify": sparsify}
+"""What writes and reads the weights of one run."""
+_LATENTS: Mapping[str, Callable[[LoadedRun, Path], str]] = {"neuronpedia": neuronpedia.write, "delphi": delphi.write}
+"""What writes contexts and activations of one run, and says what they are."""
 
 
 class Exported(NamedTuple):
@@ -23,29 +32,55 @@ class Exported(NamedTuple):
 
     path: Path
     agreements: tuple[Agreement, ...]
-    """Of every run, in the order in which they were given."""
+    """Of every run, in the order in which they were given; none where no weights are written."""
 
 
 def export(
-    runs: Sequence[LoadedRun], kind: Format, path: Path, *, prefix: int | None = None, layers: int | None = None
+    runs: Sequence[LoadedRun],
+    kind: Format,
+    path: Path,
+    *,
+    prefix: int | None = None,
+    layers: int | None = None,
+    licence: str | None = None,
 ) -> Exported:
     """Export `runs` to the new folder `path`: one run, or for circuit-tracer one for each of some layers.
 
     Thresholds are calibrated on the store. `prefix`: the first so many latents alone. `layers`: how many the model has,
-    for circuit-tracer. Raises `UserError` when the format has no place for such a transcoder, and `ProjectError` when
-    what was written is not the same function; nothing is written then.
+    for circuit-tracer. `licence`: the hub's name of one, for the card. Raises `UserError` when the format has no place
+    for such a transcoder, and `ProjectError` when what was written is not the same function; nothing is written then.
     """
     if path.exists():
         raise UserError(f"{path} exists; pass another folder with --out, or remove it")
+    if layers is not None and kind != "circuit-tracer":
+        raise UserError("--layers is for --format circuit-tracer")
+    if kind != "circuit-tracer" and len(runs) != 1:
+        raise UserError(
+            f"--format {kind} takes one run, got {len(runs)}; circuit-tracer's sets take one for each layer"
+        )
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise UserError(f"--license {licence!r}: expected the hub's name of one, such as mit, apache-2.0 or cc-by-4.0")
+    if kind in _LATENTS:
+        return _export_latents(runs[0], kind, path, prefix, licence)
     plain = [_plain(loaded, prefix) for loaded in runs]
     with durable.publish_folder(path, 4 * sum(_numbers(one) for one in plain)) as folder:
         written = _write(runs, plain, kind, folder, layers)
         found = [agreement(one.transcoder, back, one.rows) for one, back in zip(runs, written, strict=True)]
         for loaded, one in zip(runs, found, strict=True):
             _require_same(loaded, kind, one)
-        text = card(runs, written, kind, path.name, found)
+        text = card(runs, written, kind, path.name, found, licence)
         durable.publish_bytes(folder / CARD, text.encode())
     return Exported(path, tuple(found))
+
+
+def _export_latents(loaded: LoadedRun, kind: Format, path: Path, prefix: int | None, licence: str | None) -> Exported:
+    if prefix is not None:
+        raise UserError(f"--prefix is for formats that hold weights, and {kind} does not")
+    with durable.publish_folder(path) as folder:
+        told = _LATENTS[kind](loaded, folder)
+        durable.publish_bytes(folder / CARD, card_of_latents(loaded, kind, told, path.name, licence).encode())
+    say(f"{kind}: {told}")
+    return Exported(path, ())
 
 
 def _plain(loaded: LoadedRun, prefix: int | None) -> PlainTranscoder:
@@ -66,13 +101,7 @@ def _write(
         circuit_tracer.write(plain, origins, layers, folder)
         files = [folder / circuit_tracer.file_of(origin.layer) for origin in origins]
         return [circuit_tracer.read_layer(ForeignTensors(file)) for file in files]
-    if len(runs) != 1:
-        raise UserError(
-            f"--format {kind} takes one run, got {len(runs)}; circuit-tracer's sets take one for each layer"
-        )
-    if layers is not None:
-        raise UserError("--layers is for --format circuit-tracer")
-    module = saelens if kind == "saelens" else sparsify
+    module = _ONE_LAYER[kind]
     module.write(plain[0], folder, origins[0])
     return [module.read(folder)]
 

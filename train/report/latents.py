@@ -12,17 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.store.layout import UNEMBEDDING
 from shared.store.store import Store
 from shared.store.strata import POSITION_0
-from shared.store.unembedding import Unembedding
 from train.data.batches import StoreRows
 from train.duplicates.co_activation import most_correlated
+from train.duplicates.directions import nearest_directions
 from train.evaluation.held_out import held_out_active
-from train.model import blas
-from train.model.blas import Blas
 from train.model.transcoder import Transcoder
-from train.samples.token_text import known_tokens
+from train.samples.token_effects import decoder_directions, tokens_of, unembedding_of
 
 Array = NDArray[Any]
 
@@ -32,8 +29,6 @@ EFFECTS = 10
 """Tokens that a latent promotes, and as many that it suppresses."""
 LEAST_TOGETHER = 10
 """Rows on which two latents must both be active for their correlation to count."""
-_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
-"""Hooks whose values are the residual stream or are added to it: what they change, the logits show directly."""
 _TAKEN = ("latent", "prefix", "contexts", "density", "max", "mean", "bin_edges")
 
 
@@ -51,7 +46,7 @@ def latents_table(
     taken = [latents.schema.field(name) for name in _TAKEN] + [f for f in latents.schema if _stratum(f.name)]
     columns = {f.name: (latents[f.name].combine_chunks(), f.metadata[b"description"].decode()) for f in taken}
     live = torch.from_numpy(np.flatnonzero(latents["max"].is_valid().to_numpy()))
-    near, cosines = nearest(transcoder.unit_decoder(), live, NEIGHBOURS, transcoder.blas)
+    near, cosines = nearest_directions(transcoder.unit_decoder(), live, NEIGHBOURS, transcoder.blas)
     store = rows.store
     held_out = held_out_active(transcoder, rows, store.record.report_blocks, threshold)
     together, correlations = most_correlated(held_out.without_position_0, LEAST_TOGETHER, NEIGHBOURS)
@@ -94,30 +89,6 @@ def position_0_share(latents: pa.Table, store: Store) -> pa.Array:
     return pa.array(share, mask=total == 0)
 
 
-@torch.no_grad()
-def nearest(
-    W_dec: Tensor,  # [F, O] unit rows
-    live: Tensor,  # [n] int64
-    most: int,
-    library: Blas,
-    block: int = 1024,
-) -> tuple[Tensor, Tensor]:  # [F, M] each, on CPU
-    """Return the others with the largest cosines to each of `live`, falling, and these cosines.
-
-    Latents are -1 where there are no more, and for those that are not live.
-    """
-    latents = torch.full((len(W_dec), most), -1)
-    cosines = torch.zeros(len(W_dec), most)
-    rows, taken = W_dec.detach()[live.to(W_dec.device)], min(most, len(live) - 1)
-    for low in range(0, len(rows) if taken > 0 else 0, block):
-        found = blas.product(library, rows[low : low + block], rows.T)
-        found[torch.arange(len(found)), torch.arange(low, low + len(found))] = -torch.inf
-        largest = found.topk(taken)
-        latents[live[low : low + block], :taken] = live[largest.indices.cpu()]
-        cosines[live[low : low + block], :taken] = largest.values.float().clamp(-1, 1).cpu()
-    return latents, cosines
-
-
 def peaks(contexts: pa.Table, d_sae: int) -> pa.Array:
     """List [F] the distinct tokens at the peaks of each latent's top, the most frequent first, then the strongest.
 
@@ -150,14 +121,11 @@ def _effects(transcoder: Transcoder, store: Store) -> dict[str, tuple[pa.Array, 
     unknown = "null: the store has no unembedding, or its targets are not part of the residual stream"
     what = "logits that an activation of 1 adds to each directly, up to the final norm's scale"
     told = (f"tokens that it promotes most, falling; {unknown}", what, "tokens that it suppresses most", what)
-    if not store.request.unembedding or not store.request.target_hook.endswith(_RESIDUAL):
+    if (unembedding := unembedding_of(store)) is None:
         none = pa.nulls(transcoder.d_sae, pa.list_(pa.int32())), pa.nulls(transcoder.d_sae, pa.list_(pa.float32()))
         columns = _Effects(*none, *none)
     else:
-        directions = (transcoder.W_dec.detach() * transcoder.target_scale).cpu().numpy()
-        file = store.tokenizer / "tokenizer.json"
-        tokens = known_tokens(file) if file.is_file() else None
-        found = Unembedding(store.path / UNEMBEDDING).effects(directions, EFFECTS, tokens)
+        found = unembedding.effects(decoder_directions(transcoder), EFFECTS, tokens_of(store))
         columns = _Effects(
             *(_whole(part) for part in (found.promoted, found.promoted_effects)),
             *(_whole(part) for part in (found.suppressed, found.suppressed_effects)),
