@@ -163,6 +163,7 @@ def test_the_nearest_store_and_what_differs(cache: Path) -> None:
     assert "aaaaaaaaaaaa... here" in str(explain_new(cache / "new", many))
 
 
+@pytest.mark.fault(58)
 def test_a_store_is_found_by_what_it_holds_under_any_name(cache: Path) -> None:
     request = make_request()
     renamed = request.model.model_copy(update={"name": "moved", "revision": "0" * 40})

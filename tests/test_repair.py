@@ -144,6 +144,7 @@ def test_a_model_and_a_text_that_were_renamed_are_known_by_what_they_hold(
     assert contents(copy) == contents(finished)
 
 
+@pytest.mark.fault(58)
 def test_a_store_a_model_and_a_text_that_were_renamed_are_taken_up_by_a_new_run(
     small: Line, finished: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -163,9 +164,10 @@ def test_a_store_a_model_and_a_text_that_were_renamed_are_taken_up_by_a_new_run(
     assert other.store != mine
 
 
+@pytest.mark.fault(58)
 def test_a_model_that_is_not_where_it_was_is_asked_for(finished: Path, tmp_path: Path) -> None:
     for line in (("verify", finished, "--against-model", 2), ("repair", damaged(finished, tmp_path))):
-        refused(command(*line), "a local folder called model, which is not here", "--model FOLDER")
+        refused(command(*line), "a local folder called gemma, which is not here", "--model FOLDER")
 
 
 def damaged(store: Path, folder: Path) -> Path:
