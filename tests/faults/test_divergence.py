@@ -16,10 +16,10 @@ WILD = ["--set", "optimizer.lr=1000", "--set", "optimizer.warmup_steps=0"]
 
 @pytest.mark.fault(57)
 def test_a_training_that_diverges_says_so_at_once_at_its_end_and_in_its_report(
-    command: Command, store: SyntheticStore, tmp_path: Path
+    command: Command, synthetic: SyntheticStore, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    done = command("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", 12, *SMALL, *CADENCE, *WILD)
+    done = command("run", "--store", synthetic.path, "--runs", tmp_path, "--name", "run", "--steps", 12, *SMALL, *CADENCE, *WILD)
     assert done.code == 1 and done.out == ""
     first = next(row for row in rows(run) if row["fvu"] > 10)
     last = rows(run)[-1]["held_out"]["fvu"]
@@ -42,7 +42,7 @@ def test_a_training_that_diverges_says_so_at_once_at_its_end_and_in_its_report(
 
 
 @pytest.mark.fault(57)
-def test_a_training_that_only_begins_badly_is_no_error(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
-    given = ["run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", 12, *SMALL, *CADENCE]
+def test_a_training_that_only_begins_badly_is_no_error(command: Command, synthetic: SyntheticStore, tmp_path: Path) -> None:
+    given = ["run", "--store", synthetic.path, "--runs", tmp_path, "--name", "run", "--steps", 12, *SMALL, *CADENCE]
     done = command(*given)
     assert done.code == 0 and "diverge" not in done.err
