@@ -41,7 +41,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def cursor_back_on_quit(stream: IO[str]) -> Iterator[None]:
-    """Have Ctrl-\\ (SIGQUIT) show the cursor that a panel on `stream` hides, before it ends the process as always."""
+    """Let SIGQUIT (Ctrl and a backslash) show the cursor that a panel on `stream` hides, and then end the process."""
 
     def quit_process(number: int, frame: FrameType | None) -> None:
         with suppress(OSError):

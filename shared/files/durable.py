@@ -267,7 +267,7 @@ def staying(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Make `path` and its parents, each one's entry durable in its parent. Raises `FileNotFoundError`: see `staying`."""
+    """Make `path` and its parents, each one's entry durable in its parent; raises as `staying` says."""
     missing = []
     while not path.is_dir():
         if path in _STAYING:

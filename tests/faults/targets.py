@@ -105,10 +105,14 @@ def settings(data: bytes) -> None:
         override({"a": {"b": 1}}, data.decode(errors="replace").split("\n"), variants=("a",))
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target
-    for target in (json_file, records, store, packed_store, shard, chunk, vectors, unembedding, settings)
-} | runs.TARGETS | inputs.TARGETS
+TARGETS: dict[str, Callable[[bytes], None]] = (
+    {
+        target.__name__: target
+        for target in (json_file, records, store, packed_store, shard, chunk, vectors, unembedding, settings)
+    }
+    | runs.TARGETS
+    | inputs.TARGETS
+)
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:

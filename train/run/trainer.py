@@ -115,7 +115,7 @@ class Trainer:
         self._longest = [torch.from_numpy(self._reader.longest_norms(side)).to(device) for side in sides]
         """[B] the norms that no row of the store is above, of source and target."""
         self._calibrated: tuple[int, Tensor] | None = None
-        self._first = 0
+        self._first = self._done = 0
         self._held_out_fvu = resumed.state.held_out.fvu if resumed and resumed.state.held_out else None
         """Of the last evaluation."""
         self._warned = False
@@ -148,7 +148,7 @@ class Trainer:
                     self._train(stop)
                 self._finish(stop)
             except (OSError, ProjectError):
-                self._require_folder(self._log.status.step)  # else that is why
+                self._require_folder()  # what has failed is of no matter where that is gone
                 raise
         self._log.warn_of_lost_rows()
         if self._held_out_fvu is not None and diverged(self._held_out_fvu):
@@ -172,10 +172,11 @@ class Trainer:
             for step in range(self._first, settings.steps):
                 output, lr = self._step(step)
                 done, stopping = step + 1, bool(stop)
+                self._done = done
                 last = stopping or done == settings.steps
                 if last or any(self._due(done, every) for every in self._cadences):
                     self._refuse_nan()
-                    self._require_folder(done)
+                    self._require_folder()
                 if self._monitor.due(done):
                     report = self._monitor.report(done, self._counters.dead())
                     self._usage.call("monitor", effect=len(report.pairs))
@@ -195,7 +196,7 @@ class Trainer:
 
     def _finish(self, stop: list[int]) -> None:
         """Do what follows the last checkpoint; resuming a finished run makes it anew where some of it is missing."""
-        self._require_folder(self._settings.steps)
+        self._require_folder()
         monitor, samples = self._settings.monitor.every != 0, self._settings.samples.rows > 0
         steps = self._settings.steps
         there = (not monitor or self._monitor.reported_held_out) and (not samples or self._sampled)
@@ -333,7 +334,7 @@ class Trainer:
                     part.load(tensors)
             except (ValueError, KeyError) as error:
                 raise CorruptData(f"{path}: {error}") from error
-            self._first = resumed.step
+            self._first = self._done = resumed.step
         elif initial:
             self._transcoder.load_checkpoint(initial)
         else:
@@ -356,7 +357,7 @@ class Trainer:
             good &= (torch.linalg.vector_norm(rows, dim=1) <= longest).all()
         self._first_bad = torch.where(good, self._first_bad, self._first_bad.clamp_max(step))
 
-    def _require_folder(self, done: int) -> None:
+    def _require_folder(self) -> None:
         """Raise `ProjectError` when the run is no longer where it was: what is written there would belong to no run."""
         try:
             there = os.path.samestat(self._path.stat(), self._folder) and (self._path / CONFIG).is_file()
@@ -365,7 +366,7 @@ class Trainer:
         if not there:
             raise ProjectError(
                 f"{self._path} was removed or renamed while it was trained; nothing is written there after step "
-                f"{done:,}; if it was renamed, continue with: python -m train resume NEW_NAME"
+                f"{self._done:,}; if it was renamed, continue with: python -m train resume NEW_NAME"
             )
 
     def _refuse_nan(self) -> None:
