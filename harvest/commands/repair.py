@@ -105,8 +105,8 @@ def own_model(request: StoreRequest, name: str | None) -> ModelFiles:
     wanted = request.model
     if not name and wanted.revision is None and wanted.name != EMBEDDED and not Path(wanted.name).is_dir():
         raise UserError(
-            f"the store was made with the model in a local folder called {wanted.name}, which is not here; say where it "
-            "lies now, under any name: --model FOLDER"
+            f"the store was made with the model in a local folder called {wanted.name}, which is not here; say where "
+            "it lies now, under any name: --model FOLDER"
         )
     settings = ModelSettings(name=name or wanted.name, revision=None if name else wanted.revision)
     files = find_model(settings)
