@@ -151,8 +151,8 @@ def test_a_store_a_model_and_a_text_that_were_renamed_are_taken_up_by_a_new_run(
     mine = Path(shutil.copytree(finished, tmp_path / "cache" / "mine"))
     moved = Path(shutil.copytree(model, tmp_path / "elsewhere"))
     text = Path(shutil.copyfile(small.text, tmp_path / "t2.jsonl"))
-    for given in ({}, {"model": moved}, {"text": text}, {"model": moved, "text": text}):
-        found = command(*small(tmp_path / "cache", **given))
+    for where, what in ((None, None), (moved, None), (None, text), (moved, text)):
+        found = command(*small(tmp_path / "cache", model=where, text=what))
         assert found.store == mine and "mine holds what would be " in found.err
         assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == ["mine"]
     assert contents(mine) == contents(finished)

@@ -299,7 +299,9 @@ def test_a_run_that_cannot_be_written_to_is_told_before_all_the_measuring(
     command: Command, run: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run and access(path, mode))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and not (Path(path) == run and mode & os.W_OK)
+    )
     monkeypatch.setattr("train.model.checkpoint.find", lambda *_: pytest.fail("read a checkpoint first"))
     done = command(what, run)
     assert done.code == 2 and done.err.startswith(f"error: cannot write to {run}: it is read-only")

@@ -64,10 +64,6 @@ PROMISES: dict[str, dict[int, str]] = {
         "named once and left out by watch, report, compare and resume.",
         44: "Samples have a checksum of every page, and a damaged file of them is refused.",
         45: "A store that was moved is given once with --store, and found by every later command of the run.",
-        57: "A training that diverges (fvu above 10, where the mean alone leaves 1) says so when it does, ends with an "
-        "error, and its report says so.",
-        58: "A harvest takes up a store of the same content, whatever its folder, its model or its text are called; a "
-        "model that is not where it was is asked for.",
     },
     "Records that belong together": {
         46: "A run whose store holds other rows, under whatever name, is not resumed, evaluated or compared on it: the "
@@ -88,5 +84,11 @@ PROMISES: dict[str, dict[int, str]] = {
     "Strangers' models and names": {
         55: "Names and texts of strangers reach a terminal as text: no markup, no control sequence.",
         56: "A model's rows are those of plain transformers, or the model is refused; odd folders are one line.",
+    },
+    "Diverged runs, renamed stores": {
+        57: "A training that diverges (fvu above 10, where the mean alone leaves 1) says so when it does, ends with an "
+        "error, and its report says so.",
+        58: "A harvest takes up a store of the same content, whatever its folder, its model or its text are called; a "
+        "model that is not where it was is asked for.",
     },
 }

@@ -216,7 +216,7 @@ INPUT = (
         "harvest/llm/model.py",
         "        _require_quantiser(config := _cut_config(folder, layers_needed(hooks)))",
         "        config = _cut_config(folder, layers_needed(hooks))",
-        ("tests/faults/test_model_folders.py::test_an_odd_folder_is_one_line[quantised]",),
+        ("tests/faults/test_model_folders.py::test_an_odd_folder_is_one_line",),
     ),
     Protection(
         (50,),
