@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from shared.files import durable
 from shared.store.layout import ARRAYS
 from shared.store.store import Store
 from tests.reports import read
@@ -294,6 +295,30 @@ def test_a_run_that_is_removed_or_renamed_under_its_trainer_ends_in_an_error(
         assert not run.exists()
         assert command("resume", tmp_path / "elsewhere").code == 0
         assert_same_run(finished, tmp_path / "elsewhere")
+
+
+@pytest.mark.fault(49)
+@pytest.mark.parametrize("writer", ["checkpoint", "usage"])
+def test_a_run_that_is_renamed_while_something_of_it_is_written_is_not_begun_again_in_its_old_place(
+    command: Command, store: SyntheticStore, finished: Path, tmp_path: Path, writer: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run, moved = tmp_path / "run", tmp_path / "elsewhere"
+    publish = durable.publish_json
+
+    def renamed_before(path: Path, value: Any) -> None:
+        ours = {"checkpoint": f"step-000010{durable.TEMPORARY}/state.json", "usage": "run/usage.json"}[writer]
+        if path.as_posix().endswith(ours) and not moved.exists():
+            run.rename(moved)
+        publish(path, value)
+
+    monkeypatch.setattr(durable, "publish_json", renamed_before)
+    done = command("run", "--store", store.path, "--runs", tmp_path, "--name", "run", "--steps", 20, *SMALL, *CADENCE)
+    monkeypatch.undo()
+    assert done.code == 1 and f"error: {run} was removed or renamed while it was trained" in done.err
+    assert moved.exists() and not run.exists()
+    assert command("resume", moved).code == 0
+    assert_same_run(finished, moved)
 
 
 @pytest.mark.fault(48)

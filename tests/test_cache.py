@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harvest.commands import stores
-from harvest.writer.request_differences import differences, explain_new
+from harvest.writer.request_differences import differences, explain_new, find_same
 from shared.errors import UserError
 from shared.files import durable
 from shared.files.disk_usage import size_of
@@ -161,6 +161,26 @@ def test_the_nearest_store_and_what_differs(cache: Path) -> None:
     )
     assert differences(make_request(), many)["label"] == ("synthetic", "a" * 50)
     assert "aaaaaaaaaaaa... here" in str(explain_new(cache / "new", many))
+
+
+@pytest.mark.fault(58)
+def test_a_store_is_found_by_what_it_holds_under_any_name(cache: Path) -> None:
+    request = make_request()
+    renamed = request.model.model_copy(update={"name": "moved", "revision": "0" * 40})
+    same = request.model_copy(update={"model": renamed, "corpus": request.corpus.model_copy(update={"name": "x.txt"})})
+    assert find_same(cache, same) == (cache / "whole", request)
+    shutil.copytree(cache / "whole", cache / "begun")
+    (cache / "begun" / STORE).unlink()
+    assert find_same(cache, same) == (cache / "whole", request)  # the finished one, though `begun` sorts first
+    assert find_same(cache, request.model_copy(update={"seed": 4})) is None
+    other = request.model_copy(update={"model": renamed.model_copy(update={"weights": "0" * 64})})
+    assert find_same(cache, other) is None
+    assert find_same(cache / "none", request) is None
+    assert command("pack", cache / "whole", cache / "packed").code == 0
+    shutil.rmtree(cache / "whole")
+    assert find_same(cache, request) == (cache / "begun", request)
+    shutil.rmtree(cache / "begun")
+    assert find_same(cache, request) is None  # a packed one is only read
 
 
 def test_a_lock_file_that_was_removed_meanwhile_is_not_mistaken_for_the_lock(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: published whole, verified, pruned, and refused by name when something in them is wrong."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,12 @@ def test_a_newer_format_is_named(tmp_path: Path) -> None:
     (path / "state.json").write_text('{"format_version": 99}')
     with pytest.raises(UserError, match=f"written by format 99, this reads 3 to {checkpoint.FORMAT_VERSION}; upgrade"):
         checkpoint.read_state(path)
+
+
+def test_a_file_that_cannot_be_opened_is_no_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(OSError, match="Too many open files"):
+        checkpoint.load_state(tmp_path / checkpoint.OPTIMIZER)

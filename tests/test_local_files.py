@@ -87,6 +87,16 @@ def test_bytes_that_are_no_text_are_one_line_with_the_file(tmp_path: Path, name:
         read(tmp_path / name)
 
 
+@pytest.mark.fault(50)
+@pytest.mark.parametrize("indent", [1, 4, "\t"])
+def test_one_object_over_several_lines_is_told_how_its_rows_are_taken_out(tmp_path: Path, indent: int | str) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": [{"text": "one"}]}, indent=indent))
+    with pytest.raises(UserError, match=r"a\.json: one JSON object over several lines.*jq -c '\.data\[\]' a\.json"):
+        read(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert sorted(read(tmp_path / "a.json")) == ["one", "two"]
+
+
 def test_a_text_may_start_like_a_parquet_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("PAR1 is how they start")
     assert read(tmp_path / "a.txt") == ["PAR1 is how they start"]

@@ -144,6 +144,39 @@ def test_a_model_and_a_text_that_were_renamed_are_known_by_what_they_hold(
     assert contents(copy) == contents(finished)
 
 
+@pytest.mark.fault(58)
+def test_a_store_a_model_and_a_text_that_were_renamed_are_taken_up_by_a_new_run(
+    small: Line, finished: Path, model: Path, tmp_path: Path
+) -> None:
+    mine = Path(shutil.copytree(finished, tmp_path / "cache" / "mine"))
+    moved = Path(shutil.copytree(model, tmp_path / "elsewhere"))
+    text = Path(shutil.copyfile(small.text, tmp_path / "t2.jsonl"))
+    for where, what in ((None, None), (moved, None), (None, text), (moved, text)):
+        found = command(*small(tmp_path / "cache", model=where, text=what))
+        assert found.store == mine and "mine holds what would be " in found.err
+        assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == ["mine"]
+    assert contents(mine) == contents(finished)
+    longer = command(*small(tmp_path / "cache", model=moved, tokens=5 * BLOCK_TOKENS))
+    straight = command(*small(tmp_path / "straight", tokens=3 * BLOCK_TOKENS))
+    command(*small(tmp_path / "straight", tokens=5 * BLOCK_TOKENS))
+    assert longer.store == mine and contents(mine) == contents(straight.store)
+    other = command(*small(tmp_path / "cache", "--seed", 7))
+    assert other.store != mine
+
+
+@pytest.mark.fault(58)
+def test_a_model_that_is_not_where_it_was_is_asked_for(finished: Path, tmp_path: Path) -> None:
+    for line in (("verify", finished, "--against-model", 2), ("repair", damaged(finished, tmp_path))):
+        refused(command(*line), "a local folder called gemma, which is not here", "--model FOLDER")
+
+
+def damaged(store: Path, folder: Path) -> Path:
+    """Copy a store, with a shard file of rows missing."""
+    copy = Path(shutil.copytree(store, folder / store.name))
+    (copy / ARRAYS / "strata/004-016/source/c/3/0").unlink()
+    return copy
+
+
 def test_a_row_that_is_not_the_models_is_found(finished: Path, model: Path, tmp_path: Path) -> None:
     """Checksums that agree with wrong rows: only the model can tell."""
     copy = tmp_path / "store"

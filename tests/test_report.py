@@ -1,6 +1,7 @@
 """`train report`: figures against the files that they come from, the verdict on planted faults, and the pages."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -291,6 +292,19 @@ def test_a_full_disk_leaves_the_report_of_before(command: Command, run: Path, tm
         refused = command("report", there)
         assert refused.code == 2 and "bytes" in refused.err and "free" in refused.err
         assert all(path.read_bytes() == data for path, data in before.items())
+
+
+@pytest.mark.parametrize("what", ["report", "samples"])
+def test_a_run_that_cannot_be_written_to_is_told_before_all_the_measuring(
+    command: Command, run: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and not (Path(path) == run and mode & os.W_OK)
+    )
+    monkeypatch.setattr("train.model.checkpoint.find", lambda *_: pytest.fail("read a checkpoint first"))
+    done = command(what, run)
+    assert done.code == 2 and done.err.startswith(f"error: cannot write to {run}: it is read-only")
 
 
 def test_clusters_are_shown_with_their_latents_contexts(report: Report) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from shared.console.signals import STOP, stop_signals
+from shared.console.signals import STOP, cursor_back_on_quit, stop_signals
 
 
 @pytest.mark.fault(5)
@@ -55,3 +55,16 @@ def test_leaving_does_not_wait_for_threads() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (3, "error: stopped at once\n")
+
+
+@pytest.mark.fault(5)
+def test_ctrl_backslash_ends_the_process_as_always_with_the_cursor_shown() -> None:
+    code = (
+        "import os, signal, sys; from shared.console.signals import cursor_back_on_quit\n"
+        "with cursor_back_on_quit(sys.stderr): os.kill(os.getpid(), signal.SIGQUIT)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGQUIT, "\n\x1b[?25h")
+    with cursor_back_on_quit(sys.stderr):
+        pass
+    assert signal.getsignal(signal.SIGQUIT) == signal.SIG_DFL

@@ -248,3 +248,19 @@ def test_what_columns_hold_is_told(tmp_path: Path) -> None:
     assert "column 'text' holds no text, chat messages or token ids, but a list of str" in told({"text": ["a"]})
     assert "no column 'text'; its columns: a, b" in told({"a": "x", "b": "y"})
     assert "no column 'text'; its columns: a, labels" in told({"a": 1.5, "labels": [1]})
+
+
+@pytest.mark.fault(56)
+def test_a_tokenizer_that_panics_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """What the tokenizers library raises: no `Exception`."""
+
+    def panic(*_: Any, **__: Any) -> None:
+        raise PanicException("regex: stack overflow")
+
+    path = rows(tmp_path, {"text": "index"})
+    corpus = open_corpus(TextSettings(name=(str(path),), streaming=True), None, 0)
+    encoder = Encoder(folder, corpus.identity, VOCABULARY)
+    monkeypatch.setattr(encoder, "_tokenizer", panic)
+    with pytest.raises(UserError, match=r"its tokenizer fails on a text of 5 characters.*regex: stack overflow"):
+        list(encoder.encode(corpus.read()))

@@ -1,5 +1,6 @@
 """What the commands do, for the command line and for Python: train, resume, evaluate, sample, report, export."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -194,6 +195,12 @@ def _refuse_links(run: Path | None) -> None:
         refuse_links(run, but_in=(FOLDER,))
 
 
+def _require_writable(run: Path) -> None:
+    """Raise `UserError`, before all the measuring, when nothing can be written to `run`."""
+    if not os.access(run, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {run}: it is read-only; make it writable, or copy the run and name the copy")
+
+
 def _fallback(run: Path, folder: Path | None, config: bytes) -> Path | None:
     """Return the run's place in the fallback folder, which must be there. Raises `UserError`."""
     if not folder:
@@ -288,6 +295,7 @@ def sample(
     """
     run, store = Path(run), _path(store)
     config = read_config(run)
+    _require_writable(run)
     _refuse_links(run)
     settings = _samples_config(config.settings.samples, rows, changes)
     found = checkpoint.find(run, step)
@@ -318,6 +326,7 @@ def write_report(
 
     run, store = Path(run), _path(store)
     config = read_config(run)
+    _require_writable(run)
     _refuse_links(run)
     found = checkpoint.find(run, step)
     if project and found.step < (steps := config.settings.steps):

@@ -103,16 +103,21 @@ def repair(path: Path, model: str | None, text: Sequence[str], workers: int) -> 
 def own_model(request: StoreRequest, name: str | None) -> ModelFiles:
     """Find the model that a store was made with, by its own name or by the one given. Raises `UserError`."""
     wanted = request.model
+    if not name and wanted.revision is None and wanted.name != EMBEDDED and not Path(wanted.name).is_dir():
+        raise UserError(
+            f"the store was made with the model in a local folder called {wanted.name}, which is not here; say where "
+            "it lies now, under any name: --model FOLDER"
+        )
     settings = ModelSettings(name=name or wanted.name, revision=None if name else wanted.revision)
     files = find_model(settings)
     for what, found, expected in (
-        ("weights", files.weights_digest(), wanted.weights),
-        ("tokenizer", files.tokenizer_digest(), request.tokenizer),
+        ("config.json or weights", files.weights_digest(), wanted.weights),
+        ("tokenizer files", files.tokenizer_digest(), request.tokenizer),
     ):
         if found != expected:
             raise UserError(
-                f"{files.folder} is not the model of the store: its {what} has the digest {found[:12]}, that of the "
-                f"store's {wanted.name} {expected[:12]}; pass --model FOLDER"
+                f"{files.folder} is not the model of the store: its {what} have the digest {found[:12]}, those of "
+                f"the store's {wanted.name} {expected[:12]}; pass --model FOLDER"
             )
     return files
 

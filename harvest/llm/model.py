@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import errno
 import inspect
 import logging
 import os
@@ -20,6 +21,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from transformers.quantizers import AutoHfQuantizer
 
 from harvest.text.tokenizer_files import has_tokenizer, load_tokenizer
 from shared.errors import ProjectError, UserError, warn
@@ -233,8 +235,9 @@ def without_weights(folder: Path, hooks: Sequence[str]) -> Iterator[Model]:
     # Not the device `meta`: the bridge refuses to split GPT-2's joined projection there. Experts are chosen by value,
     # but for those that are computed as one product.
     with _quiet(), _explained(folder), FakeTensorMode(allow_non_fake_inputs=True), _NothingEdited():
+        _require_quantiser(config := _cut_config(folder, layers_needed(hooks)))
         network = transformers.AutoModelForCausalLM.from_config(
-            _cut_config(folder, layers_needed(hooks)),
+            config,
             attn_implementation="eager",
             experts_implementation="batched_mm",
             trust_remote_code=False,
@@ -285,6 +288,12 @@ def _cut_config(folder: Path, layers: int) -> Any:
     return config
 
 
+def _require_quantiser(config: Any) -> None:
+    """Raise `ImportError` where quantised weights need a package that is not there: here, before text is read."""
+    if found := getattr(config, "quantization_config", None):
+        AutoHfQuantizer.from_config(found, pre_quantized=True).validate_environment(device_map=None)
+
+
 def _few_logits(network: nn.Module) -> dict[str, int]:
     """Return the argument that has logits computed for one position only; nothing here reads them.
 
@@ -321,6 +330,8 @@ def _explained(folder: Path) -> Iterator[None]:
     except ImportError as error:
         raise UserError(f"{folder}: the model needs a package that is not installed ({error}); install it") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         raise UserError(f"{folder}: the model does not load ({type(error).__name__}: {str(error)[:500]})") from error
 
 

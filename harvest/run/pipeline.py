@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from harvest.settings import Settings
 from harvest.text.corpus import Corpus, open_corpus
 from harvest.writer import finish, ledger
 from harvest.writer.recover_records import check_request, read_records
-from harvest.writer.request_differences import explain_new
+from harvest.writer.request_differences import explain_new, find_same
 from harvest.writer.target import Target, damaged_files, load_target, needs_packing, publish_records
 from harvest.writer.tokens import extend, restore, spool_path
 from shared.config import build
@@ -55,8 +55,7 @@ def harvest(settings: Settings, cache: Path | str, *, force: bool = False) -> li
     Finished stores are found without torch. `force` goes on where the disk looks too small. Of several processes, the
     first plans and finishes the stores, under a lock that it then shares with the others, and returns the folders.
     """
-    inputs = identify(settings)
-    paths = [Path(cache) / request.folder for request in inputs.requests]
+    inputs, paths = locate(identify(settings), Path(cache))
     with Ranks() as ranks, ExitStack() as locks:
         if ranks.first:
             with ranks.leading():
@@ -79,8 +78,8 @@ def harvest(settings: Settings, cache: Path | str, *, force: bool = False) -> li
 
 def estimates(settings: Settings, cache: Path | str) -> list[Estimate]:
     """Estimate what `harvest` would write, a store per layer; no weights are loaded, nothing is written."""
-    inputs = identify(settings)
-    targets = [load_target(Path(cache) / request.folder, request) for request in inputs.requests]
+    inputs, paths = locate(identify(settings), Path(cache))
+    targets = [load_target(path, request) for path, request in zip(paths, inputs.requests, strict=True)]
     widths = hook_widths(targets, inputs)
     return [estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets]
 
@@ -96,8 +95,8 @@ def explain(settings: Settings) -> list[str]:
 
 def measure(settings: Settings, cache: Path | str) -> float:
     """Return the seconds that the forward passes of all blocks to come will take, by the speed of a few batches."""
-    inputs = identify(settings)
-    targets = [load_target(Path(cache) / request.folder, request) for request in inputs.requests]
+    inputs, paths = locate(identify(settings), Path(cache))
+    targets = [load_target(path, request) for path, request in zip(paths, inputs.requests, strict=True)]
     from harvest.run.runner import seconds_per_token
 
     workers = settings.workers or Ranks().cores
@@ -127,6 +126,22 @@ def identify(settings: Settings) -> Inputs:
     requests = tuple(_request(settings, layer, common) for layer in settings.capture.layers)
     blocks = -(-settings.tokens // requests[0].block_tokens)
     return Inputs(model=model, shape=shape, corpus=corpus, requests=requests, training_blocks=blocks)
+
+
+def locate(inputs: Inputs, cache: Path) -> tuple[Inputs, list[Path]]:
+    """Return the folder of each request's store: in `cache` under its own name, or of the same content under another.
+
+    A store that is taken up under another name keeps its own request: that becomes the one in the returned inputs.
+    """
+    requests, paths = [], []
+    for wanted in inputs.requests:
+        path, request = cache / wanted.folder, wanted
+        if not path.exists() and (same := find_same(cache, wanted)):
+            path, request = same
+            say(f"{path} holds what would be {wanted.folder}: it is taken up under its name")
+        paths.append(path)
+        requests.append(request)
+    return replace(inputs, requests=tuple(requests)), paths
 
 
 def block_sequences(settings: Settings, shape: ModelShape) -> int:

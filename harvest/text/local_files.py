@@ -8,6 +8,7 @@ import codecs
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -179,9 +180,22 @@ def _opened(path: Path) -> TextFile:
             f"{path}: holds {other} data, and its name says {format_}; decompress or convert it, or rename it"
         )
     encoding = _encoding(path, head)
-    if format_ == "json" and not head.decode(encoding, "replace").lstrip("\ufeff \t\r\n").startswith("["):
+    if format_ == "json" and not (text := head.decode(encoding, "replace").lstrip("\ufeff \t\r\n")).startswith("["):
+        _refuse_one_object(path, text)
         format_ = "jsonl"
     return TextFile(path=path, format=format_, compression=compression, encoding=encoding)
+
+
+def _refuse_one_object(path: Path, text: str) -> None:
+    """Raise `UserError` when `text` starts an object that goes over several lines, as pretty-printed ones do."""
+    first = text.partition("\n")
+    if first[1] and first[0].rstrip().endswith(("{", "[", ",")):
+        key = re.search(r'"(\w+)"\s*:\s*\[', text)
+        taken = f"jq -c '.{key[1]}[]'" if key else "jq -c '.[]'"
+        raise UserError(
+            f"{path}: one JSON object over several lines, expected an array of rows or an object per line; take its "
+            f"rows out: {taken} {path.name} > rows.jsonl"
+        )
 
 
 def _starts(head: bytes, magic: bytes) -> bool:

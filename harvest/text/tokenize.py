@@ -20,6 +20,10 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 """What ShareGPT calls the roles of a chat."""
 
 
+_PANIC = "PanicException"
+"""What the tokenizers library raises where its own code fails, in a regular expression for one; no `Exception`."""
+
+
 class _Unfit(Exception):
     """A row is no document; says why."""
 
@@ -137,7 +141,15 @@ class Encoder:
         if not texts:
             return []
         options |= {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        found = [np.array(ids, np.int32) for ids in self._tokenizer(texts, **options)["input_ids"]]
+        try:
+            found = [np.array(ids, np.int32) for ids in self._tokenizer(texts, **options)["input_ids"]]
+        except BaseException as error:
+            if type(error).__name__ != _PANIC:
+                raise
+            raise UserError(
+                f"{self._folder}: its tokenizer fails on a text of {max(map(len, texts)):,} characters or less "
+                f"({error}); see its tokenizer.json, or split the text"
+            ) from error
         self.require_embedded(max((int(ids.max()) for ids in found if ids.size), default=None))
         return found
 

@@ -3,10 +3,11 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from shared.errors import Stopped, printable
 
@@ -36,6 +37,26 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def cursor_back_on_quit(stream: IO[str]) -> Iterator[None]:
+    """Let SIGQUIT (Ctrl and a backslash) show the cursor that a panel on `stream` hides, and then end the process."""
+
+    def quit_process(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):
+            os.write(stream.fileno(), b"\n\x1b[?25h")
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGQUIT) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGQUIT, quit_process)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def stop_at_once() -> None:

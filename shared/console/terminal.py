@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.segment import Segment
 from rich.text import Text
 
+from shared.console.signals import cursor_back_on_quit
 from shared.errors import give_up, printable, tell
 
 _WIDTH = 80
@@ -135,10 +136,11 @@ def panel_shown(draw: Callable[[], RenderableType], stderr: bool = True) -> Iter
         redirect_stdout=not stderr,
         redirect_stderr=True,
     )
-    with suppress(OSError):
-        live.start()
-    try:
-        yield
-    finally:
+    with cursor_back_on_quit(console.file):
         with suppress(OSError):
-            live.stop()
+            live.start()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                live.stop()

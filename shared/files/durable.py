@@ -25,6 +25,8 @@ from shared.files.untrusted import MOST_BYTES, MOST_NESTED, nests_too_deep, read
 
 TEMPORARY = ".tmp"
 _ASKING_SECONDS = 0.05
+_STAYING: list[Path] = []
+"""Folders that are not made anew; see `staying`."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Buffers = bytes | Sequence[Any]
@@ -251,10 +253,25 @@ def parse_json(data: bytes) -> Any:
     return value
 
 
+@contextmanager
+def staying(path: Path) -> Iterator[None]:
+    """Never make the folder `path` anew, in any thread: what would be published below it fails once it is gone.
+
+    For a folder that can be removed or renamed while it is written to: else a part of it would be made in its place.
+    """
+    _STAYING.append(path)
+    try:
+        yield
+    finally:
+        _STAYING.remove(path)
+
+
 def make_folder(path: Path) -> None:
-    """Make `path` and its parents, each one's entry durable in its parent."""
+    """Make `path` and its parents, each one's entry durable in its parent; raises as `staying` says."""
     missing = []
     while not path.is_dir():
+        if path in _STAYING:
+            raise FileNotFoundError(errno.ENOENT, "removed or renamed meanwhile", str(path))
         missing.append(path)
         path = path.parent
     for folder in reversed(missing):

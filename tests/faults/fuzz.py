@@ -20,7 +20,15 @@ from typing import Any
 
 CORPUS = Path(__file__).parent / "corpus"
 LARGEST = 8192
-INSTRUMENTED = ["shared", "train.live", "train.report", "train.run.metrics", "train.samples.parquet"]
+INSTRUMENTED = [
+    "shared",
+    "harvest.text",
+    "harvest.llm.model_files",
+    "train.live",
+    "train.report",
+    "train.run.metrics",
+    "train.samples.parquet",
+]
 """Not what numba compiles: it takes no other bytecode."""
 ODD: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 2**31, 2**53 + 1, 10**30, -0.0, 1e308, "", "x", "\0", "../x", "/etc/passwd", "a" * 5000),
@@ -77,7 +85,7 @@ def worker(target: str, folder: Path, seconds: int) -> None:
 
 
 def minimise(target: str, found: Path) -> list[bytes]:
-    """The smallest inputs of `found` that together reach every line of shared/ and train/ that all of them reach."""
+    """The smallest inputs of `found` that together reach every line of the packages that all of them reach."""
     code = "from tests.faults.fuzz import lines_reached; import sys; lines_reached(sys.argv[1], sys.argv[2])"
     line = [sys.executable, "-c", code, target, str(found)]
     reached = json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
@@ -90,11 +98,11 @@ def minimise(target: str, found: Path) -> list[bytes]:
 
 
 def lines_reached(target: str, folder: str) -> None:
-    """Print, as JSON, the lines of shared/ and train/ that each input of `folder` runs."""
+    """Print, as JSON, the lines of the packages that each input of `folder` runs."""
     from tests.faults.targets import TARGETS, seeds
 
     list(seeds())  # what the targets start from is made before
-    roots, reached = tuple(str(Path(__file__).parents[2] / name) for name in ("shared", "train")), {}
+    roots, reached = tuple(str(Path(__file__).parents[2] / name) for name in ("shared", "harvest", "train")), {}
     for path in Path(folder).iterdir():
         lines: set[str] = set()
 

@@ -85,4 +85,10 @@ PROMISES: dict[str, dict[int, str]] = {
         55: "Names and texts of strangers reach a terminal as text: no markup, no control sequence.",
         56: "A model's rows are those of plain transformers, or the model is refused; odd folders are one line.",
     },
+    "Diverged runs, renamed stores": {
+        57: "A training that diverges (fvu above 10, where the mean alone leaves 1) says so when it does, ends with an "
+        "error, and its report says so.",
+        58: "A harvest takes up a store of the same content, whatever its folder, its model or its text are called; a "
+        "model that is not where it was is asked for.",
+    },
 }

@@ -186,4 +186,24 @@ TRAINING = (
         "",
         (f"{_LOST}::test_no_flipped_bit_of_samples_is_read_as_other_data",),
     ),
+    Protection(
+        (49,),
+        "shared/files/durable.py",
+        "        if path in _STAYING:",
+        "        if False:",
+        (
+            "tests/test_bindings.py::"
+            "test_a_run_that_is_renamed_while_something_of_it_is_written_is_not_begun_again_in_its_old_place",
+        ),
+    ),
+    Protection(
+        (57,),
+        "train/run/metrics.py",
+        "    return not fvu <= DIVERGED",
+        "    return False",
+        (
+            "tests/faults/test_divergence.py::"
+            "test_a_training_that_diverges_says_so_at_once_at_its_end_and_in_its_report",
+        ),
+    ),
 )

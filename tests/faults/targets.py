@@ -24,6 +24,7 @@ from shared.store.checks import read_vectors
 from shared.store.layout import ARRAYS, LedgerRecord, StorePlan, StoreRecord, StoreRequest, moments_path, record_path
 from shared.store.store import Local, Store
 from shared.store.unembedding import Unembedding
+from tests.faults import targets_of_inputs as inputs
 from tests.faults import targets_of_runs as runs
 from tests.stores import make_store
 
@@ -104,10 +105,14 @@ def settings(data: bytes) -> None:
         override({"a": {"b": 1}}, data.decode(errors="replace").split("\n"), variants=("a",))
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target
-    for target in (json_file, records, store, packed_store, shard, chunk, vectors, unembedding, settings)
-} | runs.TARGETS
+TARGETS: dict[str, Callable[[bytes], None]] = (
+    {
+        target.__name__: target
+        for target in (json_file, records, store, packed_store, shard, chunk, vectors, unembedding, settings)
+    }
+    | runs.TARGETS
+    | inputs.TARGETS
+)
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
@@ -128,6 +133,7 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     parts = {"W_U": np.ones((5, 4), np.float32), "final_norm.gain": np.ones(4, np.float32)}
     yield "unembedding", save(parts)
     yield from runs.seeds()
+    yield from inputs.seeds()
 
 
 def _opened(path: Path, names: tuple[str, ...], data: bytes) -> None:

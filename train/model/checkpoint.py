@@ -245,8 +245,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """Load the tensors of a safetensors file. Raises `CorruptData` when it is not one."""
+    """Load the tensors of a safetensors file. Raises `CorruptData` when it is not one, and `OSError`."""
     try:
         return load(path.read_bytes())
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise CorruptData(f"{path}: not a readable safetensors file ({error})") from error

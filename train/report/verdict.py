@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from shared.store.strata import POSITION_0
 from train.live.run_files import METRICS, TIMING, USAGE
 from train.report.report_record import Check, Report, State
-from train.run.metrics import describe_missing, logged_steps
+from train.run.metrics import LOWER_LR, describe_missing, diverged, logged_steps
 
 _TENTH = 0.1
 """Of the run: what fvu is averaged over."""
@@ -82,6 +82,8 @@ def _reconstruction(report: Report) -> Iterator[Check]:
     said = (
         f"Held out, {fvu:.4f} of the target's variance is unexplained (fvu), at {report.held_out.l0:.1f} latents a row"
     )
+    if diverged(fvu):
+        said = f"The training diverged; {LOWER_LR}. {said}"
     if report.linear_fvu is not None:
         yield _check("reconstruction", f"{said}; the best linear map leaves {report.linear_fvu:.4f}.", fvu,
                      min(report.linear_fvu, 1.0), 1.0, "strata")  # fmt: skip

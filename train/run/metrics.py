@@ -27,6 +27,10 @@ fourth of that, as a share of its square."""
 OUTLIERS = "outliers"
 """Their name among the strata."""
 _NAMED = 5
+DIVERGED = 10.0
+"""Fvu above which training has diverged; the mean of the targets leaves 1."""
+LOWER_LR = "lower optimizer.lr"
+"""What to do then."""
 
 
 class Window:
@@ -219,6 +223,11 @@ class Log:
                 wrong.append(f"{error}, in line {number}")
             else:
                 yield end, row
+
+
+def diverged(fvu: float) -> bool:
+    """Tell whether an fvu is so far above 1, what the mean of the targets leaves, that training has diverged."""
+    return not fvu <= DIVERGED
 
 
 def evaluation_of(rows: Sequence[Row], log: Path, step: int | None = None) -> tuple[int, Evaluation] | None:

@@ -12,6 +12,7 @@ from shared.console.progress import Progress
 from shared.console.signals import stop_signals
 from shared.console.terminal import say
 from shared.errors import CorruptData, DiskFull, ProjectError, Stopped, warn
+from shared.files import durable
 from shared.store.store import Store
 from shared.store.strata import POSITION_0
 from train.data.batches import Batch, BatchReader
@@ -19,7 +20,7 @@ from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
 from train.evaluation.evaluate import Evaluation, calibrate, evaluate
 from train.evaluation.held_out import held_out_active
-from train.live.run_files import CONFIG
+from train.live.run_files import CONFIG, Row
 from train.live.training_panel import RunPanel
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, HeldOut
@@ -29,7 +30,7 @@ from train.model.transcoder import StepOutput, Transcoder
 from train.run.determinism import arithmetic, require_same
 from train.run.latent_counters import Counters
 from train.run.load_run import build_transcoder, rows_of
-from train.run.metrics import Window, logged_steps
+from train.run.metrics import LOWER_LR, Window, diverged, logged_steps
 from train.run.optimizer import Optimizer
 from train.run.saver import Saver
 from train.run.self_test import prove
@@ -116,7 +117,10 @@ class Trainer:
         self._longest = [torch.from_numpy(self._reader.longest_norms(side)).to(device) for side in sides]
         """[B] the norms that no row of the store is above, of source and target."""
         self._calibrated: tuple[int, Tensor] | None = None
-        self._first = 0
+        self._first = self._done = 0
+        self._held_out_fvu = resumed.state.held_out.fvu if resumed and resumed.state.held_out else None
+        """Of the last evaluation."""
+        self._warned = False
         if resumed and not inexact:
             require_same(resumed.state.arithmetic, self._arithmetic, str(resumed.path))
         self._initialise(initial, resumed)
@@ -132,18 +136,28 @@ class Trainer:
     def train(self) -> None:
         """Run to the last step. Raises `Stopped` after a signal, with a checkpoint published.
 
-        Raises `ProjectError` where the run's folder is removed or renamed meanwhile.
+        Raises `ProjectError` where the run's folder is removed or renamed meanwhile, and at the end of a run that has
+        diverged, all of whose files are there then.
         """
         self._folder = self._path.stat()
         self._log.open(self._first, expected := self._logged_steps())
         if expected:
             self._usage.warn_if_missing()
         self._saver.prune()
-        with stop_signals() as stop:
-            if self._first < self._settings.steps:
-                self._train(stop)
-            self._finish(stop)
+        with durable.staying(self._path), stop_signals() as stop:
+            try:
+                if self._first < self._settings.steps:
+                    self._train(stop)
+                self._finish(stop)
+            except (OSError, ProjectError):
+                self._require_folder()  # what has failed is of no matter where that is gone
+                raise
         self._log.warn_of_lost_rows()
+        if self._held_out_fvu is not None and diverged(self._held_out_fvu):
+            raise ProjectError(
+                f"{self._path} has diverged: its held-out fvu at step {self._settings.steps:,} is "
+                f"{self._held_out_fvu:,.1f}, and the mean alone leaves 1; {LOWER_LR}"
+            )
 
     def _logged_steps(self) -> list[int]:
         """List the steps that the logs have rows of already."""
@@ -160,10 +174,11 @@ class Trainer:
             for step in range(self._first, settings.steps):
                 output, lr = self._step(step)
                 done, stopping = step + 1, bool(stop)
+                self._done = done
                 last = stopping or done == settings.steps
                 if last or any(self._due(done, every) for every in self._cadences):
                     self._refuse_nan()
-                    self._require_folder(done)
+                    self._require_folder()
                 if self._monitor.due(done):
                     report = self._monitor.report(done, self._counters.dead())
                     self._usage.call("monitor", effect=len(report.pairs))
@@ -183,7 +198,7 @@ class Trainer:
 
     def _finish(self, stop: list[int]) -> None:
         """Do what follows the last checkpoint; resuming a finished run makes it anew where some of it is missing."""
-        self._require_folder(self._settings.steps)
+        self._require_folder()
         monitor, samples = self._settings.monitor.every != 0, self._settings.samples.rows > 0
         steps = self._settings.steps
         there = (not monitor or self._monitor.reported_held_out) and (not samples or self._sampled)
@@ -240,12 +255,25 @@ class Trainer:
         }
         if held_out:
             row["held_out"] = held_out.model_dump(mode="json")
+        self._warn_if_diverged(done, row)
         self._usage.effects(row["terms"], row["steps"])
         search = self._transcoder.guarded.figures() if self._transcoder.guarded else {}
         self._log.write(done, row, self._reader.waited, search, self._usage.publish)
 
+    def _warn_if_diverged(self, done: int, row: Row) -> None:
+        """Warn, once, of the first row of the log whose fvu is far above what the mean alone leaves."""
+        figures = {"fvu": row["fvu"], "held-out fvu": row.get("held_out", {}).get("fvu")}
+        found = next((one for one in figures.items() if one[1] is not None and diverged(one[1])), None)
+        if found and not self._warned:
+            self._warned = True
+            warn(
+                f"step {done:,}: {found[0]} is {found[1]:,.1f}, and the mean alone leaves 1: the training diverges; "
+                f"{LOWER_LR}"
+            )
+
     def _evaluate(self, done: int) -> Evaluation:
         found = evaluate(self._transcoder, self._rows, self._threshold(done), self._settings.seed)
+        self._held_out_fvu = found.fvu
         self._usage.call("evaluation", effect=found.rows)
         return found
 
@@ -308,7 +336,7 @@ class Trainer:
                     part.load(tensors)
             except (ValueError, KeyError) as error:
                 raise CorruptData(f"{path}: {error}") from error
-            self._first = resumed.step
+            self._first = self._done = resumed.step
         elif initial:
             initial(self._transcoder)
         else:
@@ -331,7 +359,7 @@ class Trainer:
             good &= (torch.linalg.vector_norm(rows, dim=1) <= longest).all()
         self._first_bad = torch.where(good, self._first_bad, self._first_bad.clamp_max(step))
 
-    def _require_folder(self, done: int) -> None:
+    def _require_folder(self) -> None:
         """Raise `ProjectError` when the run is no longer where it was: what is written there would belong to no run."""
         try:
             there = os.path.samestat(self._path.stat(), self._folder) and (self._path / CONFIG).is_file()
@@ -340,7 +368,7 @@ class Trainer:
         if not there:
             raise ProjectError(
                 f"{self._path} was removed or renamed while it was trained; nothing is written there after step "
-                f"{done:,}; if it was renamed, continue with: python -m train resume NEW_NAME"
+                f"{self._done:,}; if it was renamed, continue with: python -m train resume NEW_NAME"
             )
 
     def _refuse_nan(self) -> None:
@@ -360,7 +388,7 @@ class Trainer:
                 self._reader.check_norms(step, side, norms)
             except CorruptData as error:
                 return str(error)
-        return "all its rows are sound: lower optimizer.lr"
+        return f"all its rows are sound: {LOWER_LR}"
 
 
 def use_threads(count: int) -> None:
