@@ -230,6 +230,26 @@ def splice(run: Path, as_json: bool, **given: Any) -> None:
 
 
 @group.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="The text, without BOS.")
+@click.option("--transcoder", type=click.Path(path_type=Path), help="Another one for RUN's hooks, of any library.")
+@click.option("--step", type=click.IntRange(1), help="The checkpoint's; the newest if left out.")
+@click.option("--top", type=click.IntRange(1), default=8, show_default=True, help="Latents per token, the strongest.")
+@click.option("--model", help="Where the store's model lies, if not where the store says.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@shared.command_line.quiet_option
+def encode(run: Path, as_json: bool, **given: Any) -> None:
+    """List the latents of RUN's transcoder that are active on each token of a prompt."""
+    from harvest.splice.encode_prompt import encode_prompt, show
+
+    found = encode_prompt(run, **given)
+    if as_json:
+        print(json.dumps([one._asdict() for one in found], indent=2))
+    else:
+        show(found)
+
+
+@group.command()
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def ls(cache: Path, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""What `python -m harvest splice` leaves in a run's folder: the loss of the LLM with a transcoder in its MLP's place."""
+"""What `python -m harvest splice` leaves in a run's folder: the LLM's loss with a transcoder in its MLP's place."""
 
 from pathlib import Path
 from typing import Literal
@@ -63,7 +63,7 @@ class SpliceRecord(Config):
     step: Count | None
     """Of the checkpoint; none: the transcoder is no run's."""
     windows: Count
-    """Held-out windows that the LLM ran on: the store's first report windows."""
+    """Held-out windows that the LLM ran on: evenly spaced among the store's report blocks."""
     rows: Count
     """Of these windows, position 0 included."""
     rows_left: Count

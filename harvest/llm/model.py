@@ -173,9 +173,7 @@ def check_device(device: str) -> None:
         )
 
 
-def load_model(
-    folder: Path, dtype: StorageType, device: str, hooks: Sequence[str], *, whole: bool = False
-) -> Model:
+def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[str], *, whole: bool = False) -> Model:
     """Load the model in `folder`, only the layers that `hooks` need, or the `whole` of it. Raises `UserError`.
 
     On CUDA the process computes deterministically from here on: cuBLAS reads its setting at its first call.

@@ -74,7 +74,9 @@ def _unchanged(splicer: Splicer, ids: Tensor, positions: Tensor) -> tuple[Tensor
 
         return look
 
-    logits = splicer.model.logits(ids, positions, {name: keep(name) for name in (splicer.source_hook, splicer.target_hook)})
+    logits = splicer.model.logits(
+        ids, positions, {name: keep(name) for name in (splicer.source_hook, splicer.target_hook)}
+    )
     return found[splicer.source_hook], found[splicer.target_hook], logits
 
 

@@ -17,7 +17,7 @@ from harvest.llm.model import load_model
 from harvest.splice import figures
 from harvest.splice.figures import BatchSums
 from harvest.splice.forward import Splicer, losses
-from harvest.splice.replacements import Replacement, linear, mean_target, of_run, open_run, read_replacement
+from harvest.splice.replacements import LoadedRun, Replacement, linear, mean_target, of_run, open_run, read_replacement
 from harvest.text.packing import Windows, model_positions
 from harvest.writer.target import Target, read_block
 from shared.config import json_digest, read_record
@@ -27,7 +27,6 @@ from shared.errors import CorruptData, UserError
 from shared.files import durable
 from shared.splice_record import FILE, SplicePart, SpliceRecord, publish_splice, read_splice
 from shared.store.store import Store
-from train.run.load_run import LoadedRun
 
 _LOGITS = 2**26
 """Of one forward pass, at most; a single window may have more."""
@@ -69,7 +68,9 @@ def splice(run: Path, options: SpliceOptions) -> SpliceRecord:
     folder = run / "splice" / asked[:16]
     durable.make_folder(folder)
     with store.reading(), durable.lock(run / "splice" / "lock", f"the splice of {run}"):
-        splicer = None if _whole(folder, windows, batch) else _splicer(loaded, replacement, files.folder, options.linear)
+        splicer = (
+            None if _whole(folder, windows, batch) else _splicer(loaded, replacement, files.folder, options.linear)
+        )
         sums = _measured(splicer, store, windows, folder, batch)
         record = _record(store, replacement, asked, sums, len(windows.tokens))
         publish_splice(path, record)
@@ -78,14 +79,17 @@ def splice(run: Path, options: SpliceOptions) -> SpliceRecord:
 
 
 def _windows(store: Store, tokens: int) -> Windows:
-    """Return the first held-out windows on which figures are reported; no run trains on them, or calibrates with them."""
+    """Return held-out windows on which figures are reported, evenly spaced: no run trains or calibrates on them."""
     record = store.record
-    count, target = -(-tokens // store.request.context_size), _target(store)
-    blocks = record.report_blocks[: -(-count // store.request.block_sequences)]
-    if not blocks:
-        raise UserError(f"{store.path} holds no block out, so there is no text to measure on; harvest with held-out blocks")
-    parts = [read_block(target, block) for block in blocks]
-    return Windows(*(np.concatenate(side)[:count] for side in zip(*parts, strict=True)))
+    parts = [read_block(_target(store), block) for block in record.report_blocks]
+    if not parts:
+        raise UserError(
+            f"{store.path} holds no block out: there is no text to measure on; harvest with held-out blocks"
+        )
+    every = Windows(*(np.concatenate(side) for side in zip(*parts, strict=True)))
+    total = len(every.tokens)
+    count = min(total, -(-tokens // store.request.context_size))
+    return Windows(*(side[np.arange(count) * total // count] for side in every))
 
 
 def _target(store: Store) -> Target:
@@ -100,9 +104,7 @@ def _batch(store: Store, windows: int, folder: Path) -> int:
     return max(1, min(_MOST_WINDOWS, windows, _LOGITS // logits))
 
 
-def _asked(
-    store: Store, replacement: Replacement, windows: Windows, batch: int, with_linear: bool
-) -> dict[str, Any]:
+def _asked(store: Store, replacement: Replacement, windows: Windows, batch: int, with_linear: bool) -> dict[str, Any]:
     return {
         "store": store.request.digest,
         "weights": replacement.weights,

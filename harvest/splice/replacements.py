@@ -28,6 +28,8 @@ from train.model.normalisation import normalisation
 from train.model.transcoder import Transcoder
 from train.run.load_run import LoadedRun, load_run
 
+__all__ = ["LoadedRun", "Replacement", "in_parts", "linear", "mean_target", "of_run", "open_run", "read_replacement"]
+
 Predict = Callable[[Tensor], dict[str, Tensor]]
 _ROWS = 1024
 
@@ -128,5 +130,7 @@ def _files_digest(path: Path) -> str:
     digests = {}
     for file in files:
         with file.open("rb") as opened:
-            digests[file.name if path.is_file() else str(file.relative_to(path))] = hashlib.file_digest(opened, "sha256")
+            digests[file.name if path.is_file() else str(file.relative_to(path))] = hashlib.file_digest(
+                opened, "sha256"
+            )
     return json_digest({name: digest.hexdigest() for name, digest in digests.items()})

@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from shared.console.terminal import PlainConsole, show_text
-from shared.splice_record import TRANSCODER, Interval, SplicePart, SpliceRecord
+from shared.splice_record import TRANSCODER, ArmFigures, Interval, SplicePart, SpliceRecord
 
 
 def show(record: SpliceRecord) -> None:
@@ -21,10 +21,17 @@ def show(record: SpliceRecord) -> None:
 
 def _arms(part: SplicePart) -> Table:
     table = Table("in the MLP's place", *("CE", "KL", "CE recovered", "against mean ablation"))
-    for name, arm in part.arms.items():
+    for name, arm in sorted(part.arms.items(), key=_place):
         recovered = (_percent(arm.ce_recovered), _percent(arm.ce_recovered_of_mean))
         table.add_row(name, f"{arm.ce:.4f}", _nats(arm.kl), *recovered)
     return _right(table)
+
+
+def _place(arm: tuple[str, ArmFigures]) -> tuple[bool, float, str]:
+    """Order the transcoder first, then its prefixes from the largest down, then what it is held against."""
+    name = arm[0]
+    size = int(name.removeprefix("prefix ")) if name.startswith("prefix ") else 0
+    return not name.startswith((TRANSCODER, "prefix")), -size if size else -float("inf"), name
 
 
 def _strata(record: SpliceRecord) -> Table:
