@@ -83,7 +83,7 @@ class Model:
     def logits(
         self, ids: Tensor, position_ids: Tensor | None, hooks: Mapping[str, Callable[[Tensor], Tensor]]
     ) -> Tensor:
-        """Return the logits [S, T, V] of windows `ids` [S, T]; each hook's activations become what its function returns.
+        """Return the logits [S, T, V] of windows `ids` [S, T]; a hook's activations become what its function returns.
 
         Of a model that was loaded `whole`. `position_ids` as in `visit`; functions must not change what they are given.
         """

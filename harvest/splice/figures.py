@@ -96,7 +96,7 @@ def ratio(above: Array, below: Array) -> Interval:
 
 
 def student_t(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t: exact for 1 and 2, else by Cornish and Fisher, to 0.2 %."""
+    """Return the 97.5 % quantile of Student's t: exact for 1 and 2, else by Cornish and Fisher, to 2 %."""
     if freedom < 3:
         return (12.706204736, 4.302652730)[freedom - 1]
     z, v = 1.959963985, freedom

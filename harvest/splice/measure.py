@@ -52,7 +52,7 @@ class SpliceOptions:
 def splice(run: Path, options: SpliceOptions) -> SpliceRecord:
     """Measure, continue or find the measurement of `run`; publishes it in the run's folder and returns it.
 
-    Raises `UserError` when there is no such run, model or transcoder, `CorruptData` when one is damaged, and `DiskFull`.
+    Raises `UserError` without such a run, model or transcoder, `CorruptData` when one is damaged, and `DiskFull`.
     """
     loaded = open_run(run, options.step)
     store = loaded.rows.store

@@ -73,8 +73,8 @@ def read_replacement(path: Path, store: Store) -> Replacement:
     widths = (len(plain.W_enc), plain.W_dec.shape[1])
     if widths != (store.record.d_in, store.record.d_out):
         raise UserError(
-            f"{path} has d_in {widths[0]} and d_out {widths[1]}, the hooks of {store.path} have {store.record.d_in} and "
-            f"{store.record.d_out}; pass a transcoder of the same model and hooks"
+            f"{path} has d_in {widths[0]} and d_out {widths[1]}, the hooks of {store.path} have "
+            f"{store.record.d_in} and {store.record.d_out}; pass a transcoder of the same model and hooks"
         )
     return Replacement(
         library=library,
