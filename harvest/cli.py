@@ -207,6 +207,49 @@ def unpack(packed: Path, folder: Path, force: bool, as_json: bool) -> None:
 
 
 @group.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--transcoder", type=click.Path(path_type=Path), help="Another one for RUN's hooks, of any library.")
+@click.option("--step", type=click.IntRange(1), help="The checkpoint's; the newest if left out.")
+@click.option("--tokens", type=click.IntRange(1), default=65_536, show_default=True, help="Held-out tokens to run.")
+@click.option("--linear", is_flag=True, help="Put the best linear map there, too; it is fitted first.")
+@click.option("--model", help="Where the store's model lies, if not where the store says.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@shared.command_line.verbosity_options
+def splice(run: Path, as_json: bool, **given: Any) -> None:
+    """Put RUN's transcoder in the place of the LLM's MLP, and measure what the LLM loses: CE recovered, and KL."""
+    if given["transcoder"] and given["step"]:
+        raise UserError("--step names a checkpoint of RUN, and --transcoder another transcoder; leave one out")
+    from harvest.splice.measure import SpliceOptions, splice
+    from harvest.splice.show import show
+
+    record = splice(run, SpliceOptions(**given))
+    if as_json:
+        print(json.dumps(record.model_dump(mode="json"), indent=2))
+    else:
+        show(record)
+
+
+@group.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="The text, without BOS.")
+@click.option("--transcoder", type=click.Path(path_type=Path), help="Another one for RUN's hooks, of any library.")
+@click.option("--step", type=click.IntRange(1), help="The checkpoint's; the newest if left out.")
+@click.option("--top", type=click.IntRange(1), default=8, show_default=True, help="Latents per token, the strongest.")
+@click.option("--model", help="Where the store's model lies, if not where the store says.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@shared.command_line.quiet_option
+def encode(run: Path, as_json: bool, **given: Any) -> None:
+    """List the latents of RUN's transcoder that are active on each token of a prompt."""
+    from harvest.splice.encode_prompt import encode_prompt, show
+
+    found = encode_prompt(run, **given)
+    if as_json:
+        print(json.dumps([one._asdict() for one in found], indent=2))
+    else:
+        show(found)
+
+
+@group.command()
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def ls(cache: Path, as_json: bool) -> None:

@@ -82,6 +82,26 @@ class Model:
             self._bridge.run_with_hooks(ids, fwd_hooks=hooks, **positions, **self._forward)
         assert seen == set(self._hooks), f"hooks {set(self._hooks) - seen} gave nothing"
 
+    def logits(
+        self, ids: Tensor, position_ids: Tensor | None, hooks: Mapping[str, Callable[[Tensor], Tensor]]
+    ) -> Tensor:
+        """Return the logits [S, T, V] of windows `ids` [S, T]; a hook's activations become what its function returns.
+
+        Of a model that was loaded `whole`. `position_ids` as in `visit`; functions must not change what they are given.
+        """
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        seen = set()
+
+        def hook(name: str, change: Callable[[Tensor], Tensor], values: Tensor, hook: Any) -> Tensor:
+            seen.add(name)
+            return change(_rows(values)).reshape(values.shape)
+
+        with torch.inference_mode():
+            changes = [(name, partial(hook, name, change)) for name, change in hooks.items()]
+            found: Tensor = self._bridge.run_with_hooks(ids, fwd_hooks=changes, **positions, **self._forward)
+        assert seen == set(hooks), f"hooks {set(hooks) - seen} gave nothing"
+        return found
+
     def trace(self, ids: Tensor, hooks: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
         """Run windows `ids` [S, T] with gradients; each hook's activations become what its function returns."""
 
@@ -155,8 +175,8 @@ def check_device(device: str) -> None:
         )
 
 
-def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[str]) -> Model:
-    """Load the model in `folder`, only the layers that `hooks` need. Raises `UserError`.
+def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[str], *, whole: bool = False) -> Model:
+    """Load the model in `folder`, only the layers that `hooks` need, or the `whole` of it. Raises `UserError`.
 
     On CUDA the process computes deterministically from here on: cuBLAS reads its setting at its first call.
     """
@@ -164,8 +184,9 @@ def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[st
     if torch.device(device).type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    layers, kind = layers_needed(hooks), getattr(torch, dtype)
+    kind = getattr(torch, dtype)
     with _quiet(), _explained(folder):
+        layers = _config(folder).num_hidden_layers if whole else layers_needed(hooks)
         network, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             output_loading_info=True,
@@ -186,7 +207,7 @@ def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[st
                 f"{folder}: its weights hold {len(left)} tensors that the model has no place for, the first is "
                 f"{left[0]}; rows are computed without them: see whether config.json belongs to these weights"
             )
-        forward = {"use_cache": False, **_few_logits(network)}
+        forward = {"use_cache": False, **({} if whole else _few_logits(network))}
         ids = torch.arange(16, device=device)[None] % network.get_input_embeddings().num_embeddings
         with torch.inference_mode():
             expected = network.to(device).eval()(ids, **forward).logits.float()
@@ -276,10 +297,15 @@ def _check_names(known: Sequence[str], hooks: Sequence[str]) -> None:
             raise UserError(f"the model has no hook {name!r}; near it: {', '.join(near)}")
 
 
+def _config(folder: Path) -> Any:
+    """Return the model's configuration; of a model that also sees, that of the part that reads."""
+    found = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return found.get_text_config()
+
+
 def _cut_config(folder: Path, layers: int) -> Any:
     """Return the model's configuration with `layers` layers; lists with one entry per layer are cut too."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    config = config.get_text_config()  # of a model that also sees, the part that reads
+    config = _config(folder)
     whole = config.num_hidden_layers
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == whole:

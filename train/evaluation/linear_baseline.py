@@ -12,10 +12,7 @@ def linear_map_fvu(rows: StoreRows, device: torch.device) -> float:
     """Return fvu on the report blocks of the least-squares map of the training blocks, on the rows of the headline."""
     moments = _moments(rows, rows.store.record.training_blocks, device)
     held_out = _moments(rows, rows.store.record.report_blocks, device)
-    # Minimum norm on CPU: directions without variance, and fewer rows than dimensions, are no error.
-    fit = torch.linalg.lstsq(moments.source_source.cpu(), moments.source_target.cpu(), driver="gelsd").solution.to(
-        device
-    )
+    fit = _least_squares(moments)
     error = (
         held_out.target_squares
         - 2 * (fit * held_out.source_target).sum()
@@ -24,6 +21,19 @@ def linear_map_fvu(rows: StoreRows, device: torch.device) -> float:
     count = held_out.source_source[-1, -1]
     total = held_out.target_squares - held_out.source_target[-1].square().sum() / count
     return ratio(float(error), float(total), float(held_out.target_squares))
+
+
+@torch.no_grad()
+def linear_map(rows: StoreRows, device: torch.device) -> Tensor:
+    """Return the same map, float64 [d_in + 1, d_out]; its last row is the bias."""
+    return _least_squares(_moments(rows, rows.store.record.training_blocks, device))
+
+
+def _least_squares(moments: "_Moments") -> Tensor:
+    # Minimum norm on CPU: directions without variance, and fewer rows than dimensions, are no error.
+    device = moments.source_source.device
+    found = torch.linalg.lstsq(moments.source_source.cpu(), moments.source_target.cpu(), driver="gelsd")
+    return found.solution.to(device)
 
 
 class _Moments:

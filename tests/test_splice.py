@@ -1,0 +1,153 @@
+"""The LLM with something in its MLP's place, beside plain transformers in float64 and beside exact cases."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from harvest.llm.model import load_model
+from harvest.splice import figures
+from harvest.splice.forward import CLEAN, Losses, Splicer, losses
+from harvest.splice.replacements import Replacement
+from shared.splice_record import TRANSCODER
+from shared.store.outliers import Exclusion
+from tests.llms import command, make_gemma, make_llama, make_neox
+
+LAYER, WINDOWS, CONTEXT = 1, 2, 12
+WITHOUT_POSITION_0 = Exclusion(source_norm=None, target_norm=None, training=True, figures=True, position_0=True)
+
+
+def replacement(predict, source="source") -> Replacement:
+    return Replacement(
+        library="test", weights="ab" * 32, step=None, source=source,
+        predict=lambda x: {TRANSCODER: predict(x)}, encode=lambda x: x,
+    )  # fmt: skip
+
+
+def spliced(folder: Path, source: str, predict, side="source", exclusion=None) -> tuple[Losses, torch.Tensor]:
+    hooks = [f"blocks.{LAYER}.{source}", f"blocks.{LAYER}.hook_mlp_out"]
+    model = load_model(folder, "float32", "cpu", hooks, whole=True)
+    ids = torch.arange(WINDOWS * CONTEXT).reshape(WINDOWS, CONTEXT) % 97 + 3
+    splicer = Splicer(
+        model=model, source_hook=hooks[0], target_hook=hooks[1], replacement=replacement(predict, side),
+        mean=torch.full((32,), 0.25), linear=None, exclusion=exclusion,
+    )  # fmt: skip
+    return losses(splicer, ids, torch.arange(CONTEXT).expand(WINDOWS, -1)), ids
+
+
+def reference(folder: Path, ids: torch.Tensor, module: str, first: int = 0, put: float | None = None) -> torch.Tensor:
+    """Each next token's loss by transformers in float64, `module`'s output `put` from position `first` on."""
+    import transformers
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager"
+    )
+
+    def change(_, __, output):
+        if put is None:
+            return output
+        return torch.where(torch.arange(CONTEXT)[None, :, None] >= first, put, output)
+
+    network.get_submodule(module).register_forward_hook(change)
+    with torch.inference_mode():
+        logits = network.double().eval()(ids, use_cache=False).logits
+    return -logits.double().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+
+
+SHAPES = [
+    pytest.param(make_gemma, "hook_resid_mid", f"model.layers.{LAYER}.post_feedforward_layernorm", id="post-norm"),
+    pytest.param(make_neox, "mlp.hook_in", f"gpt_neox.layers.{LAYER}.mlp", id="parallel attention"),
+    pytest.param(make_llama, "hook_resid_mid", f"model.layers.{LAYER}.mlp", id="plain"),
+]
+
+
+@pytest.mark.parametrize(("make", "source", "module"), SHAPES)
+def test_losses_are_those_of_transformers_in_float64(make, source, module, tmp_path: Path) -> None:
+    """Clean, zero and mean ablated; a transcoder of zeros is zero ablation exactly."""
+    found, ids = spliced(make(tmp_path / "model"), source, lambda x: torch.zeros(len(x), 32))
+    for arm, put in ((CLEAN, None), ("zero", 0.0), ("mean", 0.25)):
+        expected = reference(tmp_path / "model", ids, module, put=put)
+        torch.testing.assert_close(found.ce[arm], expected, atol=2e-3, rtol=1e-3)
+    assert torch.equal(found.ce[TRANSCODER], found.ce["zero"]) and torch.equal(found.kl[TRANSCODER], found.kl["zero"])
+    assert (found.ce["zero"] - found.ce[CLEAN]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("make", "source", "module"), SHAPES)
+def test_the_mlps_own_output_in_its_place_changes_nothing(make, source, module, tmp_path: Path) -> None:
+    found, _ = spliced(make(tmp_path / "model"), source, lambda x: x, side="target")
+    assert torch.equal(found.ce[TRANSCODER], found.ce[CLEAN]) and not found.kl[TRANSCODER].any()
+    sums = figures.batch_sums(found, np.repeat([[0], [1]], CONTEXT, 1), np.zeros((WINDOWS, CONTEXT), int))
+    part = figures.part_of([sums], [0])
+    assert part is not None
+    arm = part.arms[TRANSCODER]
+    assert arm.kl.value == 0 and (arm.ce_recovered is None or arm.ce_recovered.value == 1)
+
+
+def test_rows_that_training_leaves_out_keep_the_mlps_output(tmp_path: Path) -> None:
+    found, ids = spliced(make_llama(tmp_path / "model"), "hook_resid_mid", lambda x: torch.zeros(len(x), 32),
+                         exclusion=WITHOUT_POSITION_0)  # fmt: skip
+    module = f"model.layers.{LAYER}.mlp"
+    for arm, first in (("zero", 1), ("zero everywhere", 0)):
+        expected = reference(tmp_path / "model", ids, module, first, 0.0)
+        torch.testing.assert_close(found.ce[arm], expected, atol=2e-3, rtol=1e-3)
+    assert found.left == WINDOWS and torch.equal(found.ce["zero"][:, 0], found.ce[CLEAN][:, 0])
+
+
+def test_a_ratio_and_its_interval_are_those_of_a_dense_loop() -> None:
+    rng = np.random.default_rng(0)
+    below = rng.integers(5, 50, 40).astype(float)
+    above = 0.7 * below + rng.normal(size=40)
+    found = figures.ratio(above, below)
+    resampled = [above[i].sum() / below[i].sum() for i in (rng.integers(0, 40, 40) for _ in range(4000))]
+    assert found.value == above.sum() / below.sum() and found.low is not None and found.high is not None
+    assert (found.high - found.low) / 2 == pytest.approx(2.02 * np.std(resampled), rel=0.1)
+    assert [figures.student_t(n) for n in (1, 2, 3, 5, 30)] == pytest.approx(
+        [12.706, 4.303, 3.182, 2.571, 2.042], rel=0.02
+    )
+
+
+@pytest.fixture(scope="module")
+def run(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.reports import train
+    from tests.runs import SMALL
+
+    runs = tmp_path_factory.mktemp("runs")
+    train("run", "--store", finished, "--runs", runs, "--name", "run", "--steps", 6, *SMALL)
+    return runs / "run"
+
+
+def test_a_measurement_that_was_stopped_ends_with_the_same_bytes(run: Path, tmp_path: Path, monkeypatch) -> None:
+    from harvest.splice import measure
+
+    monkeypatch.setattr(measure, "_MOST_WINDOWS", 4)
+    whole, stopped = (Path(shutil.copytree(run, tmp_path / name)) for name in ("whole", "stopped"))
+    assert command("splice", whole, "--tokens", 320, "--linear", "--json").code == 0
+    calls = []
+
+    def fail(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return losses(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "losses", fail)
+        assert command("splice", stopped, "--tokens", 320, "--linear").code != 0
+    assert not (stopped / "splice.json").exists() and len(list(stopped.glob("splice/*/batch-*.json"))) == 2
+    assert command("splice", stopped, "--tokens", 320, "--linear").code == 0
+    assert (stopped / "splice.json").read_bytes() == (whole / "splice.json").read_bytes()
+    found = json.loads((whole / "splice.json").read_text())
+    assert found["windows"] == 10 and "linear" in found["whole"]["arms"] and not list(stopped.glob("splice/*/*"))
+
+
+def test_encode_lists_the_latents_of_every_token(run: Path) -> None:
+    found = command("encode", run, "--prompt", "def [red]\x1b[31mvalue", "--top", 3, "--json")
+    assert found.code == 0, found.err
+    rows = json.loads(found.out)
+    assert rows[0]["position"] == 0 and all(len(row["latents"]) == min(3, row["active"]) for row in rows)
+    shown = command("encode", run, "--prompt", "def [red]\x1b[31mvalue")
+    assert shown.code == 0 and "\x1b" not in shown.out
+    assert command("encode", run, "--prompt", "").code == 2
