@@ -18,8 +18,8 @@ def arithmetic(device: str) -> dict[str, str]:
     }
     if kernels := sorted({pool["architecture"] for pool in threadpool_info() if pool.get("architecture")}):
         found["openblas"] = " ".join(kernels)  # which of its loops it takes on this processor
-    if device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
+    if device != "cpu":
+        found["gpu"] = torch.cuda.get_device_name(device)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import dropwhile, pairwise
@@ -50,7 +51,7 @@ class Settings(Config):
     source: Side = "source"
     """Which side of the pairs the transcoder reads; `target` trains an autoencoder of the targets."""
     device: str = "auto"
-    """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
+    """`cpu`, `cuda`, one of several by its number, such as `cuda:1`, or `auto`: CUDA where there is one."""
     threads: int = Field(0, ge=0)
     """CPU threads of torch; 0: one per core. Recorded in the run: another number may change the last bits."""
     blas: Literal["auto", "torch", "numpy"] = "auto"
@@ -218,11 +219,7 @@ def flat(config: Config) -> dict[str, Any]:
 def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConfig:
     """Return the run that `settings` ask for on `store`, every automatic choice made. Raises `UserError`."""
     record, exclusion = store.record, resolve_exclusion(store, settings)
-    if settings.device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device must be auto, cpu or cuda, got {settings.device}")
-    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, and torch finds no CUDA device; use device=cpu")
+    device = _device(settings.device)
     d_in = source_width(store, settings.source)
     activation = settings.activation.resolve(settings.steps)
     shape = settings.transcoder.resolve(d_in, activation)
@@ -283,6 +280,21 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
         },
         exclusion=exclusion,
     )
+
+
+def _device(wanted: str) -> str:
+    """Return the device that `wanted` means here. Raises `UserError` where there is none such."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", wanted):
+        raise UserError(f"device must be auto, cpu, cuda, or cuda:NUMBER, got {wanted}")
+    if wanted != "cpu":
+        if not torch.cuda.is_available():
+            raise UserError(f"device is {wanted}, and torch finds no CUDA device; use device=cpu")
+        count, number = torch.cuda.device_count(), torch.device(wanted).index or 0
+        if number >= count:
+            raise UserError(f"device is {wanted}, and the last of torch's {count} CUDA devices is cuda:{count - 1}")
+    return wanted
 
 
 def _check_position(view: Store, settings: Settings, blocks: range) -> None:
@@ -350,7 +362,7 @@ def _kernels(wanted: Literal["auto", Kernels], device: str) -> Kernels:
     if wanted == "compiled" and device != "cpu":
         raise UserError(f"kernels = compiled is for the CPU, and the device is {device}; use kernels=plain")
     if wanted == "triton":
-        if device != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        if device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
             raise UserError(f"kernels = triton is for CUDA, and the device is {device}; use kernels=auto")
         if find_spec("triton") is None:
             raise UserError("kernels = triton needs the package triton: pip install triton, or use kernels=plain")

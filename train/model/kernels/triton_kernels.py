@@ -1,6 +1,8 @@
 """The operations in Triton kernels, for CUDA; nothing but `above` waits for the device.
 
 Every sum runs in one order, so results repeat bit for bit. Triton's interpreter runs them on CPU, for the tests.
+Parameters of kernels have no annotation but `tl.constexpr`: Triton's compiler, unlike its interpreter, evaluates them
+as names inside the kernel, and knows no other.
 Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
 """
 
@@ -18,7 +20,11 @@ from train.model.sparse_latents import SparseLatents, offsets
 
 _DIGITS = ((20, 11), (10, 10), (0, 10))
 """Bits of a positive float32 that one pass of the search decides: how many are below, and how many they are."""
-_BLOCK = 4096
+_COUNTED, _BLOCK = 4096, 1024
+"""Pre-activations that a program counts at once, and those of a row that one looks at in turn: more of these need more
+than the 255 registers that a thread has, and are written to memory (`python -m tests.gpu.compile`)."""
+_PER_WARP, _MOST_WARPS = 512, 16
+"""Numbers of a block that a warp holds, 16 in each thread, and the most warps of a program."""
 
 
 class Triton(Fused):
@@ -35,12 +41,25 @@ class Triton(Fused):
         n = min(n, pre_acts.numel())
         nth, ties = _nth_largest(pre_acts, n)
         more, equal = (torch.empty(rows, dtype=torch.int64, device=pre_acts.device) for _ in range(2))
-        _count[(rows,)](pre_acts, nth, more, equal, width, BLOCK=_BLOCK)
+        _launch(_count, (rows,), pre_acts, nth, more, equal, width, BLOCK=_BLOCK, num_warps=_BLOCK // 256)
         equal = (ties - (equal.cumsum(0) - equal)).clamp_min(0).minimum(equal)
         starts = torch.cat([nth.new_zeros(1), (more + equal).cumsum(0)])
         row, latent = (torch.full((n,), last, device=pre_acts.device) for last in (rows - 1, width - 1))
         values = pre_acts.new_zeros(n)
-        _compact[(rows,)](pre_acts, nth, equal, starts, row, latent, values, width, BLOCK=_BLOCK)
+        _launch(
+            _compact,
+            (rows,),
+            pre_acts,
+            nth,
+            equal,
+            starts,
+            row,
+            latent,
+            values,
+            width,
+            BLOCK=_BLOCK,
+            num_warps=_BLOCK // 256,
+        )
         starts = torch.cat([starts[:-1], torch.full_like(starts[:1], n)])
         return SparseLatents(row, latent, values, starts, width), smallest_positive(values)
 
@@ -57,7 +76,7 @@ class Triton(Fused):
         out, width = left.new_empty(len(active.rows)), left.shape[1]
         if len(out):
             block = triton.next_power_of_2(width)
-            _products[(len(out),)](active.rows, active.latents, left, right, bias, out, width, BLOCK=block)
+            _launch(_products, (len(out),), active.rows, active.latents, left, right, bias, out, width, BLOCK=block)
         return out
 
     def errors_and_gradients(
@@ -73,7 +92,7 @@ class Triton(Fused):
         sides = (values, active.latents, starts, W_dec, base.contiguous(), y, weights)
         step = width if len(base) > 1 else 0
         block = triton.next_power_of_2(width)
-        _prefix_loss[(rows,)](*sides, meet, errors, left, grad, step, width, PREFIXES=prefixes, BLOCK=block)
+        _launch(_prefix_loss, (rows,), *sides, meet, errors, left, grad, step, width, PREFIXES=prefixes, BLOCK=block)
         return errors, left, meet, grad
 
     def sums_by_latent(
@@ -85,7 +104,7 @@ class Triton(Fused):
         width = out.shape[1]
         block = min(512, triton.next_power_of_2(width))
         grid = (len(out), triton.cdiv(width, block))
-        _sums_by_latent[grid](order, starts, weights, rows, table, out, alone, width, ADD=add, BLOCK=block)
+        _launch(_sums_by_latent, grid, order, starts, weights, rows, table, out, alone, width, ADD=add, BLOCK=block)
 
 
 def _nth_largest(pre_acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -95,8 +114,8 @@ def _nth_largest(pre_acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
     enough = torch.ones(1, dtype=torch.bool, device=device)
     for shift, bits in _DIGITS:
         counts = torch.zeros(2**bits, dtype=torch.int32, device=device)
-        grid = (triton.cdiv(size, _BLOCK),)
-        _histogram[grid](pre_acts, size, found, counts, SHIFT=shift, BINS=2**bits, BITS=bits, BLOCK=_BLOCK)
+        grid = (triton.cdiv(size, _COUNTED),)
+        _launch(_histogram, grid, pre_acts, size, found, counts, SHIFT=shift, BINS=2**bits, BITS=bits, BLOCK=_COUNTED)
         at_least = counts.flip(0).cumsum(0).flip(0)  # in this bin and above; falls
         digit = (at_least >= wanted).sum(0, keepdim=True) - 1
         enough &= digit >= 0
@@ -106,8 +125,15 @@ def _nth_largest(pre_acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return torch.where(enough, found, 0), torch.where(enough, wanted, 0)
 
 
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **constants: int) -> None:
+    """Run a kernel where its tensors are: Triton itself takes the current device, which may be another one."""
+    constants = {"num_warps": max(1, min(_MOST_WARPS, constants["BLOCK"] // _PER_WARP))} | constants
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants)
+
+
 @triton.jit
-def _key(values: Any) -> Any:
+def _key(values):
     """Return positive values as integers of the same order; 0 for all others."""
     values = values.to(tl.float32)
     return tl.where(values > 0, values.to(tl.int32, bitcast=True), 0)
@@ -115,15 +141,15 @@ def _key(values: Any) -> Any:
 
 @triton.jit
 def _histogram(
-    pre_acts: Any,
-    size: Any,
-    above_digit: Any,
-    counts: Any,
+    pre_acts,
+    size,
+    above_digit,
+    counts,
     SHIFT: tl.constexpr,
     BINS: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """Count how many have each digit, of those whose digits above it are `above_digit`."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     key = _key(tl.load(pre_acts + at, mask=at < size, other=0.0))
@@ -133,7 +159,7 @@ def _histogram(
 
 
 @triton.jit
-def _count(pre_acts: Any, nth: Any, more: Any, equal: Any, width: Any, BLOCK: tl.constexpr) -> None:
+def _count(pre_acts, nth, more, equal, width, BLOCK: tl.constexpr):
     """Count how many of a row are above the bits `nth`, and how many are equal."""
     row, bits = tl.program_id(0).to(tl.int64), tl.load(nth).to(tl.int32)
     above_it = tl.zeros([BLOCK], tl.int32)
@@ -149,16 +175,16 @@ def _count(pre_acts: Any, nth: Any, more: Any, equal: Any, width: Any, BLOCK: tl
 
 @triton.jit
 def _compact(
-    pre_acts: Any,
-    nth: Any,
-    ties: Any,
-    starts: Any,
-    rows: Any,
-    latents: Any,
-    values: Any,
-    width: Any,
+    pre_acts,
+    nth,
+    ties,
+    starts,
+    rows,
+    latents,
+    values,
+    width,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """Write a row's pairs above the bits `nth`, and the first `ties` of those equal, from its start on."""
     row, bits = tl.program_id(0).to(tl.int64), tl.load(nth).to(tl.int32)
     left, at = tl.load(ties + row), tl.load(starts + row)
@@ -179,9 +205,7 @@ def _compact(
 
 
 @triton.jit
-def _products(
-    rows: Any, latents: Any, left: Any, right: Any, bias: Any, out: Any, width: Any, BLOCK: tl.constexpr
-) -> None:
+def _products(rows, latents, left, right, bias, out, width, BLOCK: tl.constexpr):
     i, d = tl.program_id(0), tl.arange(0, BLOCK)
     row, latent = tl.load(rows + i), tl.load(latents + i)
     one = tl.load(left + row * width + d, mask=d < width, other=0.0)
@@ -191,22 +215,22 @@ def _products(
 
 @triton.jit
 def _prefix_loss(
-    values: Any,
-    latents: Any,
-    starts: Any,
-    W_dec: Any,
-    base: Any,
-    y: Any,
-    weights: Any,
-    meet: Any,
-    errors: Any,
-    left: Any,
-    grad: Any,
-    base_step: Any,
-    width: Any,
+    values,
+    latents,
+    starts,
+    W_dec,
+    base,
+    y,
+    weights,
+    meet,
+    errors,
+    left,
+    grad,
+    base_step,
+    width,
     PREFIXES: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """As `Fused.errors_and_gradients`, one row; `starts` [B * P + 1] are those of each row's groups."""
     row, o = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = o < width
@@ -234,17 +258,17 @@ def _prefix_loss(
 
 @triton.jit
 def _sums_by_latent(
-    order: Any,
-    starts: Any,
-    weights: Any,
-    rows: Any,
-    table: Any,
-    out: Any,
-    alone: Any,
-    width: Any,
+    order,
+    starts,
+    weights,
+    rows,
+    table,
+    out,
+    alone,
+    width,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """As `Fused.sums_by_latent`, one latent and a part of its columns."""
     latent, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = o < width

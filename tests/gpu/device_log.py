@@ -1,0 +1,71 @@
+"""What a fake CUDA device is asked to do: operations, copies, and where the host waits for it."""
+
+import sys
+from dataclasses import dataclass, field
+
+PACKAGES = ("/train/", "/harvest/", "/shared/")
+
+
+class DeviceFault(RuntimeError):
+    """What CUDA, or torch on it, would refuse."""
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation of torch, or one launch of a Triton kernel, on the device."""
+
+    name: str
+    bytes: int
+    """Of its inputs and outputs, each once: what it has to move at least"""
+    flops: int
+    """Of matrix products; 0 for all others"""
+    where: str
+
+
+@dataclass
+class DeviceLog:
+    """The record of one device machine; several fake devices share it."""
+
+    ops: list[Op] = field(default_factory=list)
+    syncs: list[str] = field(default_factory=list)
+    """Where the host waited for the device: name of the operation @ line of the project"""
+    copies: list[str] = field(default_factory=list)
+    """To the device, `pinned` or `pageable`: @ line of the project"""
+    faults: list[str] = field(default_factory=list)
+    current: int = 0
+    """Number of the current device"""
+    runs_kernels: bool = True
+    """Whether Triton's kernels run in its interpreter, or are only counted"""
+
+    def sync(self, name: str) -> None:
+        """Note that the host waits."""
+        self.syncs.append(f"{name} @ {caller()}")
+
+    def copy(self, pinned: bool) -> None:
+        """Note a copy from the host to the device."""
+        self.copies.append(f"{'pinned' if pinned else 'pageable'} @ {caller()}")
+
+    def op(self, name: str, size: int, flops: int = 0) -> None:
+        """Note an operation."""
+        self.ops.append(Op(name, size, flops, caller()))
+
+    def fault(self, text: str) -> DeviceFault:
+        """Note what the device refuses, and return the error to raise; noted since it might be caught."""
+        self.faults.append(f"{text} @ {caller()}")
+        return DeviceFault(self.faults[-1])
+
+    def clear(self) -> None:
+        """Forget everything but faults."""
+        for part in (self.ops, self.syncs, self.copies):
+            part.clear()
+
+
+def caller() -> str:
+    """The innermost line of the project that is running."""
+    frame = sys._getframe(1)
+    while frame:
+        name = frame.f_code.co_filename
+        if "/site-packages/" not in name and any(part in name for part in PACKAGES):
+            return f"{'/'.join(name.split('/')[-3:])}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "autograd"

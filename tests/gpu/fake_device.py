@@ -1,0 +1,215 @@
+"""A machine with fake CUDA devices: `with fake_cuda() as log:` and torch finds them.
+
+What is replaced is what asks for a device, and what moves to one or from one. Streams and events do nothing: all that
+is asked for is done at once, so that no race can be seen here.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from tests.gpu.device_log import DeviceLog
+from tests.gpu.fake_sparse import sparse_functions
+from tests.gpu.fake_tensor import FakeTensor, device_of, log, memory_of
+
+FACTORIES = ("zeros", "ones", "empty", "full", "arange", "tensor", "as_tensor", "randn", "rand", "randint", "randperm",
+             "eye", "linspace", "scalar_tensor")  # fmt: skip
+_to, _numpy, _tolist = Tensor.to, Tensor.numpy, Tensor.tolist
+_pinned: set[int] = set()
+"""Addresses of memory that was asked for as pinned"""
+
+
+@contextmanager
+def fake_cuda(devices: int = 2) -> Iterator[DeviceLog]:
+    """Give torch so many CUDA devices; yields what they are asked to do, from nothing on."""
+    log.clear()
+    log.faults.clear()
+    log.current, log.runs_kernels = 0, True
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a module's tensors become others when it moves
+    with ExitStack() as stack:
+        for owner, name, made in _replacements(devices):
+            stack.enter_context(patch.object(owner, name, made, create=True))
+        try:
+            yield log
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+
+
+def _replacements(devices: int) -> Iterator[tuple[Any, str, Any]]:
+    """What is replaced: the module or class, the name, and what by."""
+    for name in FACTORIES:
+        yield torch, name, _factory(getattr(torch, name))
+    for name, method in {"to": to, "cpu": cpu, "numpy": numpy, "tolist": tolist}.items():
+        yield Tensor, name, method
+    yield Tensor, "cuda", lambda tensor, device=None, **kwargs: to(tensor, device or "cuda", **kwargs)
+    yield Tensor, "record_stream", lambda tensor, stream: None
+    cuda = {
+        "is_available": lambda: True,
+        "device_count": lambda: devices,
+        "current_device": lambda: log.current,
+        "get_device_name": lambda device=None: "fake",
+        "is_current_stream_capturing": lambda: False,
+        "synchronize": lambda device=None: log.sync("synchronize"),
+        "device_of": lambda tensor: current(tensor.number if isinstance(tensor, FakeTensor) else log.current),
+        "device": lambda device: current(_number(torch.device(device))),
+        "set_device": lambda device: setattr(log, "current", _number(torch.device(device))),
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": lambda stream: current(stream.number),
+        "current_stream": lambda device=None: _Stream(device),
+    }
+    for name, made in cuda.items():
+        yield torch.cuda, name, made
+    yield from sparse_functions()
+    yield torch._C, "_group_tensors_by_device_and_dtype", _group(torch._C._group_tensors_by_device_and_dtype)
+    yield from _triton()
+
+
+def _factory(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that makes tensors on any device."""
+
+    def made(*args: Any, **kwargs: Any) -> Tensor:
+        pinned = kwargs.pop("pin_memory", False)
+        device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else torch.device("cpu")
+        if device.type != "cuda":
+            out = make(*args, **kwargs)
+            if pinned:
+                _pinned.add(out.untyped_storage().data_ptr())
+            return out
+        out = make(*args, **kwargs | {"device": "cpu"})
+        if make.__name__ in ("tensor", "as_tensor"):
+            log.copy(pinned=False)
+        log.op(make.__name__, out.nbytes)
+        return FakeTensor(out, _number(device))
+
+    return made
+
+
+def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """As `Tensor.to`."""
+    device, dtype = kwargs.get("device"), kwargs.get("dtype")
+    for one in args:
+        if isinstance(one, torch.dtype):
+            dtype = one
+        elif isinstance(one, str | torch.device):
+            device = one
+        elif isinstance(one, Tensor):
+            device, dtype = one.device, one.dtype
+    copy = {"copy": True} if kwargs.get("copy") else {}
+    if device is None or (target := _full(torch.device(device))) == tensor.device:
+        return _to(tensor, dtype or tensor.dtype, **copy)
+    moved = _Move.apply(tensor, target, bool(kwargs.get("non_blocking")))
+    return moved if dtype in (None, moved.dtype) else _to(moved, dtype)
+
+
+def cpu(tensor: Tensor, *_: object, **__: object) -> Tensor:
+    """As `Tensor.cpu`."""
+    return to(tensor, "cpu")
+
+
+def numpy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """As `Tensor.numpy`."""
+    if isinstance(tensor, FakeTensor):
+        raise log.fault("numpy() of a tensor on cuda")
+    return _numpy(tensor, *args, **kwargs)
+
+
+def tolist(tensor: Tensor) -> Any:
+    """As `Tensor.tolist`."""
+    if isinstance(tensor, FakeTensor):
+        log.sync("tolist")
+    return _tolist(memory_of(tensor))
+
+
+class _Move(torch.autograd.Function):
+    """A copy to another device, whose gradient moves back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
+        ctx.device = tensor.device
+        memory = memory_of(tensor.detach())
+        if device.type == "cpu":
+            log.sync("copy to the host")
+            return memory.clone(memory_format=torch.preserve_format)  # type: ignore[no-any-return]
+        if not isinstance(tensor, FakeTensor):
+            log.copy(non_blocking and memory.untyped_storage().data_ptr() in _pinned)
+        return FakeTensor(memory.clone(memory_format=torch.preserve_format), _number(device))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Move.apply(grads[0], ctx.device, False), None, None
+
+
+def _number(device: torch.device) -> int:
+    return log.current if device.index is None else device.index
+
+
+def _full(device: torch.device) -> torch.device:
+    return torch.device("cuda", _number(device)) if device.type == "cuda" else device
+
+
+class _Stream:
+    def __init__(self, device: Any = None, *_: object, **__: object) -> None:
+        self.number = log.current if device is None else _number(torch.device(device))
+
+    def wait_event(self, event: "_Event") -> None:
+        """Nothing to wait for."""
+
+
+class _Event:
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def record(self, stream: object = None) -> None:
+        """Everything before it is done."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for; it is asked for by the thread that reads, not by a step."""
+
+
+@contextmanager
+def current(number: int) -> Iterator[None]:
+    """Make a device the current one."""
+    before, log.current = log.current, number
+    try:
+        yield
+    finally:
+        log.current = before
+
+
+def _group(group: Callable[..., Any]) -> Callable[..., Any]:
+    """Return torch's grouping of tensors by device, which asks C++ and so does not know of fake ones."""
+
+    def grouped(lists: Any, *args: Any) -> Any:
+        fakes = [one for part in lists for one in part if isinstance(one, FakeTensor)]
+        device = torch.device("cuda", device_of(fakes)) if fakes else None
+        return {(device or of, dtype): found for (of, dtype), found in group(lists, *args).items()}
+
+    return grouped
+
+
+def _triton() -> Iterator[tuple[Any, str, Any]]:
+    """Replace the launch of Triton's interpreter, where there is Triton."""
+    try:
+        from triton.runtime.interpreter import GridExecutor
+    except ImportError:
+        return
+    run = GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        tensors = [one for one in args if isinstance(one, Tensor)]
+        if not any(isinstance(one, FakeTensor) for one in tensors):
+            return run(self, *args, **kwargs)
+        if not all(isinstance(one, FakeTensor) for one in tensors):
+            raise log.fault(f"{self.fn.__name__}: a tensor on cpu is given to a Triton kernel")
+        if (number := device_of(tensors)) != log.current:
+            raise log.fault(f"{self.fn.__name__}: tensors on cuda:{number}, launched on cuda:{log.current}")
+        log.op(f"triton {self.fn.__name__}", sum(one.nbytes for one in tensors))
+        if log.runs_kernels:
+            run(self, *(memory_of(one.detach()) if isinstance(one, Tensor) else one for one in args), **kwargs)
+
+    yield GridExecutor, "__call__", launch

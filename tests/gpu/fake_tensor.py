@@ -1,0 +1,159 @@
+"""Tensors of a fake CUDA device: memory of the CPU, and the rules of CUDA.
+
+A `FakeTensor` says that its device is `cuda:N`. Every operation on one is checked as CUDA would check it, noted in the
+log, and computed on the CPU. What no operation of torch shows is not seen: a wait inside of one, of which those that
+are known are listed in `WAITS`.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.gpu.device_log import DeviceLog
+
+WAITS = {
+    "_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
+    "equal", "is_nonzero", "_linalg_eigh", "_linalg_svd", "linalg_lstsq", "linalg_inv_ex", "linalg_cholesky_ex",
+}  # fmt: skip
+"""Operations in which torch on CUDA waits: their result's shape, or an error, depends on what is in memory."""
+COPIES = {"copy_", "_to_copy", "_foreach_copy_"}
+INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+SCALARS = {"where", "masked_fill", "masked_fill_", "fill_", "full_like", "clamp", "_foreach_mul_", "_fused_adam_"}
+"""Operations, beside pointwise ones, that take a number on the CPU."""
+RESHAPES = {"resize_", "set_", "t_", "transpose_", "squeeze_", "unsqueeze_"}
+"""What would change the shape of a tensor in place, which the wrapper would not show."""
+FREE = {"detach", "alias", "_unsafe_view", "_reshape_alias", "lift_fresh", "is_same_size"}
+
+log = DeviceLog()
+
+
+class FakeTensor(Tensor):
+    """A tensor on a fake device; `memory` is what it holds."""
+
+    memory: Tensor
+    number: int
+
+    @staticmethod
+    def __new__(cls, memory: Tensor, number: int) -> "FakeTensor":
+        """Wrap a tensor of the CPU, without a copy."""
+        assert not isinstance(memory, FakeTensor)
+        layout = {"strides": memory.stride(), "storage_offset": memory.storage_offset(), "dtype": memory.dtype}
+        made = Tensor._make_wrapper_subclass(cls, memory.size(), device="cpu", **layout)  # type: ignore[attr-defined]
+        made.memory, made.number = memory, number
+        return made  # type: ignore[no-any-return]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", self.number)
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+    def get_device(self) -> int:
+        return self.number
+
+    def __repr__(self, *_: object, **__: object) -> str:
+        return f"FakeTensor({tuple(self.shape)}, {self.dtype}, cuda:{self.number})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return compute(func, args, kwargs or {})
+
+
+def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Check, note and compute one operation of torch."""
+    name = func.overloadpacket.__name__
+    tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+    fakes = [one for one in tensors if isinstance(one, FakeTensor)]
+    number = _check(func, name, args, tensors)
+    # A device that is asked for here is the tensor's own, which C++ takes for the CPU: `Tensor.to` was caught before.
+    given = kwargs | ({"device": torch.device("cpu")} if kwargs.get("device") is not None else {})
+    out = func(*tree_map(memory_of, args), **tree_map(memory_of, given))
+    _note(func, name, args, tensors, out)
+
+    def wrap(one: Any) -> Any:
+        if not isinstance(one, Tensor):
+            return one
+        same = [known for known in tensors if memory_of(known) is one]  # what an operation in place returns
+        return same[0] if same else FakeTensor(one, number)
+
+    return tree_map(wrap, out) if fakes else out
+
+
+def memory_of(one: Any) -> Any:
+    """Return what a fake tensor holds; anything else as it is."""
+    return one.memory if isinstance(one, FakeTensor) else one
+
+
+def device_of(tensors: Iterable[Tensor]) -> int:
+    """Return the number of the one device of all fake tensors; a fault where they are on several."""
+    numbers = {one.number for one in tensors if isinstance(one, FakeTensor)}
+    if len(numbers) > 1:
+        raise log.fault(f"tensors on {', '.join(f'cuda:{n}' for n in sorted(numbers))}")
+    return numbers.pop()
+
+
+def _check(func: Any, name: str, args: tuple[Any, ...], tensors: list[Tensor]) -> int:
+    """Raise a `DeviceFault` where CUDA would refuse the devices of an operation; returns the number of the device."""
+    host = [one for one in tensors if not isinstance(one, FakeTensor)]
+    if name in RESHAPES:
+        raise log.fault(f"{name}: the fake device cannot follow it")
+    if name in COPIES:
+        return next(one.number for one in tensors if isinstance(one, FakeTensor))
+    number = device_of(tensors)
+    if name in INDEXED:
+        _check_index(name, args)
+    elif any(one.dim() for one in host):
+        shapes = [tuple(one.shape) for one in host]
+        raise log.fault(f"{name}: expected all tensors on cuda:{number}, {shapes} are on cpu")
+    elif host and not (torch.Tag.pointwise in func.tags or name in SCALARS or name.startswith("_foreach")):
+        raise log.fault(f"{name}: expected all tensors on cuda:{number}, a number is on cpu")
+    elif host and name.endswith("_") and args[0] is host[0]:
+        raise log.fault(f"{name}: writes what is on cuda:{number} into a number on cpu")
+    return number
+
+
+def _check_index(name: str, args: tuple[Any, ...]) -> None:
+    """As `_check`; what is indexed decides, and indices may be on the CPU, from where they are copied."""
+    if not isinstance(args[0], FakeTensor):
+        raise log.fault(f"{name}: a tensor on cpu is indexed by one on cuda")
+    if name != "index" and not isinstance(args[2], FakeTensor) and args[2].dim():
+        raise log.fault(f"{name}: values on cpu are put into a tensor on cuda")
+    for index in args[1]:
+        if index is not None and not isinstance(index, FakeTensor):
+            log.copy(pinned=False)
+
+
+def _note(func: Any, name: str, args: tuple[Any, ...], tensors: list[Tensor], out: Any) -> None:
+    on_host = [not isinstance(one, FakeTensor) for one in tensors]
+    if name in COPIES and on_host[0] and not all(on_host):
+        log.sync("copy to the host")
+    elif name in COPIES and any(on_host):
+        log.copy(pinned=False)
+    by_mask = name in INDEXED and any(one is not None and one.dtype == torch.bool for one in args[1])
+    if name in WAITS or by_mask:
+        log.sync(name)
+    if not _is_view(func, name):
+        made = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
+        size = sum(one.nbytes for one in [*map(memory_of, tensors), *made])
+        log.op(name, size, _flops(name, args))
+
+
+def _is_view(func: Any, name: str) -> bool:
+    """Whether an operation only looks at memory in another way: nothing runs on the device."""
+    aliases = [one.alias_info for one in func._schema.returns]
+    return name in FREE or any(one is not None and not one.is_write for one in aliases)
+
+
+def _flops(name: str, args: tuple[Any, ...]) -> int:
+    if name not in ("mm", "addmm"):
+        return 0
+    left, right = args[-2:]
+    return 2 * math.prod(left.shape) * int(right.shape[1])

@@ -1,0 +1,38 @@
+"""Kernels compile for GPUs that are not here, in a process of its own: tests run them in the interpreter of Triton."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.compile import CAPABILITIES
+
+ROOT = Path(__file__).parents[2]
+KERNELS = {"_histogram", "_count", "_compact", "_products", "_prefix_loss", "_sums_by_latent"}
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_gpu_without_spilling_registers() -> None:
+    pytest.importorskip("triton", reason="triton is not installed: there is none for this platform")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    line = [sys.executable, "-W", "ignore", "-m", "tests.gpu.compile", "--json"]
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
+    found = [json.loads(one) for one in done.stdout.splitlines()]
+    assert {(one["kernel"], one["capability"]) for one in found} == {
+        (kernel, capability) for kernel in KERNELS for capability in CAPABILITIES
+    }, done.stderr
+    assert [one for one in found if one["spilled"]] == []
+    # A GPU has 65,536 registers for the threads that run at once: two programs of each kernel have room, at least.
+    assert [one for one in found if one["registers"] * one["warps"] * 32 * 2 > 65536] == []
+    assert [one for one in found if one["shared"] > 48 * 1024] == []  # more would have to be asked for
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_kernel_of_the_project_is_left_out() -> None:
+    text = (ROOT / "train/model/kernels/triton_kernels.py").read_text()
+    assert set(re.findall(r"_launch\(\s*(_\w+),", text)) == KERNELS
+    assert set(re.findall(r"@triton.jit\ndef (\w+)", text)) - {"_key"} == KERNELS

@@ -1,0 +1,167 @@
+"""What is trained on CUDA, on a fake device: commands end without a device fault, and steps without a wait."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.gpu.device_log import DeviceFault
+from tests.gpu.fake_device import fake_cuda
+from tests.runs import SMALL, Outcome, rows
+from tests.stores import SyntheticStore, make_store
+from train.model import checkpoint
+from train.run.trainer import Trainer
+
+QUICK = [
+    *SMALL, "--set", "steps=4", "--set", "log_every=4", "--set", "monitor.every=2", "--set", "evaluation.every=4",
+    "--set", "checkpoint.every=2", "--set", "samples.rows=0",
+]  # fmt: skip
+VARIANTS = {
+    "topk": ["activation.kind=topk"],
+    "jumprelu": ["activation.kind=jumprelu"],
+    "relu": ["activation.kind=relu"],
+    "bfloat16": ["product_dtype=bfloat16"],
+    "skip": ["transcoder.skip=true"],
+    "target": ["source=target"],
+    "free": ["transcoder.decoder_norm=free"],
+    "dense": ["kernels=dense"],
+    "controller": ["diversity.controller.max_pairs_above_0_8=1"],
+}
+KINDS = {"topk", "jumprelu", "relu"}
+
+
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> SyntheticStore:
+    return make_store(tmp_path_factory.mktemp("gpu") / "store", tokenizer=True)
+
+
+def start(command, store: SyntheticStore, runs: Path, *assignments: str) -> Outcome:
+    options = [part for one in assignments for part in ("--set", one)]
+    quick = [*QUICK]
+    if any(one.removeprefix("activation.kind=") in KINDS - {"topk"} for one in assignments):  # these have no k
+        for one in ("activation.k=6", "activation.k_start=6"):
+            at = quick.index(one)
+            del quick[at - 1 : at + 1]
+    if "activation.kind=topk" in assignments:
+        at = quick.index("activation.k_start=6")
+        del quick[at - 1 : at + 1]
+    return command("run", "--store", store.path, "--runs", runs, "--name", "run", *quick, *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_every_command_runs_without_a_device_fault(command, small_store, tmp_path: Path, device: str) -> None:
+    with fake_cuda() as log:
+        done = start(command, small_store, tmp_path, f"device={device}")
+        assert done.code == 0, done.err
+        run = tmp_path / "run"
+        for line in (
+            ["resume", run, "--steps", 6],
+            ["evaluate", run, "--linear"],
+            ["samples", run],
+            ["report", run],
+            ["compare", run, tmp_path / "again"],
+        ):
+            if line[0] == "compare":
+                shutil.copytree(run, tmp_path / "again")
+            done = command(*line)
+            assert done.code == 0, (line, done.err)
+    assert log.faults == []
+    assert json.loads((run / "config.json").read_text())["settings"]["device"] == device
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains_without_a_device_fault(command, small_store, tmp_path: Path, variant: str) -> None:
+    with fake_cuda() as log:
+        done = start(command, small_store, tmp_path, "device=cuda:1", *VARIANTS[variant])
+    assert (done.code, log.faults) == (0, []), done.err
+
+
+@pytest.mark.slow
+def test_triton_kernels_train_on_the_second_device(command, small_store, tmp_path: Path) -> None:
+    """In Triton's interpreter, launched where their tensors are."""
+    pytest.importorskip("triton", reason="triton is not installed: there is none for this platform")
+    few = ["rows.batch_rows=8", "steps=2", "monitor.every=1", "monitor.rows=8", "transcoder.d_sae=16"]
+    with fake_cuda() as log:
+        done = start(command, small_store, tmp_path, "device=cuda:1", "kernels=triton", *few)
+    assert (done.code, log.faults) == (0, []), done.err
+    launched = {op.name for op in log.ops if op.name.startswith("triton")}
+    assert launched == {
+        f"triton _{name}" for name in ("histogram", "count", "compact", "prefix_loss", "sums_by_latent")
+    }
+
+
+@pytest.mark.slow
+def test_what_is_trained_on_cuda_is_what_is_trained_on_cpu(command, small_store, tmp_path: Path) -> None:
+    """By the same kernels: code that asks for the device sums in another order, and float32 has 24 bits."""
+    start(command, small_store, tmp_path / "cpu", "device=cpu", "kernels=plain", "blas=torch")
+    with fake_cuda():
+        start(command, small_store, tmp_path / "cuda", "device=cuda", "kernels=plain")
+    ours, theirs = (tmp_path / name / "run" for name in ("cuda", "cpu"))
+    files = [checkpoint.find(run).path / checkpoint.WEIGHTS for run in (ours, theirs)]
+    left, right = map(load_file, files)
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-6, msg=lambda text, n=name: n + text)
+    for a, b in zip(rows(ours), rows(theirs), strict=True):
+        assert a["terms"] == pytest.approx(b["terms"], rel=1e-6)
+        assert a["held_out"]["fvu"] == pytest.approx(b["held_out"]["fvu"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_step_waits_for_no_device(command, small_store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside cadences: the scan for mined pairs of step 0, and the rows that are kept for a report.
+
+    Nor is anything copied to the device but the batch, from pinned memory.
+    """
+    waits: dict[int, list[str]] = {}
+    copies: dict[int, list[str]] = {}
+    step_of = Trainer._step
+
+    def watched(self: Trainer, step: int):
+        log.syncs.clear()
+        log.copies.clear()
+        out = step_of(self, step)
+        waits[step], copies[step] = list(log.syncs), list(log.copies)
+        return out
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    rare = ["monitor.every=100", "monitor.rows=48", "steps=100", "log_every=100", "evaluation.every=100"]
+    with fake_cuda() as log:
+        start(
+            command, small_store, tmp_path, "device=cuda", *rare, "checkpoint.every=100", "steps=6", "monitor.every=5"
+        )
+    quiet = [step for step in range(1, 4)]
+    assert {step: waits[step] for step in quiet} == {step: [] for step in quiet}
+    assert all(one.startswith("pinned @") for step in quiet for one in copies[step])
+    assert all(len(copies[step]) == 2 for step in quiet)
+
+
+def test_no_device_of_that_number_is_one_clear_line(command, small_store, tmp_path: Path) -> None:
+    with fake_cuda(devices=2):
+        done = start(command, small_store, tmp_path, "device=cuda:2")
+    assert done.code != 0 and "the last of torch's 2 CUDA devices is cuda:1" in done.err
+    done = start(command, small_store, tmp_path, "device=gpu")
+    assert done.code != 0 and "device must be auto, cpu, cuda, or cuda:NUMBER, got gpu" in done.err
+
+
+def test_the_fake_device_refuses_what_cuda_refuses() -> None:
+    with fake_cuda() as log:
+        here, there, host = torch.ones(2, device="cuda"), torch.ones(2, device="cuda:1"), torch.ones(2)
+        for wrong in (
+            lambda: here + host,
+            lambda: here + there,
+            lambda: host[here.long()],
+            lambda: torch.cat([here, host]),
+            lambda: here.numpy(),
+        ):
+            with pytest.raises(DeviceFault):
+                wrong()
+        assert len(log.faults) == 5
+        assert (here + torch.tensor(1.0)).tolist() == [2.0, 2.0]  # a number on the CPU is one
+        assert log.syncs == ["tolist @ autograd"]
+    assert torch.ones(2).device.type == "cpu"
