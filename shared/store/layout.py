@@ -20,6 +20,7 @@ from shared.bounds import (
     MAX_BLOCKS,
     MAX_CONTEXT,
     MAX_FILES,
+    MAX_IMPORTED,
     MAX_STRATA,
     Blocks,
     Count,
@@ -93,6 +94,34 @@ class CorpusIdentity(Config):
     """The token between documents, none for no separator."""
 
 
+ImportFormat = Literal["npy", "safetensors", "saelens"]
+UNKNOWN = "0" * 64
+"""In place of a digest of weights that are not known."""
+
+
+class ImportedFile(Config):
+    """A file that rows were imported from."""
+
+    name: Name
+    """Without its folders."""
+    bytes: Count
+    sha256: Digest
+
+
+class ImportOrigin(Config):
+    """Where the rows of an imported store come from."""
+
+    format: ImportFormat
+    files: tuple[ImportedFile, ...] = Field(min_length=1, max_length=MAX_IMPORTED)
+    source: Name
+    """The array, tensor or column of the sources."""
+    target: Name
+    tokens: Name | None
+    """That of the token ids; none: they are unknown, and all 0 in the store."""
+    positions: bool
+    """Whether rows come in sequences; without, windows are neighbouring rows, and positions mean nothing."""
+
+
 class StoreRequest(Config):
     """All that determines a store's bytes, except the number of tokens."""
 
@@ -128,6 +157,13 @@ class StoreRequest(Config):
     unembedding: bool
     """Whether the store holds `unembedding.safetensors`."""
     seed: Seed
+    imported: ImportOrigin | None = None
+    """Of a store that was imported. Its `documents` number the sequences of the files."""
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `imported` where there is none: the digest of a harvest is that of before."""
+        return {name: value for name, value in serialize(self).items() if name != "imported" or value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
