@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def import_pairs(
     return path
 
 
-def repair_from(path: Path, request: StoreRequest, files: Sequence[Path], model: str | None) -> "Inputs":
+def repair_from(path: Path, request: StoreRequest, files: Sequence[Path], model: str | None) -> Inputs:
     """Open the files that the store at `path` was imported from. Raises `UserError` when they are others."""
     origin = request.imported
     assert origin is not None
@@ -167,8 +168,17 @@ def repair_from(path: Path, request: StoreRequest, files: Sequence[Path], model:
         seed=request.seed,
     )
     inputs = identify(settings, files)
+    found = inputs.request.imported
+    assert found is not None
+    for theirs, ours in zip_longest(found.files, origin.files):
+        if theirs != ours:
+            raise UserError(f"{path} was imported from other files: {_digest(ours)}, and here is {_digest(theirs)}")
     check_request(path, request, inputs.request)
     return inputs
+
+
+def _digest(file: ImportedFile | None) -> str:
+    return f"{file.name} of {file.bytes:,} bytes with SHA-256 {file.sha256[:12]}" if file else "no further file"
 
 
 def write_blocks(target: Target, inputs: Inputs, blocks: Sequence[int]) -> None:

@@ -93,9 +93,11 @@ def lay_out_again(target: Target, files: Sequence[str], windows: Windows) -> Non
 
 def _given(request: StoreRequest, windows: Windows) -> tuple["_Segment", Packed]:
     """Return the only segment of a store of given windows, and the counts of its tokens."""
-    held_out = request.held_out_blocks * request.block_sequences
-    parts = [Windows(*(part[rows] for part in windows)) for rows in (slice(held_out), slice(held_out, None))]
-    count, context = windows.tokens.shape
+    size, (count, context) = request.block_sequences, windows.tokens.shape
+    held_out, whole = request.held_out_blocks * size, count // size * size
+    parts = [
+        Windows(*(part[rows] for part in windows)) for rows in (slice(held_out), slice(held_out, max(held_out, whole)))
+    ]
     packed = Packed(
         held_out=parts[0],
         windows=len(parts[1].tokens),

@@ -85,4 +85,9 @@ PROMISES: dict[str, dict[int, str]] = {
         55: "Names and texts of strangers reach a terminal as text: no markup, no control sequence.",
         56: "A model's rows are those of plain transformers, or the model is refused; odd folders are one line.",
     },
+    "Rows from elsewhere": {
+        57: "Files to import that are cut short, pickled, of other shapes or of other lengths than their pairs are "
+        "refused before anything is written; a row that is not finite is named by file; an import that was cut off goes "
+        "on and ends byte for byte the same; damage is repaired from the same files, and from no others.",
+    },
 }
