@@ -193,6 +193,9 @@ def test_an_imported_store_is_the_models_and_trains_samples_and_reports(
             for shard in range(part.source.rows // part.source.spec.rows_per_shard):
                 place = tuple(torch.from_numpy(a.shard(shard).astype(np.int64)) for a in (part.sequence, part.offset))
                 rows[place] = torch.from_numpy(decode(getattr(part, side).shard(shard))).bfloat16()
+        lost = (rows == 0).all(dim=-1)
+        assert not lost[:, 1:].any()  # all windows start with one and the same row, of which some are stored
+        rows[lost] = rows[~lost[:, 0], 0][0]
         tensors[getattr(store.request, f"{side}_hook")] = rows
     save_file(tensors, tmp_path / "rows.safetensors")
     names = ("--source", store.request.source_hook, "--target", store.request.target_hook, "--tokens", "ids")

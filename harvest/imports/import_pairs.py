@@ -293,7 +293,7 @@ def _request(
         "name": model.name if model else "unknown",
         "revision": model.revision if model else None,
         "weights": model.weights_digest() if model else UNKNOWN,
-        "dtype": store.storage,
+        "dtype": "float32",  # not known: what `verify --against-model` runs in
         "device": "cpu",
     }
     imported = build(ImportOrigin, origin, "origin of the import")
