@@ -3,7 +3,8 @@
 Every layer of the embedded model is harvested in one pass, a transcoder is trained on each, and the exports are loaded
 by SAELens, sparsify and circuit-tracer, each in an environment of its own (made at first use: gigabytes, minutes). Each
 gets the same held-out rows; what it makes of them is compared with the run. circuit-tracer also makes an attribution
-graph of a prompt, and the trainers of SAELens and dictionary_learning train on the store. Figures go to docs/benchmarks.md under "interop". What is in the folder already is not made again.
+graph of a prompt, and the trainers of SAELens and dictionary_learning train on a store. Figures go to
+docs/benchmarks.md under "interop". What is in the folder already is not made again.
 """
 
 import argparse
