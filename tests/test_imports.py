@@ -17,7 +17,9 @@ DURABLE = Path("shared/files/durable.py")
 
 LAYERS = {
     "shared": (("errors", "bounds", "keyed"), "files", "config", "console", "store", "command_line", "program"),
-    "harvest": (("embedded", "settings", "hub", "digests"), "text", "llm", "writer", "run", "imports", "commands", "cli"),
+    "harvest": (
+        ("embedded", "settings", "hub", "digests"), "text", "llm", "writer", "run", "imports", "commands", "cli",
+    ),
     "train": (
         ("data", "live"), "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"),
         ("compare", "interchange"), "report", ("commands", "tables"), "cli",

@@ -19,12 +19,12 @@ from shared.errors import CorruptData, UserError
 from shared.files import durable
 from shared.files.untrusted import refuse_links
 from shared.store.checks import read_store_record
+from shared.store.import_origin import UNKNOWN
 from shared.store.layout import (
     ARRAYS,
     DOCUMENTS,
     LEDGER,
     TOKENS,
-    UNKNOWN,
     CorpusIdentity,
     StoreRecord,
     StoreRequest,

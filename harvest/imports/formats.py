@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from harvest.imports.row_files import Part, Side, in_order, token_ids
 from shared.errors import CorruptData, UserError
 from shared.files.durable import read_json
-from shared.store.layout import ImportFormat
+from shared.store.import_origin import ImportFormat
 
 _TENSORS = {"BF16": ("uint16", "bfloat16"), "F16": ("float16",) * 2, "F32": ("float32",) * 2, "F64": ("float64",) * 2}
 _TENSORS |= {"I32": ("int32",) * 2, "I64": ("int64",) * 2, "U16": ("uint16",) * 2, "U32": ("uint32",) * 2}

@@ -43,15 +43,8 @@ from shared.config import Config, build, json_digest, override
 from shared.console.progress import Progress
 from shared.errors import ProjectError, UserError, warn
 from shared.files import durable
-from shared.store.layout import (
-    STORAGE_DTYPES,
-    UNKNOWN,
-    ImportedFile,
-    ImportFormat,
-    ImportOrigin,
-    StorageType,
-    StoreRequest,
-)
+from shared.store.import_origin import UNKNOWN, ImportedFile, ImportFormat, ImportOrigin
+from shared.store.layout import STORAGE_DTYPES, StorageType, StoreRequest
 
 _DEFAULTS = StoreSettings()
 _NO_SEQUENCES = 256

@@ -20,7 +20,6 @@ from shared.bounds import (
     MAX_BLOCKS,
     MAX_CONTEXT,
     MAX_FILES,
-    MAX_IMPORTED,
     MAX_STRATA,
     Blocks,
     Count,
@@ -39,6 +38,7 @@ from shared.bounds import (
 )
 from shared.config import Config, json_digest
 from shared.store.arrays import INNER_ROWS, ArraySpec
+from shared.store.import_origin import ImportOrigin
 from shared.store.statistics import QUANTILES
 from shared.store.strata import Stratum, stratum_name, stratum_ranges
 
@@ -92,34 +92,6 @@ class CorpusIdentity(Config):
     """Whether documents were permuted before packing (a stream is taken as read); windows are always permuted."""
     separator: Text | None
     """The token between documents, none for no separator."""
-
-
-ImportFormat = Literal["npy", "safetensors", "saelens"]
-UNKNOWN = "0" * 64
-"""In place of a digest of weights that are not known."""
-
-
-class ImportedFile(Config):
-    """A file that rows were imported from."""
-
-    name: Name
-    """Without its folders."""
-    bytes: Count
-    sha256: Digest
-
-
-class ImportOrigin(Config):
-    """Where the rows of an imported store come from."""
-
-    format: ImportFormat
-    files: tuple[ImportedFile, ...] = Field(min_length=1, max_length=MAX_IMPORTED)
-    source: Name
-    """The array, tensor or column of the sources."""
-    target: Name
-    tokens: Name | None
-    """That of the token ids; none: they are unknown, and all 0 in the store."""
-    positions: bool
-    """Whether rows come in sequences; without, windows are neighbouring rows, and positions mean nothing."""
 
 
 class StoreRequest(Config):

@@ -87,7 +87,7 @@ PROMISES: dict[str, dict[int, str]] = {
     },
     "Rows from elsewhere": {
         57: "Files to import that are cut short, pickled, of other shapes or of other lengths than their pairs are "
-        "refused before anything is written; a row that is not finite is named by file; an import that was cut off goes "
-        "on and ends byte for byte the same; damage is repaired from the same files, and from no others.",
+        "refused before anything is written; a row that is not finite is named by file; an import that was cut off "
+        "goes on and ends byte for byte the same; damage is repaired from the same files, and from no others.",
     },
 }
