@@ -45,10 +45,8 @@ from shared.store.strata import Stratum, stratum_name, stratum_ranges
 FORMAT_VERSION = 3
 
 REQUEST, PLAN, STORE = "request.json", "plan.json", "store.json"
-ARRAYS, LEDGER, TOKENIZER = "activations.zarr", "ledger", "tokenizer"
-UNEMBEDDING, PACKED = "unembedding.safetensors", "packed.json"
-STATISTICS = "statistics-*.safetensors"
-TOKENS, DOCUMENTS = "tokens", "documents"
+ARRAYS, LEDGER, TOKENIZER, TOKENS, DOCUMENTS = "activations.zarr", "ledger", "tokenizer", "tokens", "documents"
+UNEMBEDDING, PACKED, STATISTICS = "unembedding.safetensors", "packed.json", "statistics-*.safetensors"
 
 StorageType = Literal["bfloat16", "float16", "float32"]
 Documents = Literal["joined", "apart"]
