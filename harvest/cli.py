@@ -95,6 +95,34 @@ def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> No
         estimate.require_space(found)
 
 
+@group.command("import")
+@click.argument("path", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--format", "kind", type=click.Choice(["npy", "safetensors", "saelens"]), required=True, help="Of PATH.")
+@click.option("--source", help="Name of the sources: a tensor, a column, or the start of a .npy file's name.")
+@click.option("--target", help="Name of the targets, likewise.")
+@click.option("--tokens", help="Name of the token ids, likewise.")
+@click.option("--context-size", type=int, help="Tokens of a sequence, where arrays are [rows, d].")
+@click.option("--layer", type=int, help="The layer that rows are of.")
+@click.option("--model", help="The model that computed the rows: a Hugging Face folder, or a name on the hub.")
+@cache_option
+@click.option("--name", help="Start of the store's name.  [default: imported]")
+@click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Any setting (repeatable).")
+@click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
+@shared.command_line.verbosity_options
+def import_(
+    path: tuple[Path, ...], cache: Path, kind: str, name: str, assignments: tuple[str, ...], force: bool, **given: Any
+) -> None:
+    """Make a store of the activation pairs at PATH, which other software wrote; prints its path last.
+
+    With `saelens`, PATH is a folder of cached activations; where each hook has its own, pass the source's and then the
+    target's.
+    """
+    from harvest.imports.import_pairs import import_pairs, load_import_settings
+
+    settings = load_import_settings(assignments, format=kind, label=name, **given)
+    show_path(import_pairs(settings, path, cache, force=force))
+
+
 @group.command("settings")
 @request_options
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
@@ -160,14 +188,28 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--model", help="Where the store's model lies, if not where the store says.")
 @click.option("--text", multiple=True, help="Where the store's text lies, if its tokens are damaged (repeatable).")
+@click.option(
+    "--from",
+    "imported_from",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Where the files of an imported store lie (repeatable).",
+)
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads that run batches; 0 is one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 @shared.command_line.verbosity_options
-def repair(store: Path, model: str | None, text: tuple[str, ...], workers: int, as_json: bool) -> None:
+def repair(
+    store: Path,
+    model: str | None,
+    text: tuple[str, ...],
+    imported_from: tuple[Path, ...],
+    workers: int,
+    as_json: bool,
+) -> None:
     """Verify STORE and make what is damaged anew: the blocks concerned, and no others."""
     from harvest.commands.repair import repair as mend
 
-    damage = mend(store, model, text, workers)
+    damage = mend(store, model, text, workers, imported_from)
     show_text(json.dumps(asdict(damage), indent=2) if as_json else damage.text())
 
 

@@ -16,6 +16,8 @@ MAX_WIDTH = 2**20
 """Values per row."""
 MAX_FILES = 2**26
 """Shard files of a store."""
+MAX_IMPORTED = 50_000
+"""Files that a store is imported from: their names and digests fit into its request."""
 MAX_NAME = 4096
 """Characters: as long as a path can be."""
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from train.commands import evaluate, export, import_transcoder, resume, sample, train, write_report
     from train.compare.arms import compare_runs
     from train.data.batches import batches
+    from train.data.dataset import StoreDataset
     from train.interchange.read_transcoder import read_transcoder
     from train.model.transcoder import Transcoder, TranscoderOutput
     from train.run.load_run import LoadedRun, load_run
@@ -21,6 +22,7 @@ _PLACES = {
     "train.commands": ("evaluate", "export", "import_transcoder", "resume", "sample", "train", "write_report"),
     "train.compare.arms": ("compare_runs",),
     "train.data.batches": ("batches",),
+    "train.data.dataset": ("StoreDataset",),
     "train.interchange.read_transcoder": ("read_transcoder",),
     "train.model.transcoder": ("Transcoder", "TranscoderOutput"),
     "train.run.load_run": ("LoadedRun", "load_run"),
@@ -29,6 +31,7 @@ _PLACES = {
 __all__ = [
     "LoadedRun",
     "Settings",
+    "StoreDataset",
     "Transcoder",
     "TranscoderOutput",
     "batches",

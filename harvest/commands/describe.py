@@ -70,6 +70,8 @@ def show(facts: Facts) -> None:
 def _request_table(facts: Facts) -> Table:
     table = Table("setting", "value", title=facts["path"])
     for key, value in facts["request"].items():
+        if key == "imported":
+            value = {**value, "files": f"{len(value['files'])} ({value['files'][0]['name']} first)"}
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         table.add_row(key, text)
     for name, number in facts["software"].items():

@@ -14,12 +14,22 @@ from harvest.text.corpus import open_corpus
 from harvest.writer import finish, ledger
 from harvest.writer.recover_records import refuse_packed
 from harvest.writer.target import Target, publish_records
-from harvest.writer.tokens import restore
+from harvest.writer.tokens import lay_out_again, restore
 from shared.errors import CorruptData, UserError
 from shared.files import durable
 from shared.files.untrusted import refuse_links
 from shared.store.checks import read_store_record
-from shared.store.layout import ARRAYS, DOCUMENTS, LEDGER, TOKENS, CorpusIdentity, StoreRequest, row_specs
+from shared.store.import_origin import UNKNOWN
+from shared.store.layout import (
+    ARRAYS,
+    DOCUMENTS,
+    LEDGER,
+    TOKENS,
+    CorpusIdentity,
+    StoreRecord,
+    StoreRequest,
+    row_specs,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +76,14 @@ def find_damage(path: Path) -> Damage:
     return Damage(blocks=tuple(sorted(blocks)), token_files=tuple(token_files), others=tuple(others))
 
 
-def repair(path: Path, model: str | None, text: Sequence[str], workers: int) -> Damage:
+def repair(
+    path: Path, model: str | None, text: Sequence[str], workers: int, imported_from: Sequence[Path] = ()
+) -> Damage:
     """Make what is damaged anew, and nothing else; returns what it was.
 
-    `model` and `text` say where they lie, if that is not what the store names. Raises `UserError` when they are not
-    the store's own, and `CorruptData` when the store is still damaged at the end.
+    `model` and `text` say where they lie, if that is not what the store names, and `imported_from` the files that an
+    imported store was made from. Raises `UserError` when they are not the store's own, and `CorruptData` when the store
+    is still damaged at the end.
     """
     refuse_packed(path)
     with ExitStack() as stack:
@@ -82,27 +95,50 @@ def repair(path: Path, model: str | None, text: Sequence[str], workers: int) -> 
             return damage
         record = read_store_record(path)
         target = Target(path=path, request=record.request, plan=record.plan)
-        files = own_model(record.request, model)
-        if damage.token_files:
-            _restore(target, damage.token_files, files, text)
-        finish.drop_damaged(target)
-        from harvest.run.runner import Runner
-
-        widths = {record.request.source_hook: record.d_in, record.request.target_hook: record.d_out}
-        ranks = Ranks()
-        runner = Runner(folder=files.folder, widths=widths, workers=workers or ranks.cores, ranks=ranks)
-        runner.capture([target], {path: set(damage.blocks)})
-        publish_records(target)
-        ledger.grow_arrays(target, range(target.blocks))
-        finish.finish(target, files)
+        if record.request.imported:
+            _import_again(target, damage, imported_from, model)
+        else:
+            _harvest_again(target, record, damage, own_model(record.request, model), text, workers)
         if left := find_damage(path):
             raise CorruptData(f"{path} is still damaged: {left}; remove it and harvest it again")
     return damage
 
 
+def _harvest_again(
+    target: Target, record: StoreRecord, damage: Damage, files: ModelFiles, text: Sequence[str], workers: int
+) -> None:
+    if damage.token_files:
+        _restore(target, damage.token_files, files, text)
+    finish.drop_damaged(target)
+    from harvest.run.runner import Runner
+
+    widths = {record.request.source_hook: record.d_in, record.request.target_hook: record.d_out}
+    ranks = Ranks()
+    runner = Runner(folder=files.folder, widths=widths, workers=workers or ranks.cores, ranks=ranks)
+    runner.capture([target], {target.path: set(damage.blocks)})
+    publish_records(target)
+    ledger.grow_arrays(target, range(target.blocks))
+    finish.finish(target, files)
+
+
+def _import_again(target: Target, damage: Damage, imported_from: Sequence[Path], model: str | None) -> None:
+    if not imported_from:
+        raise UserError(
+            f"{target.path} was imported, and is repaired from the same files: harvest repair {target.path} --from PATH"
+        )
+    from harvest.imports.import_pairs import repair_from, write_blocks
+
+    inputs = repair_from(target.path, target.request, imported_from, model)
+    publish_records(target)
+    lay_out_again(target, damage.token_files, inputs.windows)
+    write_blocks(target, inputs, damage.blocks)
+
+
 def own_model(request: StoreRequest, name: str | None) -> ModelFiles:
     """Find the model that a store was made with, by its own name or by the one given. Raises `UserError`."""
     wanted = request.model
+    if wanted.weights == UNKNOWN:
+        raise UserError("the store was imported without --model, so there is no model to compare its rows with")
     if not name and wanted.revision is None and wanted.name != EMBEDDED and not Path(wanted.name).is_dir():
         raise UserError(
             f"the store was made with the model in a local folder called {wanted.name}, which is not here; say where "

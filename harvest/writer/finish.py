@@ -36,9 +36,10 @@ from shared.store.statistics import OUTLIER_RATIO, QUANTILES, Moments, merge
 _PACKAGES = ("torch", "transformers", "transformer-lens", "numpy")
 
 
-def finish(target: Target, model: ModelFiles) -> None:
+def finish(target: Target, model: ModelFiles | None) -> None:
     """Publish what makes the store a finished one. All its blocks are committed.
 
+    `model`: whose tokenizer goes with it; none for rows of a model that is not known.
     Until `store.json` is replaced, the record of a shorter store stays in force, and so do its statistics.
     """
     assert target.plan is not None
@@ -47,7 +48,7 @@ def finish(target: Target, model: ModelFiles) -> None:
     moments = training_moments(target, training)
     summaries, overall_, tensors = summarise(target.plan, moments)
     files = {statistics: save(tensors)}
-    files |= _tokenizer(model)
+    files |= _tokenizer(model) if model else {}
     records = {name: buffers_record([data]) for name, data in files.items()}
     if target.request.unembedding:
         records[UNEMBEDDING] = file_record(target.path / UNEMBEDDING)

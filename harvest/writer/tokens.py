@@ -69,21 +69,74 @@ def extend(targets: Sequence[Target], training_blocks: int, corpus: Corpus, enco
         return [_publish(target, segment, packed, strata, special, exhausted=exhausted) for target in targets]
 
 
+def lay_out(target: Target, windows: Windows) -> Target:
+    """Plan a store of windows that are there already: the first are held out, the others permuted into whole blocks.
+
+    Raises `UserError`, with nothing written, when there is no whole training block.
+    """
+    segment, packed = _given(target.request, windows)
+    if not segment.blocks:
+        size, held_out = target.request.block_sequences, target.request.held_out_blocks
+        raise UserError(
+            f"{len(windows.tokens):,} sequences, and {held_out} held-out blocks and one training block take "
+            f"{(held_out + 1) * size:,}; import more, or lower block_sequences or held_out_blocks"
+        )
+    return _publish(target, segment, packed, _plan_strata(target, segment, ()), (), exhausted=True)
+
+
+def lay_out_again(target: Target, files: Sequence[str], windows: Windows) -> None:
+    """Write damaged shard files of `tokens` and `documents` anew from the windows that the store was laid out from."""
+    segment, _ = _given(target.request, windows)
+    _publish_again(target, files, segment)
+    _check_restored(target, files, "these files", "import it again")
+
+
+def _given(request: StoreRequest, windows: Windows) -> tuple["_Segment", Packed]:
+    """Return the only segment of a store of given windows, and the counts of its tokens."""
+    size, (count, context) = request.block_sequences, windows.tokens.shape
+    held_out, whole = request.held_out_blocks * size, count // size * size
+    parts = [
+        Windows(*(part[rows] for part in windows)) for rows in (slice(held_out), slice(held_out, max(held_out, whole)))
+    ]
+    packed = Packed(
+        held_out=parts[0],
+        windows=len(parts[1].tokens),
+        documents=count,
+        held_out_documents=len(parts[0].tokens),
+        empty_documents=0,
+        tokens=count * (context - request.bos),
+        left_out={},
+        dropped=0,
+    )
+    return _Segment(request, 0, 0, parts[1], parts[0]), packed
+
+
 def restore(target: Target, files: Sequence[str], corpus: Corpus, encoder: Encoder) -> None:
     """Write damaged shard files of `tokens` and `documents` anew from the text. Raises `CorruptData` if they differ."""
     assert target.plan is not None
     before = 0
     for number, blocks in enumerate(target.segments):
         with _packed(target, before, before + blocks, corpus, encoder) as (windows, packed, _):
-            for block, part in _Segment(target.request, number, before, windows, packed.held_out):
-                for name, data in _window_shards(target.request, block, part).items():
-                    if name in files and buffers_record(data) == target.plan.token_files[name]:
-                        durable.publish_bytes(target.path / ARRAYS / name, data)
+            _publish_again(target, files, _Segment(target.request, number, before, windows, packed.held_out))
         before += blocks
+    _check_restored(target, files, "this text", "harvest it again")
+
+
+def _publish_again(target: Target, files: Sequence[str], segment: "_Segment") -> None:
+    """Write those of `files` anew that a segment has, and that come out as planned."""
+    assert target.plan is not None
+    for block, part in segment:
+        for name, data in _window_shards(target.request, block, part).items():
+            if name in files and buffers_record(data) == target.plan.token_files[name]:
+                durable.publish_bytes(target.path / ARRAYS / name, data)
+
+
+def _check_restored(target: Target, files: Sequence[str], origin: str, remedy: str) -> None:
+    assert target.plan is not None
     if wrong := [name for name in files if fault(target.path / ARRAYS / name, target.plan.token_files[name])]:
         raise CorruptData(
-            f"{target.path / ARRAYS / wrong[0]} does not come out of this text as it was; remove {target.path} and "
-            "harvest it again"
+            f"{target.path / ARRAYS / wrong[0]} does not come out of {origin} as it was; remove {target.path} and "
+            f"{remedy}"
         )
 
 

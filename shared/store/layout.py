@@ -38,16 +38,15 @@ from shared.bounds import (
 )
 from shared.config import Config, json_digest
 from shared.store.arrays import INNER_ROWS, ArraySpec
+from shared.store.import_origin import ImportOrigin
 from shared.store.statistics import QUANTILES
 from shared.store.strata import Stratum, stratum_name, stratum_ranges
 
 FORMAT_VERSION = 3
 
 REQUEST, PLAN, STORE = "request.json", "plan.json", "store.json"
-ARRAYS, LEDGER, TOKENIZER = "activations.zarr", "ledger", "tokenizer"
-UNEMBEDDING, PACKED = "unembedding.safetensors", "packed.json"
-STATISTICS = "statistics-*.safetensors"
-TOKENS, DOCUMENTS = "tokens", "documents"
+ARRAYS, LEDGER, TOKENIZER, TOKENS, DOCUMENTS = "activations.zarr", "ledger", "tokenizer", "tokens", "documents"
+UNEMBEDDING, PACKED, STATISTICS = "unembedding.safetensors", "packed.json", "statistics-*.safetensors"
 
 StorageType = Literal["bfloat16", "float16", "float32"]
 Documents = Literal["joined", "apart"]
@@ -128,6 +127,13 @@ class StoreRequest(Config):
     unembedding: bool
     """Whether the store holds `unembedding.safetensors`."""
     seed: Seed
+    imported: ImportOrigin | None = None
+    """Of a store that was imported. Its `documents` number the sequences of the files."""
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `imported` where there is none: the digest of a harvest is that of before."""
+        return {name: value for name, value in serialize(self).items() if name != "imported" or value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

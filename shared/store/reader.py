@@ -295,6 +295,11 @@ class RowReader:
             for s, count, stream in zip(self._strata, self.counts, self._streams, strict=True)
         }
 
+    def steps_per_epoch(self) -> dict[str, int]:
+        """Tell in how many steps every row of each stratum that batches have has been seen at least once."""
+        found = zip(self._strata, self.counts, self._streams, strict=True)
+        return {s.stratum.name: -(-stream.rows // count) for s, count, stream in found if count}
+
     def describe(self, step: int) -> str:
         """Tell which rows of the store make up `step`, for an error message."""
         return ", ".join(f"{s.stratum.name} {low}:{high}" for s, low, high, _ in self.runs(step))

@@ -91,4 +91,9 @@ PROMISES: dict[str, dict[int, str]] = {
         58: "A harvest takes up a store of the same content, whatever its folder, its model or its text are called; a "
         "model that is not where it was is asked for.",
     },
+    "Rows from elsewhere": {
+        59: "Files to import that are cut short, pickled, of other shapes or of other lengths than their pairs are "
+        "refused before anything is written; a row that is not finite is named by file; an import that was cut off "
+        "goes on and ends byte for byte the same; damage is repaired from the same files, and from no others.",
+    },
 }

@@ -4,7 +4,8 @@ Every layer of the embedded model is harvested in one pass, a transcoder is trai
 by SAELens, sparsify and circuit-tracer, each in an environment of its own (made at first use: gigabytes, minutes). Each
 gets the same held-out rows; what it makes of them is compared with the run. circuit-tracer also makes an attribution
 graph of a prompt; delphi reads its cache of latents, SAEDashboard and Neuronpedia's client the files for Neuronpedia.
-Figures go to docs/benchmarks.md under "interop". What is in the folder already is not made again.
+The trainers of SAELens and dictionary_learning train on a store. Figures go to docs/benchmarks.md under "interop". What
+is in the folder already is not made again.
 """
 
 import argparse
@@ -35,6 +36,9 @@ READERS = {"delphi": "delphi", "neuronpedia": "SAEDashboard"}
 """What reads which export of what latents do."""
 HARVEST = ("--tokens", 65_536, "--set", f"capture.layers={list(range(LAYERS))}")
 TRAIN = ("--steps", 300, "--set", "transcoder.d_sae=1024", "--set", "samples.rows=0")
+TRAINERS = {"saelens": "SAELens", "dictionary_learning": "dictionary_learning"}
+STEPS, MOST_FVU = 300, 0.5
+"""Of another library's training on a store, and the most of the variance that it may leave; the mean leaves all."""
 SAME = 1e-5
 """A row's error over its norm that is still rounding."""
 
@@ -53,14 +57,24 @@ def main() -> None:
     for kind, library in READERS.items():
         told = read_latents(runs[LAYER], kind, library, folder / "exports" / kind)
         figures |= {f"{library}: {name}": (value, "") for name, value in told.items()}
-    found = graph(exports["circuit-tracer"], folder / "graph.json")
-    figures |= {f"circuit_tracer, attribution graph: {name}": (value, "") for name, value in found.items()}
+    sizes = graph(exports["circuit-tracer"], folder / "graph.json")
+    figures |= {f"circuit_tracer, attribution graph: {name}": (value, "") for name, value in sizes.items()}
+    trained_by = {library: by_their_trainer(runs[LAYER], name, library) for name, library in TRAINERS.items()}
+    for library, found in trained_by.items():
+        figures |= {f"{library}, trained on the store: {name}": (value, "") for name, value in found.items()}
     for name, (value, unit) in figures.items():
         print(f"{name}: {value:.6g} {unit}")
     record(f"interop: embedded model, {LAYERS} layers", "python -m tests.interop", figures)
     wrong = [name for name, (value, _) in figures.items() if "largest error of a row" in name and value > SAME]
-    if wrong or found["layers with latents"] != LAYERS:
-        sys.exit(f"not the same: {wrong or found}")
+    if wrong or sizes["layers with latents"] != LAYERS:
+        sys.exit(f"not the same: {wrong or sizes}")
+    poor = {
+        library: found
+        for library, found in trained_by.items()
+        if not (found["fvu"] < MOST_FVU and found["last loss"] < found["first loss"] / 2)
+    }
+    if poor:
+        sys.exit(f"trained on the store and did not learn: {poor}")
 
 
 def trained(folder: Path) -> list[Path]:
@@ -129,6 +143,17 @@ def held_out(path: Path) -> torch.Tensor:
 def graph(export: Path, out: Path) -> dict[str, float]:
     """The sizes of an attribution graph."""
     run(environment("circuit_tracer"), HERE / "graph.py", export, MODEL, out)
+    found: dict[str, float] = json.loads(out.read_text())
+    return found
+
+
+def by_their_trainer(path: Path, name: str, library: str) -> dict[str, float]:
+    """What another library's own trainer reaches on the store of a run, fed by `StoreDataset`."""
+    out = path.parent / f"trained-by-{name}.json"
+    packages = Path(np.__file__).parents[1]
+    environ = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
+    line = (environment(library), "-P", HERE / "trainers.py", name, read_config(path).store, STEPS, out, packages)
+    run("env", *(f"{key}={value}" for key, value in environ.items()), *line)
     found: dict[str, float] = json.loads(out.read_text())
     return found
 
