@@ -19,7 +19,8 @@ LAYERS = {
     "shared": (("errors", "bounds", "keyed"), "files", "config", ("console", "splice_record"), "store",
                "command_line", "program"),
     "harvest": (
-        ("embedded", "settings", "hub", "digests"), "text", "llm", "writer", "run", "imports", "commands", "splice", "cli",
+        ("embedded", "settings", "hub", "digests"), "text", "llm", "writer", "run", "imports", "commands", "splice",
+        "cli",
     ),
     "train": (
         ("data", "live"), "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"),

@@ -85,7 +85,9 @@ class Quiet:
         """Return the term at `step`: positive pre-activations on some rows, scaled to the length of an ordinary row."""
         if not self._config.weight or not len(self._rows):
             return {}
-        wanted = (torch.arange(self._config.rows, device=self._rows.device) + step * self._config.rows) % len(self._rows)
+        wanted = (torch.arange(self._config.rows, device=self._rows.device) + step * self._config.rows) % len(
+            self._rows
+        )
         x, times = self._rows[wanted], self._times[wanted]
         pre_acts = x @ self._transcoder.W_enc + times * self._transcoder.b_enc
         return {"quiet": self._config.weight * self._unit * pre_acts.relu().sum()}
