@@ -1,7 +1,6 @@
 """What is trained on CUDA, on a fake device: commands end without a device fault, and steps without a wait."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,8 @@ VARIANTS = {
     "jumprelu": ["activation.kind=jumprelu"],
     "relu": ["activation.kind=relu"],
     "bfloat16": ["product_dtype=bfloat16"],
-    "skip": ["transcoder.skip=true"],
-    "target": ["source=target"],
+    "no skip": ["transcoder.skip=false"],
+    "target": ["source=target", "transcoder.skip=false"],
     "free": ["transcoder.decoder_norm=free"],
     "dense": ["kernels=dense"],
     "controller": ["diversity.controller.max_pairs_above_0_8=1"],
@@ -63,10 +62,10 @@ def test_every_command_runs_without_a_device_fault(command, small_store, tmp_pat
             ["evaluate", run, "--linear"],
             ["samples", run],
             ["report", run],
-            ["compare", run, tmp_path / "again"],
+            ["compare", run, tmp_path / "again" / "run"],
         ):
             if line[0] == "compare":
-                shutil.copytree(run, tmp_path / "again")
+                start(command, small_store, tmp_path / "again", f"device={device}", "seed=1")
             done = command(*line)
             assert done.code == 0, (line, done.err)
     assert log.faults == []
