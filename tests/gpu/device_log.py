@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from types import FrameType
 
 PACKAGES = ("/train/", "/harvest/", "/shared/")
 
@@ -62,10 +63,10 @@ class DeviceLog:
 
 def caller() -> str:
     """The innermost line of the project that is running."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame:
         name = frame.f_code.co_filename
         if "/site-packages/" not in name and any(part in name for part in PACKAGES):
             return f"{'/'.join(name.split('/')[-3:])}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return "autograd"

@@ -100,7 +100,7 @@ def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             device = one
         elif isinstance(one, Tensor):
             device, dtype = one.device, one.dtype
-    copy = {"copy": True} if kwargs.get("copy") else {}
+    copy: dict[str, Any] = {"copy": True} if kwargs.get("copy") else {}
     if device is None or (target := _full(torch.device(device))) == tensor.device:
         return _to(tensor, dtype or tensor.dtype, **copy)
     moved = _Move.apply(tensor, target, bool(kwargs.get("non_blocking")))
@@ -135,7 +135,7 @@ class _Move(torch.autograd.Function):
         memory = memory_of(tensor.detach())
         if device.type == "cpu":
             log.sync("copy to the host")
-            return memory.clone(memory_format=torch.preserve_format)  # type: ignore[no-any-return]
+            return memory.clone(memory_format=torch.preserve_format)
         if not isinstance(tensor, FakeTensor):
             log.copy(non_blocking and memory.untyped_storage().data_ptr() in _pinned)
         return FakeTensor(memory.clone(memory_format=torch.preserve_format), _number(device))

@@ -41,10 +41,16 @@ class FakeTensor(Tensor):
     def __new__(cls, memory: Tensor, number: int) -> "FakeTensor":
         """Wrap a tensor of the CPU, without a copy."""
         assert not isinstance(memory, FakeTensor)
-        layout = {"strides": memory.stride(), "storage_offset": memory.storage_offset(), "dtype": memory.dtype}
-        made = Tensor._make_wrapper_subclass(cls, memory.size(), device="cpu", **layout)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            memory.size(),
+            strides=memory.stride(),
+            storage_offset=memory.storage_offset(),
+            dtype=memory.dtype,
+            device=torch.device("cpu"),
+        )
         made.memory, made.number = memory, number
-        return made  # type: ignore[no-any-return]
+        return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -59,11 +65,13 @@ class FakeTensor(Tensor):
     def get_device(self) -> int:
         return self.number
 
-    def __repr__(self, *_: object, **__: object) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"FakeTensor({tuple(self.shape)}, {self.dtype}, cuda:{self.number})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return compute(func, args, kwargs or {})
 
 

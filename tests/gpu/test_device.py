@@ -1,8 +1,11 @@
 """What is trained on CUDA, on a fake device: commands end without a device fault, and steps without a wait."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,6 +33,7 @@ VARIANTS = {
     "controller": ["diversity.controller.max_pairs_above_0_8=1"],
 }
 KINDS = {"topk", "jumprelu", "relu"}
+RARELY = ("log_every", "evaluation.every", "checkpoint.every")
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +101,16 @@ def test_triton_kernels_train_on_the_second_device(command, small_store, tmp_pat
 @pytest.mark.slow
 def test_what_is_trained_on_cuda_is_what_is_trained_on_cpu(command, small_store, tmp_path: Path) -> None:
     """By the same kernels: code that asks for the device sums in another order, and float32 has 24 bits."""
-    start(command, small_store, tmp_path / "cpu", "device=cpu", "kernels=plain", "blas=torch")
+    done = [start(command, small_store, tmp_path / "cpu", "device=cpu", "kernels=plain", "blas=torch")]
     with fake_cuda():
-        start(command, small_store, tmp_path / "cuda", "device=cuda", "kernels=plain")
+        done.append(start(command, small_store, tmp_path / "cuda", "device=cuda", "kernels=plain"))
+    assert [one.code for one in done] == [0, 0], [one.err for one in done]
     ours, theirs = (tmp_path / name / "run" for name in ("cuda", "cpu"))
     files = [checkpoint.find(run).path / checkpoint.WEIGHTS for run in (ours, theirs)]
     left, right = map(load_file, files)
     assert left.keys() == right.keys()
     for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-6, msg=lambda text, n=name: n + text)
+        np.testing.assert_allclose(left[name], right[name], rtol=1e-5, atol=1e-6, err_msg=name)
     for a, b in zip(rows(ours), rows(theirs), strict=True):
         assert a["terms"] == pytest.approx(b["terms"], rel=1e-6)
         assert a["held_out"]["fvu"] == pytest.approx(b["held_out"]["fvu"], rel=1e-6)
@@ -121,7 +126,7 @@ def test_a_step_waits_for_no_device(command, small_store, tmp_path: Path, monkey
     copies: dict[int, list[str]] = {}
     step_of = Trainer._step
 
-    def watched(self: Trainer, step: int):
+    def watched(self: Trainer, step: int) -> Any:
         log.syncs.clear()
         log.copies.clear()
         out = step_of(self, step)
@@ -129,11 +134,10 @@ def test_a_step_waits_for_no_device(command, small_store, tmp_path: Path, monkey
         return out
 
     monkeypatch.setattr(Trainer, "_step", watched)
-    rare = ["monitor.every=100", "monitor.rows=48", "steps=100", "log_every=100", "evaluation.every=100"]
+    rare = ["steps=6", "monitor.every=5", "monitor.rows=48", *(f"{what}=100" for what in RARELY)]
     with fake_cuda() as log:
-        start(
-            command, small_store, tmp_path, "device=cuda", *rare, "checkpoint.every=100", "steps=6", "monitor.every=5"
-        )
+        done = start(command, small_store, tmp_path, "device=cuda", *rare)
+    assert done.code == 0, done.err
     quiet = [step for step in range(1, 4)]
     assert {step: waits[step] for step in quiet} == {step: [] for step in quiet}
     assert all(one.startswith("pinned @") for step in quiet for one in copies[step])
@@ -151,6 +155,7 @@ def test_no_device_of_that_number_is_one_clear_line(command, small_store, tmp_pa
 def test_the_fake_device_refuses_what_cuda_refuses() -> None:
     with fake_cuda() as log:
         here, there, host = torch.ones(2, device="cuda"), torch.ones(2, device="cuda:1"), torch.ones(2)
+        wrong: Callable[[], object]
         for wrong in (
             lambda: here + host,
             lambda: here + there,
