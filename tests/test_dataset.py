@@ -170,8 +170,9 @@ def test_wrong_input_is_one_error(store: SyntheticStore, monkeypatch: pytest.Mon
 
 def test_processes_of_torch_distributed_are_found(store: SyntheticStore, tmp_path: Path) -> None:
     """Two real processes, each with two workers that are not forked."""
-    line = [sys.executable, __file__, str(store.path), str(tmp_path)]
-    started = [subprocess.Popen([*line, str(rank)]) for rank in range(2)]
+    line = [sys.executable, "-m", "tests.test_dataset", str(store.path), str(tmp_path)]
+    root = Path(__file__).parents[1]
+    started = [subprocess.Popen([*line, str(rank)], cwd=root) for rank in range(2)]
     assert [process.wait(timeout=300) for process in started] == [0, 0]
     alone = read(StoreDataset(store.path, rows=ROWS, steps=4))
     for rank in range(2):
