@@ -109,23 +109,13 @@ def test_a_ratio_and_its_interval_are_those_of_a_dense_loop() -> None:
     assert figures.ratio(np.ones(1), np.ones(1)).low is None
 
 
-@pytest.fixture(scope="module")
-def run(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.reports import train
-    from tests.runs import SMALL
-
-    runs = tmp_path_factory.mktemp("runs")
-    train("run", "--store", finished, "--runs", runs, "--name", "run", "--steps", 6, *SMALL)
-    return runs / "run"
-
-
 def test_a_measurement_that_was_stopped_ends_with_the_same_bytes(
-    run: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained_on_text: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from harvest.splice import measure
 
     monkeypatch.setattr(measure, "_MOST_WINDOWS", 4)
-    whole, stopped = (Path(shutil.copytree(run, tmp_path / name)) for name in ("whole", "stopped"))
+    whole, stopped = (Path(shutil.copytree(trained_on_text, tmp_path / name)) for name in ("whole", "stopped"))
     options = ("--tokens", 320, "--linear", "--model", model)
     assert command("splice", whole, *options, "--json").code == 0
     calls: list[int] = []
@@ -146,11 +136,13 @@ def test_a_measurement_that_was_stopped_ends_with_the_same_bytes(
     assert found["windows"] == 10 and "linear" in found["whole"]["arms"] and not list(stopped.glob("splice/*/*"))
 
 
-def test_encode_lists_the_latents_of_every_token(run: Path, model: Path) -> None:
-    found = command("encode", run, "--prompt", "def [red]\x1b[31mvalue", "--top", 3, "--json", "--model", model)
+def test_encode_lists_the_latents_of_every_token(trained_on_text: Path, model: Path) -> None:
+    found = command(
+        "encode", trained_on_text, "--prompt", "def [red]\x1b[31mvalue", "--top", 3, "--json", "--model", model
+    )
     assert found.code == 0, found.err
     rows = json.loads(found.out)
     assert rows[0]["position"] == 0 and all(len(row["latents"]) == min(3, row["active"]) for row in rows)
-    shown = command("encode", run, "--prompt", "def [red]\x1b[31mvalue", "--model", model)
+    shown = command("encode", trained_on_text, "--prompt", "def [red]\x1b[31mvalue", "--model", model)
     assert shown.code == 0 and "\x1b" not in shown.out
-    assert command("encode", run, "--prompt", "", "--model", model).code == 2
+    assert command("encode", trained_on_text, "--prompt", "", "--model", model).code == 2
