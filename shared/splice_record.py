@@ -98,3 +98,12 @@ def read_splice(path: Path) -> SpliceRecord | None:
     if TRANSCODER not in record.whole.arms:
         raise CorruptData(f"{path}: it lacks the figures of the transcoder; {remedy}")
     return record
+
+
+def splice_of(run: Path, step: int, store: str) -> SpliceRecord | None:
+    """Return what was measured of a run's own checkpoint of `step` on the store of request digest `store`.
+
+    None: nothing, or that of another step or store. Raises `CorruptData` when the record was edited or is damaged.
+    """
+    found = read_splice(run / FILE)
+    return found if found and (found.step, found.store) == (step, store) else None

@@ -109,6 +109,17 @@ def finished(small: "Line", tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained_on_text(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on it, that tests only read."""
+    from tests.reports import train
+    from tests.runs import SMALL
+
+    runs = tmp_path_factory.mktemp("runs")
+    train("run", "--store", finished, "--runs", runs, "--name", "run", "--steps", 6, *SMALL)
+    return runs / "run"
+
+
+@pytest.fixture(scope="session")
 def longer(small: "Line", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished store of ten blocks, made without a stop."""
     from tests.llms import BLOCK_TOKENS, command

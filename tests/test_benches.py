@@ -44,6 +44,7 @@ COMMANDS: dict[str, list[str]] = {
     "recipe": ["synthetic STORE --arms recipe before --seeds 0 1 --work WORK"],
     "scaling": ["synthetic STORE --work WORK"],
     "same_answer": ["--store STORE --k 6 --d-sae 64 --seeds 1 --most 1 --work WORK"],
+    "splice": ["TRAINED_ON_TEXT --model MODEL"],
     "step": ["", "threads"],
 }
 """What each is told, if anything; a word in capitals is what tests make for it."""
@@ -117,6 +118,8 @@ def test_a_bench_runs(
         "STORE": lambda: store,
         "WORK": lambda: tmp_path / "work",
         "RUN": lambda: request.getfixturevalue("trained"),
+        "TRAINED_ON_TEXT": lambda: request.getfixturevalue("trained_on_text"),
+        "MODEL": lambda: request.getfixturevalue("model"),
     }
     words = [made[word]() if word in made else word for word in rest]
     done = forks.run(f"tests.bench.{name}", *words, scratch=tmp_path, env=env)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from harvest.splice.forward import CLEAN, Losses
 from shared.config import Config
@@ -91,19 +92,8 @@ def ratio(above: Array, below: Array) -> Interval:
     if n < 2:
         return Interval(value=value, low=None, high=None)
     error = math.sqrt(n / (n - 1) * float(np.square(above - value * below).sum())) / abs(float(below.sum()))
-    half = student_t(n - 1) * error
+    half = float(stdtrit(n - 1, 0.975)) * error
     return Interval(value=value, low=value - half, high=value + half)
-
-
-def student_t(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t: exact for 1 and 2, else by Cornish and Fisher, to 2 %."""
-    if freedom < 3:
-        return (12.706204736, 4.302652730)[freedom - 1]
-    z, v = 1.959963985, freedom
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / v + second / v**2 + third / v**3
 
 
 def _recovered(table: Table, name: str, ablated: str) -> Interval | None:

@@ -5,6 +5,7 @@ Legend: S windows, T context, V vocabulary, N rows = S * T, D d_in, O d_out.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,9 +59,13 @@ def losses(splicer: Splicer, ids: Tensor, positions: Tensor) -> Losses:
     for name, rows in _rows(splicer, source if splicer.replacement.source == "source" else target, source).items():
         for arm, keep in _arms(name, kept, splicer.exclusion):
             put = torch.where(keep.unsqueeze(-1), target, rows.to(target).reshape(target.shape))
-            logits = splicer.model.logits(ids, positions, {splicer.target_hook: lambda own, put=put: put})
+            logits = splicer.model.logits(ids, positions, {splicer.target_hook: partial(_put, put)})
             ce[arm], kl[arm] = _cross_entropy(logits, ids), _divergence(clean, logits)
     return Losses(ce, kl, int(kept.sum()))
+
+
+def _put(rows: Tensor, _own: Tensor) -> Tensor:
+    return rows
 
 
 def _unchanged(splicer: Splicer, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

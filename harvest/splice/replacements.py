@@ -110,7 +110,7 @@ def _own(transcoder: Transcoder, found: checkpoint.Checkpoint, source: Side) -> 
         step=found.step,
         source=source,
         predict=partial(_every_prefix, transcoder),
-        encode=partial(transcoder.encode, dense=True),
+        encode=lambda x: transcoder.encode(x, dense=True),
     )
 
 

@@ -29,9 +29,14 @@ _ROWS = {
     "merged.fvu_rise_random": ("... of removing as many others", "+.4f"),
     "position_0_share_of_top": ("position 0 among top activations", ".2%"),
     "latents_at_position_0": ("latents of position 0 alone", ",.1f"),
+    "ce_recovered": ("CE recovered", ".2%"),
+    "kl": ("KL, nats per token", ".4f"),
     "cpu_ms_per_step": ("CPU ms per step", ",.1f"),
     "ms_per_step": ("ms per step", ",.1f"),
 }
+
+_SPLICED = ("ce_recovered", "kl")
+"""Rows that are there when a run has them."""
 
 
 def print_comparison(comparison: Comparison, stderr: bool = False) -> None:
@@ -64,6 +69,7 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     found = [
         (label, [_cell(arm.spread.get(name), first.spread.get(name), form, arm is first) for arm in arms])
         for name, (label, form) in _ROWS.items()
+        if name not in _SPLICED or any(name in arm.spread for arm in arms)
     ]
     return [
         *found,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shared.config import Config
 from shared.errors import UserError
+from shared.splice_record import splice_of
 from shared.store.store import Store
 from train.compare.merging import alike, densest_of, merge, without
 from train.data.batches import StoreRows
@@ -110,6 +111,10 @@ class Figures(Config):
     """Of all cores, between rows of the logs with no evaluation or checkpoint between; none: there are no such rows."""
     ms_per_step: float | None
     """The same by the clock."""
+    ce_recovered: float | None = None
+    """By `python -m harvest splice`, of the run's own thresholds; none: not measured at this step."""
+    kl: float | None = None
+    """The same; nats per token."""
     strata: dict[str, StratumFigures] = {}
     """By name, without position 0."""
 
@@ -148,9 +153,12 @@ def measure_run(run: Path, store: Store, l0: float | None, found: Checkpoint | N
     Thresholds are those at which rows have `l0` active latents each; without one, those that the run has: by its own k
     or its learned thresholds.
 
-    Raises `UserError` when it has fewer active latents even without a threshold.
+    Raises `UserError` when it has fewer active latents even without a threshold, and `CorruptData` when its
+    `splice.json` is damaged.
     """
     loaded = load_run(run, store=store, found=found)
+    record = splice_of(run, loaded.step, store.request.digest)
+    spliced = record and record.headline
     config, model, rows = loaded.config, loaded.transcoder, replace(loaded.rows, chunk_rows=_CHUNK_ROWS)
     threshold = calibrate(model, rows) if l0 is None else threshold_at(model, rows, l0)
     held_out = held_out_active(model, rows, store.record.report_blocks, threshold)
@@ -198,6 +206,8 @@ def measure_run(run: Path, store: Store, l0: float | None, found: Checkpoint | N
         latents_at_position_0=int((at_0 == 1).sum()),
         cpu_ms_per_step=cpu,
         ms_per_step=wall,
+        ce_recovered=spliced.ce_recovered.value if spliced and spliced.ce_recovered else None,
+        kl=spliced.kl.value if spliced else None,
         strata={name: StratumFigures(fvu=part.fvu, l0=part.l0) for name, part in strata.items()},
     )
     return Measured(

@@ -7,6 +7,7 @@ import pyarrow as pa
 from shared.console.progress import Progress
 from shared.console.terminal import say
 from shared.files import durable
+from shared.splice_record import splice_of
 from train.evaluation.evaluate import Evaluation, evaluate
 from train.evaluation.linear_baseline import linear_map_fvu
 from train.live.run_files import METRICS, Row
@@ -74,6 +75,7 @@ def _report(
     linear_fvu: float | None,
 ) -> Report:
     run, step, config = loaded.path, loaded.step, loaded.config
+    spliced = splice_of(run, step, loaded.rows.store.request.digest)
     duplicates, settings = gather.duplicates(run, step, len(table)), config.settings
     report = Report(
         run=run.resolve().name,
@@ -88,6 +90,7 @@ def _report(
         verdict=[],
         held_out=held_out,
         linear_fvu=linear_fvu,
+        splice=spliced,
         training=gather.training_curves(metrics, step),
         timing=gather.timing_curves(run, step),
         monitor=gather.monitor_curves(run, step),

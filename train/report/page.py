@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from shared.splice_record import Interval
 from train.report.plots import figures
 from train.report.report_record import STATES, Context, Report
 
@@ -57,6 +58,7 @@ def environment() -> Environment:
     found.filters |= {
         "percent": percent,
         "count": thousands,
+        "interval": interval,
         "tokens": tokens,
         "bytes": told_bytes,
         "basename": os.path.basename,
@@ -172,6 +174,14 @@ def percent(share: float, digits: int = 1) -> str:
 def thousands(count: int) -> str:
     """Format a count as people read it."""
     return f"{count:,}"
+
+
+def interval(found: Interval | None, share: bool = True) -> str:
+    """Format an estimate with half its 95 % interval: a share, or nats."""
+    if found is None:
+        return "–"
+    values = [found.value] if found.high is None else [found.value, found.high - found.value]
+    return " ± ".join(percent(value) if share else f"{value:.4f}" for value in values)
 
 
 def told_bytes(size: float) -> str:

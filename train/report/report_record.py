@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from shared.config import Config
+from shared.splice_record import SpliceRecord
 from train.duplicates.correlation_report import CorrelatedPair, Directions
 from train.evaluation.evaluate import Evaluation
 from train.live.log_rows import UsageRecord
@@ -152,6 +153,8 @@ class Report(Config):
     held_out: Evaluation
     linear_fvu: float | None
     """Of the best linear map on the same rows; none: it was not asked for."""
+    splice: SpliceRecord | None = None
+    """The LLM with this checkpoint in its MLP's place; none: not measured at this step."""
     training: Curves
     """Rows of `metrics.jsonl`."""
     timing: Curves
