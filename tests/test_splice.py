@@ -11,7 +11,7 @@ import torch
 from harvest.llm.model import load_model
 from harvest.splice import figures
 from harvest.splice.forward import CLEAN, Losses, Splicer, losses
-from harvest.splice.replacements import Replacement
+from harvest.splice.replacements import Replacement, open_run
 from shared.splice_record import TRANSCODER
 from shared.store.outliers import Exclusion
 from tests.llms import command, make_gemma, make_llama, make_neox
@@ -136,6 +136,18 @@ def test_a_measurement_that_was_stopped_ends_with_the_same_bytes(
     assert found["windows"] == 10 and "linear" in found["whole"]["arms"] and not list(stopped.glob("splice/*/*"))
 
 
+def promoted_tokens(run: Path, model: Path, latents: list[int]) -> dict[int, list[str]]:
+    """The five tokens whose logits each latent raises most, by a dense product in float64."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(model).double(), AutoTokenizer.from_pretrained(model)
+    transcoder = open_run(run, None).transcoder
+    rows = transcoder.W_dec.detach().double() * transcoder.target_scale
+    unembed = network.lm_head.weight.detach() * (1 + network.model.norm.weight.detach())
+    best = (rows[latents] @ unembed[: len(tokenizer)].T).topk(5).indices.tolist()
+    return {i: [tokenizer.decode([one]) for one in row] for i, row in zip(latents, best, strict=True)}
+
+
 def test_encode_lists_the_latents_of_every_token(trained_on_text: Path, model: Path) -> None:
     found = command(
         "encode", trained_on_text, "--prompt", "def [red]\x1b[31mvalue", "--top", 3, "--json", "--model", model
@@ -143,6 +155,8 @@ def test_encode_lists_the_latents_of_every_token(trained_on_text: Path, model: P
     assert found.code == 0, found.err
     rows = json.loads(found.out)
     assert rows[0]["position"] == 0 and all(len(row["latents"]) == min(3, row["active"]) for row in rows)
+    latents = {i: words for row in rows for i, words in zip(row["latents"], row["promoted"], strict=True)}
+    assert latents == promoted_tokens(trained_on_text, model, list(latents))
     shown = command("encode", trained_on_text, "--prompt", "def [red]\x1b[31mvalue", "--model", model)
     assert shown.code == 0 and "\x1b" not in shown.out
     assert command("encode", trained_on_text, "--prompt", "", "--model", model).code == 2

@@ -13,6 +13,9 @@ from harvest.text.tokenizer_files import load_tokenizer
 from shared.console.terminal import PlainConsole
 from shared.errors import UserError
 
+_PROMOTED = 5
+"""Tokens that are named of each latent."""
+
 
 class TokenLatents(NamedTuple):
     """One token of a prompt."""
@@ -25,6 +28,8 @@ class TokenLatents(NamedTuple):
     latents: list[int]
     """The strongest of them, falling."""
     values: list[float]
+    promoted: list[list[str]] | None
+    """Of each of them, the tokens whose logits it raises most; none: not known."""
 
 
 def encode_prompt(
@@ -48,19 +53,35 @@ def encode_prompt(
     rows = network(torch.tensor([ids], device=request.model.device))[hook][0].float().cpu()
     with torch.inference_mode():
         latents = replacement.encode(rows)
-    return [_of_token(i, token, tokenizer.decode([token]), latents[i], top) for i, token in enumerate(ids)]
+    best = [row.topk(min(top, int((row != 0).sum()))) for row in latents]
+    shown = sorted({i for one in best for i in one.indices.tolist()})
+    raised = replacement.promoted(shown, _PROMOTED) if replacement.promoted and shown else None
+    names = raised and {i: [tokenizer.decode([one]) for one in row] for i, row in zip(shown, raised, strict=True)}
+    return [
+        TokenLatents(
+            position=i,
+            token=token,
+            text=tokenizer.decode([token]),
+            active=int((latents[i] != 0).sum()),
+            latents=(indices := best[i].indices.tolist()),
+            values=best[i].values.tolist(),
+            promoted=[names[latent] for latent in indices] if names else None,
+        )
+        for i, token in enumerate(ids)
+    ]
 
 
 def show(found: list[TokenLatents]) -> None:
-    """Print a line per token."""
+    """Print a line per token, and then one per latent with the tokens that it promotes."""
     table = Table("position", "token", "active", "latent: value, the strongest first")
     for one in found:
         pairs = "  ".join(f"{i}: {value:.3g}" for i, value in zip(one.latents, one.values, strict=True))
         table.add_row(str(one.position), repr(one.text), f"{one.active:,}", pairs)
-    PlainConsole().print(table)
-
-
-def _of_token(position: int, token: int, text: str, latents: torch.Tensor, top: int) -> TokenLatents:
-    active = int((latents != 0).sum())
-    best = latents.topk(min(top, active))
-    return TokenLatents(position, token, text, active, best.indices.tolist(), best.values.tolist())
+    console = PlainConsole()
+    console.print(table)
+    names = {i: words for one in found for i, words in zip(one.latents, one.promoted or [], strict=False)}
+    if names:
+        promoted = Table("latent", "tokens that it promotes most")
+        for i in sorted(names):
+            promoted.add_row(str(i), " ".join(map(repr, names[i])))
+        console.print(promoted)

@@ -27,6 +27,7 @@ from train.model import checkpoint
 from train.model.normalisation import normalisation
 from train.model.transcoder import Transcoder
 from train.run.load_run import LoadedRun, load_run
+from train.samples.token_effects import decoder_directions, tokens_of, unembedding_of
 
 __all__ = ["LoadedRun", "Replacement", "in_parts", "linear", "mean_target", "of_run", "open_run", "read_replacement"]
 
@@ -48,6 +49,8 @@ class Replacement:
     """From source rows [N, D], at most 1,024, to target rows [N, O] by name: the whole, and smaller prefixes."""
     encode: Callable[[Tensor], Tensor]
     """From source rows [N, D] to latents [N, F], 0 where a latent is not active."""
+    promoted: Callable[[list[int], int], list[list[int]]] | None = None
+    """From latents, and how many, to the tokens whose logits each raises most; none: not known."""
 
 
 def open_run(run: Path, step: int | None) -> LoadedRun:
@@ -57,7 +60,22 @@ def open_run(run: Path, step: int | None) -> LoadedRun:
 
 def of_run(loaded: LoadedRun) -> Replacement:
     """Return the transcoder of a loaded run."""
-    return _own(loaded.transcoder, loaded.checkpoint, loaded.config.settings.source)
+    found, transcoder = loaded.checkpoint, loaded.transcoder
+    unembedding, tokens = unembedding_of(loaded.rows.store), tokens_of(loaded.rows.store)
+
+    def promoted(latents: list[int], count: int) -> list[list[int]]:
+        assert unembedding is not None
+        return unembedding.effects(decoder_directions(transcoder)[latents], count, tokens).promoted.tolist()
+
+    return Replacement(
+        library="transcoder-cache",
+        weights=_files_digest(found.path / checkpoint.WEIGHTS),
+        step=found.step,
+        source=loaded.config.settings.source,
+        predict=partial(_every_prefix, transcoder),
+        encode=lambda x: transcoder.encode(x, dense=True),
+        promoted=promoted if unembedding else None,
+    )
 
 
 def read_replacement(path: Path, store: Store) -> Replacement:
@@ -101,17 +119,6 @@ def in_parts(predict: Predict, x: Tensor) -> dict[str, Tensor]:
     """Predict for any number of rows [N, D]."""
     parts = [predict(part) for part in x.split(_ROWS)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _own(transcoder: Transcoder, found: checkpoint.Checkpoint, source: Side) -> Replacement:
-    return Replacement(
-        library="transcoder-cache",
-        weights=_files_digest(found.path / checkpoint.WEIGHTS),
-        step=found.step,
-        source=source,
-        predict=partial(_every_prefix, transcoder),
-        encode=lambda x: transcoder.encode(x, dense=True),
-    )
 
 
 def _every_prefix(transcoder: Transcoder, x: Tensor) -> dict[str, Tensor]:
