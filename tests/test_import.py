@@ -333,3 +333,20 @@ def test_hostile_files_are_one_line(
         assert refused.code in (1, 2) and refused.err.count("\n") == 1, refused.err
         assert said in refused.err and "Traceback" not in refused.err
         assert not (tmp_path / "runs").exists()
+
+
+def test_transcoders_of_one_library_and_one_configuration_are_two_arms(
+    command: Command, square: SyntheticStore, w: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Their `cfg.json` are one file, byte for byte."""
+    other = w | {"W_dec": w["W_dec"].flip(0)}
+    paths = [write("sparsify", tmp_path / name, one) for name, one in (("a", w), ("b", other))]
+    runs = [
+        import_(
+            command, path, square, tmp_path / "runs", "--name", path.parent.name if path.is_file() else path.name
+        ).path
+        for path in paths
+    ]
+    done = command("compare", *runs, "--json")
+    assert done.code == 0, done.err
+    assert [len(arm["runs"]) for arm in json.loads(done.out)["arms"]] == [1, 1]

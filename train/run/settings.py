@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 
 from shared.bounds import Blocks, Digest, Name, Text, Width
-from shared.config import Config, build, load_preset, override, read_record
+from shared.config import Config, build, json_digest, load_preset, override, read_record
 from shared.errors import UserError
 from shared.files import durable
 from shared.store.outliers import Exclusion
@@ -121,8 +121,8 @@ class Imported(Config):
 
     @property
     def name(self) -> str:
-        """The library, and the start of SHA-256 of the weights: two transcoders of one library have different names."""
-        return f"{self.library} {next(iter(self.files.values()), '')[:12]}"
+        """The library, and the start of a digest of all files: two transcoders of one library have different names."""
+        return f"{self.library} {json_digest(self.files)[:12]}"
 
 
 class RunConfig(Config):
