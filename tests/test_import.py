@@ -340,13 +340,10 @@ def test_transcoders_of_one_library_and_one_configuration_are_two_arms(
 ) -> None:
     """Their `cfg.json` are one file, byte for byte."""
     other = w | {"W_dec": w["W_dec"].flip(0)}
-    paths = [write("sparsify", tmp_path / name, one) for name, one in (("a", w), ("b", other))]
-    runs = [
-        import_(
-            command, path, square, tmp_path / "runs", "--name", path.parent.name if path.is_file() else path.name
-        ).path
-        for path in paths
-    ]
+    runs = []
+    for name, one in (("a", w), ("b", other)):
+        path = write("sparsify", tmp_path / name, one)
+        runs.append(import_(command, path, square, tmp_path / "runs", "--name", name).path)
     done = command("compare", *runs, "--json")
     assert done.code == 0, done.err
     assert [len(arm["runs"]) for arm in json.loads(done.out)["arms"]] == [1, 1]
