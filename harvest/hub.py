@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError
+from shared.errors import UserError, cause
 
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -49,8 +49,7 @@ def explain(what: str, name: str, error: Exception) -> str:
         return f"{where}: no such name there; check it, log in if it is private, or pass a local {_local(what)}"
     if kind == "RevisionNotFoundError":
         return f"{where}: no such revision there; check it"
-    cause = " ".join(str(error).split())[:200]
-    return f"{where} ({kind}: {cause}); check the network, or pass a local {_local(what)}"
+    return f"{where} ({kind}: {cause(error)}); check the network, or pass a local {_local(what)}"
 
 
 def _refused(error: Exception) -> bool:
