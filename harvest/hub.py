@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError
+from shared.errors import UserError, cause
 
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -49,8 +49,19 @@ def explain(what: str, name: str, error: Exception) -> str:
         return f"{where}: no such name there; check it, log in if it is private, or pass a local {_local(what)}"
     if kind == "RevisionNotFoundError":
         return f"{where}: no such revision there; check it"
-    cause = " ".join(str(error).split())[:200]
-    return f"{where} ({kind}: {cause}); check the network, or pass a local {_local(what)}"
+    if kind in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+        return f"{where}: it is not in the hub's local cache, and {_unreached(error)}, or pass a local {_local(what)}"
+    return f"{where} ({kind}: {cause(error)}); check the network, or pass a local {_local(what)}"
+
+
+def _unreached(error: Exception) -> str:
+    """Say why the hub did not answer, and what to do; the library says more lines than the one that tells."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set; unset it"
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"the hub was not reached ({first.removeprefix('Got: ')[:200]}); check the network"
 
 
 def _refused(error: Exception) -> bool:

@@ -17,6 +17,8 @@ from typing import IO, TextIO
 _NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but tabs and line ends, what turns the direction of writing, and halves of characters."""
 
+_MOST_CAUSE = 200
+
 
 class ProjectError(Exception):
     """Base of every error that is reported in one line, without a traceback."""
@@ -50,6 +52,12 @@ def printable(text: str) -> str:
     Names and texts of strangers stand in messages; every line that is printed goes through this.
     """
     return _NO_TEXT.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def cause(error: BaseException) -> str:
+    """Return what a library's error says, in one line of at most 200 characters and a mark of what was cut."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _MOST_CAUSE else f"{text[:_MOST_CAUSE]}..."
 
 
 def tell(text: str, stream: TextIO | None = None) -> None:

@@ -249,8 +249,21 @@ def test_a_hub_text_is_one_whether_its_column_was_named_or_found(
 def test_a_commit_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0123456789" * 4
     assert dataset_commit("some/stories", commit) == commit  # the tests are offline
-    with pytest.raises(UserError, match="check the network"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set; unset it"):
         dataset_commit("some/stories", "v1")
+
+
+def test_a_hub_out_of_reach_is_told_by_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's second line is advice that its reader cannot follow."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    error = LocalEntryNotFoundError("Got: ConnectError: refused\nAn error happened while trying to locate the files")
+    assert explain("model", "a/b", error) == (
+        "model 'a/b': neither a local path nor usable from the Hugging Face hub: it is not in the hub's local cache, "
+        "and the hub was not reached (ConnectError: refused); check the network, or pass a local folder"
+    )
 
 
 def test_messages_need_a_template(tmp_path: Path) -> None:

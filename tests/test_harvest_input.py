@@ -38,7 +38,10 @@ from tests.llms import (
         (["run", "--tokens", "many"], ["many"]),
         (["run", "--layer", "-1"], ["layers"]),
         (["run", "--model", "/no/such/model"], ["no model folder at /no/such/model"]),
-        (["run", "--model", "nobody/nothing"], ["model 'nobody/nothing'", "hub", "local folder"]),
+        (
+            ["run", "--model", "nobody/nothing"],
+            ["model 'nobody/nothing'", "HF_HUB_OFFLINE is set; unset it", "local folder"],
+        ),
         (["info", "/no/such/store"], ["/no/such/store"]),
         (["verify", "/no/such/store"], ["/no/such/store"]),
     ],

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.quantizers import AutoHfQuantizer
 
 from harvest.text.tokenizer_files import has_tokenizer, load_tokenizer
-from shared.errors import ProjectError, UserError, warn
+from shared.errors import ProjectError, UserError, cause, warn
 from shared.store.layout import StorageType
 
 _TOLERANCE: dict[StorageType, float] = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
@@ -354,11 +354,13 @@ def _explained(folder: Path) -> Iterator[None]:
     except (ProjectError, MemoryError):
         raise
     except ImportError as error:
-        raise UserError(f"{folder}: the model needs a package that is not installed ({error}); install it") from error
+        raise UserError(
+            f"{folder}: the model needs a package that is not installed ({cause(error)}); install it"
+        ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise
-        raise UserError(f"{folder}: the model does not load ({type(error).__name__}: {str(error)[:500]})") from error
+        raise UserError(f"{folder}: the model does not load ({type(error).__name__}: {cause(error)})") from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.errors import UserError
+from shared.errors import UserError, cause
 
 Format = Literal["jsonl", "json", "txt", "csv", "tsv", "parquet", "arrow"]
 _FORMATS: dict[str, Format] = {
@@ -315,4 +315,4 @@ def _explained(file: TextFile) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the system: no permission, no space
         what = f"{file.compression} data of {file.format}" if file.compression else file.format
-        raise UserError(f"{file.path}: not readable as {what} ({type(error).__name__}: {str(error)[:200]})") from error
+        raise UserError(f"{file.path}: not readable as {what} ({type(error).__name__}: {cause(error)})") from error

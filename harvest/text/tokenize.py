@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from harvest.text.corpus import Document, is_chat, parsed
 from harvest.text.packing import Encoded, Ids
 from harvest.text.tokenizer_files import has_tokenizer, load_tokenizer
-from shared.errors import UserError
+from shared.errors import UserError, cause
 from shared.store.layout import CorpusIdentity
 
 _BATCH = 64
@@ -134,7 +134,7 @@ class Encoder:
         try:
             return str(self._tokenizer.apply_chat_template(chat, tokenize=False))
         except Exception as error:  # templates raise whatever they like
-            raise _Unfit(f"{self._column}: the chat template refuses it ({error})") from error
+            raise _Unfit(f"{self._column}: the chat template refuses it ({cause(error)})") from error
 
     def _tokenized(self, texts: list[str], **options: Any) -> list[Ids]:
         """Return the ids of each text. Raises `UserError` on one that the model has no embedding of."""
@@ -148,7 +148,7 @@ class Encoder:
                 raise
             raise UserError(
                 f"{self._folder}: its tokenizer fails on a text of {max(map(len, texts)):,} characters or less "
-                f"({error}); see its tokenizer.json, or split the text"
+                f"({cause(error)}); see its tokenizer.json, or split the text"
             ) from error
         self.require_embedded(max((int(ids.max()) for ids in found if ids.size), default=None))
         return found

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError
+from shared.errors import UserError, cause
 
 TOKENIZER_JSON = "tokenizer.json"
 _NEEDED = (TOKENIZER_JSON, "tokenizer.model", "vocab.json", "vocab.txt")
@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the library raises whatever a file's content led to
-        raise UserError(f"{folder}: its tokenizer does not load: {error}") from error
+        raise UserError(f"{folder}: its tokenizer does not load: {cause(error)}") from error
 
 
 def as_tokenizer_json(folder: Path) -> bytes | None:

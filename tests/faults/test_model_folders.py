@@ -102,6 +102,17 @@ def test_an_odd_folder_is_one_line(whole: Path, tmp_path: Path, case: str) -> No
 
 
 @pytest.mark.fault(56)
+def test_a_librarys_advice_is_cut_to_its_beginning(whole: Path, tmp_path: Path) -> None:
+    """transformers explains an unknown kind in some 800 characters, and repeats the kind as it stands in the file."""
+    model = Path(shutil.copytree(whole, tmp_path / "model"))
+    edit_json(model / "config.json", model_type="\x1b[31mno_such_model")
+    done = harvest(tmp_path, model)
+    refused(done, "model type `\\x1b[31mno_such_model`", folder=tmp_path / "cache")
+    said = done.err.split("the model does not load (ValueError: ")[1]
+    assert len(said) <= 210 and said.endswith("...)\n")
+
+
+@pytest.mark.fault(56)
 def test_a_final_norm_that_is_not_finite_is_one_line(whole: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(whole, tmp_path / "model"))
     nan_weights(model)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.console.terminal import Verbosity, verbosity
-from shared.errors import ProjectError, UserError
+from shared.errors import ProjectError, UserError, cause
 
 _REFUSED = {
     401: "the token is not valid; log in with `hf auth login`, or set HF_TOKEN",
@@ -62,11 +62,7 @@ def _explain(error: Exception) -> str:
     if status in _REFUSED:
         return f"the hub answered {status}: {_REFUSED[status]}"
     if status is not None:
-        return f"the hub answered {status} ({_brief(error)})"
+        return f"the hub answered {status} ({cause(error)})"
     if type(error).__name__ == "OfflineModeIsEnabled":
         return "HF_HUB_OFFLINE is set; unset it"
-    return f"the hub is out of reach ({type(error).__name__}: {_brief(error)}); check the network"
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return f"the hub is out of reach ({type(error).__name__}: {cause(error)}); check the network"
