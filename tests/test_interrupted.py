@@ -140,7 +140,7 @@ def test_repair_with_another_tokenizer_is_refused(store: Path, model: Path, tmp_
     edit_json(tmp_path / "other/tokenizer_config.json", model_max_length=7)
     flip(next((store / ARRAYS).glob("strata/*/source/c/2/0")))
     done = command("repair", store, "--model", tmp_path / "other")
-    assert done.code == 2 and "its tokenizer has the digest" in done.err
+    assert done.code == 2 and "its tokenizer files have the digest" in done.err
 
 
 @pytest.mark.parametrize("kept", [PLAN, "nothing"])

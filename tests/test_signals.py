@@ -61,10 +61,12 @@ def test_leaving_does_not_wait_for_threads() -> None:
 def test_ctrl_backslash_ends_the_process_as_always_with_the_cursor_shown() -> None:
     code = (
         "import os, signal, sys; from shared.console.signals import cursor_back_on_quit\n"
+        "signal.signal(signal.SIGQUIT, signal.SIG_DFL)\n"  # a shell's background ignores it
         "with cursor_back_on_quit(sys.stderr): os.kill(os.getpid(), signal.SIGQUIT)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (-signal.SIGQUIT, "\n\x1b[?25h")
+    before = signal.getsignal(signal.SIGQUIT)
     with cursor_back_on_quit(sys.stderr):
         pass
-    assert signal.getsignal(signal.SIGQUIT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGQUIT) == before

@@ -336,7 +336,7 @@ BAD = {
     ),
     "more rows than sampled": (["--set", "monitor.least_together=9999"], "is more than the 8,192 rows of a sample"),
     "no such kernels": (["--set", "kernels=fast"], "kernels: Input should be 'auto', 'compiled', 'triton'"),
-    "no such device": (["--set", "device=tpu"], "device must be auto, cpu or cuda, got tpu"),
+    "no such device": (["--set", "device=tpu"], "device must be auto, cpu, cuda, or cuda:NUMBER, got tpu"),
     "config file": (["--config", "/nowhere.toml"], "no configuration file at /nowhere.toml"),
     "init from": (["--init-from", "/nowhere"], "no run at /nowhere"),
 }
