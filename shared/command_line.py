@@ -17,7 +17,11 @@ from shared.errors import ProjectError, Stopped, UserError, printable, tell
 from shared.store.packed import LOCAL_BYTES
 from shared.store.store import Local
 
+_NO_MEMORY = "out of memory; free some, raise the limit (ulimit -v), or ask for less at once"
+_TORCH_NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: can't allocate memory")
+"""What torch says of a GPU, and of the CPU; torch is not imported here."""
 _REMEDIES = {
+    errno.ENOMEM: "; free some memory, raise the limit (ulimit -v), or ask for less at once",
     errno.EMFILE: "; raise the limit on open files: ulimit -n 4096",
     errno.ENFILE: "; the whole system has too many; close some programs",
 }
@@ -51,8 +55,10 @@ def run(group: click.Group) -> None:
     except (KeyboardInterrupt, click.Abort):
         _fail("stopped; run the same command again to continue", Stopped.exit_code)
     except MemoryError:
-        _fail("out of memory; free some, raise the limit (ulimit -v), or ask for less at once", 1)
+        _fail(_NO_MEMORY, 1)
     except RuntimeError as error:
+        if any(words in f"{type(error).__name__}: {error}" for words in _TORCH_NO_MEMORY):
+            _fail(_NO_MEMORY, 1)
         if "can't start new thread" not in str(error):
             raise
         _fail("the system refuses another thread; raise the limit on processes (ulimit -u, or the job's)", 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 
 import shared.command_line
 from shared.config import load_preset
@@ -27,6 +28,15 @@ Command = Callable[..., Outcome]
     [
         (RuntimeError("can't start new thread"), "error: the system refuses another thread; raise the limit on proc"),
         (MemoryError(), "error: out of memory; "),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "error: out of memory; ",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"), "error: out of memory; "),
+        (
+            OSError(errno.ENOMEM, "Cannot allocate memory"),
+            "error: the system: Cannot allocate memory; free some memory",
+        ),
         (OSError(errno.EMFILE, "Too many open files"), "error: the system: Too many open files; raise the limit on op"),
         (OSError(errno.ENOENT, "No such file", "x"), "error: x: No such file\n"),
     ],
