@@ -2,15 +2,16 @@
 
 import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.local_server import LocalServer, answer_json
 
 TOKEN = "hf_of_the_test"
 
 
-class Hub:
-    """Keeps what is uploaded, by repository and path. A context: it serves until it is left."""
+class Hub(LocalServer):
+    """Keeps what is uploaded, by repository and path."""
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {}
@@ -18,19 +19,7 @@ class Hub:
         """What `create` was asked for."""
         self.refusal: int | None = None
         """A status with which commits are refused."""
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-
-    def __enter__(self) -> "Hub":
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
+        super().__init__(_handler(self))
 
     def answer(self, path: str, token: str, body: bytes) -> tuple[int, Any]:
         """Return a status and JSON."""
@@ -71,12 +60,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, found = hub.answer(self.path, self.headers.get("Authorization", ""), body)
-            data = json.dumps(found).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            answer_json(self, status, found)
 
         do_GET = do_POST = _answer
 

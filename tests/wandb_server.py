@@ -2,30 +2,23 @@
 
 import gzip
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+from tests.local_server import LocalServer, answer_json
 
-class Server:
-    """Keeps the rows of history that are sent to it, by run. A context: it serves until it is left."""
+
+class Server(LocalServer):
+    """Keeps the rows of history that are sent to it, by run."""
 
     def __init__(self) -> None:
         self.history: dict[str, list[dict[str, Any]]] = {}
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-
-    def __enter__(self) -> "Server":
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        super().__init__(_handler(self))
 
     @property
     def environment(self) -> dict[str, str]:
         return {
-            "WANDB_BASE_URL": f"http://127.0.0.1:{self._http.server_address[1]}",
+            "WANDB_BASE_URL": self.address,
             "WANDB_API_KEY": "0123456789" * 4,
         }
 
@@ -69,12 +62,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
                 answer = {"data": server.answer(content.get("operationName") or "", content["variables"] or {})}
             elif self.path.endswith("/file_stream"):
                 server.receive(self.path, json.loads(data))
-            body = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            answer_json(self, 200, answer)
 
         def log_message(self, *_: object) -> None:
             """Quiet."""

@@ -138,7 +138,7 @@ def locate(inputs: Inputs, cache: Path) -> tuple[Inputs, list[Path]]:
         path, request = cache / wanted.folder, wanted
         if not path.exists() and (same := find_same(cache, wanted)):
             path, request = same
-            say(f"{path} holds what would be {wanted.folder}: it is taken up under its name")
+            say(f"{path} holds what would be {wanted.folder}: that store is used, under its own name")
         paths.append(path)
         requests.append(request)
     return replace(inputs, requests=tuple(requests)), paths

@@ -87,7 +87,7 @@ def write(loaded: LoadedRun, folder: Path) -> str:
     known = sampled(loaded)
     if known.contexts["text"].null_count:
         raise UserError(
-            f"{loaded.rows.store.path} holds no tokenizer.json, and Neuronpedia shows text; harvest it anew"
+            f"{loaded.rows.store.path} holds no tokenizer.json, and Neuronpedia shows text; harvest it again"
         )
     origin = origin_of(loaded)
     source = _source(loaded, origin)

@@ -150,7 +150,7 @@ class Trainer:
                     self._train(stop)
                 self._finish(stop)
             except (OSError, ProjectError):
-                self._require_folder()  # what has failed is of no matter where that is gone
+                self._require_folder()  # once that is gone, what failed does not matter
                 raise
         self._log.warn_of_lost_rows()
         if self._held_out_fvu is not None and diverged(self._held_out_fvu):
