@@ -87,11 +87,11 @@ compare: $(DEV) ## Harvest, train and compare every arm of the diversity loss; a
 interop: $(DEV) ## Load exports in SAELens, sparsify, circuit-tracer, delphi and SAEDashboard, each in an environment of its own
 	@$(BIN)/python -m tests.interop $(ARGS)
 
-test: lint ## Lint, type check and run all tests, the fast ones first
-	@$(PYTEST) $(ARGS)
+test: lint ## Lint, type check and run the tests, the fast ones first
+	@$(PYTEST) -m "not exhaustive" $(ARGS)
 
-test-faults: $(DEV) ## Only the tests of faults: kills, full disks, corruption; a quarter of an hour
-	@$(PYTEST) -m fault $(ARGS)
+test-faults: $(DEV) ## The tests of faults (kills, full disks, damage), with those at many more places that `test` leaves out
+	@$(PYTEST) -m "fault or exhaustive" $(ARGS)
 
 fuzz: $(DEV) ## Fuzz what opens stores and reads records, guided by coverage, ARGS="--seconds 60"
 	@$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[harvest,dev,fuzz]'

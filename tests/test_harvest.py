@@ -400,6 +400,7 @@ def test_plans_ask_for_no_more_room_than_there_can_be_need_of(small: Line, tmp_p
 
 @pytest.mark.fault(1)
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 def test_kills_at_any_time_do_not_show(small: Line, tmp_path: Path) -> None:
     """By the clock, mostly while blocks are made; the last run finishes. At every operation: tests/faults/sweep.py."""

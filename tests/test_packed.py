@@ -135,7 +135,7 @@ def test_sizes_as_json(raw: SyntheticStore, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--local-bytes", "100000")])
+@pytest.mark.parametrize("more", [pytest.param((), marks=pytest.mark.exhaustive), ("--local-bytes", "100000")])
 def test_training_gives_the_same_bytes(pair: tuple[Path, Path], tmp_path: Path, more: tuple[str, ...]) -> None:
     found: list[Any] = []
     sizes = ("transcoder.d_sae=64", "activation.k=4", "activation.k_start=4", "rows.batch_rows=64")

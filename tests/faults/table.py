@@ -25,7 +25,8 @@ What is promised when something goes wrong, and the tests that show it. The rule
 non-zero exit code, or the right answer; never silently wrong data, never a hang, never the loss of the previous good
 state.
 
-`make test-faults` runs these tests; each was first seen failing with its protection taken out, which
+`make test-faults` runs these tests, and `make test` all but those that show at many more places what others show at
+one. Each was first seen failing with its protection taken out, which
 `python -m tests.faults.unprotected` repeats. `python -m tests.faults.sweep harvest|train kill` kills a real command at
 every operation that changes its folder; [benchmarks.md](benchmarks.md) has the figures. This page is made by
 `python -m tests.faults.table`.

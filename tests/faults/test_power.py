@@ -52,6 +52,7 @@ def check(bench: Bench, every: int, resumed: int) -> None:
 
 
 @pytest.mark.fault(7)
+@pytest.mark.exhaustive
 def test_a_power_cut_in_a_harvest(harvesting: Bench) -> None:
     check(harvesting, every=9, resumed=10)
 

@@ -29,7 +29,7 @@ def traced(call: str, number: int, path: Path, arguments: list[object]) -> "subp
 
 
 @pytest.mark.fault(2)
-@pytest.mark.parametrize("call", ["rename", "fsync"])
+@pytest.mark.parametrize("call", [pytest.param("rename", marks=pytest.mark.exhaustive), "fsync"])
 def test_a_harvest_killed_by_strace_resumes_to_the_same_store(harvesting: Bench, call: str) -> None:
     """At the record of the second block: its file, before it is forced to disk, and before it has its name."""
     where = harvesting.where

@@ -12,26 +12,31 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.fault(1, 2)
+@pytest.mark.exhaustive
 def test_a_harvest_killed_at_any_operation_resumes_to_the_same_store(harvesting: Bench) -> None:
     assert harvesting.meets(SWEEPS["kill"], 20) == []
 
 
 @pytest.mark.fault(9)
+@pytest.mark.exhaustive
 def test_a_disk_that_fills_at_any_write_of_a_harvest_is_named_and_it_resumes(harvesting: Bench) -> None:
     assert harvesting.meets(SWEEPS["full"], 12) == []
 
 
 @pytest.mark.fault(14)
+@pytest.mark.exhaustive
 def test_an_fsync_or_rename_that_fails_in_a_harvest_publishes_nothing(harvesting: Bench) -> None:
     assert harvesting.meets(SWEEPS["error"], 12) == []
 
 
 @pytest.mark.fault(5)
+@pytest.mark.exhaustive
 def test_a_signal_at_any_operation_of_a_harvest_stops_it_in_good_order(harvesting: Bench) -> None:
     assert harvesting.meets(SWEEPS["signal"], 10) == []
 
 
 @pytest.mark.fault(4, 6)
+@pytest.mark.exhaustive
 def test_a_training_killed_at_any_operation_resumes_to_the_same_run(training: Bench) -> None:
     assert training.meets(SWEEPS["kill"], 20, also="config.json") == []
 

@@ -36,6 +36,8 @@ OPTIONS = ("--steps", STEPS, *SMALL, "--set", "log_every=5", "--set", "evaluatio
            "--set", "checkpoint.every=50", "--set", "monitor.every=27")  # fmt: skip
 AMPLE, SHORT = 200.0, 2.0
 """Seconds that a trainer waits: for a sync that has to finish, and for one that cannot."""
+KILLED = pytest.mark.parametrize("also", [pytest.param("the trainer", marks=pytest.mark.exhaustive), "the sync, too"])
+"""What a kill ends"""
 UNAFFECTED = "warning: the sync with W&B did not finish"
 
 
@@ -235,7 +237,7 @@ def test_wandb_sync_uploads_what_is_left(synced: Path, tmp_path: Path, env: dict
     assert_holds_metrics(sent, tmp_path / "run")
 
 
-@pytest.mark.parametrize("also", ["the trainer", "the sync, too"])
+@KILLED
 def test_a_killed_run_goes_on_at_the_server(
     store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str], also: str
 ) -> None:
@@ -265,7 +267,7 @@ def test_the_name_of_the_samples_is_the_trainers() -> None:
 
 
 @pytest.mark.fault(4)
-@pytest.mark.parametrize("also", ["the trainer", "the sync, too"])
+@KILLED
 def test_a_killed_run_goes_on_as_the_same_run_of_wandb(
     store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str], also: str
 ) -> None:
