@@ -4,6 +4,7 @@ What is replaced is what asks for a device, and what moves to one or from one. S
 is asked for is done at once, so that no race can be seen here.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -62,6 +63,9 @@ def _replacements(devices: int) -> Iterator[tuple[Any, str, Any]]:
         "Event": _Event,
         "stream": lambda stream: current(stream.number),
         "current_stream": lambda device=None: _Stream(device),
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "max_memory_allocated": lambda device=None: 1,
     }
     for name, made in cuda.items():
         yield torch.cuda, name, made
@@ -162,10 +166,16 @@ class _Stream:
 
 
 class _Event:
-    def __init__(self, *_: object, **__: object) -> None: ...
+    def __init__(self, *_: object, **__: object) -> None:
+        self.at = 0.0
 
     def record(self, stream: object = None) -> None:
         """Everything before it is done."""
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: "_Event") -> float:
+        """Return the milliseconds from here to `end`, on the host's clock."""
+        return 1e3 * (end.at - self.at)
 
     def synchronize(self) -> None:
         """Nothing to wait for; it is asked for by the thread that reads, not by a step."""
