@@ -1,6 +1,9 @@
-"""One trainer's optimiser step, in that trainer's own environment: a step for every line read, its CPU time printed.
+"""One trainer's optimiser step, in that trainer's own environment: a step for every line read, its time printed.
 
-python peer_worker.py NAME D D_SAE K B      run by tests.bench.peers; imports nothing of this project but for `ours`
+python peer_worker.py NAME D D_SAE K B [DEVICE]
+
+Run by tests.bench.peers and tests.bench.gpu; imports nothing of this project but for `ours`. On CPU a step's time is
+that of the processor, on CUDA that of the clock.
 """
 
 import itertools
@@ -19,7 +22,7 @@ def prefixes(d_sae: int) -> list[int]:
 
 def batches(d: int, rows: int) -> Iterator[torch.Tensor]:
     """Sixteen batches, over and over."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     return itertools.cycle([torch.randn(rows, d, generator=generator) for _ in range(16)])
 
 
@@ -51,7 +54,7 @@ def _sae_lens(sae: Any, d: int, d_sae: int, rows: int) -> Callable[[], None]:
         checkpoint_path=None,
         save_final_checkpoint=False,
         total_training_samples=10**9,
-        device="cpu",
+        device=str(torch.get_default_device()),
         autocast=False,
         lr=3e-4,
         lr_end=3e-4,
@@ -92,7 +95,7 @@ def dictionary_learning(d: int, d_sae: int, k: int, rows: int) -> Callable[[], N
         group_fractions=[part / d_sae for part in parts],
         lr=3e-4,
         warmup_steps=0,
-        device="cpu",
+        device=str(torch.get_default_device()),
         seed=0,
     )
     data, numbers = batches(d, rows), itertools.count(1)
@@ -108,7 +111,7 @@ def sparsify(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
     """sparsify's TopK transcoder with Adam: per-row TopK, no prefixes, decoder rows not normalised."""
     from sparsify import SparseCoder, SparseCoderConfig
 
-    coder = SparseCoder(d, SparseCoderConfig(num_latents=d_sae, k=k, transcode=True), device="cpu")
+    coder = SparseCoder(d, SparseCoderConfig(num_latents=d_sae, k=k, transcode=True), device=str(torch.get_default_device()))
     optimizer, data = torch.optim.Adam(coder.parameters(), lr=3e-4), batches(d, rows)
     dead = torch.zeros(d_sae, dtype=torch.bool)
     dead[::4] = True
@@ -188,9 +191,14 @@ STEPS = {
 
 
 def main() -> None:
-    """Answer every line on stdin with the CPU seconds of a step and the process's peak memory in MiB."""
-    torch.set_num_threads(1)
-    name, *sizes = sys.argv[1:]
+    """Answer every line on stdin with the seconds of a step and the peak memory, the process's or the device's, in MiB."""
+    name, *sizes = sys.argv[1:6]
+    on_cpu = sys.argv[6:] in ([], ["cpu"])
+    if on_cpu:
+        torch.set_num_threads(1)
+    else:
+        torch.set_default_device(sys.argv[6])
+    clock = time.process_time if on_cpu else time.perf_counter
     if name == "ours":
         from shared.console.process import keep_freed_memory
 
@@ -198,10 +206,12 @@ def main() -> None:
     step = STEPS[name](*map(int, sizes))
     print("ready", flush=True)
     for _ in sys.stdin:
-        began = time.process_time()
+        began = clock()
         step()
-        seconds = time.process_time() - began
-        print(seconds, peak_mib(), flush=True)
+        if not on_cpu:
+            torch.cuda.synchronize()
+        seconds = clock() - began
+        print(seconds, peak_mib() if on_cpu else torch.cuda.max_memory_allocated() / 2**20, flush=True)
 
 
 if __name__ == "__main__":

@@ -85,11 +85,14 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
 
 
-def record(bench: str, command: str, figures: dict[str, tuple[float, str]]) -> None:
-    """Replace the figures of `bench` (name -> value, unit) and write the page anew, and the README's if not `SMOKE`."""
+def record(bench: str, command: str, figures: dict[str, tuple[float, str]], on: str | None = None) -> None:
+    """Replace the figures of `bench` (name -> value, unit) and write the page anew, and the README's if not `SMOKE`.
+
+    `on`: what was measured, where that is not this machine's processor.
+    """
     known = json.loads(FIGURES.read_text()) if FIGURES.exists() else []
     date = datetime.now(UTC).date().isoformat()
-    origin = {"command": command, "machine": machine(), "date": date}
+    origin = {"command": command, "machine": on or machine(), "date": date}
     fresh = [
         {"bench": bench, "name": name, "value": value, "unit": unit} | origin for name, (value, unit) in figures.items()
     ]
