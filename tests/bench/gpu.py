@@ -3,12 +3,12 @@
     python -m tests.bench.gpu [kernels] [step] [dense] [run] [harvest] [peers] [profile] [--seconds 460] [--work FOLDER]
     python -m tests.bench.gpu --take LOG       enters into docs/benchmarks.json what a run printed on another machine
 
-`kernels` checks every kernel and the whole step against float64. `step` measures the device's two ceilings, a copy and
-a product in bfloat16, and the step of Gemma 2 2B's width beside them. `dense` measures a dense compiled trainer with the
-same mathematics, `peers` other trainers whose packages are installed. `run` and `harvest` measure the real commands, on
-a store and a model made on the spot (10 GB and 20 GB in FOLDER, less where there is less). `profile` prints which
-kernels a step's time goes to. Each part is a process of its own, so that no error, and no fault of the device, stops
-the others; what is left when the time is up is said and left out.
+`kernels` checks every kernel and the whole step against float64. `step` measures the device's two ceilings, a copy
+and a product in bfloat16, and the step of Gemma 2 2B's width beside them. `dense` measures a dense compiled trainer
+with the same mathematics, `peers` other trainers whose packages are installed. `run` and `harvest` measure the real
+commands, on a store and a model made on the spot, of 10 and 20 GB in FOLDER. `profile` prints which kernels take a
+step's time. Each part is a process of its own, so that no error, and no fault of the device, stops the others; what is
+left when the time is up is said and left out.
 
 Figures are printed as they are measured, and entered into docs/benchmarks.json after each part. The last line of the
 output has all of them as JSON, for `--take`.
@@ -17,18 +17,24 @@ output has all of them as JSON, for `--take`.
 import argparse
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tests.bench.record import ROOT, SMOKE, record, sized
+
+if TYPE_CHECKING:
+    from shared.store.store import Store
+    from tests.bench.gpu_setup import Shape, Timed
 
 LINE = "python -m tests.bench.gpu"
 Figures = dict[str, tuple[float, str]]
@@ -94,25 +100,28 @@ def step(report: Report, folder: Path, device: str) -> None:
     wide = next(shape for shape in reversed(SHAPES) if shape.rows == MAIN.rows)
     others = [(shape, f"kernels={form}") for shape in (MAIN, wide) for form in sized(("triton", "plain"), ("dense",))]
     for shape, change in [*((shape, "") for shape in SHAPES), *others]:
-        with reported(f"{shape} {change}"):
+        name = f"{shape}{f', {change}' if change else ''}"
+        with going_on(name):
             peak_gib(device)
             made = make_step(store, shape, device, [change] if change else [])
-            print(f"{shape}: kernels {made.model.kernels}, product {made.model.product_dtype}", flush=True)
-            taken = timed(made, sized(20, 2))
-            name = f"{shape}{f', {change}' if change else ''}"
-            moved = sum(shape.necessary_bytes.values())
-            floor = shape.floor(bandwidth, flops)
-            report.add_all({
-                f"{name}: step": (taken.device, "ms"),
-                f"{name}: host's part of a step": (taken.host, "ms"),
-                f"{name}: rows": (1e3 * shape.rows / taken.device, "rows/s"),
-                f"{name}: necessary bytes, of a copy's bandwidth": (1e5 * moved / taken.device / bandwidth, "%"),
-                f"{name}: product, of bfloat16's rate": (1e5 * shape.product_flops / taken.device / flops, "%"),
-                f"{name}: step over the floor of both": (taken.device / 1e3 / floor, "times"),
-                f"{name}: peak memory": (peak_gib(device), "GiB"),
-            })  # fmt: skip
+            print(f"{name}: kernels {made.model.kernels}, product {made.model.product_dtype}", flush=True)
+            report.add_all(beside_ceilings(name, shape, timed(made, sized(20, 2)), bandwidth, flops))
+            report.add(f"{name}: peak memory", peak_gib(device), "GiB")
             del made
         torch.cuda.empty_cache()
+
+
+def beside_ceilings(name: str, shape: "Shape", taken: "Timed", bandwidth: float, flops: float) -> Figures:
+    """What a step took, and what share of the ceilings that is."""
+    seconds, moved = taken.device / 1e3, sum(shape.necessary_bytes.values())
+    return {
+        f"{name}: step": (taken.device, "ms"),
+        f"{name}: host's part of a step": (taken.host, "ms"),
+        f"{name}: rows": (shape.rows / seconds, "rows/s"),
+        f"{name}: necessary bytes, of a copy's bandwidth": (100 * moved / seconds / bandwidth, "%"),
+        f"{name}: product, of bfloat16's rate": (100 * shape.product_flops / seconds / flops, "%"),
+        f"{name}: step over the floor of both": (seconds / shape.floor(bandwidth, flops), "times"),
+    }
 
 
 def ceilings(report: Report, device: str) -> tuple[float, float]:
@@ -134,35 +143,42 @@ def ceilings(report: Report, device: str) -> tuple[float, float]:
 
 
 def dense(report: Report, folder: Path, device: str) -> None:
-    """The dense trainer in every shape, main ones first, and its loss beside ours on the same weights and rows."""
+    """The dense trainer in every shape, the narrowest and the widest first."""
+    import torch
+
+    from tests.bench.gpu_setup import SHAPES, WIDTHS, small_store
+
+    store = small_store(folder)
+    for shape in sorted(SHAPES, key=lambda one: (WIDTHS[0], WIDTHS[-1], *WIDTHS).index(one.d_sae)):
+        with going_on(f"{shape}"):
+            dense_step(report, store, shape, device)
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+
+
+def dense_step(report: Report, store: "Store", shape: "Shape", device: str) -> None:
+    """A dense step, and its loss beside ours on the same weights and rows."""
     import torch
 
     from tests.bench.gpu_dense import DenseTrainer
-    from tests.bench.gpu_setup import K, SHAPES, WIDTHS, make_step, peak_gib, small_store, timed
+    from tests.bench.gpu_setup import K, make_step, peak_gib, timed
 
-    store = small_store(folder)
+    ours = make_step(store, shape, device)
+    x, y = ours.model.normalised(*ours.batches[0])
+    expected = float(ours.model.step(*ours.batches[0], ours.dead, ours.auxk, 0).loss.detach())
     compiled = sized(lambda one: torch.compile(one, fullgraph=True, dynamic=False), lambda one: one)
-    for shape in sorted(SHAPES, key=lambda one: (WIDTHS[0], WIDTHS[-1], *WIDTHS).index(one.d_sae)):
-        with reported(f"dense {shape}"):
-            ours = make_step(store, shape, device)
-            x, y = ours.model.normalised(*ours.batches[0])
-            expected = float(ours.model.step(*ours.batches[0], ours.dead, ours.auxk, 0).loss.detach())
-            dead = ours.dead
-            trainer = DenseTrainer(ours.model, K, ours.auxk, compiled)
-            del ours
-            torch.cuda.empty_cache()
-            peak_gib(device)
-            found = float(trainer.loss(x, y, dead).detach())
-            taken = timed(lambda _: trainer.step(x, y, dead), sized(20, 2))  # noqa: B023
-            report.add_all({
-                f"{shape}: step": (taken.device, "ms"),
-                f"{shape}: host's part of a step": (taken.host, "ms"),
-                f"{shape}: peak memory": (peak_gib(device), "GiB"),
-                f"{shape}: loss beside ours, relative difference": (abs(found - expected) / expected, ""),
-            })  # fmt: skip
-            del trainer
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
+    trainer, dead = DenseTrainer(ours.model, K, ours.auxk, compiled), ours.dead
+    del ours
+    torch.cuda.empty_cache()
+    peak_gib(device)
+    found = float(trainer.loss(x, y, dead).detach())
+    taken = timed(lambda _: trainer.step(x, y, dead), sized(20, 2))
+    report.add_all({
+        f"{shape}: step": (taken.device, "ms"),
+        f"{shape}: host's part of a step": (taken.host, "ms"),
+        f"{shape}: peak memory": (peak_gib(device), "GiB"),
+        f"{shape}: loss beside ours, relative difference": (abs(found - expected) / expected, ""),
+    })  # fmt: skip
 
 
 def run(report: Report, folder: Path, device: str) -> None:
@@ -181,7 +197,7 @@ def harvest(report: Report, folder: Path, device: str) -> None:
 
 def peers(report: Report, folder: Path, device: str) -> None:
     """Other trainers, where this Python has their packages."""
-    from tests.bench.gpu_setup import K, MAIN, D
+    from tests.bench.gpu_setup import MAIN, D, K
     from tests.bench.peer_worker import STAND_IN, STEPS
 
     for name in sized([one for one in STEPS if one not in ("ours", STAND_IN)], [STAND_IN]):
@@ -189,7 +205,7 @@ def peers(report: Report, folder: Path, device: str) -> None:
         if name != STAND_IN and importlib.util.find_spec(package) is None:
             print(f"left out: {name}, since the package {package} is not installed", flush=True)
             continue
-        with reported(name):
+        with going_on(name):
             worker = ROOT / "tests/bench/peer_worker.py"
             line = [sys.executable, "-P", worker, name, D, MAIN.d_sae, K, MAIN.rows, sized(device, "cpu")]
             rounds = sized(12, 3)
@@ -234,24 +250,16 @@ PARTS = {
 }
 
 
-class reported:  # noqa: N801  (reads as a statement)
+@contextmanager
+def going_on(what: str) -> Iterator[None]:
     """Print what goes wrong inside, and go on: one shape that does not fit leaves the others."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
-        if error is None or not isinstance(error, Exception):
-            return False
-        if SMOKE:  # where a bench shows that it runs, it does
-            return False
-        print(f"FAILED: {self._what}", flush=True)
-        traceback.print_exception(error, file=sys.stdout)
-        sys.stdout.flush()
-        return True
+    try:
+        yield
+    except Exception:
+        if SMOKE:  # nothing goes wrong where a bench shows that it runs
+            raise
+        print(f"FAILED: {what}", flush=True)
+        traceback.print_exc(file=sys.stdout)
 
 
 def main() -> None:
@@ -260,7 +268,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar=f"{{{','.join(PARTS)}}}")
     parser.add_argument("--seconds", type=float, default=460, help="when they are up, what is left is left out")
-    parser.add_argument("--work", type=Path, help="where stores and models go; the system's temporary folder if not given")
+    parser.add_argument(
+        "--work", type=Path, help="where stores and models go; the system's temporary folder if not given"
+    )
     parser.add_argument("--take", type=Path, metavar="LOG", help="enter the figures of a run on another machine")
     parser.add_argument("--inside", type=Path, metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -302,11 +312,16 @@ def one_part(name: str, file: Path, work: Path, seconds: float) -> bool:
     """Run a part; returns whether it ended well."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         line = [sys.executable, "-m", "tests.bench.gpu", name, "--inside", str(file), "--work", folder]
+        process = subprocess.Popen(line, cwd=ROOT, start_new_session=True)
         try:
-            code = subprocess.run(line, cwd=ROOT, timeout=seconds).returncode
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             print(f"ended after {seconds:.0f} s: {name}", flush=True)
             return False
+        finally:  # with all that it has started
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if code:
         print(f"went wrong, exit code {code}: {name}", flush=True)
     return code == 0

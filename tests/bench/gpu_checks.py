@@ -74,7 +74,7 @@ def checks(store: Store, device: str) -> Iterator[Check]:
 
 
 def cases(B: int, D: int, F: int, k: int, device: str) -> Iterator[tuple[str, Case]]:
-    """Random weights; such that half as many pairs are positive as are wanted; and such that one latent is active on every row."""
+    """Weights that are random; that leave half of the pairs wanted positive; that have a latent on every row."""
     generator = torch.Generator().manual_seed(B + F)
 
     def draw(*shape: int) -> Tensor:
@@ -84,7 +84,8 @@ def cases(B: int, D: int, F: int, k: int, device: str) -> Iterator[tuple[str, Ca
     b_enc, b_dec = 0.1 * draw(F), draw(D)
     case = Case(x, y, rows, b_enc, W_dec, b_dec, k)
     yield "random", case
-    half = (x @ rows.T + b_enc).flatten().sort(descending=True).values[k * B // 2]
+    largest = (x @ rows.T + b_enc).flatten().sort(descending=True).values
+    half = largest[k * B // 2 :][:2].mean()  # between two of them: no pre-activation is near 0
     yield "few positive", case._replace(b_enc=b_enc - half)
     crowded = b_enc.clone()
     crowded[F // 3] = 8.0
@@ -123,7 +124,7 @@ def _of_gradients(ops: SparseOps, case: Case, active: SparseLatents) -> Iterator
         base, groups = b_dec.unsqueeze(0), Groups(group, len(prefixes), weight)
         loss, errors, left = ops.prefix_loss(values, W_dec, base, case.y, active, groups)
         loss.backward()
-        grads = {"W_enc": W_enc.grad.T, "b_enc": b_enc.grad, "W_dec": W_dec.grad, "b_dec": b_dec.grad}  # type: ignore[union-attr,dict-item]
+        grads = {"W_enc": W_enc.grad.T, "b_enc": b_enc.grad, "W_dec": W_dec.grad, "b_dec": b_dec.grad}  # type: ignore[union-attr]
         return {"loss": loss, "errors": errors, "left": left}, grads  # type: ignore[return-value]
 
     rows, b_enc, W_dec, b_dec = _leaves(case, torch.float64)
@@ -200,8 +201,8 @@ def _adam(before: dict[str, Tensor], grads: dict[str, Tensor], lr: float, step: 
 
 
 def poison(like: Tensor) -> None:
-    """Leave NaN in the memory that is given out next."""
-    kept = [torch.full((2**n,), torch.nan, device=like.device) for n in sized((26, 24, 22, 20, 18, 16), (8,))]
+    """Leave NaN in memory that is given out next, in blocks of up to eight times the size of `like`."""
+    kept = [torch.full((8 * like.numel() // 4**n,), torch.nan, device=like.device) for n in range(6)]
     del kept
 
 

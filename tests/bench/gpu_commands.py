@@ -1,4 +1,4 @@
-"""Both stages on a GPU by their real commands: a training run from a store, and the harvest of a model of random weights.
+"""Both stages on a GPU by their real commands: a training run from a store, the harvest of a model of random weights.
 
 Where the model's and the store's values come from makes no difference to their speed, and both are made on the spot.
 """
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from shared.store.layout import ARRAYS, record_path
-from tests.bench.gpu_setup import AUXK, D, GIB, K, MAIN, Shape
+from tests.bench.gpu_setup import AUXK, GIB, MAIN, D, K
 from tests.bench.record import ROOT, sized
 from tests.llms import save_model, texts, write_jsonl
 from tests.stores import make_store
@@ -47,7 +47,9 @@ class DeviceRows:
 
     def __init__(self, device: str, vocabulary: int = 61) -> None:
         self._generator = torch.Generator(device).manual_seed(0)
-        self._vectors, self._up, self._down = (self._draw(*shape) for shape in ((vocabulary, D), (D, 2 * D), (2 * D, D)))
+        self._vectors, self._up, self._down = (
+            self._draw(*shape) for shape in ((vocabulary, D), (D, 2 * D), (2 * D, D))
+        )
 
     def __call__(self, tokens: NDArray[Any], position: NDArray[Any], shared: object) -> dict[str, NDArray[np.float32]]:
         """Return rows by side [n, D]; that of position 0 is one and the same, and twenty times as long."""
@@ -62,7 +64,7 @@ class DeviceRows:
 
 
 def block_windows(folder: Path) -> int:
-    """Windows of 1,024 tokens in a block of the store that is trained on: 256, or fewer where disk or memory is short."""
+    """Windows in a block of the store that is trained on: 256, or fewer where disk or memory is short."""
     windows = sized(256, 16)
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     while windows > 16 and 3 * windows * CONTEXT * 4 * D > min(shutil.disk_usage(folder).free / 2, memory / 4):
@@ -82,13 +84,11 @@ def run(folder: Path, device: str) -> Figures:
         draw=DeviceRows(sized(device, "cpu")),
     )  # fmt: skip
     print(f"a store of {windows} windows a block, made in {time.monotonic() - began:.1f} s", flush=True)
-    small = sized(
-        [],
-        ["--set", f"transcoder.d_sae={MAIN.d_sae}", "--set", f"activation.k={K}", "--set", f"rows.batch_rows={MAIN.rows}",
-         "--set", AUXK, "--set", "monitor.every=4", "--set", "samples.rows=256"],
-    )  # fmt: skip
+    small = [f"transcoder.d_sae={MAIN.d_sae}", f"activation.k={K}", f"rows.batch_rows={MAIN.rows}", AUXK,
+             "monitor.every=4", "samples.rows=256"]  # fmt: skip
+    settings = sized([], [part for one in small for part in ("--set", one)])
     line = ["train", "run", "gemma-2-2b", "--store", store.path, "--runs", folder, "--name", "run", "--steps", STEPS]
-    seconds = _command(*line, *small)
+    seconds = _command(*line, *settings)
     rows = [json.loads(one) for one in (folder / "run" / "timing.jsonl").read_text().splitlines()]
     quiet = [
         (after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
@@ -107,7 +107,7 @@ def run(folder: Path, device: str) -> Figures:
 def harvest(folder: Path, device: str) -> Figures:
     """`harvest run` of nine layers of Gemma 2 2B's shape, and the same model's forward pass alone.
 
-    The rate is between the first block's record and the last one's, so that it has neither the start nor the first block.
+    The rate is between the first block's record and the last one's, so that it is without the start and that block.
     """
     model, began = folder / "model", time.monotonic()
     save_model(model, lambda: _gemma(device))

@@ -1,8 +1,8 @@
 """A dense trainer with this project's mathematics, as one would write it for a GPU: the stand-in for other trainers.
 
 Products and pre-activations in bfloat16, weights, errors and Adam in float32, every tensor [B, F] whole, gradients by
-autograd, and `torch.compile` around the loss and around what is done to decoder rows. Selection is by the smallest of the batch's
-largest, so pairs that are equal to it all take part. Legend as in `gpu_setup`.
+autograd, and `torch.compile` around the loss and around what is done to decoder rows. Selection is by the smallest of
+the batch's largest, so pairs that are equal to it all take part. Legend as in `gpu_setup`.
 """
 
 from collections.abc import Callable

@@ -3,14 +3,17 @@
 Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.store.store import Store
@@ -76,9 +79,14 @@ def small_store(folder: Path) -> Store:
     """A store as wide as the shapes, with rows enough for one batch, whose means and scales a step needs."""
     made = make_store(
         folder / "small-store", d_in=D, d_out=D, training_blocks=sized(1, 3), context_size=sized(128, 32),
-        block_sequences=sized(48, 16), edges=(0, 1, 16), tokenizer=True,
+        block_sequences=sized(48, 16), edges=(0, 1, 16), tokenizer=True, draw=_noise,
     )  # fmt: skip
     return Store.open(made.path)
+
+
+def _noise(tokens: NDArray[Any], position: NDArray[Any], shared: object) -> dict[str, NDArray[np.float32]]:
+    rng = np.random.default_rng(int(tokens.sum()))
+    return {side: rng.standard_normal((len(tokens), D), np.float32) for side in ("source", "target")}
 
 
 @dataclass
@@ -146,7 +154,7 @@ def timed(call: Callable[[int], object], repeats: int, warm_up: int = 3) -> Time
         call(warm_up + number)
         events[number + 1].record()
     torch.cuda.synchronize()
-    device = statistics.median(begin.elapsed_time(end) for begin, end in zip(events, events[1:], strict=False))
+    device = statistics.median(begin.elapsed_time(end) for begin, end in itertools.pairwise(events))
     host = []
     for number in range(sized(5, 1)):
         began = time.perf_counter()

@@ -111,7 +111,9 @@ def sparsify(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
     """sparsify's TopK transcoder with Adam: per-row TopK, no prefixes, decoder rows not normalised."""
     from sparsify import SparseCoder, SparseCoderConfig
 
-    coder = SparseCoder(d, SparseCoderConfig(num_latents=d_sae, k=k, transcode=True), device=str(torch.get_default_device()))
+    coder = SparseCoder(
+        d, SparseCoderConfig(num_latents=d_sae, k=k, transcode=True), device=str(torch.get_default_device())
+    )
     optimizer, data = torch.optim.Adam(coder.parameters(), lr=3e-4), batches(d, rows)
     dead = torch.zeros(d_sae, dtype=torch.bool)
     dead[::4] = True
@@ -191,7 +193,7 @@ STEPS = {
 
 
 def main() -> None:
-    """Answer every line on stdin with the seconds of a step and the peak memory, the process's or the device's, in MiB."""
+    """Answer every line on stdin with the seconds of a step and the peak memory of process or device in MiB."""
     name, *sizes = sys.argv[1:6]
     on_cpu = sys.argv[6:] in ([], ["cpu"])
     if on_cpu:

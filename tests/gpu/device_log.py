@@ -17,9 +17,11 @@ class Op:
 
     name: str
     bytes: int
-    """Of its inputs and outputs, each once: what it has to move at least"""
+    """Of its inputs and outputs, each once, and of a table that it indexes the rows: what it moves at least"""
     flops: int
     """Of matrix products; 0 for all others"""
+    precision: str
+    """Of a matrix product: `float32`, `tf32`, `bfloat16`; empty for all others"""
     where: str
 
 
@@ -33,10 +35,31 @@ class DeviceLog:
     copies: list[str] = field(default_factory=list)
     """To the device, `pinned` or `pageable`: @ line of the project"""
     faults: list[str] = field(default_factory=list)
+    peak: int = 0
+    """Most bytes that were held at once since it was set to 0; of an operation's own scratch memory nothing is known"""
+    live: int = 0
+    """Bytes that are held now"""
+    held: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By address of what is held: its bytes, and how many tensors look at it"""
     current: int = 0
     """Number of the current device"""
     runs_kernels: bool = True
     """Whether Triton's kernels run in its interpreter, or are only counted"""
+
+    def hold(self, address: int, size: int) -> None:
+        """Note a tensor of the device."""
+        _, tensors = self.held.get(address, (0, 0))
+        self.held[address] = size, tensors + 1
+        self.live += 0 if tensors else size
+        self.peak = max(self.peak, self.live)
+
+    def release(self, address: int) -> None:
+        """Note that a tensor is no more."""
+        size, tensors = self.held.pop(address)
+        if tensors > 1:
+            self.held[address] = size, tensors - 1
+        else:
+            self.live -= size
 
     def sync(self, name: str) -> None:
         """Note that the host waits."""
@@ -46,9 +69,9 @@ class DeviceLog:
         """Note a copy from the host to the device."""
         self.copies.append(f"{'pinned' if pinned else 'pageable'} @ {caller()}")
 
-    def op(self, name: str, size: int, flops: int = 0) -> None:
+    def op(self, name: str, size: int, flops: int = 0, precision: str = "") -> None:
         """Note an operation."""
-        self.ops.append(Op(name, size, flops, caller()))
+        self.ops.append(Op(name, size, flops, precision, caller()))
 
     def fault(self, text: str) -> DeviceFault:
         """Note what the device refuses, and return the error to raise; noted since it might be caught."""

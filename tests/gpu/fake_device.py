@@ -64,8 +64,8 @@ def _replacements(devices: int) -> Iterator[tuple[Any, str, Any]]:
         "stream": lambda stream: current(stream.number),
         "current_stream": lambda device=None: _Stream(device),
         "empty_cache": lambda: None,
-        "reset_peak_memory_stats": lambda device=None: None,
-        "max_memory_allocated": lambda device=None: 1,
+        "reset_peak_memory_stats": lambda device=None: setattr(log, "peak", log.live),
+        "max_memory_allocated": lambda device=None: log.peak,
     }
     for name, made in cuda.items():
         yield torch.cuda, name, made

@@ -6,6 +6,7 @@ are known are listed in `WAITS`.
 """
 
 import math
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,8 @@ WAITS = {
 """Operations in which torch on CUDA waits: their result's shape, or an error, depends on what is in memory."""
 COPIES = {"copy_", "_to_copy", "_foreach_copy_"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+READS_ROWS = {"index", "index_select", "gather", "embedding"}
+WRITES_ROWS = {"index_put_", "_index_put_impl_", "index_add_", "scatter_", "scatter_add_", "scatter_reduce_"}
 SCALARS = {"where", "masked_fill", "masked_fill_", "fill_", "full_like", "clamp", "_foreach_mul_", "_fused_adam_"}
 """Operations, beside pointwise ones, that take a number on the CPU."""
 RESHAPES = {"resize_", "set_", "t_", "transpose_", "squeeze_", "unsqueeze_"}
@@ -50,6 +53,9 @@ class FakeTensor(Tensor):
             device=torch.device("cpu"),
         )
         made.memory, made.number = memory, number
+        storage = memory.untyped_storage()
+        log.hold(storage.data_ptr(), storage.nbytes())
+        weakref.finalize(made, log.release, storage.data_ptr()).atexit = False
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -150,8 +156,9 @@ def _note(func: Any, name: str, args: tuple[Any, ...], tensors: list[Tensor], ou
         log.sync(name)
     if not _is_view(func, name):
         made = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
-        size = sum(one.nbytes for one in [*map(memory_of, tensors), *made])
-        log.op(name, size, _flops(name, args))
+        size = _bytes(name, [memory_of(one).nbytes for one in tensors], sum(one.nbytes for one in made))
+        flops = _flops(name, args)
+        log.op(name, size, flops, _precision(args[-1]) if flops else "")
 
 
 def _is_view(func: Any, name: str) -> bool:
@@ -160,8 +167,25 @@ def _is_view(func: Any, name: str) -> bool:
     return name in FREE or any(one is not None and not one.is_write for one in aliases)
 
 
+def _bytes(name: str, inputs: list[int], made: int) -> int:
+    """Return what is moved at least: inputs and outputs, each once, and of a table the rows that are asked for."""
+    table, *others = inputs
+    if name in READS_ROWS:
+        return min(table, made) + sum(others) + made
+    if name in WRITES_ROWS:  # read and written, as many of them as there are values
+        return min(table + made, 2 * sum(others)) + sum(others)
+    return sum(inputs) + made
+
+
 def _flops(name: str, args: tuple[Any, ...]) -> int:
     if name not in ("mm", "addmm"):
         return 0
     left, right = args[-2:]
     return 2 * math.prod(left.shape) * int(right.shape[1])
+
+
+def _precision(side: Tensor) -> str:
+    """Name what a product of such matrices is computed in."""
+    if side.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return str(side.dtype).removeprefix("torch.")

@@ -1,0 +1,231 @@
+"""What a step asks of a GPU, counted on a fake one: operations, launches, waits, copies and bytes, part by part.
+
+    python -m tests.bench.gpu_counts [steps] [compiled]
+
+`steps` runs two steps of the trainer at the shape of Gemma 2 2B and counts the second: a step in the middle of a run,
+without reports and checkpoints, with as many mined and correlated pairs as there can be. Bytes are what every operation
+moves at least: its inputs and outputs, each once, and the rows of a table that it indexes; beside them stand the bytes
+that no step can do without. From both follow times on four cards: ESTIMATES, from rates that such cards usually reach
+and 3 us for each launch. Operations of torch that are known to be several kernels count as so many launches, which is
+an estimate, too; and memory is that of tensors, without any operation's own scratch memory. `compiled` records
+registers, spills and shared memory of every kernel, by the compiler that a GPU would get it from (`python -m
+tests.gpu.compile`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its launches are counted, and not made
+
+import torch
+
+from shared.store.store import Store
+from tests.bench.gpu_setup import BATCHES, GIB, WIDTHS, Shape, settings_of, small_store
+from tests.bench.record import ROOT, named, record, sized
+from tests.gpu.device_log import DeviceLog, Op
+from tests.gpu.fake_device import fake_cuda
+from train.duplicates.diversity import Diversity
+from train.model.transcoder import Transcoder
+from train.run.optimizer import Optimizer
+from train.run.trainer import Trainer
+
+LINE = "python -m tests.bench.gpu_counts"
+Figures = dict[str, tuple[float, str]]
+KERNELS = ("plain", "triton")
+LAUNCHES = {
+    "topk": 6, "sort": 6, "index_put": 4, "index_put_": 4, "_index_put_impl_": 4, "cumsum": 2, "sampled_addmm": 3,
+    "_embedding_bag_forward_only": 2, "_foreach_norm": 4, "nonzero": 4,
+}  # fmt: skip
+"""Kernels of an operation on CUDA, where that is more than one: about so many."""
+PER_LAUNCH = 3e-6
+"""Seconds that a launch takes at least."""
+PARTS: dict[str, tuple[tuple[type, str], ...]] = {
+    "forward": ((Transcoder, "step"),),
+    "terms against duplicates": ((Diversity, "value_terms"), (Diversity, "direction_terms")),
+    "backward and update": ((Optimizer, "step"),),
+}
+REST = "rows, counting and logging"
+
+
+class Card(NamedTuple):
+    """Rates that such a card usually reaches: bytes and operations per second."""
+
+    bandwidth: float
+    float32: float
+    tf32: float
+    bfloat16: float
+
+    def product(self, precision: str) -> float:
+        """Operations per second of a matrix product."""
+        return {"tf32": self.tf32, "bfloat16": self.bfloat16}.get(precision, self.float32)
+
+
+CARDS = {
+    "H200": Card(4.2e12, 50e12, 380e12, 700e12),
+    "H100": Card(2.9e12, 50e12, 380e12, 700e12),
+    "A100 80 GB": Card(1.75e12, 18e12, 130e12, 260e12),
+    "RTX 4090": Card(0.92e12, 65e12, 75e12, 150e12),
+}
+
+
+@dataclass
+class Counted:
+    """What a step asked of the device: each operation, its part, and how often it made the host wait."""
+
+    ops: list[tuple[str, Op]]
+    syncs: list[str]
+    copies: list[str]
+    peak: int = 0
+    """Most bytes of tensors at once"""
+
+    def of(self, part: str) -> list[Op]:
+        """Return the operations of a part."""
+        return [op for name, op in self.ops if name == part]
+
+    def seconds(self, card: Card) -> float:
+        """Estimate a step's time: each operation in turn, by what holds it up most."""
+        return sum(
+            max(op.bytes / card.bandwidth, op.flops / card.product(op.precision), _launches(op) * PER_LAUNCH)
+            for _, op in self.ops
+        )
+
+
+def main() -> None:
+    """Count what is named, or both, and record."""
+    for name in named(__doc__, "steps", "compiled"):
+        {"steps": steps, "compiled": compiled}[name]()
+
+
+def steps() -> None:
+    """Count a step by each kind of kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = small_store(Path(folder))
+        for kernels in KERNELS:
+            for rows in sized(BATCHES, BATCHES[:1]):
+                shape = Shape(rows, WIDTHS[0])
+                figures = figures_of(shape, counted(store, shape, kernels, Path(folder)))
+                for name, (value, unit) in figures.items():
+                    print(f"{kernels:6} {shape}  {name:50} {value:12,.5g} {unit}", flush=True)
+                record(f"gpu counts, kernels {kernels}: {shape}", f"{LINE} steps", figures, on="a fake device")
+
+
+def counted(store: Store, shape: Shape, kernels: str, folder: Path) -> Counted:
+    """Return what the second step of a run asks of the device."""
+    rarely = [f"{name}=1000" for name in ("log_every", "evaluation.every", "checkpoint.every", "monitor.every")]
+    rarely += ["threads=1", "steps=4000", f"kernels={kernels}", f"monitor.rows={shape.rows}"]
+    with fake_cuda() as log:
+        log.runs_kernels = kernels == "plain"
+        config = settings_of(store, shape, "cuda", rarely)
+        trainer = Trainer(store, config, folder / f"{kernels}-{shape.rows}")
+        with trainer._reader:
+            trainer._step(1)  # not 0, which scans all decoder rows for close pairs
+            plant(trainer._diversity, shape.d_sae)
+            log.clear()
+            torch.cuda.reset_peak_memory_stats()
+            with noting_parts(log) as found:
+                trainer._step(2)
+            found.peak = torch.cuda.max_memory_allocated()
+        found.syncs, found.copies = list(log.syncs), list(log.copies)
+        assert log.faults == []
+    return found
+
+
+def plant(diversity: Diversity, d_sae: int) -> None:
+    """Give the terms against duplicates as many pairs as they take at most: random weights have none."""
+    generator, planted = torch.Generator().manual_seed(0), dict[str, torch.Tensor]()
+    for name, most in sized((("mined", 8192), ("correlated", 1024)), (("mined", 32), ("correlated", 16))):
+        first = torch.randint(0, d_sae - 1, (most,), generator=generator).sort().values
+        planted |= {f"diversity.{name}.first": first, f"diversity.{name}.second": first + 1}
+    diversity.load({**diversity.state(), **planted, "diversity.strength": torch.ones(most)})
+
+
+@contextmanager
+def noting_parts(log: DeviceLog) -> Iterator[Counted]:
+    """Note to which part of a step an operation belongs."""
+    current, found = [REST], Counted([], [], [])
+    op_of = log.op
+
+    def op(name: str, size: int, flops: int = 0, precision: str = "") -> None:
+        op_of(name, size, flops, precision)
+        found.ops.append((current[-1], log.ops[-1]))
+
+    def within(part: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            current.append(part)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                current.pop()
+
+        return call
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(log, "op", op))
+        for part, methods in PARTS.items():
+            for owner, name in methods:
+                stack.enter_context(patch.object(owner, name, within(part, getattr(owner, name))))
+        yield found
+
+
+def figures_of(shape: Shape, found: Counted) -> Figures:
+    """Counts of the step and of its parts, the necessary bytes, and estimates."""
+    figures: Figures = {}
+    parts = {"step": [op for _, op in found.ops], **{part: found.of(part) for part in (*PARTS, REST)}}
+    for part, ops in parts.items():
+        figures[f"{part}: operations"] = (len(ops), "operations")
+        figures[f"{part}: launches, estimated"] = (sum(map(_launches, ops)), "launches")
+        figures[f"{part}: bytes"] = (sum(op.bytes for op in ops) / 1e9, "GB")
+    least = shape.necessary_bytes
+    figures |= {f"necessary, {part}: bytes": (size / 1e9, "GB") for part, size in least.items()}
+    figures["necessary: bytes"] = (sum(least.values()) / 1e9, "GB")
+    moved = sum(op.bytes for _, op in found.ops)
+    figures["bytes over those that are necessary"] = (moved / sum(least.values()), "times")
+    figures["matrix products"] = (sum(op.flops for _, op in found.ops) / 1e9, "GFLOP")
+    figures["memory at the peak"] = (found.peak / GIB, "GiB")
+    figures["waits of the host for the device"] = (len(found.syncs), "waits")
+    figures["copies to the device"] = (len(found.copies), "copies")
+    for name, card in CARDS.items():
+        figures[f"ESTIMATE of a step on {name}"] = (1e3 * found.seconds(card), "ms, estimated")
+        figures[f"ESTIMATE of the floor on {name}"] = (
+            1e3 * shape.floor(card.bandwidth, card.bfloat16), "ms, estimated",
+        )  # fmt: skip
+    return figures
+
+
+def _launches(op: Op) -> int:
+    return LAUNCHES.get(op.name, 1)
+
+
+def compiled() -> None:
+    """Registers, spills and shared memory: the most of any variant of a kernel on any GPU."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    line = [sys.executable, "-W", "ignore", "-m", "tests.gpu.compile", "--json", *sized([], ["--capability", "90"])]
+    done = subprocess.run(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    found = [json.loads(one) for one in done.stdout.splitlines()]
+    figures: Figures = {}
+    for kernel in sorted({one["kernel"] for one in found}):
+        for capability in sorted({one["capability"] for one in found}):
+            figures |= _most(kernel, capability, [
+                one for one in found if (one["kernel"], one["capability"]) == (kernel, capability)
+            ])  # fmt: skip
+    record("gpu kernels, compiled", f"{LINE} compiled", figures, on="compiled without a GPU")
+
+
+def _most(kernel: str, capability: int, variants: Sequence[dict[str, int]]) -> Figures:
+    units = {"registers": "a thread", "spilled": "bytes of a thread", "shared": "bytes of a program"}
+    return {
+        f"{kernel}, sm_{capability}: {what}": (max(one[what] for one in variants), unit) for what, unit in units.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
