@@ -136,6 +136,7 @@ def make_store(
     documents: DocumentLayout | None = None,
     draw: Draw | None = None,
     sinks: Mapping[int, float] | None = None,
+    histograms: bool = False,
     **request: Any,
 ) -> SyntheticStore:
     """Write a finished store at `path`; further options are those of `make_request`.
@@ -143,7 +144,8 @@ def make_store(
     `noise` is the share of the target's deviation that the source does not explain; `bos_norm` the norm of the row at
     position 0 over that of other rows. Without `documents`, they are short and have no part in the rows. `draw` makes
     other rows, without documents. `sinks` are tokens whose rows are attention sinks wherever they stand: each has so
-    many times the norm of other rows.
+    many times the norm of other rows. With `histograms`, blocks tell how long their rows are, as those of a harvest do,
+    and training need not look at all of them.
     """
     wanted = make_request(**request)
     rng = np.random.default_rng(wanted.seed)
@@ -165,7 +167,8 @@ def make_store(
             token_files |= _write_block(path, spec, block, rows)
         written, gathered = _write_strata(path, wanted, draw, d_in, block, tokens, owners, documents, parts)
         moments.append(gathered)
-        raw = save({f"{stratum}/{side}/mean": every.mean for (stratum, side), (every, _) in gathered.items()})
+        tensors = {f"{stratum}/{side}/mean": every.mean for (stratum, side), (every, _) in gathered.items()}
+        raw = save(tensors | (_histograms(gathered) if histograms else {}))
         done = layout.LedgerRecord(
             block=block,
             batch_sequences=4,
@@ -300,6 +303,14 @@ def _short_documents(block: int, tokens: Array) -> Array:
 
 _Gathered = dict[tuple[str, str], tuple[statistics.Moments, statistics.Moments]]
 """By stratum and side: moments of all rows, and of those past position 0 at their natural weight."""
+
+
+def _histograms(gathered: _Gathered) -> dict[str, Array]:
+    found = {}
+    for (stratum, side), (every, _) in gathered.items():
+        bins = np.flatnonzero(every.norms)
+        found |= {f"{stratum}/{side}/bins": bins.astype(np.int32), f"{stratum}/{side}/counts": every.norms[bins]}
+    return found
 
 
 def _write_strata(

@@ -27,6 +27,10 @@ PARTS = {
     "judge",
     "same_rows",
     "real_model",
+    "gpu_setup",
+    "gpu_checks",
+    "gpu_dense",
+    "gpu_commands",
 }
 """What is no bench, but of one; and what downloads a model, which has a test of its own."""
 COMMANDS: dict[str, list[str]] = {
@@ -36,6 +40,8 @@ COMMANDS: dict[str, list[str]] = {
         "given --store STORE --arms full --seeds 1 --jobs 1",
     ],
     "duplicates": ["report", "terms"],
+    "gpu": ["kernels", "step dense peers profile", "run", "harvest"],
+    "gpu_counts": ["steps memory", "compiled"],
     "harvest": ["speed", "writing", "packing", "memory"],
     "initialisation": ["STORE"],
     "pages": ["RUN"],
@@ -66,6 +72,7 @@ POSITIVE = {
     "B",
     "bytes",
     "tokens",
+    "operations",
 }
 """Units of what is measured, and not the difference of two."""
 

@@ -81,7 +81,7 @@ def run(folder: Path, device: str) -> Figures:
     store = make_store(
         folder / "store", d_in=D, d_out=D, training_blocks=1, context_size=CONTEXT, block_sequences=windows,
         edges=sized((0, 1, 4, 16, 64, 256), (0, 1, 4, 16)), keep=sized({0: 1 / 16}, {}), tokenizer=True,
-        draw=DeviceRows(sized(device, "cpu")),
+        draw=DeviceRows(sized(device, "cpu")), histograms=True,
     )  # fmt: skip
     print(f"a store of {windows} windows a block, made in {time.monotonic() - began:.1f} s", flush=True)
     small = [f"transcoder.d_sae={MAIN.d_sae}", f"activation.k={K}", f"rows.batch_rows={MAIN.rows}", AUXK,

@@ -1,15 +1,15 @@
 """What a step asks of a GPU, counted on a fake one: operations, launches, waits, copies and bytes, part by part.
 
-    python -m tests.bench.gpu_counts [steps] [compiled]
+    python -m tests.bench.gpu_counts [steps] [memory] [compiled]
 
 `steps` runs two steps of the trainer at the shape of Gemma 2 2B and counts the second: a step in the middle of a run,
 without reports and checkpoints, with as many mined and correlated pairs as there can be. Bytes are what every operation
 moves at least: its inputs and outputs, each once, and the rows of a table that it indexes; beside them stand the bytes
 that no step can do without. From both follow times on four cards: ESTIMATES, from rates that such cards usually reach
 and 3 us for each launch. Operations of torch that are known to be several kernels count as so many launches, which is
-an estimate, too; and memory is that of tensors, without any operation's own scratch memory. `compiled` records
-registers, spills and shared memory of every kernel, by the compiler that a GPU would get it from (`python -m
-tests.gpu.compile`).
+an estimate, too; and memory is that of tensors, without any operation's own scratch memory. `memory` has what wider
+shapes hold throughout a run. `compiled` records registers, spills and shared memory of every kernel, by the compiler
+that a GPU would get it from (`python -m tests.gpu.compile`).
 """
 
 import json
@@ -29,7 +29,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its
 import torch
 
 from shared.store.store import Store
-from tests.bench.gpu_setup import BATCHES, GIB, WIDTHS, Shape, settings_of, small_store
+from tests.bench.gpu_setup import BATCHES, GIB, SHAPES, WIDTHS, D, Shape, settings_of, small_store
 from tests.bench.record import ROOT, named, record, sized
 from tests.gpu.device_log import DeviceLog, Op
 from tests.gpu.fake_device import fake_cuda
@@ -100,9 +100,10 @@ class Counted:
 
 
 def main() -> None:
-    """Count what is named, or both, and record."""
-    for name in named(__doc__, "steps", "compiled"):
-        {"steps": steps, "compiled": compiled}[name]()
+    """Count what is named, or all, and record."""
+    parts = {"steps": steps, "memory": memory, "compiled": compiled}
+    for name in named(__doc__, *parts):
+        parts[name]()
 
 
 def steps() -> None:
@@ -116,6 +117,16 @@ def steps() -> None:
                 for name, (value, unit) in figures.items():
                     print(f"{kernels:6} {shape}  {name:50} {value:12,.5g} {unit}", flush=True)
                 record(f"gpu counts, kernels {kernels}: {shape}", f"{LINE} steps", figures, on="a fake device")
+
+
+def memory() -> None:
+    """Bytes that every shape holds: of four numbers for each weight, and of a batch's pre-activations."""
+    figures: Figures = {
+        f"d_sae {d_sae:,}: weights, gradients and Adam's moments": (4 * 4 * 2 * d_sae * D / GIB, "GiB")
+        for d_sae in WIDTHS
+    }
+    figures |= {f"{one}: pre-activations in float32": (4 * one.rows * one.d_sae / GIB, "GiB") for one in SHAPES}
+    record(f"gpu memory: d {D:,}", f"{LINE} memory", figures, on="arithmetic")
 
 
 def counted(store: Store, shape: Shape, kernels: str, folder: Path) -> Counted:
@@ -208,7 +219,7 @@ def _launches(op: Op) -> int:
 def compiled() -> None:
     """Registers, spills and shared memory: the most of any variant of a kernel on any GPU."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    line = [sys.executable, "-W", "ignore", "-m", "tests.gpu.compile", "--json", *sized([], ["--capability", "90"])]
+    line = [sys.executable, "-m", "tests.gpu.compile", "--json", *sized([], ["--capability", "90"])]
     done = subprocess.run(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
     found = [json.loads(one) for one in done.stdout.splitlines()]
     figures: Figures = {}

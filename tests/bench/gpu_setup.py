@@ -80,6 +80,7 @@ def small_store(folder: Path) -> Store:
     made = make_store(
         folder / "small-store", d_in=D, d_out=D, training_blocks=sized(1, 3), context_size=sized(128, 32),
         block_sequences=sized(48, 16), edges=(0, 1, 16), tokenizer=True, draw=_noise,
+        histograms=True,
     )  # fmt: skip
     return Store.open(made.path)
 
