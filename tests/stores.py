@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 SIDES = ("source", "target")
-Draw = Callable[[Array, Array, Array | float], dict[str, NDArray[np.float32]]]
-"""Rows by side, for the tokens and positions of a stratum and what each row has of its document."""
+Draw = Callable[[Array, Array, Array | float], dict[str, Array]]
+"""Rows by side, float32 or as they are stored, for the tokens and positions of a stratum and what each has of its
+document."""
 BOS = 0
 
 
@@ -205,8 +206,10 @@ def make_store(
     return SyntheticStore(path=path, record=record, arrays=arrays)
 
 
-def encode(rows: NDArray[np.float32], storage: str) -> Array:
+def encode(rows: Array, storage: str) -> Array:
     """`rows` as they are stored; bfloat16 rounds to nearest, ties to even, and is returned as its bits."""
+    if rows.dtype == np.uint16:  # they are
+        return rows
     if storage != "bfloat16":
         return rows.astype(storage)
     bits = np.ascontiguousarray(rows, np.float32).view(np.uint32)
@@ -342,9 +345,10 @@ def _write_strata(
             written |= _write_block(path, spec, block, arrays[name])
             parts.setdefault(spec.path, []).append(arrays[name])
         for side in SIDES:
-            rows = decode(arrays[side], request.storage)
-            later = statistics.moments_of(rows[position > 0]).scaled(stratum.natural_rows / stratum.rows)
-            gathered[stratum.name, side] = statistics.moments_of(rows), later
+            rows, past_0 = arrays[side], position > 0
+            every = statistics.moments_of(rows)
+            later = every if past_0.all() else statistics.moments_of(rows[past_0])
+            gathered[stratum.name, side] = every, later.scaled(stratum.natural_rows / stratum.rows)
     return written, gathered
 
 

@@ -6,7 +6,7 @@
 `kernels` checks every kernel and the whole step against float64. `step` measures the device's two ceilings, a copy
 and a product in bfloat16, and the step of Gemma 2 2B's width beside them. `dense` measures a dense compiled trainer
 with the same mathematics, `peers` other trainers whose packages are installed. `run` and `harvest` measure the real
-commands, on a store and a model made on the spot, of 10 and 20 GB in FOLDER. `profile` prints which kernels take a
+commands, on a store and a model made on the spot, of 12 and 15 GB in FOLDER. `profile` prints which kernels take a
 step's time. Each part is a process of its own, so that no error, and no fault of the device, stops the others; what is
 left when the time is up is said and left out.
 

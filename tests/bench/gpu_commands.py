@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -22,7 +21,7 @@ from shared.store.layout import ARRAYS, record_path
 from tests.bench.gpu_setup import AUXK, GIB, MAIN, D, K
 from tests.bench.record import ROOT, sized
 from tests.llms import save_model, texts, write_jsonl
-from tests.stores import make_store
+from tests.stores import SIDES, make_store
 
 Figures = dict[str, tuple[float, str]]
 STEPS = sized(4882, 8)
@@ -51,23 +50,26 @@ class DeviceRows:
             self._draw(*shape) for shape in ((vocabulary, D), (D, 2 * D), (2 * D, D))
         )
 
-    def __call__(self, tokens: NDArray[Any], position: NDArray[Any], shared: object) -> dict[str, NDArray[np.float32]]:
-        """Return rows by side [n, D]; that of position 0 is one and the same, and twenty times as long."""
+    def __call__(self, tokens: NDArray[Any], position: NDArray[Any], shared: object) -> dict[str, NDArray[Any]]:
+        """Return rows by side [n, D] as stored, bfloat16; that of position 0 is one, and twenty times as long."""
         device = self._vectors.device
         source = self._vectors[torch.from_numpy(tokens).long().to(device)] + 0.3 * self._draw(len(tokens), D)
         source[torch.from_numpy(position == 0).to(device)] = 20 * self._vectors[0]
         target = (source @ self._up / D**0.5).relu() @ self._down / D**0.5
-        return {"source": source.cpu().numpy(), "target": target.cpu().numpy()}
+        return {
+            side: one.bfloat16().view(torch.uint16).cpu().numpy()
+            for side, one in zip(SIDES, (source, target), strict=True)
+        }
 
     def _draw(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self._generator, device=self._generator.device)
 
 
-def block_windows(folder: Path) -> int:
-    """Windows in a block of the store that is trained on: 256, or fewer where disk or memory is short."""
+def block_windows(folder: Path, blocks: int) -> int:
+    """Windows in each of a store's blocks: 256, as in the preset, or fewer where disk or memory is short."""
     windows = sized(256, 16)
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    while windows > 16 and 3 * windows * CONTEXT * 4 * D > min(shutil.disk_usage(folder).free / 2, memory / 4):
+    while windows > 16 and blocks * windows * CONTEXT * 4 * D > min(shutil.disk_usage(folder).free / 2, memory / 4):
         windows //= 2
     return windows
 
@@ -77,7 +79,7 @@ def run(folder: Path, device: str) -> Figures:
 
     The store has two held-out blocks and one to train on, which is read over and over.
     """
-    windows, began = block_windows(folder), time.monotonic()
+    windows, began = block_windows(folder, 3), time.monotonic()
     store = make_store(
         folder / "store", d_in=D, d_out=D, training_blocks=1, context_size=CONTEXT, block_sequences=windows,
         edges=sized((0, 1, 4, 16, 64, 256), (0, 1, 4, 16)), keep=sized({0: 1 / 16}, {}), tokenizer=True,
@@ -111,7 +113,7 @@ def harvest(folder: Path, device: str) -> Figures:
     """
     model, began = folder / "model", time.monotonic()
     save_model(model, lambda: _gemma(device))
-    windows = sized(256, 16)
+    windows = block_windows(folder, BLOCKS)
     tokens = BLOCKS * windows * CONTEXT
     text = write_jsonl(folder / "text.jsonl", [{"text": one} for one in texts(tokens // sized(40, 20))])
     print(f"a model and a text, made in {time.monotonic() - began:.1f} s", flush=True)

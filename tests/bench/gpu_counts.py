@@ -12,6 +12,7 @@ shapes hold throughout a run. `compiled` records registers, spills and shared me
 that a GPU would get it from (`python -m tests.gpu.compile`).
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -133,8 +134,9 @@ def counted(store: Store, shape: Shape, kernels: str, folder: Path) -> Counted:
     """Return what the second step of a run asks of the device."""
     rarely = [f"{name}=1000" for name in ("log_every", "evaluation.every", "checkpoint.every", "monitor.every")]
     rarely += ["threads=1", "steps=4000", f"kernels={kernels}", f"monitor.rows={shape.rows}"]
+    gc.collect()  # a trainer is not freed by itself: what it refers to refers to it
     with fake_cuda() as log:
-        log.runs_kernels = kernels == "plain"
+        log.runs_kernels, before = kernels == "plain", log.live
         config = settings_of(store, shape, "cuda", rarely)
         trainer = Trainer(store, config, folder / f"{kernels}-{shape.rows}")
         with trainer._reader:
@@ -144,7 +146,7 @@ def counted(store: Store, shape: Shape, kernels: str, folder: Path) -> Counted:
             torch.cuda.reset_peak_memory_stats()
             with noting_parts(log) as found:
                 trainer._step(2)
-            found.peak = torch.cuda.max_memory_allocated()
+            found.peak = torch.cuda.max_memory_allocated() - before
         found.syncs, found.copies = list(log.syncs), list(log.copies)
         assert log.faults == []
     return found

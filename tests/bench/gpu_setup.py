@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shared.store.store import Store
 from tests.bench.record import sized
-from tests.stores import make_store
+from tests.stores import SIDES, make_store
 from train.model.losses import AuxKConfig
 from train.model.transcoder import Transcoder
 from train.run.load_run import build_transcoder
@@ -27,8 +27,8 @@ from train.run.settings import RunConfig, load_settings, resolve
 
 D, K, P = sized((2304, 48, 5), (32, 4, 5))
 """The width of Gemma 2 2B, the active latents of a row, and the prefixes, at their default."""
-BATCHES = sized((1024, 4096), (64, 128))
-WIDTHS = sized((18432, 65536, 131072), (128, 256))
+BATCHES = sized((1024, 4096), (16, 32))
+WIDTHS = sized((18432, 65536, 131072), (32, 64))
 DEAD = 4
 """Every this-many-th latent counts as dead."""
 AUXK = f"auxk.k={sized(64, 8)}"
@@ -85,9 +85,9 @@ def small_store(folder: Path) -> Store:
     return Store.open(made.path)
 
 
-def _noise(tokens: NDArray[Any], position: NDArray[Any], shared: object) -> dict[str, NDArray[np.float32]]:
+def _noise(tokens: NDArray[Any], position: NDArray[Any], shared: object) -> dict[str, NDArray[Any]]:
     rng = np.random.default_rng(int(tokens.sum()))
-    return {side: rng.standard_normal((len(tokens), D), np.float32) for side in ("source", "target")}
+    return {side: rng.standard_normal((len(tokens), D), np.float32) for side in SIDES}
 
 
 @dataclass
@@ -115,6 +115,7 @@ class Step:
 def settings_of(store: Store, shape: Shape, device: str, changes: Sequence[str] = ()) -> RunConfig:
     """The run of preset `gemma-2-2b` in another shape, every automatic choice made. Raises `UserError`."""
     sizes = [f"transcoder.d_sae={shape.d_sae}", f"activation.k={K}", f"rows.batch_rows={shape.rows}", AUXK]
+    sizes += sized([], ["kernels=plain"])  # in Triton's interpreter a step takes seconds
     return resolve(store, load_settings("gemma-2-2b", [*sizes, f"device={device}", *changes]), None)
 
 
