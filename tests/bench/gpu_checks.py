@@ -60,10 +60,10 @@ def checks(store: Store, device: str) -> Iterator[Check]:
     """Check every form that runs on the device, and then the step that a run takes."""
     for form in FORMS:
         for size in WIDTHS:
-            for name, case in cases(*size, device):
+            for name, case in list(cases(*size, device))[sized(0, 2) :]:
                 for check in _of_ops(sparse_ops(form), case):
                     yield check._replace(name=f"{form}, width {size[1]:,}, {name}: {check.name}")
-    for changes in ([], *([f"kernels={form}"] for form in FORMS)):
+    for changes in ([], *sized([[f"kernels={form}"] for form in FORMS], [])):
         try:  # without a warm-up, whose first moves are as small as the weights' last bits
             step = make_step(store, SHAPE, device, ["optimizer.warmup_share=0", *changes])
         except UserError as error:
