@@ -309,7 +309,7 @@ _Gathered = dict[tuple[str, str], tuple[statistics.Moments, statistics.Moments]]
 
 
 def _histograms(gathered: _Gathered) -> dict[str, Array]:
-    found = {}
+    found: dict[str, Array] = {}
     for (stratum, side), (every, _) in gathered.items():
         bins = np.flatnonzero(every.norms)
         found |= {f"{stratum}/{side}/bins": bins.astype(np.int32), f"{stratum}/{side}/counts": every.norms[bins]}

@@ -1,7 +1,8 @@
 """Every bench runs, on sizes that take seconds: it is found by its file, and its figures go to a temporary folder.
 
 Left out: other trainers, whose packages are not installed here and for which a small trainer stands in; the second
-thread, as tests have one; and the compiling of kernels, which has a test of its own (`tests/gpu/test_compile.py`). Figures mean nothing, but that each was measured.
+thread, as tests have one; and the compiling of kernels, which has a test of its own (`tests/gpu/test_compile.py`).
+Figures mean nothing, but that each was measured.
 """
 
 import json

@@ -25,7 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -70,20 +70,22 @@ class Part(NamedTuple):
 
 def kernels(report: Report, folder: Path, device: str) -> None:
     """Check all, and end with an error if one does not hold."""
-    from tests.bench.gpu_checks import checks, show
+    from tests.bench.gpu_checks import groups, show
     from tests.bench.gpu_setup import small_store
 
     failed, worst = [], dict[str, float]()
-    for check in checks(small_store(folder), device):
-        print(show(check), flush=True)
-        if check.limit:
-            where = check.name.split(", width")[0].split(":")[0]
-            kind = f"{where}: largest relative error of {'an update' if ': update' in check.name else 'a sum'}"
-            worst[kind] = max(worst.get(kind, 0.0), check.error)
-        if not check.holds:
-            failed.append(check.name)
-    for kind, error in worst.items():
-        report.add(kind, error, "")
+    for where, checks in groups(small_store(folder), device):
+        failed.append(where)
+        with going_on(where):
+            for check in checks():
+                print(show(where, check), flush=True)
+                if not check.holds:
+                    failed.append(f"{where}: {check.name}")
+                if check.limit:
+                    kind = f"{where.split(', width')[0]}: largest relative error of {check.of}"
+                    worst[kind] = max(worst.get(kind, 0.0), check.error)
+            failed.remove(where)
+    report.add_all({kind: (error, "") for kind, error in worst.items()})
     report.add("checks that do not hold", len(failed), "checks")
     if failed:
         sys.exit(f"{len(failed)} checks do not hold:\n" + "\n".join(failed))
@@ -93,22 +95,30 @@ def step(report: Report, folder: Path, device: str) -> None:
     """Ceilings, then the step that a run takes in every shape, then the other forms in two of them."""
     import torch
 
-    from tests.bench.gpu_setup import MAIN, SHAPES, make_step, peak_gib, small_store, timed
+    from tests.bench.gpu_setup import MAIN, SHAPES, small_store
 
     bandwidth, flops = ceilings(report, device)
     store = small_store(folder)
     wide = next(shape for shape in reversed(SHAPES) if shape.rows == MAIN.rows)
     others = [(shape, f"kernels={form}") for shape in (MAIN, wide) for form in sized(("triton", "plain"), ("dense",))]
     for shape, change in [*((shape, "") for shape in SHAPES), *others]:
-        name = f"{shape}{f', {change}' if change else ''}"
-        with going_on(name):
-            peak_gib(device)
-            made = make_step(store, shape, device, [change] if change else [])
-            print(f"{name}: kernels {made.model.kernels}, product {made.model.product_dtype}", flush=True)
-            report.add_all(beside_ceilings(name, shape, timed(made, sized(20, 2)), bandwidth, flops))
-            report.add(f"{name}: peak memory", peak_gib(device), "GiB")
-            del made
+        with going_on(f"{shape} {change}"):
+            one_step(report, store, shape, change, device, (bandwidth, flops))
         torch.cuda.empty_cache()
+
+
+def one_step(
+    report: Report, store: "Store", shape: "Shape", change: str, device: str, rates: tuple[float, float]
+) -> None:
+    """A step of one shape, with one setting changed or none."""
+    from tests.bench.gpu_setup import make_step, peak_gib, timed
+
+    peak_gib(device)
+    made = make_step(store, shape, device, [change] if change else [])
+    name = f"{shape}{f', {change}' if change else ''}"
+    print(f"{name}: kernels {made.model.kernels}, product {made.config.settings.product_dtype}", flush=True)
+    report.add_all(beside_ceilings(name, shape, timed(made, sized(20, 2)), *rates))
+    report.add(f"{name}: peak memory", peak_gib(device), "GiB")
 
 
 def beside_ceilings(name: str, shape: "Shape", taken: "Timed", bandwidth: float, flops: float) -> Figures:
@@ -329,9 +339,11 @@ def one_part(name: str, file: Path, work: Path, seconds: float) -> bool:
 
 def inside(name: str, file: Path, folder: Path) -> None:
     """Run one part here; to show that it runs, on a fake device."""
-    from tests.gpu.fake_device import fake_cuda
+    with ExitStack() as stack:
+        if SMOKE:
+            from tests.gpu.fake_device import fake_cuda
 
-    with fake_cuda() if SMOKE else nullcontext():
+            stack.enter_context(fake_cuda())
         PARTS[name].run(Report(name, file), folder, "cuda")
 
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -40,6 +41,9 @@ GEMMA = sized(
 )  # fmt: skip
 """Gemma 2 2B but for its vocabulary, of which the layers see nothing."""
 
+_AT_ONCE = 2**14
+"""Rows that are drawn at once."""
+
 
 class DeviceRows:
     """Draws rows on the device: a token's vector plus noise, and a map of the source with one hidden layer."""
@@ -52,14 +56,18 @@ class DeviceRows:
 
     def __call__(self, tokens: NDArray[Any], position: NDArray[Any], shared: object) -> dict[str, NDArray[Any]]:
         """Return rows by side [n, D] as stored, bfloat16; that of position 0 is one, and twenty times as long."""
+        found = {side: np.empty((len(tokens), D), np.uint16) for side in SIDES}
+        for low in range(0, len(tokens), _AT_ONCE):
+            some = slice(low, low + _AT_ONCE)
+            for side, rows in zip(SIDES, self._rows(tokens[some], position[some]), strict=True):
+                found[side][some] = rows.bfloat16().view(torch.uint16).cpu().numpy()
+        return found
+
+    def _rows(self, tokens: NDArray[Any], position: NDArray[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         device = self._vectors.device
         source = self._vectors[torch.from_numpy(tokens).long().to(device)] + 0.3 * self._draw(len(tokens), D)
         source[torch.from_numpy(position == 0).to(device)] = 20 * self._vectors[0]
-        target = (source @ self._up / D**0.5).relu() @ self._down / D**0.5
-        return {
-            side: one.bfloat16().view(torch.uint16).cpu().numpy()
-            for side, one in zip(SIDES, (source, target), strict=True)
-        }
+        return source, (source @ self._up / D**0.5).relu() @ self._down / D**0.5
 
     def _draw(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self._generator, device=self._generator.device)
@@ -85,6 +93,7 @@ def run(folder: Path, device: str) -> Figures:
         edges=sized((0, 1, 4, 16, 64, 256), (0, 1, 4, 16)), keep=sized({0: 1 / 16}, {}), tokenizer=True,
         draw=DeviceRows(sized(device, "cpu")), histograms=True,
     )  # fmt: skip
+    torch.cuda.empty_cache()  # the device is for the command
     print(f"a store of {windows} windows a block, made in {time.monotonic() - began:.1f} s", flush=True)
     small = [f"transcoder.d_sae={MAIN.d_sae}", f"activation.k={K}", f"rows.batch_rows={MAIN.rows}", AUXK,
              "monitor.every=4", "samples.rows=256"]  # fmt: skip
@@ -116,6 +125,7 @@ def harvest(folder: Path, device: str) -> Figures:
     windows = block_windows(folder, BLOCKS)
     tokens = BLOCKS * windows * CONTEXT
     text = write_jsonl(folder / "text.jsonl", [{"text": one} for one in texts(tokens // sized(40, 20))])
+    torch.cuda.empty_cache()
     print(f"a model and a text, made in {time.monotonic() - began:.1f} s", flush=True)
     settings = [
         f"windows.context_size={CONTEXT}", f"store.block_sequences={windows}", "store.held_out_blocks=0",
