@@ -87,8 +87,9 @@ def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> No
     seconds = pipeline.measure(settings, cache) if eta else None
     if as_json:
         stores = [one.as_json() for one in found]
-        needed = estimate.needed(found)
-        print(json.dumps({"stores": stores, "pair": pair, "seconds": seconds, "needed_bytes": needed}, indent=2))
+        needed, memory = estimate.needed(found), estimate.block_memory(found)
+        facts = {"stores": stores, "pair": pair, "seconds": seconds, "needed_bytes": needed, "block_memory": memory}
+        print(json.dumps(facts, indent=2))
     else:
         estimate.show(found, pair, seconds)
     if not force:

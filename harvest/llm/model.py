@@ -184,6 +184,8 @@ def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[st
     if torch.device(device).type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # It would write NaN into all new memory first: that shows errors, and changes no result.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     kind = getattr(torch, dtype)
     with _quiet(), _explained(folder):
         layers = _config(folder).num_hidden_layers if whole else layers_needed(hooks)
