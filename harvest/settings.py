@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from shared.bounds import MAX_BLOCKS, MAX_CONTEXT, MAX_STRATA, Count, Edges, Label, Position, Seed, Sequences
 from shared.config import Config, build, load_preset, override
 from shared.errors import UserError
-from shared.store.layout import Documents, StorageType, check_strata
+from shared.store.layout import Documents, StorageType
+from shared.store.strata import check_strata
 
 EMBEDDED = "embedded"
 PRESETS = Path(__file__).parent / "presets"

@@ -14,6 +14,7 @@ import numpy as np
 
 from harvest.llm.extract_unembedding import publish_unembedding
 from harvest.llm.model import Model, check_isolation, load_model
+from harvest.run.arithmetic import arithmetic, require_same
 from harvest.run.block_rows import BlockRows, DeviceMemory, DeviceRows, HostRows
 from harvest.run.capture import Capture, open_capture
 from harvest.run.harvest_panel import Status, free_on
@@ -43,6 +44,8 @@ class Runner:
     widths: Mapping[str, int]
     workers: int
     ranks: Ranks
+    inexact: bool = False
+    """Whether blocks may be computed on a GPU of another kind than those that are there."""
     unembeddings: list[Path] = field(default_factory=list)
     """Those written so far: a gigabyte for a large vocabulary, the same for every layer."""
 
@@ -54,6 +57,11 @@ class Runner:
         todo = sorted(set().union(*missing.values()))
         lacking = [t for t in targets if t.request.unembedding and not (t.path / UNEMBEDDING).is_file()]
         if todo or lacking:
+            device = self._device(targets[0].request.model.device)
+            computed_on = arithmetic(device)
+            if todo:
+                require_same(targets, computed_on, inexact=self.inexact)
+                self.ranks.require_same(", ".join(computed_on.values()), inexact=self.inexact)
             model = self._load(targets)
             if self.ranks.first:
                 for path in [target.path / UNEMBEDDING for target in lacking]:
@@ -63,7 +71,7 @@ class Runner:
                         publish_unembedding(model, path)
                     self.unembeddings.append(path)
             if todo:
-                self._run(model, [t for t in targets if missing[t.path]], missing, todo)
+                self._run(model, [t for t in targets if missing[t.path]], missing, todo, computed_on)
         self.ranks.wait()
 
     def _load(self, targets: Sequence[Target]) -> Model:
@@ -74,7 +82,14 @@ class Runner:
     def _device(self, kind: str) -> str:
         return f"cuda:{self.ranks.local_rank}" if kind == "cuda" else kind
 
-    def _run(self, model: Model, targets: Sequence[Target], missing: Missing, todo: Sequence[int]) -> None:
+    def _run(
+        self,
+        model: Model,
+        targets: Sequence[Target],
+        missing: Missing,
+        todo: Sequence[int],
+        computed_on: Mapping[str, str],
+    ) -> None:
         request, mine = targets[0].request, todo[self.ranks.rank :: self.ranks.size]
         done = targets[0].blocks - len(todo) if self.ranks.size == 1 else 0
         device = self._device(request.model.device)
@@ -85,7 +100,7 @@ class Runner:
             ThreadPoolExecutor(1, "write") as writer,
             open_capture(model, self.workers, device, request.storage, request.documents) as capture,
         ):
-            blocks = Blocks(targets, missing, self.widths, device, self.ranks.first)
+            blocks = Blocks(targets, missing, self.widths, device, computed_on, self.ranks.first)
             batch = self._batch(capture, targets, mine)
             size = request.block_tokens
             status = Status(
@@ -136,9 +151,15 @@ class Blocks:
     """The blocks of some targets on their way to disk. Takes the memory that they need on a CUDA device."""
 
     def __init__(
-        self, targets: Sequence[Target], missing: Missing, widths: Mapping[str, int], device: str, first: bool
+        self,
+        targets: Sequence[Target],
+        missing: Missing,
+        widths: Mapping[str, int],
+        device: str,
+        computed_on: Mapping[str, str],
+        first: bool,
     ) -> None:
-        self._targets, self._missing, self._first = targets, missing, first
+        self._targets, self._missing, self._computed_on, self._first = targets, missing, computed_on, first
         self._warned = not first
         self._rows = _rows(targets, widths, device)
 
@@ -180,7 +201,7 @@ class Blocks:
         capture.settle(windows, layout, batch, rows)
         for target in self._targets:
             if block in self._missing[target.path]:
-                moments = ledger.commit(target, block, layout, rows.buffers, batch, rows.measured)
+                moments = ledger.commit(target, block, layout, rows.buffers, batch, rows.measured, self._computed_on)
                 self._missing[target.path].discard(block)
                 if self._first:
                     ledger.grow_arrays(target, set(range(target.blocks)) - self._missing[target.path])

@@ -1,6 +1,6 @@
 """Commits blocks: shard files, then the record that says they exist, then the arrays' metadata."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -42,12 +42,18 @@ def missing_blocks(target: Target) -> list[int]:
 
 
 def commit(
-    target: Target, block: int, layout: BlockLayout, buffers: Buffers, batch: int, measured: Measures | None = None
+    target: Target,
+    block: int,
+    layout: BlockLayout,
+    buffers: Buffers,
+    batch: int,
+    measured: Measures | None = None,
+    computed_on: Mapping[str, str] | None = None,
 ) -> dict[str, Moments]:
     """Publish a block. A kill at any point leaves it either committed, or to be done again with the same bytes.
 
-    `batch`: windows per forward pass that it was computed with; `measured`: what is known of its rows already. Returns
-    the moments by stratum and side.
+    `batch`: windows per forward pass that it was computed with; `measured`: what is known of its rows already;
+    `computed_on`: what its record says of device and software. Returns the moments by stratum and side.
     """
     request, known = target.request, measured or {}
     hooks = dict(zip(SIDES, (request.source_hook, request.target_hook), strict=True))
@@ -82,6 +88,7 @@ def commit(
         files=files,
         tokens=block_token_files(target.plan, request, block),
         moments=buffers_record([saved]),
+        computed_on=None if computed_on is None else dict(computed_on),
     )
     durable.publish_json(target.path / record_path(block), record.model_dump(mode="json"))
     return moments
@@ -91,6 +98,12 @@ def fixed_batch(target: Target) -> int | None:
     """Return the windows per forward pass that the committed blocks were made with, or None when there are none."""
     records = (_readable(target, block) for block in range(target.blocks))
     return next((record.batch_sequences for record in records if record), None)
+
+
+def computed_on(target: Target) -> dict[int, dict[str, str]]:
+    """Return by block what committed blocks were computed on, as far as their records say that."""
+    records = ((block, _readable(target, block)) for block in range(target.blocks))
+    return {block: record.computed_on for block, record in records if record and record.computed_on}
 
 
 def grow_arrays(target: Target, committed: Iterable[int]) -> None:

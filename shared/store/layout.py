@@ -11,7 +11,7 @@ statistics-000019.safetensors   means and variances per dimension of a store of 
 tokenizer/
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -40,7 +40,7 @@ from shared.config import Config, json_digest
 from shared.store.arrays import INNER_ROWS, ArraySpec
 from shared.store.import_origin import ImportOrigin
 from shared.store.statistics import QUANTILES
-from shared.store.strata import Stratum, stratum_name, stratum_ranges
+from shared.store.strata import Stratum, check_strata, stratum_name
 
 FORMAT_VERSION = 3
 
@@ -156,18 +156,6 @@ class StoreRequest(Config):
     def block_tokens(self) -> int:
         """Tokens of one block's windows."""
         return self.block_sequences * self.context_size
-
-
-def check_strata(edges: Sequence[int], keep: Mapping[int, float], cap: Mapping[int, int], context_size: int) -> None:
-    """Raise `ValueError` on edges, shares or caps that cannot be."""
-    stratum_ranges(edges, context_size)
-    for name, given in (("keep", keep), ("cap", cap)):
-        if unknown := sorted(set(given) - set(edges)):
-            raise ValueError(f"{name} names position {unknown[0]}, which starts no stratum; edges are {list(edges)}")
-    if wrong := [share for share in keep.values() if not 0 < share <= 1]:
-        raise ValueError(f"the share of a stratum to keep must be above 0 and at most 1, got {wrong[0]}")
-    if few := [rows for rows in cap.values() if rows < 1]:
-        raise ValueError(f"the most rows of a stratum to keep in a block must be at least 1, got {few[0]}")
 
 
 class FileRecord(Config):
@@ -321,6 +309,16 @@ class LedgerRecord(Config):
     """The shard files of `tokens` and `documents` that it was computed from: rows of other tokens are not its rows."""
     moments: FileRecord
     """The block's statistics, `ledger/<block>.moments.safetensors`."""
+    computed_on: dict[Name, Name] | None = Field(default=None, max_length=20)
+    """What the last bits of its rows depend on: torch, the processor's vector instructions, GPU, driver, CUDA.
+
+    None of rows that were imported, or recorded before there was this.
+    """
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `computed_on` where there is none."""
+        return {name: value for name, value in serialize(self).items() if name != "computed_on" or value is not None}
 
 
 class NormSummary(Config):

@@ -142,7 +142,7 @@ def whole(target: Target, capture: Capture, widths: dict[str, int], batch: int) 
     """Capture and commit all blocks, the last one's fsync included."""
     blocks = range(target.blocks)
     with ThreadPoolExecutor(1) as writer:
-        made = Blocks([target], {target.path: set(blocks)}, widths, "cpu", True)
+        made = Blocks([target], {target.path: set(blocks)}, widths, "cpu", {}, True)
         made.run(blocks, batch, capture, writer, lambda _: None)
 
 

@@ -1,6 +1,7 @@
 """What is harvested on CUDA, on a fake device: the rows of CPU, without a device fault or a wait in a block."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from copy import copy
@@ -22,11 +23,11 @@ from harvest.run.stored_values import as_tensor
 from harvest.text.packing import Windows
 from harvest.writer.blocks import BlockLayout
 from shared.errors import ProjectError
-from shared.store.layout import STATISTICS, StorageType
+from shared.store.layout import STATISTICS, STORE, StorageType, record_path
 from shared.store.statistics import moments_from_sums, moments_of
 from tests.gpu.device_log import DeviceLog
 from tests.gpu.fake_device import fake_cuda
-from tests.llms import Line, command, contents
+from tests.llms import Line, command, contents, edit_json
 from tests.stores import encode
 
 HOOKS = ["blocks.1.hook_resid_mid", "blocks.2.hook_mlp_out"]
@@ -232,3 +233,37 @@ def test_what_was_committed_before_the_device_was_full_is_continued(
     assert len(list(tmp_path.glob("*/ledger/*.json"))) == 2
     store = on("cuda", small, tmp_path)
     assert rows_of(store) == rows_of(finished)
+
+
+@pytest.mark.slow
+def test_a_gpu_of_another_kind_is_refused_unless_asked_for(
+    harvested: tuple[Path, DeviceLog, list[str]], small: Line, log: DeviceLog, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """On the way, in a repair and where a store is extended; a block without a record of its GPU is not compared."""
+    store = Path(shutil.copytree(harvested[0], tmp_path / harvested[0].name))
+    line = small(tmp_path, "--set", "model.device=cuda")
+    records = [store / record_path(block) for block in range(BLOCKS)]
+    before = [json.loads(path.read_text())["computed_on"] for path in records]
+    assert all(one["gpu"] == "fake" and one["torch"] == torch.__version__ and one["driver"] for one in before)
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "other")
+    (store / STORE).unlink()
+    records[4].unlink()
+    done = command(*line)
+    assert done.code == 2 and len(done.err.splitlines()) == 1
+    assert "block 0 was computed with gpu fake, here other: the last bits of rows can differ; " in done.err
+    assert done.err.rstrip().endswith("--inexact")
+    assert not records[4].exists()
+
+    done = command(*line, "--inexact")
+    assert done.code == 0 and "warning: " in done.err and "gpu fake, here other" in done.err
+    assert [json.loads(path.read_text())["computed_on"]["gpu"] for path in records] == ["fake"] * 4 + ["other"]
+    assert rows_of(store) == rows_of(harvested[0])
+
+    records[1].unlink()
+    done = command("repair", store, "--model", small.model)
+    assert done.code == 2 and "gpu fake, here other" in done.err
+    for path in records[:1] + records[2:4]:
+        edit_json(path, computed_on=None)
+    assert command("repair", store, "--model", small.model).code == 0
+    assert json.loads(records[1].read_text())["computed_on"]["gpu"] == "other"
