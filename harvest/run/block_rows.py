@@ -5,6 +5,7 @@ order of the windows. After a block's last pass they are put in the store's orde
 pinned memory of the host on a stream of their own, while the next block's passes run. No pass waits for the device.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -212,4 +213,13 @@ def _to_host(values: Tensor) -> Tensor:
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        raise ProjectError(
+            f"the system pins no {math.prod(shape) * dtype.itemsize:,} bytes more of the host's memory, which rows are "
+            "copied to; committed blocks stay: give the process more memory, or raise its limit of locked memory "
+            "(ulimit -l), and run the same command again"
+        ) from error

@@ -78,9 +78,10 @@ class Capture:
             if stop:
                 return False
             end = min(start + batch, len(windows.tokens))
-            self._visit(windows.tokens[start:end], layout.positions[start:end], rows.take(start, end))
-            if end == len(windows.tokens):
-                rows.end()
+            with _fitting(end - start):
+                self.forward(windows.tokens[start:end], layout.positions[start:end], rows.take(start, end))
+                if end == len(windows.tokens):
+                    rows.end()
             done(windows.tokens[start:end].size)
             return True
 
@@ -113,19 +114,9 @@ class Capture:
         def take(name: str, values: Tensor) -> None:
             found[name] = as_array(to_storage(values, self._storage, name, first).flatten(0, 1).clone())
 
-        self._visit(windows.tokens, positions, take)
+        with _fitting(len(windows.tokens)):
+            self.forward(windows.tokens, positions, take)
         return found
-
-    def _visit(
-        self, tokens: NDArray[np.int32], positions: NDArray[np.int64], take: Callable[[str, Tensor], None]
-    ) -> None:
-        try:
-            self.forward(tokens, positions, take)
-        except torch.OutOfMemoryError as error:
-            raise ProjectError(
-                f"{len(tokens)} windows per pass no longer fit on the device, and the store's blocks are made with as "
-                "many; free the device's memory and run the same command again"
-            ) from error
 
     def forward(
         self,
@@ -148,6 +139,18 @@ class Capture:
             raise torch.OutOfMemoryError(str(error)) from error
         finally:
             self._idle.put(model)
+
+
+@contextmanager
+def _fitting(windows: int) -> Iterator[None]:
+    """Say in one line that a pass of so many windows, which fitted before, does not any more."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ProjectError(
+            f"{windows} windows per pass no longer fit on the device, and the store's blocks are made with as many; "
+            "committed blocks stay: free the device's memory and run the same command again"
+        ) from error
 
 
 @contextmanager

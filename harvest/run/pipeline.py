@@ -211,6 +211,7 @@ def _model_identity(settings: Settings, model: ModelFiles) -> ModelIdentity:
         "weights": model.weights_digest(),
         "dtype": settings.model.dtype,
         "device": resolve_device(settings.model.device),
+        "attention": settings.model.attention,
     }
     return build(ModelIdentity, found, f"model {settings.model.name}")
 
@@ -306,7 +307,7 @@ def hook_widths(targets: Sequence[Target], inputs: Inputs) -> dict[str, int]:
 
     check_device(targets[0].request.model.device)
     hooks = sorted({name for t in targets for name in (t.request.source_hook, t.request.target_hook)})
-    return probe(inputs.model.folder, hooks, targets[0].request.context_size)
+    return probe(inputs.model.folder, hooks, targets[0].request.context_size, targets[0].request.model.attention)
 
 
 def _alike(targets: Sequence[Target]) -> Iterator[list[Target]]:

@@ -11,6 +11,7 @@ from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from harvest.llm.extract_unembedding import publish_unembedding
 from harvest.llm.model import Model, check_isolation, load_model
@@ -77,7 +78,8 @@ class Runner:
     def _load(self, targets: Sequence[Target]) -> Model:
         request = targets[0].request
         hooks = sorted({name for t in targets for name in (t.request.source_hook, t.request.target_hook)})
-        return load_model(self.folder, request.model.dtype, self._device(request.model.device), hooks)
+        device = self._device(request.model.device)
+        return load_model(self.folder, request.model.dtype, device, hooks, attention=request.model.attention)
 
     def _device(self, kind: str) -> str:
         return f"cuda:{self.ranks.local_rank}" if kind == "cuda" else kind
@@ -233,16 +235,26 @@ def seconds_per_token(folder: Path, targets: Sequence[Target], vocabulary: int, 
     """Return the seconds that a token takes on this machine, by two batches for each of `workers` threads."""
     request = targets[0].request
     hooks = sorted({name for t in targets for name in (t.request.source_hook, t.request.target_hook)})
-    model = load_model(folder, request.model.dtype, request.model.device, hooks)
+    identity = request.model
+    model = load_model(folder, identity.dtype, identity.device, hooks, attention=identity.attention)
     ids = np.random.default_rng(0).integers(0, vocabulary, (request.batch_sequences, request.context_size))
     windows = Windows(ids.astype(np.int32), np.zeros_like(ids, np.int32))
     positions = model_positions(windows, "joined")
     with open_capture(model, workers, request.model.device, request.storage, "joined") as capture:
         batch = capture.fitting_batch(windows, positions, request.batch_sequences)
         part, passes = Windows(*(rows[:batch] for rows in windows)), 2 * workers
+
+        def once(_: int) -> None:
+            if identity.device == "cpu":
+                capture.rows(part, positions[:batch])
+            else:  # their rows reach the host beside the passes
+                capture.forward(part.tokens, positions[:batch])
+
         began = time.monotonic()
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda _: capture.rows(part, positions[:batch]), range(passes)))
+            list(pool.map(once, range(passes)))
+        if identity.device != "cpu":
+            torch.cuda.synchronize()
         return (time.monotonic() - began) / (passes * part.tokens.size)
 
 
