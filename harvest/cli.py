@@ -33,6 +33,11 @@ cache_option = click.option(
 )
 
 
+inexact_option = click.option(
+    "--inexact", is_flag=True, help="Go on on a GPU of another kind, or with another torch; the last bits may differ."
+)
+
+
 def request_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say which stores are meant: the same for `plan` and `run`."""
     options = (
@@ -62,13 +67,14 @@ def _settings(preset: str, config: Path | None, assignments: tuple[str, ...], **
 @group.command()
 @request_options
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
+@inexact_option
 @shared.command_line.verbosity_options
-def run(cache: Path, force: bool, **given: Any) -> None:
+def run(cache: Path, force: bool, inexact: bool, **given: Any) -> None:
     """Make the store of PRESET, or continue, extend or find it; prints its path last (a line per layer)."""
     settings = _settings(**given)
     from harvest.run.pipeline import harvest
 
-    for path in harvest(settings, cache, force=force):
+    for path in harvest(settings, cache, force=force, inexact=inexact):
         show_path(path)
 
 
@@ -87,8 +93,9 @@ def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> No
     seconds = pipeline.measure(settings, cache) if eta else None
     if as_json:
         stores = [one.as_json() for one in found]
-        needed = estimate.needed(found)
-        print(json.dumps({"stores": stores, "pair": pair, "seconds": seconds, "needed_bytes": needed}, indent=2))
+        needed, memory = estimate.needed(found), estimate.block_memory(found)
+        facts = {"stores": stores, "pair": pair, "seconds": seconds, "needed_bytes": needed, "block_memory": memory}
+        print(json.dumps(facts, indent=2))
     else:
         estimate.show(found, pair, seconds)
     if not force:
@@ -196,6 +203,7 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
     help="Where the files of an imported store lie (repeatable).",
 )
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads that run batches; 0 is one per core.")
+@inexact_option
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 @shared.command_line.verbosity_options
 def repair(
@@ -204,12 +212,13 @@ def repair(
     text: tuple[str, ...],
     imported_from: tuple[Path, ...],
     workers: int,
+    inexact: bool,
     as_json: bool,
 ) -> None:
     """Verify STORE and make what is damaged anew: the blocks concerned, and no others."""
     from harvest.commands.repair import repair as mend
 
-    damage = mend(store, model, text, workers, imported_from)
+    damage = mend(store, model, text, workers, imported_from, inexact=inexact)
     show_text(json.dumps(asdict(damage), indent=2) if as_json else damage.text())
 
 

@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from shared.bounds import MAX_BLOCKS, MAX_CONTEXT, MAX_STRATA, Count, Edges, Label, Position, Seed, Sequences
 from shared.config import Config, build, load_preset, override
 from shared.errors import UserError
-from shared.store.layout import Documents, StorageType, check_strata
+from shared.store.layout import Attention, Documents, StorageType
+from shared.store.strata import check_strata
 
 EMBEDDED = "embedded"
 PRESETS = Path(__file__).parent / "presets"
@@ -33,6 +34,9 @@ class ModelSettings(Config):
     """The type of the forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is cuda where there is one."""
+    attention: Attention = "eager"
+    """How attention is computed, as transformers names it. Others than `eager` can be faster on a GPU, and round
+    otherwise; which of them there are depends on the model's family."""
 
 
 class TextSettings(Config):

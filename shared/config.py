@@ -13,7 +13,15 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
 
 from shared.errors import CorruptData, UserError, warn
 from shared.files.untrusted import MOST_NESTED, nests_too_deep, read_file
@@ -35,6 +43,22 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+
+class GrownConfig(Config):
+    """A record that later versions gave more fields. At their defaults they are left out: it is written as before."""
+
+    later: ClassVar[tuple[str, ...]]
+    """Names of these fields."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {
+            name: value
+            for name, value in serialize(self).items()
+            if name not in self.later or value != fields[name].default
+        }
 
 
 class RenamedConfig(Config):

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from harvest.llm.model import Model, load_model
-from harvest.run.capture import as_array, fitting_buffers, open_capture, to_storage
+from harvest.run.block_rows import HostRows
+from harvest.run.capture import open_capture
+from harvest.run.stored_values import as_array, to_storage
 from harvest.text.packing import Windows
 from harvest.writer.blocks import BlockLayout
 from shared.errors import ProjectError
@@ -68,11 +70,12 @@ def test_rows_go_to_their_places_whatever_the_number_of_workers(folder: Path) ->
     given, layout, found, counted = windows(22), shuffled(22), [], list[int]()
     model = load_model(folder, "float32", "cpu", HOOKS)
     for workers in (1, 2, 3):
-        buffers = fitting_buffers({}, WIDTHS, len(layout.rows), "float32")
+        rows = HostRows(WIDTHS, "float32")
         with open_capture(model, workers, "cpu", "float32", "joined") as capture:
-            for future in capture.submit(given, layout, 4, buffers, counted.append):
+            for future in capture.submit(given, layout, 4, rows, counted.append):
                 future.result()
-        found.append(buffers)
+            capture.settle(given, layout, 4, rows)
+        found.append(rows.buffers)
     with open_capture(model, 1, "cpu", "float32", "joined") as capture:
         parts = [
             capture.rows(Windows(*(p[i : i + 4] for p in given)), layout.positions[i : i + 4]) for i in range(0, 22, 4)
@@ -85,10 +88,14 @@ def test_rows_go_to_their_places_whatever_the_number_of_workers(folder: Path) ->
 
 
 def test_buffers_are_used_again_when_they_are_large_enough() -> None:
-    first = fitting_buffers({}, WIDTHS, 10, "bfloat16")
-    assert all(rows.shape == (10, 32) and rows.dtype == np.uint16 for rows in first.values())
-    assert fitting_buffers(first, WIDTHS, 9, "bfloat16") is first
-    assert len(fitting_buffers(first, WIDTHS, 11, "bfloat16")[HOOKS[0]]) == 11
+    rows = HostRows(WIDTHS, "bfloat16")
+    rows.begin(shuffled(2), 1)
+    first = rows.buffers
+    assert all(one.shape == (32, 32) and one.dtype == np.uint16 for one in first.values())
+    rows.begin(shuffled(1), 1)
+    assert rows.buffers is first
+    rows.begin(shuffled(3), 1)
+    assert len(rows.buffers[HOOKS[0]]) == 48
 
 
 def test_an_error_in_a_worker_reaches_the_caller(folder: Path) -> None:
@@ -96,12 +103,12 @@ def test_an_error_in_a_worker_reaches_the_caller(folder: Path) -> None:
     with torch.no_grad():
         next(model._bridge.parameters()).fill_(float("nan"))
     layout = shuffled(8)
-    buffers = fitting_buffers({}, WIDTHS, len(layout.rows), "bfloat16")
+    rows = HostRows(WIDTHS, "bfloat16")
     with (
         open_capture(model, 2, "cpu", "bfloat16", "joined") as capture,
         pytest.raises(ProjectError, match="position 0: the value is nan"),
     ):
-        for future in capture.submit(windows(8), layout, 2, buffers, lambda _: None):
+        for future in capture.submit(windows(8), layout, 2, rows, lambda _: None):
             future.result()
 
 
@@ -128,10 +135,10 @@ def test_a_batch_is_halved_until_it_fits(folder: Path, asked: int, fits: int) ->
 def test_memory_that_runs_out_later_is_one_line(folder: Path) -> None:
     model, given, layout = load_model(folder, "float32", "cpu", HOOKS), windows(16), shuffled(16)
     narrow = Narrow(model._bridge, model._hooks, model._forward)
-    buffers = fitting_buffers({}, WIDTHS, len(layout.rows), "bfloat16")
+    rows = HostRows(WIDTHS, "bfloat16")
     with open_capture(narrow, 1, "cpu", "bfloat16", "joined") as capture:
         with pytest.raises(ProjectError, match="4 windows per pass no longer fit"):
-            capture.submit(given, layout, 4, buffers, lambda _: None)[0].result()
+            capture.submit(given, layout, 4, rows, lambda _: None)[0].result()
         narrow.most = 0
         with pytest.raises(ProjectError, match="a single window of 16 tokens does not fit"):
             capture.fitting_batch(given, layout.positions, 16)
@@ -140,10 +147,10 @@ def test_memory_that_runs_out_later_is_one_line(folder: Path) -> None:
 @pytest.mark.fault(5)
 def test_no_pass_is_begun_after_a_signal(folder: Path) -> None:
     model, given, layout = load_model(folder, "float32", "cpu", HOOKS), windows(16), shuffled(16)
-    buffers = fitting_buffers({}, WIDTHS, len(layout.rows), "bfloat16")
+    rows = HostRows(WIDTHS, "bfloat16")
     counted: list[int] = []
     with open_capture(model, 2, "cpu", "bfloat16", "joined") as capture:
-        before = [future.result() for future in capture.submit(given, layout, 4, buffers, counted.append, [])]
-        after = [future.result() for future in capture.submit(given, layout, 4, buffers, counted.append, [15])]
+        before = [future.result() for future in capture.submit(given, layout, 4, rows, counted.append, [])]
+        after = [future.result() for future in capture.submit(given, layout, 4, rows, counted.append, [15])]
     assert (before, after) == ([True] * 4, [False] * 4)
     assert counted == [4 * given.tokens.shape[1]] * 4

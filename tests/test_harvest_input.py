@@ -68,6 +68,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[Any], parts: list
         (["--tokens", 10**15], ["no room", "bytes", "--force"]),
         (["--set", "store.held_out_blocks=99"], ["text.jsonl", "99 held-out blocks", "tokens"]),
         (["--set", "model.device=cuda"], ["model.device"]),
+        (["--set", "model.attention=sdpa"], ["not with model.attention=sdpa", "Gemma2ForCausalLM does not support"]),
     ],
 )
 def test_what_model_or_text_cannot_give(small: Line, tmp_path: Path, arguments: list[Any], parts: list[str]) -> None:

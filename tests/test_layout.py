@@ -141,6 +141,7 @@ OTHER: dict[str, Any] = {
     "digest": "00" * 32,
     "dtype": "bfloat16",
     "device": "cuda",
+    "attention": "sdpa",
     "kind": "messages",
     "order": "as_read",
     "storage": "float16",

@@ -67,6 +67,27 @@ def test_probe_gives_the_widths_that_the_model_gives(folders: dict[str, Path], s
     assert probe(folders[shape], hooks, 16) == {name: values.shape[2] for name, values in rows.items()}
 
 
+@pytest.mark.parametrize("shape", ["gemma3", "llama", "gpt2"])
+def test_attention_that_transformers_computes_is_eager_attention(folders: dict[str, Path], shape: str) -> None:
+    """To the rounding of float32, and not to the bit: it is another computation. Replicas have it, too."""
+    ids = torch.randint(4, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    eager = load_model(folders[shape], "float32", "cpu", HOOKS)(ids)
+    model = load_model(folders[shape], "float32", "cpu", HOOKS, attention="sdpa")
+    found = model(ids)
+    for name in HOOKS:
+        torch.testing.assert_close(found[name], eager[name], rtol=1e-4, atol=1e-4)
+        assert not torch.equal(found[name], eager[name])
+        assert torch.equal(found[name], model.replica()(ids)[name])
+
+
+def test_attention_that_a_model_does_not_have_is_one_line(folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"not with model\.attention=sdpa \(Gemma2ForCausalLM does not support"):
+        probe(folders["gemma2"], HOOKS, 40, "sdpa")
+    inside = ["blocks.1.attn.hook_z"]
+    with pytest.raises(UserError, match=r"hook blocks\.1\.attn\.hook_z gives nothing with model\.attention=sdpa"):
+        load_model(folders["gpt2"], "float32", "cpu", inside, attention="sdpa")
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_documents_apart_equal_documents_alone(folders: dict[str, Path], shape: str) -> None:
     model = load_model(folders[shape], "float32", "cpu", HOOKS)

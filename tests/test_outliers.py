@@ -11,7 +11,7 @@ import torch
 from harvest.writer.blocks import pack_moments
 from shared.errors import CorruptData, UserError
 from shared.store.layout import moments_path, record_path
-from shared.store.outliers import Exclusion, long_rows, pack_long_rows
+from shared.store.outliers import Exclusion, long_rows, norms_of, pack_long_rows
 from shared.store.reader import RowReader, RowsConfig, RowStream, rows_per_stratum, training_strata
 from shared.store.statistics import decode, moments_of, row_norms
 from shared.store.store import Store
@@ -56,7 +56,7 @@ def write_statistics(made: SyntheticStore, *, listed: bool, above: float = 1.0) 
             for side in ("source", "target"):
                 stored = made.arrays[f"strata/{s.name}/{side}"][block * s.rows : (block + 1) * s.rows]
                 tensors |= pack_moments({f"{s.name}/{side}": moments_of(stored)})
-                tensors |= pack_long_rows({f"{s.name}/{side}": long_rows(stored, above)}) if listed else {}
+                tensors |= pack_long_rows({f"{s.name}/{side}": long_rows(norms_of(stored), above)}) if listed else {}
         write_block(made.path, block, tensors)
 
 

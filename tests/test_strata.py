@@ -1,7 +1,6 @@
 import pytest
 
-from shared.store.layout import check_strata
-from shared.store.strata import QUANTUM, quota, stratum_name, stratum_ranges
+from shared.store.strata import QUANTUM, check_strata, quota, stratum_name, stratum_ranges
 
 EDGES = (0, 1, 4, 16, 64, 256)
 

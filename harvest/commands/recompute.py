@@ -66,9 +66,8 @@ def against_model(path: Path, count: int, model: str | None, seed: int, local: L
         block, sequence = divmod(place.sequence, request.block_sequences)
         by_pass[block * request.block_sequences + sequence // batch * batch].append(place)
     target = Target(path=path, request=request, plan=store.record.plan)
-    network = load_model(
-        files.folder, request.model.dtype, request.model.device, [request.source_hook, request.target_hook]
-    )
+    hooks, identity = [request.source_hook, request.target_hook], request.model
+    network = load_model(files.folder, identity.dtype, identity.device, hooks, attention=identity.attention)
     differences: dict[Place, float] = {}
     with (
         open_capture(network, Ranks().cores, request.model.device, request.storage, request.documents) as capture,

@@ -77,13 +77,19 @@ def find_damage(path: Path) -> Damage:
 
 
 def repair(
-    path: Path, model: str | None, text: Sequence[str], workers: int, imported_from: Sequence[Path] = ()
+    path: Path,
+    model: str | None,
+    text: Sequence[str],
+    workers: int,
+    imported_from: Sequence[Path] = (),
+    *,
+    inexact: bool = False,
 ) -> Damage:
     """Make what is damaged anew, and nothing else; returns what it was.
 
     `model` and `text` say where they lie, if that is not what the store names, and `imported_from` the files that an
-    imported store was made from. Raises `UserError` when they are not the store's own, and `CorruptData` when the store
-    is still damaged at the end.
+    imported store was made from; `inexact` lets a GPU of another kind compute what is damaged. Raises `UserError` when
+    they are not the store's own, and `CorruptData` when the store is still damaged at the end.
     """
     refuse_packed(path)
     with ExitStack() as stack:
@@ -98,14 +104,21 @@ def repair(
         if record.request.imported:
             _import_again(target, damage, imported_from, model)
         else:
-            _harvest_again(target, record, damage, own_model(record.request, model), text, workers)
+            _harvest_again(target, record, damage, own_model(record.request, model), text, workers, inexact=inexact)
         if left := find_damage(path):
             raise CorruptData(f"{path} is still damaged: {left}; remove it and harvest it again")
     return damage
 
 
 def _harvest_again(
-    target: Target, record: StoreRecord, damage: Damage, files: ModelFiles, text: Sequence[str], workers: int
+    target: Target,
+    record: StoreRecord,
+    damage: Damage,
+    files: ModelFiles,
+    text: Sequence[str],
+    workers: int,
+    *,
+    inexact: bool,
 ) -> None:
     if damage.token_files:
         _restore(target, damage.token_files, files, text)
@@ -114,7 +127,7 @@ def _harvest_again(
 
     widths = {record.request.source_hook: record.d_in, record.request.target_hook: record.d_out}
     ranks = Ranks()
-    runner = Runner(folder=files.folder, widths=widths, workers=workers or ranks.cores, ranks=ranks)
+    runner = Runner(folder=files.folder, widths=widths, workers=workers or ranks.cores, ranks=ranks, inexact=inexact)
     runner.capture([target], {target.path: set(damage.blocks)})
     publish_records(target)
     ledger.grow_arrays(target, range(target.blocks))

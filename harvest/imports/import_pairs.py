@@ -17,8 +17,8 @@ from harvest.digests import file_sha256
 from harvest.imports.formats import Names, Pairs, open_pairs
 from harvest.imports.row_files import Side
 from harvest.llm.model_files import ModelFiles, find_model, read_shape
-from harvest.run.capture import as_array
 from harvest.run.pipeline import is_finished, lock_store
+from harvest.run.stored_values import as_array
 from harvest.settings import ModelSettings, StoreSettings
 from harvest.text.packing import Windows
 from harvest.writer import attention_sinks, finish, ledger

@@ -8,10 +8,11 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from harvest.text.tokenizer_files import has_tokenizer, load_tokenizer
 from shared.errors import ProjectError, UserError, cause, warn
-from shared.store.layout import StorageType
+from shared.store.layout import Attention, StorageType
 
 _TOLERANCE: dict[StorageType, float] = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 """Of logits, relative: a bridge may compute queries, keys and values apart that are one product without it."""
@@ -175,15 +176,26 @@ def check_device(device: str) -> None:
         )
 
 
-def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[str], *, whole: bool = False) -> Model:
+def load_model(
+    folder: Path,
+    dtype: StorageType,
+    device: str,
+    hooks: Sequence[str],
+    *,
+    whole: bool = False,
+    attention: Attention = "eager",
+) -> Model:
     """Load the model in `folder`, only the layers that `hooks` need, or the `whole` of it. Raises `UserError`.
 
+    Whatever computes its attention, its logits are compared with those of plain transformers with eager attention.
     On CUDA the process computes deterministically from here on: cuBLAS reads its setting at its first call.
     """
     check_device(device)
     if torch.device(device).type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # It would write NaN into all new memory first: that shows errors, and changes no result.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     kind = getattr(torch, dtype)
     with _quiet(), _explained(folder):
         layers = _config(folder).num_hidden_layers if whole else layers_needed(hooks)
@@ -212,8 +224,44 @@ def load_model(folder: Path, dtype: StorageType, device: str, hooks: Sequence[st
         with torch.inference_mode():
             expected = network.to(device).eval()(ids, **forward).logits.float()
             bridge = _bridge(folder, network, device, kind)
+            if attention != "eager":
+                _set_attention(folder, bridge, network, attention)
             _check_same(folder, bridge(ids, **forward).float(), expected, _TOLERANCE[dtype])
-        return Model(bridge, hooks, forward)
+        model = Model(bridge, hooks, forward)
+        if attention != "eager":
+            _check_reached(model, ids, hooks, attention)
+        return model
+
+
+def _set_attention(folder: Path, bridge: Any, network: Any, attention: Attention) -> None:
+    """Let transformers compute attention: the bridge does it by itself, eagerly. Raises `UserError`."""
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+    _require_attention(folder, network, attention)
+    for module in bridge.modules():
+        if isinstance(module, AttentionBridge):  # whose own __setattr__ would set it in what it wraps
+            object.__setattr__(module, "forward", MethodType(AttentionBridge.forward, module))
+
+
+def _require_attention(folder: Path, network: Any, attention: Attention) -> None:
+    """Choose how a model computes attention. Raises `UserError` where its family has no such way."""
+    try:
+        network.set_attn_implementation(attention)
+    except ValueError as error:
+        raise UserError(f"{folder}: not with model.attention={attention} ({cause(error)})") from error
+    if network.config._attn_implementation != attention:
+        raise UserError(
+            f"{folder}: transformers has no {attention} attention for this model; choose model.attention=eager"
+        )
+
+
+def _check_reached(model: Model, ids: Tensor, hooks: Sequence[str], attention: Attention) -> None:
+    """Raise `UserError` on a hook inside of attention that gives nothing where transformers computes that."""
+    reached: set[str] = set()
+    with suppress(AssertionError):
+        model.visit(ids, None, lambda name, _: reached.add(name))
+    if missed := sorted(set(hooks) - reached):
+        raise UserError(f"hook {missed[0]} gives nothing with model.attention={attention}; use model.attention=eager")
 
 
 def _left_over(names: Iterable[str], network: nn.Module, layers: int) -> list[str]:
@@ -233,16 +281,18 @@ def _check_same(folder: Path, found: Tensor, expected: Tensor, tolerance: float)
         )
 
 
-def probe(folder: Path, hooks: Sequence[str], context_size: int) -> dict[str, int]:
+def probe(folder: Path, hooks: Sequence[str], context_size: int, attention: Attention = "eager") -> dict[str, int]:
     """Return the width of each hook, from a model without weights. Raises `UserError` on a hook that is not there.
 
-    Also refuses hooks that do not give one row per position: [S, T, width].
+    Also refuses hooks that do not give one row per position, [S, T, width], and ways to compute attention that the
+    model's family does not have.
     """
     with without_weights(folder, hooks) as model:
         found, shorter = (
             {name: tuple(value.shape) for name, value in model(torch.zeros(2, size).long()).items()}
             for size in (context_size, context_size - 1)
         )
+        _require_attention(folder, model._bridge.original_model, attention)
     for name, shape in found.items():
         # Of attention's pattern, [S, heads, T, T], the width changes with the context.
         if len(shape) != 3 or shape[:2] != (2, context_size) or shape[2] != shorter[name][-1]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from harvest.llm.model_files import ModelFiles, read_shape
 from harvest.text.tokenizer_files import TOKENIZER_JSON
 from harvest.writer import ledger
-from harvest.writer.blocks import over_norm, quotas
+from harvest.writer.blocks import most_rows, over_norm, quotas
 from harvest.writer.target import Target
 from shared.console.terminal import PlainConsole
 from shared.files import durable
@@ -53,6 +53,10 @@ class Estimate:
     """At most, beside the store, and only while tokens are packed."""
     present_bytes: int
     """Of the shard files, those of blocks that are there already."""
+    widths: dict[str, int]
+    """Of the source's and the target's hook."""
+    block_rows: int
+    """Most rows of a block that are in memory."""
 
     @property
     def needed_bytes(self) -> int:
@@ -131,6 +135,8 @@ def estimate(target: Target, training_blocks: int, widths: Mapping[str, int], mo
         unembedding_bytes=unembedding,
         spool_bytes=2 * 4 * to_pack * request.block_tokens,
         present_bytes=done * block_bytes(specs),
+        widths={request.source_hook: d_in, request.target_hook: d_out},
+        block_rows=most_rows(request, strata),
     )
 
 
@@ -166,6 +172,21 @@ def _unembedding_bytes(request: StoreRequest, model: ModelFiles) -> int:
     return shape.vocabulary * (item * shape.d_model + 4) + 8 * shape.d_model + 4096 if request.unembedding else 0
 
 
+def block_memory(estimates: Sequence[Estimate]) -> dict[str, int]:
+    """Return the bytes of the rows of two blocks, which are in memory at once: on the `host`, and on the `device`.
+
+    On CUDA those of the host are pinned, and torch pins a power of two for each hook.
+    """
+    widths = {name: width for one in estimates for name, width in one.widths.items()}
+    request, rows = estimates[0].request, estimates[0].block_rows
+    item = 4 if request.storage == "float32" else 2
+    host = [rows * width * item for width in widths.values()]
+    if request.model.device == "cpu":
+        return {"host": 2 * sum(host), "device": 0}
+    device = (rows + request.block_tokens) * sum(widths.values()) * item
+    return {"host": 2 * sum(1 << (size - 1).bit_length() for size in host), "device": device}
+
+
 def needed(estimates: Sequence[Estimate]) -> int:
     """Return the bytes that all stores together still need: one unembedding, and one spool at a time."""
     shared = [[one.unembedding_bytes for one in estimates], [one.spool_bytes for one in estimates]]
@@ -193,6 +214,9 @@ def show(estimates: Sequence[Estimate], pair: Sequence[str], seconds: float | No
         f"windows of {first.request.context_size:,}, {held_out} of them held out",
         f"{needed(estimates):,} bytes needed, {durable.free_bytes(first.path.parent):,} free",
     ]
+    memory = block_memory(estimates)
+    on_device = f" and {memory['device']:,} on the GPU" if memory["device"] else ""
+    lines.append(f"two blocks are in memory at once: {memory['host']:,} bytes{on_device}, besides the model")
     run = RowsConfig().resolve(first.request.block_sequences).run_rows
     if run != MOST_RUN_ROWS:
         lines.append(

@@ -49,10 +49,11 @@ class Inputs:
     """Blocks that hold at least the tokens asked for."""
 
 
-def harvest(settings: Settings, cache: Path | str, *, force: bool = False) -> list[Path]:
+def harvest(settings: Settings, cache: Path | str, *, force: bool = False, inexact: bool = False) -> list[Path]:
     """Make (or find, or extend) one store per layer in `cache`; returns their folders, in order of the layers.
 
-    Finished stores are found without torch. `force` goes on where the disk looks too small. Of several processes, the
+    Finished stores are found without torch. `force` goes on where the disk looks too small, and `inexact` where blocks
+    that are there were computed on a GPU of another kind. Of several processes, the
     first plans and finishes the stores, under a lock that it then shares with the others, and returns the folders.
     """
     inputs, paths = locate(identify(settings), Path(cache))
@@ -72,7 +73,7 @@ def harvest(settings: Settings, cache: Path | str, *, force: bool = False) -> li
                 locks.enter_context(lock_store(path, shared=True))
             targets, widths = _targets(paths, inputs), {}
         if targets:
-            _make(targets, inputs, settings, ranks, widths)
+            _make(targets, inputs, settings, ranks, widths, inexact=inexact)
     return paths if ranks.first else []
 
 
@@ -210,6 +211,7 @@ def _model_identity(settings: Settings, model: ModelFiles) -> ModelIdentity:
         "weights": model.weights_digest(),
         "dtype": settings.model.dtype,
         "device": resolve_device(settings.model.device),
+        "attention": settings.model.attention,
     }
     return build(ModelIdentity, found, f"model {settings.model.name}")
 
@@ -305,7 +307,7 @@ def hook_widths(targets: Sequence[Target], inputs: Inputs) -> dict[str, int]:
 
     check_device(targets[0].request.model.device)
     hooks = sorted({name for t in targets for name in (t.request.source_hook, t.request.target_hook)})
-    return probe(inputs.model.folder, hooks, targets[0].request.context_size)
+    return probe(inputs.model.folder, hooks, targets[0].request.context_size, targets[0].request.model.attention)
 
 
 def _alike(targets: Sequence[Target]) -> Iterator[list[Target]]:
@@ -318,7 +320,15 @@ def _alike(targets: Sequence[Target]) -> Iterator[list[Target]]:
         yield list(group)
 
 
-def _make(targets: Sequence[Target], inputs: Inputs, settings: Settings, ranks: Ranks, widths: dict[str, int]) -> None:
+def _make(
+    targets: Sequence[Target],
+    inputs: Inputs,
+    settings: Settings,
+    ranks: Ranks,
+    widths: dict[str, int],
+    *,
+    inexact: bool,
+) -> None:
     """Commit what planned stores lack, and finish them. `widths` of the hooks, if they are known already."""
     missing = {target.path: set(ledger.missing_blocks(target)) for target in targets}
     groups = list(_alike(targets))
@@ -330,6 +340,7 @@ def _make(targets: Sequence[Target], inputs: Inputs, settings: Settings, ranks: 
         widths=widths or hook_widths(targets, inputs),
         workers=settings.workers or ranks.cores,
         ranks=ranks,
+        inexact=inexact,
     )
     for group in groups:
         runner.capture(group, {target.path: missing[target.path] for target in group})

@@ -3,13 +3,14 @@
 They share nothing but the store's folder. A process that fails ends the harvest: what is committed stays.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 
-from shared.errors import ProjectError
+from shared.errors import ProjectError, UserError
 
 _PATIENCE = timedelta(days=7)  # packing a large corpus takes hours, and a dead process is noticed at once
 
@@ -60,6 +61,16 @@ class Ranks:
         except RuntimeError as error:
             raise ProjectError(f"process {self.rank}: another process of this harvest stopped") from error
         return int(tensor)
+
+    def require_same(self, what: str, *, inexact: bool) -> None:
+        """Raise `UserError` where the processes compute on what is not the same, unless `inexact` lets them."""
+        digest = int.from_bytes(hashlib.sha256(what.encode()).digest()[:7])
+        same = self.least(digest) == -self.least(-digest)
+        if not same and not inexact:
+            raise UserError(
+                f"process {self.rank} computes on {what}, and another one on something else: the last bits of rows can "
+                "differ; run it on devices of one kind, or all the same with --inexact"
+            )
 
     def wait(self) -> None:
         """Return when all processes have come this far."""

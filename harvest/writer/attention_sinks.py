@@ -1,6 +1,8 @@
 """Find attention sinks: positions and tokens whose rows are many times as long as others."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from harvest.writer.blocks import SIDES, Array
 from shared.store.outliers import LISTED_ABOVE, LongRows, long_rows
@@ -17,14 +19,19 @@ def overall(strata: Sequence[Stratum], moments: Mapping[str, Moments], side: str
     return merge([moments[f"{s.name}/{side}"].scaled(s.natural_rows / s.rows) for s in later])
 
 
-def listed(strata: Sequence[Stratum], moments: Mapping[str, Moments], rows: Mapping[str, Array]) -> dict[str, LongRows]:
-    """List the long rows of a block, by `stratum/side`; `rows` are its stored rows, and `moments` theirs."""
+def listed(
+    strata: Sequence[Stratum], moments: Mapping[str, Moments], norms: Mapping[str, Callable[[], Array]]
+) -> dict[str, LongRows]:
+    """List the long rows of a block, by `stratum/side`; `moments` are those of its stored rows.
+
+    `norms` give the norms [n] of these rows, and are called where there are long ones.
+    """
     found = {}
     for side in SIDES:
         above = LISTED_ABOVE * overall(strata, moments, side).norm_quantile(0.5)
         for name in (f"{stratum.name}/{side}" for stratum in strata):
             any_long = moments[name].rows_above(above * 2 ** (-1 / BINS_PER_OCTAVE))
-            found[name] = long_rows(rows[name] if any_long else rows[name][:0], above)
+            found[name] = long_rows(norms[name]() if any_long else np.zeros(0), above)
     return found
 
 

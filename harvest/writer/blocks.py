@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,18 @@ Array = NDArray[Any]
 Buffers = dict[str, Array]
 """Rows [rows of the layout, width] as stored, by hook."""
 SIDES = ("source", "target")
+
+
+class Measured(NamedTuple):
+    """What is known of the rows of a hook in a stratum of a block."""
+
+    moments: Moments
+    norms: NDArray[np.float64]
+    """[n] Euclidean"""
+
+
+Measures = Mapping[tuple[str, str], Measured]
+"""By hook and name of the stratum."""
 
 
 def candidates(request: StoreRequest, windows: Windows, special: Sequence[int]) -> list[NDArray[np.int64]]:
@@ -53,6 +65,11 @@ def quotas(request: StoreRequest, fewest: Sequence[int]) -> list[int]:
         quota(rows, request.keep.get(start, 1.0), request.cap.get(start))
         for start, rows in zip(starts, fewest, strict=True)
     ]
+
+
+def most_rows(request: StoreRequest, strata: Sequence[Stratum]) -> int:
+    """Return the most rows that a block's layout has: where rows are excluded by norm, all have a place until then."""
+    return sum(s.rows for s in strata) if request.max_norm_quantile == 1 else request.block_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

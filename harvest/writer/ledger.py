@@ -1,12 +1,23 @@
 """Commits blocks: shard files, then the record that says they exist, then the arrays' metadata."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+import numpy as np
 from safetensors.numpy import save
 
 from harvest.writer.attention_sinks import listed
-from harvest.writer.blocks import SIDES, Array, BlockLayout, Buffers, pack_moments, stored_moments, stratum_arrays
+from harvest.writer.blocks import (
+    SIDES,
+    Array,
+    BlockLayout,
+    Buffers,
+    Measures,
+    pack_moments,
+    stored_moments,
+    stratum_arrays,
+)
 from harvest.writer.target import Target
 from shared.errors import CorruptData
 from shared.files import durable
@@ -21,7 +32,7 @@ from shared.store.layout import (
     row_specs,
     stratum_specs,
 )
-from shared.store.outliers import pack_long_rows
+from shared.store.outliers import norms_of, pack_long_rows
 from shared.store.statistics import Moments
 
 
@@ -30,20 +41,31 @@ def missing_blocks(target: Target) -> list[int]:
     return [block for block in range(target.blocks) if not _is_committed(target, block)]
 
 
-def commit(target: Target, block: int, layout: BlockLayout, buffers: Buffers, batch: int) -> dict[str, Moments]:
+def commit(
+    target: Target,
+    block: int,
+    layout: BlockLayout,
+    buffers: Buffers,
+    batch: int,
+    measured: Measures | None = None,
+    computed_on: Mapping[str, str] | None = None,
+) -> dict[str, Moments]:
     """Publish a block. A kill at any point leaves it either committed, or to be done again with the same bytes.
 
-    `batch`: windows per forward pass that it was computed with. Returns the moments by stratum and side.
+    `batch`: windows per forward pass that it was computed with; `measured`: what is known of its rows already;
+    `computed_on`: what its record says of device and software. Returns the moments by stratum and side.
     """
-    request = target.request
+    request, known = target.request, measured or {}
+    hooks = dict(zip(SIDES, (request.source_hook, request.target_hook), strict=True))
     d_in, d_out = (buffers[name].shape[1] for name in (request.source_hook, request.target_hook))
     files: dict[str, FileRecord] = {}
     moments: dict[str, Moments] = {}
-    sides: dict[str, Array] = {}
+    norms: dict[str, Callable[[], Array]] = {}
     with ThreadPoolExecutor(len(SIDES) + 1) as pool:
         for stratum in target.strata:
             arrays = stratum_arrays(request, stratum, block, layout, buffers)
-            gathered = {side: pool.submit(stored_moments, arrays[side]) for side in SIDES}
+            found = {side: known.get((hooks[side], stratum.name)) for side in SIDES}
+            gathered = {side: pool.submit(stored_moments, arrays[side]) for side in SIDES if not found[side]}
             shards: dict[str, durable.Buffers] = {}
             for name, spec in stratum_specs(request, stratum, d_in, d_out).items():
                 paths = [spec.shard_path(shard) for shard in spec.block_shards(block)]
@@ -51,9 +73,11 @@ def commit(target: Target, block: int, layout: BlockLayout, buffers: Buffers, ba
             records = pool.map(buffers_record, shards.values())
             durable.publish_files({target.path / ARRAYS / name: data for name, data in shards.items()})
             files |= dict(zip(shards, records, strict=True))
-            moments |= {f"{stratum.name}/{side}": found.result() for side, found in gathered.items()}
-            sides |= {f"{stratum.name}/{side}": arrays[side] for side in SIDES}
-    saved = save(pack_moments(moments) | pack_long_rows(listed(target.strata, moments, sides)))
+            for side in SIDES:
+                name, one = f"{stratum.name}/{side}", found[side]
+                moments[name] = one.moments if one else gathered[side].result()
+                norms[name] = partial(np.asarray, one.norms) if one else partial(norms_of, arrays[side])
+    saved = save(pack_moments(moments) | pack_long_rows(listed(target.strata, moments, norms)))
     durable.publish_bytes(target.path / moments_path(block), saved)
     assert target.plan is not None
     record = LedgerRecord(
@@ -64,6 +88,7 @@ def commit(target: Target, block: int, layout: BlockLayout, buffers: Buffers, ba
         files=files,
         tokens=block_token_files(target.plan, request, block),
         moments=buffers_record([saved]),
+        computed_on=None if computed_on is None else dict(computed_on),
     )
     durable.publish_json(target.path / record_path(block), record.model_dump(mode="json"))
     return moments
@@ -73,6 +98,12 @@ def fixed_batch(target: Target) -> int | None:
     """Return the windows per forward pass that the committed blocks were made with, or None when there are none."""
     records = (_readable(target, block) for block in range(target.blocks))
     return next((record.batch_sequences for record in records if record), None)
+
+
+def computed_on(target: Target) -> dict[int, dict[str, str]]:
+    """Return by block what committed blocks were computed on, as far as their records say that."""
+    records = ((block, _readable(target, block)) for block in range(target.blocks))
+    return {block: record.computed_on for block, record in records if record and record.computed_on}
 
 
 def grow_arrays(target: Target, committed: Iterable[int]) -> None:

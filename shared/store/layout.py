@@ -11,10 +11,10 @@ statistics-000019.safetensors   means and variances per dimension of a store of 
 tokenizer/
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from shared.bounds import (
     MAX_BLOCKS,
@@ -36,11 +36,11 @@ from shared.bounds import (
     TokenId,
     Width,
 )
-from shared.config import Config, json_digest
+from shared.config import Config, GrownConfig, json_digest
 from shared.store.arrays import INNER_ROWS, ArraySpec
 from shared.store.import_origin import ImportOrigin
 from shared.store.statistics import QUANTILES
-from shared.store.strata import Stratum, stratum_name, stratum_ranges
+from shared.store.strata import Stratum, check_strata, stratum_name
 
 FORMAT_VERSION = 3
 
@@ -49,15 +49,18 @@ ARRAYS, LEDGER, TOKENIZER, TOKENS, DOCUMENTS = "activations.zarr", "ledger", "to
 UNEMBEDDING, PACKED, STATISTICS = "unembedding.safetensors", "packed.json", "statistics-*.safetensors"
 
 StorageType = Literal["bfloat16", "float16", "float32"]
+Attention = Literal["eager", "sdpa", "flex_attention", "flash_attention_2"]
+"""How attention is computed, as transformers names it."""
 Documents = Literal["joined", "apart"]
 """`joined`: attention crosses from a document to the next; `apart`: positions restart, and it does not."""
 STORAGE_DTYPES: dict[str, str] = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
 """The Zarr type that holds each storage type: zarr has no bfloat16, so its bits are kept as uint16."""
 
 
-class ModelIdentity(Config):
+class ModelIdentity(GrownConfig):
     """Which weights computed the activations."""
 
+    later = ("attention",)
     name: Name
     """A hub name, or the name of a local folder."""
     revision: Name | None
@@ -68,6 +71,8 @@ class ModelIdentity(Config):
     """The type the forward pass ran in."""
     device: Literal["cpu", "cuda"]
     """The kind of device it ran on."""
+    attention: Attention = "eager"
+    """How attention was computed."""
 
 
 class CorpusIdentity(Config):
@@ -92,9 +97,10 @@ class CorpusIdentity(Config):
     """The token between documents, none for no separator."""
 
 
-class StoreRequest(Config):
+class StoreRequest(GrownConfig):
     """All that determines a store's bytes, except the number of tokens."""
 
+    later = ("imported",)
     format_version: int = FORMAT_VERSION
     label: Label
     """The preset's name, or the user's; the start of the folder's name."""
@@ -130,11 +136,6 @@ class StoreRequest(Config):
     imported: ImportOrigin | None = None
     """Of a store that was imported. Its `documents` number the sequences of the files."""
 
-    @model_serializer(mode="wrap")
-    def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `imported` where there is none: the digest of a harvest is that of before."""
-        return {name: value for name, value in serialize(self).items() if name != "imported" or value is not None}
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_strata(self.edges, self.keep, self.cap, self.context_size)
@@ -158,18 +159,6 @@ class StoreRequest(Config):
         return self.block_sequences * self.context_size
 
 
-def check_strata(edges: Sequence[int], keep: Mapping[int, float], cap: Mapping[int, int], context_size: int) -> None:
-    """Raise `ValueError` on edges, shares or caps that cannot be."""
-    stratum_ranges(edges, context_size)
-    for name, given in (("keep", keep), ("cap", cap)):
-        if unknown := sorted(set(given) - set(edges)):
-            raise ValueError(f"{name} names position {unknown[0]}, which starts no stratum; edges are {list(edges)}")
-    if wrong := [share for share in keep.values() if not 0 < share <= 1]:
-        raise ValueError(f"the share of a stratum to keep must be above 0 and at most 1, got {wrong[0]}")
-    if few := [rows for rows in cap.values() if rows < 1]:
-        raise ValueError(f"the most rows of a stratum to keep in a block must be at least 1, got {few[0]}")
-
-
 class FileRecord(Config):
     """The size and checksum of one file."""
 
@@ -177,9 +166,10 @@ class FileRecord(Config):
     crc32c: str = Field(pattern="^[0-9a-f]{8}$")
 
 
-class PackingCounts(Config):
+class PackingCounts(GrownConfig):
     """Where every token of the corpus went: read = kept + held out + left over."""
 
+    later = ("replaced_characters", "padding_tokens", "refused_rows")
     documents: Count
     held_out_documents: Count
     empty_documents: Count = 0
@@ -197,12 +187,6 @@ class PackingCounts(Config):
     """Given token ids that are no text: where `attention_mask` is 0, or padding at a row's ends; in no other count."""
     refused_rows: Count = 0
     """Rows that are no document, left out because `text.max_refused` allows it; not counted as empty."""
-
-    @model_serializer(mode="wrap")
-    def _without_zeros(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out a later version's counts where they are 0: a store without them is written as before."""
-        later = ("replaced_characters", "padding_tokens", "refused_rows")
-        return {name: value for name, value in serialize(self).items() if value or name not in later}
 
 
 class RowCounts(Config):
@@ -307,9 +291,10 @@ class StorePlan(Config):
         )
 
 
-class LedgerRecord(Config):
+class LedgerRecord(GrownConfig):
     """One committed block."""
 
+    later = ("computed_on",)
     block: Blocks
     batch_sequences: Sequences
     """Windows per forward pass that it was computed with; the same for all blocks."""
@@ -321,6 +306,11 @@ class LedgerRecord(Config):
     """The shard files of `tokens` and `documents` that it was computed from: rows of other tokens are not its rows."""
     moments: FileRecord
     """The block's statistics, `ledger/<block>.moments.safetensors`."""
+    computed_on: dict[Name, Name] | None = Field(default=None, max_length=20)
+    """What the last bits of its rows depend on: torch, the processor's vector instructions, GPU, driver, CUDA.
+
+    None of rows that were imported, or recorded before there was this.
+    """
 
 
 class NormSummary(Config):

@@ -65,13 +65,17 @@ class LongRows(NamedTuple):
     above: float
 
 
-def long_rows(stored: Array, above: float) -> LongRows:
-    """List the rows of `stored` [n, d] that are longer than `above`.
+def norms_of(stored: Array) -> NDArray[np.float64]:
+    """Return the Euclidean norms of stored rows [n, d], some thousand at once."""
+    return np.concatenate([row_norms(stored[low : low + _ROWS_AT_ONCE])
+                           for low in range(0, len(stored), _ROWS_AT_ONCE)] or [np.zeros(0)])  # fmt: skip
+
+
+def long_rows(norms: NDArray[np.float64], above: float) -> LongRows:
+    """List the rows whose norms [n] are above a limit.
 
     A row that is not finite is a fault and no outlier: training on it fails, and says so.
     """
-    norms = np.concatenate([row_norms(stored[low : low + _ROWS_AT_ONCE])
-                            for low in range(0, len(stored), _ROWS_AT_ONCE)] or [np.zeros(0)])  # fmt: skip
     rows = np.flatnonzero((norms > above) & np.isfinite(norms))
     return LongRows(rows, norms[rows], above)
 
@@ -115,9 +119,9 @@ def _side(
         return found[norms > limit]
     bins, counts = tensors.get(f"{name}/bins"), tensors.get(f"{name}/counts")
     if bins is None or counts is None or bins.shape != counts.shape:
-        return long_rows(read(), limit).rows
+        return long_rows(norms_of(read()), limit).rows
     some = counts[bins >= norm_bin(limit * (1 - 1e-6))].any()  # those norms were in float32
-    return long_rows(read(), limit).rows if some else np.zeros(0, np.int64)
+    return long_rows(norms_of(read()), limit).rows if some else np.zeros(0, np.int64)
 
 
 def longest_norms(path: Path, block: int, names: Iterable[str]) -> dict[str, float]:

@@ -98,6 +98,17 @@ def moments_of(rows: NDArray[Any]) -> Moments:
         values -= shift
         first += values.sum(axis=0)
         second += np.einsum("nd,nd->d", values, values)
+    return moments_from_sums(shift, first, second, squares)
+
+
+def moments_from_sums(
+    shift: NDArray[np.floating], first: NDArray[np.float64], second: NDArray[np.float64], squares: NDArray[np.float64]
+) -> Moments:
+    """Return the moments of rows [n, d] from sums [d] of their differences to `shift` [d], and of the squares of these.
+
+    `squares` [n] are the rows' squared norms.
+    """
+    n = len(squares)
     mean = first / max(n, 1)
     m2 = np.maximum(second - n * np.square(mean), 0.0)
     norms = np.bincount(_bin(np.sqrt(squares)), minlength=BINS).astype(np.float64)

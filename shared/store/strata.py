@@ -1,6 +1,6 @@
 """Position strata: half-open ranges of positions in a document or window, and how many of their rows a block keeps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -59,3 +59,15 @@ def quota(candidates: int, share: float, cap: int | None) -> int:
     rows = max(1, round(share * candidates))
     rows = rows if cap is None else min(rows, cap)
     return rows if rows < QUANTUM else rows - rows % QUANTUM
+
+
+def check_strata(edges: Sequence[int], keep: Mapping[int, float], cap: Mapping[int, int], context_size: int) -> None:
+    """Raise `ValueError` on edges, shares or caps that cannot be."""
+    stratum_ranges(edges, context_size)
+    for name, given in (("keep", keep), ("cap", cap)):
+        if unknown := sorted(set(given) - set(edges)):
+            raise ValueError(f"{name} names position {unknown[0]}, which starts no stratum; edges are {list(edges)}")
+    if wrong := [share for share in keep.values() if not 0 < share <= 1]:
+        raise ValueError(f"the share of a stratum to keep must be above 0 and at most 1, got {wrong[0]}")
+    if few := [rows for rows in cap.values() if rows < 1]:
+        raise ValueError(f"the most rows of a stratum to keep in a block must be at least 1, got {few[0]}")

@@ -18,7 +18,8 @@ from numcodecs import Blosc
 
 from harvest.llm.model import load_model
 from harvest.run import pipeline
-from harvest.run.capture import Capture, fitting_buffers, open_capture
+from harvest.run.block_rows import HostRows
+from harvest.run.capture import Capture, open_capture
 from harvest.run.ranks import Ranks
 from harvest.run.runner import Blocks
 from harvest.settings import PRESETS, Settings
@@ -100,7 +101,7 @@ def speed(folder: Path) -> None:
             ]
             list(capture.pool.map(lambda part: capture.forward(*part), parts))
 
-        buffers = [fitting_buffers({}, widths, len(layout.rows), request.storage) for layout in layouts]
+        buffers = [HostRows(widths, request.storage) for _ in layouts]
 
         def copy() -> None:
             passes = []
@@ -141,7 +142,8 @@ def whole(target: Target, capture: Capture, widths: dict[str, int], batch: int) 
     """Capture and commit all blocks, the last one's fsync included."""
     blocks = range(target.blocks)
     with ThreadPoolExecutor(1) as writer:
-        Blocks([target], {target.path: set(blocks)}, widths, batch, True).run(blocks, capture, writer, lambda _: None)
+        made = Blocks([target], {target.path: set(blocks)}, widths, "cpu", {}, True)
+        made.run(blocks, batch, capture, writer, lambda _: None)
 
 
 def writing(folder: Path) -> None:
@@ -151,7 +153,9 @@ def writing(folder: Path) -> None:
     windows = read_block(target, 0)
     layout = block_layout(request, target.strata, windows, 0, ())
     widths = dict.fromkeys((request.source_hook, request.target_hook), WIDE)
-    buffers = fitting_buffers({}, widths, len(layout.rows), "bfloat16")
+    made = HostRows(widths, "bfloat16")
+    made.begin(layout, 1)
+    buffers = made.buffers
     for rows in buffers.values():
         rows[:] = torch.from_numpy(rng.normal(size=rows.shape).astype(np.float32)).bfloat16().view(torch.uint16).numpy()
     size = block_bytes(store_specs(request, target.strata, WIDE, WIDE))

@@ -205,14 +205,14 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (32,),
-        "harvest/run/capture.py",
+        "harvest/run/stored_values.py",
         '        _check_finite(values, values, name, first, "the value is")\n',
         "",
         ("tests/faults/test_harvest_data.py::test_a_value_that_is_not_finite_is_named_by_layer_sequence_and_position",),
     ),
     Protection(
         (33,),
-        "harvest/run/capture.py",
+        "harvest/run/stored_values.py",
         '        _check_finite(stored, values, name, first, f"{storage} cannot hold the value")\n',
         "",
         (

@@ -19,13 +19,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STUCK = """
 import time
 from pathlib import Path
-from harvest.run.capture import Capture
+from harvest.run.block_rows import HostRows
 
 def stuck(*arguments):
     Path({mark!r}).touch()
     time.sleep(600)
 
-Capture._visit = stuck
+HostRows.take = stuck
 """
 """Passes that never end."""
 

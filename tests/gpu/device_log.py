@@ -34,6 +34,8 @@ class DeviceLog:
     """Where the host waited for the device: name of the operation @ line of the project"""
     copies: list[str] = field(default_factory=list)
     """To the device, `pinned` or `pageable`: @ line of the project"""
+    fetches: list[str] = field(default_factory=list)
+    """To the host, `pinned` or `pageable`: @ line of the project; one that is pageable is a wait, too"""
     faults: list[str] = field(default_factory=list)
     peak: int = 0
     """Most bytes that were held at once since it was set to 0; of an operation's own scratch memory nothing is known"""
@@ -69,6 +71,12 @@ class DeviceLog:
         """Note a copy from the host to the device."""
         self.copies.append(f"{'pinned' if pinned else 'pageable'} @ {caller()}")
 
+    def fetch(self, pinned: bool) -> None:
+        """Note a copy to the host."""
+        self.fetches.append(f"{'pinned' if pinned else 'pageable'} @ {caller()}")
+        if not pinned:
+            self.sync("copy to the host")
+
     def op(self, name: str, size: int, flops: int = 0, precision: str = "") -> None:
         """Note an operation."""
         self.ops.append(Op(name, size, flops, precision, caller()))
@@ -80,7 +88,7 @@ class DeviceLog:
 
     def clear(self) -> None:
         """Forget everything but faults."""
-        for part in (self.ops, self.syncs, self.copies):
+        for part in (self.ops, self.syncs, self.copies, self.fetches):
             part.clear()
 
 

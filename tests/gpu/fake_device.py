@@ -12,16 +12,15 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 from tests.gpu.device_log import DeviceLog
 from tests.gpu.fake_sparse import sparse_functions
-from tests.gpu.fake_tensor import FakeTensor, device_of, log, memory_of
+from tests.gpu.fake_tensor import FakeTensor, device_of, is_pinned, log, memory_of, pinned_memory
 
 FACTORIES = ("zeros", "ones", "empty", "full", "arange", "tensor", "as_tensor", "randn", "rand", "randint", "randperm",
              "eye", "linspace", "scalar_tensor")  # fmt: skip
 _to, _numpy, _tolist = Tensor.to, Tensor.numpy, Tensor.tolist
-_pinned: set[int] = set()
-"""Addresses of memory that was asked for as pinned"""
 
 
 @contextmanager
@@ -30,7 +29,10 @@ def fake_cuda(devices: int = 2) -> Iterator[DeviceLog]:
     log.clear()
     log.faults.clear()
     log.current, log.runs_kernels = 0, True
+    _device_constructors()  # torch keeps this list when it is first asked for: it must not hold what is put in place
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a module's tensors become others when it moves
     with ExitStack() as stack:
         for owner, name, made in _replacements(devices):
@@ -39,6 +41,8 @@ def fake_cuda(devices: int = 2) -> Iterator[DeviceLog]:
             yield log
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+            torch.use_deterministic_algorithms(deterministic)
+            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def _replacements(devices: int) -> Iterator[tuple[Any, str, Any]]:
@@ -48,6 +52,7 @@ def _replacements(devices: int) -> Iterator[tuple[Any, str, Any]]:
     for name, method in {"to": to, "cpu": cpu, "numpy": numpy, "tolist": tolist}.items():
         yield Tensor, name, method
     yield Tensor, "cuda", lambda tensor, device=None, **kwargs: to(tensor, device or "cuda", **kwargs)
+    yield Tensor, "pin_memory", pin
     yield Tensor, "record_stream", lambda tensor, stream: None
     cuda = {
         "is_available": lambda: True,
@@ -70,8 +75,14 @@ def _replacements(devices: int) -> Iterator[tuple[Any, str, Any]]:
     for name, made in cuda.items():
         yield torch.cuda, name, made
     yield from sparse_functions()
+    yield torch, "_has_compatible_shallow_copy_type", _alike
     yield torch._C, "_group_tensors_by_device_and_dtype", _group(torch._C._group_tensors_by_device_and_dtype)
     yield from _triton()
+
+
+def _alike(input: Tensor, from_: Tensor) -> bool:
+    """As `torch._has_compatible_shallow_copy_type`, with its names: torch's compiler compares the signatures."""
+    return isinstance(input, FakeTensor) == isinstance(from_, FakeTensor)
 
 
 def _factory(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -83,7 +94,7 @@ def _factory(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if device.type != "cuda":
             out = make(*args, **kwargs)
             if pinned:
-                _pinned.add(out.untyped_storage().data_ptr())
+                pinned_memory.add(out.untyped_storage().data_ptr())
             return out
         out = make(*args, **kwargs | {"device": "cpu"})
         if make.__name__ in ("tensor", "as_tensor"):
@@ -116,6 +127,13 @@ def cpu(tensor: Tensor, *_: object, **__: object) -> Tensor:
     return to(tensor, "cpu")
 
 
+def pin(tensor: Tensor) -> Tensor:
+    """As `Tensor.pin_memory`."""
+    made = tensor.clone()
+    pinned_memory.add(made.untyped_storage().data_ptr())
+    return made
+
+
 def numpy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     """As `Tensor.numpy`."""
     if isinstance(tensor, FakeTensor):
@@ -138,10 +156,10 @@ class _Move(torch.autograd.Function):
         ctx.device = tensor.device
         memory = memory_of(tensor.detach())
         if device.type == "cpu":
-            log.sync("copy to the host")
+            log.fetch(pinned=False)
             return memory.clone(memory_format=torch.preserve_format)
         if not isinstance(tensor, FakeTensor):
-            log.copy(non_blocking and memory.untyped_storage().data_ptr() in _pinned)
+            log.copy(non_blocking and is_pinned(memory))
         return FakeTensor(memory.clone(memory_format=torch.preserve_format), _number(device))
 
     @staticmethod

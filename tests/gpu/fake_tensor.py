@@ -32,6 +32,13 @@ RESHAPES = {"resize_", "set_", "t_", "transpose_", "squeeze_", "unsqueeze_"}
 FREE = {"detach", "alias", "_unsafe_view", "_reshape_alias", "lift_fresh", "is_same_size"}
 
 log = DeviceLog()
+pinned_memory: set[int] = set()
+"""Addresses of memory that was asked for as pinned"""
+
+
+def is_pinned(memory: Tensor) -> bool:
+    """Whether memory of the CPU, or what it is a part of, was asked for as pinned."""
+    return memory.untyped_storage().data_ptr() in pinned_memory
 
 
 class FakeTensor(Tensor):
@@ -44,14 +51,15 @@ class FakeTensor(Tensor):
     def __new__(cls, memory: Tensor, number: int) -> "FakeTensor":
         """Wrap a tensor of the CPU, without a copy."""
         assert not isinstance(memory, FakeTensor)
-        made = Tensor._make_wrapper_subclass(
-            cls,
-            memory.size(),
-            strides=memory.stride(),
-            storage_offset=memory.storage_offset(),
-            dtype=memory.dtype,
-            device=torch.device("cpu"),
-        )
+        with torch.inference_mode(memory.is_inference()):  # a part of a tensor from outside of that mode is not of it
+            made = Tensor._make_wrapper_subclass(
+                cls,
+                memory.size(),
+                strides=memory.stride(),
+                storage_offset=memory.storage_offset(),
+                dtype=memory.dtype,
+                device=torch.device("cpu"),
+            )
         made.memory, made.number = memory, number
         storage = memory.untyped_storage()
         log.hold(storage.data_ptr(), storage.nbytes())
@@ -147,10 +155,10 @@ def _check_index(name: str, args: tuple[Any, ...]) -> None:
 
 def _note(func: Any, name: str, args: tuple[Any, ...], tensors: list[Tensor], out: Any) -> None:
     on_host = [not isinstance(one, FakeTensor) for one in tensors]
-    if name in COPIES and on_host[0] and not all(on_host):
-        log.sync("copy to the host")
-    elif name in COPIES and any(on_host):
-        log.copy(pinned=False)
+    if name in COPIES and any(on_host) and not all(on_host):
+        at_once = name == "copy_" and not (len(args) > 2 and args[2])  # its third argument is `non_blocking`
+        pinned = not at_once and is_pinned(next(one for one in tensors if not isinstance(one, FakeTensor)))
+        (log.fetch if on_host[0] else log.copy)(pinned)
     by_mask = name in INDEXED and any(one is not None and one.dtype == torch.bool for one in args[1])
     if name in WAITS or by_mask:
         log.sync(name)
