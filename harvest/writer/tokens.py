@@ -85,7 +85,7 @@ def lay_out(target: Target, windows: Windows) -> Target:
 
 
 def lay_out_again(target: Target, files: Sequence[str], windows: Windows) -> None:
-    """Write damaged shard files of `tokens` and `documents` anew from the windows that the store was laid out from."""
+    """Write damaged shard files of `tokens` and `documents` again from the windows that the store was laid out from."""
     segment, _ = _given(target.request, windows)
     _publish_again(target, files, segment)
     _check_restored(target, files, "these files", "import it again")
@@ -112,7 +112,7 @@ def _given(request: StoreRequest, windows: Windows) -> tuple["_Segment", Packed]
 
 
 def restore(target: Target, files: Sequence[str], corpus: Corpus, encoder: Encoder) -> None:
-    """Write damaged shard files of `tokens` and `documents` anew from the text. Raises `CorruptData` if they differ."""
+    """Write damaged shard files of `tokens` and `documents` again from the text. Raises `CorruptData` if they differ."""
     assert target.plan is not None
     before = 0
     for number, blocks in enumerate(target.segments):
@@ -123,7 +123,7 @@ def restore(target: Target, files: Sequence[str], corpus: Corpus, encoder: Encod
 
 
 def _publish_again(target: Target, files: Sequence[str], segment: "_Segment") -> None:
-    """Write those of `files` anew that a segment has, and that come out as planned."""
+    """Write those of `files` again that a segment has, and that come out as planned."""
     assert target.plan is not None
     for block, part in segment:
         for name, data in _window_shards(target.request, block, part).items():
