@@ -112,7 +112,7 @@ def _given(request: StoreRequest, windows: Windows) -> tuple["_Segment", Packed]
 
 
 def restore(target: Target, files: Sequence[str], corpus: Corpus, encoder: Encoder) -> None:
-    """Write damaged shard files of `tokens` and `documents` again from the text. Raises `CorruptData` if they differ."""
+    """Write damaged shards of `tokens` and `documents` again from the text. Raises `CorruptData` if they differ."""
     assert target.plan is not None
     before = 0
     for number, blocks in enumerate(target.segments):

@@ -255,7 +255,7 @@ def parse_json(data: bytes) -> Any:
 
 @contextmanager
 def staying(path: Path) -> Iterator[None]:
-    """Never make the folder `path` a second time, in any thread: what would be published below it fails once it is gone.
+    """Never make the folder `path` again, in any thread: what would be published below it fails once it is gone.
 
     For a folder that can be removed or renamed while it is written to: else a part of it would be made in its place.
     """

@@ -236,7 +236,7 @@ def read_latents(path: Path) -> pa.Table:
 
 
 def _schema_digest(schema: pa.Schema) -> bytes:
-    """Return a SHA-256 of the columns' names, types and descriptions and of the metadata; Parquet renames list items."""
+    """Return a SHA-256 of names, types and descriptions of columns and of the metadata; Parquet renames list items."""
     types = [f"list of {f.type.value_type}" if pa.types.is_list(f.type) else str(f.type) for f in schema]
     described = [(field.metadata or {}).get(b"description", b"") for field in schema]
     kept = sorted(item for item in (schema.metadata or {}).items() if item[0] != _DIGEST)
