@@ -239,4 +239,11 @@ INPUT = (
         "        if False:",
         ("tests/test_local_files.py::test_a_text_that_is_no_file_of_text_is_named_with_what_to_do",),
     ),
+    Protection(
+        (59,),
+        "harvest/imports/import_pairs.py",
+        "    if not torch.isfinite(stored.sum(dtype=torch.float32)):",
+        "    if False:",
+        ("tests/test_import_pairs.py::test_a_row_that_is_not_finite_is_named",),
+    ),
 )
