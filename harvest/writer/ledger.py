@@ -1,14 +1,15 @@
 """Commits blocks: shard files, then the record that says they exist, then the arrays' metadata."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 from safetensors.numpy import save
 
 from harvest.writer.attention_sinks import listed
 from harvest.writer.blocks import SIDES, Array, BlockLayout, Buffers, pack_moments, stored_moments, stratum_arrays
 from harvest.writer.target import Target
-from shared.errors import CorruptData
+from shared.errors import CorruptData, ProjectError
 from shared.files import durable
 from shared.store.checks import belongs, buffers_record, check_size, read_ledger
 from shared.store.layout import (
@@ -53,6 +54,7 @@ def commit(target: Target, block: int, layout: BlockLayout, buffers: Buffers, ba
             files |= dict(zip(shards, records, strict=True))
             moments |= {f"{stratum.name}/{side}": found.result() for side, found in gathered.items()}
             sides |= {f"{stratum.name}/{side}": arrays[side] for side in SIDES}
+    _require_finite(target, block, moments)
     saved = save(pack_moments(moments) | pack_long_rows(listed(target.strata, moments, sides)))
     durable.publish_bytes(target.path / moments_path(block), saved)
     assert target.plan is not None
@@ -67,6 +69,15 @@ def commit(target: Target, block: int, layout: BlockLayout, buffers: Buffers, ba
     )
     durable.publish_json(target.path / record_path(block), record.model_dump(mode="json"))
     return moments
+
+
+def _require_finite(target: Target, block: int, moments: Mapping[str, Moments]) -> None:
+    for name, found in moments.items():
+        if not (np.isfinite(found.mean).all() and np.isfinite(found.m2).all()):
+            raise ProjectError(
+                f"{target.path}: block {block}, {name}: its rows are so long that their squares overflow; the model's "
+                "weights are damaged, or its dtype is too narrow"
+            )
 
 
 def fixed_batch(target: Target) -> int | None:
