@@ -134,7 +134,7 @@ class Settings(Config):
     """Tokens of the training windows, BOS included; rounded up to whole blocks."""
     seed: Seed = 0
     """Seed of every permutation."""
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=1024)
     """Threads that run batches side by side on CPU; 0 is one per core. The bytes written do not depend on it."""
     model: ModelSettings = ModelSettings()
     text: TextSettings = TextSettings()
