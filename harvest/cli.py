@@ -215,7 +215,7 @@ def repair(
     inexact: bool,
     as_json: bool,
 ) -> None:
-    """Verify STORE and make what is damaged anew: the blocks concerned, and no others."""
+    """Verify STORE and make again what is damaged: the blocks concerned, and no others."""
     from harvest.commands.repair import repair as mend
 
     damage = mend(store, model, text, workers, imported_from, inexact=inexact)

@@ -6,12 +6,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from shared.errors import CorruptData, DiskFull
+from shared.errors import CorruptData, DiskFull, UserError
 from shared.files import durable
 from shared.files.untrusted import regular_or_link
 
 SMALLEST = 64 * 2**20
 """Bytes from which on a file's digest is remembered."""
+_POINTER = b"version https://git-lfs"
 _SETTLED = 2.0
 """Seconds after which a change of a file shows in its time stamps for certain."""
 
@@ -35,7 +36,15 @@ def file_sha256(path: Path) -> str:
     return digest
 
 
+def require_content(path: Path) -> None:
+    """Raise `UserError` when a file is only the pointer that Git LFS leaves where a large file was not downloaded."""
+    with open(path, "rb", opener=regular_or_link) as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path} is a pointer of Git LFS, not the file itself; download it: git lfs pull")
+
+
 def _hash(path: Path) -> str:
+    require_content(path)
     with open(path, "rb", opener=regular_or_link) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -42,7 +42,9 @@ class ModelSettings(Config):
 class TextSettings(Config):
     """Which text is read."""
 
-    name: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(default=(EMBEDDED,), min_length=1)
+    name: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_more)] = Field(
+        default=(EMBEDDED,), min_length=1
+    )
     """`embedded`, a data set on the hub, or local files or folders of them: .jsonl and .txt (a row per line), .json,
     .csv, .tsv, .parquet, .arrow; those of text also compressed (.gz, .zst, .bz2)."""
     subset: str | None = None
@@ -136,7 +138,7 @@ class Settings(Config):
     """Tokens of the training windows, BOS included; rounded up to whole blocks."""
     seed: Seed = 0
     """Seed of every permutation."""
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=1024)
     """Threads that run batches side by side on CPU; 0 is one per core. The bytes written do not depend on it."""
     model: ModelSettings = ModelSettings()
     text: TextSettings = TextSettings()
@@ -170,7 +172,7 @@ def load_settings(
     name = file.stem if file else preset
     texts = tuple(str(one) for one in ((text,) if isinstance(text, str | Path) else text))
     given = {
-        "model": {"name": str(model) if model else None},
+        "model": {"name": None if model is None else str(model)},
         "text": {"name": texts},
         "capture": {"layers": tuple(layers)},
         "tokens": tokens,

@@ -4,8 +4,10 @@ import errno
 import functools
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ def run(group: click.Group) -> None:
         sys.stdout.reconfigure(errors="surrogateescape" if sys.stdout.encoding == "utf-8" else "backslashreplace")
     try:
         _require_current_folder()
+        _refuse_empty_arguments()
         group.main(standalone_mode=False)
     except ProjectError as error:
         _fail(str(error), error.exit_code)
@@ -69,6 +72,15 @@ def _require_current_folder() -> None:
         os.getcwd()
     except FileNotFoundError as error:
         raise UserError("the current folder was removed; change to one that is there: cd FOLDER") from error
+
+
+def _refuse_empty_arguments() -> None:
+    """Raise `UserError` on an argument with nothing in it: it would be taken for the current folder, or for none."""
+    for before, given in pairwise(sys.argv):
+        if not given:
+            raise UserError(f"the argument after {before} is empty; if it was to come from a variable, that is not set")
+        if re.fullmatch("--[a-z-]+=", given):
+            raise UserError(f"{given} has no value; if it was to come from a variable, that is not set")
 
 
 def _fail(message: str, code: int) -> None:

@@ -82,7 +82,7 @@ class Forks:
 
 
 class Fork(subprocess.Popen[Any]):
-    """`subprocess.Popen` that forks this process instead of starting the same Python anew, where that is safe."""
+    """`subprocess.Popen` that forks this process instead of starting the same Python again, where that is safe."""
 
     def __init__(self, args: Any, **options: Any) -> None:
         environment, line = _split(args)

@@ -107,3 +107,16 @@ def test_a_run_without_a_name_that_fails_leaves_nothing(
     done = command(*given, "--set", "activation.k=100000")
     assert done.code == 2 and list(tmp_path.iterdir()) == []
     assert [command(*given, "-q").path.name for _ in range(2)] == ["tiny-001", "tiny-002"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--store", "", "--steps", "1"], "error: the argument after --store is empty; if it was to come from"),
+        (["report", ""], "error: the argument after report is empty"),
+        (["run", "--store="], "error: --store= has no value; if it was to come from a variable, that is not set"),
+    ],
+)
+def test_an_empty_argument_is_not_the_current_folder(command: Command, arguments: list[str], said: str) -> None:
+    done = command(*arguments)
+    assert done.code == 2 and done.err.startswith(said) and len(done.err.splitlines()) == 1

@@ -112,9 +112,9 @@ def test_the_default_column_goes_by_name_and_then_by_type(tmp_path: Path) -> Non
 @pytest.mark.fault(40)
 def test_a_missing_column_lists_the_columns(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "c.jsonl", [{"title": "a", "body": "b"}])
-    with pytest.raises(UserError, match=r"no column 'text'; its columns: title, body"):
+    with pytest.raises(UserError, match=r"no column 'text'; its columns: title \(text\), body \(text\)"):
         read(path)
-    with pytest.raises(UserError, match=r"no column 'boddy'; its columns: title, body"):
+    with pytest.raises(UserError, match=r"no column 'boddy'; its columns: title \(text\), body \(text\)"):
         read(path, column="boddy")
     assert read(path, column="body") == ["b"]
     with pytest.raises(UserError, match="'n' holds no text"):
@@ -128,6 +128,8 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_files_of_several_kinds_are_refused(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match="must all be of one kind"):
         read(tmp_path / "a.txt", tmp_path / "b.jsonl")
 
@@ -281,7 +283,7 @@ def test_a_bos_in_given_ids_starts_a_new_document(folder: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [([5, VOCABULARY], f"token id {VOCABULARY} is outside"), ([-1], "token id -1"), ([1.5], "list of token ids")],
+    [([5, VOCABULARY], f"token id {VOCABULARY} is outside"), ([-1], "token id -1"), ([1.5], "list of whole numbers")],
 )
 def test_ids_outside_the_vocabulary_are_refused(folder: Path, tmp_path: Path, row: list[Any], message: str) -> None:
     path = write_jsonl(tmp_path / "i.jsonl", [{"input_ids": [5]}, {"input_ids": row}])

@@ -78,7 +78,7 @@ def test_repair_during_an_extension_that_was_cut_off(line: Extended, store: Path
     check(store, model, 3)
     assert "complete; extended: " in command("ls", "--cache", store.parent, "--json").out
     flip(next((store / ARRAYS).glob("strata/*/source/c/2/0")))
-    assert command("repair", store, "--model", model).out == "made anew: blocks 2\n"
+    assert command("repair", store, "--model", model).out == "made again: blocks 2\n"
     assert json.loads((store / PLAN).read_text())["segments"] == [3, 1]
     check(store, model, 3)
     assert command(*line(blocks=5)).store == store

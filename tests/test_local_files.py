@@ -254,18 +254,90 @@ def test_a_full_disk_for_the_copy_names_the_place_and_what_to_do(
     assert read(tmp_path / "a.parquet", streaming=True) == TEXTS
 
 
-def test_what_a_named_column_stands_beside_is_not_read(tmp_path: Path) -> None:
-    """Not even to see what the column holds."""
-    bad = pa.Array.from_buffers(
-        pa.string(), 1, [None, pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff")]
-    )
-    pq.write_table(pa.table({"other": bad, "text": ["a"]}), tmp_path / "a.parquet")
-    assert read(tmp_path / "a.parquet", column="text") == ["a"]
-    with pytest.raises(UserError, match=r"a\.parquet: not readable as parquet \(UnicodeDecodeError"):
-        read(tmp_path / "a.parquet", column="other")
-
-
 def test_many_files_need_few_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset_rows, "_OPEN_FILES", 2)
     paths = [write_jsonl(tmp_path / f"{i}.jsonl", [{"text": text}]) for i, text in enumerate(TEXTS)]
     is_read(*paths)
+
+
+@pytest.mark.fault(50)
+@pytest.mark.parametrize("column", [None, "text"])
+def test_values_that_python_has_not_cost_no_row(tmp_path: Path, column: str | None) -> None:
+    """Of columns that nothing reads; text in Latin-1 is replaced by character, as it is in lines."""
+    bad = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xe9")]
+    )
+    others = {
+        "year": pa.array([2**62], pa.timestamp("us")),
+        "zone": pa.array([1], pa.timestamp("us", tz="Moon/Base")),
+        "day": pa.array([2**30], pa.date32()),
+        "span": pa.array([2**62], pa.duration("s")),
+        "bytes": pa.array([b"\xff"]),
+    }
+    pq.write_table(pa.table({**others, "text": bad}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", column=column, streaming=True) == ["a\udce9"]
+    pq.write_table(pa.table({"text": pa.array(["é".encode()])}), tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet", column=column) == ["é"]
+    pq.write_table(pa.table({"text": pa.array([b"\x89PNG\0\0"])}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="column 'text' holds no text, chat messages or token ids, but an object"):
+        read(tmp_path / "c.parquet", column=column)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet"
+    )
+    for name in ("a.csv", "a.parquet"):
+        for streaming in (True, False):
+            with pytest.raises(UserError, match=f"{name}: 2 columns are called 'text'; rename all but one"):
+                read(tmp_path / name, streaming=streaming)
+
+
+def test_damaged_pages_of_parquet_are_found_where_they_have_checksums(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS}), path, write_page_checksum=True, compression=None, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    data[data.index(TEXTS[3].encode()) + 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.parquet: not readable as parquet .*checksum"):
+        read(path, streaming=True)
+
+
+UNUSABLE: dict[str, tuple[str, str]] = {
+    "archive": ("a.tar.gz", r"a\.tar\.gz: not a kind of text that is read, .*; unpack it"),
+    "other": ("a.pdf", r"a\.pdf: not a kind of text that is read, .*; convert or rename it"),
+    "pipe": ("a.jsonl", r"a\.jsonl is not a regular file, and a text is read more than once; save it as a file"),
+    "device": ("/dev/null", "/dev/null is not a regular file"),
+    "address": ("https://example.org/a.jsonl", r"https://example\.org/a\.jsonl is an address; download it"),
+    "pointer": ("a.parquet", r"a\.parquet is a pointer of Git LFS, not the file itself; download it: git lfs pull"),
+    "link": ("a.txt", r"no text file at .*a\.txt; it is a link, and what it leads to is not there"),
+    "lines": ("a\nb.txt", "a store keeps the names of its text files, and this is no plain one"),
+}
+
+
+@pytest.mark.fault(50)
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_text_that_is_no_file_of_text_is_named_with_what_to_do(tmp_path: Path, case: str) -> None:
+    name, message = UNUSABLE[case]
+    path = name if "//" in name else tmp_path / name
+    if case == "pipe":
+        os.mkfifo(path)
+    elif case == "link":
+        Path(path).symlink_to("gone")
+    elif case not in ("device", "address"):
+        Path(path).write_bytes(b"version https://git-lfs.github.com/spec/v1\n" if case == "pointer" else b"text\n")
+    with pytest.raises(UserError, match=message):
+        open_corpus(TextSettings(name=(str(path),)), None, 0)
+    if case in ("pipe", "link"):  # nor is it passed over in a folder
+        with pytest.raises(UserError, match=message):
+            open_corpus(TextSettings(name=(str(tmp_path),)), None, 0)
+
+
+def test_files_that_are_the_same_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("one\ntwo\n")
+    assert len(read(tmp_path / "a.txt", tmp_path / "b.txt")) == 4
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}/b.txt holds the same as {tmp_path}/a.txt; its documents can be held out and trained on\n"
+    )

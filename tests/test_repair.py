@@ -1,4 +1,4 @@
-"""Damage to a store: what verify says, and what repair and a new run make anew."""
+"""Damage to a store: what verify says, and what repair and a new run make again."""
 
 import json
 import shutil
@@ -106,9 +106,9 @@ def test_repair_makes_only_what_is_damaged_anew(
     assert command("verify", copy).code == 1
     done = command("repair", copy, "--model", model, "--text", text)
     assert done.code == 0, done.err
-    assert done.out.startswith("made anew: ")
+    assert done.out.startswith("made again: ")
     if kind in blocks:
-        assert done.out == f"made anew: blocks {blocks[kind]}\n"
+        assert done.out == f"made again: blocks {blocks[kind]}\n"
     assert contents(copy) == contents(finished)
     changed = {path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
     assert changed == ({copy / ARRAYS / "tokens/c/1/0"} if kind == "tokens" else set())

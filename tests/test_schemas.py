@@ -1,6 +1,6 @@
 """The JSON schemas that ship are those of the models that write the files.
 
-python -m tests.test_schemas      writes them anew
+python -m tests.test_schemas      writes them again
 """
 
 import json

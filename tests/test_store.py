@@ -277,9 +277,7 @@ def test_verify_names_a_missing_ledger_record(synthetic):
     store = Store(synthetic.path, read_store_record(synthetic.path))
     wrong = {name: why for name, why in store.verify() if why}
     assert list(wrong) == [layout.record_path(2)]
-    assert wrong[layout.record_path(2)].endswith(
-        "000002.json is missing; run the same harvest again to make block 2 anew"
-    )
+    assert wrong[layout.record_path(2)].endswith("000002.json is missing; run the same harvest to make block 2 again")
 
 
 # Checksums

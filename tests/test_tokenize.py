@@ -143,7 +143,17 @@ def test_sharegpt_rows_and_chats_in_json_are_read(folder: Path, tmp_path: Path) 
     expected = ["[user] index<eos>[assistant] value<eos>"]
     assert Read(folder, rows(tmp_path, {"id": "7", "conversations": turns})).texts == expected
     assert Read(folder, rows(tmp_path, {"messages": json.dumps(TURNS)})).texts == expected
+    mixed = [{"from": "human", "content": "index"}, {"role": "assistant", "value": "value"}]
+    assert Read(folder, rows(tmp_path, {"conversations": mixed})).texts == expected
+    part = [TURNS[0], {"role": "assistant", "content": {"type": "text", "text": "value"}}]
+    assert Read(folder, rows(tmp_path, {"messages": part})).texts == expected
     assert Read(folder, rows(tmp_path, {"text": json.dumps(TURNS)})).identity.kind == "text"
+
+
+def test_a_template_that_asks_for_the_date_gives_the_same_text_on_any_day(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    edit_json(copy / "tokenizer_config.json", chat_template="{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    assert Read(copy, rows(tmp_path, {"messages": TURNS})).texts == ["26 Jul 2024 index"]
 
 
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -153,15 +163,22 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "refused": ({"messages": TURNS}, {"messages": [{"role": "system", "content": "a"}]}, "no system turn"),
     "no chat": ({"messages": TURNS}, {"messages": 5}, "expected a list of messages"),
     "no roles": ({"messages": TURNS}, {"messages": [{"content": "a"}]}, "expected a list of messages"),
+    "role": ({"messages": TURNS}, {"messages": [{"role": None, "content": "a"}]}, "a message's role is None"),
+    "sender": ({"messages": TURNS}, {"messages": [{"from": ["a"], "value": "a"}]}, "a message's role is ['a']"),
+    "number": (
+        {"messages": TURNS},
+        {"messages": [{"role": "user", "content": 5}]},
+        "a message has a part that is no text: int",
+    ),
     "image": (
         {"messages": TURNS},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "url": "x"}]}]},
         "a message has a part that is no text: image_url",
     ),
     "ids": ({"input_ids": [7]}, {"input_ids": [7, VOCABULARY]}, f"token id {VOCABULARY} is outside"),
-    "lists": ({"input_ids": [7]}, {"input_ids": [[7], [8, 9]]}, "expected a list of token ids"),
-    "null in ids": ({"input_ids": [7]}, {"input_ids": [7, None]}, "expected a list of token ids"),
-    "words": ({"input_ids": [7]}, {"input_ids": "words"}, "expected a list of token ids"),
+    "lists": ({"input_ids": [7]}, {"input_ids": [[7], [8, 9]]}, "expected a list of whole numbers"),
+    "null in ids": ({"input_ids": [7]}, {"input_ids": [7, None]}, "expected a list of whole numbers"),
+    "words": ({"input_ids": [7]}, {"input_ids": "words"}, "expected a list of whole numbers"),
 }
 
 
@@ -246,8 +263,12 @@ def test_what_columns_hold_is_told(tmp_path: Path) -> None:
 
     assert "column 'text' holds nothing in all the rows that were read" in told({"text": None})
     assert "column 'text' holds no text, chat messages or token ids, but a list of str" in told({"text": ["a"]})
-    assert "no column 'text'; its columns: a, b" in told({"a": "x", "b": "y"})
-    assert "no column 'text'; its columns: a, labels" in told({"a": 1.5, "labels": [1]})
+    assert "no column 'text'; its columns: a (text), b (text) (" in told({"a": "x", "b": "y"})
+    assert "no column 'text'; its columns: a (float), labels (input_ids) (" in told({"a": 1.5, "labels": [1]})
+    assert "its columns: input_ids (a list of NoneType and int) (" in told({"input_ids": [5, None]})
+    assert "its columns: messages (a list as a string) (" in told({"messages": str(TURNS)})
+    assert "c9 (text), ... (300 in all) (" in told({f"c{i}": "x" for i in range(300)})
+    assert f"its columns: {'x' * 80}... (--set" in told({"x" * 500: 5})
 
 
 @pytest.mark.fault(56)

@@ -89,7 +89,7 @@ def test_verbose_lines_have_all_figures(command, finished: Path) -> None:
     [
         (31, "31"),
         (20, "28 (its newest checkpoint: 20)"),
-        (None, "28 (no checkpoint: it will begin anew)"),
+        (None, "28 (no checkpoint: it will start over)"),
     ],
 )
 def test_a_stopped_run_says_where_and_how_to_go_on(command, finished: Path, newest: int | None, at: str) -> None:

@@ -1,4 +1,4 @@
-"""Finds what is damaged in a store, and makes exactly that anew."""
+"""Finds what is damaged in a store, and makes exactly that again."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -48,10 +48,10 @@ class Damage:
         return bool(self.blocks or self.token_files or self.others)
 
     def text(self) -> str:
-        """Say what was made anew, in one line."""
+        """Say what was made again, in one line."""
         blocks = f"blocks {', '.join(map(str, self.blocks))}" if self.blocks else ""
         parts = [part for part in (blocks, *self.token_files, *self.others) if part]
-        return f"made anew: {'; '.join(parts)}" if parts else "nothing is damaged"
+        return f"made again: {'; '.join(parts)}" if parts else "nothing is damaged"
 
 
 def find_damage(path: Path) -> Damage:
@@ -85,7 +85,7 @@ def repair(
     *,
     inexact: bool = False,
 ) -> Damage:
-    """Make what is damaged anew, and nothing else; returns what it was.
+    """Make again what is damaged, and nothing else; returns what it was.
 
     `model` and `text` say where they lie, if that is not what the store names, and `imported_from` the files that an
     imported store was made from; `inexact` lets a GPU of another kind compute what is damaged. Raises `UserError` when

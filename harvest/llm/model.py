@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -410,6 +411,8 @@ def _explained(folder: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise
+        if "ignore_mismatched_sizes" in str(error):  # an argument that nobody can give here
+            raise UserError(f"{folder}: its weights have other shapes than its config.json says") from error
         raise UserError(f"{folder}: the model does not load ({type(error).__name__}: {cause(error)})") from error
 
 
@@ -421,6 +424,8 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(before)

@@ -3,14 +3,15 @@
 import ctypes
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from harvest.digests import file_sha256
+from harvest.digests import file_sha256, require_content
 from harvest.embedded import MODEL_FOLDER
 from harvest.hub import model_snapshot
 from harvest.settings import EMBEDDED, ModelSettings, WindowSettings
@@ -106,14 +107,25 @@ def find_model(settings: ModelSettings) -> ModelFiles:
 
 
 def _local(folder: Path, name: str) -> ModelFiles:
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds an adapter (adapter_config.json), which is not applied here; merge it into its model, for "
+            "example with peft's merge_and_unload, and pass what that saves"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no Hugging Face model folder: it has no config.json")
     return ModelFiles(folder=folder, name=name, revision=None)
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """Read the sizes in `config.json`. Raises `UserError` when it names none."""
+    """Read the sizes in `config.json`. Raises `UserError` when it names none, or not how weights are quantised."""
     config = _read_json(folder / "config.json")
+    _require_plain_index(folder)
+    for path in (folder / name for name in _TOKENIZER_FILES):
+        if os.path.lexists(path) and not path.is_file():  # it would pass for one that is not there
+            raise UserError(f"{path} is there, and is no file that can be read; download it again")
+    if not config.get("quantization_config"):
+        _require_numbers(folder)
     config = config.get("text_config", config)
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'}: text_config is {brief(config)}, expected an object")
@@ -139,7 +151,50 @@ def read_shape(folder: Path) -> ModelShape:
 
 def _embedding_rows(folder: Path) -> int | None:
     """Return the number of rows of the token embedding, by the headers of the weight files."""
+    for path, header in _headers(folder):
+        for name, tensor in header.items():
+            if name.endswith(_EMBEDDINGS):
+                shape = tensor.get("shape") if isinstance(tensor, dict) else None
+                if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+                    raise UserError(f"{path}: not a safetensors file ({name} has the shape {brief(shape)})")
+                return int(shape[0])
+    return None
+
+
+def _require_plain_index(folder: Path) -> None:
+    """Raise `UserError` where the list of weight files names others than safetensors in the folder.
+
+    Others are in no digest, and could be pickled.
+    """
+    path = folder / "model.safetensors.index.json"
+    if not path.is_file():
+        return
+    names = _read_json(path).get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f"{path}: its weight_map is {brief(names)}, expected an object")
+    for name in dict.fromkeys(map(str, names.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{path}: names {brief(name)}, expected a .safetensors file in the same folder")
+        if not (folder / name).exists():
+            raise UserError(f"{path}: names {brief(name)}, which is not there; download the model again")
+
+
+def _require_numbers(folder: Path) -> None:
+    """Raise `UserError` on weights that mean nothing without a scale: whole numbers, or floats of 8 bits."""
+    for path, header in _headers(folder):
+        for name, tensor in header.items():
+            kind = tensor.get("dtype") if isinstance(tensor, dict) else None
+            if name.endswith(".weight") and isinstance(kind, str) and kind.startswith(("I", "U", "F8", "F4")):
+                raise UserError(
+                    f"{path}: {name} is of type {kind}, so it is quantised, and config.json does not say how "
+                    "(quantization_config); use the unquantised model"
+                )
+
+
+def _headers(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield what each weight file says of its tensors. Raises `UserError` when one is no such file."""
     for path in sorted(folder.glob("*.safetensors")):
+        require_content(path)
         with open(path, "rb", opener=regular_or_link) as file:
             size = min(int.from_bytes(file.read(8), "little"), _MOST_HEADER_BYTES)
             try:
@@ -148,13 +203,7 @@ def _embedding_rows(folder: Path) -> int | None:
                 raise UserError(f"{path}: not a safetensors file ({error})") from error
         if not isinstance(header, dict):
             raise UserError(f"{path}: not a safetensors file (its header is {brief(header)}, expected an object)")
-        for name, tensor in header.items():
-            if name.endswith(_EMBEDDINGS):
-                shape = tensor.get("shape") if isinstance(tensor, dict) else None
-                if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
-                    raise UserError(f"{path}: not a safetensors file ({name} has the shape {brief(shape)})")
-                return int(shape[0])
-    return None
+        yield path, header
 
 
 def read_special_tokens(files: ModelFiles) -> SpecialTokens:

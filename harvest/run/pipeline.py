@@ -132,7 +132,7 @@ def identify(settings: Settings) -> Inputs:
 def locate(inputs: Inputs, cache: Path) -> tuple[Inputs, list[Path]]:
     """Return the folder of each request's store: in `cache` under its own name, or of the same content under another.
 
-    A store that is taken up under another name keeps its own request: that becomes the one in the returned inputs.
+    A store that was found under another name keeps its own request: that becomes the one in the returned inputs.
     """
     requests, paths = [], []
     for wanted in inputs.requests:

@@ -6,7 +6,7 @@ passed on as None and counted as empty where windows are packed.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,9 +17,9 @@ from harvest.embedded.corpus import corpus_digest, documents
 from harvest.hub import dataset_commit
 from harvest.settings import EMBEDDED, TextSettings
 from harvest.text.dataset_rows import FileRows, Row, Rows, hub_rows
-from harvest.text.local_files import find_files, has_splits, is_local
+from harvest.text.local_files import few, find_files, has_splits, is_local
 from shared.config import build
-from shared.errors import UserError
+from shared.errors import UserError, printable, warn
 from shared.keyed import permutation
 from shared.store.layout import CorpusIdentity
 
@@ -27,6 +27,8 @@ Kind = Literal["text", "messages", "input_ids"]
 Order = Literal["shuffled", "as_read"]
 _COMPANIONS = ("attention_mask", "labels", "position_ids", "special_tokens_mask", "token_type_ids")
 """Columns of numbers beside token ids."""
+_OF_LISTS = ("messages", "conversations", "conversation", "input_ids")
+"""Columns that hold a list, by their names."""
 _MOST_JUDGED, _MOST_SEARCHED = 10_000, 1_000_000
 """Rows that are read to see what the columns hold: when one can be chosen already, and when none can."""
 
@@ -61,6 +63,8 @@ def open_corpus(settings: TextSettings, separator: str | None, seed: int) -> Cor
         given = ("column", "kind", "streaming", "subset", "split", "revision", "max_refused")
         _refuse(settings, "the embedded text", *given)
         return _embedded(separator, seed)
+    if address := next((name for name in settings.name if "://" in name), None):
+        raise UserError(f"{address} is an address; download it, and pass the file")
     if len(settings.name) > 1 or is_local(settings.name[0]):
         paths = [Path(name).expanduser() for name in settings.name]
         unused = ("subset", "revision") if any(map(has_splits, paths)) else ("subset", "split", "revision")
@@ -90,8 +94,12 @@ def _embedded(separator: str | None, seed: int) -> Corpus:
 
 def _local(settings: TextSettings, paths: list[Path], separator: str | None, seed: int) -> Corpus:
     files = find_files(paths, settings.split)
+    if odd := next((file.path for file in files if not _is_plain(file.path.name)), None):
+        raise UserError(f"{odd}: a store keeps the names of its text files, and this is no plain one; rename the file")
     name = ", ".join(file.path.name for file in files)
-    digest = _files_digest([file.path for file in files])
+    digests = [file_sha256(file.path) for file in files]
+    _warn_of_copies([(file.path, digest) for file, digest in zip(files, digests, strict=True)])
+    digest = hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
     return _rows_corpus(settings, name, FileRows(files), digest, separator, seed)
 
 
@@ -132,7 +140,7 @@ def _rows_corpus(
 def _document(row: Row, column: str, mask: str | None = None) -> Document:
     refusal = row.refusal
     if refusal is None and column not in row.values:
-        refusal = _no_column(column, row.values)
+        refusal = _no_column(column, list(row.values))
     return Document(row.values.get(column), row.place, row.values.get(mask) if mask else None, row.replaced, refusal)
 
 
@@ -146,12 +154,10 @@ def _column(settings: TextSettings, name: str, rows: Rows) -> tuple[str, Kind]:
         raise UserError(f"{name}: {_no_column(column or 'text', held)}")
     kind = held[column] if settings.kind == "auto" else settings.kind
     if kind is None:
-        raise UserError(
-            f"{name}: column {column!r} holds nothing in all the rows that were read; columns: {list(held)}"
-        )
+        raise UserError(f"{name}: column {column!r} holds nothing in all the rows that were read; columns: {few(held)}")
     if kind not in get_args(Kind):
         raise UserError(
-            f"{name}: column {column!r} holds no text, chat messages or token ids, but {kind}; columns: {list(held)}"
+            f"{name}: column {column!r} holds no text, chat messages or token ids, but {kind}; columns: {few(held)}"
         )
     return column, kind
 
@@ -199,8 +205,11 @@ def _no_rows(name: str) -> UserError:
     return UserError(f"{name}: no rows; there is no text to harvest")
 
 
-def _no_column(column: str, known: Iterable[str]) -> str:
-    return f"no column {column!r}; its columns: {', '.join(known)} (--set text.column=)"
+def _no_column(column: str, known: Mapping[str, str | None] | Iterable[str]) -> str:
+    """Say which columns there are, and what each is known to hold."""
+    kinds = known if isinstance(known, Mapping) else {}
+    told = few(f"{name} ({kinds[name]})" if kinds.get(name) else name for name in known)
+    return f"no column {column!r}; its columns: {told} (--set text.column=)"
 
 
 def _default_column(held: Mapping[str, str | None], wanted: str) -> str | None:
@@ -225,21 +234,32 @@ def _kind(column: str, value: Any) -> str | None:
     if value is None or value in ("", [], {}):
         return None
     if isinstance(value, str):
-        # A chat as a JSON string; a column that is called `text` is taken at its word.
-        return "messages" if column != "text" and value.lstrip()[:1] == "[" and is_chat(parsed(value)) else "text"
+        return _kind_of_text(column, value)
     if is_chat(value):
         return "messages"
     if not isinstance(value, list):
         return "an object" if isinstance(value, dict) else type(value).__name__
-    return "input_ids" if all(type(item) is int for item in value) else f"a list of {type(value[0]).__name__}"
+    types = sorted({type(item).__name__ for item in value})
+    return "input_ids" if types == ["int"] else f"a list of {' and '.join(types)}"
+
+
+def _kind_of_text(column: str, value: str) -> str:
+    """Tell a text from a chat as a JSON string, and from a list that some program has written as a string."""
+    if column == "text" or value.lstrip()[:1] != "[":  # a column that is called `text` is taken at its word
+        return "text"
+    if is_chat(parsed(value)):
+        return "messages"
+    return "a list as a string" if column in _OF_LISTS else "text"
 
 
 def is_chat(value: Any) -> bool:
     """Tell whether a value is a list of messages, with a role each, or with a sender as ShareGPT has it."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(item, dict) and ("role" in item or {"from", "value"} <= item.keys()) for item in value)
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and (
+        "role" in value or ("from" in value and bool({"value", "content"} & set(value)))
     )
 
 
@@ -251,8 +271,15 @@ def parsed(text: str) -> Any:
         return None
 
 
-def _files_digest(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(bytes.fromhex(file_sha256(path)))
-    return digest.hexdigest()
+def _is_plain(name: str) -> bool:
+    """Tell whether a name is text without control characters."""
+    return printable(name) == name and not set("\t\n") & set(name)
+
+
+def _warn_of_copies(files: Sequence[tuple[Path, str]]) -> None:
+    """Warn where two of the files, given with their digests, are the same: held-out documents are trained on then."""
+    known: dict[str, Path] = {}
+    for path, digest in files:
+        if digest in known:
+            warn(f"{path} holds the same as {known[digest]}; its documents can be held out and trained on")
+        known.setdefault(digest, path)

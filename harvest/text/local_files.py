@@ -10,8 +10,8 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from harvest.digests import require_content
 from shared.errors import UserError, cause
 
 Format = Literal["jsonl", "json", "txt", "csv", "tsv", "parquet", "arrow"]
@@ -34,6 +35,7 @@ _FORMATS: dict[str, Format] = {
 }
 FORMATS = ", ".join(_FORMATS)
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+_ARCHIVES = {".zip", ".tar", ".tgz", ".xz", ".lzma", ".7z", ".rar", ".lz4", ".br"}
 _TABLES = ("parquet", "arrow")
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -78,8 +80,8 @@ class TextFile:
     def lines(self, columns: Sequence[str] | None = None) -> Iterator[bytes]:
         """Yield a line of UTF-8 for every row: of text, or a JSON object.
 
-        Of Parquet and Arrow files only `columns` are read, those of them that there are. Raises `UserError` where the
-        first of `columns` is not there, and when the file is damaged.
+        Of tables only `columns` are read, those of them that there are. Raises `UserError` where the first of
+        `columns` is not there, or there twice, and when the file is damaged.
         """
         with _explained(self):
             if self.format in _TABLES:
@@ -87,7 +89,8 @@ class TextFile:
             elif self.format in ("jsonl", "txt"):
                 yield from _lines(self)
             else:
-                yield from (_json_line(row) for row in (_array(self) if self.format == "json" else _csv_rows(self)))
+                rows = _array(self) if self.format == "json" else _csv_rows(self, columns)
+                yield from (_json_line(row) for row in rows)
 
 
 def is_local(name: str) -> bool:
@@ -102,17 +105,20 @@ def find_files(paths: Sequence[Path], split: str) -> list[TextFile]:
     `split` chooses from a folder that holds several, as `DatasetDict.save_to_disk` writes it.
     """
     found = [file for path in paths for file in (_in_folder(path, split) if path.is_dir() else [path])]
-    missing = [path for path in found if not path.is_file()]
-    if unknown := next((path for path in missing if not path.exists() and not _by_name(path)[0]), None):
-        raise UserError(f"no text file or folder at {unknown}")
-    formats = {_by_name(path)[0] for path in found}
-    if len(formats) > 1 or None in formats:
+    if odd := next((path for path in found if path.exists() and not path.is_file()), None):
+        raise UserError(f"{odd} is not a regular file, and a text is read more than once; save it as a file")
+    if missing := next((path for path in found if not path.exists()), None):
+        where = "text file" if _by_name(missing)[0] else "text file or folder"
+        link = "; it is a link, and what it leads to is not there" if missing.is_symlink() else ""
+        raise UserError(f"no {where} at {missing}{link}")
+    if unknown := next((path for path in found if _by_name(path)[0] is None), None):
+        packed = _ARCHIVES.intersection(suffix.lower() for suffix in unknown.suffixes)
         raise UserError(
-            f"text files must all be of one kind, {FORMATS} (of lines also with {', '.join(_COMPRESSIONS)} at the "
-            f"end); got {_few(found)}"
+            f"{unknown}: not a kind of text that is read, which are {FORMATS} (of lines also with "
+            f"{', '.join(_COMPRESSIONS)} at the end); {'unpack it' if packed else 'convert or rename it'}"
         )
-    if missing:
-        raise UserError(f"no text file at {missing[0]}")
+    if len({_by_name(path)[0] for path in found}) > 1:
+        raise UserError(f"text files must all be of one kind; got {few(found)}")
     return [_opened(path) for path in found]
 
 
@@ -137,7 +143,7 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
         folder = folder / split
     if (folder / "state.json").is_file():
         return _saved(folder)
-    inside = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_aside(path.relative_to(folder)))
+    inside = sorted(path for path in folder.rglob("*") if not path.is_dir() and not _is_aside(path.relative_to(folder)))
     found = [path for path in inside if _by_name(path)[0]]
     if not found:
         raise UserError(f"{folder}: a folder without text files ({FORMATS})")
@@ -168,6 +174,7 @@ def _opened(path: Path) -> TextFile:
     """Find out how a file's bytes are to be read. Raises `UserError` when they are no text."""
     format_, compression = _by_name(path)
     assert format_ is not None
+    require_content(path)
     file = TextFile(path=path, format=format_, compression=compression, encoding="utf-8")
     if format_ in _TABLES:
         if compression:
@@ -249,11 +256,12 @@ def _array(file: TextFile) -> list[Any]:
         return list(json.loads(_text(file, stream).read()))
 
 
-def _csv_rows(file: TextFile) -> Iterator[dict[str, str]]:
+def _csv_rows(file: TextFile, columns: Sequence[str] | None) -> Iterator[dict[str, str]]:
     """Yield the rows of a table with a line of names."""
     csv.field_size_limit(sys.maxsize)
     with _stream(file) as stream:
         reader = csv.DictReader(_text(file, stream), delimiter="\t" if file.format == "tsv" else ",", strict=True)
+        wanted = _present(file, reader.fieldnames or columns or (), columns)
         for number, row in enumerate(reader, 1):
             if None in row or None in row.values():
                 raise UserError(
@@ -261,7 +269,7 @@ def _csv_rows(file: TextFile) -> Iterator[dict[str, str]]:
                 )
             if any("\0" in value for value in row.values()):
                 raise UserError(f"{file.place(number)}: holds a NUL byte, which no text has")
-            yield row
+            yield {name: row[name] for name in wanted}
 
 
 def _text(file: TextFile, stream: BinaryIO) -> io.TextIOWrapper:
@@ -273,37 +281,70 @@ def _text(file: TextFile, stream: BinaryIO) -> io.TextIOWrapper:
 
 def _table_rows(file: TextFile, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     if file.format == "parquet":
-        with pq.ParquetFile(file.path) as parquet:
+        with pq.ParquetFile(file.path, page_checksum_verification=True) as parquet:
             wanted = _present(file, parquet.schema_arrow.names, columns)
             for batch in parquet.iter_batches(_BATCH_ROWS, columns=wanted):
-                yield from batch.to_pylist()
+                yield from _batch_rows(batch)
         return
     with pa.memory_map(str(file.path)) as source:
         with open(file.path, "rb") as start:
             by_index = start.read(6) == b"ARROW1"
         reader: Any = pa.ipc.open_file(source) if by_index else pa.ipc.open_stream(source)
-        wanted = _present(file, reader.schema.names, columns)
+        names = reader.schema.names
+        wanted = _present(file, names, columns)
+        places = [place for place, name in enumerate(names) if name in wanted]
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if by_index else reader
         for batch in batches:
             for low in range(0, len(batch), _BATCH_ROWS):
-                yield from batch.select(wanted).slice(low, _BATCH_ROWS).to_pylist()
+                yield from _batch_rows(batch.select(places).slice(low, _BATCH_ROWS))
 
 
 def _present(file: TextFile, names: Sequence[str], columns: Sequence[str] | None) -> list[str]:
     if columns and columns[0] not in names:
-        raise UserError(f"{file.path}: no column {columns[0]!r}; its columns: {_few(names)} (--set text.column=)")
+        raise UserError(f"{file.path}: no column {columns[0]!r}; its columns: {few(names)} (--set text.column=)")
+    if columns and names.count(columns[0]) > 1:
+        raise UserError(f"{file.path}: {names.count(columns[0])} columns are called {columns[0]!r}; rename all but one")
     return list(names) if columns is None else [name for name in columns if name in names]
 
 
+def _batch_rows(batch: Any) -> Iterator[dict[str, Any]]:
+    names, columns = batch.schema.names, [_values(column) for column in batch.columns]
+    yield from (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
+
+
+def _values(column: Any) -> list[Any]:
+    """Return a column's values; those of a type that Python has no value of (a year 146,000) as the type's name.
+
+    Bytes that are no UTF-8 in a column of text become lone surrogates, as in `_text`.
+    """
+    try:
+        return list(column.to_pylist())
+    except (ValueError, ArithmeticError, TypeError, pa.ArrowException):
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            return [{"type": str(column.type)}] * len(column)
+        found = column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary()).to_pylist()
+        return [None if value is None else value.decode("utf-8", "surrogateescape") for value in found]
+
+
 def _json_line(row: Any) -> bytes:
-    """Return a row as a line of JSON; a value that JSON has not becomes an object that names its type."""
-    return json.dumps(row, default=lambda value: {"type": type(value).__name__}).encode() + b"\n"
+    """Return a row as a line of JSON."""
+    return json.dumps(row, default=_in_json).encode() + b"\n"
 
 
-def _few(names: Sequence[object]) -> str:
-    """List up to ten names."""
-    shown = ", ".join(map(str, names[:10]))
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > 10 else shown
+def _in_json(value: Any) -> Any:
+    """Return bytes that are UTF-8 as text, and for any other value that JSON has not an object that names its type."""
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            if "\0" not in (text := value.decode()):
+                return text
+    return {"type": type(value).__name__}
+
+
+def few(names: Iterable[object]) -> str:
+    """List up to ten names, of each 80 characters at most."""
+    listed = [str(name) for name in names]
+    shown = ", ".join(name if len(name) <= 80 else f"{name[:80]}..." for name in listed[:10])
+    return f"{shown}, ... ({len(listed)} in all)" if len(listed) > 10 else shown
 
 
 @contextmanager

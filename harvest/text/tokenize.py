@@ -1,6 +1,7 @@
 """Documents to token ids. Text stays text: a special token's name inside a document is encoded as characters."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime, tzinfo
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,17 @@ _NONE = np.zeros(0, np.int32)
 _ROLES = {"human": "user", "gpt": "assistant"}
 """What ShareGPT calls the roles of a chat."""
 
-
 _PANIC = "PanicException"
 """What the tokenizers library raises where its own code fails, in a regular expression for one; no `Exception`."""
+
+
+class _OneDay(datetime):
+    """What a chat template is told of the time: a text must not differ from one day to the next."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "_OneDay":
+        """Return the day that Llama's template falls back to where it has no clock."""
+        return cls(2024, 7, 26, tzinfo=tz)
 
 
 class _Unfit(Exception):
@@ -113,7 +122,7 @@ class Encoder:
             raise _Unfit(f"{self._column}: expected a list of messages with role and content, got {_short(messages)}")
         chat = [_message(message) for message in messages]
         text = self._rendered(chat)
-        replaced = document.replaced + sum(_replaced(m.get("content", m.get("value")), None) for m in messages)
+        replaced = document.replaced + sum(_replaced(_content(m), None) for m in messages)
         return self._tokenized([text])[0], _counted(replaced_characters=replaced)
 
     def _rendered(self, chat: list[dict[str, Any]]) -> str:
@@ -131,6 +140,9 @@ class Encoder:
         return self._templated(joined) if any(part in text for part in parts) else text
 
     def _templated(self, chat: list[dict[str, Any]]) -> str:
+        from transformers.utils import chat_template_utils
+
+        chat_template_utils.datetime = _OneDay  # what its `strftime_now` asks, which a template cannot be given
         try:
             return str(self._tokenizer.apply_chat_template(chat, tokenize=False))
         except Exception as error:  # templates raise whatever they like
@@ -220,7 +232,7 @@ def _integers(values: Any, what: str, kinds: str) -> NDArray[Any]:
     if not found.size:
         return _NONE
     if found.ndim != 1 or found.dtype.kind not in kinds:
-        raise _Unfit(f"{what}: expected a list of token ids, got {_short(values)}")
+        raise _Unfit(f"{what}: expected a list of whole numbers, got {_short(values)}")
     return found
 
 
@@ -239,13 +251,23 @@ def _trimmed(ids: Ids, token: int, *, end: bool) -> Ids:
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message with role and content, without what is None, as templates expect it."""
-    if "role" not in message:
-        role, content = message["from"], message["value"]
-        message = {"role": _ROLES.get(role, role), "content": content}
+    role = message.get("role", message.get("from"))
+    if not isinstance(role, str):
+        raise _Unfit(f"a message's role is {_short(role)}, expected text")
+    if "role" not in message or ("content" not in message and "value" in message):
+        message = {"role": role if "role" in message else _ROLES.get(role, role), "content": _content(message)}
     found = {key: clean(value) for key, value in message.items() if value is not None}
-    if isinstance(found.get("content"), list):
-        found["content"] = [_part(part) for part in found["content"]]
+    content = found.get("content", "")
+    if isinstance(content, list):
+        found["content"] = [_part(part) for part in content]
+    elif not isinstance(content, str):
+        found["content"] = _part(content)["text"]
     return found
+
+
+def _content(message: Mapping[str, Any]) -> Any:
+    """Return what a message says; ShareGPT has another name for it."""
+    return message.get("content", message.get("value"))
 
 
 def _part(part: Any) -> dict[str, Any]:

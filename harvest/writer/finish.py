@@ -84,7 +84,7 @@ def _tokenizer(model: ModelFiles) -> dict[str, bytes]:
 
 
 def drop_damaged(target: Target) -> None:
-    """Remove an unembedding that is not what the finished store at `target` says: it is written anew."""
+    """Remove an unembedding that is not what the finished store at `target` says: it is written again."""
     record = read_records(target.path).finished
     files = record.files if record else {}
     if UNEMBEDDING in files and fault(target.path / UNEMBEDDING, files[UNEMBEDDING]):

@@ -19,7 +19,7 @@ from harvest.writer.blocks import (
     stratum_arrays,
 )
 from harvest.writer.target import Target
-from shared.errors import CorruptData
+from shared.errors import CorruptData, ProjectError
 from shared.files import durable
 from shared.store.checks import belongs, buffers_record, check_size, read_ledger
 from shared.store.layout import (
@@ -77,6 +77,7 @@ def commit(
                 name, one = f"{stratum.name}/{side}", found[side]
                 moments[name] = one.moments if one else gathered[side].result()
                 norms[name] = partial(np.asarray, one.norms) if one else partial(norms_of, arrays[side])
+    _require_finite(target, block, moments)
     saved = save(pack_moments(moments) | pack_long_rows(listed(target.strata, moments, norms)))
     durable.publish_bytes(target.path / moments_path(block), saved)
     assert target.plan is not None
@@ -92,6 +93,15 @@ def commit(
     )
     durable.publish_json(target.path / record_path(block), record.model_dump(mode="json"))
     return moments
+
+
+def _require_finite(target: Target, block: int, moments: Mapping[str, Moments]) -> None:
+    for name, found in moments.items():
+        if not (np.isfinite(found.mean).all() and np.isfinite(found.m2).all()):
+            raise ProjectError(
+                f"{target.path}: block {block}, {name}: its rows are so long that their squares overflow; the model's "
+                "weights are damaged, or its dtype is too narrow"
+            )
 
 
 def fixed_batch(target: Target) -> int | None:

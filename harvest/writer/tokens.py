@@ -85,7 +85,7 @@ def lay_out(target: Target, windows: Windows) -> Target:
 
 
 def lay_out_again(target: Target, files: Sequence[str], windows: Windows) -> None:
-    """Write damaged shard files of `tokens` and `documents` anew from the windows that the store was laid out from."""
+    """Write damaged shard files of `tokens` and `documents` again from the windows that the store was laid out from."""
     segment, _ = _given(target.request, windows)
     _publish_again(target, files, segment)
     _check_restored(target, files, "these files", "import it again")
@@ -112,7 +112,7 @@ def _given(request: StoreRequest, windows: Windows) -> tuple["_Segment", Packed]
 
 
 def restore(target: Target, files: Sequence[str], corpus: Corpus, encoder: Encoder) -> None:
-    """Write damaged shard files of `tokens` and `documents` anew from the text. Raises `CorruptData` if they differ."""
+    """Write damaged shards of `tokens` and `documents` again from the text. Raises `CorruptData` if they differ."""
     assert target.plan is not None
     before = 0
     for number, blocks in enumerate(target.segments):
@@ -123,7 +123,7 @@ def restore(target: Target, files: Sequence[str], corpus: Corpus, encoder: Encod
 
 
 def _publish_again(target: Target, files: Sequence[str], segment: "_Segment") -> None:
-    """Write those of `files` anew that a segment has, and that come out as planned."""
+    """Write those of `files` again that a segment has, and that come out as planned."""
     assert target.plan is not None
     for block, part in segment:
         for name, data in _window_shards(target.request, block, part).items():
@@ -371,5 +371,5 @@ def _warn_of_losses(packed: Packed, name: str, first_refusal: str | None) -> Non
     if (replaced := packed.left_out.get("replaced_characters", 0)) > _MOST_REPLACED * packed.tokens:
         warn(
             f"{name}: {replaced:,} characters, one for every {packed.tokens // replaced:,} tokens, are no UTF-8 and "
-            "became U+FFFD; if the text has another encoding, convert it: iconv -f LATIN1 -t UTF-8"
+            "became U+FFFD; if the text has another encoding, convert it: iconv -f ENCODING -t UTF-8, such as LATIN1"
         )

@@ -56,7 +56,7 @@ class Fitted:
 
 
 class Kept:
-    """A part of a panel that is laid out anew only when its `key` or its place is another: that takes milliseconds."""
+    """A part of a panel that is laid out again only when its `key` or its place is another: that takes milliseconds."""
 
     def __init__(self) -> None:
         self._at: tuple[Hashable, ...] = ()

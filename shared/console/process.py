@@ -19,7 +19,7 @@ def let_idle_threads_sleep() -> None:
 def keep_freed_memory() -> None:
     """Let the process keep freed buffers of up to 1 GiB, unless the user's environment says otherwise.
 
-    Given back, they are mapped and cleared anew at every training step. A harvest, whose buffers differ in size, would
+    Given back, they are mapped and cleared again at every training step. A harvest, whose buffers differ in size, would
     pay with memory.
     """
     if platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:

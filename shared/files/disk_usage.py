@@ -1,4 +1,4 @@
-"""Bytes that folders take, and figures that cost something to measure: anew every few seconds, not at every look."""
+"""Bytes that folders take, and figures that cost something to measure: every few seconds, not at every look."""
 
 import os
 import time
@@ -33,7 +33,7 @@ class Measured(Generic[T]):
         self._found: tuple[float, T] | None = None
 
     def value(self) -> T:
-        """Return the value, measured anew if it is old; what cannot be measured any more stays as it was."""
+        """Return the value, measured again if it is old; what cannot be measured any more stays as it was."""
         now = time.monotonic()
         if self._found is None:
             self._found = now, self._measure()

@@ -26,7 +26,7 @@ from shared.files.untrusted import MOST_BYTES, MOST_NESTED, nests_too_deep, read
 TEMPORARY = ".tmp"
 _ASKING_SECONDS = 0.05
 _STAYING: list[Path] = []
-"""Folders that are not made anew; see `staying`."""
+"""Folders that are not made a second time; see `staying`."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Buffers = bytes | Sequence[Any]
@@ -255,7 +255,7 @@ def parse_json(data: bytes) -> Any:
 
 @contextmanager
 def staying(path: Path) -> Iterator[None]:
-    """Never make the folder `path` anew, in any thread: what would be published below it fails once it is gone.
+    """Never make the folder `path` again, in any thread: what would be published below it fails once it is gone.
 
     For a folder that can be removed or renamed while it is written to: else a part of it would be made in its place.
     """

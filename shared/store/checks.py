@@ -158,10 +158,10 @@ def read_ledger(path: Path, block: int) -> LedgerRecord:
     """Read a committed block's record. Raises `CorruptData` when it is missing."""
     file = path / record_path(block)
     if not file.is_file():
-        raise CorruptData(f"{file} is missing; run the same harvest again to make block {block} anew")
+        raise CorruptData(f"{file} is missing; run the same harvest to make block {block} again")
     record = read_record(LedgerRecord, read_json(file), file)
     if record.block != block:
-        raise CorruptData(f"{file} is of block {record.block}; run the same harvest again to make block {block} anew")
+        raise CorruptData(f"{file} is of block {record.block}; run the same harvest to make block {block} again")
     return record
 
 
@@ -194,7 +194,7 @@ def check_metadata(root: Path, spec: ArraySpec, expected: dict[str, Any]) -> Non
     """Raise `CorruptData` unless the array's `zarr.json` is as `expected`; a longer `shape` is allowed."""
     path = root / spec.path / "zarr.json"
     if not path.is_file():
-        raise CorruptData(f"{path} is missing; run the same harvest again to write it anew")
+        raise CorruptData(f"{path} is missing; run the same harvest to write it again")
     found = read_json(path)
     shape = found.get("shape") if isinstance(found, dict) else None
     if isinstance(shape, list) and shape and isinstance(shape[0], int) and shape[0] >= expected["shape"][0]:
@@ -209,13 +209,13 @@ def check_metadata(root: Path, spec: ArraySpec, expected: dict[str, Any]) -> Non
 def check_group(path: Path) -> None:
     """Raise `CorruptData` unless the group's `zarr.json` is there as it was written."""
     if not path.is_file() or read_json(path) != group_metadata():
-        raise CorruptData(f"{path} is missing or changed; run the same harvest again to write it anew")
+        raise CorruptData(f"{path} is missing or changed; run the same harvest to write it again")
 
 
 def check_size(path: Path, record: FileRecord) -> None:
     """Raise `CorruptData` unless the file exists with its recorded size."""
     if not path.is_file() or path.is_symlink():
-        raise CorruptData(f"{path} is missing; run the same harvest again to write it anew")
+        raise CorruptData(f"{path} is missing; run the same harvest to write it again")
     if (size := path.stat().st_size) != record.bytes:
         raise CorruptData(f"{path}: {size:,} bytes, expected {record.bytes:,}; run the same harvest again")
 

@@ -113,7 +113,7 @@ def report_costs(d_sae: int) -> dict[str, tuple[float, str]]:
 
 
 def forget_peak() -> float:
-    """Resident MiB now, from which the peak is measured anew."""
+    """Resident MiB now, from which the peak is measured again."""
     Path("/proc/self/clear_refs").write_text("5")
     return memory("VmRSS")
 

@@ -125,7 +125,7 @@ TINY = sized((), ("transcoder.prefixes=[32, 64]", *(f"{key}={value}" for key, va
 
 
 class Planted:
-    """Draws the rows of a planted store; one that was made anew draws the same."""
+    """Draws the rows of a planted store; one that was made again draws the same."""
 
     def __init__(self, shape: Shape, seed: int = 0) -> None:
         self.truth, self._noise, self.rng = shape.truth(seed), shape.noise, np.random.default_rng([seed, 2])

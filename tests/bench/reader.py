@@ -3,7 +3,7 @@
 python -m tests.bench.reader [256] [2304]      both widths when none is named; writes about 5 GB to a temporary folder
 
 A row is a pair. Readers take turns; a ratio is the median over rounds of two rates of one round. Warm: by CPU time of
-all threads. Cold: by wall time; a reader opens the files anew, their pages are dropped, and it reads a sixteenth of
+all threads. Cold: by wall time; a reader opens the files again, their pages are dropped, and it reads a sixteenth of
 the rows: with more of them, large read-arounds would pay that do not in a store larger than memory.
 """
 

@@ -86,7 +86,7 @@ def machine() -> str:
 
 
 def record(bench: str, command: str, figures: dict[str, tuple[float, str]], on: str | None = None) -> None:
-    """Replace the figures of `bench` (name -> value, unit) and write the page anew, and the README's if not `SMOKE`.
+    """Replace the figures of `bench` (name -> value, unit) and the page, and the README's if not `SMOKE`.
 
     `on`: what was measured, where that is not this machine's processor.
     """

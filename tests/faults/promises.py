@@ -27,9 +27,9 @@ PROMISES: dict[str, dict[int, str]] = {
         17: "An output folder that cannot be written to is an error before the model is loaded.",
     },
     "Corruption and hostile input": {
-        18: "A chunk that is cut, empty, missing, longer, changed or swapped is named; repair makes it alone anew.",
+        18: "A chunk that is cut, empty, missing, longer, changed or swapped is named; repair makes it alone again.",
         19: "A chunk that is all zeros by right is there.",
-        20: "An array's metadata with another dtype, byte order or shape, or none, is refused and never made anew.",
+        20: "An array's metadata with another dtype, byte order or shape, or none, is refused and never made again.",
         21: "JSON that is cut, has duplicate keys, NaN, 1e999, deep nesting, unknown keys, negative or huge numbers is "
         "one clear error.",
         22: "Names with `..`, absolute paths, NUL, and links out of a store or a run open and change nothing outside; "

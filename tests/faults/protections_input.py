@@ -225,4 +225,25 @@ INPUT = (
         "",
         ("tests/test_local_files.py::test_one_object_over_several_lines_is_told_how_its_rows_are_taken_out",),
     ),
+    Protection(
+        (50,),
+        "harvest/text/local_files.py",
+        "    except (ValueError, ArithmeticError, TypeError, pa.ArrowException):",
+        "    except ZeroDivisionError:",
+        ("tests/test_local_files.py::test_values_that_python_has_not_cost_no_row",),
+    ),
+    Protection(
+        (50,),
+        "harvest/digests.py",
+        "        if file.read(len(_POINTER)) == _POINTER:",
+        "        if False:",
+        ("tests/test_local_files.py::test_a_text_that_is_no_file_of_text_is_named_with_what_to_do",),
+    ),
+    Protection(
+        (59,),
+        "harvest/imports/import_pairs.py",
+        "    if not torch.isfinite(stored.sum(dtype=torch.float32)):",
+        "    if False:",
+        ("tests/test_import_pairs.py::test_a_row_that_is_not_finite_is_named",),
+    ),
 )

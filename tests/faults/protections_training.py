@@ -187,6 +187,13 @@ TRAINING = (
         (f"{_LOST}::test_no_flipped_bit_of_samples_is_read_as_other_data",),
     ),
     Protection(
+        (44,),
+        "train/samples/parquet.py",
+        ' not in (b"", _schema_digest(table.schema)):',
+        " is None:",
+        (f"{_LOST}::test_no_flipped_bit_of_samples_is_read_as_other_data",),
+    ),
+    Protection(
         (49,),
         "shared/files/durable.py",
         "        if path in _STAYING:",

@@ -1,4 +1,4 @@
-"""Damaged chunks and metadata, through the commands that meet them: named, never read as zeros, never made anew."""
+"""Damaged chunks and metadata, through the commands that meet them: named, never read as zeros, never made again."""
 
 import json
 import shutil

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from tests.llms import command, edit_json, make_llama, refused, texts, write_jsonl
 
@@ -51,12 +53,38 @@ def regex(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(value))
 
 
-def nan_weights(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
+def weights(change: Callable[[str, Tensor], Tensor]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
 
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"][3] = float("nan")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        held = load_file(folder / "model.safetensors")
+        changed = {name: change(name, tensor).contiguous() for name, tensor in held.items()}
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
+
+    return write
+
+
+def nan_norm(name: str, tensor: Tensor) -> Tensor:
+    return torch.full_like(tensor, float("nan")) if name == "model.norm.weight" else tensor
+
+
+def written(name: str, data: bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(data)
+
+    return write
+
+
+def dangling(folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").symlink_to("gone")
+
+
+def index(names: Any) -> Callable[[Path], None]:
+    return written("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": names}).encode())
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 
 
 NAME = "model.embed_tokens.weight"
@@ -82,6 +110,15 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "bos is a number": (token(5), "bos_token is 5, expected text"),
     "bos is an odd object": (token({"content": 5}), "expected text"),
     "bad regex": (regex, "does not load"),
+    "pointer": (written("model.safetensors", POINTER), "is a pointer of Git LFS"),
+    "pointer to a tokenizer": (written("tokenizer.json", POINTER), "is a pointer of Git LFS"),
+    "shard elsewhere": (index({"a": "../model.safetensors"}), "names '../model.safetensors', expected a .safetensors"),
+    "pickled shard": (index({"a": "pytorch_model.bin"}), "names 'pytorch_model.bin', expected a .safetensors file"),
+    "odd index": (index([5]), "its weight_map is [5], expected an object"),
+    "adapter": (written("adapter_config.json", b"{}"), "holds an adapter (adapter_config.json), which is not applied"),
+    "whole numbers": (weights(lambda _, tensor: tensor.to(torch.int8)), "is of type I8, so it is quantised"),
+    "floats of 8 bits": (weights(lambda _, tensor: tensor.to(torch.float8_e4m3fn)), "is of type F8_E4M3, so it is"),
+    "link to nowhere": (dangling, "tokenizer_config.json is there, and is no file that can be read"),
 }
 
 
@@ -115,10 +152,28 @@ def test_a_librarys_advice_is_cut_to_its_beginning(whole: Path, tmp_path: Path) 
 @pytest.mark.fault(56)
 def test_a_final_norm_that_is_not_finite_is_one_line(whole: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(whole, tmp_path / "model"))
-    nan_weights(model)
+    weights(nan_norm)(model)
     done = harvest(tmp_path, model)
     assert done.code == 2 and len(done.err.splitlines()) == 1
     assert "unembedding or final norm has values that are not finite" in done.err
+
+
+@pytest.mark.fault(56)
+def test_weights_of_other_shapes_are_one_line(whole: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(whole, tmp_path / "model"))
+    weights(lambda name, tensor: tensor.T if "up_proj" in name else tensor)(model)
+    done = harvest(tmp_path, model)
+    assert done.code == 2
+    assert done.err == f"error: {model}: its weights have other shapes than its config.json says\n"
+
+
+@pytest.mark.fault(56)
+def test_rows_whose_squares_overflow_are_one_line(whole: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(whole, tmp_path / "model"))
+    weights(lambda name, tensor: tensor * (1e25 if "down_proj" in name else 1))(model)
+    done = harvest(tmp_path, model)
+    assert done.code == 1 and done.err.splitlines()[-1].startswith("error: "), done.err
+    assert "its rows are so long that their squares overflow" in done.err
 
 
 @pytest.mark.fault(22)

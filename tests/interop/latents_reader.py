@@ -57,7 +57,7 @@ def delphi(folder: Path, values: dict[int, np.ndarray]) -> dict[str, Any]:
 
 
 def SAEDashboard(folder: Path, values: dict[int, np.ndarray]) -> dict[str, Any]:
-    """SAEDashboard's classes of a dashboard, its histograms anew, and the activations of Neuronpedia's client."""
+    """SAEDashboard's classes of a dashboard, its histograms again, and the activations of Neuronpedia's client."""
     from neuronpedia.np_activation import Activation
     from neuronpedia.np_feature import Feature, Logit
     from sae_dashboard.neuronpedia.neuronpedia_dashboard import NeuronpediaDashboardFeature

@@ -56,7 +56,7 @@ class Merged(Config):
     removed: int
     """Latents that merging removed."""
     fvu_rise: float
-    """Of merging, the kept latents' decoder rows fitted anew on the calibration rows."""
+    """Of merging, the kept latents' decoder rows fitted again on the calibration rows."""
     fvu_rise_random: float
     """Of removing as many other live latents of the same densities."""
 
@@ -268,7 +268,7 @@ def cost_per_step(run: Path, settings: Settings) -> tuple[float | None, float | 
     for before, row in pairwise(rows):
         evaluated = row["step"] // settings.evaluation.every > before["step"] // settings.evaluation.every
         saved = (row["step"] - 1) // settings.checkpoint.every > (before["step"] - 1) // settings.checkpoint.every
-        resumed = row.get("from_step") != before.get("from_step")  # its clocks start anew
+        resumed = row.get("from_step") != before.get("from_step")  # its clocks start over
         timed = "cpu_seconds" in row and "cpu_seconds" in before
         if evaluated or saved or resumed or row["step"] == settings.steps or not timed:
             continue

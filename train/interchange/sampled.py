@@ -44,12 +44,12 @@ def sampled(loaded: LoadedRun) -> Sampled:
     if record.request != (digest := loaded.rows.store.request.digest):
         raise UserError(
             f"{contexts_file}: samples of the store {record.request[:12]}, expected {digest[:12]}; make them "
-            f"anew: {make}"
+            f"again: {make}"
         )
     found = activations_of(loaded, record.settings.rows)
     if (found.first, len(found.tokens)) != (record.first_sequence, record.sequences):
         raise UserError(
             f"{contexts_file}: samples of {record.sequences:,} sequences from {record.first_sequence:,} on, expected "
-            f"{len(found.tokens):,} from {found.first:,} on; the store has grown or shrunk: make them anew: {make}"
+            f"{len(found.tokens):,} from {found.first:,} on; the store has grown or shrunk: make them again: {make}"
         )
     return Sampled(record, contexts, latents, found)

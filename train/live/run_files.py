@@ -49,7 +49,7 @@ def read_usage(run: Path) -> UsageRecord | None:
 
 
 class Lines:
-    """The rows of a file of JSON lines, each read once; a file that was replaced is read anew."""
+    """The rows of a file of JSON lines, each read once; a file that was replaced is read again."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._inode, self._offset, self._line = path, 0, 0, 0

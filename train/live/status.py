@@ -36,7 +36,7 @@ class Status:
         self.changes = 0
 
     def add(self, row: Row) -> None:
-        """Take over a row of the metrics. One that is not newer than the last begins anew: the run was resumed."""
+        """Take over a row of the metrics. One that is not newer than the last starts over: the run was resumed."""
         if row["step"] <= self.step:
             self.held_out, self.fvu = {}, []
         self.row = row

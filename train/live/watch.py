@@ -83,7 +83,7 @@ class Watched:
             return f"{self._run} was imported, and has no training to follow; its figures: train evaluate {self._run}"
         step, newest, steps = self.status.step, self._checkpoint, self.status.steps
         if self.state == "stopped":
-            behind = f" (its newest checkpoint: {newest})" if newest else " (no checkpoint: it will begin anew)"
+            behind = f" (its newest checkpoint: {newest})" if newest else " (no checkpoint: it will start over)"
             at = str(max(step, newest)) + (behind if newest < step else "")
             return f"{self._run} stopped at step {at}; continue with: {self._resume}"
         said = {

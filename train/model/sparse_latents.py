@@ -63,7 +63,7 @@ class SparseLatents:
         return SparseLatents.of(self.rows[kept], self.latents[kept], self.values[kept], shape)
 
     def of_rows(self, wanted: Tensor) -> "SparseLatents":
-        """Return the pairs of the `wanted` rows [B] bool, which are numbered anew."""
+        """Return the pairs of the `wanted` rows [B] bool, which are numbered again."""
         kept, number = wanted[self.rows], wanted.cumsum(0) - 1
         shape = torch.Size((int(wanted.sum()), self.d_sae))
         return SparseLatents.of(number[self.rows[kept]], self.latents[kept], self.values[kept], shape)

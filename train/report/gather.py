@@ -49,7 +49,7 @@ def training_curves(metrics: Sequence[Row], step: int) -> Curves:
 
 
 def timing_curves(run: Path, step: int) -> Curves:
-    """Return speed and waiting between rows of `timing.jsonl`; a resumed run's clock starts anew."""
+    """Return speed and waiting between rows of `timing.jsonl`; a resumed run's clock starts over."""
     found: list[dict[str, Any]] = []
     rows, seconds, first = 0.0, 0.0, None
     for row in Log(run / TIMING).rows():

@@ -102,8 +102,8 @@ def open_store(
     if same:
         remember_store(run, config, store)
     check_shards(store, config.training_blocks if same else store.record.training_blocks, verify=verify)
-    anew = config.exclusion and resolve_exclusion(store, config.settings)
-    return store.excluding(config.exclusion if same else anew)
+    fresh = config.exclusion and resolve_exclusion(store, config.settings)
+    return store.excluding(config.exclusion if same else fresh)
 
 
 class StorePlace(Config):

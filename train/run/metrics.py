@@ -91,7 +91,7 @@ class Window:
             self._terms[name] = self._terms.get(name, torch.zeros_like(term, dtype=torch.float64)) + term
 
     def row(self) -> dict[str, Any]:
-        """Return the window's figures; then it starts anew.
+        """Return the window's figures; then it starts over.
 
         Overall figures leave position 0 out, and are over the rows as drawn, but for `fvu_natural`.
         """

@@ -197,7 +197,7 @@ class Trainer:
                     raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
 
     def _finish(self, stop: list[int]) -> None:
-        """Do what follows the last checkpoint; resuming a finished run makes it anew where some of it is missing."""
+        """Do what follows the last checkpoint; resuming a finished run makes it again where some of it is missing."""
         self._require_folder()
         monitor, samples = self._settings.monitor.every != 0, self._settings.samples.rows > 0
         steps = self._settings.steps

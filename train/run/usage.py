@@ -129,7 +129,7 @@ class Usage:
     def warn_if_missing(self) -> None:
         """Warn where the file is not there, of a run that has written rows."""
         if not os.path.lexists(self._path):
-            warn(f"{self._path} is missing; it is written anew, from the checkpoint")
+            warn(f"{self._path} is missing; it is written again, from the checkpoint")
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""

@@ -4,6 +4,7 @@ Both open in pandas, polars or duckdb. The description of each column, and a rec
 schema's metadata. No time stamps and no paths: the same run gives the same bytes.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,9 +29,11 @@ Array = NDArray[Any]
 FOLDER = "samples"
 RECORD = b"transcoder_cache.samples"
 """The key of the record in the schema's metadata."""
+_DIGEST = b"transcoder_cache.schema_sha256"
+"""The key of the digest of the columns and all other metadata, which checksums of pages leave out."""
 _GROUP_ROWS = 8192
 """Contexts that are compressed together: a reader that wants one latent's reads those of some hundred."""
-_REMOVE = "remove it, and the report makes it anew"
+_REMOVE = "remove it, and the report makes it again"
 
 
 def _list_of(kind: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
@@ -201,8 +204,10 @@ def _table(columns: dict[str, tuple[pa.Array, str]]) -> pa.Table:
 
 
 def parquet(table: pa.Table) -> bytes:
-    """Return the table as a file, with a checksum of every page."""
+    """Return the table as a file, with a checksum of every page and a digest of its schema."""
     out = pa.BufferOutputStream()
+    metadata = table.schema.metadata or {}
+    table = table.replace_schema_metadata({**metadata, _DIGEST: _schema_digest(table.schema)})
     pq.write_table(table, out, compression="zstd", row_group_size=_GROUP_ROWS, write_page_checksum=True)
     return out.getvalue().to_pybytes()
 
@@ -230,6 +235,15 @@ def read_latents(path: Path) -> pa.Table:
     return table
 
 
+def _schema_digest(schema: pa.Schema) -> bytes:
+    """Return a SHA-256 of names, types and descriptions of columns and of the metadata; Parquet renames list items."""
+    types = [f"list of {f.type.value_type}" if pa.types.is_list(f.type) else str(f.type) for f in schema]
+    described = [(field.metadata or {}).get(b"description", b"") for field in schema]
+    kept = sorted(item for item in (schema.metadata or {}).items() if item[0] != _DIGEST)
+    told = repr((schema.names, types, described, kept))
+    return hashlib.sha256(told.encode()).hexdigest().encode()
+
+
 def _read(path: Path, columns: Mapping[str, Callable[[pa.DataType], bool]]) -> tuple[pa.Table, SamplesRecord]:
     """Read a file that has `columns` of these types, without nulls but in lists."""
     try:
@@ -237,6 +251,8 @@ def _read(path: Path, columns: Mapping[str, Callable[[pa.DataType], bool]]) -> t
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise CorruptData(f"{path}: not readable ({brief(str(error))}); {_REMOVE}") from error
+    if (table.schema.metadata or {}).get(_DIGEST, b"") not in (b"", _schema_digest(table.schema)):
+        raise CorruptData(f"{path}: its columns or its record are not what was written; {_REMOVE}")
     for name, kind in columns.items():
         if table.schema.get_field_index(name) < 0 or not kind(table.schema.field(name).type):
             raise CorruptData(f"{path}: column {name} is missing, or of another type; {_REMOVE}")

@@ -192,7 +192,7 @@ class Child:
             durable.publish_json(path, {"id": secrets.token_hex(4), "project": self._project, "step": -1})
         self._state = durable.read_json(path)
         if self._state["project"] != self._project:
-            _say(f"the run stays in the project {self._state['project']}; remove {self._folder} to sync it anew")
+            _say(f"the run stays in the project {self._state['project']}; remove {self._folder} to sync it again")
 
     def _why_offline(self) -> str | None:
         """Tell why the sync is to be offline; empty: it is not; none: there is to be no sync."""
