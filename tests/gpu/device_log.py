@@ -41,6 +41,8 @@ class DeviceLog:
     """Bytes that are held now"""
     held: dict[int, tuple[int, int]] = field(default_factory=dict)
     """By address of what is held: its bytes, and how many tensors look at it"""
+    free_bytes: int = 80 * 10**9
+    """Of each device, as it says"""
     current: int = 0
     """Number of the current device"""
     runs_kernels: bool = True

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from tests.gpu.device_log import DeviceLog
 from tests.gpu.fake_sparse import sparse_functions
-from tests.gpu.fake_tensor import FakeTensor, device_of, log, memory_of
+from tests.gpu.fake_tensor import FakeTensor, device_of, is_pinned, log, memory_of, pinned
 
 FACTORIES = ("zeros", "ones", "empty", "full", "arange", "tensor", "as_tensor", "randn", "rand", "randint", "randperm",
              "eye", "linspace", "scalar_tensor")  # fmt: skip
 _to, _numpy, _tolist = Tensor.to, Tensor.numpy, Tensor.tolist
-_pinned: set[int] = set()
-"""Addresses of memory that was asked for as pinned"""
 
 
 @contextmanager
@@ -29,7 +27,7 @@ def fake_cuda(devices: int = 2) -> Iterator[DeviceLog]:
     """Give torch so many CUDA devices; yields what they are asked to do, from nothing on."""
     log.clear()
     log.faults.clear()
-    log.current, log.runs_kernels = 0, True
+    log.current, log.runs_kernels, log.free_bytes = 0, True, 80 * 10**9
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a module's tensors become others when it moves
     with ExitStack() as stack:
@@ -53,6 +51,7 @@ def _replacements(devices: int) -> Iterator[tuple[Any, str, Any]]:
         "is_available": lambda: True,
         "device_count": lambda: devices,
         "current_device": lambda: log.current,
+        "mem_get_info": lambda device=None: (log.free_bytes, log.free_bytes),
         "get_device_name": lambda device=None: "fake",
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda device=None: log.sync("synchronize"),
@@ -78,12 +77,12 @@ def _factory(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a function that makes tensors on any device."""
 
     def made(*args: Any, **kwargs: Any) -> Tensor:
-        pinned = kwargs.pop("pin_memory", False)
+        is_to_pin = kwargs.pop("pin_memory", False)
         device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else torch.device("cpu")
         if device.type != "cuda":
             out = make(*args, **kwargs)
-            if pinned:
-                _pinned.add(out.untyped_storage().data_ptr())
+            if is_to_pin:
+                pinned.add(out.untyped_storage().data_ptr())
             return out
         out = make(*args, **kwargs | {"device": "cpu"})
         if make.__name__ in ("tensor", "as_tensor"):
@@ -141,7 +140,7 @@ class _Move(torch.autograd.Function):
             log.sync("copy to the host")
             return memory.clone(memory_format=torch.preserve_format)
         if not isinstance(tensor, FakeTensor):
-            log.copy(non_blocking and memory.untyped_storage().data_ptr() in _pinned)
+            log.copy(non_blocking and is_pinned(memory))
         return FakeTensor(memory.clone(memory_format=torch.preserve_format), _number(device))
 
     @staticmethod

@@ -32,6 +32,8 @@ RESHAPES = {"resize_", "set_", "t_", "transpose_", "squeeze_", "unsqueeze_"}
 FREE = {"detach", "alias", "_unsafe_view", "_reshape_alias", "lift_fresh", "is_same_size"}
 
 log = DeviceLog()
+pinned: set[int] = set()
+"""Addresses of memory on the host that was asked for as pinned"""
 
 
 class FakeTensor(Tensor):
@@ -106,6 +108,11 @@ def memory_of(one: Any) -> Any:
     return one.memory if isinstance(one, FakeTensor) else one
 
 
+def is_pinned(tensor: Tensor) -> bool:
+    """Tell whether a tensor on the host lies in pinned memory."""
+    return tensor.untyped_storage().data_ptr() in pinned
+
+
 def device_of(tensors: Iterable[Tensor]) -> int:
     """Return the number of the one device of all fake tensors; a fault where they are on several."""
     numbers = {one.number for one in tensors if isinstance(one, FakeTensor)}
@@ -147,10 +154,13 @@ def _check_index(name: str, args: tuple[Any, ...]) -> None:
 
 def _note(func: Any, name: str, args: tuple[Any, ...], tensors: list[Tensor], out: Any) -> None:
     on_host = [not isinstance(one, FakeTensor) for one in tensors]
-    if name in COPIES and on_host[0] and not all(on_host):
-        log.sync("copy to the host")
-    elif name in COPIES and any(on_host):
-        log.copy(pinned=False)
+    if name in COPIES and any(on_host) and not all(on_host):
+        host = tensors[on_host.index(True)]
+        waits = not (name == "copy_" and args[2:3] == (True,) and is_pinned(host))
+        if not on_host[0]:
+            log.copy(pinned=not waits)
+        elif waits:
+            log.sync("copy to the host")
     by_mask = name in INDEXED and any(one is not None and one.dtype == torch.bool for one in args[1])
     if name in WAITS or by_mask:
         log.sync(name)

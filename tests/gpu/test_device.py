@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.gpu.device_log import DeviceFault
 from tests.gpu.fake_device import fake_cuda
-from tests.runs import SMALL, Outcome, rows
+from tests.runs import SMALL, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
 from train.model import checkpoint
 from train.run.trainer import Trainer
@@ -142,6 +142,38 @@ def test_a_step_waits_for_no_device(command, small_store, tmp_path: Path, monkey
     assert {step: waits[step] for step in quiet} == {step: [] for step in quiet}
     assert all(one.startswith("pinned @") for step in quiet for one in copies[step])
     assert all(len(copies[step]) == 2 for step in quiet)
+
+
+@pytest.mark.slow
+def test_resident_rows_train_the_same_bits_and_cross_no_bus(command, small_store, tmp_path: Path, monkeypatch) -> None:
+    """But for the numbers of a batch's rows, one copy from pinned memory."""
+    copies: list[list[str]] = []
+    step_of = Trainer._step
+
+    def watched(self: Trainer, step: int) -> Any:
+        log.copies.clear()
+        out = step_of(self, step)
+        copies.append(list(log.copies))
+        return out
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    with fake_cuda() as log:
+        for name in ("on", "off"):
+            done = start(command, small_store, tmp_path / name, "device=cuda", f"resident_rows={name}")
+            assert done.code == 0, done.err
+            assert ("rows are kept on cuda" in done.err) == (name == "on"), done.err
+    here, there = (tmp_path / name / "run" for name in ("on", "off"))
+    assert_same_run(here, there)
+    assert [len(of_step) for of_step in copies] == [1] * 4 + [2] * 4
+    assert all(one.startswith("pinned @") for of_step in copies for one in of_step)
+
+
+def test_rows_that_do_not_fit_are_read_from_the_store_or_refused(command, small_store, tmp_path: Path) -> None:
+    with fake_cuda() as log:
+        log.free_bytes = 10**6
+        done = start(command, small_store, tmp_path, "device=cuda", "resident_rows=on")
+    assert done.code == 2 and "resident_rows = on, and the rows do not fit" in done.err
+    assert "cuda has 0.0 GB free" in done.err
 
 
 def test_no_device_of_that_number_is_one_clear_line(command, small_store, tmp_path: Path) -> None:

@@ -65,6 +65,10 @@ class Settings(Config):
     all gradients and weights, are float32 in any case. `bfloat16` may select others than `float32` does;
     `guarded-bfloat16` (BatchTopK on compiled loops) selects those that float32 gives, which it proves at every step.
     `auto`: that one where it can be and the processor has units for bfloat16, else `float32`. Recorded in the run."""
+    resident_rows: Literal["auto", "on", "off"] = "auto"
+    """Whether training rows are kept in the memory of a CUDA device, where a batch is then a gather of the same rows.
+    `auto`: where they fit beside the training with a tenth of the memory to spare, and the run reads each row once at
+    least. Which of the two is said when training starts."""
     log_every: int = Field(50, ge=1)
     """Steps between rows of metrics.jsonl."""
     transcoder: TranscoderConfig = TranscoderConfig()
@@ -220,6 +224,8 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     """Return the run that `settings` ask for on `store`, every automatic choice made. Raises `UserError`."""
     record, exclusion = store.record, resolve_exclusion(store, settings)
     device = _device(settings.device)
+    if settings.resident_rows == "on" and device == "cpu":
+        raise UserError("resident_rows = on is for CUDA, and the device is cpu; use --set resident_rows=auto")
     d_in = source_width(store, settings.source)
     activation = settings.activation.resolve(settings.steps)
     shape = settings.transcoder.resolve(d_in, activation)

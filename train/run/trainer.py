@@ -30,6 +30,7 @@ from train.model.transcoder import StepOutput, Transcoder
 from train.run.determinism import arithmetic, require_same
 from train.run.latent_counters import Counters
 from train.run.load_run import build_transcoder, rows_of
+from train.run.memory import keeps_rows
 from train.run.metrics import LOWER_LR, Window, diverged, logged_steps
 from train.run.optimizer import Optimizer
 from train.run.saver import Saver
@@ -71,7 +72,13 @@ class Trainer:
         device = torch.device(self._settings.device)
         blocks = config.training_blocks
         self._reader = BatchReader(
-            store, blocks, self._settings.rows, self._settings.seed, device, self._settings.source
+            store,
+            blocks,
+            self._settings.rows,
+            self._settings.seed,
+            device,
+            self._settings.source,
+            resident=keeps_rows(config, store),
         )
         self._transcoder = build_transcoder(config, store)
         self._optimizer = Optimizer(self._transcoder, self._settings.optimizer, config.length_at)
