@@ -1,6 +1,7 @@
 """What is trained on CUDA, on a fake device: commands end without a device fault, and steps without a wait."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.errors import CorruptData
+from shared.store.store import Store
 from tests.gpu.device_log import DeviceFault
 from tests.gpu.fake_device import fake_cuda
 from tests.runs import SMALL, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
+from train.data.batches import StoreRows
+from train.evaluation.evaluate import evaluate
 from train.model import checkpoint
+from train.run import trainer
 from train.run.trainer import Trainer
 
 QUICK = [
@@ -166,6 +172,57 @@ def test_resident_rows_train_the_same_bits_and_cross_no_bus(command, small_store
     assert_same_run(here, there)
     assert [len(of_step) for of_step in copies] == [1] * 4 + [2] * 4
     assert all(one.startswith("pinned @") for of_step in copies for one in of_step)
+
+
+@pytest.mark.slow
+def test_an_evaluation_waits_once_a_chunk_for_how_many_latents_are_active(
+    command, small_store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under both rules. All other waits are as many whatever the number of chunks."""
+    waits: list[list[str]] = []
+
+    def watched(*args: Any) -> Any:
+        log.clear()
+        found = evaluate(*args)
+        waits.append(list(log.syncs))
+        assert log.copies and all(one.startswith("pinned @") for one in log.copies)
+        return found
+
+    monkeypatch.setattr(trainer, "evaluate", watched)
+    sizes, found = (16, 48), []
+    with fake_cuda() as log:
+        for rows_of_chunk in sizes:
+            runs = tmp_path / str(rows_of_chunk)
+            assert start(command, small_store, runs, "device=cuda", f"evaluation.chunk_rows={rows_of_chunk}").code == 0
+            found.append(rows(runs / "run")[-1]["held_out"]["fvu"])
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    record = small_store.record
+    for rows_of_chunk, of_size in zip(sizes, waits, strict=True):
+        held_out = [len(record.report_blocks) * s.rows for s in record.plan.stored_strata]
+        chunks = sum(-(-count // rows_of_chunk) for count in held_out)
+        assert len([one for one in of_size if "above" in one]) == chunks
+        assert len([one for one in of_size if "positive" in one]) == -(-sum(held_out) // rows_of_chunk)
+    others = [[one for one in of_size if not one.endswith((" above", " positive"))] for of_size in waits]
+    assert len(others[0]) < 60
+    assert others[0] == others[1]
+
+
+def test_a_damaged_row_is_named_after_a_pass_that_waits_for_no_chunk(small_store, tmp_path: Path) -> None:
+    shutil.copytree(small_store.path, tmp_path / "store")
+    store = Store.open(tmp_path / "store")
+    path = next((tmp_path / "store/activations.zarr/strata/001-004/target/c").glob("1/*"))
+    bits = bytearray(path.read_bytes())
+    bits[1] = 0x7F  # the first number of the first row of block 1
+    path.write_bytes(bits)
+    with fake_cuda() as log, pytest.raises(CorruptData) as raised:
+        chunks = 0
+        for _ in StoreRows(store, 16).chunks(range(2), torch.device("cuda")):
+            chunks += 1
+            assert log.syncs == []
+    assert chunks == sum(-(-2 * part.stratum.rows // 16) for part in store.strata.values())
+    with pytest.raises(CorruptData, match="001-004/target/c/1/0: row 0 ") as at_once:
+        list(StoreRows(store, 16).chunks(range(2), torch.device("cpu")))
+    assert str(raised.value) == str(at_once.value)
 
 
 def test_rows_that_do_not_fit_are_read_from_the_store_or_refused(command, small_store, tmp_path: Path) -> None:

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.store.layout import StorageType
-from shared.store.mapped_array import MappedArray
 from shared.store.reader import AHEAD, RowReader, RowsConfig
 from shared.store.store import Store
+from train.data.read_ahead import Extent, RowChecks, read_ahead
 from train.data.resident import ResidentRows
-from train.data.staging import Stage, staging, to_float
+from train.data.staging import Stage, sent, staging, to_float
 
 Side = Literal["source", "target"]
 
@@ -182,13 +181,14 @@ class RowChunk(NamedTuple):
     target: Tensor
     """[n, d_out] float32"""
     outliers: Tensor
-    """[n] bool, rows that the store's exclusion leaves out of figures"""
+    """[n] bool, rows that the store's exclusion leaves out of figures; on CPU"""
 
     def part(self, wanted: Tensor) -> "RowChunk":
-        """Return the rows that are `wanted`, [n] bool."""
+        """Return the rows that are `wanted`, [n] bool on CPU."""
         if bool(wanted.all()):
             return self
-        return RowChunk(self.stratum, self.source[wanted], self.target[wanted], self.outliers[wanted])
+        numbers = sent(wanted.nonzero().squeeze(1), self.source.device)
+        return RowChunk(self.stratum, self.source[numbers], self.target[numbers], self.outliers[wanted])
 
     @property
     def ordinary(self) -> "RowChunk":
@@ -210,44 +210,35 @@ class StoreRows:
         """Yield all rows of `blocks`, stratum by stratum.
 
         With `most`, the first so many of each stratum that it names, and no others. Raises `CorruptData` as
-        `Store.check_norms`.
+        `Store.check_norms`; on CUDA after the last of them.
         """
+        extents, checks, sides = self._extents(blocks, most), RowChecks(self.store, device), _sides(self.source)
+        for extent, found in zip(extents, read_ahead(self.store, sides, extents, device), strict=True):
+            for side, rows in zip(sides, found, strict=True):
+                checks.add(extent, side, rows)
+            yield RowChunk(extent.stratum, found[0], found[-1], _outliers(self.store, extent))
+        checks.settle()
+
+    def _extents(self, blocks: range, most: Mapping[str, int] | None) -> list[Extent]:
+        found = []
         for name, stratum in self.store.strata.items():
             rows = stratum.stratum.rows
             start, stop = blocks.start * rows, blocks.stop * rows
             stop = stop if most is None else min(stop, start + most.get(name, 0))
-            for low in range(start, stop, self.chunk_rows):
-                high = min(low + self.chunk_rows, stop)
-                found = []
-                for side in _sides(self.source):
-                    array: MappedArray = getattr(stratum, side)
-                    array.will_need([(low, min(low + 2 * self.chunk_rows, stop))])  # this chunk and the next
-                    found.append(read_rows(array, low, high, self.store.request.storage, device))
-                    check_rows(self.store, name, side, low, found[-1])
-                yield RowChunk(name, found[0], found[-1], _outliers(self.store, name, low, high, device))
+            found += [
+                Extent(name, low, min(low + self.chunk_rows, stop)) for low in range(start, stop, self.chunk_rows)
+            ]
+        return found
 
 
-def _outliers(store: Store, stratum: str, low: int, high: int, device: torch.device) -> Tensor:
-    """Tell which of the rows `low:high` of a stratum are left out of figures, [n] bool."""
-    found = torch.zeros(high - low, dtype=torch.bool)
+def _outliers(store: Store, extent: Extent) -> Tensor:
+    """Tell which rows of an extent are left out of figures, [n] bool."""
+    found = torch.zeros(extent.high - extent.low, dtype=torch.bool)
     if store.exclusion and store.exclusion.figures:
-        rows = store.outliers[stratum]
-        first, last = np.searchsorted(rows, [low, high])
-        found[torch.from_numpy(rows[first:last] - low)] = True
-    return found.to(device)
-
-
-def read_rows(array: MappedArray, low: int, high: int, storage: StorageType, device: torch.device) -> Tensor:
-    """Read rows `low:high` of a source or target array, [n, d] float32."""
-    out = staging(high - low, array, torch.device("cpu"))
-    array.read(low, high, out.numpy())
-    return to_float(out, storage, device)
-
-
-def check_rows(store: Store, stratum: str, side: Side, first: int, rows: Tensor) -> None:
-    """Raise `CorruptData` as `Store.check_norms`; `rows` [n, d] are the stored ones from row `first` on."""
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().numpy()
-    store.check_norms(stratum, side, np.arange(first, first + len(norms)), norms)
+        rows = store.outliers[extent.stratum]
+        first, last = np.searchsorted(rows, [extent.low, extent.high])
+        found[torch.from_numpy(rows[first:last] - extent.low)] = True
+    return found
 
 
 def _sides(source: Side) -> tuple[Side, ...]:

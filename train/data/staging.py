@@ -31,12 +31,16 @@ class Stage:
             self._copied.synchronize()
         return [buffer.numpy() for buffer in self._buffers]
 
-    def on_device(self) -> list[Tensor]:
-        """Return copies on the device, whose other work neither waits nor is waited for; on CPU the buffers."""
+    def on_device(self, rows: int | None = None) -> list[Tensor]:
+        """Return copies of all or the first `rows` on the device, whose other work neither waits nor is waited for.
+
+        On CPU, the buffers themselves.
+        """
+        filled = [buffer[:rows] for buffer in self._buffers]
         if not self._stream or not self._copied:
-            return self._buffers
+            return filled
         with torch.cuda.stream(self._stream):
-            copies = [buffer.to(self._device, non_blocking=True) for buffer in self._buffers]
+            copies = [buffer.to(self._device, non_blocking=True) for buffer in filled]
             self._copied.record()
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._copied)
@@ -55,6 +59,14 @@ def to_stored(rows: Tensor, storage: StorageType) -> Tensor:
     typed = rows.view(torch.bfloat16) if storage == "bfloat16" else rows
     assert typed.dtype == TORCH[storage]
     return typed
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a small tensor of the CPU to a device, which is not waited for."""
+    if device.type == "cpu":
+        return tensor
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor).to(device, non_blocking=True)
 
 
 def staging(rows: int, array: MappedArray, device: torch.device) -> Tensor:  # [rows, d]

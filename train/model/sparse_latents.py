@@ -58,7 +58,7 @@ class SparseLatents:
 
     def positive(self) -> "SparseLatents":
         """Return the pairs that are active."""
-        kept = self.values > 0
+        kept = (self.values > 0).nonzero().squeeze(1)  # how many is waited for once, and not in each of three
         shape = torch.Size((len(self.starts) - 1, self.d_sae))
         return SparseLatents.of(self.rows[kept], self.latents[kept], self.values[kept], shape)
 
