@@ -177,7 +177,8 @@ class _Event:
         return 1e3 * (end.at - self.at)
 
     def synchronize(self) -> None:
-        """Nothing to wait for; it is asked for by the thread that reads, not by a step."""
+        """Note that the host waits: nothing is left to wait for here."""
+        log.sync("event")
 
 
 @contextmanager

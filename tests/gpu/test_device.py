@@ -124,9 +124,10 @@ def test_what_is_trained_on_cuda_is_what_is_trained_on_cpu(command, small_store,
 
 @pytest.mark.slow
 def test_a_step_waits_for_no_device(command, small_store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outside cadences: the scan for mined pairs of step 0, and the rows that are kept for a report.
+    """But for step 0, whose rows are so few and so short that a scan for mined pairs could find some.
 
-    Nor is anything copied to the device but the batch, from pinned memory.
+    Nor is anything copied to the device but the batch, from pinned memory; rows that are kept for a report go back to
+    pinned memory.
     """
     waits: dict[int, list[str]] = {}
     copies: dict[int, list[str]] = {}
@@ -140,14 +141,34 @@ def test_a_step_waits_for_no_device(command, small_store, tmp_path: Path, monkey
         return out
 
     monkeypatch.setattr(Trainer, "_step", watched)
-    rare = ["steps=6", "monitor.every=5", "monitor.rows=48", *(f"{what}=100" for what in RARELY)]
+    rare = ["steps=8", "monitor.every=5", "monitor.rows=48", *(f"{what}=100" for what in RARELY)]
     with fake_cuda() as log:
         done = start(command, small_store, tmp_path, "device=cuda", *rare)
     assert done.code == 0, done.err
-    quiet = [step for step in range(1, 4)]
+    quiet = [step for step in range(1, 8)]
     assert {step: waits[step] for step in quiet} == {step: [] for step in quiet}
     assert all(one.startswith("pinned @") for step in quiet for one in copies[step])
     assert all(len(copies[step]) == 2 for step in quiet)
+
+
+@pytest.mark.slow
+def test_a_report_that_is_counted_beside_training_is_the_same_after_a_resume(
+    command, small_store, tmp_path: Path
+) -> None:
+    """From a checkpoint between its beginning and its end; its scans are those of the mined pairs."""
+    reports = ["steps=12", "monitor.every=4", "checkpoint.every=5", "checkpoint.keep_last=9", "evaluation.every=12"]
+    with fake_cuda() as log:
+        for name in ("whole", "resumed"):
+            assert start(command, small_store, tmp_path / name, "device=cuda", *reports).code == 0
+        whole, resumed = (tmp_path / name / "run" for name in ("whole", "resumed"))
+        for step in (10, 12):
+            shutil.rmtree(checkpoint.folder(resumed, step))
+        assert "monitor.pending" in checkpoint.load_state(checkpoint.folder(resumed, 5) / checkpoint.OPTIMIZER)
+        log.clear()
+        done = command("resume", resumed)
+        assert done.code == 0, done.err
+    assert_same_run(whole, resumed)
+    assert json.loads((whole / "config.json").read_text())["settings"]["monitor"]["delay"] == 2
 
 
 @pytest.mark.slow

@@ -249,7 +249,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     _check_goals(settings.diversity)
     shaped = settings.model_copy(update={"transcoder": shape, "activation": activation})
     settings.checkpoint.check(settings.steps, settings.evaluation.every, checkpoint_bytes(shaped, d_in, record.d_out))
-    monitor = settings.monitor.resolve(settings.steps)
+    monitor = settings.monitor.resolve(settings.steps, device)
     _check_reports(settings, monitor)
     kernels = _kernels(settings.kernels, device)
     assert isinstance(shape.d_sae, int)
@@ -331,13 +331,20 @@ def _check_goals(diversity: DiversityConfig) -> None:
 def _check_reports(settings: Settings, monitor: MonitorConfig) -> None:
     """Raise `UserError` when what acts on the monitor's reports would get none, or one that could list no pair."""
     diversity, goals = settings.diversity, settings.diversity.controller
-    assert isinstance(monitor.every, int)
-    if (diversity.co_activation.weight or goals.on) and not 0 < monitor.every < max(settings.steps, 2):
+    assert isinstance(monitor.every, int) and isinstance(monitor.delay, int)
+    complete = monitor.every and monitor.every + monitor.delay
+    if (diversity.co_activation.weight or goals.on) and not 0 < complete < max(settings.steps, 2):
         name = "controller acts" if goals.on else "co_activation takes its pairs"
+        late = f", monitor.delay = {monitor.delay}" if monitor.delay else ""
         off = "" if goals.on else ", or diversity.co_activation.weight = 0"
         raise UserError(
             f"diversity.{name} after the monitor's reports, and none would come before the last step: monitor.every = "
-            f"{monitor.every}, steps = {settings.steps}; set monitor.every between{off}"
+            f"{monitor.every}, steps = {settings.steps}{late}; set monitor.every between{off}"
+        )
+    if monitor.delay >= max(monitor.every, 1):
+        raise UserError(
+            f"monitor.delay = {monitor.delay} is not below monitor.every = {monitor.every}: a report must be complete "
+            "before the next begins; use --set monitor.delay=auto"
         )
     if monitor.every and monitor.least_together > (sampled := max(monitor.rows, settings.rows.batch_rows)):
         raise UserError(
@@ -397,4 +404,4 @@ def checkpoint_bytes(settings: Settings, d_in: int, d_out: int) -> int:
     skip = d_in * d_out if shape.skip else 0
     per_row = activation.most_active(shape.d_sae)
     parameters = 12 * (shape.d_sae * (d_in + d_out + 2) + skip) + 32 * shape.d_sae
-    return parameters + settings.monitor.sample_bytes(batch, per_row) + 2**20
+    return parameters + settings.monitor.state_bytes(batch, per_row, shape.d_sae) + 2**20

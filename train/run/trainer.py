@@ -18,6 +18,7 @@ from shared.store.strata import POSITION_0
 from train.data.batches import Batch, BatchReader
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
+from train.duplicates.scans import Scans
 from train.evaluation.evaluate import Evaluation, calibrate, evaluate
 from train.evaluation.held_out import held_out_active
 from train.live.run_files import CONFIG, Row
@@ -85,8 +86,17 @@ class Trainer:
         strata = self._reader.slices()
         weights = self._reader.natural_weights().to(device)
         at_0 = strata.get(POSITION_0, slice(0, 0))
-        self._diversity = Diversity(self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed)
-        self._monitor = CorrelationMonitor(path, self._settings.monitor, self._transcoder, strata, self._settings.steps)
+        scans = Scans(
+            self._transcoder,
+            int(self._settings.monitor.every),
+            random_at_start=initial is None and resumed is None,
+        )
+        self._diversity = Diversity(
+            self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed, scans
+        )
+        self._monitor = CorrelationMonitor(
+            path, self._settings.monitor, self._transcoder, strata, self._settings.steps, scans
+        )
         dead_after = self._settings.auxk.dead_after(config.lengths[0] * self._settings.rows.batch_rows)
         self._counters = Counters(self._transcoder.d_sae, dead_after, device)
         apart = self._reader.has_outliers
@@ -186,12 +196,7 @@ class Trainer:
                 if last or any(self._due(done, every) for every in self._cadences):
                     self._refuse_nan()
                     self._require_folder()
-                if self._monitor.due(done):
-                    report = self._monitor.report(done, self._counters.dead())
-                    self._usage.call("monitor", effect=len(report.pairs))
-                    moved = self._diversity.follow(report, self._monitor.correlated)
-                    if settings.diversity.controller.on:
-                        self._usage.call("controller", effect=moved)
+                self._report(done)
                 held_out = self._evaluate(done) if self._due(done, settings.evaluation.every) else None
                 note = detail = ""
                 if held_out or self._due(done, settings.log_every):
@@ -220,6 +225,22 @@ class Trainer:
 
     def _due(self, done: int, every: int) -> bool:
         return done == self._settings.steps or (bool(every) and done % every == 0)
+
+    def _report(self, done: int) -> None:
+        """Finish the monitor's report that is complete after this step, and begin the one that is due."""
+        self._follow(done)
+        if self._monitor.due(done):
+            self._monitor.begin(done, self._counters.dead())
+            self._follow(done)
+
+    def _follow(self, done: int) -> None:
+        if not self._monitor.is_complete(done):
+            return
+        report = self._monitor.finish()
+        self._usage.call("monitor", effect=len(report.pairs))
+        moved = self._diversity.follow(report, self._monitor.correlated)
+        if self._settings.diversity.controller.on:
+            self._usage.call("controller", effect=moved)
 
     def _report_held_out(self) -> None:
         done, blocks = self._settings.steps, self._store.record.report_blocks
