@@ -52,8 +52,8 @@ class MonitorConfig(Config):
     """When duplicates are looked for, and on how many rows."""
 
     every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Steps between reports; the last step always makes one. 0 switches the monitor off; `auto`: 100, or a fourth of a
-    run that is shorter than 400 steps."""
+    """Steps between reports; the last step always makes one. 0 switches the monitor off; `auto`: 100, on CUDA about a
+    second's, or a fourth of a run that is shorter than four times that."""
     delay: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Steps after which a report is complete and acts on the training, below `every`. `auto`: 0 on CPU; on CUDA half
     of `every`, in which a thread counts while training goes on. The last report waits for none."""
@@ -71,9 +71,12 @@ class MonitorConfig(Config):
     cluster_jaccard: float = Field(0.3, gt=0, le=1)
     """... and their firing sets at least this Jaccard index."""
 
-    def resolve(self, steps: int, device: str) -> "MonitorConfig":
-        """Return the same with numbers for `every` and `delay`, for a run of so many steps on a `device`."""
-        every = max(1, min(100, steps // 4)) if self.every == "auto" else self.every
+    def resolve(self, steps: int, device: str, usual: int) -> "MonitorConfig":
+        """Return the same with numbers for `every` and `delay`, for a run of so many steps on a `device`.
+
+        `usual`: steps between reports there, where the run is long enough.
+        """
+        every = max(1, min(usual, steps // 4)) if self.every == "auto" else self.every
         on_device = 0 if device == "cpu" else every // 2
         return self.model_copy(update={"every": every, "delay": on_device if self.delay == "auto" else self.delay})
 

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from shared.bounds import Every
 from shared.config import Config
 from shared.errors import ProjectError
 from shared.store.reader import RowsConfig
@@ -34,8 +35,9 @@ bfloat16 rounds is as much."""
 class EvaluationConfig(Config):
     """When a run looks at held-out rows."""
 
-    every: int = Field(1000, ge=1)
-    """Steps between evaluations; the last step always makes one."""
+    every: Every = "auto"
+    """Steps between evaluations; the last step always makes one. `auto`: 2,000; on CUDA as many more as it takes for
+    evaluations to have a tenth of the rows that training has, about."""
     chunk_rows: int = Field(1024, ge=1)
     """Rows per forward."""
     calibration_rows: int = Field(4096, ge=1)
@@ -355,6 +357,13 @@ def weighted_rows(rows: StoreRows, device: torch.device, most: int | None = None
     taken = {name: math.ceil(share * count) for name, count in counts.items()}
     for chunk in rows.chunks(blocks, device, taken):
         yield chunk.ordinary, natural[chunk.stratum] * counts[chunk.stratum] / taken[chunk.stratum]
+
+
+def evaluated_rows(store: Store) -> int:
+    """Return how many rows an evaluation passes through the encoder: report rows by both rules, and to calibrate."""
+    record = store.record
+    blocks = 2 * len(record.report_blocks) + len(record.calibration_blocks or record.report_blocks)
+    return blocks * sum(s.rows for s in record.plan.stored_strata)
 
 
 def natural_weights(store: Store) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 from pydantic import Field
 from torch import Tensor
 
+from shared.bounds import Every
 from shared.config import Config
 from shared.errors import DiskFull, ProjectError, UserError, cause, warn
 from shared.files import durable
@@ -30,8 +31,8 @@ Tensors = Mapping[str, Tensor]
 class CheckpointConfig(Config):
     """When checkpoints are made, and which are kept. The newest one always is."""
 
-    every: int = Field(1000, ge=1)
-    """Steps between checkpoints; the last step always makes one."""
+    every: Every = "auto"
+    """Steps between checkpoints; the last step always makes one. `auto`: 500; on CUDA about a minute's."""
     keep_last: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
     keep_every: int = Field(0, ge=0)
@@ -63,6 +64,7 @@ class CheckpointConfig(Config):
 
     def most(self, steps: int, size: int) -> int:
         """Return the most bytes that `steps` steps take for checkpoints of `size`, the one being written included."""
+        assert isinstance(self.every, int), "resolve the configuration first"
         many = (
             self.keep_last + self.keep_best + (steps // math.lcm(self.every, self.keep_every) if self.keep_every else 0)
         )
@@ -71,6 +73,7 @@ class CheckpointConfig(Config):
 
     def check(self, steps: int, evaluated_every: int, size: int) -> None:
         """Raise `UserError` when a rule could never keep anything."""
+        assert isinstance(self.every, int), "resolve the configuration first"
         meet = math.lcm(self.every, evaluated_every) if evaluated_every else steps
         for name, wanted, first in (
             ("keep_every", self.keep_every, math.lcm(self.every, self.keep_every or 1)),

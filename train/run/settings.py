@@ -14,7 +14,7 @@ import safetensors
 import torch
 from pydantic import Field, model_validator
 
-from shared.bounds import Blocks, Digest, Name, Text, Width
+from shared.bounds import Blocks, Digest, Every, Name, Text, Width
 from shared.config import Config, build, json_digest, load_preset, override, read_record
 from shared.errors import UserError
 from shared.files import durable
@@ -24,7 +24,7 @@ from shared.store.store import Store
 from train.data.batches import Side, source_width
 from train.duplicates.diversity import DiversityConfig
 from train.duplicates.monitor import MonitorConfig
-from train.evaluation.evaluate import EvaluationConfig
+from train.evaluation.evaluate import EvaluationConfig, evaluated_rows
 from train.live.run_files import CONFIG
 from train.model.activations import Activation, BatchTopK
 from train.model.blas import Blas, bfloat16_units, faster_here
@@ -32,6 +32,7 @@ from train.model.kernels.sparse_ops import Kernels
 from train.model.losses import AuxKConfig
 from train.model.quiet import QuietConfig
 from train.model.transcoder import TranscoderConfig
+from train.run.cadences import chosen
 from train.run.optimizer import OptimizerConfig
 from train.run.saver import CheckpointConfig
 from train.samples.select import SamplesConfig
@@ -69,8 +70,10 @@ class Settings(Config):
     """Whether training rows are kept in the memory of a CUDA device, where a batch is then a gather of the same rows.
     `auto`: where they fit beside the training with a tenth of the memory to spare, and the run reads each row once at
     least. Which of the two is said when training starts."""
-    log_every: int = Field(50, ge=1)
-    """Steps between rows of metrics.jsonl."""
+    log_every: Every = "auto"
+    """Steps between rows of metrics.jsonl; `auto`: 50, on CUDA about a quarter of a second's. How often a run logs,
+    reports, evaluates and saves by `auto` follows from the kind of device and from operations that are counted
+    (train/run/cadences.py), and is recorded in the run."""
     transcoder: TranscoderConfig = TranscoderConfig()
     activation: Activation = BatchTopK()
     rows: RowsConfig = RowsConfig()
@@ -247,12 +250,16 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     view = store.excluding(exclusion)
     _check_position(view, settings, blocks)
     _check_goals(settings.diversity)
-    shaped = settings.model_copy(update={"transcoder": shape, "activation": activation})
-    settings.checkpoint.check(settings.steps, settings.evaluation.every, checkpoint_bytes(shaped, d_in, record.d_out))
-    monitor = settings.monitor.resolve(settings.steps, device)
+    assert isinstance(shape.d_sae, int)
+    usual = chosen(device, settings.rows.batch_rows, d_in, shape.d_sae, evaluated_rows(store))
+    monitor = settings.monitor.resolve(settings.steps, device, usual.monitor)
+    evaluation, saving = settings.evaluation, settings.checkpoint
+    evaluation_every = usual.evaluation if evaluation.every == "auto" else evaluation.every
+    saving = saving.model_copy(update={"every": usual.checkpoint if saving.every == "auto" else saving.every})
+    shaped = settings.model_copy(update={"transcoder": shape, "activation": activation, "monitor": monitor})
+    saving.check(settings.steps, evaluation_every, checkpoint_bytes(shaped, d_in, record.d_out))
     _check_reports(settings, monitor)
     kernels = _kernels(settings.kernels, device)
-    assert isinstance(shape.d_sae, int)
     return RunConfig(
         settings=settings.model_copy(
             update={
@@ -269,6 +276,9 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
                 "product_dtype": _product_dtype(settings.product_dtype, kernels, activation),
                 "rows": settings.rows.resolve(store.request.block_sequences),
                 "monitor": monitor,
+                "evaluation": evaluation.model_copy(update={"every": evaluation_every}),
+                "checkpoint": saving,
+                "log_every": usual.log if settings.log_every == "auto" else settings.log_every,
             }
         ),
         store=store.path.resolve(),

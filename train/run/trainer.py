@@ -28,6 +28,7 @@ from train.model.checkpoint import Checkpoint, HeldOut
 from train.model.kernels import numba_loops
 from train.model.quiet import Quiet
 from train.model.transcoder import StepOutput, Transcoder
+from train.run.cadences import Cadences
 from train.run.determinism import arithmetic, require_same
 from train.run.latent_counters import Counters
 from train.run.load_run import build_transcoder, rows_of
@@ -123,9 +124,9 @@ class Trainer:
             failed=lambda: self._usage.take_back("checkpoint"),
             record=config.model_dump(mode="json"),
         )
-        self._cadences = (
+        self._every = Cadences.of(
             self._settings.log_every,
-            int(self._settings.monitor.every),
+            self._settings.monitor.every,
             self._settings.evaluation.every,
             self._settings.checkpoint.every,
         )
@@ -179,7 +180,7 @@ class Trainer:
     def _logged_steps(self) -> list[int]:
         """List the steps that the logs have rows of already."""
         settings = self._settings
-        return logged_steps(settings.log_every, settings.evaluation.every, settings.steps, self._first)
+        return logged_steps(self._every.log, self._every.evaluation, settings.steps, self._first)
 
     def _train(self, stop: list[int]) -> None:
         settings = self._settings
@@ -193,17 +194,17 @@ class Trainer:
                 done, stopping = step + 1, bool(stop)
                 self._done = done
                 last = stopping or done == settings.steps
-                if last or any(self._due(done, every) for every in self._cadences):
+                if last or any(self._due(done, every) for every in self._every):
                     self._refuse_nan()
                     self._require_folder()
                 self._report(done)
-                held_out = self._evaluate(done) if self._due(done, settings.evaluation.every) else None
+                held_out = self._evaluate(done) if self._due(done, self._every.evaluation) else None
                 note = detail = ""
-                if held_out or self._due(done, settings.log_every):
+                if held_out or self._due(done, self._every.log):
                     self._write_row(done, output, lr, held_out)
                     note, detail = self._log.status.note(), self._log.status.detail()
                 progress.update(done, note, detail)
-                if last or self._due(done, settings.checkpoint.every):
+                if last or self._due(done, self._every.checkpoint):
                     self._checkpoint(done, held_out, last=last)
                 if stopping and done < settings.steps:
                     raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
@@ -250,7 +251,7 @@ class Trainer:
     def _step(self, step: int) -> tuple[StepOutput, float]:
         """Train on one batch; returns what the step computed, and the learning rate."""
         batch, dead, settings = self._reader.batch(step), self._counters.dead(), self._settings
-        logged = any(self._due(step + 1, every) for every in (settings.log_every, settings.evaluation.every))
+        logged = any(self._due(step + 1, every) for every in (self._every.log, self._every.evaluation))
 
         # Reconstruction of every prefix, the activation's penalty, and aux-k.
         output = self._transcoder.step(batch.source, batch.target, dead, settings.auxk, step, whole=logged)
@@ -316,7 +317,7 @@ class Trainer:
 
     def _checkpoint(self, done: int, held_out: Evaluation | None, *, last: bool) -> None:
         self._saver.wait()  # before its loss could be counted beside this call
-        if self._due(done, self._settings.checkpoint.every):  # one after a signal is not of the uninterrupted run
+        if self._due(done, self._every.checkpoint):  # one after a signal is not of the uninterrupted run
             self._usage.call("checkpoint", effect=1)
         settings = self._settings.evaluation
         if held_out or done == self._settings.steps:
