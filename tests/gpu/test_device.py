@@ -106,10 +106,14 @@ def test_triton_kernels_train_on_the_second_device(command, small_store, tmp_pat
 
 @pytest.mark.slow
 def test_what_is_trained_on_cuda_is_what_is_trained_on_cpu(command, small_store, tmp_path: Path) -> None:
-    """By the same kernels: code that asks for the device sums in another order, and float32 has 24 bits."""
-    done = [start(command, small_store, tmp_path / "cpu", "device=cpu", "kernels=plain", "blas=torch")]
+    """By the same kernels: code that asks for the device sums in another order, and float32 has 24 bits.
+
+    Reports act after the same delay, whether a thread counts meanwhile or not.
+    """
+    same = ["kernels=plain", "blas=torch", "monitor.delay=1"]
+    done = [start(command, small_store, tmp_path / "cpu", "device=cpu", *same)]
     with fake_cuda():
-        done.append(start(command, small_store, tmp_path / "cuda", "device=cuda", "kernels=plain"))
+        done.append(start(command, small_store, tmp_path / "cuda", "device=cuda", *same))
     assert [one.code for one in done] == [0, 0], [one.err for one in done]
     ours, theirs = (tmp_path / name / "run" for name in ("cuda", "cpu"))
     files = [checkpoint.find(run).path / checkpoint.WEIGHTS for run in (ours, theirs)]
