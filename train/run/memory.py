@@ -36,7 +36,7 @@ def keeps_rows(config: RunConfig, store: Store) -> bool:
     `UserError` where they are to be kept and do not fit.
     """
     settings, device = config.settings, torch.device(config.settings.device)
-    if device.type == "cpu" or settings.resident_rows == "off":
+    if settings.resident_rows == "off" or device.type == "cpu":
         return False
     sides = ("source", "target") if settings.source == "source" else ("target",)
     reader = RowReader(store, config.training_blocks, settings.rows, settings.seed, sides)
