@@ -4,6 +4,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 PACKAGES = ("/train/", "/harvest/", "/shared/")
 
@@ -47,23 +48,28 @@ class DeviceLog:
     free_bytes: int = 80 * 10**9
     """Of each device, as it says"""
     _of_thread: threading.local = field(default_factory=threading.local)
+    _lock: Any = field(default_factory=threading.RLock)
+    """Of what is held: a tensor may end while another is noted"""
     runs_kernels: bool = True
     """Whether Triton's kernels run in its interpreter, or are only counted"""
 
     def hold(self, address: int, size: int) -> None:
         """Note a tensor of the device."""
-        _, tensors = self.held.get(address, (0, 0))
-        self.held[address] = size, tensors + 1
-        self.live += 0 if tensors else size
-        self.peak = max(self.peak, self.live)
+        with self._lock:
+            _, tensors = self.held.get(address, (0, 0))
+            self.held[address] = size, tensors + 1
+            self.live += 0 if tensors else size
+            self.peak = max(self.peak, self.live)
 
     def release(self, address: int) -> None:
         """Note that a tensor is no more."""
-        size, tensors = self.held.pop(address)
-        if tensors > 1:
-            self.held[address] = size, tensors - 1
-        else:
-            self.live -= size
+        with self._lock:
+            size, tensors = self.held.pop(address)
+            if tensors > 1:
+                self.held[address] = size, tensors - 1
+            else:
+                self.live -= size
+
     @property
     def current(self) -> int:
         """Number of the current device, of each thread its own."""
