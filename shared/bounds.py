@@ -1,7 +1,7 @@
 """Types of a record's fields, with bounds: none makes a loop or an allocation huge, or names a file outside."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -50,3 +50,5 @@ def _below(name: str) -> str:
 
 FileName = Annotated[str, AfterValidator(_below)]
 """A relative path of plain names with no way up: a record can name nothing outside its store."""
+Every = Annotated[int, Field(ge=1, le=10**9)] | Literal["auto"]
+"""Steps between what is done now and then; `auto` is resolved when a run starts."""

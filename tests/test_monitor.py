@@ -247,6 +247,9 @@ def test_a_monitor_that_is_off_reports_nothing(tmp_path: Path) -> None:
 
 
 def test_the_cadence_of_short_runs_is_a_fourth_of_their_steps() -> None:
-    found = {steps: MonitorConfig().resolve(steps).every for steps in (1, 3, 4, 41, 399, 400, 10**6)}
+    found = {steps: MonitorConfig().resolve(steps, "cpu", 100).every for steps in (1, 3, 4, 41, 399, 400, 10**6)}
     assert found == {1: 1, 3: 1, 4: 1, 41: 10, 399: 99, 400: 100, 10**6: 100}
-    assert MonitorConfig(every=7).resolve(10**6).every == 7 and MonitorConfig(every=0).resolve(100).every == 0
+    assert (
+        MonitorConfig(every=7).resolve(10**6, "cpu", 100).every == 7
+        and MonitorConfig(every=0).resolve(100, "cpu", 100).every == 0
+    )

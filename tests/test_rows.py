@@ -18,6 +18,7 @@ from shared.store.store import Local, Store
 from tests.stores import SyntheticStore, flip, make_store
 from tests.test_reader import naive_stream
 from train.data.batches import BatchReader, Side, StoreRows, batches
+from train.data.resident import ResidentRows
 
 CPU = torch.device("cpu")
 
@@ -100,6 +101,28 @@ def test_reading_ahead_gives_the_same_bits_in_any_order_of_steps(opened: Store, 
         assert torch.equal(reader.batch(12).source, plain.batch(12).source)
 
 
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("how", ["resident", "three threads"])
+def test_resident_rows_and_several_threads_give_the_same_bits(opened: Store, side: Side, how: str) -> None:
+    given = (opened, opened.record.training_blocks, RowsConfig(batch_rows=50, run_rows=8), 5, CPU, side)
+    plain, reader = BatchReader(*given), BatchReader(*given, resident=how == "resident")
+    reader._threads = 3
+    for _ in range(2):  # a second time after all was dropped
+        with reader:
+            for step in (*range(12), 7, 2, 500):
+                found, expected = reader.batch(step), plain.batch(step)
+                assert torch.equal(found.source, expected.source) and torch.equal(found.target, expected.target)
+
+
+def test_resident_rows_are_those_of_strata_that_batches_have(synthetic: SyntheticStore) -> None:
+    """Position 0 has no row in these batches: no memory is taken for it, nor for a side that is not read."""
+    store = Store.open(synthetic.path)
+    config, blocks = RowsConfig(batch_rows=50, max_position_0_batch_share=0), store.record.training_blocks
+    rows = len(blocks) * sum(s.stratum.rows for s in store.strata.values() if not s.stratum.is_position_0)
+    found = ResidentRows(BatchReader(store, blocks, config, 0, CPU, "target"), CPU)
+    assert (found.rows, found.bytes) == (rows, rows * 2 * store.record.d_out)
+
+
 def test_StoreRows_are_read_while_the_thread_reads_ahead(opened: Store) -> None:
     """Both decode into one small folder, and evict what the other needs."""
     blocks = opened.record.report_blocks
@@ -121,9 +144,9 @@ def test_batches_are_read_before_they_are_asked_for_by_one_thread_that_ends(
     read: Queue[tuple[int, str]] = Queue()
     fill = reader._fill
 
-    def noted(step: int) -> object:
+    def noted(step: int, *rest: range) -> object:
         read.put((step, threading.current_thread().name))
-        return fill(step)
+        return fill(step, *rest)
 
     monkeypatch.setattr(reader, "_fill", noted)
     with reader:

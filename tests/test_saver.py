@@ -8,8 +8,10 @@ import torch
 
 from shared.errors import UserError
 from shared.store.layout import FileRecord
+from tests.gpu.fake_device import fake_cuda
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, CheckpointState, HeldOut
+from train.run.host_copy import HostCopies
 from train.run.saver import CheckpointConfig, Saver
 
 WEIGHTS, STATE = {"w": torch.arange(1000.0)}, {"s": torch.zeros(10)}
@@ -97,6 +99,43 @@ def test_a_copy_is_saved_and_later_steps_do_not_reach_it(tmp_path: Path, backgro
     for step in (1, 2, 3):
         saved = checkpoint.load_state(checkpoint.folder(tmp_path, step) / checkpoint.WEIGHTS)["w"]
         assert torch.equal(saved, torch.full_like(saved, step - 1.0))
+
+
+def test_without_memory_for_a_copy_training_waits_for_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    with Saver(tmp_path, CheckpointConfig(), {}, 10_000) as saver:
+        monkeypatch.setattr(HostCopies, "take", refused)
+        saver.save(1, WEIGHTS, STATE, None)
+        assert checkpoint.find(tmp_path).step == 1  # published when `save` returns
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1 and "checkpoint of step 1, 4,040 bytes" in said
+    assert "training waits while it is written; checkpoint.background = false" in said
+
+
+def test_a_checkpoint_of_cuda_has_the_same_bytes_and_takes_no_memory_there(tmp_path: Path) -> None:
+    """Nor does the host wait. The pinned copy is used again, and grows with what is open in the run."""
+    made = {"W_enc": torch.arange(35.0).view(7, 5).T, "W_dec": torch.arange(28.0).view(7, 4), "count": torch.tensor(3)}
+    mined = [torch.arange(0), torch.arange(90)]
+    with fake_cuda() as log:
+        here, there = ({name: one.to(device) for name, one in made.items()} for device in ("cpu", "cuda:1"))
+        for name, tensors in (("cpu", here), ("cuda", there)):
+            with Saver(tmp_path / name, CheckpointConfig(keep_last=9), {}, 10_000) as saver:
+                for step, pairs in enumerate(mined, 1):
+                    state = {"steps": torch.tensor(1.0), "pairs": pairs.to(tensors["W_dec"].device)}
+                    log.clear()
+                    saver.save(step, tensors, state, None)
+                    if name == "cuda":
+                        assert log.syncs == [] and {op.name for op in log.ops} == {"copy_"}
+                    for one in tensors.values():
+                        one += 1
+    for step in (1, 2):
+        for file in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.STATE):
+            ours, theirs = (checkpoint.folder(tmp_path / name, step) / file for name in ("cuda", "cpu"))
+            assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_damaged_ones_do_not_count_and_are_replaced_by_the_same_step(tmp_path: Path) -> None:

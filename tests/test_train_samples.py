@@ -18,7 +18,7 @@ from shared.files import durable
 from shared.store.store import Local, Store
 from tests.runs import SMALL
 from tests.stores import SyntheticStore, make_store
-from train.data import batches
+from train.data.read_ahead import read_ahead
 from train.model import checkpoint
 from train.samples import encode as encoding
 from train.samples.encode import Activations, encode
@@ -137,13 +137,13 @@ def test_resume_makes_the_samples_that_a_finished_run_lacks(command, trained: Pa
 def test_a_signal_during_the_pass_stops_it_and_resume_makes_the_samples(
     command, made: SyntheticStore, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = batches.read_rows
+    read = read_ahead
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return read(*args)
 
-    monkeypatch.setattr(encoding, "read_rows", signalled)
+    monkeypatch.setattr(encoding, "read_ahead", signalled)
     stopped = command("run", "--store", made.path, "--runs", tmp_path / "runs", "--steps", 30, *SMALL)
     run = tmp_path / "runs" / "tiny-002"
     assert stopped.code == 3

@@ -72,9 +72,8 @@ def train(
         config = config.model_copy(update={"initial": source.weights})
     if not force:
         size = checkpoint_bytes(config.settings, config.d_in, config.d_out)
-        durable.require_space(
-            run.parent, settings.checkpoint.most(settings.steps, size), "checkpoints (--force to go on all the same)"
-        )
+        most = config.settings.checkpoint.most(settings.steps, size)
+        durable.require_space(run.parent, most, "checkpoints (--force to go on all the same)")
     say(left_out(store.excluding(config.exclusion), config.training_blocks))
     written = durable.json_bytes(config.model_dump(mode="json"))
     elsewhere = _fallback(run, fallback, written)

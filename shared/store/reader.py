@@ -318,7 +318,7 @@ class RowReader:
         """
         known = self._found
         if step not in known:
-            known = {other: runs for other, runs in known.items() if abs(other - step) <= AHEAD}
+            known = {other: runs for other, runs in known.items() if abs(other - step) <= 2 * AHEAD}
             known[step] = self._find_runs(step)
             self._found = known  # whole, at the end: two threads may ask
         return known[step]

@@ -161,7 +161,7 @@ TRAINING = (
     Protection(
         (42,),
         "train/data/batches.py",
-        "                    check_rows(self.store, name, side, low, found[-1])\n",
+        "                checks.add(extent, side, rows)\n",
         "",
         (f"{_HELD_OUT}::test_a_held_out_row_that_the_statistics_do_not_allow_is_named",),
     ),

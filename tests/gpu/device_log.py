@@ -1,8 +1,10 @@
 """What a fake CUDA device is asked to do: operations, copies, and where the host waits for it."""
 
 import sys
+import threading
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 PACKAGES = ("/train/", "/harvest/", "/shared/")
 
@@ -32,6 +34,8 @@ class DeviceLog:
     ops: list[Op] = field(default_factory=list)
     syncs: list[str] = field(default_factory=list)
     """Where the host waited for the device: name of the operation @ line of the project"""
+    syncs_beside: list[str] = field(default_factory=list)
+    """The same of other threads than the main one"""
     copies: list[str] = field(default_factory=list)
     """To the device, `pinned` or `pageable`: @ line of the project"""
     fetches: list[str] = field(default_factory=list)
@@ -43,29 +47,44 @@ class DeviceLog:
     """Bytes that are held now"""
     held: dict[int, tuple[int, int]] = field(default_factory=dict)
     """By address of what is held: its bytes, and how many tensors look at it"""
-    current: int = 0
-    """Number of the current device"""
+    free_bytes: int = 80 * 10**9
+    """Of each device, as it says"""
+    _of_thread: threading.local = field(default_factory=threading.local)
+    _lock: Any = field(default_factory=threading.RLock)
+    """Of what is held: a tensor may end while another is noted"""
     runs_kernels: bool = True
     """Whether Triton's kernels run in its interpreter, or are only counted"""
 
     def hold(self, address: int, size: int) -> None:
         """Note a tensor of the device."""
-        _, tensors = self.held.get(address, (0, 0))
-        self.held[address] = size, tensors + 1
-        self.live += 0 if tensors else size
-        self.peak = max(self.peak, self.live)
+        with self._lock:
+            _, tensors = self.held.get(address, (0, 0))
+            self.held[address] = size, tensors + 1
+            self.live += 0 if tensors else size
+            self.peak = max(self.peak, self.live)
 
     def release(self, address: int) -> None:
         """Note that a tensor is no more."""
-        size, tensors = self.held.pop(address)
-        if tensors > 1:
-            self.held[address] = size, tensors - 1
-        else:
-            self.live -= size
+        with self._lock:
+            size, tensors = self.held.pop(address)
+            if tensors > 1:
+                self.held[address] = size, tensors - 1
+            else:
+                self.live -= size
+
+    @property
+    def current(self) -> int:
+        """Number of the current device, of each thread its own."""
+        return getattr(self._of_thread, "current", 0)
+
+    @current.setter
+    def current(self, number: int) -> None:
+        self._of_thread.current = number
 
     def sync(self, name: str) -> None:
-        """Note that the host waits."""
-        self.syncs.append(f"{name} @ {caller()}")
+        """Note that the host waits; where a thread beside the main one does, training goes on."""
+        beside = threading.current_thread() is not threading.main_thread()
+        (self.syncs_beside if beside else self.syncs).append(f"{name} @ {caller()}")
 
     def copy(self, pinned: bool) -> None:
         """Note a copy from the host to the device."""
@@ -88,7 +107,7 @@ class DeviceLog:
 
     def clear(self) -> None:
         """Forget everything but faults."""
-        for part in (self.ops, self.syncs, self.copies, self.fetches):
+        for part in (self.ops, self.syncs, self.syncs_beside, self.copies, self.fetches):
             part.clear()
 
 

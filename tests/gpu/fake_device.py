@@ -28,7 +28,7 @@ def fake_cuda(devices: int = 2) -> Iterator[DeviceLog]:
     """Give torch so many CUDA devices; yields what they are asked to do, from nothing on."""
     log.clear()
     log.faults.clear()
-    log.current, log.runs_kernels = 0, True
+    log.current, log.runs_kernels, log.free_bytes = 0, True, 80 * 10**9
     _device_constructors()  # torch keeps this list when it is first asked for: it must not hold what is put in place
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -58,6 +58,7 @@ def _replacements(devices: int) -> Iterator[tuple[Any, str, Any]]:
         "is_available": lambda: True,
         "device_count": lambda: devices,
         "current_device": lambda: log.current,
+        "mem_get_info": lambda device=None: (log.free_bytes, log.free_bytes),
         "get_device_name": lambda device=None: "fake",
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda device=None: log.sync("synchronize"),
@@ -89,11 +90,11 @@ def _factory(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a function that makes tensors on any device."""
 
     def made(*args: Any, **kwargs: Any) -> Tensor:
-        pinned = kwargs.pop("pin_memory", False)
+        is_to_pin = kwargs.pop("pin_memory", False)
         device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else torch.device("cpu")
         if device.type != "cuda":
             out = make(*args, **kwargs)
-            if pinned:
+            if is_to_pin:
                 pinned_memory.add(out.untyped_storage().data_ptr())
             return out
         out = make(*args, **kwargs | {"device": "cpu"})
@@ -196,7 +197,8 @@ class _Event:
         return 1e3 * (end.at - self.at)
 
     def synchronize(self) -> None:
-        """Nothing to wait for; it is asked for by the thread that reads, not by a step."""
+        """Note that the host waits: nothing is left to wait for here."""
+        log.sync("event")
 
 
 @contextmanager

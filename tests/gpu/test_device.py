@@ -1,6 +1,7 @@
 """What is trained on CUDA, on a fake device: commands end without a device fault, and steps without a wait."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.errors import CorruptData
+from shared.store.store import Store
 from tests.gpu.device_log import DeviceFault
 from tests.gpu.fake_device import fake_cuda
-from tests.runs import SMALL, Outcome, rows
+from tests.runs import SMALL, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
+from train.data.batches import StoreRows
+from train.evaluation.evaluate import evaluate
 from train.model import checkpoint
+from train.run import trainer
 from train.run.trainer import Trainer
 
 QUICK = [
@@ -100,10 +106,14 @@ def test_triton_kernels_train_on_the_second_device(command, small_store, tmp_pat
 
 @pytest.mark.slow
 def test_what_is_trained_on_cuda_is_what_is_trained_on_cpu(command, small_store, tmp_path: Path) -> None:
-    """By the same kernels: code that asks for the device sums in another order, and float32 has 24 bits."""
-    done = [start(command, small_store, tmp_path / "cpu", "device=cpu", "kernels=plain", "blas=torch")]
+    """By the same kernels: code that asks for the device sums in another order, and float32 has 24 bits.
+
+    Reports act after the same delay, whether a thread counts meanwhile or not.
+    """
+    same = ["kernels=plain", "blas=torch", "monitor.delay=1"]
+    done = [start(command, small_store, tmp_path / "cpu", "device=cpu", *same)]
     with fake_cuda():
-        done.append(start(command, small_store, tmp_path / "cuda", "device=cuda", "kernels=plain"))
+        done.append(start(command, small_store, tmp_path / "cuda", "device=cuda", *same))
     assert [one.code for one in done] == [0, 0], [one.err for one in done]
     ours, theirs = (tmp_path / name / "run" for name in ("cuda", "cpu"))
     files = [checkpoint.find(run).path / checkpoint.WEIGHTS for run in (ours, theirs)]
@@ -118,9 +128,10 @@ def test_what_is_trained_on_cuda_is_what_is_trained_on_cpu(command, small_store,
 
 @pytest.mark.slow
 def test_a_step_waits_for_no_device(command, small_store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outside cadences: the scan for mined pairs of step 0, and the rows that are kept for a report.
+    """But for step 0, whose rows are so few and so short that a scan for mined pairs could find some.
 
-    Nor is anything copied to the device but the batch, from pinned memory.
+    Nor is anything copied to the device but the batch, from pinned memory; rows that are kept for a report go back to
+    pinned memory.
     """
     waits: dict[int, list[str]] = {}
     copies: dict[int, list[str]] = {}
@@ -134,14 +145,117 @@ def test_a_step_waits_for_no_device(command, small_store, tmp_path: Path, monkey
         return out
 
     monkeypatch.setattr(Trainer, "_step", watched)
-    rare = ["steps=6", "monitor.every=5", "monitor.rows=48", *(f"{what}=100" for what in RARELY)]
+    rare = ["steps=8", "monitor.every=5", "monitor.rows=48", *(f"{what}=100" for what in RARELY)]
     with fake_cuda() as log:
         done = start(command, small_store, tmp_path, "device=cuda", *rare)
     assert done.code == 0, done.err
-    quiet = [step for step in range(1, 4)]
+    quiet = [step for step in range(1, 8)]
     assert {step: waits[step] for step in quiet} == {step: [] for step in quiet}
     assert all(one.startswith("pinned @") for step in quiet for one in copies[step])
     assert all(len(copies[step]) == 2 for step in quiet)
+
+
+@pytest.mark.slow
+def test_a_report_that_is_counted_beside_training_is_the_same_after_a_resume(
+    command, small_store, tmp_path: Path
+) -> None:
+    """From a checkpoint between its beginning and its end; its scans are those of the mined pairs."""
+    reports = ["steps=12", "monitor.every=4", "checkpoint.every=5", "checkpoint.keep_last=9", "evaluation.every=12"]
+    with fake_cuda() as log:
+        for name in ("whole", "resumed"):
+            assert start(command, small_store, tmp_path / name, "device=cuda", *reports).code == 0
+        whole, resumed = (tmp_path / name / "run" for name in ("whole", "resumed"))
+        for step in (10, 12):
+            shutil.rmtree(checkpoint.folder(resumed, step))
+        assert "monitor.pending" in checkpoint.load_state(checkpoint.folder(resumed, 5) / checkpoint.OPTIMIZER)
+        log.clear()
+        done = command("resume", resumed)
+        assert done.code == 0, done.err
+    assert_same_run(whole, resumed)
+    assert json.loads((whole / "config.json").read_text())["settings"]["monitor"]["delay"] == 2
+
+
+@pytest.mark.slow
+def test_resident_rows_train_the_same_bits_and_cross_no_bus(command, small_store, tmp_path: Path, monkeypatch) -> None:
+    """But for the numbers of a batch's rows, one copy from pinned memory."""
+    copies: list[list[str]] = []
+    step_of = Trainer._step
+
+    def watched(self: Trainer, step: int) -> Any:
+        log.copies.clear()
+        out = step_of(self, step)
+        copies.append(list(log.copies))
+        return out
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    with fake_cuda() as log:
+        for name in ("on", "off"):
+            done = start(command, small_store, tmp_path / name, "device=cuda", f"resident_rows={name}")
+            assert done.code == 0, done.err
+            assert ("rows are kept on cuda" in done.err) == (name == "on"), done.err
+    here, there = (tmp_path / name / "run" for name in ("on", "off"))
+    assert_same_run(here, there)
+    assert [len(of_step) for of_step in copies] == [1] * 4 + [2] * 4
+    assert all(one.startswith("pinned @") for of_step in copies for one in of_step)
+
+
+@pytest.mark.slow
+def test_an_evaluation_waits_once_a_chunk_for_how_many_latents_are_active(
+    command, small_store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under both rules. All other waits are as many whatever the number of chunks."""
+    waits: list[list[str]] = []
+
+    def watched(*args: Any) -> Any:
+        log.clear()
+        found = evaluate(*args)
+        waits.append(list(log.syncs))
+        assert log.copies and all(one.startswith("pinned @") for one in log.copies)
+        return found
+
+    monkeypatch.setattr(trainer, "evaluate", watched)
+    sizes, found = (16, 48), []
+    with fake_cuda() as log:
+        for rows_of_chunk in sizes:
+            runs = tmp_path / str(rows_of_chunk)
+            assert start(command, small_store, runs, "device=cuda", f"evaluation.chunk_rows={rows_of_chunk}").code == 0
+            found.append(rows(runs / "run")[-1]["held_out"]["fvu"])
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    record = small_store.record
+    for rows_of_chunk, of_size in zip(sizes, waits, strict=True):
+        held_out = [len(record.report_blocks) * s.rows for s in record.plan.stored_strata]
+        chunks = sum(-(-count // rows_of_chunk) for count in held_out)
+        assert len([one for one in of_size if "above" in one]) == chunks
+        assert len([one for one in of_size if "positive" in one]) == -(-sum(held_out) // rows_of_chunk)
+    others = [[one for one in of_size if not one.endswith((" above", " positive"))] for of_size in waits]
+    assert len(others[0]) < 60
+    assert others[0] == others[1]
+
+
+def test_a_damaged_row_is_named_after_a_pass_that_waits_for_no_chunk(small_store, tmp_path: Path) -> None:
+    shutil.copytree(small_store.path, tmp_path / "store")
+    store = Store.open(tmp_path / "store")
+    path = next((tmp_path / "store/activations.zarr/strata/001-004/target/c").glob("1/*"))
+    bits = bytearray(path.read_bytes())
+    bits[1] = 0x7F  # the first number of the first row of block 1
+    path.write_bytes(bits)
+    with fake_cuda() as log, pytest.raises(CorruptData) as raised:
+        chunks = 0
+        for _ in StoreRows(store, 16).chunks(range(2), torch.device("cuda")):
+            chunks += 1
+            assert log.syncs == []
+    assert chunks == sum(-(-2 * part.stratum.rows // 16) for part in store.strata.values())
+    with pytest.raises(CorruptData, match="001-004/target/c/1/0: row 0 ") as at_once:
+        list(StoreRows(store, 16).chunks(range(2), torch.device("cpu")))
+    assert str(raised.value) == str(at_once.value)
+
+
+def test_rows_that_do_not_fit_are_read_from_the_store_or_refused(command, small_store, tmp_path: Path) -> None:
+    with fake_cuda() as log:
+        log.free_bytes = 10**6
+        done = start(command, small_store, tmp_path, "device=cuda", "resident_rows=on")
+    assert done.code == 2 and "resident_rows = on, and the rows do not fit" in done.err
+    assert "cuda has 0.0 GB free" in done.err
 
 
 def test_no_device_of_that_number_is_one_clear_line(command, small_store, tmp_path: Path) -> None:

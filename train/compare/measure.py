@@ -265,9 +265,10 @@ def cost_per_step(run: Path, settings: Settings) -> tuple[float | None, float | 
     rows = Log(run / TIMING).rows()
     spent = {"cpu_seconds": 0.0, "seconds": 0.0}
     steps = 0
+    evaluation, checkpoint_every = int(settings.evaluation.every), int(settings.checkpoint.every)
     for before, row in pairwise(rows):
-        evaluated = row["step"] // settings.evaluation.every > before["step"] // settings.evaluation.every
-        saved = (row["step"] - 1) // settings.checkpoint.every > (before["step"] - 1) // settings.checkpoint.every
+        evaluated = row["step"] // evaluation > before["step"] // evaluation
+        saved = (row["step"] - 1) // checkpoint_every > (before["step"] - 1) // checkpoint_every
         resumed = row.get("from_step") != before.get("from_step")  # its clocks start over
         timed = "cpu_seconds" in row and "cpu_seconds" in before
         if evaluated or saved or resumed or row["step"] == settings.steps or not timed:

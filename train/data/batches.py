@@ -1,27 +1,22 @@
 """The rows of a step on their way from the memory maps to tensors."""
 
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.store.layout import StorageType
-from shared.store.mapped_array import MappedArray
 from shared.store.reader import AHEAD, RowReader, RowsConfig
 from shared.store.store import Store
-
-_TORCH: dict[StorageType, torch.dtype] = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+from train.data.read_ahead import Extent, RowChecks, read_ahead
+from train.data.resident import ResidentRows
+from train.data.staging import Stage, sent, staging, to_float
 
 Side = Literal["source", "target"]
 
@@ -45,9 +40,13 @@ class Batch(NamedTuple):
 class BatchReader(RowReader):
     """Reads the batches of a store's pinned range of training blocks.
 
-    `source` is the side of the pairs that is read as source; `target` is read once and is both. Inside `with reader:` a
-    thread reads the next `AHEAD` batches while one is used: the same rows, and what goes wrong with the rows of a step
-    is raised when that step asks for them. The thread has ended when the block is left.
+    `source` is the side of the pairs that is read as source; `target` is read once and is both. Inside `with reader:`
+    threads, one for the CPU and up to three for CUDA, read the next `AHEAD` batches while one is used: the same rows,
+    and what goes wrong with the rows of a step is raised when that step asks for them. The threads have ended when the
+    block is left.
+
+    A `resident` reader copies all rows to the device when the block is entered, and a batch is gathered there: the same
+    rows again, bit for bit. It reads inside the block alone.
     """
 
     def __init__(
@@ -58,25 +57,32 @@ class BatchReader(RowReader):
         seed: int,
         device: torch.device,
         source: Side = "source",
+        *,
+        resident: bool = False,
     ) -> None:
         super().__init__(store, blocks, config, seed, _sides(source))
-        first = next(iter(store.strata.values()))
-        arrays = [getattr(first, side) for side in self.arrays]
-        self._stages = [_Stage(config.batch_rows, arrays, device) for _ in range(AHEAD + 1)]
+        self._device, self._resident = device, ResidentRows(self, device) if resident else None
+        self._stages = [Stage(self._buffers(config.batch_rows), device) for _ in range(AHEAD + 1)]
+        self._threads = min(AHEAD + 1, os.cpu_count() or 1) if device.type == "cuda" else 1
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: dict[int, Future[_Stage]] = {}
-        self._filled = -2
+        self._ahead: dict[int, Future[Stage]] = {}
+        self._advised = -2
+        """The step for which, and for those after it, the kernel was asked last."""
         self.waited = 0.0
         """Seconds that callers of `batch` waited for it."""
 
     def __enter__(self) -> Self:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="rows")
+        if self._resident:
+            self._resident.load(self._pool)
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._pool
         pool, self._pool, self._ahead = self._pool, None, {}
         pool.shutdown(cancel_futures=True)
+        if self._resident:
+            self._resident.drop()
 
     def natural_weights(self) -> Tensor:
         """Return how often each row of a batch counts at natural frequencies: [B] float32, 1 on average."""
@@ -88,28 +94,47 @@ class BatchReader(RowReader):
     def batch(self, step: int) -> Batch:
         """Return the rows of `step`, counted from 0. Raises what reading them raised."""
         began = time.monotonic()
-        rows = self._stage(step).to_float(self.store.request.storage)
+        found = self._stage(step).on_device()
+        stored = self._resident.gather(found[0]) if self._resident else found
+        rows = [to_float(one, self.store.request.storage, self._device) for one in stored]
         self.waited += time.monotonic() - began
         return Batch(rows[0], rows[-1], self.slices())
 
-    def _stage(self, step: int) -> "_Stage":
+    def _buffers(self, rows: int) -> list[Tensor]:
+        """Return room for what a batch needs from the host: its rows, or where they lie among the resident ones."""
+        if self._resident:
+            return [torch.empty(rows, dtype=torch.int64, pin_memory=self._device.type == "cuda")]
+        first = next(iter(self.store.strata.values()))
+        return [staging(rows, getattr(first, side), self._device) for side in self.arrays]
+
+    def _stage(self, step: int) -> Stage:
         if not self._pool:
-            return self._fill(step)
+            return self._fill(step, self._to_advise(step))
         if step not in self._ahead:  # the first one, or out of turn: what was read ahead is of no use
             for other in self._ahead.values():
                 other.cancel()
+            wait(self._ahead.values())  # those that are being read have a place in the ring
             self._ahead = {}
         for wanted in range(step, step + AHEAD + 1):
             if wanted not in self._ahead:
-                self._ahead[wanted] = self._pool.submit(self._fill, wanted)
+                self._ahead[wanted] = self._pool.submit(self._fill, wanted, self._to_advise(wanted))
         return self._ahead.pop(step).result()
 
-    def _fill(self, step: int) -> "_Stage":
+    def _to_advise(self, step: int) -> range:
+        """Return the steps whose rows the kernel is to be asked for when `step` is read, and was not yet."""
+        if self._resident:
+            return range(0)
+        before, self._advised = self._advised, step
+        return range(step + AHEAD if step == before + 1 else step, step + AHEAD + 1)
+
+    def _fill(self, step: int, advised: range) -> Stage:
         """Read `step` into its place in the ring, which was used up when the step after it was asked for."""
         stage = self._stages[step % len(self._stages)]
-        for later in range(step + AHEAD if step == self._filled + 1 else step, step + AHEAD + 1):
+        for later in advised:
             self.will_need(later)
-        self._filled = step
+        if self._resident:
+            self._resident.find(self.runs(step), stage.to_fill()[0])
+            return stage
         for side, rows in zip(self.arrays, stage.to_fill(), strict=True):
             self.read(step, side, rows)
         return stage
@@ -147,35 +172,6 @@ def batches(
     return read()
 
 
-class _Stage:
-    """Rows as stored, of one step, on the host; in pinned memory for CUDA, copied on a stream of its own."""
-
-    def __init__(self, rows: int, arrays: Sequence[MappedArray], device: torch.device) -> None:
-        self._rows, self._device = [_staging(rows, array, device) for array in arrays], device
-        cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if cuda else None
-        self._copied = torch.cuda.Event() if cuda else None
-
-    def to_fill(self) -> list[NDArray[Any]]:
-        """Return the buffers, once the last copy out of them is done."""
-        if self._copied:
-            self._copied.synchronize()
-        return [rows.numpy() for rows in self._rows]
-
-    def to_float(self, storage: StorageType) -> list[Tensor]:
-        """Return the rows as float32 on the device; the device's other work neither waits nor is waited for."""
-        if not self._stream or not self._copied:
-            return [to_float(rows, storage, self._device) for rows in self._rows]
-        with torch.cuda.stream(self._stream):
-            copies = [rows.to(self._device, non_blocking=True) for rows in self._rows]
-            self._copied.record()
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(self._copied)
-        for copy in copies:
-            copy.record_stream(current)  # its memory is not given away before `current` has read it
-        return [to_float(copy, storage, self._device) for copy in copies]
-
-
 class RowChunk(NamedTuple):
     """Neighbouring rows of one stratum of held-out blocks."""
 
@@ -185,13 +181,14 @@ class RowChunk(NamedTuple):
     target: Tensor
     """[n, d_out] float32"""
     outliers: Tensor
-    """[n] bool, rows that the store's exclusion leaves out of figures"""
+    """[n] bool, rows that the store's exclusion leaves out of figures; on CPU"""
 
     def part(self, wanted: Tensor) -> "RowChunk":
-        """Return the rows that are `wanted`, [n] bool."""
+        """Return the rows that are `wanted`, [n] bool on CPU."""
         if bool(wanted.all()):
             return self
-        return RowChunk(self.stratum, self.source[wanted], self.target[wanted], self.outliers[wanted])
+        numbers = sent(wanted.nonzero().squeeze(1), self.source.device)
+        return RowChunk(self.stratum, self.source[numbers], self.target[numbers], self.outliers[wanted])
 
     @property
     def ordinary(self) -> "RowChunk":
@@ -213,58 +210,37 @@ class StoreRows:
         """Yield all rows of `blocks`, stratum by stratum.
 
         With `most`, the first so many of each stratum that it names, and no others. Raises `CorruptData` as
-        `Store.check_norms`.
+        `Store.check_norms`; on CUDA after the last of them.
         """
+        extents, checks, sides = self._extents(blocks, most), RowChecks(self.store, device), _sides(self.source)
+        for extent, found in zip(extents, read_ahead(self.store, sides, extents, device), strict=True):
+            for side, rows in zip(sides, found, strict=True):
+                checks.add(extent, side, rows)
+            yield RowChunk(extent.stratum, found[0], found[-1], _outliers(self.store, extent))
+        checks.settle()
+
+    def _extents(self, blocks: range, most: Mapping[str, int] | None) -> list[Extent]:
+        found = []
         for name, stratum in self.store.strata.items():
             rows = stratum.stratum.rows
             start, stop = blocks.start * rows, blocks.stop * rows
             stop = stop if most is None else min(stop, start + most.get(name, 0))
-            for low in range(start, stop, self.chunk_rows):
-                high = min(low + self.chunk_rows, stop)
-                found = []
-                for side in _sides(self.source):
-                    array: MappedArray = getattr(stratum, side)
-                    array.will_need([(low, min(low + 2 * self.chunk_rows, stop))])  # this chunk and the next
-                    found.append(read_rows(array, low, high, self.store.request.storage, device))
-                    check_rows(self.store, name, side, low, found[-1])
-                yield RowChunk(name, found[0], found[-1], _outliers(self.store, name, low, high, device))
+            found += [
+                Extent(name, low, min(low + self.chunk_rows, stop)) for low in range(start, stop, self.chunk_rows)
+            ]
+        return found
 
 
-def _outliers(store: Store, stratum: str, low: int, high: int, device: torch.device) -> Tensor:
-    """Tell which of the rows `low:high` of a stratum are left out of figures, [n] bool."""
-    found = torch.zeros(high - low, dtype=torch.bool)
+def _outliers(store: Store, extent: Extent) -> Tensor:
+    """Tell which rows of an extent are left out of figures, [n] bool."""
+    found = torch.zeros(extent.high - extent.low, dtype=torch.bool)
     if store.exclusion and store.exclusion.figures:
-        rows = store.outliers[stratum]
-        first, last = np.searchsorted(rows, [low, high])
-        found[torch.from_numpy(rows[first:last] - low)] = True
-    return found.to(device)
-
-
-def read_rows(array: MappedArray, low: int, high: int, storage: StorageType, device: torch.device) -> Tensor:
-    """Read rows `low:high` of a source or target array, [n, d] float32."""
-    out = _staging(high - low, array, torch.device("cpu"))
-    array.read(low, high, out.numpy())
-    return to_float(out, storage, device)
-
-
-def check_rows(store: Store, stratum: str, side: Side, first: int, rows: Tensor) -> None:
-    """Raise `CorruptData` as `Store.check_norms`; `rows` [n, d] are the stored ones from row `first` on."""
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().numpy()
-    store.check_norms(stratum, side, np.arange(first, first + len(norms)), norms)
-
-
-def to_float(rows: Tensor, storage: StorageType, device: torch.device) -> Tensor:
-    """Convert stored rows to float32 on `device`; bfloat16 arrives as its bits in uint16."""
-    typed = rows.view(torch.bfloat16) if storage == "bfloat16" else rows
-    assert typed.dtype == _TORCH[storage]
-    return typed.to(device).to(torch.float32, copy=True)  # a copy always: buffers are filled again
+        rows = store.outliers[extent.stratum]
+        first, last = np.searchsorted(rows, [extent.low, extent.high])
+        found[torch.from_numpy(rows[first:last] - extent.low)] = True
+    return found
 
 
 def _sides(source: Side) -> tuple[Side, ...]:
     """List the sides that are read, the source first and the target last."""
     return ("source", "target") if source == "source" else ("target",)
-
-
-def _staging(rows: int, array: MappedArray, device: torch.device) -> Tensor:
-    kind = {"uint16": torch.uint16, "float16": torch.float16, "float32": torch.float32}[array.spec.dtype]
-    return torch.empty(rows, array.spec.width or 1, dtype=kind, pin_memory=device.type == "cuda")

@@ -15,7 +15,8 @@ from shared.config import Config, RenamedConfig
 from shared.keyed import key_bits
 from train.duplicates.co_activation import Correlated, co_activation_loss, mass, position_loss
 from train.duplicates.correlation_report import CorrelationReport
-from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest, steps_between_scans
+from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest
+from train.duplicates.scans import Scans
 from train.model.losses import at_most
 from train.model.saved_tensors import fitting, numbers
 from train.model.transcoder import StepOutput, Transcoder
@@ -124,11 +125,15 @@ class Diversity:
         weights: Tensor,  # [B] how often each row of a batch counts at natural frequencies
         position_0: slice,  # its rows in every batch
         seed: int,
+        scans: Scans | None = None,
     ) -> None:
         self._transcoder, self._config, self._seed = transcoder, config, seed
+        self._scans = scans or Scans(transcoder)
         self._weights, self._at_0 = weights, torch.zeros_like(weights)
         self._at_0[position_0] = weights[position_0]
-        self.scan_every = steps_between_scans(transcoder.W_enc, transcoder.W_dec, len(weights), config.mined.cost_share)
+        self.scan_every = self._scans.steps_between(len(weights), config.mined.cost_share)
+        if config.mined.weight:
+            self._scans.expect(self.scan_every, self._floor)
         d_sae, nothing = transcoder.d_sae, torch.zeros(0, dtype=torch.int64, device=transcoder.W_dec.device)
         self.mined = Pairs(nothing, nothing)
         self._correlate(Correlated.none())
@@ -159,8 +164,8 @@ class Diversity:
         if config.orthogonality.weight and step % config.orthogonality.every == 0:
             terms["orthogonality"] = scale * config.orthogonality.weight * self._orthogonality(dead, step)
         if config.mined.weight:
-            if step % self.scan_every == 0:
-                self.mined = self._closest((~dead).nonzero().squeeze(1))
+            if step % self.scan_every == 0 and not self._scans.none_at(step, self._floor):
+                self.mined = self._closest((~dead).nonzero().squeeze(1), step)
             alive = ~(dead[self.mined.first] | dead[self.mined.second])
             loss = direction_loss(
                 model.W_dec, self.mined, self._margins(self.mined), 2.0 * alive, model.has_unit_decoder
@@ -222,7 +227,7 @@ class Diversity:
         config, model = self._config.orthogonality, self._transcoder
         generator = torch.Generator().manual_seed(key_bits("orthogonality", self._seed, step) % 2**63)
         latents = chunk((~dead).nonzero().squeeze(1), config.rows, generator)
-        pairs, cosines = self._close(latents)
+        pairs, cosines = close_pairs(model.unit_decoder(), latents, self._floor, model.blas)
         if config.per_row == "max":
             weights = nearest(pairs, cosines, model.d_sae) / max(len(latents), 1)
             pairs, weights = Pairs(*(side[weights > 0] for side in pairs)), weights[weights > 0]
@@ -230,16 +235,15 @@ class Diversity:
             weights = torch.full_like(cosines, 2 / max(len(latents) * (len(latents) - 1), 1))
         return config.every * direction_loss(model.W_dec, pairs, self._margins(pairs), weights, model.has_unit_decoder)
 
-    def _closest(self, latents: Tensor) -> Pairs:
-        pairs, cosines = self._close(latents)
+    def _closest(self, latents: Tensor, step: int) -> Pairs:
+        pairs, cosines = self._scans.mined(step, latents, self._floor)
         found = (cosines - self._margins(pairs)).topk(min(self._config.mined.pairs, len(cosines))).indices
         found = found.sort().values  # as pairs rise: a latent's row is read once for all of its pairs
         return Pairs(*(side[found] for side in pairs))
 
-    def _close(self, latents: Tensor) -> tuple[Pairs, Tensor]:
-        model = self._transcoder
-        floor = min(self._config.margin, self._config.cross_margin)
-        return close_pairs(model.unit_decoder(), latents, floor, model.blas)
+    @property
+    def _floor(self) -> float:
+        return min(self._config.margin, self._config.cross_margin)
 
     def _margins(self, pairs: Pairs) -> Tensor:
         group, config = self._transcoder.group, self._config

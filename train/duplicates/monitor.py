@@ -7,9 +7,12 @@ Legend: R rows, F latents.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -29,16 +32,18 @@ from train.duplicates.correlation_report import (
     Sample,
     change_of,
 )
-from train.duplicates.directions import Pairs, close_pairs, connected, effective_number, steps_between_scans
+from train.duplicates.directions import Pairs, connected, effective_number
+from train.duplicates.scans import Scans
 from train.evaluation.held_out import HeldOutActive
 from train.live.run_files import HELD_OUT, REPORTS
 from train.model import blas
-from train.model.blas import Blas
 from train.model.saved_tensors import fitting, numbers
 from train.model.sparse_latents import SparseLatents, countable, offsets
 from train.model.transcoder import StepOutput, Transcoder
 
 LEVELS = (0.5, 0.7, 0.8, 0.9)
+_PARTNERS = 8
+"""Of each latent, with which it correlates most."""
 _MOST_MEETINGS = 2**27
 """Of two latents on a row, each pair of them twice, in a report: about a third of a second on one core."""
 
@@ -47,8 +52,11 @@ class MonitorConfig(Config):
     """When duplicates are looked for, and on how many rows."""
 
     every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Steps between reports; the last step always makes one. 0 switches the monitor off; `auto`: 100, or a fourth of a
-    run that is shorter than 400 steps."""
+    """Steps between reports; the last step always makes one. 0 switches the monitor off; `auto`: 100, on CUDA about a
+    second's, or a fourth of a run that is shorter than four times that."""
+    delay: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Steps after which a report is complete and acts on the training, below `every`. `auto`: 0 on CPU; on CUDA half
+    of `every`, in which a thread counts while training goes on. The last report waits for none."""
     rows: int = Field(8192, ge=1)
     """Rows of the sample: those of the last steps before a report, whole batches; fewer where very many latents are
     active. Reports say how many they looked at."""
@@ -63,68 +71,143 @@ class MonitorConfig(Config):
     cluster_jaccard: float = Field(0.3, gt=0, le=1)
     """... and their firing sets at least this Jaccard index."""
 
-    def resolve(self, steps: int) -> "MonitorConfig":
-        """Return the same with `every` as a number, for a run of so many steps."""
-        return self.model_copy(update={"every": max(1, min(100, steps // 4))}) if self.every == "auto" else self
+    def resolve(self, steps: int, device: str, usual: int) -> "MonitorConfig":
+        """Return the same with numbers for `every` and `delay`, for a run of so many steps on a `device`.
 
-    def sample_bytes(self, batch_rows: int, per_row: int) -> int:
-        """Return the most bytes of the open sample, with so many rows in a batch and active latents on a row."""
+        `usual`: steps between reports there, where the run is long enough.
+        """
+        every = max(1, min(usual, steps // 4)) if self.every == "auto" else self.every
+        on_device = 0 if device == "cpu" else every // 2
+        return self.model_copy(update={"every": every, "delay": on_device if self.delay == "auto" else self.delay})
+
+    def state_bytes(self, batch_rows: int, per_row: int, d_sae: int) -> int:
+        """Return the most bytes of its state, with so many rows in a batch and active latents on a row."""
         rows = -(-self.rows // batch_rows) * batch_rows if self.every else 0
-        return 20 * min(rows * per_row, math.isqrt(2 * _MOST_MEETINGS * rows)) + 24 * rows
+        pending = 32 * _PARTNERS * d_sae if self.delay else 0
+        return 20 * min(rows * per_row, math.isqrt(2 * _MOST_MEETINGS * rows)) + 24 * rows + pending
+
+
+class _Scan(NamedTuple):
+    """Close directions under the weights of a report, on CPU but for the last."""
+
+    live: Tensor
+    """[n] int64"""
+    close: Pairs
+    cosines: Tensor
+    """[N]"""
+    gram: Tensor
+    """[O, O] products of the dimensions over live rows, on the transcoder's device"""
+
+
+Batch = tuple[SparseLatents, Tensor]
+"""Active pairs of a batch of the sample, and the stratum of each of its rows."""
+Counted = tuple[CorrelationReport, Correlated]
+
+
+def _known(batch: Batch) -> Callable[[], Batch]:
+    return lambda: batch
 
 
 class CorrelationMonitor:
-    """Collects the rows before a report, and reports. What it holds is state that a resumed run continues from."""
+    """Collects the rows before a report, and reports. What it holds is state that a resumed run continues from.
+
+    A report begins after a step and is finished `delay` steps later, at a step that the settings fix; on CUDA a thread
+    counts meanwhile. Its cosines are those of the step at which it is finished, and all else of that at which it began.
+    """
 
     def __init__(
-        self, run: Path, config: MonitorConfig, transcoder: Transcoder, strata: dict[str, slice], steps: int
+        self,
+        run: Path,
+        config: MonitorConfig,
+        transcoder: Transcoder,
+        strata: dict[str, slice],
+        steps: int,
+        scans: Scans | None = None,
     ) -> None:
         self._folder, self._config, self._transcoder, self._steps = run / REPORTS, config, transcoder, steps
         assert isinstance(config.every, int), "resolve the configuration first"
         self._every, self._strata = config.every, list(strata)
+        self._delay = config.delay if isinstance(config.delay, int) else 0  # none: in runs from before there were
+        self._group = transcoder.group.cpu()
         sizes = torch.tensor([part.stop - part.start for part in strata.values()])
         self._of_row = torch.arange(len(strata)).repeat_interleave(sizes)
         """[B] the stratum of each row of a batch"""
-        sides = transcoder.W_enc, transcoder.W_dec
-        self._scan_every = steps_between_scans(*sides, len(self._of_row), config.cost_share)
+        self._scans = scans or Scans(transcoder)
+        self._scan_every = self._scans.steps_between(len(self._of_row), config.cost_share)
         self._window = -(-config.rows // len(self._of_row))
-        self._kept: list[tuple[SparseLatents, Tensor]] = []
-        """The active pairs of each batch of the sample, and the stratum of each of their rows"""
+        self._kept: list[Callable[[], Batch]] = []
+        """The sample, whose batches may still be on their way to the host"""
+        self._pending: tuple[int, Callable[[], Counted]] | None = None
+        """The step at which a report began, and what waits for the counting"""
+        on_cuda = transcoder.W_dec.device.type == "cuda"
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="monitor") if self._delay and on_cuda else None
         self._last: CorrelationReport | None = None
         self.lost_reports = 0
         self.correlated = Correlated.none()
         """The pairs of the last report on training steps by falling correlation, those not listed included."""
 
     def due(self, done: int) -> bool:
-        """Tell whether a report follows step `done`, counted from 1."""
+        """Tell whether a report begins after step `done`, counted from 1."""
         return bool(self._every) and (done % self._every == 0 or done == self._steps)
 
+    def is_complete(self, done: int) -> bool:
+        """Tell whether there is a report to finish after step `done`."""
+        return self._pending is not None and done == min(self._pending[0] + self._delay, self._steps)
+
     def add(self, step: StepOutput, done: int) -> None:
-        """Keep the pairs of step `done`, if a report will look at them.
+        """Keep the pairs of step `done`, if a report will look at them; no device is waited for.
 
         Counting costs the square of a row's active latents: where these are so many that a report would take more than
         `_MOST_MEETINGS`, every n-th row is kept.
         """
         if self._every and self._report_after(done) - done < self._window:
-            active = step.active.cpu().positive()
-            kept = countable(active, self._window, _MOST_MEETINGS)
-            self._kept.append((active.of_rows(kept), self._of_row[kept]))
+            fetched = step.active.fetch()
+
+            @cache
+            def kept() -> Batch:
+                active = fetched().positive()
+                rows = countable(active, self._window, _MOST_MEETINGS)
+                return active.of_rows(rows), self._of_row[rows]
+
+            if step.active.rows.device.type == "cpu":
+                kept()
+            self._kept.append(kept)
 
     def report(self, done: int, dead: Tensor) -> CorrelationReport:
-        """Write the report after step `done`, counted from 1; `dead` [F] latents are left out of the directions.
+        """Write the report after step `done` at once: as `begin` and `finish`."""
+        self.begin(done, dead)
+        return self.finish()
+
+    def begin(self, done: int, dead: Tensor) -> None:
+        """Begin the report after step `done`, counted from 1; `dead` [F] latents are left out of the directions."""
+        assert self._pending is None, "one report at a time"
+        kept, before, scan = self._kept, self._last, self._scan(done, dead, self._last)
+        self._kept = []
+
+        def count() -> Counted:
+            batches = [one() for one in kept]
+            every, stratum = SparseLatents.joined([one for one, _ in batches]), torch.cat([of for _, of in batches])
+            strata = _rows_of_each(self._strata, stratum)
+            first = done - len(kept) + 1
+            sample = Sample(rows_of="training steps", first_step=first, last_step=done, strata=strata)
+            return self._counted(sample, every, stratum, scan, before)
+
+        if self._pool:
+            self._pending = done, self._pool.submit(count).result
+        else:
+            counted = count()
+            self._pending = done, lambda: counted
+
+    def finish(self) -> CorrelationReport:
+        """Write the report that began last.
 
         A full disk costs the report and one warning, never the run.
         """
-        every, stratum = self._sample()
-        sample = Sample(
-            rows_of="training steps",
-            first_step=done - len(self._kept) + 1,
-            last_step=done,
-            strata=_rows_of_each(self._strata, stratum),
-        )
-        report, self.correlated = self._make(sample, every, stratum, dead.cpu(), self._last)
-        self._publish(f"correlation-{done:06d}.json", report)
-        self._kept, self._last = [], report
+        assert self._pending
+        counted, self.correlated = self._pending[1]()
+        report = self._with_cosines(counted)
+        self._publish(f"correlation-{report.step:06d}.json", report)
+        self._pending, self._last = None, report
         return report
 
     def report_held_out(self, done: int, held_out: HeldOutActive, dead: Tensor) -> CorrelationReport:
@@ -136,7 +219,8 @@ class CorrelationMonitor:
         sample = Sample(
             rows_of="held-out blocks", first_step=done, last_step=done, strata=_rows_of_each(held_out.strata, stratum)
         )
-        report, _ = self._make(sample, every, stratum, dead.cpu(), None)
+        counted, _ = self._counted(sample, every, stratum, self._scan(done, dead, None), None)
+        report = self._with_cosines(counted)
         parts = {name: every.of_rows(stratum == i) for i, name in enumerate(held_out.strata)}
         strata = {name: _correlations(part, self._config)[1] for name, part in parts.items()}
         report = report.model_copy(update={"strata": strata})
@@ -158,11 +242,14 @@ class CorrelationMonitor:
             self.lost_reports += 1
 
     def state(self) -> dict[str, Tensor]:
-        """Return the open sample and the last report, for a checkpoint: a file can be lost to a full disk."""
+        """Return the open sample and the last reports, for a checkpoint: a file can be lost to a full disk.
+
+        Waits for one that is counted.
+        """
         report = self._last.model_dump_json().encode() if self._last else b""
         sample = {
             f"monitor.{i:04d}.{name}": tensor
-            for i, (active, stratum) in enumerate(self._kept)
+            for i, (active, stratum) in enumerate(kept() for kept in self._kept)
             for name, tensor in {
                 "rows": active.rows,
                 "latents": active.latents,
@@ -171,17 +258,37 @@ class CorrelationMonitor:
                 "stratum": stratum,
             }.items()
         }
-        return sample | {"monitor.report": torch.tensor(list(report), dtype=torch.uint8)}
+        found = sample | {"monitor.report": torch.tensor(list(report), dtype=torch.uint8)}
+        if self._pending:
+            counted, (pairs, correlation, scale) = self._pending[1]()
+            found |= {
+                "monitor.pending": torch.tensor(list(counted.model_dump_json().encode()), dtype=torch.uint8),
+                "monitor.pending.first": pairs.first,
+                "monitor.pending.second": pairs.second,
+                "monitor.pending.correlation": correlation,
+                "monitor.pending.scale": scale,
+            }
+        return found
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""
-        size = tensors["monitor.report"].numel()
-        text = fitting(tensors, "monitor.report", torch.empty(size, dtype=torch.uint8)).numpy().tobytes()
-        self._last = CorrelationReport.model_validate_json(text) if text else None
+        self._last = _loaded_report(tensors, "monitor.report")
+        self._pending = None
+        if "monitor.pending" in tensors and (counted := _loaded_report(tensors, "monitor.pending")):
+            found = counted, self._loaded_correlated(tensors, "monitor.pending")
+            self._pending = counted.step, lambda: found
         count = sum(name.startswith("monitor.") and name.endswith(".rows") for name in tensors)
-        self._kept = [self._loaded_batch(tensors, f"monitor.{i:04d}") for i in range(count)]
+        self._kept = [_known(self._loaded_batch(tensors, f"monitor.{i:04d}")) for i in range(count)]
 
-    def _loaded_batch(self, tensors: dict[str, Tensor], name: str) -> tuple[SparseLatents, Tensor]:
+    def _loaded_correlated(self, tensors: dict[str, Tensor], name: str) -> Correlated:
+        first = numbers(tensors, f"{name}.first", self._transcoder.d_sae)
+        second = numbers(tensors, f"{name}.second", self._transcoder.d_sae, len(first))
+        like = torch.empty(len(first), dtype=torch.float64)
+        return Correlated(
+            Pairs(first, second), *(fitting(tensors, f"{name}.{of}", like) for of in ("correlation", "scale"))
+        )
+
+    def _loaded_batch(self, tensors: dict[str, Tensor], name: str) -> Batch:
         stratum = numbers(tensors, f"{name}.stratum", len(self._strata))
         rows = numbers(tensors, f"{name}.rows", len(stratum))
         latents = numbers(tensors, f"{name}.latents", self._transcoder.d_sae, len(rows))
@@ -194,15 +301,15 @@ class CorrelationMonitor:
     def _report_after(self, done: int) -> int:
         return min(-(-done // self._every) * self._every, self._steps)
 
-    def _sample(self) -> tuple[SparseLatents, Tensor]:
-        """Return the active pairs of all rows kept, and the stratum of every row."""
-        return SparseLatents.joined([active for active, _ in self._kept]), torch.cat(
-            [stratum for _, stratum in self._kept]
-        )
-
-    def _make(
-        self, sample: Sample, every: SparseLatents, stratum: Tensor, dead: Tensor, before: CorrelationReport | None
-    ) -> tuple[CorrelationReport, Correlated]:
+    def _counted(
+        self,
+        sample: Sample,
+        every: SparseLatents,
+        stratum: Tensor,
+        scan: _Scan | None,
+        before: CorrelationReport | None,
+    ) -> Counted:
+        """Return a report whose pairs have no cosines yet; without a `scan` it has the directions of that `before`."""
         config, done = self._config, sample.last_step
         strata = list(sample.strata)
         position_0 = strata.index(POSITION_0) if POSITION_0 in strata and len(strata) > 1 else -1
@@ -212,10 +319,11 @@ class CorrelationMonitor:
         listed = Pairs(*(side[: config.listed] for side in correlated.pairs))
         pairs = self._listed(listed, every, rest, stratum, strata, before)
         known = {pair.key for pair in before.pairs} if before else set()
-        if before and done - before.directions.step < self._scan_every:
-            directions, clusters = before.directions, before.clusters
+        if scan:
+            directions, clusters = self._directions(done, every, scan)
         else:
-            directions, clusters = self._scan(done, every, dead)
+            assert before
+            directions, clusters = before.directions, before.clusters
         report = CorrelationReport(
             step=done,
             sample=sample,
@@ -241,12 +349,10 @@ class CorrelationMonitor:
         before: CorrelationReport | None,
     ) -> list[CorrelatedPair]:
         model, (inner, outer) = self._transcoder, (measure(rest, pairs), measure(every, pairs))
-        rows = model.unit_decoder()
-        cosines = torch.linalg.vecdot(*(rows[side.to(rows.device)] for side in pairs)).tolist()
         fires = torch.bincount(every.latents * len(strata) + stratum[every.rows],
                                minlength=model.d_sae * len(strata)).view(model.d_sae, -1)  # fmt: skip
         shares = fires / torch.bincount(stratum, minlength=len(strata)).clamp_min(1)
-        group, streaks = model.group.cpu(), {pair.key: pair.reports for pair in before.pairs} if before else {}
+        group, streaks = self._group, {pair.key: pair.reports for pair in before.pairs} if before else {}
 
         def latent(number: int) -> Latent:
             return Latent(
@@ -259,7 +365,7 @@ class CorrelationMonitor:
         return [
             CorrelatedPair(
                 latents=(latent(first), latent(second)),
-                cosine=cosines[i],
+                cosine=0.0,
                 correlation=float(inner.correlation[i]),
                 correlation_with_position_0=float(outer.correlation[i]),
                 jaccard=float(inner.jaccard[i]),
@@ -270,30 +376,52 @@ class CorrelationMonitor:
             for i, (first, second) in enumerate(zip(*(side.tolist() for side in pairs), strict=True))
         ]
 
-    def _scan(self, done: int, every: SparseLatents, dead: Tensor) -> tuple[Directions, list[list[int]]]:
-        model, live = self._transcoder, int((~dead).sum())
-        latents = (~dead).nonzero().squeeze(1).to(model.W_dec.device)
-        rows = model.unit_decoder()
-        close, cosines = close_pairs(rows, latents, min(LEVELS), model.blas)
-        nearest, inside = (torch.zeros(model.d_sae) for _ in range(2))
-        within = model.group[close.first] == model.group[close.second]
+    def _with_cosines(self, report: CorrelationReport) -> CorrelationReport:
+        """Return a report with the cosines of its pairs under the present weights."""
+        rows = self._transcoder.unit_decoder()
+        sides = torch.tensor([pair.key for pair in report.pairs], dtype=torch.int64).view(-1, 2).to(rows.device)
+        cosines = torch.linalg.vecdot(rows[sides[:, 0]], rows[sides[:, 1]]).tolist()
+        pairs = [pair.model_copy(update={"cosine": cosine}) for pair, cosine in zip(report.pairs, cosines, strict=True)]
+        return report.model_copy(update={"pairs": pairs})
+
+    def _scan(self, done: int, dead: Tensor, before: CorrelationReport | None) -> _Scan | None:
+        """Scan the present weights after step `done`; none: it is too early after the scan of the report `before`."""
+        if before:
+            then, every = before.directions.step, self._scan_every
+            if done // every == then // every if self._scans.at_reports else done - then < every:
+                return None
+        model, live = self._transcoder, (~dead).nonzero().squeeze(1)
+        close, cosines = self._scans.reported(done, live, min(LEVELS))
+        rows = model.unit_decoder()[live]
+        gram = blas.product(model.blas, rows.T, rows)  # complete before what follows is copied
+        return _Scan(live.cpu(), close.cpu(), cosines.cpu(), gram)
+
+    def _directions(self, done: int, every: SparseLatents, scan: _Scan) -> tuple[Directions, list[list[int]]]:
+        d_sae, live, (_, close, cosines, gram) = self._transcoder.d_sae, len(scan.live), scan
+        nearest, inside = (torch.zeros(d_sae) for _ in range(2))
+        within = self._group[close.first] == self._group[close.second]
         for side in close:
-            nearest.scatter_reduce_(0, side.cpu(), cosines.cpu(), "amax")
-            inside.scatter_reduce_(0, side[within].cpu(), cosines[within].cpu(), "amax")
+            nearest.scatter_reduce_(0, side, cosines, "amax")
+            inside.scatter_reduce_(0, side[within], cosines[within], "amax")
         directions = Directions(
             step=done,
             live=live,
             share_with_neighbour_above={f"{level}": _share(nearest > level, live) for level in LEVELS},
             share_within_segment_above={f"{level}": _share(inside > level, live) for level in LEVELS},
             largest=float(nearest.max()),
-            effective_number=effective_number(close.kept(cosines > 0.7), latents, model.d_sae),
-            effective_rank=_effective_rank(rows[latents], model.blas),
+            effective_number=effective_number(close.kept(cosines > 0.7), scan.live, d_sae),
+            effective_rank=_effective_rank(gram) if live else 0.0,
         )
-        close, cosines = close.cpu(), cosines.cpu()
         same = (cosines >= self._config.cluster_cosine) & (
             measure(every, close).jaccard >= self._config.cluster_jaccard
         )
         return directions, connected(close.kept(same))
+
+
+def _loaded_report(tensors: dict[str, Tensor], name: str) -> CorrelationReport | None:
+    """Return the report that a checkpoint has under `name`; none: there was none yet."""
+    text = fitting(tensors, name, torch.empty(tensors[name].numel(), dtype=torch.uint8)).numpy().tobytes()
+    return CorrelationReport.model_validate_json(text) if text else None
 
 
 def _rows_of_each(strata: Sequence[str], stratum: Tensor) -> dict[str, int]:
@@ -301,7 +429,7 @@ def _rows_of_each(strata: Sequence[str], stratum: Tensor) -> dict[str, int]:
 
 
 def _correlations(active: SparseLatents, config: MonitorConfig) -> tuple[Correlated, Correlations]:
-    found, above = correlated_pairs(active, config.least_together, levels=LEVELS)
+    found, above = correlated_pairs(active, config.least_together, _PARTNERS, levels=LEVELS)
     return found, Correlations(
         rows=len(active.starts) - 1,
         largest=float(found.correlation[:1].sum()),
@@ -313,10 +441,13 @@ def _share(which: Tensor, live: int) -> float:
     return int(which.sum()) / max(live, 1)
 
 
-def _effective_rank(rows: Tensor, library: Blas) -> float:
-    """Return the effective rank of rows [n, O]; 0 for none."""
-    if not len(rows):
-        return 0.0
-    values = torch.linalg.eigvalsh(blas.product(library, rows.T, rows).double().cpu()).clamp_min(0).sqrt()
-    shares = values / values.sum()
-    return float(torch.special.entr(shares).sum().exp())
+def _effective_rank(gram: Tensor) -> float:
+    """Return the effective rank of rows, by the products [O, O] of their dimensions.
+
+    On CUDA on a stream of its own, so that the device's other work goes on.
+    """
+    on_cuda = gram.device.type == "cuda"
+    with torch.cuda.stream(torch.cuda.Stream(gram.device)) if on_cuda else nullcontext():
+        values = torch.linalg.eigvalsh(gram.double()).clamp_min(0).sqrt()
+        shares = values / values.sum()
+        return float(torch.special.entr(shares).sum().exp())

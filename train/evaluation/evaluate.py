@@ -16,11 +16,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from shared.bounds import Every
 from shared.config import Config
 from shared.errors import ProjectError
 from shared.store.reader import RowsConfig
 from shared.store.store import Store
 from train.data.batches import BatchReader, RowChunk, StoreRows
+from train.data.staging import sent
+from train.model.kernels.plain import decode_prefixes
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Transcoder
 
@@ -32,8 +35,9 @@ bfloat16 rounds is as much."""
 class EvaluationConfig(Config):
     """When a run looks at held-out rows."""
 
-    every: int = Field(1000, ge=1)
-    """Steps between evaluations; the last step always makes one."""
+    every: Every = "auto"
+    """Steps between evaluations; the last step always makes one. `auto`: 2,000; on CUDA as many more as it takes for
+    evaluations to have a tenth of the rows that training has, about."""
     chunk_rows: int = Field(1024, ge=1)
     """Rows per forward."""
     calibration_rows: int = Field(4096, ge=1)
@@ -135,8 +139,8 @@ class Sums:
     """[P, O] summed y - y_hat"""
     target: Tensor
     """[O] summed y"""
-    squares: float
-    """summed squared norm of y"""
+    squares: Tensor
+    """summed squared norm of y, a scalar"""
     active: Tensor
     """[P] active latents below each prefix's end"""
 
@@ -149,7 +153,7 @@ class Sums:
             errors=residual.square().sum(dim=(0, 2), dtype=torch.float64),
             residual=residual.sum(dim=0, dtype=torch.float64),
             target=target.sum(dim=0, dtype=torch.float64),
-            squares=float(target.double().square().sum()),
+            squares=target.double().square().sum(),
             active=active.double(),
         )
 
@@ -157,27 +161,32 @@ class Sums:
         """Return the sums over both; the other's rows count `weight` times."""
         return Sums(*(a + b * weight for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
+    def cpu(self) -> "Sums":
+        """Return the same on CPU: they are fetched once, and not number by number."""
+        tensors = (self.errors, self.residual, self.target, self.squares, self.active)
+        return Sums(self.rows, *(one.cpu() for one in tensors))
+
     def part(self, prefix: int) -> Part:
         """Return the figures of the prefix with index `prefix`. No variance: fvu 0 without error, else 1."""
-        n, total = max(self.rows, 1.0), self._variance
+        n, total, squares = max(self.rows, 1.0), self._variance, float(self.squares)
         errors = float(self.errors[prefix])
         unexplained = errors - float(self.residual[prefix].square().sum()) / n
         return Part(
             rows=self.rows,
-            fvu=ratio(errors, total, self.squares),
-            explained_variance=1 - ratio(unexplained, total, self.squares),
+            fvu=ratio(errors, total, squares),
+            explained_variance=1 - ratio(unexplained, total, squares),
             l0=float(self.active[prefix]) / n,
         )
 
     @property
     def _variance(self) -> float:
         """The target's squared distance from its mean, summed over rows."""
-        return self.squares - float(self.target.square().sum()) / max(self.rows, 1.0)
+        return float(self.squares) - float(self.target.square().sum()) / max(self.rows, 1.0)
 
     def part_of_stratum(self, prefix: int) -> PartOfStratum:
         """Return the same for the rows of one stratum: without fvu where the target is constant."""
         found = self.part(prefix).model_dump()
-        constant = self._variance <= CONSTANT_SHARE * self.squares
+        constant = self._variance <= CONSTANT_SHARE * float(self.squares)
         return PartOfStratum(**found | (dict.fromkeys(("fvu", "explained_variance")) if constant else {}))
 
 
@@ -241,7 +250,7 @@ def _weigher(
 
     def weigh(sums: Sums, times: float) -> Weight:
         return Weight(
-            relative_error=ratio(float(sums.errors[last]), sums.squares, sums.squares),
+            relative_error=ratio(float(sums.errors[last]), float(sums.squares), float(sums.squares)),
             error_share=float(sums.errors[last]) * times / max(errors, 1e-300),
             active_share=float(sums.active[last]) * times / max(active, 1e-300),
         )
@@ -267,8 +276,9 @@ def evaluate_strata(
             x, y = transcoder.normalised(chunk.source, chunk.target)
             active = transcoder.select_above(transcoder.pre_acts(x), threshold)
             reconstructions = transcoder.reconstruct_whole(active.values, active, x).unsqueeze(1)
-            count = torch.tensor([len(active.rows)], device=y.device)
+            count = torch.full((1,), len(active.rows), device=y.device)
             add_sums(strata, chunk.stratum, Sums.of(y, reconstructions, count))
+    strata = _fetched(strata)
     return natural_sums(strata, store).part(0), {name: sums.part_of_stratum(0) for name, sums in strata.items()}
 
 
@@ -293,32 +303,45 @@ def threshold_at(transcoder: Transcoder, rows: StoreRows, l0: float, most: int |
     learned = transcoder.thresholds()
     slack = 4
     while True:
-        values, weights, total, hidden = [], [], 0.0, -torch.inf
+        values, weights, total = [], [], 0.0
+        hidden = learned.new_full((), -torch.inf)
         for chunk, weight in weighted_rows(rows, transcoder.W_enc.device, most):
             x, _ = transcoder.normalised(chunk.source, chunk.target)
-            pre_acts = transcoder.pre_acts(x)
+            found, room = transcoder.pre_acts(x), math.ceil(slack * l0 * len(x))
             if transcoder.activation.learns_thresholds:
-                above = torch.where(pre_acts > 0, pre_acts - learned, -torch.inf)
-                top = above[above > hidden]
+                top, hidden = _largest(torch.where(found > 0, found - learned, -torch.inf), hidden, hidden, room)
             else:
-                top = pre_acts[pre_acts > max(hidden, 0.0)]
-            room = math.ceil(slack * l0 * len(x))
-            if len(top) > room:
-                top = top.topk(room, sorted=False).values
-                hidden = float(top.min())
+                top, hidden = _largest(found, hidden.clamp_min(0), hidden, room)
             values.append(top)
-            weights.append(torch.full_like(values[-1], weight, dtype=torch.float64))
+            weights.append(torch.full_like(top, weight, dtype=torch.float64))
             total += weight * len(x)
         cut = _weighted_cut(torch.cat(values), torch.cat(weights), l0 * total)
-        if cut >= hidden:
+        if cut >= float(hidden):
             return (learned + cut).clamp_min(0)
         slack *= 2
+
+
+def _largest(found: Tensor, floor: Tensor, hidden: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Return values above `floor`, the `room` largest where there are more, and what those left out are not above.
+
+    That is `hidden` where none is. Off the CPU there are `room` values, -inf beside those above `floor`: how many these
+    are would have to be waited for.
+    """
+    if found.device.type == "cpu":
+        top = found[found > floor]
+        if len(top) <= room:
+            return top, hidden
+    else:
+        top = found.flatten().where(found.flatten() > floor, -torch.inf)
+    top = top.topk(min(room, len(top)), sorted=False).values
+    return top, torch.maximum(hidden, top.min()) if len(top) else hidden
 
 
 def _weighted_cut(values: Tensor, weights: Tensor, total: float) -> float:
     """Return the threshold above which values weigh `total`; -inf when all of them weigh less."""
     values, order = values.sort(descending=True)
-    index = int(torch.searchsorted(weights[order].cumsum(0), total, right=True))
+    running = weights[order].cpu().cumsum(0)  # CUDA's running sum of floats is not the same each time
+    index = int(torch.searchsorted(running, total, right=True))
     return float(values[index]) if index < len(values) else -torch.inf
 
 
@@ -334,6 +357,13 @@ def weighted_rows(rows: StoreRows, device: torch.device, most: int | None = None
     taken = {name: math.ceil(share * count) for name, count in counts.items()}
     for chunk in rows.chunks(blocks, device, taken):
         yield chunk.ordinary, natural[chunk.stratum] * counts[chunk.stratum] / taken[chunk.stratum]
+
+
+def evaluated_rows(store: Store) -> int:
+    """Return how many rows an evaluation passes through the encoder: report rows by both rules, and to calibrate."""
+    record = store.record
+    blocks = 2 * len(record.report_blocks) + len(record.calibration_blocks or record.report_blocks)
+    return blocks * sum(s.rows for s in record.plan.stored_strata)
 
 
 def natural_weights(store: Store) -> dict[str, float]:
@@ -370,7 +400,11 @@ def _by_threshold(
             if found is strata and transcoder.W_skip is not None:
                 none = torch.zeros(1, device=device)
                 add_sums(skip, chunk.stratum, Sums.of(y, transcoder.linear_part(x).unsqueeze(1), none))
-    return strata, outliers, skip, fired
+    return _fetched(strata), _fetched(outliers), _fetched(skip), fired
+
+
+def _fetched(sums: dict[str, Sums]) -> dict[str, Sums]:
+    return {name: one.cpu() for name, one in sums.items()}
 
 
 def add_sums(found: dict[str, Sums], stratum: str, sums: Sums) -> None:
@@ -386,29 +420,43 @@ def counts_as_firing(store: Store, stratum: str) -> bool:
 
 def _by_training_rule(transcoder: Transcoder, rows: StoreRows, seed: int) -> dict[str, Sums]:
     """Return sums by stratum over batches of the natural mixture, as many as cover the report rows once."""
-    store, device = rows.store, transcoder.W_enc.device
+    store, device, P = rows.store, transcoder.W_enc.device, len(transcoder.prefixes)
     blocks = store.record.report_blocks
     batch_rows = min(rows.chunk_rows, len(blocks) * store.request.block_sequences * store.request.context_size)
     reader = BatchReader(store, blocks, RowsConfig(batch_rows=batch_rows), seed, device, rows.source)
     apart = reader.has_outliers and store.exclusion is not None and store.exclusion.figures
-    strata: dict[str, Sums] = {}
-    for step in range(-(-len(blocks) * sum(s.rows for s in store.record.plan.stored_strata) // batch_rows)):
-        batch = reader.batch(step)
-        x, y = transcoder.normalised(batch.source, batch.target)
-        active = transcoder.select_final(transcoder.pre_acts(x))
-        kept = torch.from_numpy(~reader.outliers(step)).to(device) if apart else None
-        for name, at in batch.strata.items():
-            of, part = (x[at], y[at]), active.slice(at)
-            if kept is not None:
-                of, part = (x[at][kept[at]], y[at][kept[at]]), part.of_rows(kept[at])
-            add_sums(strata, name, _sums(transcoder, *of, part))
-    return strata
+    strata, slices, ordinary = dict[str, Sums](), reader.slices(), torch.ones(batch_rows, dtype=torch.bool)
+    sizes = torch.tensor([at.stop - at.start for at in slices.values()])
+    of_row = torch.arange(len(slices)).repeat_interleave(sizes)  # [B] the number of its stratum
+    steps = -(-len(blocks) * sum(s.rows for s in store.record.plan.stored_strata) // batch_rows)
+    with reader:
+        for step in range(steps):
+            batch = reader.batch(step)
+            x, y = transcoder.normalised(batch.source, batch.target)
+            active = transcoder.select_final(transcoder.pre_acts(x))
+            decoded = decode_prefixes(active.values, transcoder.W_dec, active, transcoder.group, P)
+            if apart:
+                ordinary = torch.from_numpy(~reader.outliers(step))
+            counted_for = sent(of_row.where(ordinary, len(slices)), device)  # outliers: past the last stratum
+            groups = counted_for[active.rows] * P + transcoder.group[active.latents]
+            counts = counted(groups, (len(slices) + 1) * P).view(-1, P).cumsum(1)
+            for number, (name, at) in enumerate(slices.items()):
+                kept = at if ordinary[at].all() else sent(ordinary[at].nonzero().squeeze(1) + at.start, device)
+                reconstructions = decoded[kept] + transcoder.linear_part(x[kept]).unsqueeze(1)
+                add_sums(strata, name, Sums.of(y[kept], reconstructions, counts[number]))
+    return _fetched(strata)
+
+
+def counted(numbers: Tensor, size: int) -> Tensor:
+    """Count how often each number below `size` is among `numbers` [N], [size] int64; no device is waited for."""
+    if numbers.device.type == "cpu":
+        return torch.bincount(numbers, minlength=size)
+    return numbers.new_zeros(size).index_add_(0, numbers, torch.ones_like(numbers))
 
 
 def _sums(transcoder: Transcoder, x: Tensor, y: Tensor, active: SparseLatents) -> Sums:
-    reconstructions = transcoder.reconstruct(active.values, active, x)
-    counts = torch.bincount(transcoder.group[active.latents], minlength=len(transcoder.prefixes)).cumsum(0)
-    return Sums.of(y, reconstructions, counts)
+    counts = counted(transcoder.group[active.latents], len(transcoder.prefixes)).cumsum(0)
+    return Sums.of(y, transcoder.reconstruct(active.values, active, x), counts)
 
 
 def natural_sums(strata: dict[str, Sums], store: Store) -> Sums:

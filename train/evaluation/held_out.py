@@ -67,7 +67,7 @@ def held_out_active(
         number = torch.arange(seen[chunk.stratum], seen[chunk.stratum] + len(chunk.source))
         seen[chunk.stratum] += len(chunk.source)
         wanted = number % strata[chunk.stratum].stratum.rows < taken[chunk.stratum]
-        ordinary = chunk.part(wanted.to(chunk.outliers.device) & ~chunk.outliers)
+        ordinary = chunk.part(wanted & ~chunk.outliers)
         x, _ = transcoder.normalised(ordinary.source, ordinary.target)
         active = transcoder.select_above(transcoder.pre_acts(x), threshold).cpu()
         kept = countable(active, count / max(len(x), 1), MOST_MEETINGS)

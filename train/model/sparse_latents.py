@@ -3,7 +3,7 @@
 Legend: B rows, F latents, N pairs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -53,12 +53,30 @@ class SparseLatents:
 
     def cpu(self) -> "SparseLatents":
         """Return the same on CPU."""
-        rows, latents, values, starts = (part.cpu() for part in (self.rows, self.latents, self.values, self.starts))
-        return SparseLatents(rows, latents, values, starts, self.d_sae)
+        return self.fetch()()
+
+    def fetch(self) -> Callable[[], "SparseLatents"]:
+        """Begin to copy the pairs to the CPU, into pinned memory; the result waits for the copy and returns it."""
+        device = self.rows.device
+        if device.type == "cpu":
+            return lambda: self
+        there = (self.rows, self.latents, self.values, self.starts)
+        here = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in there]
+        for to, part in zip(here, there, strict=True):
+            to.copy_(part, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(device))
+
+        def fetched() -> SparseLatents:
+            copied.synchronize()
+            rows, latents, values, starts = here
+            return SparseLatents(rows, latents, values, starts, self.d_sae)
+
+        return fetched
 
     def positive(self) -> "SparseLatents":
         """Return the pairs that are active."""
-        kept = self.values > 0
+        kept = (self.values > 0).nonzero().squeeze(1)  # how many is waited for once, and not in each of three
         shape = torch.Size((len(self.starts) - 1, self.d_sae))
         return SparseLatents.of(self.rows[kept], self.latents[kept], self.values[kept], shape)
 

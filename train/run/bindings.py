@@ -79,8 +79,15 @@ def _read_pinned(run: Path, config: RunConfig) -> PinnedBlocks:
     return found
 
 
-_NOT_TRAINED_BY = {"store", "settings.threads", "settings.device", "settings.kernels", "settings.blas"}
-"""Where the store was, and what a checkpoint records apart: `train.run.determinism`."""
+_NOT_TRAINED_BY = {
+    "store",
+    "settings.threads",
+    "settings.device",
+    "settings.kernels",
+    "settings.blas",
+    "settings.resident_rows",
+}
+"""Where the store was, where its rows are kept, and what a checkpoint records apart: `train.run.determinism`."""
 
 
 def require_own_config(run: Path, config: RunConfig, found: Checkpoint) -> None:

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple, Self
 from pydantic import Field
 from torch import Tensor
 
+from shared.bounds import Every
 from shared.config import Config
-from shared.errors import DiskFull, ProjectError, UserError, warn
+from shared.errors import DiskFull, ProjectError, UserError, cause, warn
 from shared.files import durable
 from train.live.run_files import CONFIG
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, HeldOut
+from train.run.host_copy import HostCopies
 
 RESERVE = "reserve"
 Tensors = Mapping[str, Tensor]
@@ -29,8 +31,8 @@ Tensors = Mapping[str, Tensor]
 class CheckpointConfig(Config):
     """When checkpoints are made, and which are kept. The newest one always is."""
 
-    every: int = Field(1000, ge=1)
-    """Steps between checkpoints; the last step always makes one."""
+    every: Every = "auto"
+    """Steps between checkpoints; the last step always makes one. `auto`: 500; on CUDA about a minute's."""
     keep_last: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
     keep_every: int = Field(0, ge=0)
@@ -43,7 +45,8 @@ class CheckpointConfig(Config):
     reserve: bool = True
     """Whether room for one checkpoint is taken when the run starts, and given up for the last one."""
     background: bool = True
-    """Whether training goes on while one is written, from a copy in memory; false: it waits, and needs no copy."""
+    """Whether training goes on while one is written, from a copy in the host's memory; false: it waits, and needs no
+    copy."""
 
     def kept(self, found: Sequence[Checkpoint]) -> set[int]:
         """Return which of `found`, oldest first, are kept, by step."""
@@ -61,6 +64,7 @@ class CheckpointConfig(Config):
 
     def most(self, steps: int, size: int) -> int:
         """Return the most bytes that `steps` steps take for checkpoints of `size`, the one being written included."""
+        assert isinstance(self.every, int), "resolve the configuration first"
         many = (
             self.keep_last + self.keep_best + (steps // math.lcm(self.every, self.keep_every) if self.keep_every else 0)
         )
@@ -69,6 +73,7 @@ class CheckpointConfig(Config):
 
     def check(self, steps: int, evaluated_every: int, size: int) -> None:
         """Raise `UserError` when a rule could never keep anything."""
+        assert isinstance(self.every, int), "resolve the configuration first"
         meet = math.lcm(self.every, evaluated_every) if evaluated_every else steps
         for name, wanted, first in (
             ("keep_every", self.keep_every, math.lcm(self.every, self.keep_every or 1)),
@@ -90,6 +95,8 @@ class _Job(NamedTuple):
     weights: Tensors
     optimizer: Tensors
     held_out: HeldOut | None
+    copied: Callable[[], object] = lambda: None
+    """Waits until the tensors can be read."""
 
 
 class Saver:
@@ -115,6 +122,7 @@ class Saver:
         self._run, self._config, self._arithmetic, self._size = run, config, arithmetic, size
         self._logs, self._fallback, self._failed, self._record = logs, fallback, failed, record
         self._reserve = checkpoint.folder(run, 0).with_name(RESERVE)
+        self._copies = HostCopies()
         self._thread: Thread | None = None
         self._error: BaseException | None = None
         self._valid: dict[Path, Checkpoint] = {}
@@ -136,11 +144,12 @@ class Saver:
     def save(self, step: int, weights: Tensors, optimizer: Tensors, held_out: HeldOut | None) -> None:
         """Publish a checkpoint beside training. One that fails costs a warning."""
         self.wait()
-        if not self._config.background:
-            self._try(_Job(step, weights, optimizer, held_out))
+        job = _Job(step, weights, optimizer, held_out)
+        copy = self._copied(job) if self._config.background else None
+        if not copy:
+            self._try(job)
             return
-        job = _Job(step, _copy(weights), _copy(optimizer), held_out)
-        self._thread = Thread(target=self._try, args=(job,), name="checkpoint", daemon=True)
+        self._thread = Thread(target=self._try, args=(copy,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def save_last(self, step: int, weights: Tensors, optimizer: Tensors, held_out: HeldOut | None) -> None:
@@ -165,8 +174,23 @@ class Saver:
         if error:
             raise error
 
+    def _copied(self, job: _Job) -> _Job | None:
+        """Return the same with copies of its tensors; none, with a warning, where the host has no memory for them."""
+        try:
+            copies, copied = self._copies.take({**job.weights, **job.optimizer})
+        except (RuntimeError, MemoryError) as error:
+            size = sum(tensor.nbytes for part in (job.weights, job.optimizer) for tensor in part.values())
+            warn(
+                f"no memory for a copy of the checkpoint of step {job.step}, {size:,} bytes ({cause(error)}): training "
+                "waits while it is written; checkpoint.background = false asks for no copy"
+            )
+            return None
+        weights, optimizer = ({name: copies[name] for name in part} for part in (job.weights, job.optimizer))
+        return job._replace(weights=weights, optimizer=optimizer, copied=copied)
+
     def _try(self, job: _Job) -> None:
         try:
+            job.copied()
             self._publish(job)
         except ProjectError as error:
             self._failed()
@@ -285,11 +309,6 @@ def bring_home(run: Path, fallback: Path) -> None:
             for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.STATE):
                 shutil.copyfile(path / name, temporary / name)
         durable.remove_folder(path)
-
-
-def _copy(tensors: Tensors) -> Tensors:
-    """Copy tensors on the same device: training goes on changing its own."""
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _words(error: Exception) -> str:

@@ -14,7 +14,7 @@ import safetensors
 import torch
 from pydantic import Field, model_validator
 
-from shared.bounds import Blocks, Digest, Name, Text, Width
+from shared.bounds import Blocks, Digest, Every, Name, Text, Width
 from shared.config import Config, build, json_digest, load_preset, override, read_record
 from shared.errors import UserError
 from shared.files import durable
@@ -24,7 +24,7 @@ from shared.store.store import Store
 from train.data.batches import Side, source_width
 from train.duplicates.diversity import DiversityConfig
 from train.duplicates.monitor import MonitorConfig
-from train.evaluation.evaluate import EvaluationConfig
+from train.evaluation.evaluate import EvaluationConfig, evaluated_rows
 from train.live.run_files import CONFIG
 from train.model.activations import Activation, BatchTopK
 from train.model.blas import Blas, bfloat16_units, faster_here
@@ -32,6 +32,7 @@ from train.model.kernels.sparse_ops import Kernels
 from train.model.losses import AuxKConfig
 from train.model.quiet import QuietConfig
 from train.model.transcoder import TranscoderConfig
+from train.run.cadences import chosen
 from train.run.optimizer import OptimizerConfig
 from train.run.saver import CheckpointConfig
 from train.samples.select import SamplesConfig
@@ -65,8 +66,14 @@ class Settings(Config):
     all gradients and weights, are float32 in any case. `bfloat16` may select others than `float32` does;
     `guarded-bfloat16` (BatchTopK on compiled loops) selects those that float32 gives, which it proves at every step.
     `auto`: that one where it can be and the processor has units for bfloat16, else `float32`. Recorded in the run."""
-    log_every: int = Field(50, ge=1)
-    """Steps between rows of metrics.jsonl."""
+    resident_rows: Literal["auto", "on", "off"] = "auto"
+    """Whether training rows are kept in the memory of a CUDA device, where a batch is then a gather of the same rows.
+    `auto`: where they fit beside the training with a tenth of the memory to spare, and the run reads each row once at
+    least. Which of the two is said when training starts."""
+    log_every: Every = "auto"
+    """Steps between rows of metrics.jsonl; `auto`: 50, on CUDA about a quarter of a second's. How often a run logs,
+    reports, evaluates and saves by `auto` follows from the kind of device and from operations that are counted
+    (train/run/cadences.py), and is recorded in the run."""
     transcoder: TranscoderConfig = TranscoderConfig()
     activation: Activation = BatchTopK()
     rows: RowsConfig = RowsConfig()
@@ -220,6 +227,8 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     """Return the run that `settings` ask for on `store`, every automatic choice made. Raises `UserError`."""
     record, exclusion = store.record, resolve_exclusion(store, settings)
     device = _device(settings.device)
+    if settings.resident_rows == "on" and device == "cpu":
+        raise UserError("resident_rows = on is for CUDA, and the device is cpu; use --set resident_rows=auto")
     d_in = source_width(store, settings.source)
     activation = settings.activation.resolve(settings.steps)
     shape = settings.transcoder.resolve(d_in, activation)
@@ -241,12 +250,16 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     view = store.excluding(exclusion)
     _check_position(view, settings, blocks)
     _check_goals(settings.diversity)
-    shaped = settings.model_copy(update={"transcoder": shape, "activation": activation})
-    settings.checkpoint.check(settings.steps, settings.evaluation.every, checkpoint_bytes(shaped, d_in, record.d_out))
-    monitor = settings.monitor.resolve(settings.steps)
+    assert isinstance(shape.d_sae, int)
+    usual = chosen(device, settings.rows.batch_rows, d_in, shape.d_sae, evaluated_rows(store))
+    monitor = settings.monitor.resolve(settings.steps, device, usual.monitor)
+    evaluation, saving = settings.evaluation, settings.checkpoint
+    evaluation_every = usual.evaluation if evaluation.every == "auto" else evaluation.every
+    saving = saving.model_copy(update={"every": usual.checkpoint if saving.every == "auto" else saving.every})
+    shaped = settings.model_copy(update={"transcoder": shape, "activation": activation, "monitor": monitor})
+    saving.check(settings.steps, evaluation_every, checkpoint_bytes(shaped, d_in, record.d_out))
     _check_reports(settings, monitor)
     kernels = _kernels(settings.kernels, device)
-    assert isinstance(shape.d_sae, int)
     return RunConfig(
         settings=settings.model_copy(
             update={
@@ -263,6 +276,9 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
                 "product_dtype": _product_dtype(settings.product_dtype, kernels, activation),
                 "rows": settings.rows.resolve(store.request.block_sequences),
                 "monitor": monitor,
+                "evaluation": evaluation.model_copy(update={"every": evaluation_every}),
+                "checkpoint": saving,
+                "log_every": usual.log if settings.log_every == "auto" else settings.log_every,
             }
         ),
         store=store.path.resolve(),
@@ -325,13 +341,20 @@ def _check_goals(diversity: DiversityConfig) -> None:
 def _check_reports(settings: Settings, monitor: MonitorConfig) -> None:
     """Raise `UserError` when what acts on the monitor's reports would get none, or one that could list no pair."""
     diversity, goals = settings.diversity, settings.diversity.controller
-    assert isinstance(monitor.every, int)
-    if (diversity.co_activation.weight or goals.on) and not 0 < monitor.every < max(settings.steps, 2):
+    assert isinstance(monitor.every, int) and isinstance(monitor.delay, int)
+    complete = monitor.every and monitor.every + monitor.delay
+    if (diversity.co_activation.weight or goals.on) and not 0 < complete < max(settings.steps, 2):
         name = "controller acts" if goals.on else "co_activation takes its pairs"
+        late = f", monitor.delay = {monitor.delay}" if monitor.delay else ""
         off = "" if goals.on else ", or diversity.co_activation.weight = 0"
         raise UserError(
             f"diversity.{name} after the monitor's reports, and none would come before the last step: monitor.every = "
-            f"{monitor.every}, steps = {settings.steps}; set monitor.every between{off}"
+            f"{monitor.every}, steps = {settings.steps}{late}; set monitor.every between{off}"
+        )
+    if monitor.delay >= max(monitor.every, 1):
+        raise UserError(
+            f"monitor.delay = {monitor.delay} is not below monitor.every = {monitor.every}: a report must be complete "
+            "before the next begins; use --set monitor.delay=auto"
         )
     if monitor.every and monitor.least_together > (sampled := max(monitor.rows, settings.rows.batch_rows)):
         raise UserError(
@@ -391,4 +414,4 @@ def checkpoint_bytes(settings: Settings, d_in: int, d_out: int) -> int:
     skip = d_in * d_out if shape.skip else 0
     per_row = activation.most_active(shape.d_sae)
     parameters = 12 * (shape.d_sae * (d_in + d_out + 2) + skip) + 32 * shape.d_sae
-    return parameters + settings.monitor.sample_bytes(batch, per_row) + 2**20
+    return parameters + settings.monitor.state_bytes(batch, per_row, shape.d_sae) + 2**20

@@ -18,6 +18,7 @@ from shared.store.strata import POSITION_0
 from train.data.batches import Batch, BatchReader
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
+from train.duplicates.scans import Scans
 from train.evaluation.evaluate import Evaluation, calibrate, evaluate
 from train.evaluation.held_out import held_out_active
 from train.live.run_files import CONFIG, Row
@@ -27,9 +28,11 @@ from train.model.checkpoint import Checkpoint, HeldOut
 from train.model.kernels import numba_loops
 from train.model.quiet import Quiet
 from train.model.transcoder import StepOutput, Transcoder
+from train.run.cadences import Cadences
 from train.run.determinism import arithmetic, require_same
 from train.run.latent_counters import Counters
 from train.run.load_run import build_transcoder, rows_of
+from train.run.memory import keeps_rows
 from train.run.metrics import LOWER_LR, Window, diverged, logged_steps
 from train.run.optimizer import Optimizer
 from train.run.saver import Saver
@@ -71,15 +74,30 @@ class Trainer:
         device = torch.device(self._settings.device)
         blocks = config.training_blocks
         self._reader = BatchReader(
-            store, blocks, self._settings.rows, self._settings.seed, device, self._settings.source
+            store,
+            blocks,
+            self._settings.rows,
+            self._settings.seed,
+            device,
+            self._settings.source,
+            resident=keeps_rows(config, store),
         )
         self._transcoder = build_transcoder(config, store)
         self._optimizer = Optimizer(self._transcoder, self._settings.optimizer, config.length_at)
         strata = self._reader.slices()
         weights = self._reader.natural_weights().to(device)
         at_0 = strata.get(POSITION_0, slice(0, 0))
-        self._diversity = Diversity(self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed)
-        self._monitor = CorrelationMonitor(path, self._settings.monitor, self._transcoder, strata, self._settings.steps)
+        scans = Scans(
+            self._transcoder,
+            int(self._settings.monitor.every),
+            random_at_start=initial is None and resumed is None,
+        )
+        self._diversity = Diversity(
+            self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed, scans
+        )
+        self._monitor = CorrelationMonitor(
+            path, self._settings.monitor, self._transcoder, strata, self._settings.steps, scans
+        )
         dead_after = self._settings.auxk.dead_after(config.lengths[0] * self._settings.rows.batch_rows)
         self._counters = Counters(self._transcoder.d_sae, dead_after, device)
         apart = self._reader.has_outliers
@@ -106,9 +124,9 @@ class Trainer:
             failed=lambda: self._usage.take_back("checkpoint"),
             record=config.model_dump(mode="json"),
         )
-        self._cadences = (
+        self._every = Cadences.of(
             self._settings.log_every,
-            int(self._settings.monitor.every),
+            self._settings.monitor.every,
             self._settings.evaluation.every,
             self._settings.checkpoint.every,
         )
@@ -162,7 +180,7 @@ class Trainer:
     def _logged_steps(self) -> list[int]:
         """List the steps that the logs have rows of already."""
         settings = self._settings
-        return logged_steps(settings.log_every, settings.evaluation.every, settings.steps, self._first)
+        return logged_steps(self._every.log, self._every.evaluation, settings.steps, self._first)
 
     def _train(self, stop: list[int]) -> None:
         settings = self._settings
@@ -176,22 +194,17 @@ class Trainer:
                 done, stopping = step + 1, bool(stop)
                 self._done = done
                 last = stopping or done == settings.steps
-                if last or any(self._due(done, every) for every in self._cadences):
+                if last or any(self._due(done, every) for every in self._every):
                     self._refuse_nan()
                     self._require_folder()
-                if self._monitor.due(done):
-                    report = self._monitor.report(done, self._counters.dead())
-                    self._usage.call("monitor", effect=len(report.pairs))
-                    moved = self._diversity.follow(report, self._monitor.correlated)
-                    if settings.diversity.controller.on:
-                        self._usage.call("controller", effect=moved)
-                held_out = self._evaluate(done) if self._due(done, settings.evaluation.every) else None
+                self._report(done)
+                held_out = self._evaluate(done) if self._due(done, self._every.evaluation) else None
                 note = detail = ""
-                if held_out or self._due(done, settings.log_every):
+                if held_out or self._due(done, self._every.log):
                     self._write_row(done, output, lr, held_out)
                     note, detail = self._log.status.note(), self._log.status.detail()
                 progress.update(done, note, detail)
-                if last or self._due(done, settings.checkpoint.every):
+                if last or self._due(done, self._every.checkpoint):
                     self._checkpoint(done, held_out, last=last)
                 if stopping and done < settings.steps:
                     raise Stopped(f"stopped at step {done}; continue with: python -m train resume {self._path}")
@@ -214,6 +227,22 @@ class Trainer:
     def _due(self, done: int, every: int) -> bool:
         return done == self._settings.steps or (bool(every) and done % every == 0)
 
+    def _report(self, done: int) -> None:
+        """Finish the monitor's report that is complete after this step, and begin the one that is due."""
+        self._follow(done)
+        if self._monitor.due(done):
+            self._monitor.begin(done, self._counters.dead())
+            self._follow(done)
+
+    def _follow(self, done: int) -> None:
+        if not self._monitor.is_complete(done):
+            return
+        report = self._monitor.finish()
+        self._usage.call("monitor", effect=len(report.pairs))
+        moved = self._diversity.follow(report, self._monitor.correlated)
+        if self._settings.diversity.controller.on:
+            self._usage.call("controller", effect=moved)
+
     def _report_held_out(self) -> None:
         done, blocks = self._settings.steps, self._store.record.report_blocks
         rows = held_out_active(self._transcoder, self._rows, blocks, self._threshold(done))
@@ -222,7 +251,7 @@ class Trainer:
     def _step(self, step: int) -> tuple[StepOutput, float]:
         """Train on one batch; returns what the step computed, and the learning rate."""
         batch, dead, settings = self._reader.batch(step), self._counters.dead(), self._settings
-        logged = any(self._due(step + 1, every) for every in (settings.log_every, settings.evaluation.every))
+        logged = any(self._due(step + 1, every) for every in (self._every.log, self._every.evaluation))
 
         # Reconstruction of every prefix, the activation's penalty, and aux-k.
         output = self._transcoder.step(batch.source, batch.target, dead, settings.auxk, step, whole=logged)
@@ -288,7 +317,7 @@ class Trainer:
 
     def _checkpoint(self, done: int, held_out: Evaluation | None, *, last: bool) -> None:
         self._saver.wait()  # before its loss could be counted beside this call
-        if self._due(done, self._settings.checkpoint.every):  # one after a signal is not of the uninterrupted run
+        if self._due(done, self._every.checkpoint):  # one after a signal is not of the uninterrupted run
             self._usage.call("checkpoint", effect=1)
         settings = self._settings.evaluation
         if held_out or done == self._settings.steps:

@@ -4,7 +4,7 @@ Legend: S sequences, T context, F latents, N active pairs of a token and a laten
 A place is a token of the S sequences: (sequence - first sequence) * T + offset.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,7 +18,9 @@ from shared.console.progress import Progress
 from shared.errors import Stopped
 from shared.store.mapped_array import MappedArray
 from shared.store.store import Store
-from train.data.batches import StoreRows, check_rows, read_rows
+from train.data.batches import StoreRows
+from train.data.read_ahead import Extent, RowChecks, read_ahead
+from train.data.staging import sent
 from train.model.transcoder import Transcoder
 from train.samples import context_loops
 from train.samples.context_loops import NOT_STORED
@@ -185,6 +187,17 @@ def _marks(array: MappedArray, rows: int, block: int) -> Array:
     return out.astype(np.int64)
 
 
+class _Chunk(NamedTuple):
+    """Neighbouring stored rows of a block's stratum."""
+
+    extent: Extent
+    stratum: int
+    places: Array
+    """[n] int64"""
+    ordinary: Array
+    """[n] bool, rows that are no outliers"""
+
+
 class _Encoder:
     """Encodes one block after the other."""
 
@@ -197,6 +210,7 @@ class _Encoder:
         stop: Sequence[object],
     ) -> None:
         self._transcoder, self._store, self._threshold = transcoder, rows.store, threshold
+        self._device = transcoder.W_enc.device
         self._chunk_rows, self._source, self._progress, self._stop = rows.chunk_rows, rows.source, progress, stop
         self._rows = 0
 
@@ -206,45 +220,54 @@ class _Encoder:
         `done` sequences lie before the block. `sequences` is halved as often as it takes for `most_pairs`; the very
         first is kept in any case.
         """
-        context, per_block = self._store.request.context_size, self._store.request.block_sequences
+        context = self._store.request.context_size
         found, least = [_NO_ROWS], 0 if done else 1
-        for index, stratum in enumerate(self._store.strata.values()):
-            rows, array = stratum.stratum.rows, getattr(stratum, self._source)
-            numbers, offsets = (_marks(marks, rows, block) for marks in (stratum.sequence, stratum.offset))
-            places = (numbers - block * per_block + done) * context + offsets
-            ordinary = np.ones(rows, bool)
-            ordinary[outliers_of(self._store, stratum.stratum.name, block, rows)] = False
-            for low in range(0, rows, self._chunk_rows):
-                if self._stop:
-                    raise Stopped("stopped while sampling")
-                high = min(low + self._chunk_rows, rows)
-                array.will_need([(block * rows + low, block * rows + min(high + self._chunk_rows, rows))])
-                wanted = np.flatnonzero((places[low:high] < (done + sequences) * context) & ordinary[low:high])
-                if not len(wanted):
-                    continue
-                found.append(self._chunk(block * rows + low, places[low:high], wanted, index))
-                while sequences > least and sum(len(part.latents) for part in found) > most_pairs:
-                    sequences //= 2
-                    found = [part.of(part.places < (done + sequences) * context) for part in found]
+        within = (done + sequences) * context  # places of more sequences than that are not read
+        chunks = [one for index in range(len(self._store.strata)) for one in self._chunks(block, index, done, within)]
+        read = read_ahead(self._store, [self._source], [chunk.extent for chunk in chunks], self._device)
+        checks = RowChecks(self._store, self._device)
+        for chunk, (rows,) in zip(chunks, read, strict=True):
+            if self._stop:
+                raise Stopped("stopped while sampling")
+            checks.add(chunk.extent, self._source, rows)
+            wanted = np.flatnonzero((chunk.places < (done + sequences) * context) & chunk.ordinary)
+            if not len(wanted):
+                continue
+            found.append(self._encoded(chunk, rows, wanted))
+            while sequences > least and sum(len(part.latents) for part in found) > most_pairs:
+                sequences //= 2
+                found = [part.of(part.places < (done + sequences) * context) for part in found]
+        checks.settle()
         whole = _Rows(*map(np.concatenate, zip(*found, strict=True)))
         once = np.zeros(len(whole.places), bool)
         once[np.unique(whole.places, return_index=True)[1]] = True
         return whole if once.all() else whole.of(once), sequences
 
-    def _chunk(self, start: int, places: Array, wanted: Array, stratum: int) -> _Rows:
-        """Encode the `wanted` rows of a chunk of one stratum."""
-        device, storage, model = self._transcoder.W_enc.device, self._store.request.storage, self._transcoder
-        name, part = list(self._store.strata.items())[stratum]
-        rows = read_rows(getattr(part, self._source), start, start + len(places), storage, device)
-        check_rows(self._store, name, self._source, start, rows)
-        if len(wanted) < len(places):
-            rows = rows[torch.from_numpy(wanted).to(device)]
+    def _chunks(self, block: int, index: int, done: int, within: int) -> Iterator[_Chunk]:
+        """Yield the chunks of one stratum of a block that have a row to look at, at a place below `within`."""
+        name, stratum = list(self._store.strata.items())[index]
+        rows, per_block = stratum.stratum.rows, self._store.request.block_sequences
+        numbers, offsets = (_marks(marks, rows, block) for marks in (stratum.sequence, stratum.offset))
+        places = (numbers - block * per_block + done) * self._store.request.context_size + offsets
+        ordinary = np.ones(rows, bool)
+        ordinary[outliers_of(self._store, name, block, rows)] = False
+        for low in range(0, rows, self._chunk_rows):
+            part = slice(low, min(low + self._chunk_rows, rows))
+            if ((places[part] < within) & ordinary[part]).any():
+                extent = Extent(name, block * rows + part.start, block * rows + part.stop)
+                yield _Chunk(extent, index, places[part], ordinary[part])
+
+    def _encoded(self, chunk: _Chunk, rows: Tensor, wanted: Array) -> _Rows:
+        """Encode the `wanted` rows of a chunk."""
+        model = self._transcoder
+        if len(wanted) < len(rows):
+            rows = rows[sent(torch.from_numpy(wanted), self._device)]
         active = model.select_above(model.pre_acts(model.normalised_source(rows)), self._threshold).cpu()
         self._rows += len(wanted)
         self._progress.update(self._rows)
         return _Rows(
-            places[wanted].astype(np.int32),
-            np.full(len(wanted), stratum, np.uint8),
+            chunk.places[wanted].astype(np.int32),
+            np.full(len(wanted), chunk.stratum, np.uint8),
             active.starts.diff().numpy(),
             active.latents.numpy().astype(np.int32),
             active.values.numpy(),
