@@ -11,11 +11,12 @@ import torch
 
 from tests import reference
 from train.model.kernels import numba_loops, plain
+from train.model.kernels.matmul import Matmul
 from train.model.kernels.sparse_ops import Groups, SparseOps, sparse_ops
 from train.model.sparse_latents import SparseLatents
 
 ROOT = Path(__file__).parents[1]
-KERNELS = pytest.mark.parametrize("ops", ["plain", "compiled", "dense", "triton"], indirect=True)
+KERNELS = pytest.mark.parametrize("ops", ["plain", "compiled", "dense", "matmul", "triton"], indirect=True)
 COMPILED = sparse_ops("compiled")
 B, D, O, F, PREFIXES = 13, 7, 5, 24, (3, 6, 12, 24)
 
@@ -58,7 +59,7 @@ def test_float32_results_repeat_bit_for_bit(ops: SparseOps) -> None:
         active, values = select(pre_acts, 5 * B), select(pre_acts, 5 * B).values.requires_grad_()
         W_dec.requires_grad_()
         whole = torch.zeros(F, dtype=torch.int64)
-        loss, *rest = ops.prefix_loss(values, W_dec, torch.zeros(1, O), y, active, Groups(whole, 1, 0.1))
+        loss, *rest = ops.prefix_loss(values, W_dec, torch.zeros(1, O), y, active, Groups(whole, 1, 0.1, (F,)))
         loss.backward()
         assert W_dec.grad is not None and values.grad is not None
         return [loss.detach(), *rest, W_dec.grad, values.grad]
@@ -84,7 +85,7 @@ def test_loss_and_gradients_equal_dense_autograd(
 
     active = select((x @ W_enc + b_enc).detach(), per_row * B)
     values = ops.encode(x, W_enc, b_enc, active)
-    loss, errors, left = ops.prefix_loss(values, W_dec, base, y, active, Groups(group, len(prefixes), weight))
+    loss, errors, left = ops.prefix_loss(values, W_dec, base, y, active, Groups(group, len(prefixes), weight, prefixes))
     (7 * loss).backward()
     found = [p.grad for p in parameters]
 
@@ -136,7 +137,7 @@ def test_no_active_pairs_leave_the_target(ops: SparseOps) -> None:
     assert len(active.rows) == 0
     values, nothing = ops.encode(x, W_enc, b_enc, active), torch.zeros(1, O).double()
     loss, errors, left = ops.prefix_loss(
-        values, W_dec, nothing, y, active, Groups(torch.zeros(F, dtype=torch.int64), 1, 1.0)
+        values, W_dec, nothing, y, active, Groups(torch.zeros(F, dtype=torch.int64), 1, 1.0, (F,))
     )
     torch.testing.assert_close(errors[:, 0], y.square().sum(1))
     loss.backward()
@@ -155,6 +156,9 @@ def test_values_of_pairs_found_in_lower_precision_are_computed_again(ops: Sparse
     values = ops.encode(x, W_enc.T.contiguous().T, b_enc, active)
     torch.testing.assert_close(values, pre_acts[active.rows, active.latents], rtol=1e-5, atol=1e-5)
     assert not torch.equal(values, active.values.float())
+    if not isinstance(ops, Matmul):
+        rough = active.with_values(active.values.float())
+        torch.testing.assert_close(ops.encode(x, W_enc.T.contiguous().T, b_enc, rough, again=True), values)
     assert ops.row_topk(low, 3, torch.arange(F) > 3).values.dtype == torch.bfloat16
 
 

@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": ReLU(l1_coefficient=0.02),
 }
 NO_DEAD, NO_AUXK = torch.zeros(F, dtype=torch.bool), AuxKConfig()
-KERNELS = pytest.mark.parametrize("kernels", ["compiled", "plain", "dense"])
+KERNELS = pytest.mark.parametrize("kernels", ["compiled", "plain", "dense", "matmul"])
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:

@@ -15,11 +15,12 @@ from tests.gpu.fake_device import fake_cuda
 from tests.runs import SMALL, Outcome, rows
 from tests.stores import SyntheticStore, make_store
 from train.model import checkpoint
+from train.run import choose_kernels
 from train.run.trainer import Trainer
 
 QUICK = [
     *SMALL, "--set", "steps=4", "--set", "log_every=4", "--set", "monitor.every=2", "--set", "evaluation.every=4",
-    "--set", "checkpoint.every=2", "--set", "samples.rows=0",
+    "--set", "checkpoint.every=2", "--set", "samples.rows=0", "--set", "kernels=plain",
 ]  # fmt: skip
 VARIANTS = {
     "topk": ["activation.kind=topk"],
@@ -30,6 +31,7 @@ VARIANTS = {
     "target": ["source=target", "transcoder.skip=false"],
     "free": ["transcoder.decoder_norm=free"],
     "dense": ["kernels=dense"],
+    "matmul": ["kernels=matmul"],
     "controller": ["diversity.controller.max_pairs_above_0_8=1"],
 }
 KINDS = {"topk", "jumprelu", "relu"}
@@ -103,7 +105,8 @@ def test_what_is_trained_on_cuda_is_what_is_trained_on_cpu(command, small_store,
     """By the same kernels: code that asks for the device sums in another order, and float32 has 24 bits."""
     done = [start(command, small_store, tmp_path / "cpu", "device=cpu", "kernels=plain", "blas=torch")]
     with fake_cuda():
-        done.append(start(command, small_store, tmp_path / "cuda", "device=cuda", "kernels=plain"))
+        exact = ("product_dtype=float32", "kernels=plain")
+        done.append(start(command, small_store, tmp_path / "cuda", "device=cuda", *exact))
     assert [one.code for one in done] == [0, 0], [one.err for one in done]
     ours, theirs = (tmp_path / name / "run" for name in ("cuda", "cpu"))
     files = [checkpoint.find(run).path / checkpoint.WEIGHTS for run in (ours, theirs)]
@@ -142,6 +145,31 @@ def test_a_step_waits_for_no_device(command, small_store, tmp_path: Path, monkey
     assert {step: waits[step] for step in quiet} == {step: [] for step in quiet}
     assert all(one.startswith("pinned @") for step in quiet for one in copies[step])
     assert all(len(copies[step]) == 2 for step in quiet)
+
+
+@pytest.mark.slow
+def test_auto_takes_the_fastest_kernels_that_run_and_agree(
+    command, small_store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One kind fails, and one computes something else: both are said, and the record has the others' times."""
+    taken = {"plain": 3.0, "matmul": 2.0, "triton": 1.0, "dense": 0.5}
+    timed = choose_kernels._timed
+
+    def watched(model: Any, *others: Any) -> tuple[float, float]:
+        if model.kernels == "triton":
+            raise RuntimeError("no such instruction\nmore")
+        return timed(model, *others)[0] * (1.5 if model.kernels == "dense" else 1), taken[model.kernels]
+
+    monkeypatch.setattr(choose_kernels, "_timed", watched)
+    monkeypatch.setattr(choose_kernels, "CANDIDATES", ("triton", "dense", "matmul", "plain"))
+    with fake_cuda() as log:
+        done = start(command, small_store, tmp_path, "device=cuda", "kernels=auto")
+    assert (done.code, log.faults) == (0, []), done.err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["settings"]["kernels"] == "matmul" and config["settings"]["product_dtype"] == "tf32"
+    assert config["step_times"] == {"plain": 3.0, "matmul": 2.0}
+    assert "kernels = triton does not run on this GPU and is not chosen: RuntimeError: no such instruction" in done.err
+    assert "kernels = dense gives a loss of" in done.err
 
 
 def test_no_device_of_that_number_is_one_clear_line(command, small_store, tmp_path: Path) -> None:

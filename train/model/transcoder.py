@@ -151,6 +151,8 @@ class Transcoder(nn.Module):
         self.blas: blas.Blas = "torch"
         self.kernels: Kernels = "plain"
         self.product_dtype = torch.float32
+        self.tf32 = False
+        """Whether a product in float32 may round its sides to TF32, on CUDA."""
         self.guarded: guarded.Guarded | None = None
         """The search of training steps, where it is not `select` on a whole product."""
         self.group = nn.Buffer(torch.bucketize(torch.arange(self.d_sae), edges, right=True), persistent=False)
@@ -310,12 +312,12 @@ class Transcoder(nn.Module):
         """
         x, y = self.normalised(source, target)
         pre_acts, active, smallest = self._selected(x, step, whole)
-        gathered = self._ops.encode(x, self.W_enc, self.b_enc, active)
+        gathered = self._ops.encode(x, self.W_enc, self.b_enc, active, again=self.tf32)
         values = self.activation.values(gathered, self.thresholds(), active)
         weight: Tensor | float = matryoshka_weight(len(y), len(self.prefixes), y.shape[1])
         if not self._evenly:
             weight = weight * self.prefix_shares
-        groups = Groups(self.group, len(self.prefixes), weight)
+        groups = Groups(self.group, len(self.prefixes), weight, self.prefixes)
         loss, errors, residual = self._ops.prefix_loss(values, self.W_dec, self.linear_part(x), y, active, groups)
         penalty = self.activation.penalty(gathered, values, self.thresholds(), active, len(x), step)
         terms = {"reconstruction": loss} | penalty
@@ -384,7 +386,8 @@ class Transcoder(nn.Module):
     def _searched(self, x: Tensor) -> Tensor:
         """Return the pre-activations [B, F] among which a step selects."""
         if self.product_dtype == torch.float32:
-            return self.pre_acts(x)
+            with blas.tf32(self.tf32):
+                return self.pre_acts(x)
         low = [tensor.to(self.product_dtype) for tensor in (self.b_enc, x, self.W_enc)]
         return torch.addmm(*low)
 
@@ -402,10 +405,12 @@ class Transcoder(nn.Module):
             active = guarded.row_topk(self.blas, x, self.W_enc, self.b_enc, config.k, dead)
         else:
             active = self._ops.row_topk(pre_acts, config.k, dead)
-        values = self._ops.encode(x, self.W_enc, self.b_enc, active).where(dead[active.latents], 0.0)
-        whole, nothing = torch.zeros_like(self.group), torch.zeros_like(residual[:1])
-        weight = config.coefficient * auxk_weight(residual, dead)
-        return self._ops.prefix_loss(values, self.W_dec, nothing, residual, active, Groups(whole, 1, weight))[0]
+        values = self._ops.encode(x, self.W_enc, self.b_enc, active, again=self.tf32).where(dead[active.latents], 0.0)
+        nothing = torch.zeros_like(residual[:1])
+        groups = Groups(
+            torch.zeros_like(self.group), 1, config.coefficient * auxk_weight(residual, dead), (self.d_sae,)
+        )
+        return self._ops.prefix_loss(values, self.W_dec, nothing, residual, active, groups)[0]
 
 
 class _ShapeSettings(Config):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from train.model.kernels.plain import Plain
-from train.model.kernels.sparse_ops import Groups, weighted
+from train.model.kernels.sparse_ops import Groups, has_gradient, weighted
 from train.model.sparse_latents import SparseLatents
 
 
@@ -65,9 +65,9 @@ class Fused(Plain, ABC):
         `add`: added to what `out` holds, which is else written over.
         """
 
-    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents, *, again: bool = False) -> Tensor:
         """As `SparseOps.encode`."""
-        return _Encode.apply(self, x, W_enc, b_enc, active)
+        return _Encode.apply(self, x, W_enc, b_enc, active, again)
 
     def prefix_loss(
         self, values: Tensor, W_dec: Tensor, base: Tensor, y: Tensor, active: SparseLatents, groups: Groups
@@ -78,10 +78,12 @@ class Fused(Plain, ABC):
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loops: Fused, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+    def forward(
+        ctx: Any, loops: Fused, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents, again: bool
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.loops, ctx.active, ctx.W_enc, ctx.b_enc = loops, active, W_enc, b_enc
-        if active.values.dtype == x.dtype:
+        if active.values.dtype == x.dtype and not again:
             return active.values.clone()
         return loops.products(active, x, W_enc.T, b_enc)
 
@@ -90,9 +92,9 @@ class _Encode(torch.autograd.Function):
         (x,), (grad,), active = ctx.saved_tensors, grads, ctx.active
         if ctx.b_enc.grad is None:
             ctx.b_enc.grad = torch.zeros_like(ctx.b_enc)
-        add = _has_gradient(ctx.W_enc)
+        add = has_gradient(ctx.W_enc)
         ctx.loops.sums_by_latent(active, grad.contiguous(), active.rows, x, ctx.W_enc.grad.T, ctx.b_enc.grad, add)
-        return (None,) * 5
+        return (None,) * 6
 
 
 class _PrefixLoss(torch.autograd.Function):
@@ -116,18 +118,10 @@ class _PrefixLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (values, group, meet, grad), (times, *_), active = ctx.saved_tensors, grads, ctx.active
-        add, unused = _has_gradient(ctx.W_dec), values.new_zeros(active.d_sae)
+        add, unused = has_gradient(ctx.W_dec), values.new_zeros(active.d_sae)
         table, rows = meet.flatten(0, 1), active.rows * meet.shape[1] + group[active.latents]
         ctx.loops.sums_by_latent(active, values * times, rows, table, ctx.W_dec.grad, unused, add)
         grad_base = None
         if ctx.needs_input_grad[3]:
             grad_base = times * (meet[:, 0] if ctx.every_row else meet[:, 0].sum(0, keepdim=True))
         return None, grad * times, None, grad_base, *(None,) * 3
-
-
-def _has_gradient(parameter: Tensor) -> bool:
-    """Tell whether a term before has left a gradient to add to; if not, make room for one, not cleared."""
-    if parameter.grad is not None:
-        return True
-    parameter.grad = torch.empty_like(parameter)
-    return False
