@@ -165,6 +165,10 @@ class Transcoder(nn.Module):
         """[F] Calibrated: a latent is active above it. Of a checkpoint, once that is loaded."""
         self._zeros = nn.Buffer(torch.zeros(self.d_sae), persistent=False)
         self._guess = torch.zeros(())
+        self.low_follows = False
+        """Whether the optimizer writes what a product in a lower type reads, beside the weights."""
+        self._low: tuple[Tensor, Tensor] | None = None
+        self._low_of = (-1, -1)
 
     @classmethod
     def load(cls, path: Path | str, step: int | None = None, device: str | torch.device = "cpu") -> Self:
@@ -388,8 +392,25 @@ class Transcoder(nn.Module):
         if self.product_dtype == torch.float32:
             with blas.tf32(self.tf32):
                 return self.pre_acts(x)
-        low = [tensor.to(self.product_dtype) for tensor in (self.b_enc, x, self.W_enc)]
-        return torch.addmm(*low)
+        b_enc, W_enc = self.low_weights() or (self.b_enc, self.W_enc)
+        return torch.addmm(b_enc, x.to(self.product_dtype), W_enc)
+
+    @torch.no_grad()
+    def low_weights(self) -> tuple[Tensor, Tensor] | None:
+        """Return `b_enc` and `W_enc` in `product_dtype`, where that is a lower one.
+
+        They are cast anew, but where the optimizer has written them beside the weights, and nothing else these since.
+        """
+        if self.product_dtype == torch.float32:
+            return None
+        weights, versions = (self.b_enc, self.W_enc), (self.b_enc._version, self.W_enc._version)
+        if self._low is None or self._low[0].device != self.b_enc.device:
+            self._low = self.b_enc.to(self.product_dtype), self.W_enc.to(self.product_dtype)
+        elif not self.low_follows or versions != self._low_of:
+            for low, weight in zip(self._low, weights, strict=True):
+                low.copy_(weight)
+        self._low_of = versions
+        return self._low
 
     def thresholds(self) -> Tensor:
         """Return the learned thresholds [F] of a JumpReLU; 0 for activations that learn none."""
