@@ -69,10 +69,8 @@ def test_float32_results_repeat_bit_for_bit(ops: SparseOps) -> None:
 
 
 @KERNELS
-@pytest.mark.parametrize("every_row", [False, True])
-@pytest.mark.parametrize("prefixes", [PREFIXES, (F,)])
-@pytest.mark.parametrize("per_row", [4, 20])
-@pytest.mark.parametrize("by_prefix", [False, True])
+@pytest.mark.parametrize(("every_row", "by_prefix"), [(False, True), (True, False)])
+@pytest.mark.parametrize(("prefixes", "per_row"), [(PREFIXES, 4), (PREFIXES, 20), ((F,), 4)])
 def test_loss_and_gradients_equal_dense_autograd(
     ops: SparseOps, prefixes: tuple[int, ...], every_row: bool, per_row: int, by_prefix: bool
 ) -> None:
@@ -104,6 +102,25 @@ def test_loss_and_gradients_equal_dense_autograd(
     assert not errors.requires_grad and not left.requires_grad
     for mine, parameter in zip(found, parameters, strict=True):
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_sums_of_many_pairs_are_shared_and_equal_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's kernels, written over what is there or added to it; latents without a pair keep what is added to."""
+    kernels = pytest.importorskip("train.model.kernels.triton_kernels")
+    monkeypatch.setattr(kernels, "_LONG", 4)
+    active, table, weights = select(draw(B, F, seed=4), 4 * B), draw(B, O, seed=5), draw(4 * B, seed=6)
+    sums, counts = torch.zeros(F, O).double(), torch.zeros(F).double()
+    for row, latent, weight in zip(active.rows, active.latents, weights, strict=True):
+        sums[latent] += weight * table[row]
+        counts[latent] += weight
+    pairs = torch.bincount(active.latents, minlength=F)
+    assert pairs.max() > 4 and pairs.min() == 0
+    for add in (False, True):
+        before, alone = draw(F, O, seed=7), draw(F, seed=8)
+        out, total = before.clone(), alone.clone()
+        sparse_ops("triton").sums_by_latent(active, weights, active.rows, table, out, total, add)  # type: ignore[attr-defined]
+        torch.testing.assert_close(out, sums + before * add, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(total, counts + alone, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_are_added_to_those_of_terms_before() -> None:

@@ -32,7 +32,7 @@ def test_every_kernel_compiles_for_every_gpu_without_spilling_registers() -> Non
         (kernel, capability) for kernel in KERNELS for capability in CAPABILITIES
     }, done.stderr
     assert [one for one in found if one["spilled"]] == []
-    # A GPU has 65,536 registers for the threads that run at once: two programs of each kernel have room, or a large one.
+    # A GPU has 65,536 registers for the threads that run at once: two programs of a kernel have room, or a large one.
     assert [
         one for one in found if one["registers"] * one["warps"] * 32 * (1 if one["warps"] == 16 else 2) > 65536
     ] == []

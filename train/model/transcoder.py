@@ -106,6 +106,9 @@ class StepOutput:
     """Smallest pre-activation of the batch that is selected and positive."""
     pre_acts: Tensor | None
     """[B, F] without gradient; none from a guarded search, unless they were wanted"""
+    losses: tuple[Tensor, ...] = ()
+    """What the loss is the sum of, each with a graph of its own. The first reaches every latent: its backward should
+    come first, so that it writes gradients, and that of aux-k adds to the rows of dead latents alone."""
 
     def with_terms(self, terms: dict[str, Tensor]) -> "StepOutput":
         """Return the same with further terms beside those of the loss."""
@@ -164,7 +167,7 @@ class Transcoder(nn.Module):
         self.inference_threshold = nn.Buffer(torch.zeros(self.d_sae), persistent=False)
         """[F] Calibrated: a latent is active above it. Of a checkpoint, once that is loaded."""
         self._zeros = nn.Buffer(torch.zeros(self.d_sae), persistent=False)
-        self._guess = torch.zeros(())
+        self._guess = nn.Buffer(torch.zeros(()), persistent=False)
         self.low_follows = False
         """Whether the optimizer writes what a product in a lower type reads, beside the weights."""
         self._low: tuple[Tensor, Tensor] | None = None
@@ -329,8 +332,11 @@ class Transcoder(nn.Module):
             rows = slice(step % auxk.row_stride, None, auxk.row_stride)
             some = None if self.guarded or pre_acts is None else pre_acts[rows]
             terms["auxk"] = self._auxk(x[rows].contiguous(), some, residual[rows].contiguous(), dead, auxk)
+        losses = [torch.stack([term for name, term in terms.items() if name != "auxk"]).sum()]
+        losses += [terms["auxk"]] if "auxk" in terms else []
         return StepOutput(
             loss=torch.stack(list(terms.values())).sum(),
+            losses=tuple(losses),
             terms={name: term.detach() for name, term in terms.items()},
             errors=errors,
             target=y,

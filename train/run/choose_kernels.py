@@ -72,7 +72,7 @@ def _timed(model: Transcoder, rows: tuple[Tensor, Tensor], auxk: AuxKConfig) -> 
         torch.cuda.synchronize(device)
         began = time.perf_counter()
         output = model.step(*rows, dead, auxk, step)
-        optimizer.step([output.loss], step)
+        optimizer.step(output.losses, step)
         torch.cuda.synchronize(device)
         taken.append(1e3 * (time.perf_counter() - began))
         losses.append(float(output.loss.detach()))

@@ -26,7 +26,7 @@ def row_squares(grad: Tensor, rows: Tensor, unit: bool, along: Tensor, squares: 
 
 
 def clip(squares: Tensor, limit: float, powers: Tensor, scalars: Tensor) -> None:
-    """Write the gradients' norm, their scale under `limit` and Adam's two corrections to `scalars` [5], behind the rate.
+    """Write the gradients' norm, their scale under `limit` and Adam's corrections to `scalars` [5], behind the rate.
 
     `powers` [4] float64: the powers of both betas, of the step before and then of this one, and the betas.
     """

@@ -18,7 +18,7 @@ from train.model.kernels.triton_launch import launch
 from train.model.sparse_latents import SparseLatents
 
 _PAIRS, _ON_THE_WAY = 8, 16384
-"""Pairs whose rows of a matrix a program reads at once, at most, and numbers of such rows: more do not fit registers."""
+"""Pairs whose rows of a matrix a program reads at once, at most, and the numbers that fit into registers."""
 _LONG, _PARTS = 512, 8
 """Pairs of a latent above which its sum is shared by programs, and by how many."""
 
@@ -36,13 +36,10 @@ class Triton(Fused):
         return SparseLatents(*kept, pre_acts.shape[1]), smallest
 
     def row_topk(self, pre_acts: Tensor, k: int, among: Tensor | None = None) -> SparseLatents:
-        """As `SparseOps.row_topk`; others that follow have a value of 0. Where there is none `among`, nothing is read."""
-        rows, width = pre_acts.shape
-        k = min(k, width)
-        latents, values = triton_select.row_topk(pre_acts, k, among)
-        starts = torch.arange(0, (rows + 1) * k, k, device=pre_acts.device)
-        row = torch.arange(rows, device=pre_acts.device).unsqueeze(1).expand(rows, k).reshape(-1)
-        return SparseLatents(row, latents.view(-1), values.view(-1), starts, width)
+        """As `SparseOps.row_topk`; others that follow have a value of 0. Where none is `among`, nothing is searched."""
+        assert pre_acts.stride(1) == 1
+        width = pre_acts.shape[1]
+        return SparseLatents(*triton_select.row_topk(pre_acts, min(k, width), among), width)
 
     def prefix_loss(
         self, values: Tensor, W_dec: Tensor, base: Tensor, y: Tensor, active: SparseLatents, groups: Groups

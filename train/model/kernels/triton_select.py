@@ -6,8 +6,6 @@ or let too many through, the same kernels search the whole rows: a number on the
 knows. Parameters have no annotation but `tl.constexpr`, as in `triton_kernels`.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -50,19 +48,19 @@ def batch_topk(pre_acts: Tensor, n: int, guess: Tensor) -> tuple[tuple[Tensor, .
     return kept, least[1]
 
 
-def row_topk(pre_acts: Tensor, k: int, among: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Find the `k` largest of every row of `pre_acts`, of the latents `among`: latents, rising, and values [B, k].
+def row_topk(pre_acts: Tensor, k: int, among: Tensor | None) -> tuple[Tensor, ...]:
+    """Find the `k` largest of every row of `pre_acts`, of the latents `among`: what `batch_topk` finds of a batch.
 
     Where `among` names fewer, the first of the others follow, with values of 0.
     """
     rows, width = pre_acts.shape
-    latents = torch.empty(rows, k, dtype=torch.int64, device=pre_acts.device)
-    values = pre_acts.new_empty(rows, k)
+    pairs = torch.empty(2, rows * k, dtype=torch.int64, device=pre_acts.device)
+    starts = torch.empty(rows + 1, dtype=torch.int64, device=pre_acts.device)
+    kept = (*pairs, pre_acts.new_empty(rows * k), starts)
     mask = pre_acts if among is None else among.view(torch.uint8)
-    tensors: tuple[Any, ...] = (pre_acts, mask, latents, values)
-    step = pre_acts.stride(0)
-    launch(_row_topk, (rows,), *tensors, step, width, k, AMONG=among is not None, BLOCK=_READ, num_warps=4)
-    return latents, values
+    sizes = (pre_acts.stride(0), width, k)
+    launch(_row_topk, (rows,), pre_acts, mask, *kept, *sizes, AMONG=among is not None, BLOCK=_READ, num_warps=4)
+    return kept
 
 
 @triton.jit
@@ -118,7 +116,7 @@ def _load(pre_acts, values, whole, begin, i, length):
 
 @triton.jit
 def _pick(counts, wanted, BINS: tl.constexpr):
-    """Return the digit of the `wanted`-th largest, -1 where there are fewer, and how many are wanted of those with it."""
+    """Return the digit of the `wanted`-th largest, -1 where there are fewer; and how many are wanted of those."""
     bins = tl.arange(0, BINS)
     found = tl.load(counts + bins)
     at_least = tl.cumsum(found, 0, reverse=True)
@@ -128,7 +126,7 @@ def _pick(counts, wanted, BINS: tl.constexpr):
 
 @triton.jit
 def _digits(counts, n, DIGITS: tl.constexpr):
-    """Return the first digits of the `n`-th largest, how many are wanted of those with them, and whether `n` are positive."""
+    """Return the first digits of the `n`-th largest, how many are wanted of those, and whether `n` are positive."""
     digit, wanted = _pick(counts, n, _TOP)
     enough = digit >= 0
     start = tl.maximum(digit, 0)
@@ -296,8 +294,10 @@ def _order(values):
 def _row_topk(
     pre_acts,
     among,
+    rows,
     latents,
     values,
+    starts,
     step,
     width,
     k,
@@ -331,6 +331,8 @@ def _row_topk(
             wanted -= tl.sum(tl.where(bins > found, total, 0), 0)
             start = start * _TOP + found
     at = row * k
+    tl.store(starts + row, at)
+    tl.store(starts + row + 1, at + k)  # the same as the next row does
     for low in range(0, width, BLOCK):
         latent = low + tl.arange(0, BLOCK)
         inside = latent < width
@@ -346,6 +348,7 @@ def _row_topk(
         kept = tl.where(some > 0, kept, latent < k)
         one = kept.to(tl.int32)
         place = at + tl.cumsum(one, 0) - one
+        tl.store(rows + place, tl.zeros([BLOCK], tl.int64) + row, mask=kept)
         tl.store(latents + place, latent.to(tl.int64), mask=kept)
         tl.store(values + place, value, mask=kept)
         at += tl.sum(one, 0)
