@@ -8,6 +8,7 @@ import torch
 from shared.errors import UserError
 from train.duplicates.diversity import DiversityConfig
 from train.model.activations import BatchTopK, JumpReLU, ReLU, TopK
+from train.model.kernels.sparse_ops import Kernels
 from train.model.losses import AuxKConfig
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 from train.run.optimizer import CompiledAdam, Optimizer, OptimizerConfig, TorchAdam, TritonAdam
@@ -29,7 +30,8 @@ def optimizer_of(kind: type, model: Transcoder, config: OptimizerConfig, steps: 
     """With the one kind of Adam or the other: the one of the model's kernels."""
     if kind is TritonAdam:
         pytest.importorskip("triton", reason="triton is not installed: there is none for this platform")
-    model.kernels = {CompiledAdam: "compiled", TritonAdam: "triton", TorchAdam: "plain"}[kind]
+    kernels: Kernels = "compiled" if kind is CompiledAdam else "triton" if kind is TritonAdam else "plain"
+    model.kernels = kernels
     optimizer = Optimizer(model, config, lambda _: steps)
     model.kernels = "compiled" if kind is TritonAdam else model.kernels  # its Adam alone is in the interpreter
     assert isinstance(optimizer._adam, kind)

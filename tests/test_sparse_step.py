@@ -118,7 +118,8 @@ def test_sums_of_many_pairs_are_shared_and_equal_one_sum(monkeypatch: pytest.Mon
     for add in (False, True):
         before, alone = draw(F, O, seed=7), draw(F, seed=8)
         out, total = before.clone(), alone.clone()
-        sparse_ops("triton").sums_by_latent(active, weights, active.rows, table, out, total, add)  # type: ignore[attr-defined]
+        asked = {"add": add, "alone": total, "times": torch.tensor(1.0)}
+        sparse_ops("triton").sums_by_latent(active, weights, table, out, **asked)  # type: ignore[attr-defined]
         torch.testing.assert_close(out, sums + before * add, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(total, counts + alone, rtol=1e-12, atol=1e-12)
 

@@ -110,7 +110,9 @@ def _launch_sums(width: int, prefixes: int) -> None:
         weights: Tensor = torch.ones(())
         ops.errors_and_gradients(active.values, W, base, x, active, Groups(group, prefixes, weights))
     for add in (False, True):
-        ops.sums_by_latent(active, active.values, active.rows, x, W.clone(), bias, add)
+        ops.sums_by_latent(active, active.values, x, W.clone(), add=add, alone=bias)
+        table, groups = torch.zeros(4 * prefixes, width), Groups(group, prefixes, 1.0)
+        ops.sums_by_latent(active, active.values, table, W.clone(), add=add, groups=groups, times=torch.ones(()))
 
 
 def _launch_adam(width: int) -> None:

@@ -332,11 +332,11 @@ class Transcoder(nn.Module):
             rows = slice(step % auxk.row_stride, None, auxk.row_stride)
             some = None if self.guarded or pre_acts is None else pre_acts[rows]
             terms["auxk"] = self._auxk(x[rows].contiguous(), some, residual[rows].contiguous(), dead, auxk)
-        losses = [torch.stack([term for name, term in terms.items() if name != "auxk"]).sum()]
-        losses += [terms["auxk"]] if "auxk" in terms else []
+        first: Tensor = sum((term for name, term in terms.items() if name in penalty), loss)
+        losses = (first, terms["auxk"]) if "auxk" in terms else (first,)
         return StepOutput(
-            loss=torch.stack(list(terms.values())).sum(),
-            losses=tuple(losses),
+            loss=sum(losses[1:], first),
+            losses=losses,
             terms={name: term.detach() for name, term in terms.items()},
             errors=errors,
             target=y,
@@ -352,7 +352,7 @@ class Transcoder(nn.Module):
         Returns them, and the smallest of their positive pre-activations.
         """
         active, smallest = self.activation.select(self._ops, pre_acts, self.thresholds(), step, self._guess)
-        self._guess = 0.95 * smallest
+        self._guess = 0.95 * smallest  # type: ignore[assignment]  # a buffer, which moves with the module
         return active, smallest
 
     def select_final(self, pre_acts: Tensor) -> SparseLatents:

@@ -54,15 +54,18 @@ class Fused(Plain, ABC):
         self,
         active: SparseLatents,
         weights: Tensor,  # [N]
-        rows: Tensor,  # [N] rows of `table`
-        table: Tensor,  # [T, d]
+        table: Tensor,  # [B, d], or [B * P, d]
         out: Tensor,  # [F, d]
-        alone: Tensor,  # [F]
+        *,
         add: bool,
+        alone: Tensor | None = None,  # [F]
+        groups: Groups | None = None,
+        times: Tensor | None = None,  # scalar
     ) -> None:
         """Write, for every latent, the weighted sum of the table's rows over its pairs; add that of weights to `alone`.
 
-        `add`: added to what `out` holds, which is else written over.
+        `add`: added to what `out` holds, which is else written over. `groups`: the table has a row for each of a row's
+        groups, and a latent's is that of its own. All weights count `times`.
         """
 
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents, *, again: bool = False) -> Tensor:
@@ -93,7 +96,7 @@ class _Encode(torch.autograd.Function):
         if ctx.b_enc.grad is None:
             ctx.b_enc.grad = torch.zeros_like(ctx.b_enc)
         add = has_gradient(ctx.W_enc)
-        ctx.loops.sums_by_latent(active, grad.contiguous(), active.rows, x, ctx.W_enc.grad.T, ctx.b_enc.grad, add)
+        ctx.loops.sums_by_latent(active, grad.contiguous(), x, ctx.W_enc.grad.T, add=add, alone=ctx.b_enc.grad)
         return (None,) * 6
 
 
@@ -110,17 +113,16 @@ class _PrefixLoss(torch.autograd.Function):
         groups: Groups,
     ) -> tuple[Tensor, Tensor, Tensor]:
         errors, left, meet, grad = loops.errors_and_gradients(values, W_dec, base, y, active, groups)
-        ctx.save_for_backward(values, groups.of_latent, meet, grad)
-        ctx.loops, ctx.active, ctx.W_dec, ctx.every_row = loops, active, W_dec, len(base) > 1
+        ctx.save_for_backward(values, meet, grad)
+        ctx.loops, ctx.active, ctx.W_dec, ctx.groups, ctx.every_row = loops, active, W_dec, groups, len(base) > 1
         ctx.mark_non_differentiable(errors, left)
         return weighted(errors, groups.weight), errors, left
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (values, group, meet, grad), (times, *_), active = ctx.saved_tensors, grads, ctx.active
-        add, unused = has_gradient(ctx.W_dec), values.new_zeros(active.d_sae)
-        table, rows = meet.flatten(0, 1), active.rows * meet.shape[1] + group[active.latents]
-        ctx.loops.sums_by_latent(active, values * times, rows, table, ctx.W_dec.grad, unused, add)
+        (values, meet, grad), (times, *_), W_dec = ctx.saved_tensors, grads, ctx.W_dec
+        add, table = has_gradient(W_dec), meet.flatten(0, 1)
+        ctx.loops.sums_by_latent(ctx.active, values, table, W_dec.grad, add=add, groups=ctx.groups, times=times)
         grad_base = None
         if ctx.needs_input_grad[3]:
             grad_base = times * (meet[:, 0] if ctx.every_row else meet[:, 0].sum(0, keepdim=True))

@@ -49,7 +49,7 @@ def adam(
     """Move the rows of a parameter, after `clip`; `low`, where there is one, gets them in its own type."""
     width, (beta1, beta2) = _width(grad), betas
     numbers = (times, beta1, 1 - beta1, beta2, 1 - beta2, eps)
-    block, shadow = triton.next_power_of_2(width), rows if low is None else low
+    block, shadow = triton.next_power_of_2(width), along if low is None else low
     tensors = (rows, grad, *moments, along, shadow, scalars)
     of = {"UNIT": unit, "SHADOW": low is not None, "BLOCK": block}
     launch(_adam, (rows_of(grad),), *tensors, width, grad.numel(), *numbers, **of)

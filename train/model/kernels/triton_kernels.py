@@ -32,14 +32,15 @@ class Triton(Fused):
         Where fewer than `n` are positive, pairs of value 0 fill up.
         """
         n = min(n, pre_acts.numel())
-        kept, smallest = triton_select.batch_topk(pre_acts, n, guess)
-        return SparseLatents(*kept, pre_acts.shape[1]), smallest
+        (rows, latents, values, starts), smallest = triton_select.batch_topk(pre_acts, n, guess)
+        return SparseLatents(rows, latents, values, starts, pre_acts.shape[1]), smallest
 
     def row_topk(self, pre_acts: Tensor, k: int, among: Tensor | None = None) -> SparseLatents:
         """As `SparseOps.row_topk`; others that follow have a value of 0. Where none is `among`, nothing is searched."""
         assert pre_acts.stride(1) == 1
         width = pre_acts.shape[1]
-        return SparseLatents(*triton_select.row_topk(pre_acts, min(k, width), among), width)
+        rows, latents, values, starts = triton_select.row_topk(pre_acts, min(k, width), among)
+        return SparseLatents(rows, latents, values, starts, width)
 
     def prefix_loss(
         self, values: Tensor, W_dec: Tensor, base: Tensor, y: Tensor, active: SparseLatents, groups: Groups
@@ -75,23 +76,36 @@ class Triton(Fused):
         return errors, left, meet, grad
 
     def sums_by_latent(
-        self, active: SparseLatents, weights: Tensor, rows: Tensor, table: Tensor, out: Tensor, alone: Tensor, add: bool
+        self,
+        active: SparseLatents,
+        weights: Tensor,
+        table: Tensor,
+        out: Tensor,
+        *,
+        add: bool,
+        alone: Tensor | None = None,
+        groups: Groups | None = None,
+        times: Tensor | None = None,
     ) -> None:
         """As `Fused.sums_by_latent`."""
         assert out.is_contiguous() and table.is_contiguous()
         order, starts = active.by_latent
-        (latents, width), slots = out.shape, len(order) // _LONG
+        (latents, width), slots = out.shape, triton.cdiv(len(order), _LONG)
         block = min(256, triton.next_power_of_2(width))
         parts = triton.cdiv(width, block)
-        long = torch.zeros(1 + slots, dtype=torch.int32, device=out.device)
-        sides = (order, starts, weights, rows, table)
-        constants = {"LONG": _LONG, "PAIRS": _PAIRS, "BLOCK": block, "num_warps": 4}
-        launch(_sums_by_latent, (latents, parts), *sides, out, alone, long, width, ADD=add, **constants)
-        if slots:
-            shares, sums = out.new_empty(slots, _PARTS, width), out.new_empty(slots, _PARTS)
-            constants = {"PARTS": _PARTS, "BLOCK": block, "num_warps": 4}
-            launch(_long_sums, (slots, _PARTS, parts), *sides, shares, sums, long, width, PAIRS=_PAIRS, **constants)
-            launch(_add_long_sums, (slots, parts), shares, sums, out, alone, long, width, ADD=add, **constants)
+        of_latent, prefixes = (active.latents, 1) if groups is None else (groups.of_latent, groups.prefixes)
+        sides = (order, starts, weights, active.rows, of_latent, table)
+        total = (out, weights if alone is None else alone, weights if times is None else times)
+        asked = {"ADD": add, "ALONE": alone is not None, "TIMES": times is not None, "LONG": _LONG}
+        sums = {"GROUPED": groups is not None, "PAIRS": _PAIRS, "BLOCK": block, "num_warps": 4}
+        launch(_sums_by_latent, (latents, parts), *sides, *total, prefixes, width, **asked, **sums)
+        if len(order) > _LONG:
+            shares = (out.new_empty(slots, _PARTS, width), out.new_empty(slots, _PARTS))
+            shared = {"LONG": _LONG, "PARTS": _PARTS}
+            places = (active.latents, *sides)
+            launch(_long_sums, (slots, _PARTS, parts), *places, *shares, prefixes, width, **shared, **sums)
+            asked |= {"PARTS": _PARTS, "BLOCK": block, "num_warps": 4}
+            launch(_add_long_sums, (slots, parts), active.latents, order, starts, *shares, *total, width, **asked)
 
 
 @triton.jit
@@ -173,7 +187,20 @@ def _prefix_loss(
 
 
 @triton.jit
-def _weighted_sum(order, weights, rows, table, begin, end, o, width, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+def _weighted_sum(
+    order,
+    weights,
+    rows,
+    table,
+    group,
+    prefixes,
+    begin,
+    end,
+    o,
+    width,
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Return the weighted sum of the table's rows over some pairs of a latent, and that of the weights."""
     total = tl.zeros([BLOCK], table.dtype.element_ty)
     alone = tl.zeros([PAIRS], table.dtype.element_ty)
@@ -181,10 +208,35 @@ def _weighted_sum(order, weights, rows, table, begin, end, o, width, PAIRS: tl.c
         j = low + tl.arange(0, PAIRS)
         i = tl.load(order + j, mask=j < end, other=0)
         weight = tl.load(weights + i, mask=j < end, other=0.0)
-        row = tl.load(rows + i, mask=j < end, other=0)
+        row = tl.load(rows + i, mask=j < end, other=0) * prefixes + group
         total += tl.sum(weight[:, None] * _rows_of_pairs(table, row, j < end, o, o < width, width), 0)
         alone += weight
     return total, tl.sum(alone, 0)
+
+
+@triton.jit
+def _write_sum(
+    total,
+    weight,
+    latent,
+    o,
+    out,
+    alone,
+    times,
+    width,
+    ADD: tl.constexpr,
+    ALONE: tl.constexpr,
+    TIMES: tl.constexpr,
+):
+    """Write a latent's sum, or add it to what is there."""
+    if TIMES:
+        total *= tl.load(times)
+        weight *= tl.load(times)
+    if ADD:
+        total += tl.load(out + latent * width + o, mask=o < width, other=0.0)
+    tl.store(out + latent * width + o, total, mask=o < width)
+    if ALONE:
+        tl.store(alone + latent, tl.load(alone + latent) + weight, mask=tl.program_id(1) == 0)
 
 
 @triton.jit
@@ -193,74 +245,99 @@ def _sums_by_latent(
     starts,
     weights,
     rows,
+    groups,
     table,
     out,
     alone,
-    long,
+    times,
+    prefixes,
     width,
     ADD: tl.constexpr,
+    ALONE: tl.constexpr,
+    TIMES: tl.constexpr,
     LONG: tl.constexpr,
+    GROUPED: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As `Fused.sums_by_latent`, one latent and a part of its columns; one with more than `LONG` pairs is listed."""
+    """As `Fused.sums_by_latent`, one latent of at most `LONG` pairs and a part of its columns."""
     latent, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
-    if end - begin > LONG:
-        if tl.program_id(1) == 0:
-            tl.store(long + 1 + tl.atomic_add(long, 1, sem="relaxed"), tl.program_id(0))
-    elif (ADD == 0) | (end > begin):  # nothing to add leaves the row as it is
-        total, weight = _weighted_sum(order, weights, rows, table, begin, end, o, width, PAIRS, BLOCK)
-        if ADD:
-            total += tl.load(out + latent * width + o, mask=o < width, other=0.0)
-        tl.store(out + latent * width + o, total, mask=o < width)
-        if tl.program_id(1) == 0:
-            tl.store(alone + latent, tl.load(alone + latent) + weight)
+    if (end - begin <= LONG) & ((ADD == 0) | (end > begin)):  # nothing to add leaves the row as it is
+        group = tl.load(groups + latent) if GROUPED else 0
+        total, weight = _weighted_sum(order, weights, rows, table, group, prefixes, begin, end, o, width, PAIRS, BLOCK)
+        _write_sum(total, weight, latent, o, out, alone, times, width, ADD, ALONE, TIMES)
+
+
+@triton.jit
+def _long_latent(latents, order, starts, slot, LONG: tl.constexpr):
+    """Return the latent of every `LONG`-th pair, where its pairs begin and end, and whether they are more than that.
+
+    A latent with so many has such a pair; only the first of them is its own.
+    """
+    latent = tl.load(latents + tl.load(order + slot * LONG))
+    begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
+    return latent, begin, end, (end - begin > LONG) & (tl.cdiv(begin, LONG) == slot)
 
 
 @triton.jit
 def _long_sums(
+    latents,
     order,
     starts,
     weights,
     rows,
+    groups,
     table,
     shares,
     sums,
-    long,
+    prefixes,
     width,
+    LONG: tl.constexpr,
     PARTS: tl.constexpr,
+    GROUPED: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum one of `PARTS` parts of a listed latent's pairs."""
+    """Sum one of `PARTS` parts of a latent's pairs, where these are more than `LONG`."""
     slot, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    if slot < tl.load(long):
-        latent = tl.load(long + 1 + slot)
-        first, last = tl.load(starts + latent), tl.load(starts + latent + 1)
+    latent, first, last, is_long = _long_latent(latents, order, starts, slot, LONG)
+    if is_long:
         size = tl.cdiv(last - first, PARTS)
         begin = first + part * size
         end = tl.minimum(begin + size, last)
-        total, weight = _weighted_sum(order, weights, rows, table, begin, end, o, width, PAIRS, BLOCK)
+        group = tl.load(groups + latent) if GROUPED else 0
+        total, weight = _weighted_sum(order, weights, rows, table, group, prefixes, begin, end, o, width, PAIRS, BLOCK)
         tl.store(shares + (slot * PARTS + part) * width + o, total, mask=o < width)
         if tl.program_id(2) == 0:
             tl.store(sums + slot * PARTS + part, weight)
 
 
 @triton.jit
-def _add_long_sums(shares, sums, out, alone, long, width, ADD: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add the parts of a listed latent, in their order."""
+def _add_long_sums(
+    latents,
+    order,
+    starts,
+    shares,
+    sums,
+    out,
+    alone,
+    times,
+    width,
+    ADD: tl.constexpr,
+    ALONE: tl.constexpr,
+    TIMES: tl.constexpr,
+    LONG: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the parts of a latent, in their order."""
     slot, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if slot < tl.load(long):
-        latent = tl.load(long + 1 + slot).to(tl.int64)
-        total = tl.zeros([BLOCK], out.dtype.element_ty)
-        if ADD:
-            total = tl.load(out + latent * width + o, mask=o < width, other=0.0)
-        weight = tl.load(alone + latent)
+    latent, _, _, is_long = _long_latent(latents, order, starts, slot, LONG)
+    if is_long:
+        total, weight = tl.zeros([BLOCK], out.dtype.element_ty), tl.full([], 0.0, out.dtype.element_ty)
         for part in range(PARTS):
             total += tl.load(shares + (slot * PARTS + part) * width + o, mask=o < width, other=0.0)
             weight += tl.load(sums + slot * PARTS + part)
-        tl.store(out + latent * width + o, total, mask=o < width)
-        if tl.program_id(1) == 0:
-            tl.store(alone + latent, weight)
+        _write_sum(total, weight, latent, o, out, alone, times, width, ADD, ALONE, TIMES)
