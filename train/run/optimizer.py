@@ -249,7 +249,7 @@ class TritonAdam:
         """As `Optimizer.state`."""
         found: dict[str, Tensor] = {}
         for name, (first, second) in self._moments.items():
-            found |= {f"{name}.exp_avg": first, f"{name}.exp_avg_sq": second, f"{name}.step": self._count}
+            found |= {f"{name}.exp_avg": first, f"{name}.exp_avg_sq": second, f"{name}.step": self._count.clone()}
         return found
 
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from train.model.kernels.sparse_ops import Groups
 from train.model.kernels.triton_launch import launch
 from train.model.sparse_latents import SparseLatents
 
-_PAIRS, _ON_THE_WAY = 8, 16384
+_PAIRS, _ON_THE_WAY = 8, 8192
 """Pairs whose rows of a matrix a program reads at once, at most, and the numbers that fit into registers."""
 _LONG, _PARTS = 512, 8
 """Pairs of a latent above which its sum is shared by programs, and by how many."""

@@ -15,8 +15,8 @@ from train.model.kernels.triton_launch import launch
 
 _ROOM = 4
 """Pairs that there is room for apart, over those that are selected."""
-_ROW, _READ = 256, 1024
-"""What a program looks at in turn: of what was kept of its row, and of a whole row."""
+_ROW, _READ, _COUNTED = 256, 1024, 4096
+"""What a program looks at in turn: of what was kept of its row, of a whole row, and of what was kept of all."""
 _TOP, _LOW = tl.constexpr(2048), tl.constexpr(1024)
 """Values of the first digit of a positive float32, 11 bits, and of the two after it, 10 bits each."""
 
@@ -37,14 +37,18 @@ def batch_topk(pre_acts: Tensor, n: int, guess: Tensor) -> tuple[tuple[Tensor, .
     least = torch.empty(2, dtype=torch.float32, device=device)
     launch(_keep, (rows,), *apart, guess, least, room, width, BLOCK=_READ, num_warps=4)
     sizes = (room, n, width)
+    programs, cells = triton.cdiv(room, _COUNTED), pre_acts.numel()
     for digit in range(digits):
-        launch(_histogram, (rows,), *apart, counts, *sizes, DIGIT=digit, BLOCK=_ROW, num_warps=4)
+        searched = (pre_acts, values, used, counts, room, n, cells)
+        launch(_histogram, (programs,), *searched, DIGIT=digit, BLOCK=_COUNTED, num_warps=8)
+    nth = torch.empty(2, dtype=torch.int32, device=device)
+    launch(_find, (1,), counts, nth, n, DIGITS=digits, BLOCK=_ROW, num_warps=4)
     of_row = torch.empty(2, rows, dtype=torch.int32, device=device)
-    launch(_count, (rows,), *apart, counts, *of_row, least, *sizes, DIGITS=digits, BLOCK=_ROW, num_warps=4)
+    launch(_count, (rows,), *apart, nth, *of_row, least, *sizes, BLOCK=_ROW, num_warps=4)
     starts = torch.empty(rows + 1, dtype=torch.int64, device=device)
     kept = (*torch.empty(2, n, dtype=torch.int64, device=device), pre_acts.new_empty(n), starts)
-    tensors = (*apart, counts, *of_row, least, *kept)
-    launch(_compact, (rows,), *tensors, *sizes, rows, DIGITS=digits, BLOCK=_ROW, num_warps=4)
+    tensors = (*apart, nth, *of_row, least, *kept)
+    launch(_compact, (rows,), *tensors, *sizes, rows, BLOCK=_ROW, num_warps=4)
     return kept, least[1]
 
 
@@ -140,46 +144,34 @@ def _digits(counts, n, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def _nth(counts, n, DIGITS: tl.constexpr):
-    """Return the bits of the `n`-th largest, and how many equal to it are wanted; 0, 0 where fewer are positive."""
-    start, wanted, enough = _digits(counts, n, DIGITS)
-    if DIGITS == 2:  # of bfloat16 the last 16 bits are 0
-        start = start * _LOW
-    return tl.where(enough, start, 0), tl.where(enough, wanted, 0)
-
-
-@triton.jit
-def _histogram(
-    pre_acts,
-    found,
-    values,
-    places,
-    sizes,
-    used,
-    counts,
-    room,
-    n,
-    width,
-    DIGIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Count how many of a row have each value of a digit, of those with the digits before it."""
-    row = tl.program_id(0).to(tl.int64)
-    whole, begin, length = _view(places, sizes, used, room, n, width, row)
+def _histogram(pre_acts, values, used, counts, room, n, cells, DIGIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Count how many have each value of a digit, of those with the digits before it; programs take turns."""
     BINS: tl.constexpr = _TOP if DIGIT == 0 else _LOW
     SHIFT: tl.constexpr = 20 - 10 * DIGIT
     BEFORE: tl.constexpr = 0 if DIGIT == 0 else _TOP + (DIGIT - 1) * _LOW
+    kept = tl.load(used)
+    whole = (kept < n) | (kept > room)
+    size = tl.where(whole, cells, kept).to(tl.int64)
     total = tl.zeros([BINS], tl.int32)
     if DIGIT > 0:
         start, _, _ = _digits(counts, n, DIGIT)
-    for low in range(0, length, BLOCK):
-        i = low + tl.arange(0, BLOCK)
-        key = _key(_load(pre_acts, values, whole, begin, i, length))
+    for low in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0).to(tl.int64) * BLOCK):
+        key = _key(_load(pre_acts, values, whole, low, tl.arange(0, BLOCK), size - low))
         counted = key > 0
         if DIGIT > 0:
             counted = counted & (key >> (SHIFT + 10) == start)
         total += tl.histogram((key >> SHIFT) & (BINS - 1), BINS, mask=counted)
     tl.atomic_add(counts + BEFORE + tl.arange(0, BINS), total, mask=total > 0, sem="relaxed")
+
+
+@triton.jit
+def _find(counts, nth, n, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the bits of the `n`-th largest, and how many equal to it are wanted; 0, 0 where fewer are positive."""
+    start, wanted, enough = _digits(counts, n, DIGITS)
+    if DIGITS == 2:  # of bfloat16 the last 16 bits are 0
+        start = start * _LOW
+    tl.store(nth, tl.where(enough, start, 0))
+    tl.store(nth + 1, tl.where(enough, wanted, 0))
 
 
 @triton.jit
@@ -190,20 +182,19 @@ def _count(
     places,
     sizes,
     used,
-    counts,
+    nth,
     more,
     equal,
     least,
     room,
     n,
     width,
-    DIGITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Count how many of a row are above the n-th largest, and how many are equal."""
     row = tl.program_id(0).to(tl.int64)
     whole, begin, length = _view(places, sizes, used, room, n, width, row)
-    bits, _ = _nth(counts, n, DIGITS)
+    bits = tl.load(nth)
     above_it = tl.zeros([BLOCK], tl.int32)
     at_it = tl.zeros([BLOCK], tl.int32)
     smallest = tl.full([BLOCK], float("inf"), tl.float32)
@@ -228,7 +219,7 @@ def _compact(
     places,
     sizes,
     used,
-    counts,
+    nth,
     more,
     equal,
     least,
@@ -240,13 +231,12 @@ def _compact(
     n,
     width,
     height,
-    DIGITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write a row's pairs above the n-th largest, and the first of those equal, behind those of the rows before."""
     row = tl.program_id(0).to(tl.int64)
     whole, begin, length = _view(places, sizes, used, room, n, width, row)
-    bits, ties = _nth(counts, n, DIGITS)
+    bits, ties = tl.load(nth), tl.load(nth + 1)
     above_it = tl.zeros([BLOCK], tl.int32)
     at_it = tl.zeros([BLOCK], tl.int32)
     for low in range(0, tl.program_id(0), BLOCK):
