@@ -8,11 +8,12 @@ import torch
 from shared.errors import UserError
 from train.duplicates.diversity import DiversityConfig
 from train.model.activations import BatchTopK, JumpReLU, ReLU, TopK
+from train.model.kernels.sparse_ops import Kernels
 from train.model.losses import AuxKConfig
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
-from train.run.optimizer import CompiledAdam, Optimizer, OptimizerConfig, TorchAdam
+from train.run.optimizer import CompiledAdam, Optimizer, OptimizerConfig, TorchAdam, TritonAdam
 
-KINDS = pytest.mark.parametrize("kind", [TorchAdam, CompiledAdam])
+KINDS = pytest.mark.parametrize("kind", [TorchAdam, CompiledAdam, TritonAdam])
 D, O, F = 6, 5, 24
 NO_DEAD = torch.zeros(F, dtype=torch.bool)
 
@@ -27,8 +28,12 @@ def make(decoder_norm: Literal["unit", "free"] = "unit") -> Transcoder:
 
 def optimizer_of(kind: type, model: Transcoder, config: OptimizerConfig, steps: int) -> Optimizer:
     """With the one kind of Adam or the other: the one of the model's kernels."""
-    model.kernels = "compiled" if kind is CompiledAdam else "plain"
+    if kind is TritonAdam:
+        pytest.importorskip("triton", reason="triton is not installed: there is none for this platform")
+    kernels: Kernels = "compiled" if kind is CompiledAdam else "triton" if kind is TritonAdam else "plain"
+    model.kernels = kernels
     optimizer = Optimizer(model, config, lambda _: steps)
+    model.kernels = "compiled" if kind is TritonAdam else model.kernels  # its Adam alone is in the interpreter
     assert isinstance(optimizer._adam, kind)
     return optimizer
 
@@ -204,3 +209,25 @@ def test_numbers_above_d_sae_and_latents_that_never_die_are_said(capsys: pytest.
     for quiet in (AuxKConfig(), AuxKConfig(coefficient=0, k=999)):
         assert quiet.resolve(64, 1000) == quiet
     assert DiversityConfig().resolve(32) == DiversityConfig() and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [TorchAdam, TritonAdam])
+def test_what_a_product_in_bfloat16_reads_follows_the_weights(kind: type) -> None:
+    """Triton's kernel writes it; after all else that writes weights, a checkpoint for one, it is cast anew.
+
+    Triton's interpreter rounds to bfloat16 toward 0, the compiled kernel to the nearest.
+    """
+    model = make()
+    model.product_dtype = torch.bfloat16
+    optimizer = optimizer_of(kind, model, OptimizerConfig(lr=0.1), steps=10)
+    for step in range(3):
+        optimizer.step([loss_of(model, step)], step)
+        read = model._low if kind is TritonAdam else model.low_weights()
+        assert read is not None
+        for low, weight in zip(read, (model.b_enc, model.W_enc), strict=True):
+            torch.testing.assert_close(low.float(), weight.detach(), rtol=2**-7, atol=0)
+    model.load_state_dict(make().state_dict())
+    read = model.low_weights()
+    assert read is not None and torch.equal(read[1], make().W_enc.bfloat16())
+    model.product_dtype = torch.float32
+    assert model.low_weights() is None

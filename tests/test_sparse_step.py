@@ -11,11 +11,12 @@ import torch
 
 from tests import reference
 from train.model.kernels import numba_loops, plain
+from train.model.kernels.matmul import Matmul
 from train.model.kernels.sparse_ops import Groups, SparseOps, sparse_ops
 from train.model.sparse_latents import SparseLatents
 
 ROOT = Path(__file__).parents[1]
-KERNELS = pytest.mark.parametrize("ops", ["plain", "compiled", "dense", "triton"], indirect=True)
+KERNELS = pytest.mark.parametrize("ops", ["plain", "compiled", "dense", "matmul", "triton"], indirect=True)
 COMPILED = sparse_ops("compiled")
 B, D, O, F, PREFIXES = 13, 7, 5, 24, (3, 6, 12, 24)
 
@@ -58,7 +59,7 @@ def test_float32_results_repeat_bit_for_bit(ops: SparseOps) -> None:
         active, values = select(pre_acts, 5 * B), select(pre_acts, 5 * B).values.requires_grad_()
         W_dec.requires_grad_()
         whole = torch.zeros(F, dtype=torch.int64)
-        loss, *rest = ops.prefix_loss(values, W_dec, torch.zeros(1, O), y, active, Groups(whole, 1, 0.1))
+        loss, *rest = ops.prefix_loss(values, W_dec, torch.zeros(1, O), y, active, Groups(whole, 1, 0.1, (F,)))
         loss.backward()
         assert W_dec.grad is not None and values.grad is not None
         return [loss.detach(), *rest, W_dec.grad, values.grad]
@@ -68,10 +69,8 @@ def test_float32_results_repeat_bit_for_bit(ops: SparseOps) -> None:
 
 
 @KERNELS
-@pytest.mark.parametrize("every_row", [False, True])
-@pytest.mark.parametrize("prefixes", [PREFIXES, (F,)])
-@pytest.mark.parametrize("per_row", [4, 20])
-@pytest.mark.parametrize("by_prefix", [False, True])
+@pytest.mark.parametrize(("every_row", "by_prefix"), [(False, True), (True, False)])
+@pytest.mark.parametrize(("prefixes", "per_row"), [(PREFIXES, 4), (PREFIXES, 20), ((F,), 4)])
 def test_loss_and_gradients_equal_dense_autograd(
     ops: SparseOps, prefixes: tuple[int, ...], every_row: bool, per_row: int, by_prefix: bool
 ) -> None:
@@ -84,7 +83,7 @@ def test_loss_and_gradients_equal_dense_autograd(
 
     active = select((x @ W_enc + b_enc).detach(), per_row * B)
     values = ops.encode(x, W_enc, b_enc, active)
-    loss, errors, left = ops.prefix_loss(values, W_dec, base, y, active, Groups(group, len(prefixes), weight))
+    loss, errors, left = ops.prefix_loss(values, W_dec, base, y, active, Groups(group, len(prefixes), weight, prefixes))
     (7 * loss).backward()
     found = [p.grad for p in parameters]
 
@@ -103,6 +102,26 @@ def test_loss_and_gradients_equal_dense_autograd(
     assert not errors.requires_grad and not left.requires_grad
     for mine, parameter in zip(found, parameters, strict=True):
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_sums_of_many_pairs_are_shared_and_equal_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's kernels, written over what is there or added to it; latents without a pair keep what is added to."""
+    kernels = pytest.importorskip("train.model.kernels.triton_kernels")
+    monkeypatch.setattr(kernels, "_LONG", 4)
+    active, table, weights = select(draw(B, F, seed=4), 4 * B), draw(B, O, seed=5), draw(4 * B, seed=6)
+    sums, counts = torch.zeros(F, O).double(), torch.zeros(F).double()
+    for row, latent, weight in zip(active.rows, active.latents, weights, strict=True):
+        sums[latent] += weight * table[row]
+        counts[latent] += weight
+    pairs = torch.bincount(active.latents, minlength=F)
+    assert pairs.max() > 4 and pairs.min() == 0
+    for add in (False, True):
+        before, alone = draw(F, O, seed=7), draw(F, seed=8)
+        out, total = before.clone(), alone.clone()
+        asked = {"add": add, "alone": total, "times": torch.tensor(1.0)}
+        sparse_ops("triton").sums_by_latent(active, weights, table, out, **asked)  # type: ignore[attr-defined]
+        torch.testing.assert_close(out, sums + before * add, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(total, counts + alone, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_are_added_to_those_of_terms_before() -> None:
@@ -136,7 +155,7 @@ def test_no_active_pairs_leave_the_target(ops: SparseOps) -> None:
     assert len(active.rows) == 0
     values, nothing = ops.encode(x, W_enc, b_enc, active), torch.zeros(1, O).double()
     loss, errors, left = ops.prefix_loss(
-        values, W_dec, nothing, y, active, Groups(torch.zeros(F, dtype=torch.int64), 1, 1.0)
+        values, W_dec, nothing, y, active, Groups(torch.zeros(F, dtype=torch.int64), 1, 1.0, (F,))
     )
     torch.testing.assert_close(errors[:, 0], y.square().sum(1))
     loss.backward()
@@ -155,6 +174,9 @@ def test_values_of_pairs_found_in_lower_precision_are_computed_again(ops: Sparse
     values = ops.encode(x, W_enc.T.contiguous().T, b_enc, active)
     torch.testing.assert_close(values, pre_acts[active.rows, active.latents], rtol=1e-5, atol=1e-5)
     assert not torch.equal(values, active.values.float())
+    if not isinstance(ops, Matmul):
+        rough = active.with_values(active.values.float())
+        torch.testing.assert_close(ops.encode(x, W_enc.T.contiguous().T, b_enc, rough, again=True), values)
     assert ops.row_topk(low, 3, torch.arange(F) > 3).values.dtype == torch.bfloat16
 
 

@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": ReLU(l1_coefficient=0.02),
 }
 NO_DEAD, NO_AUXK = torch.zeros(F, dtype=torch.bool), AuxKConfig()
-KERNELS = pytest.mark.parametrize("kernels", ["compiled", "plain", "dense"])
+KERNELS = pytest.mark.parametrize("kernels", ["compiled", "plain", "dense", "matmul"])
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -143,6 +143,20 @@ def test_auxk_moves_only_dead_latents(latents: tuple[int, ...], kernels: Kernels
 
 
 @KERNELS
+def test_losses_apart_give_the_gradients_of_their_sum(kernels: Kernels) -> None:
+    found = []
+    for apart in (False, True):
+        model = make(BatchTopK(k=K), kernels=kernels)
+        output = model.step(draw(B, D, seed=1), draw(B, O, seed=2), mask_of(3, 7), AuxKConfig(k=3), 1)
+        assert len(output.losses) == 2 and float(output.losses[1].detach()) > 0
+        for loss in output.losses if apart else [output.loss]:
+            loss.backward()
+        found.append([output.loss.detach(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+@KERNELS
 def test_auxk_without_a_dead_latent_is_zero(kernels: Kernels) -> None:
     model = make(BatchTopK(k=K), kernels=kernels)
     step = model.step(draw(B, D, seed=1), draw(B, O, seed=2), NO_DEAD, AuxKConfig(coefficient=1.0), 0)
@@ -228,7 +242,7 @@ def test_a_whole_step_on_a_device_waits_for_nothing(kind: str, product_dtype: to
     with _Waits() as waits:
         for step in range(2):
             output = model.step(source, target, counters.dead(), AuxKConfig(k=3), step)
-            _, norm = optimizer.step([output.loss], step)
+            _, norm = optimizer.step(output.losses, step)
             counters.update(output)
             window.add(output, norm)
     assert waits.found == []

@@ -189,7 +189,8 @@ def term_costs(shape: str) -> dict[str, tuple[float, str]]:
         def call() -> None:
             output = made.model.step(made.source, made.target, made.dead, AUXK, number)
             whole, apart = terms.value_terms(output), terms.direction_terms(made.dead, number)
-            made.optimizer.step([output.loss + sum(whole.values()), *apart.values()], number)
+            first, *others = output.losses
+            made.optimizer.step([first + sum(whole.values()), *others, *apart.values()], number)
 
         return call
 

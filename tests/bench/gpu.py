@@ -100,7 +100,11 @@ def step(report: Report, folder: Path, device: str) -> None:
     bandwidth, flops = ceilings(report, device)
     store = small_store(folder)
     wide = next(shape for shape in reversed(SHAPES) if shape.rows == MAIN.rows)
-    others = [(shape, f"kernels={form}") for shape in (MAIN, wide) for form in sized(("triton", "plain"), ("dense",))]
+    others = [
+        (shape, f"kernels={form}")
+        for shape in (MAIN, wide)
+        for form in sized(("triton", "matmul", "plain"), ("dense",))
+    ]
     for shape, change in [*((shape, "") for shape in SHAPES), *others]:
         with going_on(f"{shape} {change}"):
             one_step(report, store, shape, change, device, (bandwidth, flops))

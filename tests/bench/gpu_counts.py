@@ -41,7 +41,7 @@ from train.run.trainer import Trainer
 
 LINE = "python -m tests.bench.gpu_counts"
 Figures = dict[str, tuple[float, str]]
-KERNELS = ("plain", "triton")
+KERNELS = ("plain", "matmul", "triton")
 LAUNCHES = {
     "topk": 6, "sort": 6, "index_put": 4, "index_put_": 4, "_index_put_impl_": 4, "cumsum": 2, "sampled_addmm": 3,
     "_embedding_bag_forward_only": 2, "_foreach_norm": 4, "nonzero": 4,

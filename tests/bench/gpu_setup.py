@@ -109,7 +109,7 @@ class Step:
         """Make one step."""
         source, target = self.batches[number % len(self.batches)]
         output = self.model.step(source, target, self.dead, self.auxk, number)
-        self.optimizer.step([output.loss], number)
+        self.optimizer.step(output.losses, number)
 
 
 def settings_of(store: Store, shape: Shape, device: str, changes: Sequence[str] = ()) -> RunConfig:

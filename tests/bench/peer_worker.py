@@ -152,7 +152,7 @@ def ours(d: int, d_sae: int, k: int, rows: int) -> Callable[[], None]:
     def step() -> None:
         x, number = next(data), next(numbers)
         output = model.step(x, x.roll(1, 1), dead, AUXK, number)
-        _, norm = optimizer.step([output.loss], number)
+        _, norm = optimizer.step(output.losses, number)
         counters.update(output)
         window.add(output, norm)
 

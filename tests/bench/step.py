@@ -51,7 +51,7 @@ class Setup:
     def ours(self) -> None:
         """One whole step."""
         output = self.model.step(self.source, self.target, self.dead, AUXK, self.step)
-        self.optimizer.step([output.loss], self.step)
+        self.optimizer.step(output.losses, self.step)
         self.step += 1
 
 

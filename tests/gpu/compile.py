@@ -81,13 +81,18 @@ def launch_all() -> None:
             _launch_sums(width, prefixes)
     for dtype in (torch.float32, torch.bfloat16):
         _launch_selection(dtype)
+    for width in WIDTHS:
+        _launch_adam(width)
 
 
 def _launch_selection(dtype: torch.dtype) -> None:
     from train.model.kernels.triton_kernels import Triton
 
     for d_sae in (4096, 18432):
-        Triton().batch_topk(torch.zeros(4, d_sae, dtype=dtype), 32, torch.zeros(()))
+        pre_acts = torch.zeros(4, d_sae, dtype=dtype)
+        Triton().batch_topk(pre_acts, 32, torch.zeros(()))
+        for among in (None, torch.zeros(d_sae, dtype=torch.bool)):
+            Triton().row_topk(pre_acts, 32, among)
 
 
 def _launch_sums(width: int, prefixes: int) -> None:
@@ -95,8 +100,9 @@ def _launch_sums(width: int, prefixes: int) -> None:
     from train.model.kernels.triton_kernels import Triton
     from train.model.sparse_latents import SparseLatents
 
-    ops, (rows, latents), F = Triton(), torch.arange(32).view(2, 16), 64
-    active = SparseLatents.of(rows // 4, latents, torch.ones(16), torch.Size((4, F)))
+    ops, F, pairs = Triton(), 64, 1024  # so many that a latent may have a long sum
+    rows, latents = torch.arange(pairs) // (pairs // 4), torch.arange(pairs) % F
+    active = SparseLatents.of(rows, latents, torch.ones(pairs), torch.Size((4, F)))
     x, W, bias = torch.zeros(4, width), torch.zeros(F, width), torch.zeros(F)
     group = torch.zeros(F, dtype=torch.int64)
     ops.products(active, x, W, bias)
@@ -104,7 +110,23 @@ def _launch_sums(width: int, prefixes: int) -> None:
         weights: Tensor = torch.ones(())
         ops.errors_and_gradients(active.values, W, base, x, active, Groups(group, prefixes, weights))
     for add in (False, True):
-        ops.sums_by_latent(active, active.values, active.rows, x, W.clone(), bias, add)
+        ops.sums_by_latent(active, active.values, x, W.clone(), add=add, alone=bias)
+        table, groups = torch.zeros(4 * prefixes, width), Groups(group, prefixes, 1.0)
+        ops.sums_by_latent(active, active.values, table, W.clone(), add=add, groups=groups, times=torch.ones(()))
+
+
+def _launch_adam(width: int) -> None:
+    from train.model.kernels import triton_adam
+
+    scalars, powers = torch.zeros(5), torch.zeros(4, dtype=torch.float64)
+    for shape, unit in (((4, width), True), ((4, width), False), ((width,), False)):
+        rows, grad, low = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape, dtype=torch.bfloat16)
+        along, squares = torch.zeros(2, triton_adam.rows_of(rows))
+        triton_adam.row_squares(grad, rows, unit, along, squares)
+        for shadow in (None, low):
+            rest = {"unit": unit, "times": 1.0, "betas": (0.9, 0.999), "eps": 1e-8}
+            triton_adam.adam(rows, grad, (rows.clone(), rows.clone()), along, shadow, scalars, **rest)  # type: ignore[arg-type]
+        triton_adam.clip(squares, 1.0, powers, scalars)
 
 
 class _Absent:

@@ -100,7 +100,10 @@ def _factory(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         out = make(*args, **kwargs | {"device": "cpu"})
         if make.__name__ in ("tensor", "as_tensor"):
             log.copy(pinned=False)
-        log.op(make.__name__, out.nbytes)
+        if make.__name__ != "empty":
+            log.op(make.__name__, out.nbytes)
+        elif not log.runs_kernels:
+            out.zero_()
         return FakeTensor(out, _number(device))
 
     return made

@@ -29,6 +29,8 @@ SCALARS = {"where", "masked_fill", "masked_fill_", "fill_", "full_like", "clamp"
 """Operations, beside pointwise ones, that take a number on the CPU."""
 RESHAPES = {"resize_", "set_", "t_", "transpose_", "squeeze_", "unsqueeze_"}
 """What would change the shape of a tensor in place, which the wrapper would not show."""
+EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+"""What only takes memory: nothing runs on the device."""
 FREE = {"detach", "alias", "_unsafe_view", "_reshape_alias", "lift_fresh", "is_same_size"}
 
 log = DeviceLog()
@@ -98,6 +100,8 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # A device that is asked for here is the tensor's own, which C++ takes for the CPU: `Tensor.to` was caught before.
     given = kwargs | ({"device": torch.device("cpu")} if kwargs.get("device") is not None else {})
     out = func(*tree_map(memory_of, args), **tree_map(memory_of, given))
+    if name in EMPTY and not log.runs_kernels:
+        out.zero_()  # nothing will be written there, and it may be an index
     _note(func, name, args, tensors, out)
 
     def wrap(one: Any) -> Any:
@@ -170,9 +174,9 @@ def _note(func: Any, name: str, args: tuple[Any, ...], tensors: list[Tensor], ou
 
 
 def _is_view(func: Any, name: str) -> bool:
-    """Whether an operation only looks at memory in another way: nothing runs on the device."""
+    """Whether an operation only looks at memory in another way, or takes some: nothing runs on the device."""
     aliases = [one.alias_info for one in func._schema.returns]
-    return name in FREE or any(one is not None and not one.is_write for one in aliases)
+    return name in FREE | EMPTY or any(one is not None and not one.is_write for one in aliases)
 
 
 def _bytes(name: str, inputs: list[int], made: int) -> int:

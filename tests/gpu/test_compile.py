@@ -12,7 +12,14 @@ import pytest
 from tests.gpu.compile import CAPABILITIES
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {"_histogram", "_count", "_compact", "_products", "_prefix_loss", "_sums_by_latent"}
+KERNELS = {
+    "_keep", "_histogram", "_find", "_count", "_compact", "_row_topk",
+    "_products", "_prefix_loss", "_sums_by_latent", "_long_sums", "_add_long_sums",
+    "_row_squares", "_clip", "_adam",
+}  # fmt: skip
+HELPERS = {"_key", "_view", "_load", "_pick", "_digits", "_order", "_rows_of_pairs", "_weighted_sum",
+           "_write_sum", "_long_latent"}  # fmt: skip
+"""What kernels call."""
 
 
 @pytest.mark.slow
@@ -26,13 +33,15 @@ def test_every_kernel_compiles_for_every_gpu_without_spilling_registers() -> Non
         (kernel, capability) for kernel in KERNELS for capability in CAPABILITIES
     }, done.stderr
     assert [one for one in found if one["spilled"]] == []
-    # A GPU has 65,536 registers for the threads that run at once: two programs of each kernel have room, at least.
-    assert [one for one in found if one["registers"] * one["warps"] * 32 * 2 > 65536] == []
+    # A GPU has 65,536 registers for the threads that run at once: two programs of a kernel have room, or a large one.
+    assert [
+        one for one in found if one["registers"] * one["warps"] * 32 * (1 if one["warps"] == 16 else 2) > 65536
+    ] == []
     assert [one for one in found if one["shared"] > 48 * 1024] == []  # more would have to be asked for
     assert done.returncode == 0, done.stderr
 
 
 def test_no_kernel_of_the_project_is_left_out() -> None:
-    text = (ROOT / "train/model/kernels/triton_kernels.py").read_text()
-    assert set(re.findall(r"_launch\(\s*(_\w+),", text)) == KERNELS
-    assert set(re.findall(r"@triton.jit\ndef (\w+)", text)) - {"_key"} == KERNELS
+    text = "".join(path.read_text() for path in sorted((ROOT / "train/model/kernels").glob("triton_*.py")))
+    assert set(re.findall(r"\blaunch\(\s*(_\w+),", text)) == KERNELS
+    assert set(re.findall(r"@triton.jit\ndef (\w+)", text)) - HELPERS == KERNELS

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 class Wrong(Plain):
     """Values that are a thousandth too large."""
 
-    def encode(self, *args: object) -> Tensor:
-        return 1.001 * super().encode(*args)  # type: ignore[arg-type]
+    def encode(self, *args: Any, **options: Any) -> Tensor:
+        return 1.001 * super().encode(*args, **options)
 
 
 def test_checks_hold_for_sound_kernels_and_name_what_is_wrong_with_others() -> None:

@@ -1,7 +1,9 @@
 """The one dense product of a step, in the faster of the two libraries that are there."""
 
 import platform
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -30,6 +32,17 @@ def bfloat16_units() -> bool:
     """Tell whether this processor multiplies bfloat16 faster than float32, and torch has what makes use of it."""
     flags = _first_line("flags").split()
     return torch.backends.mkldnn.is_available() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
+@contextmanager
+def tf32(on: bool = True) -> Iterator[None]:
+    """Let products of float32 on CUDA run in TF32, which rounds both sides to 10 bits and sums in float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def addmm(blas: Blas, bias: Tensor, x: Tensor, W: Tensor) -> Tensor:

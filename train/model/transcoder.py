@@ -106,6 +106,9 @@ class StepOutput:
     """Smallest pre-activation of the batch that is selected and positive."""
     pre_acts: Tensor | None
     """[B, F] without gradient; none from a guarded search, unless they were wanted"""
+    losses: tuple[Tensor, ...] = ()
+    """What the loss is the sum of, each with a graph of its own. The first reaches every latent: its backward should
+    come first, so that it writes gradients, and that of aux-k adds to the rows of dead latents alone."""
 
     def with_terms(self, terms: dict[str, Tensor]) -> "StepOutput":
         """Return the same with further terms beside those of the loss."""
@@ -151,6 +154,8 @@ class Transcoder(nn.Module):
         self.blas: blas.Blas = "torch"
         self.kernels: Kernels = "plain"
         self.product_dtype = torch.float32
+        self.tf32 = False
+        """Whether a product in float32 may round its sides to TF32, on CUDA."""
         self.guarded: guarded.Guarded | None = None
         """The search of training steps, where it is not `select` on a whole product."""
         self.group = nn.Buffer(torch.bucketize(torch.arange(self.d_sae), edges, right=True), persistent=False)
@@ -162,7 +167,11 @@ class Transcoder(nn.Module):
         self.inference_threshold = nn.Buffer(torch.zeros(self.d_sae), persistent=False)
         """[F] Calibrated: a latent is active above it. Of a checkpoint, once that is loaded."""
         self._zeros = nn.Buffer(torch.zeros(self.d_sae), persistent=False)
-        self._guess = torch.zeros(())
+        self._guess = nn.Buffer(torch.zeros(()), persistent=False)
+        self.low_follows = False
+        """Whether the optimizer writes what a product in a lower type reads, beside the weights."""
+        self._low: tuple[Tensor, Tensor] | None = None
+        self._low_of = (-1, -1)
 
     @classmethod
     def load(cls, path: Path | str, step: int | None = None, device: str | torch.device = "cpu") -> Self:
@@ -310,12 +319,12 @@ class Transcoder(nn.Module):
         """
         x, y = self.normalised(source, target)
         pre_acts, active, smallest = self._selected(x, step, whole)
-        gathered = self._ops.encode(x, self.W_enc, self.b_enc, active)
+        gathered = self._ops.encode(x, self.W_enc, self.b_enc, active, again=self.tf32)
         values = self.activation.values(gathered, self.thresholds(), active)
         weight: Tensor | float = matryoshka_weight(len(y), len(self.prefixes), y.shape[1])
         if not self._evenly:
             weight = weight * self.prefix_shares
-        groups = Groups(self.group, len(self.prefixes), weight)
+        groups = Groups(self.group, len(self.prefixes), weight, self.prefixes)
         loss, errors, residual = self._ops.prefix_loss(values, self.W_dec, self.linear_part(x), y, active, groups)
         penalty = self.activation.penalty(gathered, values, self.thresholds(), active, len(x), step)
         terms = {"reconstruction": loss} | penalty
@@ -323,8 +332,11 @@ class Transcoder(nn.Module):
             rows = slice(step % auxk.row_stride, None, auxk.row_stride)
             some = None if self.guarded or pre_acts is None else pre_acts[rows]
             terms["auxk"] = self._auxk(x[rows].contiguous(), some, residual[rows].contiguous(), dead, auxk)
+        first: Tensor = sum((term for name, term in terms.items() if name in penalty), loss)
+        losses = (first, terms["auxk"]) if "auxk" in terms else (first,)
         return StepOutput(
-            loss=torch.stack(list(terms.values())).sum(),
+            loss=sum(losses[1:], first),
+            losses=losses,
             terms={name: term.detach() for name, term in terms.items()},
             errors=errors,
             target=y,
@@ -340,7 +352,7 @@ class Transcoder(nn.Module):
         Returns them, and the smallest of their positive pre-activations.
         """
         active, smallest = self.activation.select(self._ops, pre_acts, self.thresholds(), step, self._guess)
-        self._guess = 0.95 * smallest
+        self._guess = 0.95 * smallest  # type: ignore[assignment]  # a buffer, which moves with the module
         return active, smallest
 
     def select_final(self, pre_acts: Tensor) -> SparseLatents:
@@ -384,9 +396,27 @@ class Transcoder(nn.Module):
     def _searched(self, x: Tensor) -> Tensor:
         """Return the pre-activations [B, F] among which a step selects."""
         if self.product_dtype == torch.float32:
-            return self.pre_acts(x)
-        low = [tensor.to(self.product_dtype) for tensor in (self.b_enc, x, self.W_enc)]
-        return torch.addmm(*low)
+            with blas.tf32(self.tf32):
+                return self.pre_acts(x)
+        b_enc, W_enc = self.low_weights() or (self.b_enc, self.W_enc)
+        return torch.addmm(b_enc, x.to(self.product_dtype), W_enc)
+
+    @torch.no_grad()
+    def low_weights(self) -> tuple[Tensor, Tensor] | None:
+        """Return `b_enc` and `W_enc` in `product_dtype`, where that is a lower one.
+
+        They are cast anew, but where the optimizer has written them beside the weights, and nothing else these since.
+        """
+        if self.product_dtype == torch.float32:
+            return None
+        weights, versions = (self.b_enc, self.W_enc), (self.b_enc._version, self.W_enc._version)
+        if self._low is None or self._low[0].device != self.b_enc.device:
+            self._low = self.b_enc.to(self.product_dtype), self.W_enc.to(self.product_dtype)
+        elif not self.low_follows or versions != self._low_of:
+            for low, weight in zip(self._low, weights, strict=True):
+                low.copy_(weight)
+        self._low_of = versions
+        return self._low
 
     def thresholds(self) -> Tensor:
         """Return the learned thresholds [F] of a JumpReLU; 0 for activations that learn none."""
@@ -402,10 +432,12 @@ class Transcoder(nn.Module):
             active = guarded.row_topk(self.blas, x, self.W_enc, self.b_enc, config.k, dead)
         else:
             active = self._ops.row_topk(pre_acts, config.k, dead)
-        values = self._ops.encode(x, self.W_enc, self.b_enc, active).where(dead[active.latents], 0.0)
-        whole, nothing = torch.zeros_like(self.group), torch.zeros_like(residual[:1])
-        weight = config.coefficient * auxk_weight(residual, dead)
-        return self._ops.prefix_loss(values, self.W_dec, nothing, residual, active, Groups(whole, 1, weight))[0]
+        values = self._ops.encode(x, self.W_enc, self.b_enc, active, again=self.tf32).where(dead[active.latents], 0.0)
+        nothing = torch.zeros_like(residual[:1])
+        groups = Groups(
+            torch.zeros_like(self.group), 1, config.coefficient * auxk_weight(residual, dead), (self.d_sae,)
+        )
+        return self._ops.prefix_loss(values, self.W_dec, nothing, residual, active, groups)[0]
 
 
 class _ShapeSettings(Config):

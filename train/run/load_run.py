@@ -163,5 +163,6 @@ def build_transcoder(config: RunConfig, store: Store) -> Transcoder:
     model.blas = "numpy" if settings.blas == "numpy" else "torch"  # `auto` only in runs from before there was a choice
     model.kernels = default_kernels(settings.device) if settings.kernels == "auto" else settings.kernels
     model.product_dtype = torch.bfloat16 if settings.product_dtype == "bfloat16" else torch.float32
+    model.tf32 = settings.product_dtype == "tf32"
     model.guarded = guarded.Guarded() if settings.product_dtype == "guarded-bfloat16" else None
     return model.to(settings.device)

@@ -1,6 +1,7 @@
 """Adam on float32 master weights, the learning rate's schedule, and what happens around a step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -71,8 +72,13 @@ class Optimizer:
     def __init__(self, transcoder: Transcoder, config: OptimizerConfig, length_at: Callable[[int], int]) -> None:
         """Set up the optimizer. `length_at`: how many steps the run has, by the step that is trained."""
         self._transcoder, self._config, self._length_at = transcoder, config, length_at
-        kind = CompiledAdam if transcoder.kernels == "compiled" else TorchAdam
-        self._adam = kind(transcoder, config)
+        self._adam: CompiledAdam | TritonAdam | TorchAdam
+        if transcoder.kernels == "compiled":
+            self._adam = CompiledAdam(transcoder, config)
+        elif transcoder.kernels == "triton":
+            self._adam = TritonAdam(transcoder, config)
+        else:
+            self._adam = TorchAdam(transcoder, config)
 
     def step(self, losses: Sequence[Tensor], step: int) -> tuple[float, Tensor]:
         """Run backward, one loss after the other, and update.
@@ -181,6 +187,82 @@ class CompiledAdam:
             first.copy_(fitting(tensors, f"{name}.exp_avg", first))
             second.copy_(fitting(tensors, f"{name}.exp_avg_sq", second))
             self._count = int(fitting(tensors, f"{name}.step", torch.zeros(())))
+
+
+class TritonAdam:
+    """The same two passes in Triton kernels, which write the encoder's weights in bfloat16, too, where a step reads it.
+
+    The rate and all that depends on the step are on the device.
+    """
+
+    def __init__(self, transcoder: Transcoder, config: OptimizerConfig) -> None:
+        from train.model.kernels import triton_adam  # not there without CUDA
+
+        self._kernels, self._transcoder, self._config = triton_adam, transcoder, config
+        self._parameters = dict(transcoder.named_parameters())
+        self._moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self._parameters.items()}
+        device, betas = transcoder.W_dec.device, (config.beta1, config.beta2)
+        self._count = torch.zeros((), device=device)
+        self._powers = torch.tensor([1.0, 1.0, *betas], dtype=torch.float64).to(device)
+        self._scalars = torch.zeros(5, device=device)
+        """The rate, the gradients' norm, their scale, and Adam's two corrections."""
+        self._places = [0, *accumulate(triton_adam.rows_of(p) for p in self._parameters.values())]
+        self._along, self._squares = torch.zeros(2, self._places[-1], device=device)
+        transcoder.low_follows = True
+
+    @torch.no_grad()
+    def update(self, lr: float, limit: float) -> Tensor:
+        """As `TorchAdam.update`."""
+        c, model, parts = self._config, self._transcoder, list(self._rows())
+        self._scalars[0].fill_(lr)
+        self._count += 1
+        for name, rows, grad, place in parts:
+            self._kernels.row_squares(grad, rows, self._unit(name), self._along[place], self._squares[place])
+        self._kernels.clip(self._squares, limit, self._powers, self._scalars)
+        low = dict(zip(("b_enc", "W_enc"), model.low_weights() or (None, None), strict=True))
+        for name, rows, grad, place in parts:
+            self._kernels.adam(
+                rows,
+                grad,
+                self._moments[name],
+                self._along[place],
+                low.get(name),
+                self._scalars,
+                unit=self._unit(name),
+                times=c.rate_of(name),
+                betas=(c.beta1, c.beta2),
+                eps=c.eps,
+            )
+        return self._scalars[1].clone()
+
+    def _rows(self) -> Iterator[tuple[str, Tensor, Tensor, slice]]:
+        """Yield name, weights, gradient and place among the rows of all parameters."""
+        for (name, parameter), place in zip(self._parameters.items(), pairwise(self._places), strict=True):
+            grad = parameter.grad
+            assert grad is not None and grad.stride() == parameter.stride(), name
+            yield name, parameter.detach(), grad, slice(*place)
+
+    def _unit(self, name: str) -> bool:
+        return name == "W_dec" and self._transcoder.has_unit_decoder
+
+    def state(self) -> dict[str, Tensor]:
+        """As `Optimizer.state`."""
+        found: dict[str, Tensor] = {}
+        for name, (first, second) in self._moments.items():
+            found |= {f"{name}.exp_avg": first, f"{name}.exp_avg_sq": second, f"{name}.step": self._count.clone()}
+        return found
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """As `Optimizer.load`."""
+        for name, (first, second) in self._moments.items():
+            first.copy_(fitting(tensors, f"{name}.exp_avg", first))
+            second.copy_(fitting(tensors, f"{name}.exp_avg_sq", second))
+            self._count.copy_(fitting(tensors, f"{name}.step", self._count))
+        betas = torch.tensor([self._config.beta1, self._config.beta2], dtype=torch.float64)
+        powers = torch.ones(2, dtype=torch.float64)
+        for _ in range(int(self._count)):  # as the steps before have multiplied them, bit for bit
+            powers *= betas
+        self._powers.copy_(torch.cat([powers, betas]))
 
 
 def _rows(tensor: Tensor) -> NDArray[Any]:

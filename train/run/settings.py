@@ -33,11 +33,12 @@ from train.model.losses import AuxKConfig
 from train.model.quiet import QuietConfig
 from train.model.transcoder import TranscoderConfig
 from train.run.cadences import chosen
+from train.run.choose_kernels import Shape, fastest
 from train.run.optimizer import OptimizerConfig
 from train.run.saver import CheckpointConfig
 from train.samples.select import SamplesConfig
 
-ProductDtype = Literal["float32", "bfloat16", "guarded-bfloat16"]
+ProductDtype = Literal["float32", "tf32", "bfloat16", "guarded-bfloat16"]
 
 PRESETS = Path(__file__).parent.parent / "presets"
 
@@ -59,13 +60,15 @@ class Settings(Config):
     """The library of the encoder's product on CPU; `auto`: the one that is faster on this maker's processors. Recorded
     in the run, like `threads`."""
     kernels: Literal["auto", Kernels] = "auto"
-    """What the sparse half of a step runs on: `compiled` loops on CPU, `triton` kernels on CUDA, `plain` torch on any
-    device, or `dense`, the slow reference. `auto`: `compiled` on CPU, else `plain`. Recorded in the run."""
+    """What a step runs on: `compiled` loops on CPU, `triton` kernels on CUDA, `matmul`, products of whole matrices in
+    TF32 on CUDA, `plain` torch on any device, or `dense`, the slow reference. `auto`: `compiled` on CPU; on CUDA the
+    fastest of `triton`, `matmul` and `plain` by a few steps of the run's shape. Recorded in the run, with the times."""
     product_dtype: Literal["auto", ProductDtype] = "auto"
     """Of the encoder's product in training, among whose values latents are selected. The values of those that are, and
-    all gradients and weights, are float32 in any case. `bfloat16` may select others than `float32` does;
-    `guarded-bfloat16` (BatchTopK on compiled loops) selects those that float32 gives, which it proves at every step.
-    `auto`: that one where it can be and the processor has units for bfloat16, else `float32`. Recorded in the run."""
+    all gradients and weights, are float32 in any case. `tf32` (CUDA) and `bfloat16`, which is
+    coarser, may select others than `float32` does; `guarded-bfloat16` (BatchTopK on compiled loops) selects those that
+    float32 gives, which it proves at every step. `auto`: that one where it can be and the processor has units for
+    bfloat16, `tf32` on CUDA, else `float32`. Recorded in the run."""
     resident_rows: Literal["auto", "on", "off"] = "auto"
     """Whether training rows are kept in the memory of a CUDA device, where a batch is then a gather of the same rows.
     `auto`: where they fit beside the training with a tenth of the memory to spare, and the run reads each row once at
@@ -151,6 +154,8 @@ class RunConfig(Config):
     """Its checkpoint; none: there is no such run, or this one is from before that was recorded."""
     software: dict[str, str]
     """Versions that the run started with."""
+    step_times: dict[Kernels, float] | None = None
+    """Milliseconds of a step by each kind of kernels that `kernels=auto` compared; none: it compared none."""
     exclusion: Exclusion | None = None
     """Rows that are left out; none, as in runs from before there were exclusions: no row is."""
     blocks: Digest | None = None
@@ -259,13 +264,17 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     shaped = settings.model_copy(update={"transcoder": shape, "activation": activation, "monitor": monitor})
     saving.check(settings.steps, evaluation_every, checkpoint_bytes(shaped, d_in, record.d_out))
     _check_reports(settings, monitor)
-    kernels = _kernels(settings.kernels, device)
+    auxk = settings.auxk.resolve(shape.d_sae, settings.steps * settings.rows.batch_rows)
+    kernels, times = _kernels(settings.kernels, device), None
+    if settings.kernels == "auto" and device != "cpu":
+        of_step = Shape(d_in, record.d_out, settings.rows.batch_rows, shape, activation, auxk)
+        kernels, times = fastest(of_step, device)
     return RunConfig(
         settings=settings.model_copy(
             update={
                 "transcoder": shape,
                 "activation": activation,
-                "auxk": settings.auxk.resolve(shape.d_sae, settings.steps * settings.rows.batch_rows),
+                "auxk": auxk,
                 "diversity": settings.diversity.resolve(shape.d_sae),
                 "quiet": settings.quiet.resolve(view, blocks),
                 "optimizer": settings.optimizer.resolve(settings.steps, d_in, shape.decoder_norm == "unit"),
@@ -273,7 +282,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
                 "threads": settings.threads or torch.get_num_threads(),
                 "blas": _blas(settings.blas, device),
                 "kernels": kernels,
-                "product_dtype": _product_dtype(settings.product_dtype, kernels, activation),
+                "product_dtype": _product_dtype(settings.product_dtype, kernels, activation, device),
                 "rows": settings.rows.resolve(store.request.block_sequences),
                 "monitor": monitor,
                 "evaluation": evaluation.model_copy(update={"every": evaluation_every}),
@@ -294,6 +303,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
             "numpy": np.__version__,
             "safetensors": safetensors.__version__,
         },
+        step_times=times,
         exclusion=exclusion,
     )
 
@@ -392,13 +402,19 @@ def _kernels(wanted: Literal["auto", Kernels], device: str) -> Kernels:
     return default_kernels(device) if wanted == "auto" else wanted
 
 
-def _product_dtype(wanted: Literal["auto", ProductDtype], kernels: Kernels, activation: Activation) -> ProductDtype:
+def _product_dtype(
+    wanted: Literal["auto", ProductDtype], kernels: Kernels, activation: Activation, device: str
+) -> ProductDtype:
     can = kernels == "compiled" and activation.pairs_of_step(0, 1) is not None
     if wanted == "guarded-bfloat16" and not can:
         raise UserError(
             "product_dtype = guarded-bfloat16 is for activation.kind = batchtopk on kernels = compiled, got "
             f"{activation.kind} on {kernels}; use product_dtype=float32"
         )
+    if wanted == "tf32" and device == "cpu":
+        raise UserError("product_dtype = tf32 is for CUDA, and the device is cpu; use product_dtype=float32")
+    if wanted == "auto" and device != "cpu":
+        return "tf32"
     if wanted == "auto":
         return "guarded-bfloat16" if can and bfloat16_units() else "float32"
     return wanted

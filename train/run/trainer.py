@@ -259,8 +259,9 @@ class Trainer:
         of_values = self._diversity.value_terms(output)
         # Terms of decoder rows, and of rows that training leaves out, have a backward each.
         apart = self._diversity.direction_terms(dead, step) | self._quiet.terms(step)
-        loss = output.loss + sum(of_values.values())
-        lr, grad_norm = self._optimizer.step([loss, *apart.values()], step)
+        first, *others = output.losses
+        loss = first + sum(of_values.values())
+        lr, grad_norm = self._optimizer.step([loss, *others, *apart.values()], step)
 
         # From here on only counting: none of it waits for the device.
         self._note_bad(output.loss + sum((of_values | apart).values()) + grad_norm, batch, step)

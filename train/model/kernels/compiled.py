@@ -73,10 +73,24 @@ class Compiled(Fused):
         return errors, left, meet, grad
 
     def sums_by_latent(
-        self, active: SparseLatents, weights: Tensor, rows: Tensor, table: Tensor, out: Tensor, alone: Tensor, add: bool
+        self,
+        active: SparseLatents,
+        weights: Tensor,
+        table: Tensor,
+        out: Tensor,
+        *,
+        add: bool,
+        alone: Tensor | None = None,
+        groups: Groups | None = None,
+        times: Tensor | None = None,
     ) -> None:
         """As `Fused.sums_by_latent`."""
         order, starts = active.by_latent
+        rows = active.rows
+        if groups is not None:
+            rows = rows * groups.prefixes + groups.of_latent[active.latents]
+        weights = weights if times is None else weights * times
+        alone = weights.new_zeros(active.d_sae) if alone is None else alone
         numba_loops.sums_by_latent(*map(_array, (order, starts, weights, rows, table, out, alone)), add)
 
 

@@ -11,7 +11,7 @@ from train.model.sparse_latents import SparseLatents
 class Dense(Plain):
     """The reference: selects as `Plain`, and computes with whole matrices."""
 
-    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents, *, again: bool = False) -> Tensor:
         """As `SparseOps.encode`, from the whole product."""
         return (x @ W_enc + b_enc)[active.rows, active.latents]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from train.model.kernels.plain import Plain
-from train.model.kernels.sparse_ops import Groups, weighted
+from train.model.kernels.sparse_ops import Groups, has_gradient, weighted
 from train.model.sparse_latents import SparseLatents
 
 
@@ -54,20 +54,23 @@ class Fused(Plain, ABC):
         self,
         active: SparseLatents,
         weights: Tensor,  # [N]
-        rows: Tensor,  # [N] rows of `table`
-        table: Tensor,  # [T, d]
+        table: Tensor,  # [B, d], or [B * P, d]
         out: Tensor,  # [F, d]
-        alone: Tensor,  # [F]
+        *,
         add: bool,
+        alone: Tensor | None = None,  # [F]
+        groups: Groups | None = None,
+        times: Tensor | None = None,  # scalar
     ) -> None:
         """Write, for every latent, the weighted sum of the table's rows over its pairs; add that of weights to `alone`.
 
-        `add`: added to what `out` holds, which is else written over.
+        `add`: added to what `out` holds, which is else written over. `groups`: the table has a row for each of a row's
+        groups, and a latent's is that of its own. All weights count `times`.
         """
 
-    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents, *, again: bool = False) -> Tensor:
         """As `SparseOps.encode`."""
-        return _Encode.apply(self, x, W_enc, b_enc, active)
+        return _Encode.apply(self, x, W_enc, b_enc, active, again)
 
     def prefix_loss(
         self, values: Tensor, W_dec: Tensor, base: Tensor, y: Tensor, active: SparseLatents, groups: Groups
@@ -78,10 +81,12 @@ class Fused(Plain, ABC):
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loops: Fused, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+    def forward(
+        ctx: Any, loops: Fused, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents, again: bool
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.loops, ctx.active, ctx.W_enc, ctx.b_enc = loops, active, W_enc, b_enc
-        if active.values.dtype == x.dtype:
+        if active.values.dtype == x.dtype and not again:
             return active.values.clone()
         return loops.products(active, x, W_enc.T, b_enc)
 
@@ -90,9 +95,9 @@ class _Encode(torch.autograd.Function):
         (x,), (grad,), active = ctx.saved_tensors, grads, ctx.active
         if ctx.b_enc.grad is None:
             ctx.b_enc.grad = torch.zeros_like(ctx.b_enc)
-        add = _has_gradient(ctx.W_enc)
-        ctx.loops.sums_by_latent(active, grad.contiguous(), active.rows, x, ctx.W_enc.grad.T, ctx.b_enc.grad, add)
-        return (None,) * 5
+        add = has_gradient(ctx.W_enc)
+        ctx.loops.sums_by_latent(active, grad.contiguous(), x, ctx.W_enc.grad.T, add=add, alone=ctx.b_enc.grad)
+        return (None,) * 6
 
 
 class _PrefixLoss(torch.autograd.Function):
@@ -108,26 +113,17 @@ class _PrefixLoss(torch.autograd.Function):
         groups: Groups,
     ) -> tuple[Tensor, Tensor, Tensor]:
         errors, left, meet, grad = loops.errors_and_gradients(values, W_dec, base, y, active, groups)
-        ctx.save_for_backward(values, groups.of_latent, meet, grad)
-        ctx.loops, ctx.active, ctx.W_dec, ctx.every_row = loops, active, W_dec, len(base) > 1
+        ctx.save_for_backward(values, meet, grad)
+        ctx.loops, ctx.active, ctx.W_dec, ctx.groups, ctx.every_row = loops, active, W_dec, groups, len(base) > 1
         ctx.mark_non_differentiable(errors, left)
         return weighted(errors, groups.weight), errors, left
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (values, group, meet, grad), (times, *_), active = ctx.saved_tensors, grads, ctx.active
-        add, unused = _has_gradient(ctx.W_dec), values.new_zeros(active.d_sae)
-        table, rows = meet.flatten(0, 1), active.rows * meet.shape[1] + group[active.latents]
-        ctx.loops.sums_by_latent(active, values * times, rows, table, ctx.W_dec.grad, unused, add)
+        (values, meet, grad), (times, *_), W_dec = ctx.saved_tensors, grads, ctx.W_dec
+        add, table = has_gradient(W_dec), meet.flatten(0, 1)
+        ctx.loops.sums_by_latent(ctx.active, values, table, W_dec.grad, add=add, groups=ctx.groups, times=times)
         grad_base = None
         if ctx.needs_input_grad[3]:
             grad_base = times * (meet[:, 0] if ctx.every_row else meet[:, 0].sum(0, keepdim=True))
         return None, grad * times, None, grad_base, *(None,) * 3
-
-
-def _has_gradient(parameter: Tensor) -> bool:
-    """Tell whether a term before has left a gradient to add to; if not, make room for one, not cleared."""
-    if parameter.grad is not None:
-        return True
-    parameter.grad = torch.empty_like(parameter)
-    return False

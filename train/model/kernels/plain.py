@@ -41,9 +41,9 @@ class Plain(SparseOps):
         """As `SparseOps.above`."""
         return _pairs((pre_acts > thresholds).view(-1).nonzero().squeeze(1), pre_acts)
 
-    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents, *, again: bool = False) -> Tensor:
         """As `SparseOps.encode`."""
-        return _Encode.apply(x, W_enc, b_enc, active)
+        return _Encode.apply(x, W_enc, b_enc, active, again)
 
     def prefix_loss(
         self, values: Tensor, W_dec: Tensor, base: Tensor, y: Tensor, active: SparseLatents, groups: Groups
@@ -87,10 +87,10 @@ def _pairs(flat: Tensor, pre_acts: Tensor) -> SparseLatents:
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents, again: bool) -> Tensor:
         ctx.save_for_backward(x)
         ctx.active = active
-        if active.values.dtype == x.dtype:
+        if active.values.dtype == x.dtype and not again:
             return active.values.clone()
         return _sampled_product(x, W_enc.T, active.starts, active.latents) + b_enc[active.latents]
 
@@ -100,7 +100,7 @@ class _Encode(torch.autograd.Function):
         order, starts = ctx.active.by_latent
         W_enc = _bag(ctx.active.rows[order], x, starts, grad[order])
         b_enc = torch.segment_reduce(grad[order], "sum", offsets=starts, initial=0)
-        return None, W_enc.T, b_enc, None
+        return None, W_enc.T, b_enc, None, None
 
 
 class _SparseDecode(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 With k of d_sae latents active, decoding and every gradient cost the active pairs. Tests compare the forms: `Dense` is
 the mathematics as it is written, the reference; `Plain` is torch alone, on any device; `Compiled` is for CPU, on the
-loops of `numba_loops`; `Triton` is for CUDA.
+loops of `numba_loops`; `Triton` is for CUDA, as is `Matmul`, by products of whole matrices.
 Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
 """
 
@@ -10,11 +10,12 @@ from abc import ABC, abstractmethod
 from functools import cache
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from train.model.sparse_latents import SparseLatents
 
-Kernels = Literal["compiled", "triton", "plain", "dense"]
+Kernels = Literal["compiled", "triton", "matmul", "plain", "dense"]
 
 
 class Groups(NamedTuple):
@@ -26,6 +27,8 @@ class Groups(NamedTuple):
     """As many as groups."""
     weight: Tensor | float
     """What a squared error weighs in the loss: one number, or one for each prefix, [P]."""
+    sizes: tuple[int, ...] = ()
+    """Latents of each prefix, for forms that cut matrices by them."""
 
 
 class SparseOps(ABC):
@@ -71,10 +74,13 @@ class SparseOps(ABC):
         W_enc: Tensor,  # [D, F]
         b_enc: Tensor,  # [F]
         active: SparseLatents,
+        *,
+        again: bool = False,
     ) -> Tensor:  # [N]
         """Return the pre-activations of the pairs; gradients reach `W_enc` and `b_enc` through the pairs alone.
 
-        They are `active.values`, if these have the type of `x`, and are else computed again.
+        They are `active.values`, if these have the type of `x`, and are else computed again. `again`: in any case,
+        since the values are of a product in TF32, which has that type.
         """
 
     @abstractmethod
@@ -98,6 +104,14 @@ def weighted(errors: Tensor, weight: Tensor | float) -> Tensor:  # [B, P] -> []
     return errors.sum(0) @ weight if isinstance(weight, Tensor) and weight.dim() else weight * errors.sum()
 
 
+def has_gradient(parameter: Tensor) -> bool:
+    """Tell whether a term before has left a gradient to add to; if not, make room for one, not cleared."""
+    if parameter.grad is not None:
+        return True
+    parameter.grad = torch.empty_like(parameter)
+    return False
+
+
 @cache
 def sparse_ops(kernels: Kernels) -> SparseOps:
     """Return the operations of that name."""
@@ -110,6 +124,10 @@ def sparse_ops(kernels: Kernels) -> SparseOps:
             from train.model.kernels.triton_kernels import Triton  # not there without CUDA
 
             return Triton()
+        case "matmul":
+            from train.model.kernels.matmul import Matmul
+
+            return Matmul()
         case "plain":
             from train.model.kernels.plain import Plain
 

@@ -6,25 +6,21 @@ as names inside the kernel, and knows no other.
 Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from train.model.kernels import triton_select
 from train.model.kernels.fused import Fused
-from train.model.kernels.plain import smallest_positive
 from train.model.kernels.sparse_ops import Groups
-from train.model.sparse_latents import SparseLatents, offsets
+from train.model.kernels.triton_launch import launch
+from train.model.sparse_latents import SparseLatents
 
-_DIGITS = ((20, 11), (10, 10), (0, 10))
-"""Bits of a positive float32 that one pass of the search decides: how many are below, and how many they are."""
-_COUNTED, _BLOCK = 4096, 1024
-"""Pre-activations that a program counts at once, and those of a row that one looks at in turn: more of these need more
-than the 255 registers that a thread has, and are written to memory (`python -m tests.gpu.compile`)."""
-_PER_WARP, _MOST_WARPS = 512, 16
-"""Numbers of a block that a warp holds, 16 in each thread, and the most warps of a program."""
+_PAIRS, _ON_THE_WAY = 8, 8192
+"""Pairs whose rows of a matrix a program reads at once, at most, and the numbers that fit into registers."""
+_LONG, _PARTS = 512, 8
+"""Pairs of a latent above which its sum is shared by programs, and by how many."""
 
 
 class Triton(Fused):
@@ -33,35 +29,18 @@ class Triton(Fused):
     def batch_topk(self, pre_acts: Tensor, n: int, guess: Tensor) -> tuple[SparseLatents, Tensor]:
         """As `SparseOps.batch_topk`; of several equal to the smallest the first in row order are kept.
 
-        Positive floats are in the order of their bits, so the n-th largest is found digit by digit from histograms,
-        exactly, and the pairs are compacted row by row behind a running count. Where fewer than `n` are positive, pairs
-        of value 0 fill up.
+        Where fewer than `n` are positive, pairs of value 0 fill up.
         """
-        rows, width = pre_acts.shape
         n = min(n, pre_acts.numel())
-        nth, ties = _nth_largest(pre_acts, n)
-        more, equal = (torch.empty(rows, dtype=torch.int64, device=pre_acts.device) for _ in range(2))
-        _launch(_count, (rows,), pre_acts, nth, more, equal, width, BLOCK=_BLOCK, num_warps=_BLOCK // 256)
-        equal = (ties - (equal.cumsum(0) - equal)).clamp_min(0).minimum(equal)
-        starts = torch.cat([nth.new_zeros(1), (more + equal).cumsum(0)])
-        row, latent = (torch.full((n,), last, device=pre_acts.device) for last in (rows - 1, width - 1))
-        values = pre_acts.new_zeros(n)
-        _launch(
-            _compact,
-            (rows,),
-            pre_acts,
-            nth,
-            equal,
-            starts,
-            row,
-            latent,
-            values,
-            width,
-            BLOCK=_BLOCK,
-            num_warps=_BLOCK // 256,
-        )
-        starts = torch.cat([starts[:-1], torch.full_like(starts[:1], n)])
-        return SparseLatents(row, latent, values, starts, width), smallest_positive(values)
+        (rows, latents, values, starts), smallest = triton_select.batch_topk(pre_acts, n, guess)
+        return SparseLatents(rows, latents, values, starts, pre_acts.shape[1]), smallest
+
+    def row_topk(self, pre_acts: Tensor, k: int, among: Tensor | None = None) -> SparseLatents:
+        """As `SparseOps.row_topk`; others that follow have a value of 0. Where none is `among`, nothing is searched."""
+        assert pre_acts.stride(1) == 1
+        width = pre_acts.shape[1]
+        rows, latents, values, starts = triton_select.row_topk(pre_acts, min(k, width), among)
+        return SparseLatents(rows, latents, values, starts, width)
 
     def prefix_loss(
         self, values: Tensor, W_dec: Tensor, base: Tensor, y: Tensor, active: SparseLatents, groups: Groups
@@ -76,7 +55,7 @@ class Triton(Fused):
         out, width = left.new_empty(len(active.rows)), left.shape[1]
         if len(out):
             block = triton.next_power_of_2(width)
-            _launch(_products, (len(out),), active.rows, active.latents, left, right, bias, out, width, BLOCK=block)
+            launch(_products, (len(out),), active.rows, active.latents, left, right, bias, out, width, BLOCK=block)
         return out
 
     def errors_and_gradients(
@@ -86,122 +65,47 @@ class Triton(Fused):
         (rows, width), prefixes = y.shape, groups.prefixes
         errors, meet = y.new_empty(rows, prefixes), y.new_empty(rows, prefixes, width)
         left, grad = torch.empty_like(y), torch.empty_like(values)
-        starts = offsets(active.rows * prefixes + groups.of_latent[active.latents], rows * prefixes)
         assert isinstance(groups.weight, Tensor)
-        weights = groups.weight.expand(prefixes).contiguous()
-        sides = (values, active.latents, starts, W_dec, base.contiguous(), y, weights)
-        step = width if len(base) > 1 else 0
+        bounds = torch.empty(rows, prefixes + 1, dtype=torch.int64, device=y.device)
+        sides = (values, active.latents, active.starts, groups.of_latent, W_dec, base.contiguous(), y, groups.weight)
+        steps = (width if len(base) > 1 else 0, groups.weight.dim())
+        found = (bounds, meet, errors, left, grad)
         block = triton.next_power_of_2(width)
-        _launch(_prefix_loss, (rows,), *sides, meet, errors, left, grad, step, width, PREFIXES=prefixes, BLOCK=block)
+        constants = {"PREFIXES": prefixes, "PAIRS": max(1, min(_PAIRS, _ON_THE_WAY // block)), "BLOCK": block}
+        launch(_prefix_loss, (rows,), *sides, *found, *steps, width, **constants)
         return errors, left, meet, grad
 
     def sums_by_latent(
-        self, active: SparseLatents, weights: Tensor, rows: Tensor, table: Tensor, out: Tensor, alone: Tensor, add: bool
+        self,
+        active: SparseLatents,
+        weights: Tensor,
+        table: Tensor,
+        out: Tensor,
+        *,
+        add: bool,
+        alone: Tensor | None = None,
+        groups: Groups | None = None,
+        times: Tensor | None = None,
     ) -> None:
         """As `Fused.sums_by_latent`."""
         assert out.is_contiguous() and table.is_contiguous()
         order, starts = active.by_latent
-        width = out.shape[1]
-        block = min(512, triton.next_power_of_2(width))
-        grid = (len(out), triton.cdiv(width, block))
-        _launch(_sums_by_latent, grid, order, starts, weights, rows, table, out, alone, width, ADD=add, BLOCK=block)
-
-
-def _nth_largest(pre_acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the bits of the `n`-th largest, and how many equal to it are among the `n`; 0, 0 if fewer are positive."""
-    device, size = pre_acts.device, pre_acts.numel()
-    found, wanted = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1,), n, device=device)
-    enough = torch.ones(1, dtype=torch.bool, device=device)
-    for shift, bits in _DIGITS:
-        counts = torch.zeros(2**bits, dtype=torch.int32, device=device)
-        grid = (triton.cdiv(size, _COUNTED),)
-        _launch(_histogram, grid, pre_acts, size, found, counts, SHIFT=shift, BINS=2**bits, BITS=bits, BLOCK=_COUNTED)
-        at_least = counts.flip(0).cumsum(0).flip(0)  # in this bin and above; falls
-        digit = (at_least >= wanted).sum(0, keepdim=True) - 1
-        enough &= digit >= 0
-        digit = digit.clamp_min(0)
-        wanted = wanted - (at_least - counts).gather(0, digit)
-        found = found * 2**bits + digit
-    return torch.where(enough, found, 0), torch.where(enough, wanted, 0)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **constants: int) -> None:
-    """Run a kernel where its tensors are: Triton itself takes the current device, which may be another one."""
-    constants = {"num_warps": max(1, min(_MOST_WARPS, constants["BLOCK"] // _PER_WARP))} | constants
-    with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **constants)
-
-
-@triton.jit
-def _key(values):
-    """Return positive values as integers of the same order; 0 for all others."""
-    values = values.to(tl.float32)
-    return tl.where(values > 0, values.to(tl.int32, bitcast=True), 0)
-
-
-@triton.jit
-def _histogram(
-    pre_acts,
-    size,
-    above_digit,
-    counts,
-    SHIFT: tl.constexpr,
-    BINS: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Count how many have each digit, of those whose digits above it are `above_digit`."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    key = _key(tl.load(pre_acts + at, mask=at < size, other=0.0))
-    counted = (key > 0) & ((key >> SHIFT >> BITS) == tl.load(above_digit).to(tl.int32))
-    found = tl.histogram((key >> SHIFT) & (BINS - 1), BINS, mask=counted)
-    tl.atomic_add(counts + tl.arange(0, BINS), found, mask=found > 0, sem="relaxed")
-
-
-@triton.jit
-def _count(pre_acts, nth, more, equal, width, BLOCK: tl.constexpr):
-    """Count how many of a row are above the bits `nth`, and how many are equal."""
-    row, bits = tl.program_id(0).to(tl.int64), tl.load(nth).to(tl.int32)
-    above_it = tl.zeros([BLOCK], tl.int32)
-    at_it = tl.zeros([BLOCK], tl.int32)
-    for low in range(0, width, BLOCK):
-        latent = low + tl.arange(0, BLOCK)
-        key = _key(tl.load(pre_acts + row * width + latent, mask=latent < width, other=0.0))
-        above_it += (key > bits).to(tl.int32)
-        at_it += ((key == bits) & (key > 0)).to(tl.int32)
-    tl.store(more + row, tl.sum(above_it, 0).to(tl.int64))
-    tl.store(equal + row, tl.sum(at_it, 0).to(tl.int64))
-
-
-@triton.jit
-def _compact(
-    pre_acts,
-    nth,
-    ties,
-    starts,
-    rows,
-    latents,
-    values,
-    width,
-    BLOCK: tl.constexpr,
-):
-    """Write a row's pairs above the bits `nth`, and the first `ties` of those equal, from its start on."""
-    row, bits = tl.program_id(0).to(tl.int64), tl.load(nth).to(tl.int32)
-    left, at = tl.load(ties + row), tl.load(starts + row)
-    for low in range(0, width, BLOCK):
-        latent = low + tl.arange(0, BLOCK)
-        value = tl.load(pre_acts + row * width + latent, mask=latent < width, other=0.0)
-        key = _key(value)
-        tie = ((key == bits) & (key > 0)).to(tl.int32)
-        first = tl.cumsum(tie, 0) <= left
-        kept = (key > bits) | ((tie > 0) & first)
-        count = kept.to(tl.int32)
-        place = at + tl.cumsum(count, 0) - count
-        tl.store(rows + place, tl.zeros([BLOCK], tl.int64) + row, mask=kept)
-        tl.store(latents + place, latent.to(tl.int64), mask=kept)
-        tl.store(values + place, value, mask=kept)
-        at += tl.sum(count, 0)
-        left -= tl.sum(tie, 0)
+        (latents, width), slots = out.shape, triton.cdiv(len(order), _LONG)
+        block = min(256, triton.next_power_of_2(width))
+        parts = triton.cdiv(width, block)
+        of_latent, prefixes = (active.latents, 1) if groups is None else (groups.of_latent, groups.prefixes)
+        sides = (order, starts, weights, active.rows, of_latent, table)
+        total = (out, weights if alone is None else alone, weights if times is None else times)
+        asked = {"ADD": add, "ALONE": alone is not None, "TIMES": times is not None, "LONG": _LONG}
+        sums = {"GROUPED": groups is not None, "PAIRS": _PAIRS, "BLOCK": block, "num_warps": 4}
+        launch(_sums_by_latent, (latents, parts), *sides, *total, prefixes, width, **asked, **sums)
+        if len(order) > _LONG:
+            shares = (out.new_empty(slots, _PARTS, width), out.new_empty(slots, _PARTS))
+            shared = {"LONG": _LONG, "PARTS": _PARTS}
+            places = (active.latents, *sides)
+            launch(_long_sums, (slots, _PARTS, parts), *places, *shares, prefixes, width, **shared, **sums)
+            asked |= {"PARTS": _PARTS, "BLOCK": block, "num_warps": 4}
+            launch(_add_long_sums, (slots, parts), active.latents, order, starts, *shares, *total, width, **asked)
 
 
 @triton.jit
@@ -214,46 +118,125 @@ def _products(rows, latents, left, right, bias, out, width, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def _rows_of_pairs(table, at, here, o, inside, width):
+    """Return rows of a matrix, of as many pairs as `at` and `here` name."""
+    return tl.load(table + at[:, None] * width + o[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
 def _prefix_loss(
     values,
     latents,
     starts,
+    groups,
     W_dec,
     base,
     y,
     weights,
+    bounds,
     meet,
     errors,
     left,
     grad,
     base_step,
+    weight_step,
     width,
     PREFIXES: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As `Fused.errors_and_gradients`, one row; `starts` [B * P + 1] are those of each row's groups."""
-    row, o = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    """As `Fused.errors_and_gradients`, one row; `bounds` [B, P + 1] are where each of its groups begins."""
+    row, o, pair = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), tl.arange(0, PAIRS)
     inside = o < width
+    begin, end, bounds = tl.load(starts + row), tl.load(starts + row + 1), bounds + row * (PREFIXES + 1)
+    tl.store(bounds, begin)
+    for p in range(PREFIXES):
+        count = tl.zeros([128], tl.int32)
+        for low in range(begin, end, 128):
+            i = low + tl.arange(0, 128)
+            group = tl.load(groups + tl.load(latents + i, mask=i < end, other=0), mask=i < end, other=PREFIXES)
+            count += (group <= p).to(tl.int32)
+        tl.store(bounds + p + 1, begin + tl.sum(count, 0))
     total = tl.load(base + row * base_step + o, mask=inside, other=0.0)
     total -= tl.load(y + row * width + o, mask=inside, other=0.0)
+    tl.debug_barrier()
     for p in range(PREFIXES):
-        group = row * PREFIXES + p
-        for i in range(tl.load(starts + group), tl.load(starts + group + 1)):
-            direction = tl.load(W_dec + tl.load(latents + i) * width + o, mask=inside, other=0.0)
-            total += tl.load(values + i) * direction
-        tl.store(meet + group * width + o, total, mask=inside)
-        tl.store(errors + group, tl.sum(total * total, 0))
+        last = tl.load(bounds + p + 1)
+        for low in range(tl.load(bounds + p), last, PAIRS):
+            i = low + pair
+            latent = tl.load(latents + i, mask=i < last, other=0)
+            value = tl.load(values + i, mask=i < last, other=0.0)
+            total += tl.sum(value[:, None] * _rows_of_pairs(W_dec, latent, i < last, o, inside, width), 0)
+        at = row * PREFIXES + p
+        tl.store(meet + at * width + o, total, mask=inside)
+        tl.store(errors + at, tl.sum(total * total, 0))
     tl.store(left + row * width + o, -total, mask=inside)
     tl.debug_barrier()
     total = total * 0
     for q in range(PREFIXES):
-        group = row * PREFIXES + PREFIXES - 1 - q
-        twice = 2 * tl.load(weights + PREFIXES - 1 - q)
-        total += twice * tl.load(meet + group * width + o, mask=inside, other=0.0)
-        tl.store(meet + group * width + o, total, mask=inside)
-        for i in range(tl.load(starts + group), tl.load(starts + group + 1)):
-            direction = tl.load(W_dec + tl.load(latents + i) * width + o, mask=inside, other=0.0)
-            tl.store(grad + i, tl.sum(direction * total, 0))
+        p = PREFIXES - 1 - q
+        at, last = row * PREFIXES + p, tl.load(bounds + p + 1)
+        twice = 2 * tl.load(weights + p * weight_step)
+        total += twice * tl.load(meet + at * width + o, mask=inside, other=0.0)
+        tl.store(meet + at * width + o, total, mask=inside)
+        for low in range(tl.load(bounds + p), last, PAIRS):
+            i = low + pair
+            latent = tl.load(latents + i, mask=i < last, other=0)
+            directions = _rows_of_pairs(W_dec, latent, i < last, o, inside, width)
+            tl.store(grad + i, tl.sum(directions * total[None, :], 1), mask=i < last)
+
+
+@triton.jit
+def _weighted_sum(
+    order,
+    weights,
+    rows,
+    table,
+    group,
+    prefixes,
+    begin,
+    end,
+    o,
+    width,
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the weighted sum of the table's rows over some pairs of a latent, and that of the weights."""
+    total = tl.zeros([BLOCK], table.dtype.element_ty)
+    alone = tl.zeros([PAIRS], table.dtype.element_ty)
+    for low in range(begin, end, PAIRS):
+        j = low + tl.arange(0, PAIRS)
+        i = tl.load(order + j, mask=j < end, other=0)
+        weight = tl.load(weights + i, mask=j < end, other=0.0)
+        row = tl.load(rows + i, mask=j < end, other=0) * prefixes + group
+        total += tl.sum(weight[:, None] * _rows_of_pairs(table, row, j < end, o, o < width, width), 0)
+        alone += weight
+    return total, tl.sum(alone, 0)
+
+
+@triton.jit
+def _write_sum(
+    total,
+    weight,
+    latent,
+    o,
+    out,
+    alone,
+    times,
+    width,
+    ADD: tl.constexpr,
+    ALONE: tl.constexpr,
+    TIMES: tl.constexpr,
+):
+    """Write a latent's sum, or add it to what is there."""
+    if TIMES:
+        total *= tl.load(times)
+        weight *= tl.load(times)
+    if ADD:
+        total += tl.load(out + latent * width + o, mask=o < width, other=0.0)
+    tl.store(out + latent * width + o, total, mask=o < width)
+    if ALONE:
+        tl.store(alone + latent, tl.load(alone + latent) + weight, mask=tl.program_id(1) == 0)
 
 
 @triton.jit
@@ -262,25 +245,99 @@ def _sums_by_latent(
     starts,
     weights,
     rows,
+    groups,
     table,
     out,
     alone,
+    times,
+    prefixes,
     width,
     ADD: tl.constexpr,
+    ALONE: tl.constexpr,
+    TIMES: tl.constexpr,
+    LONG: tl.constexpr,
+    GROUPED: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As `Fused.sums_by_latent`, one latent and a part of its columns."""
+    """As `Fused.sums_by_latent`, one latent of at most `LONG` pairs and a part of its columns."""
     latent, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = o < width
-    total = tl.zeros([BLOCK], out.dtype.element_ty)
-    weight_sum = tl.load(alone + latent)
-    if ADD:
-        total = tl.load(out + latent * width + o, mask=inside, other=0.0)
-    for j in range(tl.load(starts + latent), tl.load(starts + latent + 1)):
-        i = tl.load(order + j)
-        weight = tl.load(weights + i)
-        total += weight * tl.load(table + tl.load(rows + i) * width + o, mask=inside, other=0.0)
-        weight_sum += weight
-    tl.store(out + latent * width + o, total, mask=inside)
-    if tl.program_id(1) == 0:
-        tl.store(alone + latent, weight_sum)
+    begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
+    if (end - begin <= LONG) & ((ADD == 0) | (end > begin)):  # nothing to add leaves the row as it is
+        group = tl.load(groups + latent) if GROUPED else 0
+        total, weight = _weighted_sum(order, weights, rows, table, group, prefixes, begin, end, o, width, PAIRS, BLOCK)
+        _write_sum(total, weight, latent, o, out, alone, times, width, ADD, ALONE, TIMES)
+
+
+@triton.jit
+def _long_latent(latents, order, starts, slot, LONG: tl.constexpr):
+    """Return the latent of every `LONG`-th pair, where its pairs begin and end, and whether they are more than that.
+
+    A latent with so many has such a pair; only the first of them is its own.
+    """
+    latent = tl.load(latents + tl.load(order + slot * LONG))
+    begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
+    return latent, begin, end, (end - begin > LONG) & (tl.cdiv(begin, LONG) == slot)
+
+
+@triton.jit
+def _long_sums(
+    latents,
+    order,
+    starts,
+    weights,
+    rows,
+    groups,
+    table,
+    shares,
+    sums,
+    prefixes,
+    width,
+    LONG: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum one of `PARTS` parts of a latent's pairs, where these are more than `LONG`."""
+    slot, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    latent, first, last, is_long = _long_latent(latents, order, starts, slot, LONG)
+    if is_long:
+        size = tl.cdiv(last - first, PARTS)
+        begin = first + part * size
+        end = tl.minimum(begin + size, last)
+        group = tl.load(groups + latent) if GROUPED else 0
+        total, weight = _weighted_sum(order, weights, rows, table, group, prefixes, begin, end, o, width, PAIRS, BLOCK)
+        tl.store(shares + (slot * PARTS + part) * width + o, total, mask=o < width)
+        if tl.program_id(2) == 0:
+            tl.store(sums + slot * PARTS + part, weight)
+
+
+@triton.jit
+def _add_long_sums(
+    latents,
+    order,
+    starts,
+    shares,
+    sums,
+    out,
+    alone,
+    times,
+    width,
+    ADD: tl.constexpr,
+    ALONE: tl.constexpr,
+    TIMES: tl.constexpr,
+    LONG: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the parts of a latent, in their order."""
+    slot, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    latent, _, _, is_long = _long_latent(latents, order, starts, slot, LONG)
+    if is_long:
+        total, weight = tl.zeros([BLOCK], out.dtype.element_ty), tl.full([], 0.0, out.dtype.element_ty)
+        for part in range(PARTS):
+            total += tl.load(shares + (slot * PARTS + part) * width + o, mask=o < width, other=0.0)
+            weight += tl.load(sums + slot * PARTS + part)
+        _write_sum(total, weight, latent, o, out, alone, times, width, ADD, ALONE, TIMES)
