@@ -302,7 +302,7 @@ def encode(run: Path, as_json: bool, **given: Any) -> None:
 
     found = encode_prompt(run, **given)
     if as_json:
-        print(json.dumps([one._asdict() for one in found], indent=2))
+        show_text(json.dumps(found.as_json(), indent=2))
     else:
         show(found)
 
