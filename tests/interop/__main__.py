@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ import torch
 from shared.store.store import Store
 from tests.bench.peers import environment
 from tests.bench.record import ROOT, record, run
+from tests.interop.picture import draw
 from train import Transcoder
 from train.data.batches import StoreRows
 from train.interchange.sampled import activations_of
@@ -31,6 +33,7 @@ LAYERS, LAYER, ROWS = 10, 8, 1024
 SAMPLED, WANTED = 20_000, range(64)
 """Rows of samples; latents whose activations are compared one by one."""
 HERE = Path(__file__).parent
+PICTURE = ROOT / "docs" / "images" / "attribution-graph.svg"
 LIBRARIES = {"saelens": "SAELens", "sparsify": "sparsify", "circuit-tracer": "circuit_tracer"}
 READERS = {"delphi": "delphi", "neuronpedia": "SAEDashboard"}
 """What reads which export of what latents do."""
@@ -141,10 +144,12 @@ def held_out(path: Path) -> torch.Tensor:
 
 
 def graph(export: Path, out: Path) -> dict[str, float]:
-    """The sizes of an attribution graph."""
+    """The sizes of an attribution graph, and its picture in the docs."""
     run(environment("circuit_tracer"), HERE / "graph.py", export, MODEL, out)
-    found: dict[str, float] = json.loads(out.read_text())
-    return found
+    found: dict[str, Any] = json.loads(out.read_text())
+    PICTURE.write_text(draw(found["picture"]))
+    sizes: dict[str, float] = found["sizes"]
+    return sizes
 
 
 def by_their_trainer(path: Path, name: str, library: str) -> dict[str, float]:
