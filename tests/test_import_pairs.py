@@ -80,7 +80,7 @@ def flat(arrays: Arrays) -> Arrays:
 def test_every_row_is_stored_with_its_token_and_position(tmp_path: Path) -> None:
     arrays = pairs()
     done = imported(write_npy(tmp_path / "rows", arrays), tmp_path / "cache")
-    assert done.code == 0 and "the last 6 of 70 sequences fill no block" in done.err
+    assert done.code == 0 and "the last 6 of 70 sequences do not fill a block" in done.err
     store = Store.open(done.store)
     assert rows_of(store) == expected_rows(arrays, 64)
     held_out = np.concatenate([store.documents.shard(i)[:, 0] for i in range(2)])
@@ -249,7 +249,7 @@ def test_a_file_that_ends_within_a_sequence_is_refused(tmp_path: Path) -> None:
         for name, rows in arrays.items():
             np.save(tmp_path / "rows" / f"{name}{number}.npy", rows[part])
     done = imported(tmp_path / "rows", tmp_path / "cache", "--context-size", T)
-    refused(done, "source0.npy: 1,000 rows are no whole number of sequences of 32 tokens", folder=tmp_path / "cache")
+    refused(done, "source0.npy: 1,000 rows are not a whole number of sequences of 32 tokens", folder=tmp_path / "cache")
 
 
 def test_our_own_rows_come_back_with_the_same_statistics(tmp_path: Path) -> None:
@@ -443,7 +443,7 @@ REFUSED: list[tuple[Callable[[Path], None], tuple[object, ...], tuple[str, ...]]
     (other_tokens, (), ("tokens-9.npy is of 175",)),
     (shutil.rmtree, (), ("nothing is at",)),
     (lambda folder: None, ("--source", "resid"), ("holds 0 files resid*.npy",)),
-    (lambda folder: None, ("--context-size", 16), ("sequences are of different lengths", "16 by --context-size")),
+    (lambda folder: None, ("--context-size", 16), ("sequences have different lengths", "16 by --context-size")),
     (lambda folder: None, ("--set", "store.block_sequences=256"), ("70 sequences", "take 768")),
     (lambda folder: None, ("--set", "store.unembedding=true"), ("unembedding",)),
 ]

@@ -253,7 +253,7 @@ def _context_size(settings: ImportSettings, pairs: Pairs) -> tuple[int, bool]:
     given = {name: size for name, size in known.items() if size}
     if len(set(given.values())) > 1:
         said = ", ".join(f"{size:,} by {name}" for name, size in given.items())
-        raise UserError(f"sequences are of different lengths: {said}")
+        raise UserError(f"sequences have different lengths: {said}")
     if not given:
         return min(_NO_SEQUENCES, pairs.source.rows), False
     size = next(iter(given.values()))
@@ -261,13 +261,15 @@ def _context_size(settings: ImportSettings, pairs: Pairs) -> tuple[int, bool]:
         raise UserError(f"sequences of {size:,} tokens, and a store takes at most {MAX_CONTEXT:,}")
     for part in (*pairs.source.parts, *pairs.target.parts):
         if part.rows % size:
-            raise UserError(f"{part.name}: {part.rows:,} rows are no whole number of sequences of {size:,} tokens")
+            raise UserError(f"{part.name}: {part.rows:,} rows are not a whole number of sequences of {size:,} tokens")
     return size, True
 
 
 def _check_vocabulary(tokens: NDArray[np.int32], model: ModelFiles | None) -> None:
     if model and (largest := int(tokens.max())) >= (size := read_shape(model.folder).vocabulary):
-        raise UserError(f"token id {largest} is none of the {size:,} of {model.folder}; pass --model of these rows")
+        raise UserError(
+            f"token id {largest} is not among the {size:,} of {model.folder}; pass the --model of these rows"
+        )
 
 
 def _request(
@@ -357,7 +359,7 @@ def _require_space(inputs: Inputs, path: Path) -> None:
     rows = inputs.windows.tokens.size
     item = 4 if request.storage == "float32" else 2
     needed = rows * (item * sum(side.width for side in inputs.sides.values()) + 16)
-    durable.require_space(path.parent, needed, "the store (--force to go on all the same)")
+    durable.require_space(path.parent, needed, "the store (--force goes on anyway)")
 
 
 def _explain_losses(settings: ImportSettings, inputs: Inputs) -> None:
@@ -366,9 +368,9 @@ def _explain_losses(settings: ImportSettings, inputs: Inputs) -> None:
     assert origin is not None
     if not origin.positions:
         warn(
-            f"rows come in no sequences, so windows are {request.context_size} neighbouring rows each: there are no "
+            f"rows do not come in sequences, so windows are {request.context_size} neighbouring rows each: there are no "
             "position strata, position 0 cannot be left out of training, and contexts of latents are neighbouring "
-            "rows. If rows lie in order of sequences, pass --context-size"
+            "rows. If the rows are in order of sequences, pass --context-size"
         )
     if origin.tokens is None:
         warn("there are no token ids: samples and reports show token 0 everywhere, and no text")
@@ -386,4 +388,4 @@ def _explain_losses(settings: ImportSettings, inputs: Inputs) -> None:
         warn(f"{pairs.short:,} sequences are shorter than {request.context_size:,} tokens and are left out")
     left = len(inputs.windows.tokens) % request.block_sequences
     if left:
-        warn(f"the last {left:,} of {len(inputs.windows.tokens):,} sequences fill no block and are left out")
+        warn(f"the last {left:,} of {len(inputs.windows.tokens):,} sequences do not fill a block and are left out")

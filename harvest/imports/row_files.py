@@ -76,7 +76,7 @@ class Side:
         return rows.view(torch.bfloat16) if self.dtype == "bfloat16" else rows
 
     def place(self, row: int) -> str:
-        """Tell in which file a row lies, and which of its rows it is."""
+        """Say in which file a row is, and which of its rows it is."""
         number, inner = self._find(row)
         part = self.parts[number]
         inner += part.first

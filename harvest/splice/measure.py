@@ -46,7 +46,7 @@ class SpliceOptions:
     linear: bool = False
     """Also put the best linear map there: it is fitted on all training rows first."""
     model: str | None = None
-    """Where the store's model lies, if not where the store says."""
+    """Where the store's model is, if not where the store says."""
 
 
 def splice(run: Path, options: SpliceOptions) -> SpliceRecord:
@@ -84,7 +84,7 @@ def _windows(store: Store, tokens: int) -> Windows:
     parts = [read_block(_target(store), block) for block in record.report_blocks]
     if not parts:
         raise UserError(
-            f"{store.path} holds no block out: there is no text to measure on; harvest with held-out blocks"
+            f"{store.path} has no held-out blocks, so there is no text to measure on; harvest with store.held_out_blocks"
         )
     every = Windows(*(np.concatenate(side) for side in zip(*parts, strict=True)))
     total = len(every.tokens)

@@ -13,8 +13,7 @@ from circuit_tracer import attribute
 from circuit_tracer.graph import prune_graph
 from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
 from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
-from transformer_lens import HookedTransformerConfig
-from transformer_lens.loading_from_pretrained import convert_hf_model_config
+from hooked import hooked_config
 from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,21 +77,6 @@ def pruned(graph: Any, tokenizer: Any) -> dict[str, Any]:
             for target, source in (edges & keep & keep[:, None]).nonzero().tolist()
         ],
     }
-
-
-def hooked_config(config: Any) -> HookedTransformerConfig:
-    """The library's own settings for Gemma-2, with this model's sizes."""
-    known = convert_hf_model_config("google/gemma-2-2b")
-    known |= {
-        "d_model": config.hidden_size, "d_head": config.head_dim, "n_heads": config.num_attention_heads,
-        "d_mlp": config.intermediate_size, "n_layers": config.num_hidden_layers, "d_vocab": config.vocab_size,
-        "n_ctx": config.max_position_embeddings, "n_key_value_heads": config.num_key_value_heads,
-        "window_size": config.sliding_window, "attn_scale": config.query_pre_attn_scalar**0.5,
-        "attn_types": ["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
-        "model_name": "embedded", "device": "cpu", "init_weights": False, "default_prepend_bos": False,
-    }  # fmt: skip
-    del known["tokenizer_name"]
-    return HookedTransformerConfig.from_dict(known)
 
 
 if __name__ == "__main__":
