@@ -368,8 +368,8 @@ def _explain_losses(settings: ImportSettings, inputs: Inputs) -> None:
     assert origin is not None
     if not origin.positions:
         warn(
-            f"rows do not come in sequences, so windows are {request.context_size} neighbouring rows each: there are no "
-            "position strata, position 0 cannot be left out of training, and contexts of latents are neighbouring "
+            f"rows do not come in sequences, so windows are {request.context_size} neighbouring rows each: there are "
+            "no position strata, position 0 cannot be left out of training, and contexts of latents are neighbouring "
             "rows. If the rows are in order of sequences, pass --context-size"
         )
     if origin.tokens is None:

@@ -83,9 +83,7 @@ def _windows(store: Store, tokens: int) -> Windows:
     record = store.record
     parts = [read_block(_target(store), block) for block in record.report_blocks]
     if not parts:
-        raise UserError(
-            f"{store.path} has no held-out blocks, so there is no text to measure on; harvest with store.held_out_blocks"
-        )
+        raise UserError(f"{store.path} has no held-out blocks, so there is no text to measure on; harvest with some")
     every = Windows(*(np.concatenate(side) for side in zip(*parts, strict=True)))
     total = len(every.tokens)
     count = min(total, -(-tokens // store.request.context_size))
