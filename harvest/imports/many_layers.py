@@ -90,15 +90,20 @@ def clt_forge(paths: Sequence[Path], names: Names) -> Pairs:
     files = in_order(list(folder.glob("activations_split_*.safetensors")))
     if not files:
         raise UserError(f"{folder} holds no activations_split_*.safetensors; compressed caches (.bin) are not read")
-    tensors = [(file, read_tensors(file)) for file in files]
-    sides = (
-        [_layer(named_tensor(found, name, file, _OTHERS), names.layer) for file, found in tensors]
-        for name in ("act_in", "act_out")
+    length, tensors = int(folder.name.removeprefix("ctx_")), [(file, read_tensors(file)) for file in files]
+    source, target, tokens = (
+        [named_tensor(found, name, file, _OTHERS) for file, found in tensors]
+        for name in ("act_in", "act_out", "tokens")
     )
-    tokens = [named_tensor(found, "tokens", file, _OTHERS) for file, found in tensors]
-    length = int(folder.name.removeprefix("ctx_"))
-    known = {"context_size": length, "hooks": hooks, "has_position_0": False}
-    return pairs_of(replace(names, source=hooks[0], target=hooks[1], tokens="tokens"), *sides, tokens, **known)
+    return pairs_of(
+        replace(names, source=hooks[0], target=hooks[1], tokens="tokens"),
+        [_layer(part, names.layer) for part in source],
+        [_layer(part, names.layer) for part in target],
+        tokens,
+        context_size=length,
+        hooks=hooks,
+        has_position_0=False,
+    )
 
 
 def _context_folder(folder: Path) -> Path:

@@ -90,8 +90,8 @@ def _labels(latents: list[int], replacement: Replacement, tokenizer: Any) -> lis
     if replacement.strongest and latents and not found:
         say("the run has no samples that say what its latents are strongest on; make them with: train samples RUN")
     raised = replacement.promoted(latents, _NAMED) if replacement.promoted and latents else None
-    names = raised and [[tokenizer.decode([one]) for one in row] for row in raised]
-    return [LatentLabel(latent, found.get(latent), names[i] if names else None) for i, latent in enumerate(latents)]
+    names = [[tokenizer.decode([one]) for one in row] for row in raised] if raised else [None] * len(latents)
+    return [LatentLabel(latent, found.get(latent), words) for latent, words in zip(latents, names, strict=True)]
 
 
 def show(found: PromptLatents) -> None:

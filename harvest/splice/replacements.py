@@ -30,10 +30,8 @@ from train.run.load_run import LoadedRun, load_run
 from train.samples.strongest import Strongest, strongest
 from train.samples.token_effects import decoder_directions, tokens_of, unembedding_of
 
-__all__ = [
-    *("LoadedRun", "Replacement", "Strongest"),
-    *("in_parts", "linear", "mean_target", "of_run", "open_run", "read_replacement"),
-]
+__all__ = ["LoadedRun", "Replacement", "Strongest", "in_parts", "linear", "mean_target", "of_run", "open_run"]
+__all__ += ["read_replacement"]
 
 Predict = Callable[[Tensor], dict[str, Tensor]]
 _ROWS = 1024

@@ -116,7 +116,8 @@ def main() -> None:
     data = ((batch.source * scales[0], batch.target * scales[1]) for batch in loader)
     predict, losses = globals()[library](data, record.d_out, int(steps))
     held_out = list(islice(StoreDataset(path, rows=rows, blocks=record.report_blocks), 8))
-    x, y = (torch.cat([batch[side] for batch in held_out]) * scales[side] for side in range(2))
+    x = torch.cat([batch.source for batch in held_out]) * scales[0]
+    y = torch.cat([batch.target for batch in held_out]) * scales[1]
     with torch.no_grad():
         residual = (predict(x, y) - y).square().sum()
     fvu = float(residual / (y - y.mean(0)).square().sum())
