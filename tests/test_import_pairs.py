@@ -185,6 +185,30 @@ def test_requests_that_vllm_saved_are_cut_to_one_length(tmp_path: Path) -> None:
     assert contents(store.path) == before
 
 
+@pytest.mark.slow
+def test_a_models_hidden_states_saved_so_are_the_hooks_that_they_are_called(model: Path, tmp_path: Path) -> None:
+    """State i is the residual stream before layer i: the model, asked by this harvest, gives the same rows."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network, bos = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model).bos_token_id
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "states").mkdir()
+    for number in range(12):
+        ids = torch.randint(3, 90, (T + number % 3,), generator=generator)
+        ids[0] = bos
+        with torch.inference_mode():
+            states = network(ids[None], output_hidden_states=True).hidden_states
+        tensors = {"hidden_states": torch.stack([states[0][0], states[1][0]], dim=1), "token_ids": ids}
+        save_file(
+            {name: one.contiguous() for name, one in tensors.items()}, tmp_path / "states" / f"{number}.safetensors"
+        )
+    hooks = ("--source", "blocks.0.hook_resid_pre:0", "--target", "blocks.1.hook_resid_pre:1", "--context-size", T)
+    size = ("--set", "store.block_sequences=4", "--model", model)
+    line = ("import", tmp_path / "states", "--format", "vllm", "--cache", tmp_path / "cache", *hooks, *size)
+    done = command("verify", command(*line).store, "--against-model", 40, "--model", model)
+    assert done.code == 0 and "40 rows recomputed" in done.out, done.err + done.out
+
+
 def write_clt_forge(folder: Path, arrays: Arrays) -> Path:
     """As CLT-Forge caches activations: all layers of a token together, here 5 with the pairs as layer 3."""
     (folder / f"ctx_{T}").mkdir(parents=True)
