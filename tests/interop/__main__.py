@@ -179,7 +179,9 @@ def cached_by_saelens(folder: Path) -> dict[str, float]:
     harvest, settings = (sys.executable, "-m", "harvest"), ("--set", "store.block_sequences=32", "--json")
     line = ("import", *cached, "--format", "saelens", "--cache", folder / "cache", "--model", MODEL, *settings)
     made = json.loads(run(*harvest, *line).out)
-    found = json.loads(run(*harvest, "verify", made["path"], "--against-model", COMPARED, "--json").out)
+    found = json.loads(
+        run(*harvest, "verify", made["path"], "--against-model", COMPARED, "--model", MODEL, "--json").out
+    )
     against = found["against_model"]
     rows = sum(stratum["rows"] for stratum in made["strata"])
     return {
