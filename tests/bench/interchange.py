@@ -86,7 +86,6 @@ def stores(folder: Path) -> None:
         figures |= {
             f"{kind}, {bits} bits a value": (megabytes / done.seconds, "MB/s"),
             f"{kind}, {bits} bits a value, of one core": (megabytes / done.cpu_seconds, "MB/CPU-s"),
-            f"{kind}, most memory": (done.peak_mib, "MiB"),
         }
         for made in (folder / "rows", folder / "cache"):
             shutil.rmtree(made)
