@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -14,6 +14,7 @@ from harvest.settings import DEFAULT_PRESET, Settings, load_settings
 from shared.console.signals import stop_at_once
 from shared.console.terminal import say, show_path, show_text
 from shared.errors import UserError, printable
+from shared.store.import_origin import ImportFormat
 from shared.store.store import Local
 
 
@@ -104,30 +105,36 @@ def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> No
 
 @group.command("import")
 @click.argument("path", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--format", "kind", type=click.Choice(["npy", "safetensors", "saelens"]), required=True, help="Of PATH.")
+@click.option("--format", "kind", type=click.Choice(get_args(ImportFormat)), required=True, help="Of PATH.")
 @click.option("--source", help="Name of the sources: a tensor, a column, or the start of a .npy file's name.")
 @click.option("--target", help="Name of the targets, likewise.")
 @click.option("--tokens", help="Name of the token ids, likewise.")
-@click.option("--context-size", type=int, help="Tokens of a sequence, where arrays are [rows, d].")
-@click.option("--layer", type=int, help="The layer that rows are of.")
+@click.option("--context-size", type=int, help="Tokens of a sequence; with `vllm` those taken of each request.")
+@click.option("--layer", type=int, help="The layer that rows are of; with `clt-forge` the one to import.")
 @click.option("--model", help="The model that computed the rows: a Hugging Face folder, or a name on the hub.")
 @cache_option
 @click.option("--name", help="Start of the store's name.  [default: imported]")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Any setting (repeatable).")
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: the store as `info --json` describes it.")
 @shared.command_line.verbosity_options
 def import_(
-    path: tuple[Path, ...], cache: Path, kind: str, name: str, assignments: tuple[str, ...], force: bool, **given: Any
+    path: tuple[Path, ...], cache: Path, kind: str, name: str, force: bool, as_json: bool, **given: Any
 ) -> None:
     """Make a store of the activation pairs at PATH, which other software wrote; prints its path last.
 
     With `saelens`, PATH is a folder of cached activations; where each hook has its own, pass the source's and then the
     target's.
     """
+    from harvest.commands.describe import describe
     from harvest.imports.import_pairs import import_pairs, load_import_settings
 
-    settings = load_import_settings(assignments, format=kind, label=name, **given)
-    show_path(import_pairs(settings, path, cache, force=force))
+    settings = load_import_settings(given.pop("assignments"), format=kind, label=name, **given)
+    store = import_pairs(settings, path, cache, force=force)
+    if as_json:
+        show_text(json.dumps(describe(store), indent=2))
+    else:
+        show_path(store)
 
 
 @group.command("settings")
@@ -295,7 +302,7 @@ def encode(run: Path, as_json: bool, **given: Any) -> None:
 
     found = encode_prompt(run, **given)
     if as_json:
-        print(json.dumps([one._asdict() for one in found], indent=2))
+        show_text(json.dumps(found.as_json(), indent=2))
     else:
         show(found)
 

@@ -1,6 +1,10 @@
-"""As much of the Hugging Face hub as making a repository and uploading a folder ask for, on this machine."""
+"""As much of the Hugging Face hub as making a repository and uploading a folder ask for, on this machine.
+
+Files come within the commit, or those of tensors by Git LFS's batch protocol: as one body, or in parts.
+"""
 
 import base64
+import hashlib
 import json
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -18,11 +22,18 @@ class Hub(LocalServer):
         self.made: list[dict[str, Any]] = []
         """What `create` was asked for."""
         self.refusal: int | None = None
-        """A status with which commits are refused."""
+        """A status with which commits are refused, or large files if there are some."""
+        self.large: int | None = None
+        """Bytes of a part in which large files come, 0 for one body; none: they come within the commit."""
+        self.blobs: dict[str, bytes] = {}
+        """Large files, and parts of them, by where they were put."""
+        self.verified: set[str] = set()
         super().__init__(_handler(self))
 
     def answer(self, path: str, token: str, body: bytes) -> tuple[int, Any]:
         """Return a status and JSON."""
+        if path.startswith("/large/"):  # addresses that are signed need no token
+            return self._large(path.removeprefix("/large/"), json.loads(body))
         if token != f"Bearer {TOKEN}":
             return 401, {"error": "Invalid username or password."}
         if path.startswith("/api/repos/create"):
@@ -32,12 +43,11 @@ class Hub(LocalServer):
             self.made.append(asked)
             return 200, {"url": f"{self.address}/{asked.get('organization', 'someone')}/{asked['name']}"}
         if "/preupload/" in path:
-            asked = json.loads(body)["files"]
-            return 200, {
-                "files": [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in asked]
-            }
+            return 200, {"files": [self._mode(one["path"]) for one in json.loads(body)["files"]]}
+        if path.endswith("/info/lfs/objects/batch"):
+            return 200, {"transfer": "basic", "objects": [self._place(one) for one in json.loads(body)["objects"]]}
         if "/commit/" in path:
-            if self.refusal:
+            if self.refusal and self.large is None:
                 return self.refusal, {"error": "refused"}
             name = path.removeprefix("/api/models/").split("/commit/")[0]
             lines = [json.loads(line) for line in body.splitlines() if line.strip()]
@@ -47,10 +57,46 @@ class Hub(LocalServer):
                 for line in lines
                 if line["key"] == "file"
             }
+            for line in lines:
+                if line["key"] == "lfsFile":
+                    kept[line["value"]["path"]] = self.blobs[line["value"]["oid"]]
             return 200, {"commitUrl": f"{self.address}/{name}/commit/0", "commitOid": "0" * 40, "hookOutput": ""}
         if path.startswith("/api/validate-yaml"):
             return 200, {"errors": [], "warnings": []}
         return 200, {"id": "someone/made", "sha": "0" * 40, "siblings": []}
+
+    def put(self, path: str, body: bytes) -> int:
+        """Keep a large file or a part of one; returns a status."""
+        self.blobs[path.removeprefix("/large/")] = body
+        return self.refusal or 200
+
+    def _mode(self, path: str) -> dict[str, Any]:
+        large = self.large is not None and path.endswith(".safetensors")
+        return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+
+    def _place(self, one: dict[str, Any]) -> dict[str, Any]:
+        """Say where to put a large file, unless it is there."""
+        oid, size = one["oid"], one["size"]
+        if oid in self.blobs:
+            return one
+        place = f"{self.address}/large/{oid}"
+        upload: dict[str, Any] = {"href": place}
+        if self.large:
+            parts = {f"{number + 1:05d}": f"{place}/{number}" for number in range(-(-size // self.large))}
+            upload |= {"href": f"{place}/complete", "header": {"chunk_size": str(self.large)} | parts}
+        return one | {"actions": {"upload": upload, "verify": {"href": f"{place}/verify"}}}
+
+    def _large(self, place: str, told: dict[str, Any]) -> tuple[int, Any]:
+        """Join the parts of a file, or check that the whole has the digest that it was announced with."""
+        oid, what = place.split("/")
+        if what == "complete":
+            numbers = [part["partNumber"] - 1 for part in told["parts"]]
+            self.blobs[oid] = b"".join(self.blobs.pop(f"{oid}/{number}") for number in numbers)
+            return 200, {}
+        if hashlib.sha256(self.blobs[oid]).hexdigest() != oid or told["size"] != len(self.blobs[oid]):
+            return 422, {"error": "another file than was announced"}
+        self.verified.add(oid)
+        return 200, {}
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -58,11 +104,27 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def _answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self._body()
             status, found = hub.answer(self.path, self.headers.get("Authorization", ""), body)
             answer_json(self, status, found)
 
         do_GET = do_POST = _answer
+
+        def do_PUT(self) -> None:
+            self.send_response(hub.put(self.path, self._body()))
+            self.send_header("ETag", '"part"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            found = b""
+            while size := int(self.rfile.readline(), 16):
+                found += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return found
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""

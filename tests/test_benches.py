@@ -45,6 +45,7 @@ COMMANDS: dict[str, list[str]] = {
     "gpu_counts": ["steps memory"],
     "harvest": ["speed", "writing", "packing", "memory"],
     "initialisation": ["STORE"],
+    "interchange": ["export RUN", "stores"],
     "pages": ["RUN"],
     "parity": ["STORE --work WORK"],
     "planted": ["--arms baseline mined --seeds 2"],

@@ -1,5 +1,6 @@
 """Exports for the Hugging Face hub, and pushing any export there: to a stand-in for the hub, on this machine."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -70,6 +71,26 @@ def test_a_push_uploads_every_file_as_it_is(run: Path, hub: Hub, tmp_path: Path,
     assert told["url"] == f"{hub.address}/someone/made" and told["path"] == str(tmp_path / "out")
     assert hub.files["someone/made"] == {one.name: one.read_bytes() for one in (tmp_path / "out").iterdir()}
     assert (hub.made[0]["name"], hub.made[0].get("private")) == ("made", None)
+
+
+@pytest.mark.parametrize("part", [0, 1000])
+def test_large_files_are_pushed_whole_or_in_parts(run: Path, hub: Hub, tmp_path: Path, part: int) -> None:
+    """By Git LFS, as the hub asks for files of tensors; Xet, its other protocol, is left to its own library."""
+    hub.large = part
+    line = ("--format", "hf", "--out", tmp_path / "out", "--push", "someone/made")
+    done = export(run, hub, *line, HF_HUB_DISABLE_XET="1")
+    assert done.returncode == 0, done.stderr
+    assert hub.files["someone/made"] == {one.name: one.read_bytes() for one in (tmp_path / "out").iterdir()}
+    weights = hashlib.sha256((tmp_path / "out" / "sae_weights.safetensors").read_bytes()).hexdigest()
+    assert hub.verified == set(hub.blobs) == {weights}
+
+
+def test_a_large_file_that_is_refused_is_one_line(run: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.large, hub.refusal = 0, 403
+    line = ("--format", "hf", "--out", tmp_path / "out", "--push", "someone/made")
+    done = export(run, hub, *line, HF_HUB_DISABLE_XET="1")
+    assert done.returncode == 1 and "the hub answered 403: the token may not write there" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "someone/made" not in hub.files
 
 
 def test_a_repository_is_made_private_when_asked_for(run: Path, hub: Hub, tmp_path: Path) -> None:

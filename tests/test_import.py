@@ -17,6 +17,7 @@ from tests.runs import SMALL, VALUES, Outcome
 from tests.stores import SyntheticStore, make_store
 from train.data.batches import RowChunk, StoreRows
 from train.evaluation.evaluate import natural_weights
+from train.interchange.declared import declared
 from train.interchange.read_transcoder import read_transcoder
 from train.run.load_run import load_run
 from train.run.settings import read_config
@@ -306,6 +307,23 @@ def test_what_does_not_fit_the_store_is_refused_in_one_line_and_leaves_nothing(
     twice = import_(command, tmp_path / "good", square, runs, "--name", "good")
     assert whole.code == 0 and twice.code == 2 and "exists" in twice.err
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "hook"),
+    [
+        ("mlp_out_layer_8", "blocks.8.hook_mlp_out"),
+        ("resid_post_layer_12", "blocks.12.hook_resid_post"),
+        ("my layer 8", None),
+    ],
+)
+def test_a_submodule_of_dictionary_learning_is_a_hook_where_its_name_is_of_their_form(
+    w: dict[str, Tensor], tmp_path: Path, name: str, hook: str | None
+) -> None:
+    ae = write("dictionary_learning", tmp_path / "ae", w)
+    (ae.parent / "config.json").write_text(json.dumps({"trainer": {"lm_name": "m", "submodule_name": name}}))
+    found = declared(ae, "dictionary_learning")
+    assert (found.model, found.source_hook, found.target_hook) == ("m", hook, hook)
 
 
 @pytest.mark.fault(26)

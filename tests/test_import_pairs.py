@@ -1,5 +1,6 @@
 """`harvest import`: rows that other software wrote become a store that trains, and nothing wrong gets in."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +80,7 @@ def flat(arrays: Arrays) -> Arrays:
 def test_every_row_is_stored_with_its_token_and_position(tmp_path: Path) -> None:
     arrays = pairs()
     done = imported(write_npy(tmp_path / "rows", arrays), tmp_path / "cache")
-    assert done.code == 0 and "the last 6 of 70 sequences fill no block" in done.err
+    assert done.code == 0 and "the last 6 of 70 sequences do not fill a block" in done.err
     store = Store.open(done.store)
     assert rows_of(store) == expected_rows(arrays, 64)
     held_out = np.concatenate([store.documents.shard(i)[:, 0] for i in range(2)])
@@ -144,6 +145,135 @@ def test_caches_of_other_tokens_are_refused(tmp_path: Path) -> None:
     b = write_saelens(tmp_path / "b", {"y": arrays["target"], "token_ids": other})
     done = command("import", a, b, "--format", "saelens", "--cache", tmp_path / "cache", *SIXTEEN)
     refused(done, "other tokens from sequence 5 on", folder=tmp_path / "cache")
+
+
+def write_requests(folder: Path, arrays: Arrays, short: int = 3) -> Path:
+    """As vLLM saves hidden states: a file per request of its own length, here three states of each token."""
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for number in range(S + short):
+        more = -1 if number % 20 == 7 else int(rng.integers(0, 9))  # these are too short
+        kept = number - (number + 12) // 20
+        states, ids = rng.normal(size=(T + more, 3, D)), rng.integers(1, 300, T + more)
+        if more >= 0:
+            states[:T, 2], states[:T, 1], ids[:T] = (arrays[name][kept] for name in ("source", "target", "tokens"))
+        tensors = {"hidden_states": torch.from_numpy(states).bfloat16(), "token_ids": torch.from_numpy(ids)}
+        save_file(tensors, folder / f"cmpl-{number}.safetensors")
+        (folder / f"cmpl-{number}.safetensors.lock").touch()
+    return folder
+
+
+VLLM = ("--source", "blocks.4.hook_resid_pre:2", "--target", "blocks.5.hook_resid_pre:1", "--context-size", T)
+
+
+def test_requests_that_vllm_saved_are_cut_to_one_length(tmp_path: Path) -> None:
+    arrays = pairs() | {"target": pairs()["source"][::-1].copy()}
+    folder = write_requests(tmp_path / "states", arrays, short=4)
+    done = imported(folder, tmp_path / "cache", *VLLM, "--json", kind="vllm")
+    assert done.code == 0 and "4 sequences are shorter than 32 tokens" in done.err, done.err
+    told = json.loads(done.out)
+    store = Store.open(Path(told["path"]))
+    assert rows_of(store) == expected_rows(arrays, 64)
+    assert told["request"]["layer"] == store.request.layer == 4 and told["training_blocks"] == 2
+    assert (store.request.source_hook, store.request.target_hook) == (
+        "blocks.4.hook_resid_pre",
+        "blocks.5.hook_resid_pre",
+    )
+    before, shard = contents(store.path), store.path / "activations.zarr" / "strata/004-016/source/c/3/0"
+    shard.write_bytes(shard.read_bytes()[:-9])
+    assert command("repair", store.path, "--from", folder).code == 0
+    assert contents(store.path) == before
+
+
+@pytest.mark.slow
+def test_a_models_hidden_states_saved_so_are_the_hooks_that_they_are_called(model: Path, tmp_path: Path) -> None:
+    """State i is the residual stream before layer i: the model, asked by this harvest, gives the same rows."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network, bos = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model).bos_token_id
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "states").mkdir()
+    for number in range(12):
+        ids = torch.randint(3, 90, (T + number % 3,), generator=generator)
+        ids[0] = bos
+        with torch.inference_mode():
+            states = network(ids[None], output_hidden_states=True).hidden_states
+        tensors = {"hidden_states": torch.stack([states[0][0], states[1][0]], dim=1), "token_ids": ids}
+        save_file(
+            {name: one.contiguous() for name, one in tensors.items()}, tmp_path / "states" / f"{number}.safetensors"
+        )
+    hooks = ("--source", "blocks.0.hook_resid_pre:0", "--target", "blocks.1.hook_resid_pre:1", "--context-size", T)
+    size = ("--set", "store.block_sequences=4", "--model", model)
+    line = ("import", tmp_path / "states", "--format", "vllm", "--cache", tmp_path / "cache", *hooks, *size)
+    done = command("verify", command(*line).store, "--against-model", 40, "--model", model)
+    assert done.code == 0 and "40 rows recomputed" in done.out, done.err + done.out
+
+
+def write_clt_forge(folder: Path, arrays: Arrays) -> Path:
+    """As CLT-Forge caches activations: all layers of a token together, here 5 with the pairs as layer 3."""
+    (folder / f"ctx_{T}").mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    for number, part in enumerate(np.array_split(np.arange(S), 2)):
+        sides = {name: rng.normal(size=(len(part) * T, 5, D)).astype(np.float32) for name in ("act_in", "act_out")}
+        for name, side in zip(sides, ("source", "target"), strict=True):
+            sides[name][:, 3] = arrays[side][part].reshape(-1, D)
+        tensors = {
+            name: torch.from_numpy(rows)
+            for name, rows in (*sides.items(), ("tokens", flat(arrays)["tokens"][part[0] * T :][: len(part) * T]))
+        }
+        save_file(tensors, folder / f"ctx_{T}" / f"activations_split_{number}.safetensors")
+    return folder
+
+
+def test_a_layer_of_clt_forges_cache_has_no_position_0(tmp_path: Path) -> None:
+    arrays = pairs() | {"target": pairs()["source"][::-1].copy()}
+    done = imported(write_clt_forge(tmp_path / "cached", arrays), tmp_path / "cache", "--layer", 3, kind="clt-forge")
+    assert done.code == 0 and "position p of the store is the model's p + 1" in done.err, done.err
+    store = Store.open(done.store)
+    assert rows_of(store) == expected_rows(arrays, 64)
+    assert next(iter(store.strata)) == "000-004"
+    assert (store.request.source_hook, store.request.layer) == ("blocks.3.ln2.hook_normalized", 3)
+
+
+def ragged(folder: Path) -> Path:
+    return write_requests(folder, pairs() | {"target": pairs()["source"]})
+
+
+def cached(folder: Path) -> Path:
+    return write_clt_forge(folder, pairs() | {"target": pairs()["source"]})
+
+
+@pytest.mark.fault(59)
+@pytest.mark.parametrize(
+    ("kind", "write", "more", "told"),
+    [
+        ("vllm", ragged, VLLM[:4], "say how many tokens to take of each with --context-size"),
+        ("vllm", ragged, (*VLLM[:2], "--target", "resid", *VLLM[4:]), "--target resid: expected HOOK:N"),
+        ("vllm", ragged, ("--source", "a:0", "--target", "a:1", *VLLM[4:]), "are different states"),
+        ("vllm", ragged, (*VLLM[:2], "--target", "x:3", *VLLM[4:]), "expected [rows, layers, d] and layer 3"),
+        ("vllm", ragged, (*VLLM[:4], "--context-size", 64), "all 73 requests"),
+        ("vllm", cached, VLLM, "holds no .safetensors files"),
+        ("clt-forge", cached, (), "choose one with --layer"),
+        ("clt-forge", cached, ("--layer", 5), "expected [rows, layers, d] and layer 5"),
+        ("clt-forge", cached, ("--layer", 3, "--source", "x"), "CLT-Forge's names are fixed"),
+        ("clt-forge", ragged, ("--layer", 3), "expected one folder ctx_T"),
+    ],
+)
+def test_what_another_writers_files_lack_is_one_error(
+    tmp_path: Path, kind: str, write: Callable[[Path], Path], more: tuple[object, ...], told: str
+) -> None:
+    done = imported(write(tmp_path / "rows"), tmp_path / "cache", *more, kind=kind)
+    refused(done, told, folder=tmp_path / "cache")
+
+
+def test_a_file_that_ends_within_a_sequence_is_refused(tmp_path: Path) -> None:
+    arrays = flat(pairs())
+    for number, part in enumerate((slice(0, 1000), slice(1000, S * T))):
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        for name, rows in arrays.items():
+            np.save(tmp_path / "rows" / f"{name}{number}.npy", rows[part])
+    done = imported(tmp_path / "rows", tmp_path / "cache", "--context-size", T)
+    refused(done, "source0.npy: 1,000 rows are not a whole number of sequences of 32 tokens", folder=tmp_path / "cache")
 
 
 def test_our_own_rows_come_back_with_the_same_statistics(tmp_path: Path) -> None:
@@ -337,7 +467,7 @@ REFUSED: list[tuple[Callable[[Path], None], tuple[object, ...], tuple[str, ...]]
     (other_tokens, (), ("tokens-9.npy is of 175",)),
     (shutil.rmtree, (), ("nothing is at",)),
     (lambda folder: None, ("--source", "resid"), ("holds 0 files resid*.npy",)),
-    (lambda folder: None, ("--context-size", 16), ("sequences are of different lengths", "16 by --context-size")),
+    (lambda folder: None, ("--context-size", 16), ("sequences have different lengths", "16 by --context-size")),
     (lambda folder: None, ("--set", "store.block_sequences=256"), ("70 sequences", "take 768")),
     (lambda folder: None, ("--set", "store.unembedding=true"), ("unembedding",)),
 ]

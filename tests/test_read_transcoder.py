@@ -144,11 +144,11 @@ def test_what_is_nothing_known_is_refused_in_one_line(w: dict[str, Tensor], tmp_
     known = {"architecture": "transcoder", "d_out": O}
     cases = [
         (tmp_path / "ae.pt", UserError, "is a pickle"),
-        (tmp_path / "empty", UserError, "no folder of SAELens"),
+        (tmp_path / "empty", UserError, "not a folder of SAELens"),
         (tmp_path / "none.safetensors", UserError, "no such file"),
         (tmp_path / "torn.npz", CorruptData, "not a readable .npz"),
         (tmp_path / "torn.safetensors", CorruptData, "not a readable safetensors"),
-        (save(tmp_path / "other.safetensors", weight=w["b_enc"]), UserError, "no transcoder that is known"),
+        (save(tmp_path / "other.safetensors", weight=w["b_enc"]), UserError, "not a transcoder of a known format"),
         (save(tmp_path / "few.safetensors", W_enc=w["W_enc"].T), UserError, "no tensor 'W_dec'; it has W_enc"),
         (save(tmp_path / "bias.safetensors", **good | {"b_enc": w["b_dec"]}), UserError, r"\[8\], expected \[20\]"),
         (save(tmp_path / "nan.safetensors", **good | {"b_enc": w["b_enc"] / 0}), CorruptData, "NaN or infinity"),

@@ -148,15 +148,38 @@ def promoted_tokens(run: Path, model: Path, latents: list[int]) -> dict[int, lis
     return {i: [tokenizer.decode([one]) for one in row] for i, row in zip(latents, best, strict=True)}
 
 
-def test_encode_lists_the_latents_of_every_token(trained_on_text: Path, model: Path) -> None:
-    found = command(
-        "encode", trained_on_text, "--prompt", "def [red]\x1b[31mvalue", "--top", 3, "--json", "--model", model
-    )
+def strongest_samples(run: Path, latent: int) -> tuple[list[str], str] | None:
+    """The tokens at the peaks of a latent's strongest samples, and the text of the first of these."""
+    from pyarrow import parquet
+
+    (file,) = run.glob("samples/step-*.parquet")
+    rows = [row for row in parquet.read_table(file).to_pylist() if row["latent"] == latent and row["kind"] == "top"]
+    rows.sort(key=lambda row: row["rank"])
+    return (list(dict.fromkeys(row["text"][row["peak"]] for row in rows)), "".join(rows[0]["text"])) if rows else None
+
+
+def test_encode_lists_the_latents_of_every_token(trained_on_text: Path, model: Path, tmp_path: Path) -> None:
+    line = ("encode", trained_on_text, "--prompt", "def [red]\x1b[31mvalue", "--model", model)
+    found = command(*line, "--top", 3, "--json")
     assert found.code == 0, found.err
-    rows = json.loads(found.out)
+    told = json.loads(found.out)
+    rows, labels = told["tokens"], {one["latent"]: one for one in told["latents"]}
     assert rows[0]["position"] == 0 and all(len(row["latents"]) == min(3, row["active"]) for row in rows)
-    latents = {i: words for row in rows for i, words in zip(row["latents"], row["promoted"], strict=True)}
-    assert latents == promoted_tokens(trained_on_text, model, list(latents))
-    shown = command("encode", trained_on_text, "--prompt", "def [red]\x1b[31mvalue", "--model", model)
-    assert shown.code == 0 and "\x1b" not in shown.out
-    assert command("encode", trained_on_text, "--prompt", "", "--model", model).code == 2
+    assert set(labels) == {i for row in rows for i in row["latents"]}
+    assert {i: one["promotes"] for i, one in labels.items()} == promoted_tokens(trained_on_text, model, list(labels))
+    sampled = 0
+    for i, one in labels.items():
+        expected, where = strongest_samples(trained_on_text, i), one["strongest"]
+        assert (expected is None) == (where is None)
+        if expected and where:
+            assert where["tokens"] == expected[0] and where["peak"] == expected[0][0]
+            assert where["before"] + where["peak"] + where["after"] in expected[1]
+            sampled += 1
+    assert sampled
+    shown = command(*line)
+    assert shown.code == 0 and "\x1b" not in shown.out and "strongest on" in shown.out
+    assert command(*line[:2], "--prompt", "", *line[4:]).code == 2
+    bare = Path(shutil.copytree(trained_on_text, tmp_path / "bare", ignore=shutil.ignore_patterns("samples")))
+    without = command("encode", bare, *line[2:], "--json")
+    assert without.code == 0 and "make them with: train samples RUN" in without.err
+    assert {one["strongest"] for one in json.loads(without.out)["latents"]} == {None}

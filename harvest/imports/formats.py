@@ -1,52 +1,33 @@
 """The files of each format, opened: which arrays are sources, targets and token ids."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
-from harvest.imports.row_files import Part, Side, in_order, token_ids
+from harvest.imports.many_layers import clt_forge, vllm
+from harvest.imports.row_files import (
+    Names,
+    Pairs,
+    Part,
+    Side,
+    in_order,
+    named_tensor,
+    only,
+    pairs_of,
+    read_tensors,
+    tensor_files,
+    token_ids,
+)
 from shared.errors import CorruptData, UserError
 from shared.files.durable import read_json
 from shared.store.import_origin import ImportFormat
 
-_TENSORS = {"BF16": ("uint16", "bfloat16"), "F16": ("float16",) * 2, "F32": ("float32",) * 2, "F64": ("float64",) * 2}
-_TENSORS |= {"I32": ("int32",) * 2, "I64": ("int64",) * 2, "U16": ("uint16",) * 2, "U32": ("uint32",) * 2}
-_MOST_HEADER = 100 * 2**20
 _TOKEN_IDS = "token_ids"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Names:
-    """What the arrays are called: the start of a file's name, a tensor, or a column."""
-
-    source: str | None
-    target: str | None
-    tokens: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pairs:
-    """Activation pairs of some files."""
-
-    names: Names
-    source: Side
-    target: Side
-    token_parts: Sequence[Part]
-    tokens: NDArray[np.int32] | None
-    """[n] or [s, T]; None without"""
-
-    @property
-    def files(self) -> list[Path]:
-        """All files, in the order in which rows are read."""
-        parts = [*self.source.parts, *self.target.parts, *self.token_parts]
-        return list(dict.fromkeys(part.path for part in parts))
 
 
 def open_pairs(paths: Sequence[Path], kind: ImportFormat, names: Names) -> Pairs:
@@ -54,7 +35,7 @@ def open_pairs(paths: Sequence[Path], kind: ImportFormat, names: Names) -> Pairs
     for path in paths:
         if not path.exists():
             raise UserError(f"nothing is at {path}; pass the folder or file to import")
-    found = {"npy": _npy, "safetensors": _safetensors, "saelens": _saelens}[kind](paths, names)
+    found = _FORMATS[kind](paths, names)
     source, target = found.source, found.target
     if (source.rows, source.context_size) != (target.rows, target.context_size):
         raise UserError(
@@ -73,8 +54,7 @@ def _size(side: Side) -> str:
 
 def _npy(paths: Sequence[Path], names: Names) -> Pairs:
     """Open `source*.npy`, `target*.npy` and, where they are there, `tokens*.npy` of a folder."""
-    folder = _only(paths, "npy")
-    named = Names(source=names.source or "source", target=names.target or "target", tokens=names.tokens or "tokens")
+    folder, named = only(paths, "npy"), _plain(names)
 
     def found(name: str) -> dict[str, Path]:
         paths = in_order([path for path in folder.glob("*.npy") if path.name.startswith(name)])
@@ -95,14 +75,14 @@ def _npy(paths: Sequence[Path], names: Names) -> Pairs:
     parts = {name: [_read_npy(path) for path in files.values()] for name, files in sides.items()}
     for other in (named.target, named.tokens):
         for a, b in zip(parts[str(named.source)], parts[str(other)], strict=False):
-            if (rows := _rows(a.values, True)) != (theirs := _rows(b.values, other != named.tokens)):
-                raise UserError(f"{a.path}: {rows:,} rows, and {b.path} is of {theirs:,}; pairs need as many of both")
-    return _pairs(named, parts[str(named.source)], parts[str(named.target)], parts[str(named.tokens)])
+            if a.rows != (theirs := _rows(b, other != named.tokens)):
+                raise UserError(f"{a.path}: {a.rows:,} rows, and {b.path} is of {theirs:,}; pairs need as many of both")
+    return pairs_of(named, parts[str(named.source)], parts[str(named.target)], parts[str(named.tokens)])
 
 
-def _rows(values: NDArray[Any], vectors: bool) -> int:
-    """Count rows of an array of vectors, or of one of token ids."""
-    return values.size // max(values.shape[-1], 1) if vectors and values.ndim else values.size
+def _rows(part: Part, vectors: bool) -> int:
+    """Count rows of a part of activations, or of one of token ids."""
+    return part.rows if vectors else int(np.prod(part.shape))
 
 
 def _read_npy(path: Path) -> Part:
@@ -110,52 +90,25 @@ def _read_npy(path: Path) -> Part:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{path}: not a .npy file of numbers ({error})") from error
-    return Part(path, "", values, values.dtype.name)
+    if values.ndim > 2 and not values.flags.c_contiguous:
+        raise UserError(f"{path}: saved in Fortran order; save numpy.ascontiguousarray of it")
+    return Part(path, "", values.shape, values.dtype.name, lambda: np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def _safetensors(paths: Sequence[Path], names: Names) -> Pairs:
     """Open the tensors `source`, `target` and, where they are there, `tokens` of a file or of a folder's files."""
-    path = _only(paths, "safetensors", file=True)
-    files = in_order(list(path.glob("*.safetensors"))) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path} holds no .safetensors files")
-    named = Names(source=names.source or "source", target=names.target or "target", tokens=names.tokens or "tokens")
-    tensors = [_read_tensors(file) for file in files]
+    files, named = tensor_files(only(paths, "safetensors", file=True)), _plain(names)
+    tensors = [read_tensors(file) for file in files]
     has_tokens = names.tokens is not None or str(named.tokens) in tensors[0]
     parts: list[list[Part]] = []
     for name in (str(named.source), str(named.target), *([str(named.tokens)] if has_tokens else [])):
-        for file, found in zip(files, tensors, strict=True):
-            if name not in found:
-                raise UserError(
-                    f"{file} has no tensor {name}: it has {', '.join(sorted(found)[:8])}; --source, --target and "
-                    "--tokens say what they are called"
-                )
-        parts.append([found[name] for found in tensors])
+        options = "; --source, --target and --tokens say what they are called"
+        parts.append([named_tensor(found, name, file, options) for file, found in zip(files, tensors, strict=True)])
     for a, *others in zip(*parts, strict=True):
         for number, b in enumerate(others):
-            if (rows := _rows(a.values, True)) != (theirs := _rows(b.values, number == 0)):
-                raise UserError(f"{a.name}: {rows:,} rows, and {b.what} is of {theirs:,}; pairs need as many of both")
-    return _pairs(named, parts[0], parts[1], parts[2] if has_tokens else [])
-
-
-def _read_tensors(path: Path) -> dict[str, Part]:
-    """Map the tensors of a file; the library has checked sizes and places before."""
-    try:
-        with safe_open(path, framework="np"):
-            pass
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(size, _MOST_HEADER)))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from error
-    found = {}
-    for name, entry in header.items():
-        if name != "__metadata__" and entry["dtype"] in _TENSORS and 0 not in entry["shape"] and entry["shape"]:
-            stored, dtype = _TENSORS[entry["dtype"]]
-            start = 8 + size + entry["data_offsets"][0]
-            values = np.memmap(path, stored, "r", offset=start, shape=tuple(entry["shape"]))
-            found[name] = Part(path, name, values, dtype)
-    return found
+            if a.rows != (theirs := _rows(b, number == 0)):
+                raise UserError(f"{a.name}: {a.rows:,} rows, and {b.what} is of {theirs:,}; pairs need as many of both")
+    return pairs_of(named, parts[0], parts[1], parts[2] if has_tokens else [])
 
 
 def _saelens(paths: Sequence[Path], names: Names) -> Pairs:
@@ -173,15 +126,15 @@ def _saelens(paths: Sequence[Path], names: Names) -> Pairs:
     wanted = names.tokens or _TOKEN_IDS
     if names.tokens and names.tokens not in columns:
         raise UserError(f"{first} has no column {names.tokens}: it has {', '.join(sorted(columns))}")
-    named = Names(source=source, target=target, tokens=wanted)
-    pairs = _pairs(named, columns[source], others[target], columns.get(wanted, []))
+    named = replace(names, source=source, target=target, tokens=wanted)
+    pairs = pairs_of(named, columns[source], others[target], columns.get(wanted, []))
     if last != first:
         _check_same_tokens(first, last, pairs.tokens, token_ids(others[wanted]) if wanted in others else None)
     return pairs
 
 
 def _only_hook(columns: dict[str, list[Part]], path: Path, option: str) -> str:
-    hooks = sorted(name for name, parts in columns.items() if parts[0].values.ndim == 3)
+    hooks = sorted(name for name, parts in columns.items() if len(parts[0].shape) == 3)
     if len(hooks) != 1:
         raise UserError(f"{path} has {len(hooks)} columns of activations ({', '.join(hooks)}): name one by {option}")
     return hooks[0]
@@ -226,7 +179,7 @@ def _read_arrow(folder: Path) -> dict[str, list[Part]]:
 
 def _arrow_part(file: Path, name: str, values: NDArray[Any], row: int) -> Part:
     first = row * (values.shape[1] if values.ndim == 3 else 1)
-    return Part(file, name, values, values.dtype.name, first)
+    return Part(file, name, values.shape, values.dtype.name, lambda: values, first)
 
 
 def _values(file: Path, name: str, column: pa.Array) -> NDArray[Any] | None:
@@ -248,12 +201,11 @@ def _values(file: Path, name: str, column: pa.Array) -> NDArray[Any] | None:
     return column.to_numpy(zero_copy_only=True).reshape(shape)
 
 
-def _pairs(names: Names, source: list[Part], target: list[Part], tokens: list[Part]) -> Pairs:
-    ids = token_ids(tokens) if tokens else None
-    return Pairs(names=names, source=Side(source), target=Side(target), token_parts=tokens, tokens=ids)
+def _plain(names: Names) -> Names:
+    """Return the names that arrays have unless they are given others."""
+    return replace(
+        names, source=names.source or "source", target=names.target or "target", tokens=names.tokens or "tokens"
+    )
 
 
-def _only(paths: Sequence[Path], kind: str, *, file: bool = False) -> Path:
-    if len(paths) != 1 or not (paths[0].is_dir() or (file and paths[0].is_file())):
-        raise UserError(f"format {kind} takes one folder, got {', '.join(map(str, paths))}")
-    return paths[0]
+_FORMATS = {"npy": _npy, "safetensors": _safetensors, "saelens": _saelens, "vllm": vllm, "clt-forge": clt_forge}

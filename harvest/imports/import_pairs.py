@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from harvest.digests import file_sha256
-from harvest.imports.formats import Names, Pairs, open_pairs
-from harvest.imports.row_files import Side
+from harvest.imports.formats import open_pairs
+from harvest.imports.row_files import Names, Pairs, Side
 from harvest.llm.model_files import ModelFiles, find_model, read_shape
 from harvest.run.pipeline import is_finished, lock_store
 from harvest.run.stored_values import as_array
@@ -78,18 +78,19 @@ class ImportSettings(Config):
     format: ImportFormat
     source: str | None = None
     """What the sources are called: the start of a .npy file's name, a tensor, or a column; `source` if not given, or
-    the only column of activations."""
+    the only column of activations. With `vllm` HOOK:N, the N-th of the states that were saved."""
     target: str | None = None
     """What the targets are called."""
     tokens: str | None = None
     """What the token ids are called; `tokens` if not given, or `token_ids` with `saelens`."""
     layer: Layer | None = None
-    """The layer that rows are of; if not given, by a name such as `blocks.8.hook_mlp_out`, else 0."""
+    """The layer that rows are of; if not given, by a name such as `blocks.8.hook_mlp_out`, else 0. With `clt-forge` the
+    layer to import."""
     model: str | None = None
     """The model that computed the rows, a Hugging Face folder or a name on the hub: its name, digest and tokenizer go
     into the store."""
     context_size: int | None = Field(None, ge=1, le=MAX_CONTEXT)
-    """Tokens of a sequence, where arrays are [rows, d]."""
+    """Tokens of a sequence, where arrays are [rows, d]; with `vllm` those taken of each request."""
     store: ImportStore = ImportStore()
     seed: Seed = 0
     """Seed of every permutation."""
@@ -225,9 +226,8 @@ def _check_finite(side: Side, first: int, rows: Tensor, remedy: str) -> None:
 
 def identify(settings: ImportSettings, paths: Sequence[Path]) -> Inputs:
     """Open the files, and state what determines the store's bytes. Raises `UserError`."""
-    pairs = open_pairs(
-        paths, settings.format, Names(source=settings.source, target=settings.target, tokens=settings.tokens)
-    )
+    asked = {name: getattr(settings, name) for name in ("source", "target", "tokens", "layer", "context_size")}
+    pairs = open_pairs(paths, settings.format, Names(**asked))
     model = find_model(ModelSettings(name=settings.model)) if settings.model else None
     context, positions = _context_size(settings, pairs)
     sequences = pairs.source.rows // context
@@ -247,33 +247,38 @@ def _context_size(settings: ImportSettings, pairs: Pairs) -> tuple[int, bool]:
     known = {
         "the rows' arrays": pairs.source.context_size,
         "token ids": tokens,
+        "the files": pairs.context_size,
         "--context-size": settings.context_size,
     }
     given = {name: size for name, size in known.items() if size}
     if len(set(given.values())) > 1:
         said = ", ".join(f"{size:,} by {name}" for name, size in given.items())
-        raise UserError(f"sequences are of different lengths: {said}")
+        raise UserError(f"sequences have different lengths: {said}")
     if not given:
         return min(_NO_SEQUENCES, pairs.source.rows), False
     size = next(iter(given.values()))
     if size > MAX_CONTEXT:
         raise UserError(f"sequences of {size:,} tokens, and a store takes at most {MAX_CONTEXT:,}")
-    if pairs.source.rows % size:
-        raise UserError(f"{pairs.source.rows:,} rows are no whole number of sequences of {size:,} tokens")
+    for part in (*pairs.source.parts, *pairs.target.parts):
+        if part.rows % size:
+            raise UserError(f"{part.name}: {part.rows:,} rows are not a whole number of sequences of {size:,} tokens")
     return size, True
 
 
 def _check_vocabulary(tokens: NDArray[np.int32], model: ModelFiles | None) -> None:
     if model and (largest := int(tokens.max())) >= (size := read_shape(model.folder).vocabulary):
-        raise UserError(f"token id {largest} is none of the {size:,} of {model.folder}; pass --model of these rows")
+        raise UserError(
+            f"token id {largest} is not among the {size:,} of {model.folder}; pass the --model of these rows"
+        )
 
 
 def _request(
     settings: ImportSettings, pairs: Pairs, model: ModelFiles | None, *, context_size: int, positions: bool, bos: bool
 ) -> StoreRequest:
     names, store = pairs.names, settings.store
-    layer = settings.layer if settings.layer is not None else _layer_of(str(names.source))
-    edges = store.edges or (_DEFAULTS.edges if positions else (0,))
+    source_hook, target_hook = pairs.hooks
+    layer = settings.layer if settings.layer is not None else _layer_of(source_hook)
+    edges = store.edges or _edges(pairs, positions)
     origin = {
         "format": settings.format,
         "files": _identities(pairs.files),
@@ -307,8 +312,8 @@ def _request(
         "bos": bos,
         "documents": "joined",
         "layer": layer,
-        "source_hook": names.source,
-        "target_hook": names.target,
+        "source_hook": source_hook,
+        "target_hook": target_hook,
         "edges": edges,
         "keep": store.keep,
         "cap": store.cap,
@@ -323,6 +328,13 @@ def _request(
         "imported": imported,
     }
     return build(StoreRequest, given, "request of the import")
+
+
+def _edges(pairs: Pairs, positions: bool) -> tuple[int, ...]:
+    """Return a harvest's edges, but for the one at 1 where the files lack position 0; one stratum without positions."""
+    if not positions:
+        return (0,)
+    return tuple(edge for edge in _DEFAULTS.edges if edge != 1 or pairs.has_position_0)
 
 
 def _layer_of(hook: str) -> int:
@@ -347,7 +359,7 @@ def _require_space(inputs: Inputs, path: Path) -> None:
     rows = inputs.windows.tokens.size
     item = 4 if request.storage == "float32" else 2
     needed = rows * (item * sum(side.width for side in inputs.sides.values()) + 16)
-    durable.require_space(path.parent, needed, "the store (--force to go on all the same)")
+    durable.require_space(path.parent, needed, "the store (--force goes on anyway)")
 
 
 def _explain_losses(settings: ImportSettings, inputs: Inputs) -> None:
@@ -356,9 +368,9 @@ def _explain_losses(settings: ImportSettings, inputs: Inputs) -> None:
     assert origin is not None
     if not origin.positions:
         warn(
-            f"rows come in no sequences, so windows are {request.context_size} neighbouring rows each: there are no "
-            "position strata, position 0 cannot be left out of training, and contexts of latents are neighbouring "
-            "rows. If rows lie in order of sequences, pass --context-size"
+            f"rows do not come in sequences, so windows are {request.context_size} neighbouring rows each: there are "
+            "no position strata, position 0 cannot be left out of training, and contexts of latents are neighbouring "
+            "rows. If the rows are in order of sequences, pass --context-size"
         )
     if origin.tokens is None:
         warn("there are no token ids: samples and reports show token 0 everywhere, and no text")
@@ -370,6 +382,10 @@ def _explain_losses(settings: ImportSettings, inputs: Inputs) -> None:
                 f"{side.parts[0].name} is float16, and bfloat16 keeps 8 of its 11 bits; "
                 "keep all with --set store.storage=float16"
             )
+    if not pairs.has_position_0:
+        warn("the files lack each sequence's BOS: position p of the store is the model's p + 1")
+    if pairs.short:
+        warn(f"{pairs.short:,} sequences are shorter than {request.context_size:,} tokens and are left out")
     left = len(inputs.windows.tokens) % request.block_sequences
     if left:
-        warn(f"the last {left:,} of {len(inputs.windows.tokens):,} sequences fill no block and are left out")
+        warn(f"the last {left:,} of {len(inputs.windows.tokens):,} sequences do not fill a block and are left out")

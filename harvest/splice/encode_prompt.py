@@ -1,19 +1,20 @@
 """The latents of a run's transcoder that are active on the tokens of a prompt."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from harvest.commands.repair import own_model
 from harvest.llm.model import load_model
-from harvest.splice.replacements import of_run, open_run, read_replacement
+from harvest.splice.replacements import Replacement, Strongest, of_run, open_run, read_replacement
 from harvest.text.tokenizer_files import load_tokenizer
-from shared.console.terminal import PlainConsole
+from shared.console.terminal import PlainConsole, say
 from shared.errors import UserError
 
-_PROMOTED = 5
+_NAMED = 5
 """Tokens that are named of each latent."""
 
 
@@ -28,13 +29,33 @@ class TokenLatents(NamedTuple):
     latents: list[int]
     """The strongest of them, falling."""
     values: list[float]
-    promoted: list[list[str]] | None
-    """Of each of them, the tokens whose logits it raises most; none: not known."""
+
+
+class LatentLabel(NamedTuple):
+    """What a latent can be called by."""
+
+    latent: int
+    strongest: Strongest | None
+    """Where in the run's samples it is strongest; none: it has no samples."""
+    promotes: list[str] | None
+    """The tokens whose logits it raises most; none: not known."""
+
+
+class PromptLatents(NamedTuple):
+    """The tokens of a prompt, and the latents that are listed with them."""
+
+    tokens: list[TokenLatents]
+    labels: list[LatentLabel]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        labels = [one._asdict() | {"strongest": one.strongest and one.strongest._asdict()} for one in self.labels]
+        return {"tokens": [one._asdict() for one in self.tokens], "latents": labels}
 
 
 def encode_prompt(
     run: Path, prompt: str, *, transcoder: Path | None, step: int | None, top: int, model: str | None
-) -> list[TokenLatents]:
+) -> PromptLatents:
     """Run the LLM on `prompt`, with BOS as in the store, and list each token's `top` strongest latents.
 
     Raises `UserError` when there is no such run, model or transcoder, or the prompt is empty or too long.
@@ -53,35 +74,47 @@ def encode_prompt(
     rows = network(torch.tensor([ids], device=request.model.device))[hook][0].float().cpu()
     with torch.inference_mode():
         latents = replacement.encode(rows)
-    best = [row.topk(min(top, int((row != 0).sum()))) for row in latents]
-    shown = sorted({i for one in best for i in one.indices.tolist()})
-    raised = replacement.promoted(shown, _PROMOTED) if replacement.promoted and shown else None
-    names = raised and {i: [tokenizer.decode([one]) for one in row] for i, row in zip(shown, raised, strict=True)}
-    return [
-        TokenLatents(
-            position=i,
-            token=token,
-            text=tokenizer.decode([token]),
-            active=int((latents[i] != 0).sum()),
-            latents=(indices := best[i].indices.tolist()),
-            values=best[i].values.tolist(),
-            promoted=[names[latent] for latent in indices] if names else None,
-        )
-        for i, token in enumerate(ids)
-    ]
+    tokens = [_token(i, token, latents[i], top, tokenizer) for i, token in enumerate(ids)]
+    return PromptLatents(tokens, _labels(sorted({i for one in tokens for i in one.latents}), replacement, tokenizer))
 
 
-def show(found: list[TokenLatents]) -> None:
-    """Print a line per token, and then one per latent with the tokens that it promotes."""
+def _token(position: int, token: int, latents: Tensor, top: int, tokenizer: Any) -> TokenLatents:
+    active = int((latents != 0).sum())
+    best = latents.topk(min(top, active))
+    text = tokenizer.decode([token])
+    return TokenLatents(position, token, text, active, best.indices.tolist(), best.values.tolist())
+
+
+def _labels(latents: list[int], replacement: Replacement, tokenizer: Any) -> list[LatentLabel]:
+    found = replacement.strongest(latents) if replacement.strongest and latents else {}
+    if replacement.strongest and latents and not found:
+        say("the run has no samples that say what its latents are strongest on; make them with: train samples RUN")
+    raised = replacement.promoted(latents, _NAMED) if replacement.promoted and latents else None
+    names = [[tokenizer.decode([one]) for one in row] for row in raised] if raised else [None] * len(latents)
+    return [LatentLabel(latent, found.get(latent), words) for latent, words in zip(latents, names, strict=True)]
+
+
+def show(found: PromptLatents) -> None:
+    """Print a line per token, and then one per latent: where it is strongest, and which tokens it promotes."""
     table = Table("position", "token", "active", "latent: value, the strongest first")
-    for one in found:
+    for one in found.tokens:
         pairs = "  ".join(f"{i}: {value:.3g}" for i, value in zip(one.latents, one.values, strict=True))
         table.add_row(str(one.position), repr(one.text), f"{one.active:,}", pairs)
     console = PlainConsole()
     console.print(table)
-    names = {i: words for one in found for i, words in zip(one.latents, one.promoted or [], strict=False)}
-    if names:
-        promoted = Table("latent", "tokens that it promotes most")
-        for i in sorted(names):
-            promoted.add_row(str(i), " ".join(map(repr, names[i])))
-        console.print(promoted)
+    labelled = [one for one in found.labels if one.strongest or one.promotes]
+    if labelled:
+        names = Table("latent", "strongest on", "its strongest sample", "promotes")
+        for label in labelled:
+            names.add_row(str(label.latent), *_where(label.strongest), _words(label.promotes or []))
+        console.print(names)
+
+
+def _where(found: Strongest | None) -> tuple[str, str]:
+    if found is None:
+        return "", ""
+    return _words(found.tokens[:_NAMED]), repr(f"{found.before}«{found.peak}»{found.after}")[1:-1]
+
+
+def _words(words: list[str]) -> str:
+    return " ".join(map(repr, words))

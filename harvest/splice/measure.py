@@ -46,7 +46,7 @@ class SpliceOptions:
     linear: bool = False
     """Also put the best linear map there: it is fitted on all training rows first."""
     model: str | None = None
-    """Where the store's model lies, if not where the store says."""
+    """Where the store's model is, if not where the store says."""
 
 
 def splice(run: Path, options: SpliceOptions) -> SpliceRecord:
@@ -83,9 +83,7 @@ def _windows(store: Store, tokens: int) -> Windows:
     record = store.record
     parts = [read_block(_target(store), block) for block in record.report_blocks]
     if not parts:
-        raise UserError(
-            f"{store.path} holds no block out: there is no text to measure on; harvest with held-out blocks"
-        )
+        raise UserError(f"{store.path} has no held-out blocks, so there is no text to measure on; harvest with some")
     every = Windows(*(np.concatenate(side) for side in zip(*parts, strict=True)))
     total = len(every.tokens)
     count = min(total, -(-tokens // store.request.context_size))

@@ -27,9 +27,11 @@ from train.model import checkpoint
 from train.model.normalisation import normalisation
 from train.model.transcoder import Transcoder
 from train.run.load_run import LoadedRun, load_run
+from train.samples.strongest import Strongest, strongest
 from train.samples.token_effects import decoder_directions, tokens_of, unembedding_of
 
-__all__ = ["LoadedRun", "Replacement", "in_parts", "linear", "mean_target", "of_run", "open_run", "read_replacement"]
+__all__ = ["LoadedRun", "Replacement", "Strongest", "in_parts", "linear", "mean_target", "of_run", "open_run"]
+__all__ += ["read_replacement"]
 
 Predict = Callable[[Tensor], dict[str, Tensor]]
 _ROWS = 1024
@@ -51,6 +53,8 @@ class Replacement:
     """From source rows [N, D] to latents [N, F], 0 where a latent is not active."""
     promoted: Callable[[list[int], int], list[list[int]]] | None = None
     """From latents, and how many, to the tokens whose logits each raises most; none: not known."""
+    strongest: Callable[[list[int]], dict[int, Strongest]] | None = None
+    """From latents to where in the run's samples they are strongest; none: it is no run's."""
 
 
 def open_run(run: Path, step: int | None) -> LoadedRun:
@@ -75,6 +79,7 @@ def of_run(loaded: LoadedRun) -> Replacement:
         predict=partial(_every_prefix, transcoder),
         encode=lambda x: transcoder.encode(x, dense=True),
         promoted=promoted if unembedding else None,
+        strongest=partial(strongest, loaded.path, found.step),
     )
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from shared.bounds import MAX_IMPORTED, Count, Digest, Name
 from shared.config import Config
 
-ImportFormat = Literal["npy", "safetensors", "saelens"]
+ImportFormat = Literal["npy", "safetensors", "saelens", "vllm", "clt-forge"]
 UNKNOWN = "0" * 64
 """In place of a digest of weights that are not known."""
 

@@ -43,6 +43,7 @@ def main() -> None:
             "whole command": (done.seconds, "s"),
             "samples, whole command": (pass_.seconds, "s"),
             "beyond the samples": (done.seconds - pass_.seconds, "s more"),
+            "beyond the samples, of one core": (done.cpu_seconds - pass_.cpu_seconds, "CPU-s more"),
             "most memory": (done.peak_mib, "MiB"),
             "contexts": (told["contexts"], "contexts"),
             "all files": (size / 2**20, "MiB"),

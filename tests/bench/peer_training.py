@@ -150,8 +150,8 @@ def sparsify(settings: dict[str, Any], batches: Batches, **chosen: Any) -> Train
         **chosen,
     )
     first = next(batches)  # once more, as the trainer looks at the width of one
-    model = _pairs_model(itertools.chain([first, first], batches))
-    trainer = Trainer(config, _NoTokens(steps, rows), model)
+    model = pairs_model(itertools.chain([first, first], batches))
+    trainer = Trainer(config, NoTokens(steps, rows), model)
     trainer.save = lambda: None
     trainer.fit()
     if config.optimizer == "signum":  # its weights are averages, which `save` would have put in place
@@ -170,7 +170,7 @@ def sparsify(settings: dict[str, Any], batches: Batches, **chosen: Any) -> Train
     )
 
 
-class _NoTokens:
+class NoTokens:
     """A data set that says how many rows a step has: all of its tokens are 0."""
 
     def __init__(self, steps: int, rows: int) -> None:
@@ -183,7 +183,7 @@ class _NoTokens:
         return {"input_ids": self._ids}
 
 
-def _pairs_model(batches: Batches) -> Any:
+def pairs_model(batches: Batches) -> Any:
     """A model for sparsify whose module `pairs` is called with the sources of a step and returns its targets."""
 
     class Pairs(torch.nn.Module):

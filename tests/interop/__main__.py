@@ -4,8 +4,8 @@ Every layer of the embedded model is harvested in one pass, a transcoder is trai
 by SAELens, sparsify and circuit-tracer, each in an environment of its own (made at first use: gigabytes, minutes). Each
 gets the same held-out rows; what it makes of them is compared with the run. circuit-tracer also makes an attribution
 graph of a prompt; delphi reads its cache of latents, SAEDashboard and Neuronpedia's client the files for Neuronpedia.
-The trainers of SAELens and dictionary_learning train on a store. Figures go to docs/benchmarks.md under "interop". What
-is in the folder already is not made again.
+The trainers of SAELens, dictionary_learning and sparsify train on a store, and activations that SAELens caches become
+one. Figures go to docs/benchmarks.md under "interop". What is in the folder already is not made again.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ import torch
 from shared.store.store import Store
 from tests.bench.peers import environment
 from tests.bench.record import ROOT, record, run
+from tests.interop.picture import draw
 from train import Transcoder
 from train.data.batches import StoreRows
 from train.interchange.sampled import activations_of
@@ -31,12 +33,15 @@ LAYERS, LAYER, ROWS = 10, 8, 1024
 SAMPLED, WANTED = 20_000, range(64)
 """Rows of samples; latents whose activations are compared one by one."""
 HERE = Path(__file__).parent
+PICTURE = ROOT / "docs" / "images" / "attribution-graph.svg"
 LIBRARIES = {"saelens": "SAELens", "sparsify": "sparsify", "circuit-tracer": "circuit_tracer"}
 READERS = {"delphi": "delphi", "neuronpedia": "SAEDashboard"}
 """What reads which export of what latents do."""
 HARVEST = ("--tokens", 65_536, "--set", f"capture.layers={list(range(LAYERS))}")
 TRAIN = ("--steps", 300, "--set", "transcoder.d_sae=1024", "--set", "samples.rows=0")
-TRAINERS = {"saelens": "SAELens", "dictionary_learning": "dictionary_learning"}
+TRAINERS = {"saelens": "SAELens", "dictionary_learning": "dictionary_learning", "sparsify": "sparsify"}
+CACHED, COMPARED = ("blocks.8.hook_resid_mid", "blocks.8.hook_mlp_out"), 200
+"""Hooks that SAELens caches, and rows of them that the model computes again."""
 STEPS, MOST_FVU = 300, 0.5
 """Of another library's training on a store, and the most of the variance that it may leave; the mean leaves all."""
 SAME = 1e-5
@@ -62,12 +67,16 @@ def main() -> None:
     trained_by = {library: by_their_trainer(runs[LAYER], name, library) for name, library in TRAINERS.items()}
     for library, found in trained_by.items():
         figures |= {f"{library}, trained on the store: {name}": (value, "") for name, value in found.items()}
+    cached = cached_by_saelens(folder)
+    figures |= {f"SAELens, cached activations imported: {name}": (value, "") for name, value in cached.items()}
     for name, (value, unit) in figures.items():
         print(f"{name}: {value:.6g} {unit}")
     record(f"interop: embedded model, {LAYERS} layers", "python -m tests.interop", figures)
     wrong = [name for name, (value, _) in figures.items() if "largest error of a row" in name and value > SAME]
     if wrong or sizes["layers with latents"] != LAYERS:
         sys.exit(f"not the same: {wrong or sizes}")
+    if cached["rows that the model gives again"] != COMPARED:
+        sys.exit(f"imported activations are not the model's: {cached}")
     poor = {
         library: found
         for library, found in trained_by.items()
@@ -141,21 +150,45 @@ def held_out(path: Path) -> torch.Tensor:
 
 
 def graph(export: Path, out: Path) -> dict[str, float]:
-    """The sizes of an attribution graph."""
-    run(environment("circuit_tracer"), HERE / "graph.py", export, MODEL, out)
-    found: dict[str, float] = json.loads(out.read_text())
-    return found
+    """The sizes of an attribution graph, and its picture in the docs."""
+    if not out.exists():
+        run(environment("circuit_tracer"), HERE / "graph.py", export, MODEL, out)
+    found: dict[str, Any] = json.loads(out.read_text())
+    PICTURE.write_text(draw(found["picture"]))
+    sizes: dict[str, float] = found["sizes"]
+    return sizes
 
 
 def by_their_trainer(path: Path, name: str, library: str) -> dict[str, float]:
     """What another library's own trainer reaches on the store of a run, fed by `StoreDataset`."""
     out = path.parent / f"trained-by-{name}.json"
     packages = Path(np.__file__).parents[1]
-    environ = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
+    environ = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "SPARSIFY_DISABLE_TRITON": "1"}
     line = (environment(library), "-P", HERE / "trainers.py", name, read_config(path).store, STEPS, out, packages)
-    run("env", *(f"{key}={value}" for key, value in environ.items()), *line)
+    if not out.exists():
+        run("env", *(f"{key}={value}" for key, value in environ.items()), *line)
     found: dict[str, float] = json.loads(out.read_text())
     return found
+
+
+def cached_by_saelens(folder: Path) -> dict[str, float]:
+    """What SAELens' own runner cached, imported, and compared with the model's rows."""
+    cached = [folder / "cached" / hook for hook in CACHED]
+    if not all((path / "state.json").exists() for path in cached):
+        run(environment("SAELens"), HERE / "cache.py", MODEL, folder / "cached", *CACHED)
+    harvest, settings = (sys.executable, "-m", "harvest"), ("--set", "store.block_sequences=32", "--json")
+    line = ("import", *cached, "--format", "saelens", "--cache", folder / "cache", "--model", MODEL, *settings)
+    made = json.loads(run(*harvest, *line).out)
+    found = json.loads(
+        run(*harvest, "verify", made["path"], "--against-model", COMPARED, "--model", MODEL, "--json").out
+    )
+    against = found["against_model"]
+    rows = sum(stratum["rows"] for stratum in made["strata"])
+    return {
+        "rows": rows,
+        "rows that the model gives again": against["rows"] - len(against["wrong"]),
+        "largest difference of a row over its norm": against["largest"],
+    }
 
 
 if __name__ == "__main__":

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from circuit_tracer import attribute
+from circuit_tracer.graph import prune_graph
 from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
 from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
-from transformer_lens import HookedTransformerConfig
-from transformer_lens.loading_from_pretrained import convert_hf_model_config
+from hooked import hooked_config
 from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT = "import os\n\ndef read(path):\n    with open(path) as file:\n        return file."
 WRAPPED = {".mlp.": ".mlp.old_mlp.", "unembed.": "unembed.old_unembed."}
 """What the replacement model wraps, and has under another name."""
+NODES, EDGES = 0.65, 0.8
+"""Shares of the influence on the logits that the nodes and the edges of the picture have, by the library's pruning."""
 
 
 def main() -> None:
@@ -49,22 +51,32 @@ def main() -> None:
         "edges": int((graph.adjacency_matrix != 0).sum()),
         "layers with latents": len(features[:, 0].unique()),
     }
-    Path(out).write_text(json.dumps(found))
+    Path(out).write_text(json.dumps({"sizes": found, "picture": pruned(graph, tokenizer)}))
 
 
-def hooked_config(config: Any) -> HookedTransformerConfig:
-    """The library's own settings for Gemma-2, with this model's sizes."""
-    known = convert_hf_model_config("google/gemma-2-2b")
-    known |= {
-        "d_model": config.hidden_size, "d_head": config.head_dim, "n_heads": config.num_attention_heads,
-        "d_mlp": config.intermediate_size, "n_layers": config.num_hidden_layers, "d_vocab": config.vocab_size,
-        "n_ctx": config.max_position_embeddings, "n_key_value_heads": config.num_key_value_heads,
-        "window_size": config.sliding_window, "attn_scale": config.query_pre_attn_scalar**0.5,
-        "attn_types": ["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
-        "model_name": "embedded", "device": "cpu", "init_weights": False, "default_prepend_bos": False,
-    }  # fmt: skip
-    del known["tokenizer_name"]
-    return HookedTransformerConfig.from_dict(known)
+def pruned(graph: Any, tokenizer: Any) -> dict[str, Any]:
+    """What the library's pruning leaves: tokens, nodes [kind, layer, position, name], edges [from, to, weight]."""
+    keep, edges, _ = prune_graph(graph, NODES, EDGES)
+    layers, tokens = graph.cfg.n_layers, [tokenizer.decode([one]) for one in graph.input_tokens.tolist()]
+    nodes: list[tuple[str, int, int, str]] = [
+        ("latent", layer, position, str(latent))
+        for layer, position, latent in graph.active_features[graph.selected_features].tolist()
+    ]
+    nodes += [("error", layer, position, "") for layer in range(layers) for position in range(graph.n_pos)]
+    nodes += [("token", -1, position, token) for position, token in enumerate(tokens)]
+    nodes += [("logit", layers, graph.n_pos - 1, one.token_str) for one in graph.logit_targets]
+    kept = keep.nonzero().flatten().tolist()
+    places = {node: place for place, node in enumerate(kept)}
+    weights = graph.adjacency_matrix
+    return {
+        "tokens": tokens,
+        "layers": layers,
+        "nodes": [nodes[i] for i in kept],
+        "edges": [
+            (places[source], places[target], float(weights[target, source]))
+            for target, source in (edges & keep & keep[:, None]).nonzero().tolist()
+        ],
+    }
 
 
 if __name__ == "__main__":

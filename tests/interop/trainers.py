@@ -9,7 +9,7 @@ rows. What this project needs and the library's environment lacks is found in PA
 import json
 import sys
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 D_SAE, K, ROWS, LR = 1024, 32, 512, 1e-3
+Pairs = Iterator[tuple[Tensor, Tensor]]
+Trained = tuple[Callable[[Tensor, Tensor], Tensor], list[float]]
+"""What predicts targets from sources and targets, and the losses of all steps."""
 
 
-def saelens(data: Iterator[Tensor], d: int, steps: int) -> tuple[Callable[[Tensor], Tensor], list[float]]:
+def saelens(data: Pairs, d: int, steps: int) -> Trained:
     """`SAETrainer` takes an iterator of rows."""
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
@@ -33,13 +36,13 @@ def saelens(data: Iterator[Tensor], d: int, steps: int) -> tuple[Callable[[Tenso
         dead_feature_window=1000, feature_sampling_window=2000, logger=LoggingConfig(log_to_wandb=False),
     )  # fmt: skip
     sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=d, d_sae=D_SAE, k=K))
-    trainer = SAETrainer(cfg=config, sae=sae, data_provider=data)
+    trainer = SAETrainer(cfg=config, sae=sae, data_provider=(target for _, target in data))
     losses = _record(trainer, "_train_step", lambda found: found.losses["mse_loss"])
     trainer.fit()
-    return sae, losses
+    return lambda _, target: sae(target), losses
 
 
-def dictionary_learning(data: Iterator[Tensor], d: int, steps: int) -> tuple[Callable[[Tensor], Tensor], list[float]]:
+def dictionary_learning(data: Pairs, d: int, steps: int) -> Trained:
     """`trainSAE` takes an iterable of rows."""
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.training import trainSAE
@@ -57,8 +60,30 @@ def dictionary_learning(data: Iterator[Tensor], d: int, steps: int) -> tuple[Cal
         "lr": LR, "warmup_steps": 0, "decay_start": None, "threshold_start_step": steps // 2, "device": "cpu",
         "seed": 0,
     }  # fmt: skip
-    trainSAE(data=data, trainer_configs=[config], steps=steps, device="cpu")
-    return made[0].ae, made[0].losses
+    trainSAE(data=(target for _, target in data), trainer_configs=[config], steps=steps, device="cpu")
+    return lambda _, target: made[0].ae(target), made[0].losses
+
+
+def sparsify(data: Pairs, d: int, steps: int) -> Trained:
+    """`Trainer` runs a model and looks at a module's input and output: here a module that hands out the pairs."""
+    from sparsify import SparseCoderConfig, TrainConfig, Trainer
+
+    from tests.bench.peer_training import NoTokens, pairs_model
+
+    config = TrainConfig(
+        SparseCoderConfig(num_latents=D_SAE, k=K, transcode=True), batch_size=1, lr=4 * LR, lr_warmup_steps=steps // 20,
+        optimizer="adam", hookpoints=["pairs"], init_seeds=[0], log_to_wandb=False,
+    )  # fmt: skip
+    scale = d**0.5  # mean square 1 per dimension
+    sides = ([source * scale, target * scale] for source, target in data)
+    first = next(sides)  # once more, as the trainer looks at the width of one
+    trainer = Trainer(config, NoTokens(steps, ROWS), pairs_model(chain([first, first], sides)))
+    coder = trainer.saes["pairs"]
+    losses = _record(coder, "forward", lambda found: found.fvu)
+    trainer.save = lambda: None
+    trainer.fit()
+    kept = list(losses)
+    return lambda source, _: coder(source * scale).sae_out / scale, kept
 
 
 def _record(trainer: Any, method: str, loss: Callable[[Any], Any]) -> list[float]:
@@ -86,15 +111,16 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     record, rows = Store.open(path).record, RowsConfig(batch_rows=ROWS)
-    scale = record.overall.target.mean_squared_norm**-0.5
+    scales = [side.mean_squared_norm**-0.5 for side in (record.overall.source, record.overall.target)]
     loader = DataLoader(StoreDataset(path, rows=rows), batch_size=None, num_workers=1)
-    data = (batch.target * scale for batch in loader)
-    autoencoder, losses = globals()[library](data, record.d_out, int(steps))
-    held_out = StoreDataset(path, rows=rows, blocks=record.report_blocks)
-    x = torch.cat([batch.target for batch in islice(held_out, 8)]) * scale
+    data = ((batch.source * scales[0], batch.target * scales[1]) for batch in loader)
+    predict, losses = globals()[library](data, record.d_out, int(steps))
+    held_out = list(islice(StoreDataset(path, rows=rows, blocks=record.report_blocks), 8))
+    x = torch.cat([batch.source for batch in held_out]) * scales[0]
+    y = torch.cat([batch.target for batch in held_out]) * scales[1]
     with torch.no_grad():
-        residual = (autoencoder(x) - x).square().sum()
-    fvu = float(residual / (x - x.mean(0)).square().sum())
+        residual = (predict(x, y) - y).square().sum()
+    fvu = float(residual / (y - y.mean(0)).square().sum())
     first, last = (sum(part) / len(part) for part in (losses[:20], losses[-20:]))
     Path(out).write_text(json.dumps({"steps": len(losses), "first loss": first, "last loss": last, "fvu": fvu}))
 

@@ -18,6 +18,8 @@ from train.interchange import circuit_tracer, saelens, sparsify
 _DICTIONARY_LEARNING = "config.json"
 _MODULES = {"mlp": "mlp.hook_in", "post_attention_layernorm": "ln2.hook_in", "pre_feedforward_layernorm": "ln2.hook_in"}
 """The hook that a module's input is, by the module's name in its layer."""
+_SUBMODULE = re.compile(r"(resid_pre|resid_mid|resid_post|attn_out|mlp_out)_layer_(\d{1,4})")
+"""The form in which dictionary_learning's own scripts name a submodule; other names are free text."""
 _LINE = re.compile(r"(\w+): *(.*)")
 _MOST_TEXT = 4000
 
@@ -110,14 +112,23 @@ def _circuit_tracer(path: Path) -> Declared:
 
 
 def _dictionary_learning(path: Path) -> Declared:
-    """dictionary_learning writes `config.json` beside its weights, which names the model and a module."""
+    """dictionary_learning writes `config.json` beside its weights, which names the model and a submodule."""
     beside, found = path.parent / _DICTIONARY_LEARNING, Declared(files=(path,), is_autoencoder=True)
     if not beside.is_file():
         return found
     config = _mapping(durable.read_json(beside), beside)
     told = config.get("trainer") if isinstance(config.get("trainer"), dict) else {}
     assert isinstance(told, dict)
-    return replace(found, files=(path, beside), model=_text(told, "lm_name"), metadata=config)
+    named = _SUBMODULE.fullmatch(_text(told, "submodule_name") or "")
+    hook = f"blocks.{named[2]}.hook_{named[1]}" if named else None
+    return replace(
+        found,
+        files=(path, beside),
+        model=_text(told, "lm_name"),
+        source_hook=hook,
+        target_hook=hook,
+        metadata=config,
+    )
 
 
 def _mapping(data: Any, path: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class ForeignTensors:
         return tensor.float()
 
     def matrix(self, name: str) -> tuple[int, int]:
-        """Return the shape of a matrix. Raises `UserError` when it is missing or none."""
+        """Return the shape of a matrix. Raises `UserError` when it is missing or not a matrix."""
         shape = self.shape(name)
         if len(shape) != 2:
             raise UserError(f"{self.path}: tensor {name!r} is {list(shape)}, expected a matrix")

@@ -57,6 +57,8 @@ def _again(folder: Path, name: str) -> str:
 
 
 def _explain(error: Exception) -> str:
+    while getattr(error, "response", None) is None and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # what failed to upload a file is wrapped
     response: Any = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if status in _REFUSED:

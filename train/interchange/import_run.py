@@ -181,7 +181,7 @@ def _reading(path: Path, library: str, told: Declared, store: Store, options: Im
         wrong.append(f"it predicts {told.target_hook}, the store's target is {request.target_hook}")
     if wrong and not options.accept_mismatch:
         raise UserError(
-            f"{path}: {'; '.join(wrong)}; pass the --store of its model and hooks, or import it all the same with "
+            f"{path}: {'; '.join(wrong)}; pass the --store of its model and hooks, or import it anyway with "
             "--accept-mismatch, which the run records"
         )
     eps = _norm_eps(store, path) if over_rms else None

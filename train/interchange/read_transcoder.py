@@ -49,7 +49,7 @@ def read_transcoder(path: Path | str) -> Found:
     for library, name, read in _BY_TENSOR:
         if name in tensors and (path.suffix == ".npz") == (library == "Gemma Scope"):
             return Found(library, read(tensors))
-    raise UserError(f"{path} holds no transcoder that is known: no tensor named W_enc, w_enc or encoder.weight")
+    raise UserError(f"{path} is not a transcoder of a known format: it has no tensor W_enc, w_enc or encoder.weight")
 
 
 def _read_folder(path: Path) -> Found:
@@ -59,7 +59,7 @@ def _read_folder(path: Path) -> Found:
         return Found("sparsify", sparsify.read(path))
     files = sorted(file.name for file in path.iterdir())
     raise UserError(
-        f"{path} is no folder of SAELens ({saelens.WEIGHTS}) or sparsify ({sparsify.WEIGHTS}); "
+        f"{path} is not a folder of SAELens ({saelens.WEIGHTS}) or sparsify ({sparsify.WEIGHTS}); "
         f"it holds {', '.join(files[:8]) or 'nothing'}; of a circuit-tracer set, pass one layer's file"
     )
 

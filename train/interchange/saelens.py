@@ -42,7 +42,7 @@ def read(folder: Path) -> PlainTranscoder:
     config = read_record(_Config, durable.read_json(folder / CONFIG), folder / CONFIG)
     kind = config.architecture
     if kind not in _ARCHITECTURES:
-        raise UserError(f"{folder}: architecture {kind!r}; what is read: {', '.join(_ARCHITECTURES)}")
+        raise UserError(f"{folder}: architecture {kind!r} is not read; these are: {', '.join(_ARCHITECTURES)}")
     if (config.normalize_activations, config.reshape_activations) != ("none", "none"):
         raise UserError(
             f"{folder}: rows are normalised or reshaped at run time; fold that into the weights in SAELens first"

@@ -57,7 +57,7 @@ def read(folder: Path) -> PlainTranscoder:
     """Read a folder of sparsify. Raises `UserError` on an activation that is another function, and `CorruptData`."""
     config = read_record(_Config, durable.read_json(folder / CONFIG), folder / CONFIG)
     if config.activation != "topk":
-        raise UserError(f"{folder}: activation {config.activation!r}; what is read: topk")
+        raise UserError(f"{folder}: activation {config.activation!r} is not read; topk is")
     tensors, d_in = ForeignTensors(folder / WEIGHTS), config.d_in
     d_sae = config.num_latents or d_in * config.expansion_factor
     plain = PlainTranscoder(
