@@ -11,7 +11,9 @@ from train.model.checkpoint import Listed
 from train.probe.probe_record import Kind, ProbeSummary
 from train.report.report_record import STATES, Report
 
-_PROBED: dict[Kind, str] = {"latents": "latents", "random": "random directions", "residual": "dimensions"}
+_LABELS = 25
+"""Labels that are shown."""
+_PROBED: dict[Kind, str] = {"latents": "latents", "random": "random", "residual": "dimensions"}
 
 
 def print_evaluation(evaluation: Evaluation, title: str, linear_fvu: float | None, stderr: bool = False) -> None:
@@ -66,12 +68,12 @@ def print_probe(found: ProbeSummary, run: str) -> None:
     table = Table("", *_PROBED.values(), "dense", title=title, title_justify="left")
     for limit in found.explained["latents"]:
         cells = [f"{found.explained[kind][limit]:.1%}" if kind in found.explained else "-" for kind in _PROBED]
-        table.add_row(f"explained by a label, F1 of at least {limit}", *cells, "-")
+        table.add_row(f"explained: F1 of at least {limit}", *cells, "-")
     for k in found.mean_f1["latents"]:
         cells = [f"{found.mean_f1[kind][k]:.3f}" if k in found.mean_f1[kind] else "-" for kind in _PROBED]
-        table.add_row(f"F1 of probes of {k}, mean over labels", *cells, "-")
-    table.add_row("F1 of the logistic probe on all dimensions", *["-"] * len(_PROBED), f"{found.mean_dense_f1:.3f}")
-    table.add_row("further latents that a label is split over", f"{found.mean_splits:.2f}", "-", "-", "-")
+        table.add_row(f"mean F1 of {k}", *cells, "-")
+    table.add_row("mean F1 of all dimensions", *["-"] * len(_PROBED), f"{found.mean_dense_f1:.3f}")
+    table.add_row("splits of a label", f"{found.mean_splits:.2f}", "-", "-", "-")
     for name, value in (("absorption rate", found.mean_absorption), ("... fraction", found.mean_absorption_fraction)):
         table.add_row(name, "-" if value is None else f"{value:.1%}", "-", "-", "-")
     _right(table)
@@ -80,17 +82,18 @@ def print_probe(found: ProbeSummary, run: str) -> None:
 
 
 def _labels(found: ProbeSummary) -> Table:
-    table = Table("label", "of rows", "F1, k = 1", "2", "5", "dense", "first latent", "splits", "absorbed", "explains")
-    for one in sorted(found.labels, key=lambda label: -label.f1["latents"]["1"]):
+    labels = found.best_first
+    shown = f"the {_LABELS} of {len(labels)} labels" if len(labels) > _LABELS else f"the {len(labels)} labels"
+    table = Table("label", "rows", "F1", "5", "dense", "latent", "absorbed", title_justify="left",
+                  title=f"{shown} that one latent tells best: F1 of 1, of 5, of all dimensions")  # fmt: skip
+    for one in labels[:_LABELS]:
         table.add_row(
             one.name,
             f"{one.share:.2%}",
-            *(f"{one.f1['latents'][k]:.3f}" if k in one.f1["latents"] else "-" for k in ("1", "2", "5")),
+            *(f"{one.f1['latents'][k]:.3f}" if k in one.f1["latents"] else "-" for k in ("1", "5")),
             f"{one.dense_f1:.3f}",
             f"{one.latents[0]}",
-            f"{one.splits}",
             "-" if one.absorption is None else f"{one.absorption.rate:.1%}",
-            f"{one.explains:,}",
         )
     _right(table)
     return table

@@ -2,7 +2,7 @@
 
 Chanin et al. 2024 (arXiv 2409.14507) describe both on first letters of words. What differs here: labels are those of
 tokens in running text; the cut of every probe is that of the largest F1, not 0; the probe is fitted on the transcoder's
-targets, which its decoder rows add to, as latents do not reconstruct what they read; latents are chosen among 5, not 10.
+targets, which decoder rows add to, as latents do not reconstruct what they read; latents are chosen among 5, not 10.
 
 Legend: R rows, F latents, O d_out, L labels, K most columns of a probe.
 """

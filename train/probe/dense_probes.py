@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from train.probe.probed_rows import ProbedRows
 from train.probe.sparse_probes import best_cut, f1_above
 
 Array = NDArray[Any]
 
-_DECAY, _STEPS = 1e-5, 100
+_DECAY, _STEPS = 1e-5, 60
 
 
 class DenseProbes(NamedTuple):
@@ -52,17 +52,20 @@ def dense_probes(x: Tensor, rows: ProbedRows) -> DenseProbes:
 
 def _fit(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return weights [D, L] and biases [L] for rows `x` [n, D] and `labels` [n, L]."""
-    share = labels.mean(0).clamp(1e-6, 1 - 1e-6)
-    weights = torch.zeros(x.shape[1], labels.shape[1], device=x.device, requires_grad=True)
-    bias = share.logit().requires_grad_()
-    optimiser = torch.optim.LBFGS([weights, bias], max_iter=_STEPS, history_size=10, line_search_fn="strong_wolfe")
+    shape = (x.shape[1] + 1, labels.shape[1])
+    start = torch.zeros(shape)
+    start[-1] = labels.mean(0).clamp(1e-6, 1 - 1e-6).logit().cpu()
 
-    def loss() -> Tensor:
-        optimiser.zero_grad()
-        found = binary_cross_entropy_with_logits(x @ weights + bias, labels) * labels.shape[1]
-        found = found + _DECAY * weights.square().sum()
-        found.backward()
-        return found
+    def loss(flat: Array) -> tuple[float, Array]:
+        weights = torch.from_numpy(flat.reshape(shape)).to(x)
+        scores = torch.addmm(weights[-1], x, weights[:-1])
+        value = torch.logaddexp(scores, scores.new_zeros(())).sum() - (scores * labels).sum()
+        slope = scores.sigmoid_().sub_(labels)
+        gradient = torch.cat([x.T @ slope, slope.sum(0, keepdim=True)]) / len(x)
+        gradient[:-1] += 2 * _DECAY * weights[:-1]
+        total = float(value) / len(x) + _DECAY * float(weights[:-1].square().sum())
+        return total, gradient.double().cpu().numpy().ravel()
 
-    optimiser.step(loss)
-    return weights.detach(), bias.detach()
+    found = minimize(loss, start.double().numpy().ravel(), jac=True, method="L-BFGS-B", options={"maxiter": _STEPS})
+    weights = torch.from_numpy(found.x.reshape(shape)).to(x)
+    return weights[:-1], weights[-1]

@@ -16,7 +16,7 @@ Array = NDArray[Any]
 
 LABELS = 3
 """Of a latent that are kept."""
-DRAWS = 200
+DRAWS = 100
 """Of the bootstrap over documents."""
 
 

@@ -88,6 +88,11 @@ class ProbeSummary(Config):
     left_out: list[Name] = Field(max_length=1000)
     """Labels with too few or too many rows."""
 
+    @property
+    def best_first(self) -> list[LabelProbe]:
+        """The labels by falling F1 of one latent."""
+        return sorted(self.labels, key=lambda label: -label.f1["latents"]["1"])
+
 
 class LatentLabels(Config):
     """A row for each latent and label, by latent, the best label first; columns of the same length."""

@@ -84,9 +84,7 @@ def probed_rows(found: Activations, labels: Labels, position_0: int | None) -> P
         unit, groups = "sequences", np.unique(places // found.tokens.shape[1], return_inverse=True)[1]
     sizes = np.bincount(groups)
     if len(sizes) < 2:
-        raise UserError(
-            f"{len(places)} held-out rows of {len(sizes)} sequences are too few to probe: expected 2 sequences"
-        )
+        raise UserError(f"{len(places)} held-out rows of {len(sizes)} sequences are too few to probe; 2 is the least")
     scored = halves(sizes)[groups]
     masks = labels.masks[:, places]
     kept = np.ones(len(masks), bool)
@@ -95,8 +93,8 @@ def probed_rows(found: Activations, labels: Labels, position_0: int | None) -> P
         kept &= (counts >= LEAST_ROWS) & (counts <= MOST_SHARE * half.sum())
     if not kept.any():
         raise UserError(
-            f"none of the {len(kept):,} labels is on at least {LEAST_ROWS} and at most {MOST_SHARE:.0%} of the held-out "
-            "rows of each half; probe more rows with --rows, or give other labels with --labels"
+            f"none of the {len(kept):,} labels is on at least {LEAST_ROWS} and at most {MOST_SHARE:.0%} of the rows of "
+            "both halves; probe more rows with --rows, or give other labels with --labels"
         )
     names = np.array(labels.names, object)
     return ProbedRows(

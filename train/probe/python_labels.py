@@ -5,8 +5,9 @@ that were opened before it), and takes f-strings apart only since Python 3.12.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from pygments.token import Comment, Error, Keyword, Name, Number, Operator, Punc
 Array = NDArray[Any]
 Piece = tuple[int, _TokenType, str]
 """Where it begins, its type, its text."""
+Mark = Callable[[str, int, int], None]
+"""Gives a label to a range of characters."""
 
 _QUOTES = ("tdqs", "tsqs", "dqs", "sqs")
 """The lexer's states inside of strings: in three double or single quotes, in one."""
@@ -55,9 +58,8 @@ _LEXER = PythonLexer(stripnl=False, ensurenl=False)
 def python_labels(text: str) -> dict[str, Array]:
     """Return for each label the characters of `text` that have it, as [n] bool.
 
-    Text before the first line break may be the end of a line, string or comment: of all ways in which it can begin,
-    the most plausible is taken. Brackets are counted from where the window begins, and what was opened before it counts
-    as soon as it is closed; a line's indentation is that of the line on which its statement begins.
+    The window may begin within a string or comment: of all ways in which it can, the most plausible is taken. Brackets
+    that were opened before it count where it closes them. A line's indentation is that of its statement's first.
     """
     found: dict[str, Array] = {}
 
@@ -137,7 +139,7 @@ def _of_type(kind: _TokenType) -> tuple[str, ...]:
     return tuple(label for label, types in _KINDS if any(kind in one for one in types))
 
 
-def _attributes_and_calls(pieces: list[Piece], mark: Any) -> None:
+def _attributes_and_calls(pieces: list[Piece], mark: Mark) -> None:
     """Mark names after a dot, names before an opening bracket, and names before a single `=` in brackets."""
     code = [piece for piece in pieces if piece[2].strip()]
     for before, (at, kind, value), after in zip([None, *code], code, [*code[1:], None], strict=False):
@@ -151,28 +153,25 @@ def _attributes_and_calls(pieces: list[Piece], mark: Any) -> None:
             mark("assigned, or a keyword argument", at, at + len(value))
 
 
-def _brackets_and_indents(text: str, pieces: list[Piece], mark: Any) -> None:
-    depth, lowest, spans, line = 0, 0, [], 0
-    level: int | None = None
-    for at, kind, value in pieces:
-        quiet = kind in String or kind in Comment
-        if not quiet and kind in Punctuation:
-            depth += sum(map(value.count, "([{")) - sum(map(value.count, ")]}"))
-            lowest = min(lowest, depth)
-        if not quiet and value.strip():
-            spans.append((at, at + len(value), depth))
-        if level is not None and value.strip():
-            mark(
-                f"indented {level} levels" if level < _DEEPEST_INDENT else "indented 4 or more levels",
-                at,
-                at + len(value),
-            )
-        if "\n" in value and not quiet and depth <= lowest:
-            line = at + value.rindex("\n") + 1
-            level = _level(text[line:])
-    for low, high, inside in spans:
-        if (inside := min(inside - lowest, _DEEPEST_BRACKET)) > 0:
-            mark(f"in {inside} brackets" if inside < _DEEPEST_BRACKET else "in 3 or more brackets", low, high)
+def _brackets_and_indents(text: str, pieces: list[Piece], mark: Mark) -> None:
+    """Mark code by the brackets around it, and everything by the indentation of its statement."""
+    quiet = [kind in String or kind in Comment for _, kind, _ in pieces]
+    steps = [0 if still else sum(map(value.count, "([{")) - sum(map(value.count, ")]}"))
+             for still, (_, _, value) in zip(quiet, pieces, strict=True)]  # fmt: skip
+    depths = list(accumulate(steps))
+    lowest, level = min([0, *depths]), None  # brackets that were opened before are closed down to the lowest
+    for (at, _, value), still, depth in zip(pieces, quiet, depths, strict=True):
+        if value.strip():
+            if not still and depth > lowest:
+                mark(_counted("in", depth - lowest, _DEEPEST_BRACKET, "brackets"), at, at + len(value))
+            if level is not None:
+                mark(_counted("indented", level, _DEEPEST_INDENT, "levels"), at, at + len(value))
+        if "\n" in value and not still and depth <= lowest:
+            level = _level(text[at + value.rindex("\n") + 1 :])
+
+
+def _counted(verb: str, count: int, most: int, what: str) -> str:
+    return f"{verb} {count} {what}" if count < most else f"{verb} {most} or more {what}"
 
 
 def _level(rest: str) -> int | None:

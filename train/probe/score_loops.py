@@ -105,24 +105,23 @@ def score(
         first, last = starts[latents[e]], starts[latents[e] + 1]
         inside = first + np.flatnonzero(used[rows[first:last]])
         order = inside[np.argsort(-values[inside])]
+        value, group, mask = values[order], groups[rows[order]], masks[labels[e]][rows[order]]
         for b in range(len(weights)):
             hits = above = 0.0  # of the rows with the label, and all, as far down as the walk has come
-            hits_cut = above_cut = ordered = 0.0
-            low = 0
-            while low < len(order):
-                high, with_label, without = low, 0.0, 0.0
-                while high < len(order) and values[order[high]] == values[order[low]]:
-                    weight = weights[b, groups[rows[order[high]]]]
-                    if masks[labels[e], rows[order[high]]]:
-                        with_label += weight
-                    else:
-                        without += weight
-                    high += 1
+            hits_cut = above_cut = ordered = with_label = without = 0.0
+            for i in range(len(value)):
+                weight = weights[b, group[i]]
+                if mask[i]:
+                    with_label += weight
+                else:
+                    without += weight
+                if i + 1 < len(value) and value[i + 1] == value[i]:
+                    continue
                 ordered += without * (hits + with_label / 2)
                 hits, above = hits + with_label, above + with_label + without
-                if values[order[low]] > cuts[e]:
+                with_label = without = 0.0
+                if value[i] > cuts[e]:
                     hits_cut, above_cut = hits, above
-                low = high
             positive, negative = label_counts[labels[e], b], row_counts[b] - label_counts[labels[e], b]
             ordered += (negative - (above - hits)) * (hits + (positive - hits) / 2)
             precision[e, b] = hits_cut / above_cut if above_cut > 0 else 0.0
@@ -193,7 +192,8 @@ def absorbed(
 
     Active latents of each row are given by (starts [R + 1], latents [N], values [N]); `projection` [F] is what an
     activation of 1 adds along the probe, `cosine` [F] that of a decoder row with it, and `wanted` [R] what the
-    target has along it. `least` are the cosine of an absorbing latent, that of one in the fraction, and the share that it adds.
+    target has along it. `least` are the least cosine of an absorbing latent, and of one in the fraction, and the least
+    share that they add.
     """
     whole = parts = 0.0
     for row in tokens:

@@ -25,6 +25,8 @@ MOST = 5
 SHOWN = (1, 2, 5)
 """Numbers of columns that are headlines."""
 _RIDGE, _STEPS = 1.0, 50
+_FITTED = 2**13
+"""Rows with and without the label, at most, that a probe is fitted on: of more, every n-th counts n times."""
 
 
 class Columns(Protocol):
@@ -115,12 +117,12 @@ def _probe(x: Array, mask: Array, scored: Array) -> Array:
     scale = np.sqrt(np.square(x).mean(0))
     x = x / np.where(scale > 0, scale, 1.0)
     parts = []
-    for half in (False, True):  # rows on which no column is active are two, which count so many times
-        at = active & (scored == half)
-        parts.append((
+    for half, most in ((False, _FITTED), (True, len(x))):
+        at, weights = _thinned(active & (scored == half), mask, most)
+        parts.append((  # rows on which no column is active are two, which count so many times
             np.concatenate([x[at], np.zeros((2, x.shape[1]))]),
             np.concatenate([mask[at], [0.0, 1.0]]),
-            np.concatenate([np.ones(at.sum()), quiet[int(half)]]),
+            np.concatenate([weights, quiet[int(half)]]),
         ))  # fmt: skip
     (fit, fit_label, fit_weight), (test, test_label, test_weight) = parts
     found = []
@@ -129,6 +131,15 @@ def _probe(x: Array, mask: Array, scored: Array) -> Array:
         cut = best_cut(fit[:, :k] @ weights[:k], fit_label, fit_weight)
         found.append(f1_above(test[:, :k] @ weights[:k], cut, test_label, test_weight))
     return np.array(found)
+
+
+def _thinned(wanted: Array, mask: Array, most: int) -> tuple[Array, Array]:
+    """Return numbers of rows that are `wanted`, about `most` with and as many without the label, and their weights."""
+    parts = [np.flatnonzero(wanted & (mask == label)) for label in (False, True)]
+    every = [max(1, len(part) // most) for part in parts]
+    kept = [part[::n] for part, n in zip(parts, every, strict=True)]
+    weights = [np.full(len(some), len(part) / max(len(some), 1)) for some, part in zip(kept, parts, strict=True)]
+    return np.concatenate(kept), np.concatenate(weights)
 
 
 def best_cut(scores: Array, label: Array, weights: Array) -> float:
