@@ -132,7 +132,7 @@ def _checked(table: pa.Table, file: Path, shape: tuple[int, int]) -> tuple[Array
     names = table["label"].to_numpy(zero_copy_only=False).astype(object)
     if odd := next((one for one in dict.fromkeys(names) if not one.isprintable() or not 0 < len(one) <= 100), None):
         raise UserError(f"--labels {file}: label {brief(odd)}, expected 1 to 100 characters that can be printed")
-    return table["sequence"].to_numpy(), table["offset"].to_numpy(), names
+    return table["sequence"].to_numpy().astype(np.int64), table["offset"].to_numpy().astype(np.int64), names
 
 
 def _segments(found: Activations, tokenizer: Path) -> Iterator[_Segment]:
