@@ -316,7 +316,8 @@ function labels(data, at) {
     ...["precision", "recall", "auroc"].map((figure) => h("td", { class: "number" }, of(figure, i)))));
   const heads = ["Label", "F1", "Precision", "Recall", "AUROC"].map((name, i) =>
     h("th", { scope: "col", class: i ? "number" : null }, name));
-  return panel(title, h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, rows)));
+  const table = h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, rows));
+  return panel(title, h("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Figures of labels" }, table));
 }
 
 function neighbours(title, measure, latents, measured) {
