@@ -23,7 +23,7 @@ LAYERS = {
         "cli",
     ),
     "train": (
-        ("data", "live"), "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"),
+        ("data", "live"), "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"), "probe",
         ("compare", "interchange"), "report", ("commands", "tables"), "cli",
     ),
 }  # fmt: skip

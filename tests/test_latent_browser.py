@@ -44,13 +44,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Reported:
 
 @pytest.fixture(scope="module")
 def table(run: Reported) -> pa.Table:
-    """With tokens that are promoted and suppressed, of which the store knows nothing."""
+    """With tokens that are promoted and suppressed, and labels, of which the store and the run know nothing."""
     table, F = run.table(), run.model.d_sae
-    for name, tokens in (("promoted", [60, 14]), ("suppressed", [5, 10])):
-        for column, values in ((name, tokens), (f"{name}_effects", [0.5, 0.25])):
-            at = table.schema.get_field_index(column)
-            field = table.schema.field(column)
-            table = table.set_column(at, field, pa.array([values] * F, field.type))
+    known: dict[str, list] = {"promoted": [60, 14], "suppressed": [5, 10], "labels": ["<i>keyword def", "name"]}
+    known |= {f"{name}_effects": [0.5, 0.25] for name in ("promoted", "suppressed")}
+    known |= {name: [0.75, 0.125] for name in table.column_names if name.startswith("label_")}
+    for column, values in known.items():
+        at = table.schema.get_field_index(column)
+        field = table.schema.field(column)
+        table = table.set_column(at, field, pa.array([values] * F, field.type))
     return table
 
 
@@ -130,9 +132,9 @@ def test_the_index_and_the_chunks_hold_the_table(table: pa.Table, files: dict[st
         assert found == table[name].to_pylist()
     assert [near is None for near in index["nearest"]] == [f in DEAD for f in range(len(table))]
     chunks = [handed(files[f"latents/{n:03d}.js"])[2] for n in range(len(table) // CHUNK)]
-    for name in ("nearest_latents", "correlated_latents"):
+    for name in ("nearest_latents", "correlated_latents", "labels"):
         assert [one for chunk in chunks for one in chunk[name]] == table[name].to_pylist()
-    for name in ("correlations", "promoted_effects", "bin_edges", "density_016-032"):
+    for name in ("correlations", "promoted_effects", "label_f1", "label_auroc", "bin_edges", "density_016-032"):
         found = [one for chunk in chunks for one in chunk[name]]
         for one, other in zip(found, table[name].to_pylist(), strict=True):
             assert one == (other if other is None else pytest.approx(other, rel=6e-3))
@@ -281,6 +283,10 @@ def test_a_latent_shows_its_contexts_and_leads_to_its_neighbours(
         assert unknown == "dotted" and page.locator(".value").count() == 0
         page.get_by_role("button", name="Show values").click()
         assert page.locator(".value").count() == sum(bool(v) for row in contexts for v in row["activations"])
+        labels = page.get_by_role("region", name="Labels of tokens").locator("tbody tr").all_inner_texts()
+        assert [row.split("\t")[:2] for row in labels] == [
+            ["<i>keyword def", "0.750 (0.750 to 0.750)"], ["name", "0.125 (0.125 to 0.125)"],
+        ]  # fmt: skip
         assert page.locator(".bars tbody tr").count() == 4 and "16–31" in page.inner_text(".bars")
         near, together = table["nearest_latents"][live].as_py()[0], table["correlated_latents"][live].as_py()[0]
         page.get_by_role("region", name="Nearest by cosine").get_by_role("link", name=str(near), exact=True).click()

@@ -12,12 +12,14 @@ from shared.config import Config
 from train.compare.arms import Comparison
 from train.duplicates.correlation_report import CorrelationReport
 from train.live.log_rows import UsageRecord
+from train.probe.probe_record import ProbeRecord
 from train.report.report_record import Report
 from train.samples.parquet import SamplesRecord
 
 SCHEMAS: dict[str, type[Config]] = {
     "comparison": Comparison,
     "correlation": CorrelationReport,
+    "probe": ProbeRecord,
     "report": Report,
     "samples": SamplesRecord,
     "usage": UsageRecord,

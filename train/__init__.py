@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train.commands import evaluate, export, import_transcoder, resume, sample, train, write_report
+    from train.commands import evaluate, export, import_transcoder, probe, resume, sample, train, write_report
     from train.compare.arms import compare_runs
     from train.data.batches import batches
     from train.data.dataset import StoreDataset
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from train.run.settings import Settings, load_settings
 
 _PLACES = {
-    "train.commands": ("evaluate", "export", "import_transcoder", "resume", "sample", "train", "write_report"),
+    "train.commands": ("evaluate", "export", "import_transcoder", "probe", "resume", "sample", "train", "write_report"),
     "train.compare.arms": ("compare_runs",),
     "train.data.batches": ("batches",),
     "train.data.dataset": ("StoreDataset",),
@@ -41,6 +41,7 @@ __all__ = [
     "import_transcoder",
     "load_run",
     "load_settings",
+    "probe",
     "read_transcoder",
     "resume",
     "sample",

@@ -1,4 +1,4 @@
-"""`python -m train run|resume|watch|checkpoints|evaluate|samples|report|export|compare`: parses, builds, runs."""
+"""`python -m train run|resume|watch|checkpoints|evaluate|samples|probe|report|...`: parses, builds, runs."""
 
 import functools
 import json
@@ -292,6 +292,49 @@ def report(
     if verbosity() > Verbosity.QUIET:
         print_verdict(found)
     show_path(path)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--labels",
+    default="auto",
+    show_default=True,
+    metavar="auto|python|english|FILE",
+    help="Labels of tokens: by the store's text, or a Parquet file of (sequence, offset, label).",
+)
+@click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
+@click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
+@click.option("--rows", type=click.IntRange(1), help="Held-out rows that are probed, at most; default: 131,072.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@shared.command_line.quiet_option
+@_verify_option
+@shared.command_line.local_options
+def probe(
+    run: Path,
+    labels: str,
+    store: Path | None,
+    step: int | None,
+    rows: int | None,
+    as_json: bool,
+    local: Local | None,
+    verify: bool,
+) -> None:
+    """Measure what latents mean by labels of the store's tokens, with no LLM: writes probe.json into the run.
+
+    Prints the file's path as its last line.
+    """
+    from train.commands import probe as probe_run
+    from train.probe.probe_record import FILE
+    from train.tables import print_probe
+
+    found = probe_run(run, store=store, local=local, step=step, labels=labels, rows=rows, verify=verify)
+    if as_json:
+        click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
+        return
+    if verbosity() > Verbosity.QUIET:
+        print_probe(found.summary, str(run))
+    show_path(run / FILE)
 
 
 @main.command()

@@ -31,6 +31,7 @@ from train.wandb_sync.sync import FOLDER, REPORT, synced
 if TYPE_CHECKING:
     from train.interchange import Format
     from train.interchange.export import Exported
+    from train.probe.probe_record import ProbeRecord
     from train.report.report_record import Report
 
 _BEFORE_CONFIG = {LOCK, BLOCKS, *(name + durable.TEMPORARY for name in (BLOCKS, CONFIG))}
@@ -343,6 +344,38 @@ def write_report(
             with synced(run, project):
                 pass  # the trainer has ended: what W&B lacks is sent
         return run / HTML, made
+
+
+def probe(
+    run: Path | str,
+    *,
+    store: Path | str | None = None,
+    local: Local | None = None,
+    step: int | None = None,
+    labels: str = "auto",
+    rows: int | None = None,
+    verify: bool = False,
+) -> "ProbeRecord":
+    """Measure what the latents of a checkpoint of `run` mean, by labels of held-out tokens; writes `probe.json`.
+
+    `labels`: `auto`, `python`, `english`, or a Parquet file of (sequence, offset, label). `rows`: that are probed, at
+    most. `verify` as in `evaluate`. Raises `UserError` when labels do not fit the store, and `DiskFull`.
+    """
+    from train.probe.measure import ROWS, measure_probe
+    from train.probe.probe_record import publish_probe
+
+    run, store = Path(run), _path(store)
+    config = read_config(run)
+    _require_writable(run)
+    _refuse_links(run)
+    found = checkpoint.find(run, step)
+    opened = open_store(run, config, store, local, verify=verify)
+    with opened.reading(), durable.lock(run / LOCK, f"run {run}"):
+        durable.sweep(run)
+        use_threads(config.settings.threads)
+        record = measure_probe(load_run(run, store=opened, found=found), labels, rows or ROWS)
+        publish_probe(run, record)
+        return record
 
 
 def export(

@@ -8,7 +8,12 @@ from shared.console.terminal import PlainConsole
 from train.evaluation.evaluate import Evaluation, Weight
 from train.interchange.agreement import Agreement
 from train.model.checkpoint import Listed
+from train.probe.probe_record import Kind, ProbeSummary
 from train.report.report_record import STATES, Report
+
+_LABELS = 25
+"""Labels that are shown."""
+_PROBED: dict[Kind, str] = {"latents": "latents", "random": "random", "residual": "dimensions"}
 
 
 def print_evaluation(evaluation: Evaluation, title: str, linear_fvu: float | None, stderr: bool = False) -> None:
@@ -54,6 +59,44 @@ def print_verdict(report: Report) -> None:
         sign, word = STATES[check.state]
         table.add_row(f"{sign} {word}", check.name, check.said)
     PlainConsole(stderr=True).print(table)
+
+
+def print_probe(found: ProbeSummary, run: str) -> None:
+    """Print what latents mean: the headline, beside baselines, and a row per label."""
+    console = PlainConsole(stderr=True)
+    title = f"{run}, step {found.step}: {found.rows[1]:,} held-out rows, labels of {found.kind}"
+    table = Table("", *_PROBED.values(), "dense", title=title, title_justify="left")
+    for limit in found.explained["latents"]:
+        cells = [f"{found.explained[kind][limit]:.1%}" if kind in found.explained else "-" for kind in _PROBED]
+        table.add_row(f"explained: F1 of at least {limit}", *cells, "-")
+    for k in found.mean_f1["latents"]:
+        cells = [f"{found.mean_f1[kind][k]:.3f}" if k in found.mean_f1[kind] else "-" for kind in _PROBED]
+        table.add_row(f"mean F1 of {k}", *cells, "-")
+    table.add_row("mean F1 of all dimensions", *["-"] * len(_PROBED), f"{found.mean_dense_f1:.3f}")
+    table.add_row("splits of a label", f"{found.mean_splits:.2f}", "-", "-", "-")
+    for name, value in (("absorption rate", found.mean_absorption), ("... fraction", found.mean_absorption_fraction)):
+        table.add_row(name, "-" if value is None else f"{value:.1%}", "-", "-", "-")
+    _right(table)
+    console.print(table)
+    console.print(_labels(found))
+
+
+def _labels(found: ProbeSummary) -> Table:
+    labels = found.best_first
+    shown = f"the {_LABELS} of {len(labels)} labels" if len(labels) > _LABELS else f"the {len(labels)} labels"
+    table = Table("label", "rows", "F1", "5", "dense", "latent", "absorbed", title_justify="left",
+                  title=f"{shown} that one latent tells best: F1 of 1, of 5, of all dimensions")  # fmt: skip
+    for one in labels[:_LABELS]:
+        table.add_row(
+            one.name,
+            f"{one.share:.2%}",
+            *(f"{one.f1['latents'][k]:.3f}" if k in one.f1["latents"] else "-" for k in ("1", "5")),
+            f"{one.dense_f1:.3f}",
+            f"{one.latents[0]}",
+            "-" if one.absorption is None else f"{one.absorption.rate:.1%}",
+        )
+    _right(table)
+    return table
 
 
 def _headline(e: Evaluation, title: str, linear_fvu: float | None) -> Table:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from shared.config import Config
 from shared.console.progress import Progress
-from shared.errors import UserError
+from shared.errors import UserError, warn
 from shared.store.store import Store
 from train.compare.consistency import densest, matched_cosine
 from train.compare.measure import Figures, Measured, Point, measure_run, require_finished
@@ -101,6 +101,8 @@ def compare_runs(
         for i, run in enumerate(paths):
             measured.append(measure_run(run, opened, wanted, found[i]))
             progress.update(i + 1, run.name)
+    if len({one.probed for one in measured if one.probed}) > 1:
+        warn("the runs were probed for other labels or on other rows; probe them alike: python -m train probe RUN")
     arms = [_arm([measured[i] for i in group], matched_latents) for group in groups]
     if len({arm.name for arm in arms}) < len(arms):
         arms = [arm.model_copy(update={"name": paths[group[0]].name}) for arm, group in zip(arms, groups, strict=True)]

@@ -31,11 +31,14 @@ _ROWS = {
     "latents_at_position_0": ("latents of position 0 alone", ",.1f"),
     "ce_recovered": ("CE recovered", ".2%"),
     "kl": ("KL, nats per token", ".4f"),
+    "explained_share": ("latents that a label explains", ".2%"),
+    "probe_f1": ("F1 of the best latent of a label", ".3f"),
+    "probe_f1_of_5": ("... of probes of 5 latents", ".3f"),
     "cpu_ms_per_step": ("CPU ms per step", ",.1f"),
     "ms_per_step": ("ms per step", ",.1f"),
 }
 
-_SPLICED = ("ce_recovered", "kl")
+_MEASURED_APART = ("ce_recovered", "kl", "explained_share", "probe_f1", "probe_f1_of_5")
 """Rows that are there when a run has them."""
 
 
@@ -69,7 +72,7 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     found = [
         (label, [_cell(arm.spread.get(name), first.spread.get(name), form, arm is first) for arm in arms])
         for name, (label, form) in _ROWS.items()
-        if name not in _SPLICED or any(name in arm.spread for arm in arms)
+        if name not in _MEASURED_APART or any(name in arm.spread for arm in arms)
     ]
     return [
         *found,

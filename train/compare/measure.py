@@ -26,6 +26,7 @@ from train.model import checkpoint
 from train.model.checkpoint import Checkpoint
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Transcoder
+from train.probe.probe_record import probe_of
 from train.run.load_run import load_run
 from train.run.metrics import Log
 from train.run.settings import RunConfig, Settings
@@ -115,6 +116,12 @@ class Figures(Config):
     """By `python -m harvest splice`, of the run's own thresholds; none: not measured at this step."""
     kl: float | None = None
     """The same; nats per token."""
+    explained_share: float | None = None
+    """By `python -m train probe`, of the run's own thresholds: share of live latents that a label explains with an F1
+    of at least 0.5; none: not measured at this step."""
+    probe_f1: float | None = None
+    """The same; mean F1 over labels of the best single latent."""
+    probe_f1_of_5: float | None = None
     strata: dict[str, StratumFigures] = {}
     """By name, without position 0."""
 
@@ -134,6 +141,8 @@ class Measured:
     """[F] rows on which each is, without position 0"""
     W_dec: Tensor
     """[F, O] on CPU, each row divided by its norm"""
+    probed: str | None = None
+    """Digest of what `probe.json` was asked; none: not measured at this step."""
 
 
 def require_finished(run: Path, config: RunConfig) -> Checkpoint:
@@ -154,11 +163,13 @@ def measure_run(run: Path, store: Store, l0: float | None, found: Checkpoint | N
     or its learned thresholds.
 
     Raises `UserError` when it has fewer active latents even without a threshold, and `CorruptData` when its
-    `splice.json` is damaged.
+    `splice.json` or `probe.json` is damaged.
     """
     loaded = load_run(run, store=store, found=found)
     record = splice_of(run, loaded.step, store.request.digest)
     spliced = record and record.headline
+    probes = probe_of(run, loaded.step, store.request.digest)
+    probed = probes and probes.summary
     config, model, rows = loaded.config, loaded.transcoder, replace(loaded.rows, chunk_rows=_CHUNK_ROWS)
     threshold = calibrate(model, rows) if l0 is None else threshold_at(model, rows, l0)
     held_out = held_out_active(model, rows, store.record.report_blocks, threshold)
@@ -208,6 +219,9 @@ def measure_run(run: Path, store: Store, l0: float | None, found: Checkpoint | N
         ms_per_step=wall,
         ce_recovered=spliced.ce_recovered.value if spliced and spliced.ce_recovered else None,
         kl=spliced.kl.value if spliced else None,
+        explained_share=probed.explained["latents"]["0.5"] if probed else None,
+        probe_f1=probed.mean_f1["latents"]["1"] if probed else None,
+        probe_f1_of_5=probed.mean_f1["latents"].get("5") if probed else None,
         strata={name: StratumFigures(fvu=part.fvu, l0=part.l0) for name, part in strata.items()},
     )
     return Measured(
@@ -224,6 +238,7 @@ def measure_run(run: Path, store: Store, l0: float | None, found: Checkpoint | N
         live=live,
         density=density,
         W_dec=W_dec.cpu(),
+        probed=probed.asked if probed else None,
     )
 
 

@@ -29,6 +29,8 @@ CHUNK = 256
 """Latents of a file: some 0.4 MB, read in a fraction of a second."""
 CONTEXTS, TOKENS = 25, 32
 """Most contexts of a latent, and most tokens of a context; the file of samples has the rest."""
+_OF_LABELS = ("label_f1", "label_f1_low", "label_f1_high", "label_precision", "label_recall", "label_auroc")
+"""Figures of a latent's labels."""
 _PEAKS = 10
 """Most tokens at peaks of a latent in the index."""
 _DIGITS = 3
@@ -146,10 +148,17 @@ def _chunk(table: pa.Table, shown: Contexts, words: _Words, low: int) -> dict[st
     names = [name.removeprefix("density_") for name in table.schema.names if name.startswith("density_")]
     return {
         **{f"density_{name}": _column(part[f"density_{name}"]) for name in names},
-        **{name: part[name].to_pylist() for name in ("nearest_latents", "correlated_latents")},
+        **{name: part[name].to_pylist() for name in ("nearest_latents", "correlated_latents", "labels")},
         **{
             name: [None if one is None else _rounded(np.array(one)) for one in part[name].to_pylist()]
-            for name in ("nearest_cosines", "correlations", "promoted_effects", "suppressed_effects", "bin_edges")
+            for name in (
+                "nearest_cosines",
+                "correlations",
+                "promoted_effects",
+                "suppressed_effects",
+                "bin_edges",
+                *_OF_LABELS,
+            )
         },
         "contexts": np.diff(shown.starts[low : low + CHUNK + 1]).tolist(),
         "bin": contexts["bin"].to_pylist(),

@@ -19,6 +19,7 @@ from train.duplicates.co_activation import most_correlated
 from train.duplicates.directions import nearest_directions
 from train.evaluation.held_out import held_out_active
 from train.model.transcoder import Transcoder
+from train.probe.probe_record import ProbeRecord
 from train.samples.token_effects import decoder_directions, tokens_of, unembedding_of
 
 Array = NDArray[Any]
@@ -38,8 +39,11 @@ def latents_table(
     threshold: Tensor,  # [F]
     latents: pa.Table,
     contexts: pa.Table,
+    probed: ProbeRecord | None = None,
 ) -> pa.Table:
     """Return all columns, each with a description; `latents` and `contexts` are the samples of `transcoder`.
+
+    `probed` is what `train probe` found, and without it the columns of labels are null.
 
     Correlations are of latents under `threshold` on the store's report rows.
     """
@@ -66,6 +70,7 @@ def latents_table(
         ),
         "correlations": (_lists(together, correlations.float()), "their correlations"),
         **_effects(transcoder, store),
+        **_labels(probed, len(latents)),
         "peaks": (peaks(contexts, len(latents)), "tokens at the peaks of its top contexts, the most frequent first"),
     }
     fields = [pa.field(name, values.type, metadata={"description": told}) for name, (values, told) in columns.items()]
@@ -102,6 +107,30 @@ def peaks(contexts: pa.Table, d_sae: int) -> pa.Array:
     order = np.lexsort((first, -counts, latents))
     ends = np.concatenate([[0], np.cumsum(np.bincount(latents, minlength=d_sae))])
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(found[order], pa.int32()))
+
+
+def _labels(probed: ProbeRecord | None, d_sae: int) -> dict[str, tuple[pa.Array, str]]:
+    """Return columns of the labels that each latent stands for."""
+    unknown = "null: not measured at this step"
+    told = {
+        "f1": "F1 of `the latent is above its cut` for each",
+        "f1_low": "lower end of its 95 % interval over documents",
+        "f1_high": "upper end",
+        "precision": "share of rows above the cut that have the label",
+        "recall": "share of rows with the label that are above the cut",
+        "auroc": "area under the ROC curve of its activation for each",
+    }
+    kinds = {"labels": pa.string(), **{f"label_{name}": pa.float64() for name in told}}
+    if not probed:
+        columns = {name: pa.nulls(d_sae, pa.list_(kind)) for name, kind in kinds.items()}
+    else:
+        ends = pa.array(np.searchsorted(probed.latents.latent, np.arange(d_sae + 1)), pa.int32())
+        names = [probed.summary.labels[label].name for label in probed.latents.label]
+        values = {"labels": names, **{f"label_{name}": getattr(probed.latents, name) for name in told}}
+        columns = {name: pa.ListArray.from_arrays(ends, pa.array(values[name], kind)) for name, kind in kinds.items()}
+    words = {"labels": f"labels of tokens that it tells best, by `train probe`; {unknown}"}
+    words |= {f"label_{name}": one for name, one in told.items()}
+    return {name: (column, words[name]) for name, column in columns.items()}
 
 
 class _Effects(NamedTuple):

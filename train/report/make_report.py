@@ -11,6 +11,7 @@ from shared.splice_record import splice_of
 from train.evaluation.evaluate import Evaluation, evaluate
 from train.evaluation.linear_baseline import linear_map_fvu
 from train.live.run_files import METRICS, Row
+from train.probe.probe_record import probe_of
 from train.report import gather, page
 from train.report.browser import browser_files
 from train.report.latents import latents_table
@@ -42,7 +43,8 @@ def make_report(loaded: LoadedRun, *, linear: bool = False) -> Report:
     sampled = read_contexts(contexts)
     with Progress("report", 4, "parts") as progress:
         progress.update(0, "neighbours")
-        table = latents_table(loaded.transcoder, rows, loaded.threshold, read_latents(latents), sampled)
+        probed = probe_of(run, loaded.step, rows.store.request.digest)
+        table = latents_table(loaded.transcoder, rows, loaded.threshold, read_latents(latents), sampled, probed)
         progress.update(1, "held-out rows")
         held_out = _held_out(loaded, metrics)
         if linear and settings.source == "target":
@@ -50,7 +52,8 @@ def make_report(loaded: LoadedRun, *, linear: bool = False) -> Report:
             linear = False
         fvu = linear_map_fvu(rows, loaded.threshold.device) if linear else None
         progress.update(2, "the browser of latents")
-        report = _report(loaded, table, sampled, metrics, held_out, fvu)
+        summary = probed.summary if probed else None
+        report = _report(loaded, table, sampled, metrics, held_out, fvu).model_copy(update={"probe": summary})
         beside = browser_files(report.run, rows.store, table, sampled)
         progress.update(3, "writing")
         _publish(run, report, beside)

@@ -9,6 +9,7 @@ from shared.splice_record import SpliceRecord
 from train.duplicates.correlation_report import CorrelatedPair, Directions
 from train.evaluation.evaluate import Evaluation
 from train.live.log_rows import UsageRecord
+from train.probe.probe_record import ProbeSummary
 from train.run.settings import Extension
 
 State = Literal["good", "look", "bad"]
@@ -155,6 +156,8 @@ class Report(Config):
     """Of the best linear map on the same rows; none: it was not asked for."""
     splice: SpliceRecord | None = None
     """The LLM with this checkpoint in its MLP's place; none: not measured at this step."""
+    probe: ProbeSummary | None = None
+    """What latents mean, by labels of tokens; none: not measured at this step."""
     training: Curves
     """Rows of `metrics.jsonl`."""
     timing: Curves

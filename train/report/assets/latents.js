@@ -239,6 +239,7 @@ async function drawLatent(id) {
         h("div", { class: "pair" },
           effects("Promoted tokens", index.promoted[id], data.promoted_effects[at]),
           effects("Suppressed tokens", index.suppressed[id], data.suppressed_effects[at])),
+        labels(data, at),
         neighbours("Nearest by cosine of decoder rows", "Cosine", data.nearest_latents[at], data.nearest_cosines[at]),
         neighbours("Most correlated on held-out rows", "Correlation", data.correlated_latents[at], data.correlations[at])),
       h("div", {},
@@ -303,6 +304,20 @@ function effects(title, tokens, logits) {
     h("tr", {}, h("td", {}, chip(word)), h("td", { class: "number" }, `${logits[i] > 0 ? "+" : ""}${number(logits[i])}`)));
   const head = h("tr", {}, h("th", { scope: "col" }, "Token"), h("th", { scope: "col", class: "number" }, "Logit"));
   return panel(title, h("table", {}, h("thead", {}, head), h("tbody", {}, rows)));
+}
+
+function labels(data, at) {
+  const title = "Labels of tokens", names = data.labels[at];
+  if (!names) return panel(title, none("Not measured: python -m train probe RUN, and then the report again."));
+  if (!names.length) return panel(title, none("None: it is not active on the rows that labels are chosen on."));
+  const of = (name, i) => number(data[`label_${name}`][at][i]);
+  const rows = names.map((name, i) => h("tr", {}, h("th", { scope: "row" }, name),
+    h("td", { class: "number" }, `${of("f1", i)} (${of("f1_low", i)} to ${of("f1_high", i)})`),
+    ...["precision", "recall", "auroc"].map((figure) => h("td", { class: "number" }, of(figure, i)))));
+  const heads = ["Label", "F1", "Precision", "Recall", "AUROC"].map((name, i) =>
+    h("th", { scope: "col", class: i ? "number" : null }, name));
+  const table = h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, rows));
+  return panel(title, h("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Figures of labels" }, table));
 }
 
 function neighbours(title, measure, latents, measured) {
