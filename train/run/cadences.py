@@ -41,10 +41,11 @@ class Cadences(NamedTuple):
 ON_CPU = Cadences(log=50, monitor=100, evaluation=2000, checkpoint=500)
 
 
-def chosen(device: str, batch_rows: int, d_in: int, d_sae: int, evaluated_rows: int) -> Cadences:
-    """Return the cadences on a kind of device; none is shorter than on CPU.
+def chosen(device: str, steps: int, batch_rows: int, d_in: int, d_sae: int, evaluated_rows: int) -> Cadences:
+    """Return the cadences of a run on a kind of device; none is shorter than on CPU.
 
-    `evaluated_rows`: those that an evaluation passes through the encoder.
+    A kill costs a quarter of the run at most, however fast it is. `evaluated_rows`: those that an evaluation passes
+    through the encoder.
     """
     if device == "cpu":
         return ON_CPU
@@ -53,7 +54,7 @@ def chosen(device: str, batch_rows: int, d_in: int, d_sae: int, evaluated_rows: 
         log=_round(_LOG / seconds),
         monitor=_round(_REPORT / seconds),
         evaluation=_round(evaluated_rows / (_EVALUATION_SHARE * batch_rows)),
-        checkpoint=_round(_SAVE / seconds),
+        checkpoint=min(_round(_SAVE / seconds), steps // 4),
     )
     return Cadences(*map(max, found, ON_CPU))
 

@@ -256,7 +256,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     _check_position(view, settings, blocks)
     _check_goals(settings.diversity)
     assert isinstance(shape.d_sae, int)
-    usual = chosen(device, settings.rows.batch_rows, d_in, shape.d_sae, evaluated_rows(store))
+    usual = chosen(device, settings.steps, settings.rows.batch_rows, d_in, shape.d_sae, evaluated_rows(store))
     monitor = settings.monitor.resolve(settings.steps, device, usual.monitor)
     evaluation, saving = settings.evaluation, settings.checkpoint
     evaluation_every = usual.evaluation if evaluation.every == "auto" else evaluation.every
