@@ -134,11 +134,11 @@ def test_a_configuration_may_leave_out_the_vocabulary(tmp_path: Path) -> None:
     del config["text_config"]["vocab_size"]
     (folder / "config.json").write_text(json.dumps(config))
     assert read_shape(folder) == shape and shape.vocabulary == VOCABULARY
-    (folder / "model.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0{nope")
-    with pytest.raises(UserError, match="not a safetensors file"):
-        read_shape(folder)
     (folder / "config.json").write_text('{"text_config": 5}')
     with pytest.raises(UserError, match="text_config is 5, expected an object"):
+        read_shape(folder)
+    (folder / "model.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0{nope")
+    with pytest.raises(UserError, match="not a safetensors file"):
         read_shape(folder)
 
 

@@ -63,7 +63,7 @@ def test_a_longer_shape_is_allowed(synthetic):
 def test_open_catches_deleted_metadata(synthetic, name):
     path = synthetic.path / layout.ARRAYS / name / "zarr.json"
     path.unlink()
-    with pytest.raises(CorruptData, match=f"{path} is missing; run the same harvest again"):
+    with pytest.raises(CorruptData, match=f"{path} is missing; run the same harvest to write it again"):
         Store.open(synthetic.path)
 
 

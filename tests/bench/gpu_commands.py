@@ -121,7 +121,7 @@ def harvest(folder: Path, device: str) -> Figures:
     The rate is between the first block's record and the last one's, so that it is without the start and that block.
     """
     model, began = folder / "model", time.monotonic()
-    save_model(model, lambda: _gemma(device))
+    save_model(model, lambda: _gemma(sized(device, "cpu")))
     windows = block_windows(folder, BLOCKS)
     tokens = BLOCKS * windows * CONTEXT
     text = write_jsonl(folder / "text.jsonl", [{"text": one} for one in texts(tokens // sized(40, 20))])

@@ -26,7 +26,7 @@ from train.report import gather
 from train.report.browser import cut
 from train.report.latents import peaks
 from train.run.metrics import Log, evaluation_of
-from train.run.settings import Settings, read_config
+from train.run.settings import load_settings, read_config
 from train.run.usage import usage_of
 from train.samples.parquet import RECORD, SamplesRecord, parquet, paths, read_contexts, read_latents
 from train.samples.select import SamplesConfig
@@ -54,7 +54,7 @@ def timing(data: bytes) -> None:
         status.update(row, {})
         _shown(status)
     gather.timing_curves(_run(), EVERY_STEP).model_dump_json()
-    cost_per_step(_run(), Settings())
+    cost_per_step(_run(), load_settings("tiny", ["evaluation.every=2000", "checkpoint.every=500"]))
 
 
 def usage(data: bytes) -> None:

@@ -78,7 +78,7 @@ def test_a_loading_script_of_a_data_set_is_never_run(small: Line, tmp_path: Path
     (folder / "data.py").write_text(f"open({str(marker)!r}, 'w')\n")
     (folder / "data.jsonl").write_text('{"text": "a"}\n')
     text = folder if given == "folder" else folder / "data.py"
-    words = "1 documents hold" if given == "folder" else "text file"  # of a folder, the rows alone are read
+    words = "1 documents hold" if given == "folder" else "not a kind of text"  # of a folder, the rows alone are read
     refused(command(*small(tmp_path / "cache", text=text)), words, folder=tmp_path / "cache")
     assert not marker.exists()
 

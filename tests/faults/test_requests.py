@@ -20,6 +20,7 @@ FIELDS = [
 ]
 OTHER: dict[str, Any] = {
     "model.dtype": "bfloat16",
+    "model.attention": "sdpa",
     "model.device": "cuda",
     "model.revision": "main",
     "corpus.kind": "messages",

@@ -118,6 +118,7 @@ def test_the_name_of_a_run_stays_in_the_folder_of_runs(
     command: Command, report_store: SyntheticStore, tmp_path: Path, name: str
 ) -> None:
     done = command("run", "--store", report_store.path, "--runs", tmp_path / "runs", "--name", name, "--steps", 1)
-    assert done.code == UserError.exit_code and "expected the name of one folder in --runs" in done.err, done
+    words = "expected the name of one folder in --runs" if name else "the argument after --name is empty"
+    assert done.code == UserError.exit_code and words in done.err, done
     assert len(done.err.splitlines()) == 1 and done.err[:-1].isprintable()
     assert list(tmp_path.iterdir()) == []
