@@ -179,7 +179,7 @@ def test_nothing_in_a_store_tells_where_or_when_it_was_made(finished: Path) -> N
 
 @pytest.mark.fault(1, 5)
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
 def test_a_stopped_harvest_resumes_to_the_same_bytes(
     small: Line, longer: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:

@@ -159,7 +159,7 @@ def test_an_older_checkpoint_is_never_taken_without_a_word(run: Path, command: C
 
 
 @pytest.mark.fault(44)
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_no_flipped_bit_of_samples_is_read_as_other_data(tmp_path: Path, which: int) -> None:
     """A bit in every byte of a small file: an error, or the same table and record."""
     from shared.errors import CorruptData
