@@ -12,9 +12,9 @@ from harvest.run.block_rows import HostRows
 from harvest.run.capture import open_capture
 from harvest.run.stored_values import as_array, to_storage
 from harvest.text.packing import Windows
-from harvest.writer.blocks import BlockLayout
 from shared.errors import ProjectError
 from shared.store.layout import StorageType
+from tests.blocks import shuffled, windows
 from tests.llms import make_gemma
 from tests.stores import encode
 
@@ -25,18 +25,6 @@ WIDTHS = dict.fromkeys(HOOKS, 32)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_gemma(tmp_path_factory.mktemp("models") / "gemma")
-
-
-def windows(sequences: int) -> Windows:
-    tokens = np.random.default_rng(0).integers(4, 300, (sequences, 16), dtype=np.int32)
-    return Windows(tokens, np.zeros_like(tokens))
-
-
-def shuffled(sequences: int) -> BlockLayout:
-    """All rows of `sequences` windows of 16, in some order."""
-    rows = np.random.default_rng(1).permutation(sequences * 16)
-    positions = np.broadcast_to(np.arange(16), (sequences, 16))
-    return BlockLayout(rows=rows, places={}, positions=positions, order=np.argsort(rows))
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])

@@ -45,6 +45,20 @@ class Report:
 
     def __init__(self, part: str, file: Path) -> None:
         self._part, self._file = part, file
+        self.failed: list[str] = []
+        """What went wrong; the part then ends with an error."""
+
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """Print and note what goes wrong inside, and go on: one shape that does not fit leaves the others."""
+        try:
+            yield
+        except Exception:  # whatever a compiler, a driver or another library raises
+            if SMOKE:  # nothing goes wrong where a bench shows that it runs
+                raise
+            print(f"FAILED: {what}", flush=True)
+            traceback.print_exc(file=sys.stdout)
+            self.failed.append(what)
 
     def add(self, name: str, value: float, unit: str) -> None:
         """Show and keep a figure."""
@@ -76,7 +90,7 @@ def kernels(report: Report, folder: Path, device: str) -> None:
     failed, worst = [], dict[str, float]()
     for where, checks in groups(small_store(folder), device):
         failed.append(where)
-        with going_on(where):
+        with report.going_on(where):
             for check in checks():
                 print(show(where, check), flush=True)
                 if not check.holds:
@@ -106,7 +120,7 @@ def step(report: Report, folder: Path, device: str) -> None:
         for form in sized(("triton", "matmul", "plain"), ("dense",))
     ]
     for shape, change in [*((shape, "") for shape in SHAPES), *others]:
-        with going_on(f"{shape} {change}"):
+        with report.going_on(f"{shape} {change}"):
             one_step(report, store, shape, change, device, (bandwidth, flops))
         torch.cuda.empty_cache()
 
@@ -164,7 +178,7 @@ def dense(report: Report, folder: Path, device: str) -> None:
 
     store = small_store(folder)
     for shape in sorted(SHAPES, key=lambda one: (WIDTHS[0], WIDTHS[-1], *WIDTHS).index(one.d_sae)):
-        with going_on(f"{shape}"):
+        with report.going_on(f"{shape}"):
             dense_step(report, store, shape, device)
         torch.compiler.reset()
         torch.cuda.empty_cache()
@@ -219,7 +233,7 @@ def peers(report: Report, folder: Path, device: str) -> None:
         if name != STAND_IN and importlib.util.find_spec(package) is None:
             print(f"left out: {name}, since the package {package} is not installed", flush=True)
             continue
-        with going_on(name):
+        with report.going_on(name):
             worker = ROOT / "tests/bench/peer_worker.py"
             line = [sys.executable, "-P", worker, name, D, MAIN.d_sae, K, MAIN.rows, sized(device, "cpu")]
             rounds = sized(12, 3)
@@ -262,18 +276,6 @@ PARTS = {
     "peers": Part(peers, 20, 60),
     "profile": Part(profile, 15, 40),
 }
-
-
-@contextmanager
-def going_on(what: str) -> Iterator[None]:
-    """Print what goes wrong inside, and go on: one shape that does not fit leaves the others."""
-    try:
-        yield
-    except Exception:
-        if SMOKE:  # nothing goes wrong where a bench shows that it runs
-            raise
-        print(f"FAILED: {what}", flush=True)
-        traceback.print_exc(file=sys.stdout)
 
 
 def main() -> None:
@@ -348,7 +350,10 @@ def inside(name: str, file: Path, folder: Path) -> None:
             from tests.gpu.fake_device import fake_cuda
 
             stack.enter_context(fake_cuda())
-        PARTS[name].run(Report(name, file), folder, "cuda")
+        report = Report(name, file)
+        PARTS[name].run(report, folder, "cuda")
+    if report.failed:
+        sys.exit(f"went wrong in {name}: {', '.join(report.failed)}")
 
 
 def by_part(file: Path) -> dict[str, Figures]:

@@ -1,5 +1,6 @@
 """The bench of a GPU: what it measures is right, and what is wrong shows."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.bench import gpu
+from tests.bench.gpu import Report
 from tests.bench.gpu_checks import _of_ops, cases
 from tests.bench.gpu_counts import CARDS, noting_parts
 from tests.bench.gpu_dense import DenseTrainer
@@ -115,3 +117,20 @@ def test_figures_of_one_part_are_compared_with_those_of_another(tmp_path: Path) 
     summary = gpu.by_part(file)["summary"]
     assert summary["B 1,024, d_sae 18,432: step of the dense trainer over ours"] == (2.5, "times as fast")
     assert summary["training loop over the steps' own time"][0] == pytest.approx(2.0)
+
+
+def test_what_goes_wrong_leaves_the_other_shapes_and_is_kept_for_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wide() -> None:
+        raise RuntimeError("out of memory")
+
+    report = Report("step", tmp_path / "figures")
+    with report.going_on("wide"):
+        wide()
+    with report.going_on("narrow"):
+        report.add("narrow: step", 2.5, "ms")
+    assert report.failed == ["wide"]
+    out = capsys.readouterr().out
+    assert "FAILED: wide" in out and "RuntimeError: out of memory" in out
+    assert json.loads((tmp_path / "figures").read_text()) == ["step", "narrow: step", 2.5, "ms"]

@@ -18,11 +18,10 @@ from harvest.run import block_rows
 from harvest.run.block_rows import BlockRows, DeviceMemory, DeviceRows, HostRows, sums_of
 from harvest.run.capture import Capture, open_capture
 from harvest.run.stored_values import as_tensor
-from harvest.text.packing import Windows
-from harvest.writer.blocks import BlockLayout
 from shared.errors import ProjectError
 from shared.store.layout import STATISTICS, STORE, StorageType, record_path
 from shared.store.statistics import moments_from_sums, moments_of
+from tests.blocks import shuffled, windows
 from tests.gpu.device_log import DeviceLog
 from tests.gpu.fake_device import fake_cuda
 from tests.llms import Line, command, contents, edit_json
@@ -129,17 +128,6 @@ def test_moments_on_the_device_are_those_of_the_rows(
     np.testing.assert_allclose(squares, exact.square().sum(1), rtol=1e-14)
     assert np.abs(found.norms - moments_of(stored).norms).sum() <= 2  # a norm beside the edge of a bin
     assert log.faults == []
-
-
-def windows(sequences: int) -> Windows:
-    tokens = np.random.default_rng(0).integers(4, 300, (sequences, 16), dtype=np.int32)
-    return Windows(tokens, np.zeros_like(tokens))
-
-
-def shuffled(sequences: int) -> BlockLayout:
-    rows = np.random.default_rng(1).permutation(sequences * 16)
-    positions = np.broadcast_to(np.arange(16), (sequences, 16))
-    return BlockLayout(rows=rows, places={}, positions=positions, order=np.argsort(rows))
 
 
 def captured(model: Model, rows: BlockRows, storage: StorageType = "bfloat16") -> BlockRows:
