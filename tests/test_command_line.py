@@ -18,7 +18,7 @@ from shared.files import durable
 from tests.llms import ROOT
 from tests.runs import SMALL, Outcome
 from tests.stores import SyntheticStore
-from train.cli import _free_folder
+from train.run_folder import new_run_folder
 
 Command = Callable[..., Outcome]
 
@@ -90,13 +90,13 @@ def test_a_byte_order_mark_before_toml(tmp_path: Path) -> None:
 
 def test_two_runs_without_a_name_get_two(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    with _free_folder(runs, None, "tiny") as first, _free_folder(runs, None, "tiny") as second:
+    with new_run_folder(runs, None, "tiny") as first, new_run_folder(runs, None, "tiny") as second:
         assert [first.name, second.name] == ["tiny-001", "tiny-002"]
         (first / "config.json").write_text("{}")
     assert [path.name for path in runs.iterdir()] == ["tiny-001"]
-    with _free_folder(runs, tmp_path / "own.toml", "tiny") as own:
+    with new_run_folder(runs, None, "own") as own:
         assert own.name == "own-001"
-    with pytest.raises(UserError, match="cannot write to"), _free_folder(runs / "tiny-001/config.json", None, "tiny"):
+    with pytest.raises(UserError, match="cannot write to"), new_run_folder(runs / "tiny-001/config.json", None, "tiny"):
         pass
 
 

@@ -3,9 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from itertools import count
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +15,7 @@ from shared.errors import UserError
 from shared.files import durable
 from shared.store.store import Local, Store
 from train.interchange import Format
+from train.run_folder import new_run_folder
 
 _fallback_option = click.option(
     "--fallback-dir",
@@ -94,8 +93,7 @@ def run(
     from train.commands import train
 
     opened = Store.open(store, local)
-    taken = nullcontext(runs / _one_folder(name)) if name is not None else _free_folder(runs, file, preset)
-    with taken as path:
+    with new_run_folder(runs, name, file.stem if file else preset) as path:
         train(
             opened,
             settings,
@@ -428,7 +426,7 @@ def import_(
     from train.tables import print_evaluation
 
     opened = Store.open(store, local)
-    with nullcontext(runs / _one_folder(name)) if name is not None else _free_folder(runs, None, "import") as run:
+    with new_run_folder(runs, name, "import") as run:
         found = import_transcoder(path, opened, run, source_hook=source_hook, accept_mismatch=accept_mismatch)
     if as_json:
         click.echo(json.dumps({"path": str(run)} | found.model_dump(mode="json"), indent=2))
@@ -485,43 +483,6 @@ def compare(
         click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
     else:
         print_comparison(found)
-
-
-def _one_folder(name: str) -> str:
-    """Return the name of a run. Raises `UserError` when it leads out of the folder of runs, or cannot be shown."""
-    if name in ("", ".", "..") or "/" in name or not name.isprintable():
-        raise UserError(
-            f"--name {name!r}: expected the name of one folder in --runs, without / and control characters; say with "
-            "--runs where that folder lies"
-        )
-    return name
-
-
-@contextmanager
-def _free_folder(runs: Path, file: Path | None, preset: str) -> Iterator[Path]:
-    """Make the first free folder `<preset>-<number>`, so that no other run takes it; where it stays empty, it goes."""
-    made, stem = not runs.is_dir(), _one_folder(file.stem) if file else preset
-    try:
-        durable.make_folder(runs)
-        path = _make_first(runs / f"{stem}-{number:03d}" for number in count(1))
-    except OSError as error:
-        raise UserError(f"cannot write to {runs}: {error.strerror}; choose another folder with --runs") from error
-    try:
-        yield path
-    finally:
-        with suppress(OSError):  # there is a run in it
-            path.rmdir()
-            if made:
-                runs.rmdir()
-
-
-def _make_first(paths: Iterator[Path]) -> Path:
-    """Make the first folder that is not there, and return it."""
-    for path in paths:
-        with suppress(FileExistsError):
-            path.mkdir()
-            return path
-    raise AssertionError("there is always another number")
 
 
 def _summarise(run: Path) -> None:

@@ -1,0 +1,52 @@
+"""The folder that a new run is made in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+from shared.errors import UserError
+from shared.files import durable
+
+
+@contextmanager
+def new_run_folder(runs: Path, name: str | None, stem: str) -> Iterator[Path]:
+    """Yield the folder for a run of that name in `runs`, or without a name the first free `<stem>-<number>`.
+
+    The free one is made, so that no other run takes it; where it stays empty, it is removed again. Raises `UserError`
+    when the name leads out of `runs` or cannot be shown, and when `runs` cannot be written to.
+    """
+    if name is not None:
+        yield runs / _one_folder(name)
+        return
+    existed, stem = runs.is_dir(), _one_folder(stem)
+    try:
+        durable.make_folder(runs)
+        path = _make_first(runs / f"{stem}-{number:03d}" for number in count(1))
+    except OSError as error:
+        raise UserError(f"cannot write to {runs}: {error.strerror}; choose another folder with --runs") from error
+    try:
+        yield path
+    finally:
+        with suppress(OSError):  # there is a run in it
+            path.rmdir()
+            if not existed:
+                runs.rmdir()
+
+
+def _one_folder(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or not name.isprintable():
+        raise UserError(
+            f"--name {name!r}: expected the name of one folder in --runs, without / and control characters; say with "
+            "--runs where that folder lies"
+        )
+    return name
+
+
+def _make_first(paths: Iterator[Path]) -> Path:
+    """Make the first folder that is not there, and return it."""
+    for path in paths:
+        with suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError("there is always another number")
