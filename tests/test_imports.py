@@ -24,7 +24,7 @@ LAYERS = {
     ),
     "train": (
         ("data", "live"), "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"), "probe",
-        ("compare", "interchange"), "report", ("commands", "tables", "run_folder"), "cli",
+        ("compare", "interchange"), "explain", "report", ("commands", "tables", "run_folder"), "cli",
     ),
 }  # fmt: skip
 """Each package's folders and modules from the bottom up: what stands in a line imports only from lines before it."""

@@ -14,6 +14,7 @@ from shared.console.terminal import Verbosity, show_path, show_text, verbosity
 from shared.errors import UserError
 from shared.files import durable
 from shared.store.store import Local, Store
+from train.explain.command import explain
 from train.interchange import Format
 from train.run_folder import new_run_folder
 
@@ -32,6 +33,8 @@ _verify_option = click.option(
 def main() -> None:
     """Train transcoders from a store of activations, with no LLM in memory."""
 
+
+main.add_command(explain)
 
 def sync_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options to sync the run to W&B, which become the argument `project`."""

@@ -1,0 +1,1 @@
+"""Labels of latents by a language model on a server."""
