@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -293,18 +293,50 @@ def splice(run: Path, as_json: bool, **given: Any) -> None:
 @click.option("--transcoder", type=click.Path(path_type=Path), help="Another one for RUN's hooks, of any library.")
 @click.option("--step", type=click.IntRange(1), help="The checkpoint's; the newest if left out.")
 @click.option("--top", type=click.IntRange(1), default=8, show_default=True, help="Latents per token, the strongest.")
+@click.option(
+    "--ablate",
+    type=shared.command_line.Numbers(),
+    default=(),
+    metavar="N,N-N",
+    help="Latents to set to 0, one at a time.",
+)
+@click.option(
+    "--steer",
+    type=shared.command_line.NumberAndValue(),
+    multiple=True,
+    metavar="LATENT=VALUE",
+    help="A latent to set to VALUE on every token; repeatable.",
+)
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="Also write a page; it shows the strongest latents ablated."
+)
 @click.option("--model", help="Where the store's model lies, if not where the store says.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 @shared.command_line.quiet_option
-def encode(run: Path, as_json: bool, **given: Any) -> None:
-    """List the latents of RUN's transcoder that are active on each token of a prompt."""
-    from harvest.splice.encode_prompt import encode_prompt, show
+def encode(
+    run: Path,
+    ablate: Sequence[int],
+    steer: tuple[tuple[int, float], ...],
+    html: Path | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """List the latents of RUN's transcoder that are active on each token of a prompt, and show what changing them does.
 
-    found = encode_prompt(run, **given)
+    --ablate and --steer change one latent at a time, and compare the probabilities of the next token.
+    """
+    from harvest.splice.encode_prompt import encode_prompt, show, with_changes, write_page
+
+    changes = with_changes(ablate, steer, page=html is not None)
+    found = encode_prompt(run, **given, changes=changes)
+    if html:
+        write_page(html, run, found)
     if as_json:
         show_text(json.dumps(found.as_json(), indent=2))
     else:
         show(found)
+    if html:
+        show_path(html)
 
 
 @group.command()

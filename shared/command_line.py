@@ -3,6 +3,7 @@
 import errno
 import functools
 import io
+import math
 import os
 import re
 import sys
@@ -22,6 +23,8 @@ from shared.store.store import Local
 _NO_MEMORY = "out of memory; free some, raise the limit (ulimit -v), or ask for less at once"
 _TORCH_NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: can't allocate memory")
 """What torch says of a GPU, and of the CPU; torch is not imported here."""
+_MOST_NUMBERS = 10**6
+"""Of a range on the command line."""
 _REMEDIES = {
     errno.ENOMEM: "; free some memory, raise the limit (ulimit -v), or ask for less at once",
     errno.EMFILE: "; raise the limit on open files: ulimit -n 4096",
@@ -86,6 +89,44 @@ def _refuse_empty_arguments() -> None:
 def _fail(message: str, code: int) -> None:
     tell("error: " + printable(" ".join(message.split())))
     sys.exit(code)
+
+
+class Numbers(click.ParamType):
+    """Numbers and ranges, both ends included: `3,17,100-120`."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Return them in the given order."""
+        if not isinstance(value, str):
+            return list(value)
+        found: list[int] = []
+        for part in value.split(","):
+            first, dash, last = (piece.strip() for piece in part.partition("-"))
+            if not re.fullmatch("[0-9]{1,9}", first) or (dash and not re.fullmatch("[0-9]{1,9}", last)):
+                self.fail(f"{part!r} is no number and no range of them, such as 3,17,100-120", param, ctx)
+            if not 0 <= int(last or first) - int(first) <= _MOST_NUMBERS:
+                self.fail(f"{part!r} is no range of at most {_MOST_NUMBERS:,} numbers, the smaller first", param, ctx)
+            found += range(int(first), int(last or first) + 1)
+        return found
+
+
+class NumberAndValue(click.ParamType):
+    """A number and what it gets: `906=12.5`."""
+
+    name = "number=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        """Return both."""
+        if not isinstance(value, str):
+            return int(value[0]), float(value[1])
+        number, _, given = value.partition("=")
+        try:
+            if re.fullmatch("[0-9]{1,9}", number.strip()) and math.isfinite(found := float(given)):
+                return int(number), found
+        except ValueError:
+            pass
+        self.fail(f"{value!r} is not LATENT=VALUE, such as 906=12.5", param, ctx)
 
 
 def local_options(command: Callable[..., None]) -> Callable[..., None]:

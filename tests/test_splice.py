@@ -24,6 +24,7 @@ def replacement(predict, source="source") -> Replacement:
     return Replacement(
         library="test", weights="ab" * 32, step=None, source=source,
         predict=lambda x: {TRANSCODER: predict(x)}, encode=lambda x: x,
+        directions=lambda latents: torch.zeros(len(latents), 1),
     )  # fmt: skip
 
 

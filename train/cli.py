@@ -36,6 +36,7 @@ def main() -> None:
 
 main.add_command(explain)
 
+
 def sync_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options to sync the run to W&B, which become the argument `project`."""
 

@@ -1,7 +1,13 @@
-"""The latents of a run's transcoder that are active on the tokens of a prompt."""
+"""The latents of a run's transcoder that are active on the tokens of a prompt, and what changing them does.
 
+Legend: T tokens, F latents.
+"""
+
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import torch
 from rich.table import Table
@@ -9,11 +15,16 @@ from torch import Tensor
 
 from harvest.commands.repair import own_model
 from harvest.llm.model import load_model
-from harvest.splice.replacements import Replacement, Strongest, of_run, open_run, read_replacement
+from harvest.splice.change_latents import LatentChange, change_latents, run_prompt
+from harvest.splice.forward import left_out
+from harvest.splice.replacements import Replacement, Strongest, of_run, open_run, prompt_page, read_replacement
 from harvest.text.tokenizer_files import load_tokenizer
 from shared.console.terminal import PlainConsole, say
 from shared.errors import UserError
+from shared.files import durable
 
+_ABLATED = 12
+"""Latents that a page shows ablated if the user names none: a pass of the LLM each."""
 _NAMED = 5
 """Tokens that are named of each latent."""
 
@@ -41,41 +52,135 @@ class LatentLabel(NamedTuple):
     """The tokens whose logits it raises most; none: not known."""
 
 
+class NextShown(NamedTuple):
+    """A token that may come after the prompt, with its text."""
+
+    token: int
+    text: str
+    before: float
+    """Probability by the unchanged model."""
+    after: float
+
+
+class ShownChange(NamedTuple):
+    """What setting one latent to one value does."""
+
+    latent: int
+    value: float
+    kl: list[float]
+    """Of each token's next-token distribution, nats."""
+    next: list[NextShown]
+    """After the last token, those whose probability changes most."""
+
+
 class PromptLatents(NamedTuple):
     """The tokens of a prompt, and the latents that are listed with them."""
 
     tokens: list[TokenLatents]
     labels: list[LatentLabel]
+    changes: list[ShownChange]
+    activations: dict[int, list[float]]
+    """Of every latent that is listed or changed, at each token."""
 
     def as_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
         labels = [one._asdict() | {"strongest": one.strongest and one.strongest._asdict()} for one in self.labels]
-        return {"tokens": [one._asdict() for one in self.tokens], "latents": labels}
+        changes = [one._asdict() | {"next": [token._asdict() for token in one.next]} for one in self.changes]
+        return {"tokens": [one._asdict() for one in self.tokens], "latents": labels, "changes": changes}
+
+
+class Changes(NamedTuple):
+    """Which latents are changed, one at a time."""
+
+    values: list[tuple[int, float]]
+    """Latents, and the activation that each gets; 0 ablates it."""
+    ablate_strongest: int
+    """So many more are ablated: those that add most to the target of the last token, whose prediction is compared."""
 
 
 def encode_prompt(
-    run: Path, prompt: str, *, transcoder: Path | None, step: int | None, top: int, model: str | None
+    run: Path,
+    prompt: str,
+    *,
+    transcoder: Path | None,
+    step: int | None,
+    top: int,
+    model: str | None,
+    changes: Changes | None = None,
 ) -> PromptLatents:
     """Run the LLM on `prompt`, with BOS as in the store, and list each token's `top` strongest latents.
 
-    Raises `UserError` when there is no such run, model or transcoder, or the prompt is empty or too long.
+    With `changes`, also set latents to other values, and see how the predictions change: the whole LLM runs then, once
+    more for each. Raises `UserError` when there is no such run, model, transcoder or latent, or the prompt is empty or
+    too long.
     """
     loaded = open_run(run, step)
-    request = loaded.rows.store.request
-    replacement = read_replacement(transcoder, loaded.rows.store) if transcoder else of_run(loaded)
+    store, request = loaded.rows.store, loaded.rows.store.request
+    replacement = read_replacement(transcoder, store) if transcoder else of_run(loaded)
     files = own_model(request, model)
     tokenizer = load_tokenizer(files.folder)
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     if not 0 < len(ids) < request.context_size:
         raise UserError(f"--prompt has {len(ids):,} tokens, expected 1 to {request.context_size - 1:,}")
     ids = [tokenizer.bos_token_id, *ids] if request.bos else ids
-    hook = request.source_hook if replacement.source == "source" else request.target_hook
-    network = load_model(files.folder, request.model.dtype, request.model.device, [hook])
-    rows = network(torch.tensor([ids], device=request.model.device))[hook][0].float().cpu()
-    with torch.inference_mode():
-        latents = replacement.encode(rows)
+    given = torch.tensor([ids], device=request.model.device)
+    hooks = [request.source_hook, request.target_hook]
+    if changes is None:
+        hook = hooks[replacement.source == "target"]
+        network = load_model(files.folder, request.model.dtype, request.model.device, [hook])
+        latents, found = _encoded(replacement, network(given)[hook][0]), list[LatentChange]()
+    else:
+        network = load_model(files.folder, request.model.dtype, request.model.device, hooks, whole=True)
+        clean = run_prompt(network, given, *hooks)
+        latents = _encoded(replacement, clean.source if replacement.source == "source" else clean.target)
+        values = _values(changes, replacement, latents)
+        directions = dict(
+            zip((one for one, _ in values), replacement.directions([one for one, _ in values]), strict=True)
+        )
+        kept = left_out(store.exclusion, clean.source, clean.target, torch.arange(len(ids), device=given.device)).cpu()
+        found = change_latents(network, request.target_hook, clean, latents, directions, values, kept)
     tokens = [_token(i, token, latents[i], top, tokenizer) for i, token in enumerate(ids)]
-    return PromptLatents(tokens, _labels(sorted({i for one in tokens for i in one.latents}), replacement, tokenizer))
+    named = sorted({i for one in tokens for i in one.latents} | {one.latent for one in found})
+    shown = [_shown(one, tokenizer) for one in found]
+    activations = {latent: latents[:, latent].tolist() for latent in named}
+    return PromptLatents(tokens, _labels(named, replacement, tokenizer), shown, activations)
+
+
+def with_changes(ablate: Sequence[int], steer: Sequence[tuple[int, float]], *, page: bool) -> Changes | None:
+    """Return what the command line asks to change; none: nothing. A `page` without any shows the strongest ablated."""
+    values = [*((latent, 0.0) for latent in ablate), *steer]
+    return Changes(values, _ABLATED if page and not values else 0) if values or page else None
+
+
+def write_page(path: Path, run: Path, found: PromptLatents) -> None:
+    """Write the page of a prompt. Raises `DiskFull`, and `UserError` when its folder cannot be written to."""
+    durable.make_folder(path.parent)
+    latents = run / "report" / "latents.html"
+    browser = quote(os.path.relpath(latents, path.parent)) if latents.is_file() else None
+    durable.publish_bytes(path, prompt_page(run.name, found.as_json() | {"activations": found.activations}, browser))
+
+
+def _encoded(replacement: Replacement, rows: Tensor) -> Tensor:
+    """Return latents [T, F] on the CPU."""
+    with torch.inference_mode():
+        return replacement.encode(rows.float().cpu())
+
+
+def _values(changes: Changes, replacement: Replacement, latents: Tensor) -> list[tuple[int, float]]:
+    """Return which latents get which values. Raises `UserError` when there is no such latent."""
+    if wrong := [latent for latent, _ in changes.values if latent >= latents.shape[1]]:
+        raise UserError(f"there is no latent {wrong[0]}; the transcoder has {latents.shape[1]:,}, from 0")
+    last = latents[-1]
+    active = last.nonzero().flatten().tolist()
+    added = last[active] * replacement.directions(active).norm(dim=1)
+    strongest = [active[i] for i in added.argsort(descending=True)[: changes.ablate_strongest].tolist()]
+    given = dict.fromkeys(changes.values)
+    return [*given, *((latent, 0.0) for latent in strongest if (latent, 0.0) not in given)]
+
+
+def _shown(change: LatentChange, tokenizer: Any) -> ShownChange:
+    named = [NextShown(one.token, tokenizer.decode([one.token]), one.before, one.after) for one in change.next]
+    return ShownChange(change.latent, change.value, change.kl, named)
 
 
 def _token(position: int, token: int, latents: Tensor, top: int, tokenizer: Any) -> TokenLatents:
@@ -95,7 +200,7 @@ def _labels(latents: list[int], replacement: Replacement, tokenizer: Any) -> lis
 
 
 def show(found: PromptLatents) -> None:
-    """Print a line per token, and then one per latent: where it is strongest, and which tokens it promotes."""
+    """Print a line per token, one per latent (where it is strongest, which tokens it promotes), and one per change."""
     table = Table("position", "token", "active", "latent: value, the strongest first")
     for one in found.tokens:
         pairs = "  ".join(f"{i}: {value:.3g}" for i, value in zip(one.latents, one.values, strict=True))
@@ -108,6 +213,14 @@ def show(found: PromptLatents) -> None:
         for label in labelled:
             names.add_row(str(label.latent), *_where(label.strongest), _words(label.promotes or []))
         console.print(names)
+    if found.changes:
+        changed = Table("latent", "set to", "KL at the last token", "next tokens: probability before -> after")
+        for change in found.changes:
+            told = "  ".join(
+                f"{token.text!r}: {token.before:.3f} -> {token.after:.3f}" for token in change.next[:_NAMED]
+            )
+            changed.add_row(str(change.latent), f"{change.value:.4g}", f"{change.kl[-1]:.4f}", told)
+        console.print(changed)
 
 
 def _where(found: Strongest | None) -> tuple[str, str]:

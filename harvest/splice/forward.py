@@ -54,7 +54,7 @@ class Losses:
 def losses(splicer: Splicer, ids: Tensor, positions: Tensor) -> Losses:
     """Run windows `ids` [S, T] unchanged, and once per arm; `positions` [S, T] as the model counts them."""
     source, target, clean = _unchanged(splicer, ids, positions)
-    kept = _left_out(splicer.exclusion, source, target, positions)
+    kept = left_out(splicer.exclusion, source, target, positions)
     ce, kl = {CLEAN: _cross_entropy(clean, ids)}, {}
     for name, rows in _rows(splicer, source if splicer.replacement.source == "source" else target, source).items():
         for arm, keep in _arms(name, kept, splicer.exclusion):
@@ -85,8 +85,8 @@ def _unchanged(splicer: Splicer, ids: Tensor, positions: Tensor) -> tuple[Tensor
     return found[splicer.source_hook], found[splicer.target_hook], logits
 
 
-def _left_out(exclusion: Exclusion | None, source: Tensor, target: Tensor, positions: Tensor) -> Tensor:
-    """Tell which rows training leaves out, [S, T] bool."""
+def left_out(exclusion: Exclusion | None, source: Tensor, target: Tensor, positions: Tensor) -> Tensor:
+    """Tell which rows training leaves out, of source [..., D] and target [..., O]: bool of the shape of `positions`."""
     left = torch.zeros_like(positions, dtype=torch.bool)
     if exclusion and exclusion.position_0:
         left |= positions == 0

@@ -26,12 +26,13 @@ from train.live.run_files import CONFIG
 from train.model import checkpoint
 from train.model.normalisation import normalisation
 from train.model.transcoder import Transcoder
+from train.report.prompt_page import prompt_page
 from train.run.load_run import LoadedRun, load_run
 from train.samples.strongest import Strongest, strongest
 from train.samples.token_effects import decoder_directions, tokens_of, unembedding_of
 
 __all__ = ["LoadedRun", "Replacement", "Strongest", "in_parts", "linear", "mean_target", "of_run", "open_run"]
-__all__ += ["read_replacement"]
+__all__ += ["prompt_page", "read_replacement"]
 
 Predict = Callable[[Tensor], dict[str, Tensor]]
 _ROWS = 1024
@@ -51,6 +52,8 @@ class Replacement:
     """From source rows [N, D], at most 1,024, to target rows [N, O] by name: the whole, and smaller prefixes."""
     encode: Callable[[Tensor], Tensor]
     """From source rows [N, D] to latents [N, F], 0 where a latent is not active."""
+    directions: Callable[[list[int]], Tensor]
+    """From latents to what an activation of 1 of each adds to the targets, [n, O], in the targets' units."""
     promoted: Callable[[list[int], int], list[list[int]]] | None = None
     """From latents, and how many, to the tokens whose logits each raises most; none: not known."""
     strongest: Callable[[list[int]], dict[int, Strongest]] | None = None
@@ -78,6 +81,7 @@ def of_run(loaded: LoadedRun) -> Replacement:
         source=loaded.config.settings.source,
         predict=partial(_every_prefix, transcoder),
         encode=lambda x: transcoder.encode(x, dense=True),
+        directions=lambda latents: torch.from_numpy(decoder_directions(transcoder)[latents]),
         promoted=promoted if unembedding else None,
         strongest=partial(strongest, loaded.path, found.step),
     )
@@ -106,6 +110,7 @@ def read_replacement(path: Path, store: Store) -> Replacement:
         source="source",
         predict=partial(_plain, plain),
         encode=plain.encode,
+        directions=lambda latents: plain.W_dec[latents],
     )
 
 

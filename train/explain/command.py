@@ -12,25 +12,12 @@ from shared.store.store import Local
 MOST_TOKENS = 2_000_000
 
 
-class _Latents(click.ParamType):
-    """Numbers and ranges: `3,17,100-120`."""
-
-    name = "latents"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        found: list[int] = []
-        for part in value.split(","):
-            first, dash, last = part.strip().partition("-")
-            if not first.isdecimal() or (dash and not last.isdecimal()):
-                self.fail(f"{part!r} is no latent and no range of them, such as 3,17,100-120", param, ctx)
-            found += range(int(first), int(last or first) + 1)
-        return found
-
-
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="The model's name, as the server has it.")
-@click.option("--latents", type=_Latents(), metavar="N,N-N", help="Latents to label; default: --count of them.")
+@click.option(
+    "--latents", type=shared.command_line.Numbers(), metavar="N,N-N", help="Latents to label; default: --count of them."
+)
 @click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Latents, drawn at random.")
 @click.option(
     "--max-tokens",
