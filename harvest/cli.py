@@ -11,9 +11,11 @@ import click
 
 import shared.command_line
 from harvest.settings import DEFAULT_PRESET, Settings, load_settings
+from shared.command_line import COUNT, STORE
 from shared.console.signals import stop_at_once
 from shared.console.terminal import say, show_path, show_text
-from shared.errors import UserError, printable
+from shared.errors import UserError
+from shared.store.find_store import CACHE, CACHE_VARIABLE, find_store
 from shared.store.import_origin import ImportFormat
 from shared.store.store import Local
 
@@ -26,9 +28,9 @@ def group() -> None:
 cache_option = click.option(
     "--cache",
     type=click.Path(path_type=Path),
-    default=Path("cache"),
+    default=CACHE,
     show_default=True,
-    envvar="TRANSCODER_CACHE",
+    envvar=CACHE_VARIABLE,
     show_envvar=True,
     help="The folder that stores are made in.",
 )
@@ -51,7 +53,8 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
             help="`embedded`, a data set on the hub, or a .jsonl, .parquet or .txt file (repeatable).",
         ),
         click.option("--layer", "layers", type=int, multiple=True, help="A layer, from 0 (repeatable: a store each)."),
-        click.option("--tokens", type=int, help="Tokens to train on, rounded up to whole blocks."),
+        click.option("--tokens", type=COUNT, help="Tokens to train on, such as 5M; rounded up to whole blocks."),
+        click.option("--name", help="Start of the store's name.  [default: the model's name, or the preset's]"),
         cache_option,
         click.option("--seed", type=int, help="Seed of every permutation."),
         click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Any setting (repeatable)."),
@@ -152,7 +155,7 @@ def list_all(cache: Path, as_json: bool, **given: Any) -> None:
 
 
 @group.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=STORE)
 @click.option("--shuffle", is_flag=True, help="Measure how well rows are shuffled, too, on batches of training.")
 @click.option("--run-rows", type=click.IntRange(1), help="With --shuffle: as rows.run_rows of training.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
@@ -173,7 +176,7 @@ def info(store: Path, shuffle: bool, run_rows: int | None, as_json: bool, local:
 
 
 @group.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=STORE)
 @click.option("--against-model", "rows", type=click.IntRange(1), metavar="N", help="Recompute N random rows, too.")
 @click.option("--model", help="Where the store's model lies, if not where the store says.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which rows are recomputed.")
@@ -199,7 +202,7 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
 
 
 @group.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=STORE)
 @click.option("--model", help="Where the store's model lies, if not where the store says.")
 @click.option("--text", multiple=True, help="Where the store's text lies, if its tokens are damaged (repeatable).")
 @click.option(
@@ -230,7 +233,7 @@ def repair(
 
 
 @group.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=STORE)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
@@ -248,7 +251,7 @@ def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
 
 
 @group.command()
-@click.argument("packed", type=click.Path(path_type=Path))
+@click.argument("packed", type=STORE)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
@@ -356,18 +359,18 @@ def ls(cache: Path, as_json: bool) -> None:
 @group.command()
 @click.argument("store", nargs=-1, required=True)
 @cache_option
-@click.option("--yes", is_flag=True, help="Ask nothing.")
+@shared.command_line.yes_option
 @click.option("--dry-run", is_flag=True, help="Say what would be removed.")
 def rm(store: tuple[str, ...], cache: Path, yes: bool, dry_run: bool) -> None:
     """Remove stores, given by path or by name in the cache; refuses while one is trained from or written."""
     from harvest.commands import stores
 
-    paths = [path if (path := Path(name)).is_dir() else cache / name for name in store]
+    paths = [find_store(Path(name), cache) for name in store]
     for path in paths:
         size = stores.check_removable(path)
         if dry_run:
             show_text(f"would remove {path}: {size:,} bytes")
-        elif yes or not sys.stdin.isatty() or click.confirm(printable(f"remove {path} ({size:,} bytes)?")):
+        elif yes or shared.command_line.confirm_removal(path, size):
             stores.remove(path)
             show_text(f"removed {path}: {size:,} bytes")
     if not dry_run:

@@ -108,16 +108,18 @@ def test_rm_refuses_a_store_in_use_and_then_removes_it(cache: Path) -> None:
     assert (
         command("rm", "whole", "--cache", cache, "--dry-run").out == f"would remove {cache / 'whole'}: {size:,} bytes\n"
     )
+    unasked = command("rm", "whole", "--cache", cache)
+    assert unasked.code == 2 and "pass --yes to remove it" in unasked.err and unasked.out == ""
     assert (cache / "whole" / STORE).exists()
-    assert command("rm", "whole", "--cache", cache).out == f"removed {cache / 'whole'}: {size:,} bytes\n"
+    assert command("rm", "whole", "--yes", "--cache", cache).out == f"removed {cache / 'whole'}: {size:,} bytes\n"
     assert list(cache.iterdir()) == []
 
 
 def test_rm_refuses_what_is_no_store(cache: Path) -> None:
     (cache / "mine").mkdir()
-    for name in ("mine", "nothing"):
+    for name, told in (("mine", "mine is not a store"), ("nothing", f"no store nothing here or in {cache}; its stores: ")):
         done = command("rm", name, "--cache", cache)
-        assert done.code == 2 and f"{name} is not a store" in done.err
+        assert done.code == 2 and told in done.err
     assert (cache / "mine").is_dir()
 
 
@@ -128,7 +130,7 @@ def test_a_removal_that_was_killed_leaves_no_part_of_a_store(cache: Path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
-        assert command("rm", "whole", "--cache", cache).code == 3
+        assert command("rm", "whole", "--yes", "--cache", cache).code == 3
     assert listed(cache) == {}
     assert [path.name for path in cache.iterdir() if path.is_dir()] == ["whole.tmp"]
     make_store(cache / "other")
@@ -242,4 +244,4 @@ def test_a_store_is_not_removed_under_a_training_run(cache: Path, tmp_path: Path
         out, err = run.communicate(timeout=120)
     assert run.returncode == 0, err
     assert out.splitlines()[-1] == str(tmp_path / "runs/tiny-001")
-    assert command("rm", "whole", "--cache", cache).code == 0
+    assert command("rm", "whole", "--yes", "--cache", cache).code == 0

@@ -91,6 +91,11 @@ def train(
     return run
 
 
+def store_like(run: Path | str) -> Path:
+    """Return where the store of `run` is. Raises `UserError` when `run` is none."""
+    return place_of_store(Path(run), read_config(Path(run)))
+
+
 def left_out(store: Store, blocks: range) -> str:
     """Tell which rows of the training blocks are left out, and why."""
     exclusion, strata = store.exclusion, store.strata.values()
@@ -176,7 +181,10 @@ def make_longer(run: Path, config: RunConfig, done: int, steps: int, fallback: P
         raise UserError(f"--steps {steps:,}: {run} has {before.steps:,} steps already, and is only ever made longer")
     settings = build(Settings, before.model_dump() | {"steps": steps}, "--steps")
     extension = Extension(step=done, steps_before=before.steps)
-    longer = config.model_copy(update={"settings": settings, "extensions": (*config.extensions, extension)})
+    asked = config.asked and config.asked.model_copy(update={"steps": steps})
+    longer = config.model_copy(
+        update={"settings": settings, "extensions": (*config.extensions, extension), "asked": asked}
+    )
     (run / REPORTS / HELD_OUT).unlink(missing_ok=True)  # of the step that was the last one
     written = durable.json_bytes(longer.model_dump(mode="json"))
     places = [place for place in (fallback, run) if place and (place / CONFIG).is_file()]

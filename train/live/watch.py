@@ -33,6 +33,8 @@ class Watched:
         config = _config(run)
         self.status = Status(run, config.settings.steps, config.settings.rows.batch_rows)
         self._imported = config.imported is not None
+        self.store = Path(config.store).name
+        """Name of the folder that its store was in when it started."""
         self.state: State = "starting"
         self._said = ""
         self._metrics, self._timing = Lines(run / METRICS), Lines(run / TIMING)
