@@ -88,7 +88,8 @@ def _faults(root: Schema, schema: Schema, value: object, path: tuple[str, ...]) 
         now = node.get("renamed", {}).get(name, name)
         known = name if now in value else now
         if known not in node["properties"]:
-            yield _Fault(".".join([*path, str(name)]), inner, "")
+            further = [str(part) for part in list(inner)[:1]] if isinstance(inner, Mapping) else []
+            yield _Fault(".".join([*path, str(name), *further]), inner, "")
         else:
             yield from _faults(root, node["properties"][known], inner, (*path, str(name)))
 
@@ -180,7 +181,7 @@ def _hint(schema: Schema, given: str, aliases: Mapping[str, str]) -> str:
         return f"; did you mean {inside[near[0]]!r}?"
     if same := [name for name in known if name.rpartition(".")[2].lower() == last]:
         return f"; did you mean {' or '.join(map(repr, same[:3]))}?"
-    if near := difflib.get_close_matches(given.lower(), known, n=1):
+    if not inside and (near := difflib.get_close_matches(given.lower(), known, n=1)):
         return f"; did you mean {near[0]!r}?"
     leaves: dict[str, str] = {}
     for name in known:

@@ -95,11 +95,9 @@ def test_the_settings_reach_their_fields():
         ("learn_rate=1", "tiny: unknown option 'learn_rate'; did you mean 'learning_rate'?"),
         ("loss.aux_weight=1", "tiny: unknown option 'loss.aux_weight'; did you mean 'loss.auxk_weight'?"),
         ("auxk_weight=1", "tiny: unknown option 'auxk_weight'; did you mean 'loss.auxk_weight'?"),
-        ("los.auxk_weight=1", "tiny: unknown option 'los'; did you mean 'loss'?"),
-        (
-            "zzzzzz=1",
-            "tiny: unknown option 'zzzzzz'; there are seed, learning_rate, name, loss.…",
-        ),
+        ("los.auxk_weight=1", "tiny: unknown option 'los.auxk_weight'; did you mean 'loss.auxk_weight'?"),
+        ("zzzzzz=1", "tiny: unknown option 'zzzzzz'; there are seed, learning_rate, name, loss.…"),
+        ("loss.zzzzzz=1", "tiny: unknown option 'loss.zzzzzz'; there are loss.auxk_weight, loss.prefixes"),
     ],
 )
 def test_an_unknown_option_names_the_nearest(assignment, message):

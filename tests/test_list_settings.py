@@ -8,8 +8,8 @@ from click.testing import CliRunner
 
 import harvest.cli
 import train.cli
-from shared.command_line import Commands
 from shared.check_settings import names_in
+from shared.command_line import Commands
 from shared.console.list_settings import list_settings
 from shared.store.store import Store
 from tests.stores import SyntheticStore
