@@ -35,7 +35,7 @@ Command = Callable[..., Outcome]
         ("activation.K=16", "unknown option 'activation.K'; did you mean 'activation.k'?"),
         ("learning_rate=1", "unknown option 'learning_rate'; did you mean 'optimizer.lr'?"),
         ("optimizer.lr_rate=1", "unknown option 'optimizer.lr_rate'; did you mean 'optimizer.decoder_rate'?"),
-        ("samples.zzzz=1", "unknown option 'samples.zzzz'; there are samples.rows, samples.top, "),
+        ("samples.zzzz=1", "unknown option 'samples.zzzz'; there are samples.bins, samples.context, "),
     ],
 )
 def test_what_is_wrong_with_a_setting_blames_the_option_that_was_typed(line: str, said: str) -> None:
