@@ -468,7 +468,7 @@ def import_(
 @click.option(
     "--l0",
     type=float,
-    help="Active latents per row to compare at; default: the runs' k.",
+    help="Active latents per row to compare at; default: the runs' k, or each its own where they have others.",
 )
 @click.option("--own-l0", is_flag=True, help="Compare each run at its own: by its k, or its learned thresholds.")
 @click.option(

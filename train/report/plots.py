@@ -176,8 +176,9 @@ def figure(
 
 
 def look(i: int) -> dict[str, Any]:
-    """Return the dash and marker of the i-th series."""
+    """Return the dash and marker of the i-th series, and its number, by which the page gives it a colour."""
     return {
+        "meta": {"series": i},
         "line": {"dash": _DASHES[i % len(_DASHES)], "width": 2},
         "marker": {"symbol": _MARKERS[i % len(_MARKERS)], "size": 8},
     }
