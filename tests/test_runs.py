@@ -88,7 +88,7 @@ def test_a_run_like_another_has_what_was_asked_for_and_the_other_store(
         config = read_config(done.path)
         expected = first.asked.transcoder.model_copy(update={"d_sae": 32})
         assert config.asked == first.asked.model_copy(update={"transcoder": expected})
-        assert config.store == first.store and config.settings.transcoder.prefixes[-1:] == (32,)
+        assert config.store == first.store and (config.settings.transcoder.prefixes or ())[-1:] == (32,)
     older = json.loads((runs / "one/config.json").read_text())
     del older["asked"]
     (tmp_path / "old").mkdir()

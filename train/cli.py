@@ -10,6 +10,7 @@ from typing import Any, get_args
 import click
 
 import shared.command_line
+from shared.check_settings import Change
 from shared.command_line import STORE
 from shared.console.terminal import Verbosity, show_path, show_text, verbosity
 from shared.errors import UserError
@@ -17,8 +18,8 @@ from shared.files import durable
 from shared.store.store import Local, Store
 from train.explain.command import explain
 from train import cli_runs
+from train import cli_runs, cli_settings
 from train.interchange import Format
-from train.live.run_files import CONFIG
 from train.read_settings import options, read_settings
 from train.run_folder import new_run_folder
 
@@ -31,21 +32,6 @@ _fallback_option = click.option(
 _verify_option = click.option(
     "--verify", is_flag=True, help="Read all of the store's shard files first; without it, some 512 MiB of them."
 )
-
-
-_config_option = click.option(
-    "--config", "file", type=click.Path(path_type=Path), help="A TOML file, or a run's config.json, for the preset."
-)
-_like_option = click.option(
-    "--like", metavar="RUN", type=click.Path(path_type=Path), help="Start from the settings and the store of a run."
-)
-
-
-def _settings_file(file: Path | None, like: Path | None) -> Path | None:
-    """Return the file that settings are read from in place of a preset. Raises `UserError` when there are two."""
-    if file and like:
-        raise UserError("--config and --like both say which settings to start from; give one of them")
-    return like / CONFIG if like else file
 
 
 @click.group(name="python -m train", cls=shared.command_line.Commands)
@@ -77,8 +63,8 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
 @main.command()
 @click.argument("preset", default="tiny")
 @click.option("--store", type=STORE, help="A finished store: a folder, or its name in the cache.")
-@_config_option
-@_like_option
+@cli_settings.config_option
+@cli_settings.like_option
 @click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Where runs are kept.")
 @click.option("--name", help="The run's folder in --runs; default: the preset's name and the next free number.")
 @click.option("--steps", type=shared.command_line.COUNT, help="Optimiser steps, such as 10k.")
@@ -111,17 +97,19 @@ def run(
     verify: bool,
 ) -> None:
     """Train a transcoder. Prints the run's path as its last line."""
-    file = _settings_file(file, like)
-    changes = [*assignments, *options(steps=steps, seed=seed)]
+    file = cli_settings.settings_file(file, like)
+    changes: list[str | Change] = [*assignments, *options(steps=steps, seed=seed)]
     read_settings(preset, changes, file)  # says what is wrong before torch is imported, which takes seconds
-    if not (store or like):
+    if not store and not like:
         raise UserError("train run needs a store: --store NAME or FOLDER, or --like RUN for that of another run")
     opened = Store.open(store, local) if store else None
     from train.commands import store_like, train
     from train.run.settings import load_settings
 
     settings = load_settings(preset, changes, file=file)
-    opened = opened or Store.open(store_like(like), local)
+    if not opened:
+        assert like
+        opened = Store.open(store_like(like), local)
     with new_run_folder(runs, name, like.resolve().name if like else file.stem if file else preset) as path:
         train(
             opened,
@@ -135,32 +123,6 @@ def run(
         )
     _summarise(path)
     show_path(path)
-
-
-@main.command("settings")
-@click.argument("preset", default="tiny")
-@click.option("--store", type=STORE, help="A store: automatic choices are shown as made for it.")
-@_config_option
-@_like_option
-@click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_all(
-    preset: str, store: Path | None, file: Path | None, like: Path | None, assignments: tuple[str, ...], as_json: bool
-) -> None:
-    """List every setting with the value that `run` would take, its default and what it does. Runs nothing."""
-    file = _settings_file(file, like)
-    read_settings(preset, assignments, file)
-    from shared.console.list_settings import list_settings, settings_as_json, show_settings
-    from train.run.settings import load_settings, resolve
-
-    settings = load_settings(preset, assignments, file=file)
-    if store:
-        settings = resolve(Store.open(store), settings, None).settings
-    found = list_settings(settings)
-    if as_json:
-        click.echo(settings_as_json(found))
-    else:
-        show_settings(found, f"settings of train run {file or preset}{f', on {store}' if store else ''}")
 
 
 @main.command()
@@ -206,23 +168,8 @@ def resume(
     show_path(run)
 
 
-for _command in (cli_runs.watch, cli_runs.ls, cli_runs.rm):
+for _command in (cli_settings.list_all, cli_runs.watch, cli_runs.ls, cli_runs.rm, cli_runs.checkpoints):
     main.add_command(_command)
-
-
-@main.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def checkpoints(run: Path, as_json: bool) -> None:
-    """List the checkpoints of a run: step, size, held-out figures, and whether each verifies."""
-    from train.commands import list_checkpoints
-    from train.tables import print_checkpoints
-
-    found = list_checkpoints(run)
-    if as_json:
-        click.echo(json.dumps([one.model_dump(mode="json") for one in found], indent=2))
-    else:
-        print_checkpoints(found, str(run))
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""The commands that look at runs from outside, and remove them: they import no torch."""
+"""The commands that look at runs from outside, and remove them."""
 
 import json
 from dataclasses import asdict
@@ -53,3 +53,18 @@ def rm(run: tuple[Path, ...], runs: Path, yes: bool) -> None:
         if yes or shared.command_line.confirm_removal(path, size):
             remove_run(path)
             show_text(f"removed {path}: {size:,} bytes")
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def checkpoints(run: Path, as_json: bool) -> None:
+    """List the checkpoints of a run: step, size, held-out figures, and whether each verifies."""
+    from train.commands import list_checkpoints
+    from train.tables import print_checkpoints
+
+    found = list_checkpoints(run)
+    if as_json:
+        click.echo(json.dumps([one.model_dump(mode="json") for one in found], indent=2))
+    else:
+        print_checkpoints(found, str(run))

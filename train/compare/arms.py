@@ -80,9 +80,9 @@ def compare_runs(
 ) -> Comparison:
     """Measure finished `runs` on one store at one l0: that of their k, unless another is given.
 
-    `own_l0`, and where they have no k in common: each at the l0 that it has, by its k or its learned thresholds. `store`: where it is now, if it was moved.
-    `matched_latents`: as many are matched across seeds, at most. `verify`: read all of the store's shard files first,
-    and not only some.
+    `own_l0`, and where they have no k in common: each at the l0 that it has, by its k or its learned thresholds.
+    `store`: where it is now, if it was moved. `matched_latents`: as many are matched across seeds, at most. `verify`:
+    read all of the store's shard files first, and not only some.
 
     Raises `UserError` when there are none, one is not finished, two are one run, or they are not of one store.
     """
@@ -182,7 +182,9 @@ def _common_name(names: Sequence[str]) -> str:
     """Return what the names of an arm's runs start with, without a mark of the seed at its end."""
     if len(names) == 1:
         return names[0]
-    start = os.path.commonprefix(list(names))
+    start = names[0]
+    while not all(name.startswith(start) for name in names):
+        start = start[:-1]
     if any(name[len(start) :][:1].isdigit() for name in names):  # the seed's number, not a part of it
         start = start.rstrip("0123456789")
     return re.sub(r"[-_.]+(s|seed)?[-_.]*$", "", start) or names[0]

@@ -35,9 +35,9 @@ class Initial(NamedTuple):
 def find_initial(path: Path, config: RunConfig) -> Initial:
     """Return the weights of a run's newest checkpoint, or of another library's transcoder, at `path`.
 
-    Where `config` started already, those that it started from. They must fit `config`, but a run's weights start a wider
-    one, too: latents that it has not start at random. Raises `UserError` with both
-    shapes, or when what it started from is gone, or is other weights; and `CorruptData`.
+    Where `config` started already, those that it started from. They must fit `config`; but weights of a run start a
+    wider one, too, whose other latents start at random. Raises `UserError` with both shapes, or when what it started
+    from is gone, or is other weights; and `CorruptData`.
     """
     found = _of_run(path, config) if (path / CONFIG).is_file() or not path.exists() else None
     found = found or _of_library(path, config)
@@ -63,7 +63,9 @@ def _of_run(run: Path, config: RunConfig) -> Initial:
     weights = InitialWeights(step=found.step, crc32c=found.state.files["weights.safetensors"].crc32c)
     if narrower:
         seed = config.settings.seed
-        return Initial(found.path, weights, _d_sae(before), lambda model: widen(Transcoder.load(found.path), model, seed))
+        return Initial(
+            found.path, weights, _d_sae(before), lambda model: widen(Transcoder.load(found.path), model, seed)
+        )
     if before.imported is None:
         return Initial(found.path, weights, _d_sae(before), lambda model: model.load_checkpoint(found))
     imported = Transcoder.load(run, found.step)  # in the LLM's own units; the new run shifts and scales rows
