@@ -270,6 +270,8 @@ def _said(detail: ErrorDetails) -> str:
     kind, message = detail["type"], _one_line(detail["msg"].removeprefix("Value error, "))
     if kind in ("missing", "value_error"):
         return message
+    if kind == "string_pattern_mismatch":
+        message = f"must have the form {detail['ctx']['pattern']}"
     return f"{_PLAIN.get(kind, message)} (got {brief(detail['input'])})"
 
 

@@ -26,7 +26,7 @@ class ListedRun:
     state: str
     """`starting`, `running`, `finished`, `stopped`, or `damaged: ...`."""
     step: int
-    """Done, as far as the metrics tell."""
+    """Done, as far as the metrics and the newest checkpoint tell."""
     steps: int
     fvu: float | None
     """Held out, of the last evaluation; none: there was none yet."""
@@ -64,7 +64,7 @@ def _listed(path: Path) -> ListedRun:
         name=path.name,
         store=watched.store,
         state=watched.state,
-        step=status.step,
+        step=max(status.step, watched.newest_checkpoint),
         steps=status.steps,
         fvu=held_out.get("fvu"),
         l0=held_out.get("l0"),
@@ -90,7 +90,10 @@ def print_runs(found: Sequence[ListedRun], runs: Path) -> None:
         table.add_row(one.name, one.store, one.state, step, *figures, size(one.bytes))
     console.print(table)
     total = size(sum(one.bytes for one in found))
-    console.print(f"{len(found)} runs, {total}; fvu, l0 and dead latents are held out", highlight=False)
+    console.print(
+        f"{len(found)} {'run' if len(found) == 1 else 'runs'}, {total}; fvu, l0 and dead latents are held out",
+        highlight=False,
+    )
 
 
 def _text(value: float | None, form: str) -> str:
