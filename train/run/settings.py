@@ -229,6 +229,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConfig:
     """Return the run that `settings` ask for on `store`, every automatic choice made. Raises `UserError`."""
+    asked = settings
     record, exclusion = store.record, resolve_exclusion(store, settings)
     device = _device(settings.device)
     if settings.resident_rows == "on" and device == "cpu":
@@ -304,7 +305,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
         },
         step_times=times,
         exclusion=exclusion,
-        asked=settings,
+        asked=asked,
     )
 
 
