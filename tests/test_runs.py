@@ -11,12 +11,14 @@ import pytest
 from shared.check_settings import names_in
 from shared.errors import UserError
 from shared.files import durable
+from shared.store.store import Store
 from tests.llms import ROOT
 from tests.runs import SMALL, Outcome
 from tests.stores import SyntheticStore
 from train.live.runs import list_runs
 from train.read_settings import ALIASES, read_settings
-from train.run.settings import Settings, load_settings, read_config
+from train.run.advice import advice
+from train.run.settings import Settings, load_settings, read_config, resolve
 
 Command = Callable[..., Outcome]
 
@@ -120,3 +122,16 @@ def test_a_run_like_another_has_what_was_asked_for_and_the_other_store(
 def test_settings_that_are_read_before_torch_are_those_of_the_class() -> None:
     read = read_settings("base", {"activation.kind": "jumprelu", "steps": 7})
     assert Settings.model_validate(read.tables) == load_settings("base", {"activation.kind": "jumprelu", "steps": 7})
+
+
+def test_advice_is_of_the_runs_own_numbers(synthetic: SyntheticStore) -> None:
+    store = Store.open(synthetic.path)
+    changes = {"transcoder.d_sae": 64, "activation.k": 6, "rows.batch_rows": 48, "steps": 100}
+    config = resolve(store, load_settings("base", changes), None)
+    rows = sum(part.source.rows for part in store.strata.values()) * len(config.training_blocks) // store.record.blocks
+    lr, k, d_sae, steps, _ = advice(config, store)
+    assert lr.startswith("optimizer.lr: 0.004 here") and "at 16 it is not measured (" in lr
+    assert k.startswith("activation.k: 6 ") and d_sae.startswith("transcoder.d_sae: 64, 4 times the width")
+    assert f"steps: 100 read each of {rows:,} training rows {100 * 48 / rows:.2g} times" in steps
+    assert ("twice as much text" in steps) == (2 * rows < 100 * 48)
+    assert "wider rows want less" in advice(config.model_copy(update={"d_in": 2304}), store)[0]

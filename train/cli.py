@@ -16,9 +16,8 @@ from shared.console.terminal import Verbosity, show_path, show_text, verbosity
 from shared.errors import UserError
 from shared.files import durable
 from shared.store.store import Local, Store
-from train.explain.command import explain
-from train import cli_runs
 from train import cli_runs, cli_settings
+from train.explain.command import explain
 from train.interchange import Format
 from train.read_settings import options, read_settings
 from train.run_folder import new_run_folder
