@@ -6,6 +6,7 @@ does not say, such as how two settings go together, is left to the class.
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ _BOUNDS = {
     "maximum": ("at most", lambda value, bound: value <= bound),
     "exclusiveMaximum": ("below", lambda value, bound: value < bound),
 }
-_MOST_NAME, _MOST_LISTED = 200, 30
+_MOST_NAME, _MOST_VALUE, _MOST_LISTED = 200, 120, 30
 
 
 class Change(NamedTuple):
@@ -65,8 +66,13 @@ def blamed(name: str, changes: Sequence[Change]) -> Change | None:
 
 
 def _shown(name: str, value: object) -> str:
-    text = str(value)
-    return f"{name} = {text if len(text) <= 120 else text[:120] + '...'}: "
+    """Return a setting for a message: in one line, and cut where it is long."""
+    try:
+        text = value if isinstance(value, str) else reprlib.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = "a value too long to show"
+    text = f"{name[:_MOST_NAME]} = {text[:_MOST_VALUE]}{'...' if len(text) > _MOST_VALUE else ''}: "
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _faults(root: Schema, schema: Schema, value: object, path: tuple[str, ...]) -> Iterator[_Fault]:
@@ -137,7 +143,7 @@ def _wrong_scalar(node: Schema, value: object) -> str:
     if kind == "boolean":
         return "" if isinstance(value, bool) else "another"
     number = _number(value)
-    if number is not None and not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         return "must be finite"
     if number is None or (kind == "integer" and number != int(number)):
         return "another"

@@ -126,6 +126,25 @@ def test_a_bad_value_names_field_value_and_cause_in_one_line(assignment, parts):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (10**5000, "seed = a value too long to show: must be at most 9"),
+        ("a\nb\x1b[31m", r"seed = a\nb\x1b[31m: not a whole number"),
+        ("x" * 10**6, "x...: not a whole number"),
+        ([1] * 10**6, "...]: not a whole number"),
+    ],
+    ids=["digits", "control", "long", "list"],
+)
+def test_a_value_that_cannot_be_shown_is_still_one_line(value: object, told: str) -> None:
+    class Bounded(Config):
+        seed: int = Field(0, le=9)
+
+    with pytest.raises(UserError) as error:
+        build(Bounded, {"seed": value}, "tiny")
+    assert told in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 400
+
+
 def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         setattr(Settings(), "seed", 1)  # noqa: B010 - type checkers refuse the assignment
