@@ -92,10 +92,13 @@ def test_a_run_like_another_has_what_was_asked_for_and_the_other_store(
         assert config.asked == first.asked.model_copy(update={"transcoder": expected})
         assert config.store == first.store and (config.settings.transcoder.prefixes or ())[-1:] == (32,)
     older = json.loads((runs / "one/config.json").read_text())
+    older["settings"]["steps"] = 9
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert load_settings(file=tmp_path / "config.json") == first.asked.model_copy(update={"steps": 9})
     del older["asked"]
     (tmp_path / "old").mkdir()
     (tmp_path / "old/config.json").write_text(json.dumps(older))
-    assert load_settings(file=tmp_path / "old/config.json") == first.settings
+    assert load_settings(file=tmp_path / "old/config.json") == first.settings.model_copy(update={"steps": 9})
     both = command("run", "--like", runs / "one", "--config", "x.toml")
     assert both.code == 2 and "--config and --like" in both.err
 

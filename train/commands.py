@@ -183,10 +183,7 @@ def make_longer(run: Path, config: RunConfig, done: int, steps: int, fallback: P
         raise UserError(f"--steps {steps:,}: {run} has {before.steps:,} steps already, and is only ever made longer")
     settings = build(Settings, before.model_dump() | {"steps": steps}, "--steps")
     extension = Extension(step=done, steps_before=before.steps)
-    asked = config.asked and config.asked.model_copy(update={"steps": steps})
-    longer = config.model_copy(
-        update={"settings": settings, "extensions": (*config.extensions, extension), "asked": asked}
-    )
+    longer = config.model_copy(update={"settings": settings, "extensions": (*config.extensions, extension)})
     (run / REPORTS / HELD_OUT).unlink(missing_ok=True)  # of the step that was the last one
     written = durable.json_bytes(longer.model_dump(mode="json"))
     places = [place for place in (fallback, run) if place and (place / CONFIG).is_file()]

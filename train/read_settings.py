@@ -65,10 +65,11 @@ def _of_run(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{file.parent} is not a run: it has no {CONFIG}")
     data = read_json(file)
-    found = data.get("asked") or data.get("settings") if isinstance(data, Mapping) else None
-    if not isinstance(found, dict):
+    settings = data.get("settings") if isinstance(data, Mapping) else None
+    asked = data.get("asked") or settings if isinstance(data, Mapping) else None
+    if not isinstance(settings, dict) or not isinstance(asked, dict):
         raise UserError(f"{file} is not the {CONFIG} of a run: it holds no settings")
-    return found
+    return asked | {"steps": settings.get("steps")}  # it may have been made longer
 
 
 def options(**given: object) -> list[Change]:
