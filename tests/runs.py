@@ -6,7 +6,7 @@ from pathlib import Path
 
 from train.model import checkpoint
 
-VALUES: dict[str, object] = {
+VALUES = {
     "transcoder.d_sae": 64,
     "activation.k": 6,
     "activation.k_start": 6,

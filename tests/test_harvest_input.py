@@ -229,5 +229,5 @@ def test_a_setting_of_harvest_is_refused_with_the_option_that_was_typed() -> Non
         ({"changes": ["dataset=x"]}, "--set dataset=x: unknown option 'dataset'; did you mean 'text.name'?"),
     ):
         with pytest.raises(UserError) as error:
-            load_settings("tiny", **given)  # type: ignore[arg-type]
+            load_settings("tiny", **given)
         assert str(error.value).startswith(said), error.value
