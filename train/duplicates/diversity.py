@@ -136,6 +136,8 @@ class Diversity:
             self._scans.expect(self.scan_every, self._floor)
         d_sae, nothing = transcoder.d_sae, torch.zeros(0, dtype=torch.int64, device=transcoder.W_dec.device)
         self.mined = Pairs(nothing, nothing)
+        self.changes = 0
+        """How often what the terms are made from became another: pairs, or the controller's factors."""
         self._correlate(Correlated.none())
         self.scales = {"direction": 1.0, "co_activation": 1.0}
         """What the controller multiplies weights by: those of decoder rows, and of co-activation."""
@@ -151,7 +153,7 @@ class Diversity:
             terms["co_activation"] = weight * loss / self._transcoder.d_sae
         if position.weight:
             now = torch.stack([mass(output.active, weights) for weights in (self._at_0, self._weights)])
-            self._mass = _DECAY * self._mass + (1 - _DECAY) * now
+            self._mass.copy_(_DECAY * self._mass + (1 - _DECAY) * now)
             share = self._mass[0] / self._mass[1].clamp_min(torch.finfo(now.dtype).tiny)
             excess = (share - position.max_position_0_mass_share).relu()
             terms["position"] = position.weight * position_loss(output.values, output.active, self._at_0, excess)
@@ -161,17 +163,29 @@ class Diversity:
         """Return terms of decoder rows alone, at `step`; of latents that are not `dead` [F]."""
         config, model, terms = self._config, self._transcoder, {}
         scale = self.scales["direction"]
-        if config.orthogonality.weight and step % config.orthogonality.every == 0:
+        if self._draws_at(step):
             terms["orthogonality"] = scale * config.orthogonality.weight * self._orthogonality(dead, step)
         if config.mined.weight:
-            if step % self.scan_every == 0 and not self._scans.none_at(step, self._floor):
+            if self._scans_at(step):
                 self.mined = self._closest((~dead).nonzero().squeeze(1), step)
+                self.changes += 1
             alive = ~(dead[self.mined.first] | dead[self.mined.second])
             loss = direction_loss(
                 model.W_dec, self.mined, self._margins(self.mined), 2.0 * alive, model.has_unit_decoder
             )
             terms["mined"] = scale * config.mined.weight * loss / model.d_sae
         return terms
+
+    def asks_host(self, step: int) -> bool:
+        """Tell whether the terms at `step` need the host: for a scan, or a random chunk."""
+        return self._draws_at(step) or bool(self._config.mined.weight and self._scans_at(step))
+
+    def _draws_at(self, step: int) -> bool:
+        config = self._config.orthogonality
+        return bool(config.weight) and step % config.every == 0
+
+    def _scans_at(self, step: int) -> bool:
+        return step % self.scan_every == 0 and not self._scans.none_at(step, self._floor)
 
     def follow(self, report: CorrelationReport, correlated: Correlated) -> bool:
         """Take over what the monitor found; returns whether the controller moved a weight."""
@@ -209,6 +223,7 @@ class Diversity:
         self._mass = fitting(tensors, "diversity.mass", self._mass).to(device)
         scales = fitting(tensors, "diversity.scales", torch.empty(len(self.scales), dtype=torch.float64))
         self.scales = dict(zip(self.scales, scales.tolist(), strict=True))
+        self.changes += 1
 
     def _loaded_pairs(self, tensors: dict[str, Tensor], name: str) -> Pairs:
         d_sae, device = self._transcoder.d_sae, self._transcoder.W_dec.device
@@ -217,7 +232,7 @@ class Diversity:
 
     def _correlate(self, found: Correlated) -> None:
         """Take the most correlated pairs above the margin, as many as are penalised."""
-        config, weights = self._config.co_activation, self._transcoder.W_dec
+        config, weights, self.changes = self._config.co_activation, self._transcoder.W_dec, self.changes + 1
         kept = (found.correlation > config.margin).nonzero().squeeze(1)[: config.pairs]
         self.correlated = Pairs(*(side.to(weights.device) for side in found.pairs.kept(kept)))
         strength = 2 * (found.correlation[kept] - config.margin) / found.scale[kept]

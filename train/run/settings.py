@@ -73,6 +73,10 @@ class Settings(Config):
     """Whether training rows are kept in the memory of a CUDA device, where a batch is then a gather of the same rows.
     `auto`: where they fit beside the training with a tenth of the memory to spare, and the run reads each row once at
     least. Which of the two is said when training starts."""
+    step_graph: Literal["auto", "on", "off"] = "auto"
+    """Whether a step on CUDA is recorded as one CUDA graph, which the host launches whole: the same bits. For
+    `kernels=triton` and a fixed k. `auto`: wherever it can be; where recording fails, a warning says so. Which of the
+    two is said when training starts, and timing.jsonl counts the steps that were launched so."""
     log_every: Every = "auto"
     """Steps between rows of metrics.jsonl; `auto`: 50, on CUDA about a quarter of a second's. How often a run logs,
     reports, evaluates and saves by `auto` follows from the kind of device and from operations that are counted
