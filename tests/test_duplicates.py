@@ -76,6 +76,27 @@ def test_the_direction_loss_and_its_gradient_are_the_formulas(unit: bool) -> Non
     torch.testing.assert_close(found.grad - before, expected.grad)
 
 
+def test_tritons_loss_of_mined_pairs_is_the_direction_loss_of_those_that_live() -> None:
+    """A latent in many pairs gets the rows of all others; pairs of two groups have the other margin."""
+    triton_pairs = pytest.importorskip("train.model.kernels.triton_pairs", reason="triton is not installed")
+    W_dec, first = unit_rows().float().requires_grad_(), torch.tensor([0, 0, 0, 3, 7])
+    pairs, group, dead = Pairs(first, torch.tensor([1, 5, 8, 8, 9])), torch.arange(F) // 6, torch.arange(F) == 9
+    margins = torch.where(group[pairs.first] == group[pairs.second], -0.9, -0.8).double()
+    alive = torch.tensor([1.0, 1, 1, 1, 0]).double()
+    expected = W_dec.detach().double().requires_grad_()
+    (0.5 * direction_loss(expected, pairs, margins, 2 * alive)).backward()
+    parts = triton_pairs.partners(*pairs, F)
+    loss = triton_pairs.pair_loss(W_dec, parts, group, dead, (-0.9, -0.8), 0.5)
+    W_dec.grad = torch.ones(F, O)
+    (3 * loss).backward()
+    assert expected.grad is not None
+    cosines = (expected.detach() @ expected.detach().T)[pairs.first, pairs.second]
+    assert float(loss.detach()) == pytest.approx(float(((cosines - margins).relu().square() * alive).sum()), rel=1e-5)
+    torch.testing.assert_close(W_dec.grad.double(), 1 + 3 * expected.grad, rtol=1e-5, atol=1e-6)
+    empty = triton_pairs.partners(first[:0], first[:0], F)
+    triton_pairs.pair_loss(W_dec, empty, group, dead, (0.3, 0.7), 1.0).backward()
+
+
 def test_a_pair_counts_for_the_latents_whose_closest_it_is() -> None:
     pairs = Pairs(torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]))
     assert nearest(pairs, torch.tensor([0.9, 0.5, 0.7]), 5).tolist() == [2.0, 1.0, 1.0]

@@ -19,6 +19,7 @@ from train.duplicates.directions import Pairs, chunk, close_pairs, direction_los
 from train.duplicates.scans import Scans
 from train.model.losses import at_most
 from train.model.saved_tensors import fitting, numbers
+from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import StepOutput, Transcoder
 
 _DECAY = 0.99
@@ -136,6 +137,8 @@ class Diversity:
             self._scans.expect(self.scan_every, self._floor)
         d_sae, nothing = transcoder.d_sae, torch.zeros(0, dtype=torch.int64, device=transcoder.W_dec.device)
         self.mined = Pairs(nothing, nothing)
+        self._partners: SparseLatents | None = None
+        """The mined pairs by latent, for Triton's kernels, once these have asked."""
         self.changes = 0
         """How often what the terms are made from became another: pairs, or the controller's factors."""
         self._correlate(Correlated.none())
@@ -161,20 +164,29 @@ class Diversity:
 
     def direction_terms(self, dead: Tensor, step: int) -> dict[str, Tensor]:
         """Return terms of decoder rows alone, at `step`; of latents that are not `dead` [F]."""
-        config, model, terms = self._config, self._transcoder, {}
+        config, terms = self._config, {}
         scale = self.scales["direction"]
         if self._draws_at(step):
             terms["orthogonality"] = scale * config.orthogonality.weight * self._orthogonality(dead, step)
         if config.mined.weight:
             if self._scans_at(step):
                 self.mined = self._closest((~dead).nonzero().squeeze(1), step)
-                self.changes += 1
-            alive = ~(dead[self.mined.first] | dead[self.mined.second])
-            loss = direction_loss(
-                model.W_dec, self.mined, self._margins(self.mined), 2.0 * alive, model.has_unit_decoder
-            )
-            terms["mined"] = scale * config.mined.weight * loss / model.d_sae
+                self._partners, self.changes = None, self.changes + 1
+            terms["mined"] = self._mined_loss(dead, scale * config.mined.weight)
         return terms
+
+    def _mined_loss(self, dead: Tensor, weight: float) -> Tensor:
+        config, model = self._config, self._transcoder
+        if model.kernels == "triton" and model.has_unit_decoder:
+            from train.model.kernels import triton_pairs  # not there without CUDA
+
+            if self._partners is None:
+                self._partners = triton_pairs.partners(*self.mined, model.d_sae)
+            margins, factor = (config.margin, config.cross_margin), weight / model.d_sae
+            return triton_pairs.pair_loss(model.W_dec, self._partners, model.group, dead, margins, factor)
+        alive = ~(dead[self.mined.first] | dead[self.mined.second])
+        loss = direction_loss(model.W_dec, self.mined, self._margins(self.mined), 2.0 * alive, model.has_unit_decoder)
+        return weight * loss / model.d_sae
 
     def asks_host(self, step: int) -> bool:
         """Tell whether the terms at `step` need the host: for a scan, or a random chunk."""
@@ -223,7 +235,7 @@ class Diversity:
         self._mass = fitting(tensors, "diversity.mass", self._mass).to(device)
         scales = fitting(tensors, "diversity.scales", torch.empty(len(self.scales), dtype=torch.float64))
         self.scales = dict(zip(self.scales, scales.tolist(), strict=True))
-        self.changes += 1
+        self._partners, self.changes = None, self.changes + 1
 
     def _loaded_pairs(self, tensors: dict[str, Tensor], name: str) -> Pairs:
         d_sae, device = self._transcoder.d_sae, self._transcoder.W_dec.device

@@ -8,30 +8,30 @@ same bits. Never run on a GPU: decisions/014.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from shared.console.terminal import say
 from shared.errors import ProjectError, UserError, warn
+from train.model.activations import Activation
+from train.model.losses import AuxKConfig
 from train.model.transcoder import StepOutput
-from train.run.settings import Settings
 
+if TYPE_CHECKING:
+    from train.run.settings import Settings
+
+Choice = Literal["auto", "on", "off"]
 Body = Callable[[Sequence[Tensor]], StepOutput]
 
 
 class StepGraph:
-    """Runs the steps of one run: those that come again with the same key from a graph, where there may be one."""
+    """Runs steps: those that come again with the same key from a graph, where there may be one."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Take the run's choice, and say it on CUDA. Raises `UserError` where a graph is asked for and cannot be."""
-        self._device, self._wanted = torch.device(settings.device), settings.step_graph
-        why_not = _why_not(settings)
-        if why_not and self._wanted == "on":
-            raise UserError(f"step_graph = on, and {why_not}; use --set step_graph=auto")
-        self._on = why_not is None and self._wanted != "off"
-        if self._device.type == "cuda":
-            say("a step is one CUDA graph" if self._on else f"a step is no CUDA graph: {why_not or 'step_graph = off'}")
+    def __init__(self, device: torch.device, wanted: Choice) -> None:
+        """Begin without a graph. Unless it is `wanted` off, steps must be such as `graph_of` finds."""
+        self._device, self._wanted, self._on = device, wanted, wanted != "off"
         self.number = torch.zeros((), dtype=torch.int64, device=self._device) if self._on else None
         """The step that is trained, on the device; none without graphs."""
         self._key: Hashable = None
@@ -90,14 +90,29 @@ class StepGraph:
         return True
 
 
-def _why_not(settings: Settings) -> str | None:
-    """Tell why steps with these settings cannot be a graph; none where they can."""
+def graph_of(settings: "Settings") -> StepGraph:
+    """Return what runs the steps of a run, and say on CUDA which it is.
+
+    Raises `UserError` where a graph is asked for and cannot be.
+    """
+    why_not = why_no_graph(settings.kernels, settings.activation, settings.auxk, settings.rows.batch_rows)
     if settings.device == "cpu":
-        return "the device is cpu"
-    if settings.kernels != "triton":
-        return f"kernels = {settings.kernels}: those of triton alone keep all that changes on the device"
-    if settings.activation.expected_l0 is None:
-        return f"activation.kind = {settings.activation.kind}: how many latents are active is asked at every step"
-    if settings.auxk.coefficient and settings.rows.batch_rows % settings.auxk.row_stride:
-        return f"rows.batch_rows = {settings.rows.batch_rows} is no multiple of auxk.row_stride"
+        why_not = "the device is cpu"
+    elif settings.step_graph == "off":
+        why_not = "step_graph = off"
+    if why_not and settings.step_graph == "on":
+        raise UserError(f"step_graph = on, and {why_not}; use --set step_graph=auto")
+    if settings.device != "cpu":
+        say(f"a step is no CUDA graph: {why_not}" if why_not else "a step is one CUDA graph")
+    return StepGraph(torch.device(settings.device), "off" if why_not else settings.step_graph)
+
+
+def why_no_graph(kernels: str, activation: Activation, auxk: AuxKConfig, rows: int) -> str | None:
+    """Tell why a step on batches of `rows` cannot be a graph on CUDA; none where it can."""
+    if kernels != "triton":
+        return f"kernels = {kernels}: those of triton alone keep on the device all that changes"
+    if activation.expected_l0 is None:
+        return f"activation.kind = {activation.kind}: how many latents are active is asked at every step"
+    if auxk.coefficient and rows % auxk.row_stride:
+        return f"rows.batch_rows = {rows} is no multiple of auxk.row_stride = {auxk.row_stride}"
     return None

@@ -39,7 +39,7 @@ from train.run.optimizer import Optimizer
 from train.run.saver import Saver
 from train.run.self_test import prove
 from train.run.settings import RunConfig, checkpoint_bytes
-from train.run.step_graph import StepGraph
+from train.run.step_graph import graph_of
 from train.run.training_log import TrainingLog
 from train.run.usage import SAMPLES, Usage
 from train.samples.make_samples import make_samples
@@ -73,7 +73,7 @@ class Trainer:
         self._settings = config.settings
         prove(self._settings)
         use_threads(self._settings.threads)
-        self._graph = StepGraph(self._settings)
+        self._graph = graph_of(self._settings)
         device = torch.device(self._settings.device)
         blocks = config.training_blocks
         self._reader = BatchReader(
