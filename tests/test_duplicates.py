@@ -190,6 +190,13 @@ PAIRS = Pairs(torch.tensor([3, 3, 11, 0]), torch.tensor([7, 9, 12, 39]))
 
 def loss_and_gradient(device: str, values: torch.Tensor, active: SparseLatents) -> tuple[torch.Tensor, torch.Tensor]:
     values = values.clone().requires_grad_()
+    if device == "triton":
+        triton_pairs = pytest.importorskip("train.model.kernels.triton_pairs", reason="triton is not installed")
+        strength = STRENGTH / (len(active.starts) - 1)
+        loss = triton_pairs.co_activation(values, active, triton_pairs.together(*PAIRS, strength, F))
+        loss.backward()
+        assert values.grad is not None
+        return loss.detach(), values.grad
     with pytest.MonkeyPatch.context() as patch:
         if device == "any":
             patch.setattr(_Products, "apply", _dense)
@@ -199,7 +206,7 @@ def loss_and_gradient(device: str, values: torch.Tensor, active: SparseLatents) 
     return loss.detach(), values.grad
 
 
-@pytest.mark.parametrize("device", ["cpu", "any"])
+@pytest.mark.parametrize("device", ["cpu", "any", "triton"])
 def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_products(device: str) -> None:
     dense, active = planted()
     loss, grad = loss_and_gradient(device, active.values, active)
@@ -212,14 +219,14 @@ def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_products(dev
     torch.testing.assert_close(grad, columns.grad[active.rows, active.latents], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("device", ["cpu", "any"])
+@pytest.mark.parametrize("device", ["cpu", "any", "triton"])
 def test_a_pair_of_a_row_and_a_latent_that_is_there_twice_counts_once(device: str) -> None:
     """Fixed numbers of pairs are filled up by pairs with a value of 0, before or behind one that is active."""
     dense, active = planted()
     loss, grad = loss_and_gradient(device, active.values, active)
     again = torch.cat([(active.latents == 7).nonzero().flatten(), torch.arange(len(active.rows))])
     again = again[torch.argsort(active.rows[again] * F + active.latents[again], stable=True)]
-    if device == "any":  # zeros have no part on any device
+    if device != "cpu":  # zeros have no part on any device
         empty = active.values.where(active.latents != 7, 0)
         assert not loss_and_gradient(device, empty, active.with_values(empty))[1][active.latents == 7].any()
     for filled in (again.diff(append=torch.tensor([-1])) == 0, again.diff(prepend=torch.tensor([-1])) == 0):

@@ -82,5 +82,7 @@ _PARTLY: dict[str, Callable[[Given], int]] = {
     "_add_long_sums": lambda one: _sum(one, "shares", "sums") + 2 * _rows(one["out"], len(one["shares"])),
     "_row_squares": lambda one: _sum(one, "grad", "squares", *(["rows", "along"] if one["UNIT"] else [])),
     "_adam": _adam,
+    "_spread": lambda one: _sum(one, "rows", "latents") + 2 * one["values"].nbytes,
+    "_collect": lambda one: _sum(one, "rows", "latents", "slopes", "terms") + 2 * one["values"].nbytes,
     "_excess": lambda one: _sum(one, "latents", "terms", "slopes") + _rows(one["rows"], len(one["latents"])),
 }

@@ -31,7 +31,8 @@ FEW = {
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> SyntheticStore:
     pytest.importorskip("triton", reason="triton is not installed: there is none for this platform")
-    return make_store(tmp_path_factory.mktemp("graph") / "store", tokenizer=True)
+    sizes = {"context_size": 16, "block_sequences": 4, "edges": (0, 1, 4), "held_out_blocks": 2, "training_blocks": 2}
+    return make_store(tmp_path_factory.mktemp("graph") / "store", tokenizer=True, **sizes)  # type: ignore[arg-type]
 
 
 def train(command, store: SyntheticStore, runs: Path, device: str, **changes: object) -> Outcome:

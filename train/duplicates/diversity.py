@@ -5,7 +5,7 @@ weight means the same at every cadence.
 Legend: F latents, O d_out, N pairs.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,9 @@ from train.model.losses import at_most
 from train.model.saved_tensors import fitting, numbers
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import StepOutput, Transcoder
+
+if TYPE_CHECKING:
+    from train.model.kernels.triton_pairs import Together
 
 _DECAY = 0.99
 
@@ -138,7 +141,8 @@ class Diversity:
         d_sae, nothing = transcoder.d_sae, torch.zeros(0, dtype=torch.int64, device=transcoder.W_dec.device)
         self.mined = Pairs(nothing, nothing)
         self._partners: SparseLatents | None = None
-        """The mined pairs by latent, for Triton's kernels, once these have asked."""
+        self._together: Together | None = None
+        """The mined and the correlated pairs by latent, for Triton's kernels, once these have asked."""
         self.changes = 0
         """How often what the terms are made from became another: pairs, or the controller's factors."""
         self._correlate(Correlated.none())
@@ -151,9 +155,7 @@ class Diversity:
         """Return terms whose gradient reaches the latents' values; they belong in one backward with the step's loss."""
         together, position, terms = self._config.co_activation, self._config.position, {}
         if together.weight:
-            loss = co_activation_loss(output.values, output.active, self.correlated, self._strength)
-            weight = together.weight * self.scales["co_activation"]
-            terms["co_activation"] = weight * loss / self._transcoder.d_sae
+            terms["co_activation"] = self._co_activation_loss(output, together.weight * self.scales["co_activation"])
         if position.weight:
             now = torch.stack([mass(output.active, weights) for weights in (self._at_0, self._weights)])
             self._mass.copy_(_DECAY * self._mass + (1 - _DECAY) * now)
@@ -161,6 +163,18 @@ class Diversity:
             excess = (share - position.max_position_0_mass_share).relu()
             terms["position"] = position.weight * position_loss(output.values, output.active, self._at_0, excess)
         return terms
+
+    def _co_activation_loss(self, output: StepOutput, weight: float) -> Tensor:
+        model = self._transcoder
+        if model.kernels == "triton":
+            from train.model.kernels import triton_pairs  # not there without CUDA
+
+            if self._together is None:
+                strength = self._strength * (weight / (len(output.target) * model.d_sae))
+                self._together = triton_pairs.together(*self.correlated, strength, model.d_sae)
+            return triton_pairs.co_activation(output.values, output.active, self._together)
+        loss = co_activation_loss(output.values, output.active, self.correlated, self._strength)
+        return weight * loss / model.d_sae
 
     def direction_terms(self, dead: Tensor, step: int) -> dict[str, Tensor]:
         """Return terms of decoder rows alone, at `step`; of latents that are not `dead` [F]."""
@@ -235,7 +249,7 @@ class Diversity:
         self._mass = fitting(tensors, "diversity.mass", self._mass).to(device)
         scales = fitting(tensors, "diversity.scales", torch.empty(len(self.scales), dtype=torch.float64))
         self.scales = dict(zip(self.scales, scales.tolist(), strict=True))
-        self._partners, self.changes = None, self.changes + 1
+        self._partners, self._together, self.changes = None, None, self.changes + 1
 
     def _loaded_pairs(self, tensors: dict[str, Tensor], name: str) -> Pairs:
         d_sae, device = self._transcoder.d_sae, self._transcoder.W_dec.device
@@ -247,6 +261,7 @@ class Diversity:
         config, weights, self.changes = self._config.co_activation, self._transcoder.W_dec, self.changes + 1
         kept = (found.correlation > config.margin).nonzero().squeeze(1)[: config.pairs]
         self.correlated = Pairs(*(side.to(weights.device) for side in found.pairs.kept(kept)))
+        self._together = None
         strength = 2 * (found.correlation[kept] - config.margin) / found.scale[kept]
         self._strength = strength.to(weights.device, weights.dtype)
 

@@ -95,16 +95,25 @@ def graph_of(settings: "Settings") -> StepGraph:
 
     Raises `UserError` where a graph is asked for and cannot be.
     """
-    why_not = why_no_graph(settings.kernels, settings.activation, settings.auxk, settings.rows.batch_rows)
-    if settings.device == "cpu":
-        why_not = "the device is cpu"
-    elif settings.step_graph == "off":
-        why_not = "step_graph = off"
+    why_not = _why_not(settings)
     if why_not and settings.step_graph == "on":
         raise UserError(f"step_graph = on, and {why_not}; use --set step_graph=auto")
     if settings.device != "cpu":
         say(f"a step is no CUDA graph: {why_not}" if why_not else "a step is one CUDA graph")
     return StepGraph(torch.device(settings.device), "off" if why_not else settings.step_graph)
+
+
+def may_be_graph(settings: "Settings") -> bool:
+    """Tell whether steps of a run are going to be graphs, unless recording fails."""
+    return _why_not(settings) is None
+
+
+def _why_not(settings: "Settings") -> str | None:
+    if settings.device == "cpu":
+        return "the device is cpu"
+    if settings.step_graph == "off":
+        return "step_graph = off"
+    return why_no_graph(settings.kernels, settings.activation, settings.auxk, settings.rows.batch_rows)
 
 
 def why_no_graph(kernels: str, activation: Activation, auxk: AuxKConfig, rows: int) -> str | None:

@@ -1,10 +1,11 @@
-"""The loss of decoder rows that point the same way, in Triton kernels: each pair is read once, and summed by latent.
+"""The losses of pairs of latents in Triton kernels: decoder rows that point the same way, and values on the same rows.
 
-The pairs stay between two scans, so that their order by latent is found once.
-Legend: F latents, O d_out, N pairs.
+The pairs stay between two scans or reports, so that their order by latent is found once; sums over them are the sums by
+latent of the step's own pairs.
+Legend: B rows, F latents, O d_out, N pairs of a row and a latent, C pairs of latents.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,8 +17,11 @@ from train.model.kernels.triton_kernels import Triton
 from train.model.kernels.triton_launch import launch
 from train.model.sparse_latents import SparseLatents
 
+_BLOCK = 1024
+"""Pairs of a row and a latent that a program looks at."""
 
-def partners(first: Tensor, second: Tensor, d_sae: int) -> SparseLatents:  # [N] int64 each
+
+def partners(first: Tensor, second: Tensor, d_sae: int) -> SparseLatents:  # [C] int64 each
     """Return each latent of every pair with the other one as its row: first ones, and then second ones."""
     return SparseLatents(torch.cat([second, first]), torch.cat([first, second]), first.new_zeros(0), first, d_sae)
 
@@ -64,10 +68,67 @@ class _PairLoss(torch.autograd.Function):
         if W_dec.grad is None:
             W_dec.grad = torch.zeros_like(W_dec)
         if len(slopes):
-            ops = sparse_ops("triton")
-            assert isinstance(ops, Triton)
-            ops.sums_by_latent(ctx.pairs, slopes, W_dec.detach(), W_dec.grad, add=True, times=times)
+            _ops().sums_by_latent(ctx.pairs, slopes, W_dec.detach(), W_dec.grad, add=True, times=times)
         return (None,) * 6
+
+
+class Together(NamedTuple):
+    """Pairs of latents whose values are not to be large on the same rows."""
+
+    column: Tensor
+    """[F] int64: the place of a latent among those of pairs, or -1"""
+    partners: SparseLatents
+    """As of `partners`, by their places"""
+    strength: Tensor
+    """[2 C] of each of these"""
+
+
+def together(first: Tensor, second: Tensor, strength: Tensor, d_sae: int) -> Together:  # [C] each
+    """Prepare pairs for `co_activation`."""
+    latents = torch.cat([first, second])
+    places = torch.arange(len(latents), device=latents.device)
+    column = torch.full((d_sae,), -1, device=latents.device)
+    column[latents] = places  # any of those that a latent has
+    pairs = partners(column[first], column[second], len(latents))
+    return Together(column, pairs, strength.repeat(2))
+
+
+def co_activation(
+    values: Tensor,  # [N]
+    active: SparseLatents,
+    pairs: Together,
+) -> Tensor:  # []
+    """Sum over pairs of latents, by their strength, the sum over rows of the product of both latents' values.
+
+    A value that is not above 0 has no part and no gradient.
+    """
+    return _CoActivation.apply(values, active, pairs)
+
+
+class _CoActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, active: SparseLatents, pairs: Together) -> Tensor:
+        count, (rows, places) = len(values), (len(active.starts) - 1, len(pairs.strength))
+        slopes, terms = torch.zeros(2, count, dtype=values.dtype, device=values.device)
+        if count and places:
+            dense, grid = values.new_zeros(places, rows), (triton.cdiv(count, _BLOCK),)
+            at = (active.rows, active.latents, pairs.column)
+            launch(_spread, grid, values, *at, dense, count, rows, BLOCK=_BLOCK)
+            sums = torch.empty_like(dense)
+            _ops().sums_by_latent(pairs.partners, pairs.strength, dense, sums, add=False)
+            launch(_collect, grid, values, *at, sums, slopes, terms, count, rows, BLOCK=_BLOCK)
+        ctx.save_for_backward(slopes)
+        return terms.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] * ctx.saved_tensors[0], None, None
+
+
+def _ops() -> Triton:
+    ops = sparse_ops("triton")
+    assert isinstance(ops, Triton)
+    return ops
 
 
 @triton.jit
@@ -87,3 +148,31 @@ def _excess(
     tl.store(terms + i, weight * excess * excess)
     tl.store(slopes + i, slope)
     tl.store(slopes + count + i, slope)
+
+
+@triton.jit
+def _place(rows, latents, columns, count, width, BLOCK: tl.constexpr):
+    """Return the numbers of pairs of a row and a latent, and where in a table of columns by rows they are, or -1."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    latent = tl.load(latents + i, mask=i < count, other=0)
+    column = tl.load(columns + latent, mask=i < count, other=-1)
+    row = tl.load(rows + i, mask=i < count, other=0)
+    return i, tl.where(column < 0, -1, column * width + row)
+
+
+@triton.jit
+def _spread(values, rows, latents, columns, dense, count, width, BLOCK: tl.constexpr):
+    """Write the values of latents that are in pairs into a table; no place is written twice."""
+    i, at = _place(rows, latents, columns, count, width, BLOCK)
+    value = tl.load(values + i, mask=i < count, other=0.0)
+    tl.store(dense + at, value, mask=(at >= 0) & (value > 0))
+
+
+@triton.jit
+def _collect(values, rows, latents, columns, sums, slopes, terms, count, width, BLOCK: tl.constexpr):
+    """Write what every value adds to the loss, half of each product, and its gradient."""
+    i, at = _place(rows, latents, columns, count, width, BLOCK)
+    value = tl.load(values + i, mask=i < count, other=0.0)
+    slope = tl.load(sums + at, mask=(at >= 0) & (value > 0), other=0.0)
+    tl.store(slopes + i, slope, mask=i < count)
+    tl.store(terms + i, 0.5 * value * slope, mask=i < count)
