@@ -37,6 +37,7 @@ from train.run.cadences import chosen
 from train.run.choose_kernels import Shape, fastest
 from train.run.optimizer import OptimizerConfig
 from train.run.saver import CheckpointConfig
+from train.run.step_graph import Choice
 from train.samples.select import SamplesConfig
 
 ProductDtype = Literal["float32", "tf32", "bfloat16", "guarded-bfloat16"]
@@ -72,6 +73,10 @@ class Settings(Config):
     """Whether training rows are kept in the memory of a CUDA device, where a batch is then a gather of the same rows.
     `auto`: where they fit beside the training with a tenth of the memory to spare, and the run reads each row once at
     least. Which of the two is said when training starts."""
+    step_graph: Choice = "auto"
+    """Whether a step on CUDA is recorded as one CUDA graph, which the host launches whole: the same bits. For
+    `kernels=triton` and a fixed k. `auto`: wherever it can be; where recording fails, a warning says so. Which of the
+    two is said when training starts, and timing.jsonl counts the steps that were launched so."""
     log_every: Every = "auto"
     """Steps between rows of metrics.jsonl; `auto`: 50, on CUDA about a quarter of a second's. How often a run logs,
     reports, evaluates and saves by `auto` follows from the kind of device and from operations that are counted
@@ -267,7 +272,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     auxk = settings.auxk.resolve(shape.d_sae, settings.steps * settings.rows.batch_rows)
     kernels, times = _kernels(settings.kernels, device), None
     if settings.kernels == "auto" and device != "cpu":
-        of_step = Shape(d_in, record.d_out, settings.rows.batch_rows, shape, activation, auxk)
+        of_step = Shape(d_in, record.d_out, settings.rows.batch_rows, shape, activation, auxk, settings.step_graph)
         kernels, times = fastest(of_step, device)
     return RunConfig(
         settings=settings.model_copy(
