@@ -139,7 +139,7 @@ def _copied(store: Store) -> list[str]:
 
 
 def for_each(name: str, items: Sequence[Item], size: int, one: Callable[[Item], int]) -> None:
-    """Call `one`, which returns the bytes it dealt with, for every item, on all cores; shows how far it is of `size`."""
+    """Call `one`, which returns the bytes it dealt with, for every item, on all cores; shows progress to `size`."""
     lock, done = Lock(), 0
     with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as pool, Progress(name, size, "bytes") as bar:
 
