@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import click
@@ -101,9 +102,10 @@ def test_a_training_that_is_stopped_goes_on_as_the_same_job(tmp_path: Path) -> N
     store = make_store(tmp_path / "store").path
     sizes = ("transcoder.d_sae=64", "activation.k=4", "activation.k_start=4", "rows.batch_rows=64", "samples.rows=0")
     options = [part for size in (*sizes, "steps=400") for part in ("--set", size)]
-    line = (FOLDER / "train.sbatch", tmp_path, store, "run", *options)
-    environment = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-    job = begin(*line, **environment)
+    again = partial(
+        begin, FOLDER / "train.sbatch", tmp_path, store, "run", *options, PYTHON=sys.executable, PYTHONPATH=str(ROOT)
+    )
+    job = again()
     run = tmp_path / "runs" / "run"
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
         assert job.poll() is None, job.communicate()
@@ -112,7 +114,7 @@ def test_a_training_that_is_stopped_goes_on_as_the_same_job(tmp_path: Path) -> N
     out, _ = job.communicate(timeout=120)
     assert job.returncode == 3 and (tmp_path / "requeued").exists(), out
     (tmp_path / "requeued").unlink()
-    job = begin(*line, **environment)
+    job = again()
     out, _ = job.communicate(timeout=200)
     assert job.returncode == 0 and not (tmp_path / "requeued").exists(), out
     assert (run / "checkpoints" / "step-000400" / "state.json").exists()

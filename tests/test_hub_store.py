@@ -163,6 +163,26 @@ def test_a_pull_that_is_killed_goes_on_and_mends_what_was_damaged(packed: Path, 
     assert 0 < len(got) <= len(contents(packed)) - len(there) + 6
 
 
+def test_a_store_that_grew_is_pushed_to_the_same_data_set(
+    packed: Path, hub: Hub, here: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    raw = make_store(tmp_path / "store", training_blocks=2, tokenizer=True).path
+    assert command("pack", raw, tmp_path / "longer").code == 0
+    assert here("push", packed, NAME).code == here("pull", NAME, "--cache", tmp_path / "cache").code == 0
+    before = {name for name in contents(packed) if contents(packed)[name] == contents(tmp_path / "longer").get(name)}
+    assert sum(name.endswith("/0") for name in before) > 20
+    sent: list[str] = []
+    hub.asked = lambda method, path: sent.extend([path] if method == "PUT" else [])
+    assert here("push", tmp_path / "longer", NAME).code == 0
+    there = contents(tmp_path / "longer")
+    assert {name: hub.files[NAME][name] for name in there} == there
+    assert len(sent) <= len(there) - len(before)
+    done = here("pull", NAME, "--cache", tmp_path / "cache")
+    assert done.code == 2 and "holds another number of blocks than the repository" in done.err
+    done = here("pull", NAME, "--cache", tmp_path / "other")
+    assert done.code == 0 and contents(Path(done.out.strip())) == there
+
+
 def test_what_a_push_cannot_do_is_one_line_and_sends_nothing(
     raw: SyntheticStore, packed: Path, hub: Hub, here: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,13 +44,13 @@ def _cast(kind: torch.dtype) -> Type:
 
 def _int8_by_row(rows: Array, mean: Array, deviation: Array) -> Array:
     scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True), 1e-30) / 127
-    return np.rint(rows / scale) * scale
+    return (np.rint(rows / scale) * scale).astype(np.float32)
 
 
 def _int8_by_dimension(rows: Array, mean: Array, deviation: Array) -> Array:
     """Eight deviations either way: what is beyond is cut, and that is what makes the type unsafe."""
     scale = 8 * deviation / 127
-    return np.clip(np.rint((rows - mean) / scale), -127, 127) * scale + mean
+    return (np.clip(np.rint((rows - mean) / scale), -127, 127) * scale + mean).astype(np.float32)
 
 
 def _int8_by_both(rows: Array, mean: Array, deviation: Array) -> Array:
