@@ -65,7 +65,7 @@ def push(path: Path, name: str, *, public: bool = False, licence: str | None = N
     if not store.packed:
         raise UserError(f"{path} is not packed; pack it first, and push the folder: harvest pack {path} FOLDER")
     files = _files(store.record, store.packed)
-    with store.reading(), _one_line(f"push {name}", "run it again to go on"):
+    with store.reading(), _one_line(f"push {name}", path):
         api = _api()
         url = api.create_repo(name, repo_type="dataset", private=not public, exist_ok=True)
         there = _listing(api, name, "main")
@@ -98,7 +98,7 @@ def pull(name: str, cache: Path, *, revision: str | None = None, force: bool = F
     is out of reach.
     """
     require_name("pull", name)
-    with _one_line(f"pull {name}", "run it again to go on"):
+    with _one_line(f"pull {name}", cache):
         api = _api()
         commit = str(api.dataset_info(name, revision=revision).sha)
         there = _listing(api, name, commit)
@@ -262,13 +262,13 @@ def _api() -> "HfApi":
 
 
 @contextmanager
-def _one_line(what: str, remedy: str) -> Iterator[None]:
-    """Turn whatever the hub's library raises into one line."""
+def _one_line(what: str, folder: Path) -> Iterator[None]:
+    """Turn whatever the hub's library raises into one line; `folder` is where it writes."""
     try:
         yield
     except ProjectError:
         raise
     except Exception as error:  # of the library, the network and the token's file: of many kinds
-        if isinstance(error, OSError) and isinstance(full := durable.explain(error, Path.cwd()), DiskFull):
+        if isinstance(error, OSError) and isinstance(full := durable.explain(error, folder), DiskFull):
             raise full from error
-        raise ProjectError(f"{what}: {explain(error)}; {remedy}") from error
+        raise ProjectError(f"{what}: {explain(error)}; run it again to go on") from error

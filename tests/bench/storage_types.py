@@ -1,6 +1,6 @@
 """What rows would lose in smaller storage types than bfloat16, and what a training on such rows loses.
 
-    python -m tests.bench.storage_types NAME STORE [--preset tiny] [--steps 600] [--seeds 0 1] [--work DIR]
+    python -m tests.bench.storage_types NAME STORE [--steps 300] [--seeds 0 1] [--set a.b=value ...] [--work DIR]
 
 writes docs/benchmarks.json and docs/benchmarks.md under "storage types, NAME". A type's floor is the squared error of
 the stored rows over their variance around the mean of each dimension, at natural frequencies and without position 0:
@@ -77,6 +77,9 @@ TYPES: dict[str, tuple[float, int, Type]] = {
     "fp8 (e4m3), a scale per row and per dimension": (1, 4, _fp8_by_both),
 }
 """Bytes of a value, bytes more for each row, and what comes back."""
+STORED = "rows as they are"
+TRAINED = ("bfloat16", "int8, a scale per row and per dimension", "fp8 (e4m3), a scale per row")
+"""Types that a training is tried on."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,9 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("store", type=Path)
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
+    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=value")
     parser.add_argument("--work", type=Path, default=Path(".recipe"))
     options = parser.parse_args(arguments)
     store = Store.open(options.store)
@@ -95,13 +98,15 @@ def main(arguments: list[str] | None = None) -> None:
         width = (store.record.d_in + store.record.d_out) / 2
         figures[f"{name}: bytes of a value"] = (size + more / width, "B")
         figures |= floors(store, name, kind)
-    for name in ["as stored", *types(store)]:
+    for name in (STORED, *(name for name in types(store) if name in TRAINED)):
         found = [trained(store, name, seed, options) for seed in options.seeds]
         if found:
-            figures[f"training on {name}: fvu on rows as they are"] = (statistics.mean(found), "")
+            figures[f"training on {name}: fvu, held out"] = (statistics.mean(found), "")
         if len(found) > 1:
             figures[f"training on {name}: deviation of {len(found)} seeds"] = (statistics.stdev(found), "")
-    told = f"{options.name} STORE --preset {options.preset} --steps {options.steps}"
+    told = " ".join(
+        [options.name, "STORE --steps", str(options.steps), *(["--set", *options.set] if options.set else [])]
+    )
     record(f"storage types, {options.name}", f"python -m tests.bench.storage_types {told}", figures)
 
 
@@ -152,7 +157,7 @@ def stored(store: Store, stratum: str, side: str) -> Array:
 def trained(store: Store, name: str, seed: int, options: argparse.Namespace) -> float:
     """Train on rows as a type gives them back, and return the fvu on the rows as they are."""
     common = (f"steps={options.steps}", f"seed={seed}", "threads=1", "samples.rows=0")
-    settings = load_settings(options.preset, [*common, *SMALL])
+    settings = load_settings("tiny", [*common, *options.set, *SMALL])
     path = options.work.resolve() / f"{options.name}-{list(TYPES).index(name) if name in TYPES else 'stored'}-{seed}"
     with through(store, TYPES[name][2] if name in TYPES else None):
         train(store.path, settings, path)
