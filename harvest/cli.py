@@ -268,6 +268,45 @@ def unpack(packed: Path, folder: Path, force: bool, as_json: bool) -> None:
 
 
 @group.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("repository")
+@click.option("--public", is_flag=True, help="Let anybody read a repository that is made.  [default: private]")
+@click.option("--license", "licence", help="The hub's name of a licence, such as cc-by-4.0, for the card.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@shared.command_line.quiet_option
+def push(store: Path, repository: str, public: bool, licence: str | None, as_json: bool) -> None:
+    """Upload the packed store STORE to the Hugging Face hub as the data set REPOSITORY, OWNER/NAME, with a card.
+
+    Prints its address last. A push that was stopped goes on when it is run again.
+    """
+    from harvest.commands.hub_store import push as upload
+
+    url = upload(store, repository, public=public, licence=licence)
+    show_text(json.dumps({"url": url}, indent=2) if as_json else url)
+
+
+@group.command()
+@click.argument("repository")
+@cache_option
+@click.option("--revision", help="A branch, a tag or a commit.")
+@click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@shared.command_line.quiet_option
+def pull(repository: str, cache: Path, revision: str | None, force: bool, as_json: bool) -> None:
+    """Download the packed store that REPOSITORY, OWNER/NAME, holds on the Hugging Face hub; prints its path last.
+
+    Checks what is there already, and fetches the rest.
+    """
+    from harvest.commands.hub_store import pull as download
+
+    path = download(repository, cache, revision=revision, force=force)
+    if as_json:
+        print(json.dumps({"path": str(path)}, indent=2))
+    else:
+        show_path(path)
+
+
+@group.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--transcoder", type=click.Path(path_type=Path), help="Another one for RUN's hooks, of any library.")
 @click.option("--step", type=click.IntRange(1), help="The checkpoint's; the newest if left out.")

@@ -1,17 +1,23 @@
-"""As much of the Hugging Face hub as making a repository and uploading a folder ask for, on this machine.
+"""As much of the Hugging Face hub as making a repository, uploading to it and reading it ask for, on this machine.
 
-Files come within the commit, or those of tensors by Git LFS's batch protocol: as one body, or in parts.
+Files come within the commit, or large ones by Git LFS's batch protocol: as one body, or in parts. A repository has one
+commit, and all answers are of its newest state.
 """
 
 import base64
 import hashlib
 import json
+import re
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from tests.local_server import LocalServer, answer_json
 
 TOKEN = "hf_of_the_test"
+COMMIT = "0" * 40
+_LARGE = (".safetensors", "/0")
+"""Ends of the names of tensors and of shards."""
 
 
 class Hub(LocalServer):
@@ -28,6 +34,8 @@ class Hub(LocalServer):
         self.blobs: dict[str, bytes] = {}
         """Large files, and parts of them, by where they were put."""
         self.verified: set[str] = set()
+        self.asked: Callable[[str, str], object] = lambda method, path: None
+        """Called with the method and path of every request, before it is answered."""
         super().__init__(_handler(self))
 
     def answer(self, path: str, token: str, body: bytes) -> tuple[int, Any]:
@@ -41,6 +49,8 @@ class Hub(LocalServer):
             if asked.get("organization") == "nobody":
                 return 404, {"error": "no such owner"}
             self.made.append(asked)
+            if asked.get("type") == "dataset":
+                self.files.setdefault(f"{asked.get('organization', 'someone')}/{asked['name']}", {})
             return 200, {"url": f"{self.address}/{asked.get('organization', 'someone')}/{asked['name']}"}
         if "/preupload/" in path:
             return 200, {"files": [self._mode(one["path"]) for one in json.loads(body)["files"]]}
@@ -49,7 +59,7 @@ class Hub(LocalServer):
         if "/commit/" in path:
             if self.refusal and self.large is None:
                 return self.refusal, {"error": "refused"}
-            name = path.removeprefix("/api/models/").split("/commit/")[0]
+            name = re.sub("^/api/(models|datasets)/", "", path).split("/commit/")[0]
             lines = [json.loads(line) for line in body.splitlines() if line.strip()]
             kept = self.files.setdefault(name, {})
             kept |= {
@@ -63,7 +73,16 @@ class Hub(LocalServer):
             return 200, {"commitUrl": f"{self.address}/{name}/commit/0", "commitOid": "0" * 40, "hookOutput": ""}
         if path.startswith("/api/validate-yaml"):
             return 200, {"errors": [], "warnings": []}
-        return 200, {"id": "someone/made", "sha": "0" * 40, "siblings": []}
+        if found := re.match("/api/datasets/([^/]+/[^/]+)/tree/", path):
+            return 200, [_entry(name, data) for name, data in self.files.get(found[1], {}).items()]
+        if (found := re.match("/api/datasets/([^/]+/[^/?]+)", path)) and found[1] not in self.files:
+            return 404, {"error": "Repository not found"}
+        return 200, {"id": "someone/made", "sha": COMMIT, "siblings": []}
+
+    def content(self, path: str, token: str) -> bytes | None:
+        """Return a file of a data set by its address, or None."""
+        found = re.match(f"/datasets/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path)
+        return self.files.get(found[1], {}).get(found[2]) if found and token == f"Bearer {TOKEN}" else None
 
     def put(self, path: str, body: bytes) -> int:
         """Keep a large file or a part of one; returns a status."""
@@ -71,7 +90,7 @@ class Hub(LocalServer):
         return self.refusal or 200
 
     def _mode(self, path: str) -> dict[str, Any]:
-        large = self.large is not None and path.endswith(".safetensors")
+        large = self.large is not None and path.endswith(_LARGE)
         return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
 
     def _place(self, one: dict[str, Any]) -> dict[str, Any]:
@@ -99,18 +118,47 @@ class Hub(LocalServer):
         return 200, {}
 
 
+def _entry(path: str, data: bytes) -> dict[str, Any]:
+    """Describe a file as a tree lists it."""
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    large = {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
+    return {"type": "file", "path": path, "size": len(data), "oid": blob} | (large if path.endswith(_LARGE) else {})
+
+
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def _answer(self) -> None:
             body = self._body()
+            hub.asked(self.command, self.path)
+            if "/resolve/" in self.path:
+                return self._send_file()
             status, found = hub.answer(self.path, self.headers.get("Authorization", ""), body)
             answer_json(self, status, found)
 
-        do_GET = do_POST = _answer
+        do_GET = do_POST = do_HEAD = _answer
+
+        def _send_file(self) -> None:
+            """Send a file, or the end of it that is asked for; its ETag is its checksum, as the hub has it."""
+            data = hub.content(self.path, self.headers.get("Authorization", ""))
+            if data is None:
+                return answer_json(self, 404, {"error": "Entry not found"})
+            entry, start = _entry(self.path, data), 0
+            if asked := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
+                start = int(asked[1])
+            self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Length", str(len(data) - start))
+            self.send_header("ETag", f'"{entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data[start:])
 
         def do_PUT(self) -> None:
+            hub.asked(self.command, self.path)
             self.send_response(hub.put(self.path, self._body()))
             self.send_header("ETag", '"part"')
             self.send_header("Content-Length", "0")

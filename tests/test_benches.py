@@ -55,6 +55,7 @@ COMMANDS: dict[str, list[str]] = {
     "same_answer": ["--store STORE --k 6 --d-sae 64 --seeds 1 --most 1 --work WORK"],
     "splice": ["TRAINED_ON_TEXT --model MODEL"],
     "step": ["", "threads"],
+    "storage_types": ["synthetic STORE --seeds 0 --work WORK"],
 }
 """What each is told, if anything; a word in capitals is what tests make for it."""
 IMPORTED = (

@@ -16,7 +16,7 @@ DURABLE = Path("shared/files/durable.py")
 
 
 LAYERS = {
-    "shared": (("errors", "bounds", "keyed"), ("files", "check_settings"), "config", ("console", "splice_record"),
+    "shared": (("errors", "bounds", "keyed"), ("files", "check_settings"), "config", ("console", "splice_record", "hub"),
                "store", "command_line", "program"),
     "harvest": (
         ("embedded", "settings", "hub", "digests"), "text", "llm", "writer", "run", "imports", "commands", "splice",

@@ -203,14 +203,14 @@ def test_a_kill_in_the_last_step_of_an_extension_leaves_no_litter_behind(
 def test_packing_a_store_that_is_extended_meanwhile_gives_the_one_that_was_opened(
     line: Extended, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, each = contents(store), archive._for_each_shard
+    before, each = contents(store), archive.for_each
 
     def extended_behind(*given: object) -> None:
         each(*given)  # type: ignore[arg-type]
         assert command(*line(blocks=4)).code == 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(archive, "_for_each_shard", extended_behind)
+        patch.setattr(archive, "for_each", extended_behind)
         assert command("pack", store, tmp_path / "packed").code == 0
     assert len(Store.open(store).record.training_blocks) == 4
     assert command("verify", tmp_path / "packed").code == 0

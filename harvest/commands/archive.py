@@ -2,12 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 
 from harvest.run.pipeline import lock_store
 from shared.console.progress import Progress
@@ -21,6 +22,7 @@ from shared.store.packed import PackedRecord, pack_shard, packed_metadata, unpac
 from shared.store.store import Store
 
 Shard = tuple[str, ArraySpec]
+Item = TypeVar("Item")
 _MARKER = "unfinished.json"
 _MOST_WORKERS = 8
 """A worker holds a shard of up to 128 MiB a few times over."""
@@ -49,7 +51,7 @@ def pack(path: Path, target: Path, *, force: bool = False) -> tuple[int, int]:
             files[name] = buffers_record([packed])
             return spec.shard_bytes
 
-        _for_each_shard("pack", store, size, one)
+        for_each("pack", _shards(store), size, one)
         blocks = store.record.blocks
         metadata = {spec.path: packed_metadata(spec, blocks) for spec in store.arrays()}
         record = PackedRecord(files=dict(sorted(files.items())), unpacked_bytes=size)
@@ -79,7 +81,7 @@ def unpack(path: Path, target: Path, *, force: bool = False) -> int:
             durable.publish_bytes(target / ARRAYS / name, data)
             return spec.shard_bytes
 
-        _for_each_shard("unpack", store, size, one)
+        for_each("unpack", _shards(store), size, one)
         metadata = {spec.path: spec.metadata(store.record.blocks) for spec in store.arrays()}
         _finish(store, target, metadata, {})
     return size
@@ -136,19 +138,19 @@ def _copied(store: Store) -> list[str]:
     return sorted([*store.record.files, *ledger])
 
 
-def _for_each_shard(name: str, store: Store, size: int, one: Callable[[Shard], int]) -> None:
-    """Call `one`, which returns the raw bytes it dealt with, for every shard, on all cores."""
+def for_each(name: str, items: Sequence[Item], size: int, one: Callable[[Item], int]) -> None:
+    """Call `one`, which returns the bytes it dealt with, for every item, on all cores; shows progress to `size`."""
     lock, done = Lock(), 0
     with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as pool, Progress(name, size, "bytes") as bar:
 
-        def counted(shard: Shard) -> None:
+        def counted(item: Item) -> None:
             nonlocal done
-            count = one(shard)
+            count = one(item)
             with lock:
                 done += count
                 bar.update(done)
 
-        futures = [pool.submit(counted, shard) for shard in _shards(store)]
+        futures = [pool.submit(counted, item) for item in items]
         try:
             for future in futures:
                 future.result()

@@ -3,7 +3,6 @@
 Two formats hold what latents do, and no weights: there is nothing to compare.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from typing import NamedTuple
 from shared.console.terminal import say
 from shared.errors import ProjectError, UserError
 from shared.files import durable
+from shared.hub import check_licence
 from train.evaluation.evaluate import calibrate
 from train.interchange import Format, circuit_tracer, delphi, neuronpedia, saelens, sparsify
 from train.interchange.agreement import LARGEST_CHANGE, LARGEST_ERROR, Agreement, agreement
@@ -58,8 +58,7 @@ def export(
         raise UserError(
             f"--format {kind} takes one run, got {len(runs)}; circuit-tracer's sets take one for each layer"
         )
-    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
-        raise UserError(f"--license {licence!r}: expected the hub's name of one, such as mit, apache-2.0 or cc-by-4.0")
+    check_licence(licence)
     if kind in _LATENTS:
         return _export_latents(runs[0], kind, path, prefix, licence)
     plain = [_plain(loaded, prefix) for loaded in runs]
