@@ -157,6 +157,17 @@ class Diversity:
             terms["position"] = position.weight * position_loss(output.values, output.active, self._at_0, excess)
         return terms
 
+    def rows_read(self, step: int) -> Tensor:
+        """Return the latents whose decoder rows `direction_terms` reads at `step`, rising: int64 [n]."""
+        config, device = self._config, self._transcoder.W_dec.device
+        drawn = config.orthogonality.weight and step % config.orthogonality.every == 0
+        if drawn or (config.mined.weight and self._scans_at(step)):
+            return torch.arange(self._transcoder.d_sae, device=device)
+        return torch.cat(self.mined).unique()
+
+    def _scans_at(self, step: int) -> bool:
+        return step % self.scan_every == 0 and not self._scans.none_at(step, self._floor)
+
     def direction_terms(self, dead: Tensor, step: int) -> dict[str, Tensor]:
         """Return terms of decoder rows alone, at `step`; of latents that are not `dead` [F]."""
         config, model, terms = self._config, self._transcoder, {}
@@ -164,7 +175,7 @@ class Diversity:
         if config.orthogonality.weight and step % config.orthogonality.every == 0:
             terms["orthogonality"] = scale * config.orthogonality.weight * self._orthogonality(dead, step)
         if config.mined.weight:
-            if step % self.scan_every == 0 and not self._scans.none_at(step, self._floor):
+            if self._scans_at(step):
                 self.mined = self._closest((~dead).nonzero().squeeze(1), step)
             alive = ~(dead[self.mined.first] | dead[self.mined.second])
             loss = direction_loss(

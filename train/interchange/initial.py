@@ -50,7 +50,7 @@ def _of_run(run: Path, config: RunConfig) -> Initial:
     _require_same(run, _shape(before), _shape(config))
     if [one.settings.transcoder.decoder_norm for one in (before, config)] == ["free", "unit"]:
         raise _free_norms(run)
-    weights = InitialWeights(step=found.step, crc32c=found.state.files["weights.safetensors"].crc32c)
+    weights = InitialWeights(step=found.step, crc32c=found.state.weights_crc32c)
     if before.imported is None:
         return Initial(found.path, weights, lambda model: model.load_checkpoint(found))
     imported = Transcoder.load(run, found.step)  # in the LLM's own units; the new run shifts and scales rows

@@ -193,7 +193,7 @@ class Transcoder(nn.Module):
         Raises `CorruptData` naming the tensor that does not fit.
         """
         expected = self.state_dict() | {"threshold": self.b_enc.detach()}
-        tensors = checkpoint.load_tensors(found.path / checkpoint.WEIGHTS, expected)
+        tensors = checkpoint.load_weights(found, expected)
         threshold = tensors.pop("threshold").to(self.b_enc.device)
         self.load_state_dict(tensors)
         self.inference_threshold.copy_(threshold)
@@ -309,6 +309,10 @@ class Transcoder(nn.Module):
     def pre_acts(self, x: Tensor) -> Tensor:
         """Compute the pre-activations [B, F] from normalised rows [B, D]."""
         return blas.addmm(self.blas, self.b_enc, x, self.W_enc)
+
+    def positive_sum(self, x: Tensor, times: Tensor) -> Tensor:
+        """Return the sum of the positive pre-activations of normalised rows [n, D], the bias counting `times` [n, 1]."""
+        return (x @ self.W_enc + times * self.b_enc).relu().sum()
 
     def step(
         self, source: Tensor, target: Tensor, dead: Tensor, auxk: AuxKConfig, step: int, whole: bool = False

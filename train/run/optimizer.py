@@ -11,10 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from shared.config import Config
+from train.model import shards
 from train.model.kernels import numba_loops
 from train.model.saved_tensors import fitting
 from train.model.schedule import warmup_steps
 from train.model.transcoder import Transcoder
+from train.parallel.dictionary import Common, Shard, ShardedTranscoder
 
 _LR, _LR_WIDTH, _DECODER_RATE = 4e-3, 576, 4.0
 
@@ -69,11 +71,18 @@ class OptimizerConfig(Config):
 class Optimizer:
     """One step of Adam with clipping before it, and after it decoder rows of norm 1 where they are to have it."""
 
-    def __init__(self, transcoder: Transcoder, config: OptimizerConfig, length_at: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        transcoder: Transcoder | ShardedTranscoder,
+        config: OptimizerConfig,
+        length_at: Callable[[int], int],
+    ) -> None:
         """Set up the optimizer. `length_at`: how many steps the run has, by the step that is trained."""
         self._transcoder, self._config, self._length_at = transcoder, config, length_at
-        self._adam: CompiledAdam | TritonAdam | TorchAdam
-        if transcoder.kernels == "compiled":
+        self._adam: CompiledAdam | ShardedAdam | TritonAdam | TorchAdam
+        if isinstance(transcoder, ShardedTranscoder):
+            self._adam = ShardedAdam(transcoder, config)
+        elif transcoder.kernels == "compiled":
             self._adam = CompiledAdam(transcoder, config)
         elif transcoder.kernels == "triton":
             self._adam = TritonAdam(transcoder, config)
@@ -146,18 +155,24 @@ class TorchAdam:
 class CompiledAdam:
     """The same in two passes over the rows of each parameter: norms, then everything else."""
 
-    def __init__(self, transcoder: Transcoder, config: OptimizerConfig) -> None:
+    def __init__(self, transcoder: Transcoder | Shard | Common, config: OptimizerConfig) -> None:
         self._transcoder, self._config, self._count = transcoder, config, 0
+        self._measured: list[tuple[list[NDArray[Any]], NDArray[Any], bool, float]] = []
         self._moments = {
             name: (torch.zeros_like(parameter), torch.zeros_like(parameter))
             for name, parameter in transcoder.named_parameters()
         }
 
-    @torch.no_grad()
     def update(self, lr: float, limit: float) -> Tensor:
         """As `TorchAdam.update`."""
-        self._count += 1
-        parts, square, c = [], 0.0, self._config
+        norm = self.measure() ** 0.5
+        self.move(lr, min(1.0, limit / (norm + 1e-6)))
+        return torch.tensor(norm)
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """Return the gradients' squared norm, of unit rows without the part along them; `move` follows."""
+        self._measured, square = [], 0.0
         for name, parameter in self._transcoder.named_parameters():
             assert parameter.grad is not None
             rows = [_rows(tensor) for tensor in (parameter, parameter.grad, *self._moments[name])]
@@ -165,13 +180,17 @@ class CompiledAdam:
             along, squares = np.empty(len(rows[0]), rows[0].dtype), np.empty(len(rows[0]), np.float64)
             numba_loops.row_squares(rows[1], rows[0], unit, along, squares)
             square += float(squares.sum())
-            parts.append((rows, along, unit, c.rate_of(name)))
-        norm = square**0.5
-        scale = min(1.0, limit / (norm + 1e-6))
+            self._measured.append((rows, along, unit, self._config.rate_of(name)))
+        return square
+
+    def move(self, lr: float, scale: float) -> None:
+        """Move the parameters by their gradients, `scale` times these."""
+        self._count += 1
+        c = self._config
         corrections = 1 - c.beta1**self._count, 1 - c.beta2**self._count
-        for rows, along, unit, times in parts:
+        for rows, along, unit, times in self._measured:
             numba_loops.adam(*rows, along, unit, scale, lr * times, c.beta1, c.beta2, c.eps, *corrections)
-        return torch.tensor(norm)
+        self._measured = []
 
     def state(self) -> dict[str, Tensor]:
         """As `Optimizer.state`."""
@@ -187,6 +206,45 @@ class CompiledAdam:
             first.copy_(fitting(tensors, f"{name}.exp_avg", first))
             second.copy_(fitting(tensors, f"{name}.exp_avg_sq", second))
             self._count = int(fitting(tensors, f"{name}.step", torch.zeros(())))
+
+
+class ShardedAdam:
+    """The same by shard; the gradients' norm is of all shards, their squares added in order."""
+
+    def __init__(self, model: ShardedTranscoder, config: OptimizerConfig) -> None:
+        self._model = model
+        self._common = CompiledAdam(model.common, config)
+        self._parts = [CompiledAdam(one, config) for one in model.parts]
+
+    def update(self, lr: float, limit: float) -> Tensor:
+        """As `TorchAdam.update`."""
+        self._model.take_gradients()
+        own = torch.tensor([one.measure() for one in self._parts], dtype=torch.float64)
+        norm = (self._common.measure() + sum(self._model.ranks.gathered(own).tolist())) ** 0.5
+        for one in (self._common, *self._parts):
+            one.move(lr, min(1.0, limit / (norm + 1e-6)))
+        return torch.tensor(norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """As `Optimizer.state`, of all shards, in every process: all must ask for it."""
+        own = [one.state() for one in self._parts]
+        found = self._common.state()
+        for name in own[0]:
+            if name.endswith(".step"):
+                found[name] = own[0][name]
+                continue
+            turned = name.startswith("W_enc.")
+            parts = torch.stack([one[name].T if turned else one[name] for one in own])
+            every = shards.woven(self._model.ranks.gathered(parts))
+            found[name] = every.T if turned else every
+        return found
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """As `Optimizer.load`, of the tensors of all shards."""
+        self._common.load(tensors)
+        _, parts = shards.deal(tensors, self._model.shards)
+        for shard, one in zip(self._model.parts, self._parts, strict=True):
+            one.load(tensors | parts[shard.number])
 
 
 class TritonAdam:
