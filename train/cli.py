@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -30,8 +31,24 @@ _verify_option = click.option(
 
 
 @click.group(name="python -m train", cls=shared.command_line.Commands)
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Train transcoders from a store of activations, with no LLM in memory."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        _share(context)
+
+
+def _share(context: click.Context) -> None:
+    """Let processes of torchrun but the first do as it tells them. Raises `UserError` on commands that are for one."""
+    is_first = os.environ.get("RANK") == "0"
+    if context.invoked_subcommand not in ("run", "resume"):
+        if is_first:
+            raise UserError(f"torchrun is for train run and train resume; use: python -m train {context.invoked_subcommand}")
+        sys.exit(UserError.exit_code)
+    if not is_first:
+        from train.run.follower import follow
+
+        sys.exit(follow())
 
 
 main.add_command(explain)

@@ -17,11 +17,6 @@ from shared.errors import ProjectError, UserError
 _PATIENCE = timedelta(days=1)  # the first evaluates while the others wait, and a dead process is noticed at once
 
 
-def is_follower() -> bool:
-    """Tell whether this is a process of several, and not the first."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and int(os.environ.get("RANK", 0)) > 0
-
-
 class Ranks:
     """This process among those of the training; not joined to the others before `join`."""
 
@@ -29,14 +24,14 @@ class Ranks:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
 
-    def join(self, device: str) -> None:
-        """Join the other processes, over NCCL for CUDA and gloo else; returns when all have."""
-        if self.size == 1:
-            return
-        import torch.distributed as dist
+    def join(self) -> None:
+        """Join the other processes, over gloo, and NCCL for what is on CUDA; returns when all have."""
+        if self.size > 1:
+            import torch.distributed as dist
 
-        with self._together():
-            dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=_PATIENCE)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            with self._together():
+                dist.init_process_group(backend, timeout=_PATIENCE)
 
     def leave(self) -> None:
         """Leave the other processes: nothing is exchanged from here on."""
@@ -47,6 +42,11 @@ class Ranks:
 
     def mine(self, shards: int) -> range:
         """Return the shards of this process. Raises `UserError` where the processes cannot share them evenly."""
+        if shards == 1 and self.size > 1:
+            raise UserError(
+                f"torchrun started {self.size} processes, and parallel.shards = 1 leaves them nothing to share; start "
+                "a new run with --set parallel.shards=8, or one process with: python -m train"
+            )
         if shards % self.size:
             raise UserError(
                 f"{self.size} processes cannot share parallel.shards = {shards} evenly; start as many as divide it: "
@@ -107,6 +107,14 @@ class Ranks:
 
             with self._together():
                 dist.broadcast(tensor, 0)
+
+    def require_same(self, what: str) -> None:
+        """Raise `UserError` where this process computes on other things than the first, so with other last bits."""
+        if (first := self.text_from_first(what)) != what:
+            raise UserError(
+                f"process {self.rank} computes on {what}, and the first on {first}: the last bits would differ; run "
+                "all on machines of one kind with the same libraries, or with --inexact"
+            )
 
     def text_from_first(self, text: str = "") -> str:
         """Return the text of the first process."""

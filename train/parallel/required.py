@@ -12,18 +12,12 @@ def required(
 ) -> dict[str, object]:
     """Return the settings that `shards` fix, by name; none for one. `asked`: what the user has for them.
 
-    Raises `UserError` where others are asked for, where the run cannot be cut so, and where there are several processes
-    and nothing to share.
+    Raises `UserError` where others are asked for, where the run cannot be cut so, and where the processes that there
+    are cannot share it.
     """
-    ranks = Ranks()
+    Ranks().mine(shards)
     if shards == 1:
-        if ranks.size > 1:
-            raise UserError(
-                f"torchrun started {ranks.size} processes, and parallel.shards = 1 leaves them nothing to share; use "
-                "--set parallel.shards=8, or start one process with: python -m train"
-            )
         return {}
-    ranks.mine(shards)
     if d_sae % shards:
         raise UserError(f"transcoder.d_sae = {d_sae} is no multiple of parallel.shards = {shards}; change either")
     if activation.kind != "batchtopk":

@@ -1,5 +1,6 @@
 """The training run: batch -> loss -> backward -> step -> track -> log -> evaluate -> checkpoint."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -104,7 +105,12 @@ class Trainer:
             self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed, scans
         )
         self._monitor = CorrelationMonitor(
-            path, self._settings.monitor, self._transcoder, strata, self._settings.steps, scans
+            path if self._ranks.rank == 0 else None,
+            self._settings.monitor,
+            self._transcoder,
+            strata,
+            self._settings.steps,
+            scans,
         )
         dead_after = self._settings.auxk.dead_after(config.lengths[0] * self._settings.rows.batch_rows)
         self._counters = Counters(self._transcoder.d_sae, dead_after, device)
@@ -148,6 +154,8 @@ class Trainer:
         self._held_out_fvu = resumed.state.held_out.fvu if resumed and resumed.state.held_out else None
         """Of the last evaluation."""
         self._warned = False
+        if self._sharded and not inexact:
+            self._ranks.require_same(json.dumps(self._arithmetic))
         if resumed and not inexact:
             require_same(resumed.state.arithmetic, self._arithmetic, str(resumed.path))
         self._initialise(initial, resumed)
