@@ -23,7 +23,7 @@ LAYERS = {
         "cli",
     ),
     "train": (
-        ("data", "live"), "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"), "probe",
+        ("data", "live"), "model", "parallel", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"), "probe",
         ("compare", "interchange"), "explain", "report", ("commands", "tables", "run_folder"), "cli",
     ),
 }  # fmt: skip

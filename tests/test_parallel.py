@@ -78,12 +78,13 @@ def a_model(kernels: str = "compiled") -> Transcoder:
     return model
 
 
-def test_the_step_of_shards_is_that_of_the_whole() -> None:
+@pytest.mark.parametrize("kernels", ["compiled", "triton"])
+def test_the_step_of_shards_is_that_of_the_whole(kernels: str) -> None:
     """Loss, values, every gradient and the weights after Adam, against whole dense matrices; with dead latents."""
     generator = torch.Generator().manual_seed(4)
     source, target = (torch.randn(B, width, generator=generator) for width in (D, O))
     dead, auxk = torch.arange(F) % 3 == 0, AuxKConfig(k=4, row_stride=2)
-    models = [a_model("dense"), a_model("compiled")]
+    models = [a_model("dense"), a_model(kernels)]
     sharded = ShardedTranscoder(models[1], V, Ranks())
     sharded.take()
     outputs = [one.step(source, target, dead, auxk, 1, whole=True) for one in (models[0], sharded)]
@@ -123,7 +124,7 @@ def test_decoder_rows_are_brought_where_terms_read_them() -> None:
     before = model.W_dec.detach().clone()
     with torch.no_grad():
         for one in sharded.parts:
-            one.W_dec += one.latents.unsqueeze(1)
+            one.W_dec.add_(one.latents.unsqueeze(1))
     sharded.refresh_decoder(kept)
     expected = before.clone()
     expected[kept] += kept.unsqueeze(1)
@@ -133,6 +134,7 @@ def test_decoder_rows_are_brought_where_terms_read_them() -> None:
         one.W_dec.grad = torch.ones_like(one.W_dec)
     sharded.take_gradients()
     for one in sharded.parts:
+        assert one.W_dec.grad is not None
         assert torch.equal(one.W_dec.grad, 1 + torch.arange(F * O).view(F, O).float()[one.latents])
 
 
@@ -249,7 +251,7 @@ def test_processes_train_the_run_of_one_and_others_carry_it_on(
         assert four.poll() is None, four.communicate()
         time.sleep(0.01)
     os.kill(process_of(four, 3), signal.SIGTERM)
-    out, err = four.communicate(timeout=60)
+    _, err = four.communicate(timeout=60)
     assert "stopped at step" in err and f"resume {run}" in err, err
     assert checkpoint.find(run).step > reached
 

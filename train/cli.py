@@ -43,7 +43,8 @@ def _share(context: click.Context) -> None:
     is_first = os.environ.get("RANK") == "0"
     if context.invoked_subcommand not in ("run", "resume"):
         if is_first:
-            raise UserError(f"torchrun is for train run and train resume; use: python -m train {context.invoked_subcommand}")
+            name = context.invoked_subcommand
+            raise UserError(f"torchrun is for train run and train resume, and {name} for one process: python -m train")
         sys.exit(UserError.exit_code)
     if not is_first:
         from train.run.follower import follow

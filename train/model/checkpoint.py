@@ -253,7 +253,9 @@ def load_weights(found: Checkpoint, expected: dict[str, Tensor]) -> dict[str, Te
     return load_tensors(found.path / WEIGHTS, expected, _joined(found, of_weights=True))
 
 
-def load_tensors(path: Path, expected: dict[str, Tensor], beside: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def load_tensors(
+    path: Path, expected: dict[str, Tensor], beside: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Load the tensors of a checkpoint's file, checked against the names, shapes and dtypes of `expected`.
 
     `beside`: tensors of other files that are checked with them. Raises `CorruptData` naming the tensor when one is

@@ -209,9 +209,7 @@ class ShardedTranscoder:
             among = largest_of_rows(self.ranks.gathered(room), config.k)[first : first + len(found)].reshape(
                 len(found), -1
             )
-            own = [
-                _kept(active, kept[place]) for active, place, kept in zip(found, places, among, strict=True)
-            ]
+            own = [_kept(active, kept[place]) for active, place, kept in zip(found, places, among, strict=True)]
         flat = torch.cat([active.values for active in own])
         counts = [len(active.values) for active in own]
         selected = Selected(own, list(torch.arange(len(flat), device=flat.device).split(counts)))
@@ -287,16 +285,12 @@ class _PrefixLoss(torch.autograd.Function):
         prefixes, table, found = meet.shape[1], meet.flatten(0, 1), torch.zeros_like(values)
         for i, one in enumerate(model.parts):
             active, places = ctx.selected.active[i], ctx.selected.places[i]
-            slots = SparseLatents(
-                model.slots(i, active, prefixes), active.latents, values, active.starts, active.d_sae
-            )
+            slots = SparseLatents(model.slots(i, active, prefixes), active.latents, values, active.starts, active.d_sae)
             nothing = torch.zeros_like(one.b_enc)
             found[places] = times * model.ops.products(slots, table, one.W_dec.detach(), nothing)
             groups = Groups(one.group if prefixes > 1 else torch.zeros_like(one.group), prefixes, 1.0)
             add = has_gradient(one.W_dec)
-            model.ops.sums_by_latent(
-                active, values[places], table, one.W_dec.grad, add=add, groups=groups, times=times
-            )
+            model.ops.sums_by_latent(active, values[places], table, one.W_dec.grad, add=add, groups=groups, times=times)
         grad_base = None
         if ctx.needs_input_grad[1]:
             grad_base = times * (meet[:, 0] if ctx.every_row else meet[:, 0].sum(0, keepdim=True))

@@ -29,7 +29,10 @@ class Ranks:
         if self.size > 1:
             import torch.distributed as dist
 
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            backend = "gloo"
+            if torch.cuda.is_available():
+                backend = "cpu:gloo,cuda:nccl"
+                torch.cuda.set_device(self.local_rank)  # the device `cuda` is from here on that one
             with self._together():
                 dist.init_process_group(backend, timeout=_PATIENCE)
 
@@ -97,7 +100,7 @@ class Ranks:
 
         found = parts.new_empty(self.size * len(parts), *parts.shape[1:])
         with self._together():
-            dist.all_gather_into_tensor(found, parts.contiguous())
+            dist.all_gather(list(found.chunk(self.size)), parts.contiguous())
         return found
 
     def from_first(self, tensor: Tensor) -> None:

@@ -25,6 +25,8 @@ def required(
             f"parallel.shards = {shards} is for activation.kind = batchtopk, got {activation.kind}; use "
             "parallel.shards=1"
         )
+    if device.startswith("cuda:"):
+        raise UserError(f"device = {device} is one device, and each process takes its own; use device=cuda")
     fixed: dict[str, object] = {
         "threads": 1,
         "kernels": "compiled" if device == "cpu" else "triton",

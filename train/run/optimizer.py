@@ -16,6 +16,7 @@ from train.model.kernels import numba_loops
 from train.model.saved_tensors import fitting
 from train.model.schedule import warmup_steps
 from train.model.transcoder import Transcoder
+from train.model.unit_rows import drop_parallel_part, normalise_rows
 from train.parallel.dictionary import Common, Shard, ShardedTranscoder
 
 _LR, _LR_WIDTH, _DECODER_RATE = 4e-3, 576, 4.0
@@ -113,8 +114,9 @@ class Optimizer:
 class TorchAdam:
     """Adam in torch's fused kernel."""
 
-    def __init__(self, transcoder: Transcoder, config: OptimizerConfig) -> None:
+    def __init__(self, transcoder: Transcoder | Shard | Common, config: OptimizerConfig) -> None:
         self._transcoder = transcoder
+        self._unit = None if isinstance(transcoder, Common) or not transcoder.has_unit_decoder else transcoder.W_dec
         self._adam = torch.optim.Adam(
             [{"params": [p], "times": config.rate_of(name)} for name, p in transcoder.named_parameters()],
             lr=1.0,  # set at every step
@@ -125,15 +127,36 @@ class TorchAdam:
 
     def update(self, lr: float, limit: float) -> Tensor:
         """Move the parameters by their gradients; returns the gradients' norm, which is scaled down to `limit`."""
-        if self._transcoder.has_unit_decoder:
-            self._transcoder.remove_parallel_gradient()
+        self._drop_parallel_part()
         norm = nn.utils.clip_grad_norm_(self._transcoder.parameters(), limit)
+        self._step(lr)
+        return norm
+
+    def measure(self) -> float:
+        """As `CompiledAdam.measure`. Waits for the device."""
+        self._drop_parallel_part()
+        grads = [parameter.grad for parameter in self._transcoder.parameters()]
+        return float(sum(grad.double().square().sum() for grad in grads if grad is not None))
+
+    @torch.no_grad()
+    def move(self, lr: float, scale: float) -> None:
+        """As `CompiledAdam.move`."""
+        for parameter in self._transcoder.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= scale
+        self._step(lr)
+
+    def _drop_parallel_part(self) -> None:
+        if self._unit is not None:
+            assert self._unit.grad is not None
+            drop_parallel_part(self._unit.grad, self._unit)
+
+    def _step(self, lr: float) -> None:
         for group in self._adam.param_groups:
             group["lr"] = lr * group["times"]
         self._adam.step()
-        if self._transcoder.has_unit_decoder:
-            self._transcoder.normalise_decoder()  # after the step: what is saved has unit norm
-        return norm
+        if self._unit is not None:
+            normalise_rows(self._unit)  # after the step: what is saved has unit norm
 
     def state(self) -> dict[str, Tensor]:
         """As `Optimizer.state`."""
@@ -213,8 +236,9 @@ class ShardedAdam:
 
     def __init__(self, model: ShardedTranscoder, config: OptimizerConfig) -> None:
         self._model = model
-        self._common = CompiledAdam(model.common, config)
-        self._parts = [CompiledAdam(one, config) for one in model.parts]
+        adam = CompiledAdam if model.whole.kernels == "compiled" else TorchAdam
+        self._common = adam(model.common, config)
+        self._parts = [adam(one, config) for one in model.parts]
 
     def update(self, lr: float, limit: float) -> Tensor:
         """As `TorchAdam.update`."""
