@@ -90,6 +90,7 @@ def train(
             durable.publish_bytes(run / CONFIG, written)
             with synced(run, project):
                 new.train()
+    ranks.leave()
     return run
 
 
@@ -166,6 +167,7 @@ def resume(
         )
         with synced(run, project):
             continued.train()
+    ranks.leave()
     return run
 
 

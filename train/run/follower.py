@@ -72,7 +72,9 @@ def follow() -> int:
             inexact=order.inexact,
             ranks=ranks,
         )
-        return follower.follow()
+        code = follower.follow()
+    ranks.leave()
+    return code
 
 
 class Follower(Trainer):
