@@ -190,6 +190,21 @@ def test_what_cannot_be_cut_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
             required(shards, ASKED, BatchTopK(), 64, "cpu")
 
 
+def test_torchrun_without_shards_or_with_another_command_is_one_clear_error(
+    command, pristine: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    refused = command("run", "--store", pristine.path, *SMALL, "--steps", 2, "--runs", tmp_path / "runs")
+    assert refused.code == 2 and refused.err.count("error:") == 1 and "--set parallel.shards=8" in refused.err
+    assert not (tmp_path / "runs").exists()
+    other = command("evaluate", tmp_path / "runs")
+    assert other.code == 2 and "evaluate for one process" in other.err
+    monkeypatch.setenv("RANK", "1")
+    silent = command("evaluate", tmp_path / "runs")
+    assert silent.code == 2 and silent.err == ""
+
+
 def test_commands_read_a_run_in_shards_as_any_other(command, pristine: SyntheticStore, tmp_path: Path) -> None:
     """The same figures as without shards, but for rounding; every reader takes it; one file when it is exported."""
     runs = []

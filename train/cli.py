@@ -40,7 +40,7 @@ def main(context: click.Context) -> None:
 
 def _share(context: click.Context) -> None:
     """Let processes of torchrun but the first do as it tells them. Raises `UserError` on commands that are for one."""
-    is_first = os.environ.get("RANK") == "0"
+    is_first = os.environ.get("RANK", "0") == "0"
     if context.invoked_subcommand not in ("run", "resume"):
         if is_first:
             name = context.invoked_subcommand
