@@ -35,7 +35,8 @@ def assert_same_run(a: Path, b: Path) -> None:
     """Weights, optimiser state, metrics, counts, correlation reports and samples are equal bit for bit."""
     left, right = checkpoint.find(a), checkpoint.find(b)
     assert left.step == right.step
-    for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
+    assert left.state.files.keys() == right.state.files.keys()
+    for name in left.state.files:
         assert (left.path / name).read_bytes() == (right.path / name).read_bytes(), name
     files = [{str(path.relative_to(run)) for path in _results(run)} for run in (a, b)]
     assert files[0] == files[1]

@@ -88,7 +88,7 @@ def no_loss(W_dec: torch.Tensor, *_: object) -> torch.Tensor:
         (diversity, "direction_loss", lambda *args: -direction_loss(*args), "diversity.orthogonality"),
         (diversity, "co_activation_loss", lambda *args: -co_activation_loss(*args), "diversity.co_activation"),
         (diversity, "position_loss", lambda values, *_: values.sum() * 0, "diversity.position"),
-        (Quiet, "terms", lambda self, _: {"quiet": self._transcoder.W_enc.sum() * 0}, "quiet"),
+        (Quiet, "terms", lambda self, _: {"quiet": 0 * self._positive_sum(self._rows, self._times)}, "quiet"),
         (Quiet, "terms", lambda self, _: {}, "quiet"),
         (
             monitor,

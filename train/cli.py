@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -34,8 +35,25 @@ _verify_option = click.option(
 
 
 @click.group(name="python -m train", cls=shared.command_line.Commands)
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Train transcoders from a store of activations, with no LLM in memory."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        _share(context)
+
+
+def _share(context: click.Context) -> None:
+    """Let processes of torchrun but the first do as it tells them. Raises `UserError` on commands that are for one."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    if context.invoked_subcommand not in ("run", "resume"):
+        if is_first:
+            name = context.invoked_subcommand
+            raise UserError(f"torchrun is for train run and train resume, and {name} for one process: python -m train")
+        sys.exit(UserError.exit_code)
+    if not is_first:
+        from train.run.follower import follow
+
+        sys.exit(follow())
 
 
 main.add_command(explain)

@@ -20,6 +20,7 @@ from train.live.run_files import BLOCKS, CONFIG, EXPORTS, HELD_OUT, LOCK, REPORT
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, Listed
 from train.run.bindings import pinned, require_own_config, require_own_store
+from train.run.follower import lead
 from train.run.load_run import check_shards, load_run, open_store, place_of_store, remember_store, samples_of
 from train.run.saver import bring_home, require_own
 from train.run.settings import Extension, RunConfig, Settings, checkpoint_bytes, read_config, resolve
@@ -82,7 +83,8 @@ def train(
     elsewhere = _fallback(run, fallback, written)
     with store.reading(), _resumable(run):
         load = source.load if source else None
-        new = Trainer(store, config, run, initial=load, fallback=elsewhere)  # raises before anything is written
+        ranks = lead(config, run, store, None, has_initial=load is not None)
+        new = Trainer(store, config, run, initial=load, fallback=elsewhere, ranks=ranks)  # raises before it writes
         with durable.lock(run / LOCK, f"run {run}"):
             if (run / CONFIG).exists():  # of a run that was started meanwhile
                 raise exists
@@ -90,6 +92,7 @@ def train(
             durable.publish_bytes(run / CONFIG, written)
             with synced(run, project):
                 new.train()
+    ranks.leave()
     return run
 
 
@@ -159,13 +162,19 @@ def resume(
             require_own_config(run, config, found)
         config = make_longer(run, config, found.step if found else 0, steps, elsewhere) if steps else config
         if threads and threads != config.settings.threads:
+            if config.settings.parallel.shards > 1:
+                raise UserError(f"--threads {threads}: a run with parallel.shards has one thread per process")
             inexact = True
             config = config.model_copy(update={"settings": config.settings.model_copy(update={"threads": threads})})
         source = find_initial(config.init_from, config) if config.init_from and not found else None
         load = source.load if source else None
-        continued = Trainer(opened, config, run, initial=load, resumed=found, fallback=elsewhere, inexact=inexact)
+        ranks = lead(config, run, opened, found, has_initial=load is not None, inexact=inexact)
+        continued = Trainer(
+            opened, config, run, initial=load, resumed=found, fallback=elsewhere, inexact=inexact, ranks=ranks
+        )
         with synced(run, project):
             continued.train()
+    ranks.leave()
     return run
 
 

@@ -76,7 +76,7 @@ def of_run(loaded: LoadedRun) -> Replacement:
 
     return Replacement(
         library="transcoder-cache",
-        weights=_files_digest(found.path / checkpoint.WEIGHTS),
+        weights=_files_digest(found.path if found.state.shards else found.path / checkpoint.WEIGHTS),
         step=found.step,
         source=loaded.config.settings.source,
         predict=partial(_every_prefix, transcoder),

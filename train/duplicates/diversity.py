@@ -176,6 +176,12 @@ class Diversity:
         loss = co_activation_loss(output.values, output.active, self.correlated, self._strength)
         return weight * loss / model.d_sae
 
+    def rows_read(self, step: int) -> Tensor:
+        """Return the latents whose decoder rows `direction_terms` reads at `step`, rising: int64 [n]."""
+        if self.asks_host(step):
+            return torch.arange(self._transcoder.d_sae, device=self._transcoder.W_dec.device)
+        return torch.cat(self.mined).unique()
+
     def direction_terms(self, dead: Tensor, step: int) -> dict[str, Tensor]:
         """Return terms of decoder rows alone, at `step`; of latents that are not `dead` [F]."""
         config, terms = self._config, {}

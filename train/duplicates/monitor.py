@@ -117,14 +117,16 @@ class CorrelationMonitor:
 
     def __init__(
         self,
-        run: Path,
+        run: Path | None,
         config: MonitorConfig,
         transcoder: Transcoder,
         strata: dict[str, slice],
         steps: int,
         scans: Scans | None = None,
     ) -> None:
-        self._folder, self._config, self._transcoder, self._steps = run / REPORTS, config, transcoder, steps
+        """Set up the monitor of a run; without a `run` its reports act on the training, and are not written."""
+        self._folder, self._config = run / REPORTS if run else None, config
+        self._transcoder, self._steps = transcoder, steps
         assert isinstance(config.every, int), "resolve the configuration first"
         self._every, self._strata = config.every, list(strata)
         self._delay = config.delay if isinstance(config.delay, int) else 0  # none: in runs from before there were
@@ -230,9 +232,11 @@ class CorrelationMonitor:
     @property
     def reported_held_out(self) -> bool:
         """Whether `report_held_out` has written its report."""
-        return (self._folder / HELD_OUT).is_file()
+        return self._folder is not None and (self._folder / HELD_OUT).is_file()
 
     def _publish(self, name: str, report: CorrelationReport) -> None:
+        if self._folder is None:
+            return
         try:
             durable.make_folder(self._folder)
             durable.publish_json(self._folder / name, report.model_dump(mode="json"))

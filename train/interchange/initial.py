@@ -60,7 +60,7 @@ def _of_run(run: Path, config: RunConfig) -> Initial:
     _require_same(run, theirs, ours)
     if [one.settings.transcoder.decoder_norm for one in (before, config)] == ["free", "unit"]:
         raise _free_norms(run)
-    weights = InitialWeights(step=found.step, crc32c=found.state.files["weights.safetensors"].crc32c)
+    weights = InitialWeights(step=found.step, crc32c=found.state.weights_crc32c)
     if narrower:
         seed = config.settings.seed
         return Initial(

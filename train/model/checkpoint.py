@@ -2,14 +2,16 @@
 
 weights.safetensors      parameters, normalisation, inference thresholds: all that evaluation and export need
 optimizer.safetensors    Adam's moments, dead counters, running threshold, the open metrics window
+shard-0-of-8.safetensors ...  where the dictionary is cut: what both of them have for the latents of each shard
 state.json               step, what the last bits depend on, held-out figures, the run's settings, size and crc32c of
-                         the two files, and its own digest; "latest" is the highest step that verifies
+                         these files, and its own digest; "latest" is the highest step that verifies
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
+import google_crc32c
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
@@ -23,10 +25,13 @@ from shared.store.checks import fault, file_crc32c
 from shared.store.layout import FileRecord
 from train.live.run_files import CONFIG
 from train.model.saved_tensors import fitting
+from train.model.shards import deal, join
 
 FORMAT_VERSION: Final = 5
 """A run's settings, beside its checkpoints: `train.run.settings.RunConfig`."""
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+_SHARD = "shard-{}-of-{}.safetensors"
+_FILES = r"^(weights|optimizer|shard-[0-9]{1,2}-of-[0-9]{1,2})\.safetensors$"
 
 
 Short = Annotated[str, Field(max_length=200)]
@@ -51,12 +56,25 @@ class CheckpointState(Config):
     """Of this step, if it was evaluated."""
     config: dict[str, Any] | None = None
     """What `config.json` held when the checkpoint was made."""
-    files: dict[Literal["weights.safetensors", "optimizer.safetensors"], FileRecord]
+    files: dict[Annotated[str, Field(pattern=_FILES)], FileRecord] = Field(max_length=66)
 
     @property
     def bytes(self) -> int:
         """Of the tensors' files."""
         return sum(record.bytes for record in self.files.values())
+
+    @property
+    def shards(self) -> int:
+        """Of the dictionary, each of which has a file; 0 where it is not cut."""
+        return len(self.files.keys() - {WEIGHTS, OPTIMIZER})
+
+    @property
+    def weights_crc32c(self) -> str:
+        """Of the weights' file; where latents have files of their own, of the checksums of all."""
+        if not self.shards:
+            return self.files[WEIGHTS].crc32c
+        sums = "".join(f"{name} {record.crc32c}\n" for name, record in sorted(self.files.items()))
+        return f"{google_crc32c.value(sums.encode()):08x}"
 
 
 class Checkpoint(NamedTuple):
@@ -97,13 +115,19 @@ def publish(
     arithmetic: Mapping[str, str],
     held_out: HeldOut | None = None,
     config: Mapping[str, Any] | None = None,
+    shards: int = 1,
 ) -> Path:
     """Publish a checkpoint, in place of one that does not verify. Raises `DiskFull`, and leaves nothing then.
 
-    `config`: what the run's `config.json` holds.
+    `config`: what the run's `config.json` holds. `shards`: as many files have what belongs to latents.
     """
     path = folder(run, step)
     tensors = {WEIGHTS: weights, OPTIMIZER: optimizer}
+    if shards > 1:
+        (weights, of_weights), (optimizer, of_optimizer) = (deal(part, shards) for part in (weights, optimizer))
+        cut = [one | other for one, other in zip(of_weights, of_optimizer, strict=True)]
+        tensors = {WEIGHTS: weights, OPTIMIZER: optimizer}
+        tensors |= {_SHARD.format(i, shards): part for i, part in enumerate(cut)}
     needed = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
     if path.exists():  # torn, or training would not have come here again
         durable.remove_folder(path)
@@ -112,7 +136,7 @@ def publish(
             save_tensors(temporary / name, part)
         files = {
             name: FileRecord(bytes=(temporary / name).stat().st_size, crc32c=file_crc32c(temporary / name))
-            for name in (WEIGHTS, OPTIMIZER)
+            for name in tensors
         }
         state = CheckpointState(
             step=step,
@@ -146,7 +170,7 @@ def verify(path: Path) -> str | None:
         return str(error)
     if state.step != number(path):
         return f"{path / STATE}: it is of step {state.step}"
-    for name in (WEIGHTS, OPTIMIZER):
+    for name in dict.fromkeys((WEIGHTS, OPTIMIZER, *state.files)):
         try:
             wrong = fault(path / name, state.files[name]) if name in state.files else f"{STATE} does not name it"
         except OSError as error:
@@ -224,18 +248,45 @@ def of(path: Path, step: int | None = None) -> tuple[Path, Checkpoint]:
     return path.parent.parent, Checkpoint(path, read_state(path))
 
 
-def load_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def load_weights(found: Checkpoint, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Load the weights of a checkpoint, as `load_tensors`."""
+    return load_tensors(found.path / WEIGHTS, expected, _joined(found, of_weights=True))
+
+
+def load_tensors(
+    path: Path, expected: dict[str, Tensor], beside: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Load the tensors of a checkpoint's file, checked against the names, shapes and dtypes of `expected`.
 
-    Raises `CorruptData` naming the tensor when one is missing, too many, of another shape or dtype, or not finite.
+    `beside`: tensors of other files that are checked with them. Raises `CorruptData` naming the tensor when one is
+    missing, too many, of another shape or dtype, or not finite.
     """
-    tensors = load_state(path)
+    tensors = load_state(path) | dict(beside or {})
     if odd := sorted(set(tensors) ^ set(expected)):
         raise CorruptData(f"{path}: tensor {odd[0]!r} is {'missing' if odd[0] in expected else 'not expected'}")
     try:
         return {name: fitting(tensors, name, want) for name, want in expected.items()}
     except ValueError as error:
         raise CorruptData(f"{path}: {error}") from error
+
+
+def load_optimizer(found: Checkpoint) -> dict[str, Tensor]:
+    """Load all else that training continues from. Raises `CorruptData`."""
+    return load_state(found.path / OPTIMIZER) | _joined(found, of_weights=False)
+
+
+def _joined(found: Checkpoint, *, of_weights: bool) -> dict[str, Tensor]:
+    """Put together what the files of shards have, of weights or of all else. Raises `CorruptData` where one lacks."""
+    count = found.state.shards
+    names = [_SHARD.format(i, count) for i in range(count)]
+    if missing := [name for name in names if name not in found.state.files]:
+        raise CorruptData(f"{found.path / STATE}: it names {count} files of shards, and not {missing[0]}")
+    parts = [load_state(found.path / name) for name in names]
+    wanted = [{name: part[name] for name in part if ("." not in name) == of_weights} for part in parts]
+    try:
+        return join(wanted) if wanted else {}
+    except ValueError as error:
+        raise CorruptData(f"{found.path / names[0]}: {error}") from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,8 @@ that a few such rows activate nothing. They are all but constant, so it costs ea
 Legend: n rows, D d_in, F d_sae.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,6 +21,8 @@ from train.data.batches import Side
 from train.model.normalisation import read_rows_at
 from train.model.transcoder import Transcoder
 
+PositiveSum = Callable[[Tensor, Tensor], Tensor]
+"""As `Transcoder.positive_sum`."""
 _KEPT = 128
 """Rows of position 0, and as many outliers: they hardly differ."""
 
@@ -61,16 +65,33 @@ def _spread(rows: NDArray[np.int64]) -> list[int]:
 class Quiet:
     """The term of a run. It holds its rows and no state."""
 
-    def __init__(self, transcoder: Transcoder, config: QuietConfig, rows: Tensor, batch_rows: int) -> None:
-        """Take `rows` [n, D], normalised sources that nothing is to be active on."""
-        self._transcoder, self._config = transcoder, config
+    def __init__(
+        self,
+        transcoder: Transcoder,
+        config: QuietConfig,
+        rows: Tensor,
+        batch_rows: int,
+        positive_sum: PositiveSum | None = None,
+    ) -> None:
+        """Take `rows` [n, D], normalised sources that nothing is to be active on.
+
+        `positive_sum`: that of what is trained, where the transcoder itself is not.
+        """
+        self._config, self._positive_sum = config, positive_sum or transcoder.positive_sum
         size = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) / rows.shape[1] ** 0.5).clamp_min(1.0)
         self._rows, self._times = rows / size, 1 / size
         self._unit = 2.0 / (batch_rows * transcoder.W_dec.shape[1])
 
     @classmethod
     def of(
-        cls, transcoder: Transcoder, config: QuietConfig, store: Store, blocks: range, source: Side, batch_rows: int
+        cls,
+        transcoder: Transcoder,
+        config: QuietConfig,
+        store: Store,
+        blocks: range,
+        source: Side,
+        batch_rows: int,
+        positive_sum: PositiveSum | None = None,
     ) -> "Quiet":
         """Read the rows that training on `blocks` of `store` leaves out."""
         places, parts = (left_out(store, blocks) if config.weight else []), []
@@ -79,7 +100,7 @@ class Quiet:
             parts.append(read_rows_at(store, name, source, numbers))
         device = transcoder.W_enc.device
         rows = torch.from_numpy(np.concatenate(parts)).float().to(device)
-        return cls(transcoder, config, transcoder.normalised_source(rows), batch_rows)
+        return cls(transcoder, config, transcoder.normalised_source(rows), batch_rows, positive_sum)
 
     def terms(self, step: int | Tensor) -> dict[str, Tensor]:
         """Return the term at `step`: positive pre-activations on some rows, scaled to the length of an ordinary row.
@@ -92,5 +113,4 @@ class Quiet:
             self._rows
         )
         x, times = self._rows[wanted], self._times[wanted]
-        pre_acts = x @ self._transcoder.W_enc + times * self._transcoder.b_enc
-        return {"quiet": self._config.weight * self._unit * pre_acts.relu().sum()}
+        return {"quiet": self._config.weight * self._unit * self._positive_sum(x, times)}

@@ -29,6 +29,7 @@ from train.model.kernels import guarded, plain
 from train.model.kernels.sparse_ops import Groups, Kernels, SparseOps, sparse_ops
 from train.model.losses import AuxKConfig, auxk_weight, matryoshka_weight
 from train.model.sparse_latents import SparseLatents
+from train.model.unit_rows import drop_parallel_part, normalise_rows
 
 
 class TranscoderConfig(Config):
@@ -197,7 +198,7 @@ class Transcoder(nn.Module):
         Raises `CorruptData` naming the tensor that does not fit.
         """
         expected = self.state_dict() | {"threshold": self.b_enc.detach()}
-        tensors = checkpoint.load_tensors(found.path / checkpoint.WEIGHTS, expected)
+        tensors = checkpoint.load_weights(found, expected)
         threshold = tensors.pop("threshold").to(self.b_enc.device)
         self.load_state_dict(tensors)
         self.inference_threshold.copy_(threshold)
@@ -276,17 +277,14 @@ class Transcoder(nn.Module):
         if not self.has_unit_decoder:
             self.W_dec.zero_()
 
-    @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Give every decoder row unit norm."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
+        normalise_rows(self.W_dec)
 
-    @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
         """Drop the part of the decoder's gradient that the next normalisation would undo."""
-        grad = self.W_dec.grad
-        assert grad is not None
-        grad.addcmul_(self.W_dec, (grad * self.W_dec).sum(dim=1, keepdim=True), value=-1)
+        assert self.W_dec.grad is not None
+        drop_parallel_part(self.W_dec.grad, self.W_dec)
 
     def unit_decoder(self) -> Tensor:
         """Return the decoder rows [F, O] without gradient, each divided by its norm; a row of 0 stays 0."""
@@ -313,6 +311,10 @@ class Transcoder(nn.Module):
     def pre_acts(self, x: Tensor) -> Tensor:
         """Compute the pre-activations [B, F] from normalised rows [B, D]."""
         return blas.addmm(self.blas, self.b_enc, x, self.W_enc)
+
+    def positive_sum(self, x: Tensor, times: Tensor) -> Tensor:
+        """Return the sum of the positive pre-activations of normalised rows [n, D]; the bias counts `times` [n, 1]."""
+        return (x @ self.W_enc + times * self.b_enc).relu().sum()
 
     def step(
         self,

@@ -11,10 +11,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from shared.config import Config
+from train.model import shards
 from train.model.kernels import numba_loops
 from train.model.saved_tensors import fitting
 from train.model.schedule import warmup_steps
 from train.model.transcoder import Transcoder
+from train.model.unit_rows import drop_parallel_part, normalise_rows
+from train.parallel.dictionary import Common, Shard, ShardedTranscoder
 
 _LR, _LR_WIDTH, _DECODER_RATE = 4e-3, 576, 4.0
 
@@ -69,11 +72,18 @@ class OptimizerConfig(Config):
 class Optimizer:
     """One step of Adam with clipping before it, and after it decoder rows of norm 1 where they are to have it."""
 
-    def __init__(self, transcoder: Transcoder, config: OptimizerConfig, length_at: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        transcoder: Transcoder | ShardedTranscoder,
+        config: OptimizerConfig,
+        length_at: Callable[[int], int],
+    ) -> None:
         """Set up the optimizer. `length_at`: how many steps the run has, by the step that is trained."""
         self._transcoder, self._config, self._length_at = transcoder, config, length_at
-        self._adam: CompiledAdam | TritonAdam | TorchAdam
-        if transcoder.kernels == "compiled":
+        self._adam: CompiledAdam | ShardedAdam | TritonAdam | TorchAdam
+        if isinstance(transcoder, ShardedTranscoder):
+            self._adam = ShardedAdam(transcoder, config)
+        elif transcoder.kernels == "compiled":
             self._adam = CompiledAdam(transcoder, config)
         elif transcoder.kernels == "triton":
             self._adam = TritonAdam(transcoder, config)
@@ -115,8 +125,9 @@ class Optimizer:
 class TorchAdam:
     """Adam in torch's fused kernel."""
 
-    def __init__(self, transcoder: Transcoder, config: OptimizerConfig) -> None:
+    def __init__(self, transcoder: Transcoder | Shard | Common, config: OptimizerConfig) -> None:
         self._transcoder = transcoder
+        self._unit = None if isinstance(transcoder, Common) or not transcoder.has_unit_decoder else transcoder.W_dec
         self._adam = torch.optim.Adam(
             [{"params": [p], "times": config.rate_of(name)} for name, p in transcoder.named_parameters()],
             lr=1.0,  # set at every step
@@ -132,13 +143,34 @@ class TorchAdam:
 
     def update(self, limit: float) -> Tensor:
         """Move the parameters by their gradients; returns the gradients' norm, which is scaled down to `limit`."""
-        if self._transcoder.has_unit_decoder:
-            self._transcoder.remove_parallel_gradient()
+        self._drop_parallel_part()
         norm = nn.utils.clip_grad_norm_(self._transcoder.parameters(), limit)
-        self._adam.step()
-        if self._transcoder.has_unit_decoder:
-            self._transcoder.normalise_decoder()  # after the step: what is saved has unit norm
+        self._step()
         return norm
+
+    def measure(self) -> float:
+        """As `CompiledAdam.measure`. Waits for the device."""
+        self._drop_parallel_part()
+        grads = [parameter.grad for parameter in self._transcoder.parameters()]
+        return float(sum(grad.double().square().sum() for grad in grads if grad is not None))
+
+    @torch.no_grad()
+    def move(self, scale: float) -> None:
+        """As `CompiledAdam.move`."""
+        for parameter in self._transcoder.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= scale
+        self._step()
+
+    def _drop_parallel_part(self) -> None:
+        if self._unit is not None:
+            assert self._unit.grad is not None
+            drop_parallel_part(self._unit.grad, self._unit)
+
+    def _step(self) -> None:
+        self._adam.step()
+        if self._unit is not None:
+            normalise_rows(self._unit)  # after the step: what is saved has unit norm
 
     def state(self) -> dict[str, Tensor]:
         """As `Optimizer.state`."""
@@ -160,8 +192,9 @@ class TorchAdam:
 class CompiledAdam:
     """The same in two passes over the rows of each parameter: norms, then everything else."""
 
-    def __init__(self, transcoder: Transcoder, config: OptimizerConfig) -> None:
+    def __init__(self, transcoder: Transcoder | Shard | Common, config: OptimizerConfig) -> None:
         self._transcoder, self._config, self._count, self._lr = transcoder, config, 0, 0.0
+        self._measured: list[tuple[list[NDArray[Any]], NDArray[Any], bool, float]] = []
         self._moments = {
             name: (torch.zeros_like(parameter), torch.zeros_like(parameter))
             for name, parameter in transcoder.named_parameters()
@@ -171,11 +204,16 @@ class CompiledAdam:
         """As `TorchAdam.set_rate`."""
         self._lr = lr
 
-    @torch.no_grad()
     def update(self, limit: float) -> Tensor:
         """As `TorchAdam.update`."""
-        self._count += 1
-        parts, square, c = [], 0.0, self._config
+        norm = self.measure() ** 0.5
+        self.move(min(1.0, limit / (norm + 1e-6)))
+        return torch.tensor(norm)
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """Return the gradients' squared norm, of unit rows without the part along them; `move` follows."""
+        self._measured, square = [], 0.0
         for name, parameter in self._transcoder.named_parameters():
             assert parameter.grad is not None
             rows = [_rows(tensor) for tensor in (parameter, parameter.grad, *self._moments[name])]
@@ -183,13 +221,17 @@ class CompiledAdam:
             along, squares = np.empty(len(rows[0]), rows[0].dtype), np.empty(len(rows[0]), np.float64)
             numba_loops.row_squares(rows[1], rows[0], unit, along, squares)
             square += float(squares.sum())
-            parts.append((rows, along, unit, c.rate_of(name)))
-        norm = square**0.5
-        scale = min(1.0, limit / (norm + 1e-6))
+            self._measured.append((rows, along, unit, self._config.rate_of(name)))
+        return square
+
+    def move(self, scale: float) -> None:
+        """Move the parameters by their gradients, `scale` times these."""
+        self._count += 1
+        c = self._config
         corrections = 1 - c.beta1**self._count, 1 - c.beta2**self._count
-        for rows, along, unit, times in parts:
+        for rows, along, unit, times in self._measured:
             numba_loops.adam(*rows, along, unit, scale, self._lr * times, c.beta1, c.beta2, c.eps, *corrections)
-        return torch.tensor(norm)
+        self._measured = []
 
     def state(self) -> dict[str, Tensor]:
         """As `Optimizer.state`."""
@@ -205,6 +247,51 @@ class CompiledAdam:
             first.copy_(fitting(tensors, f"{name}.exp_avg", first))
             second.copy_(fitting(tensors, f"{name}.exp_avg_sq", second))
             self._count = int(fitting(tensors, f"{name}.step", torch.zeros(())))
+
+
+class ShardedAdam:
+    """The same by shard; the gradients' norm is of all shards, their squares added in order."""
+
+    def __init__(self, model: ShardedTranscoder, config: OptimizerConfig) -> None:
+        self._model = model
+        adam = CompiledAdam if model.whole.kernels == "compiled" else TorchAdam
+        self._common = adam(model.common, config)
+        self._parts = [adam(one, config) for one in model.parts]
+
+    def set_rate(self, lr: float) -> None:
+        """As `TorchAdam.set_rate`."""
+        for one in (self._common, *self._parts):
+            one.set_rate(lr)
+
+    def update(self, limit: float) -> Tensor:
+        """As `TorchAdam.update`."""
+        self._model.take_gradients()
+        own = torch.tensor([one.measure() for one in self._parts], dtype=torch.float64)
+        norm = (self._common.measure() + sum(self._model.ranks.gathered(own).tolist())) ** 0.5
+        for one in (self._common, *self._parts):
+            one.move(min(1.0, limit / (norm + 1e-6)))
+        return torch.tensor(norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """As `Optimizer.state`, of all shards, in every process: all must ask for it."""
+        own = [one.state() for one in self._parts]
+        found = self._common.state()
+        for name in own[0]:
+            if name.endswith(".step"):
+                found[name] = own[0][name]
+                continue
+            turned = name.startswith("W_enc.")
+            parts = torch.stack([one[name].T if turned else one[name] for one in own])
+            every = shards.woven(self._model.ranks.gathered(parts))
+            found[name] = every.T if turned else every
+        return found
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """As `Optimizer.load`, of the tensors of all shards."""
+        self._common.load(tensors)
+        _, parts = shards.deal(tensors, self._model.shards)
+        for shard, one in zip(self._model.parts, self._parts, strict=True):
+            one.load(tensors | parts[shard.number])
 
 
 class TritonAdam:

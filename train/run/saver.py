@@ -113,14 +113,17 @@ class Saver:
         fallback: Path | None = None,
         failed: Callable[[], None] = lambda: None,
         record: Mapping[str, Any] | None = None,
+        shards: int = 1,
     ) -> None:
         """Set up saving. `size`: bytes of a checkpoint, about. `record`: what the run's `config.json` holds.
 
         `logs` are forced to disk before a checkpoint is published. `fallback`: a run's folder on another disk, for when
-        this one is full. `failed` is called for each that is lost.
+        this one is full. `failed` is called for each that is lost. `shards`: those of the dictionary, each of which has
+        a file.
         """
         self._run, self._config, self._arithmetic, self._size = run, config, arithmetic, size
         self._logs, self._fallback, self._failed, self._record = logs, fallback, failed, record
+        self._shards = shards
         self._reserve = checkpoint.folder(run, 0).with_name(RESERVE)
         self._copies = HostCopies()
         self._thread: Thread | None = None
@@ -223,7 +226,7 @@ class Saver:
             if log.is_file():
                 durable.fsync_file(log)
         path = checkpoint.publish(
-            run, job.step, job.weights, job.optimizer, self._arithmetic, job.held_out, self._record
+            run, job.step, job.weights, job.optimizer, self._arithmetic, job.held_out, self._record, self._shards
         )
         if wrong := checkpoint.verify(path):
             raise OSError(None, f"written, and does not verify: {wrong}", str(path))
@@ -306,7 +309,7 @@ def bring_home(run: Path, fallback: Path) -> None:
         if home.exists():
             durable.remove_folder(home)
         with durable.publish_folder(home, checkpoint.read_state(path).bytes) as temporary:
-            for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.STATE):
+            for name in (*checkpoint.read_state(path).files, checkpoint.STATE):
                 shutil.copyfile(path / name, temporary / name)
         durable.remove_folder(path)
 

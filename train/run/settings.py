@@ -31,7 +31,9 @@ from train.model.blas import Blas, bfloat16_units, faster_here
 from train.model.kernels.sparse_ops import Kernels
 from train.model.losses import AuxKConfig
 from train.model.quiet import QuietConfig
+from train.model.shards import ParallelConfig
 from train.model.transcoder import TranscoderConfig
+from train.parallel.required import required
 from train.read_settings import ALIASES, read_settings
 from train.run.cadences import chosen
 from train.run.choose_kernels import Shape, fastest
@@ -92,6 +94,7 @@ class Settings(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: SamplesConfig = SamplesConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
 
 class Extension(Config):
@@ -261,6 +264,8 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     _check_position(view, settings, blocks)
     _check_goals(settings.diversity)
     assert isinstance(shape.d_sae, int)
+    fixed = required(settings.parallel.shards, dict(settings), activation, shape.d_sae, device)
+    settings = settings.model_copy(update=fixed)
     usual = chosen(device, settings.steps, settings.rows.batch_rows, d_in, shape.d_sae, evaluated_rows(store))
     monitor = settings.monitor.resolve(settings.steps, device, usual.monitor)
     evaluation, saving = settings.evaluation, settings.checkpoint

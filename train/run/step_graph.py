@@ -113,6 +113,8 @@ def _why_not(settings: "Settings") -> str | None:
         return "the device is cpu"
     if settings.step_graph == "off":
         return "step_graph = off"
+    if settings.parallel.shards > 1:
+        return f"parallel.shards = {settings.parallel.shards}: a step waits for other processes"
     return why_no_graph(settings.kernels, settings.activation, settings.auxk, settings.rows.batch_rows)
 
 

@@ -1,5 +1,6 @@
 """The training run: batch -> loss -> backward -> step -> track -> log -> evaluate -> checkpoint."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from train.model.checkpoint import Checkpoint, HeldOut
 from train.model.kernels import numba_loops
 from train.model.quiet import Quiet
 from train.model.transcoder import StepOutput, Transcoder
+from train.parallel.dictionary import ShardedTranscoder
+from train.parallel.ranks import Ranks
 from train.run.cadences import Cadences
 from train.run.determinism import arithmetic, require_same
 from train.run.latent_counters import Counters
@@ -62,11 +65,12 @@ class Trainer:
         *,
         fallback: Path | None = None,
         inexact: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         """Set up a run.
 
         `initial`: gives the transcoder its first weights. `fallback`: a run's folder for checkpoints that have no room
-        here. `inexact`: see `require_same`.
+        here. `inexact`: see `require_same`. `ranks`: the processes that share the run, which have joined.
         """
         store = store.excluding(config.exclusion)
         self._store, self._config, self._path, self._rows = store, config, path, rows_of(config, store)
@@ -86,7 +90,12 @@ class Trainer:
             resident=keeps_rows(config, store),
         )
         self._transcoder = build_transcoder(config, store)
-        self._optimizer = Optimizer(self._transcoder, self._settings.optimizer, config.length_at)
+        shards = self._settings.parallel.shards
+        self._ranks = ranks or Ranks()
+        self._sharded = ShardedTranscoder(self._transcoder, shards, self._ranks) if shards > 1 else None
+        """What is trained where the dictionary is cut; the transcoder then has its weights when `_agree` says so."""
+        self._trained = self._sharded or self._transcoder
+        self._optimizer = Optimizer(self._trained, self._settings.optimizer, config.length_at)
         strata = self._reader.slices()
         weights = self._reader.natural_weights().to(device)
         at_0 = strata.get(POSITION_0, slice(0, 0))
@@ -99,7 +108,12 @@ class Trainer:
             self._transcoder, self._settings.diversity, weights, at_0, self._settings.seed, scans
         )
         self._monitor = CorrelationMonitor(
-            path, self._settings.monitor, self._transcoder, strata, self._settings.steps, scans
+            path if self._ranks.rank == 0 else None,
+            self._settings.monitor,
+            self._transcoder,
+            strata,
+            self._settings.steps,
+            scans,
         )
         dead_after = self._settings.auxk.dead_after(config.lengths[0] * self._settings.rows.batch_rows)
         self._counters = Counters(self._transcoder.d_sae, dead_after, device)
@@ -126,6 +140,7 @@ class Trainer:
             fallback=fallback,
             failed=lambda: self._usage.take_back("checkpoint"),
             record=config.model_dump(mode="json"),
+            shards=shards,
         )
         self._every = Cadences.of(
             self._settings.log_every,
@@ -142,6 +157,8 @@ class Trainer:
         self._held_out_fvu = resumed.state.held_out.fvu if resumed and resumed.state.held_out else None
         """Of the last evaluation."""
         self._warned = False
+        if self._sharded and not inexact:
+            self._ranks.require_same(json.dumps(self._arithmetic))
         if resumed and not inexact:
             require_same(resumed.state.arithmetic, self._arithmetic, str(resumed.path))
         self._initialise(initial, resumed)
@@ -152,6 +169,7 @@ class Trainer:
             blocks,
             self._settings.source,
             self._settings.rows.batch_rows,
+            self._trained.positive_sum,
         )
 
     def train(self) -> None:
@@ -194,9 +212,8 @@ class Trainer:
         with self._saver, self._reader, bar as progress:
             for step in range(self._first, settings.steps):
                 output, lr = self._step(step)
-                done, stopping = step + 1, bool(stop)
-                self._done = done
-                last = stopping or done == settings.steps
+                done = self._done = step + 1
+                stopping, last = self._agree(done, stop)
                 if last or any(self._due(done, every) for every in self._every):
                     self._refuse_nan()
                     self._require_folder()
@@ -226,6 +243,19 @@ class Trainer:
         if samples:
             self._sample(stop)
         self._usage.finish(steps)
+
+    def _agree(self, done: int, stop: list[int]) -> tuple[bool, bool]:
+        """Tell whether a process is to stop after this step, and whether it is the last.
+
+        Where what follows the step reads the transcoder, and the dictionary is cut, all its weights are brought there.
+        """
+        stopping = self._ranks.any(bool(stop))
+        last = stopping or done == self._settings.steps
+        if self._sharded and (
+            last or any(self._due(done, every) for every in self._every) or self._monitor.is_complete(done)
+        ):
+            self._sharded.refresh()
+        return stopping, last
 
     def _due(self, done: int, every: int) -> bool:
         return done == self._settings.steps or (bool(every) and done % every == 0)
@@ -274,10 +304,12 @@ class Trainer:
         now = step if number is None else number
 
         # Reconstruction of every prefix, the activation's penalty, and aux-k.
-        output = self._transcoder.step(batch.source, batch.target, dead, settings.auxk, step, logged, number)
+        output = self._trained.step(batch.source, batch.target, dead, settings.auxk, step, logged, number)
         # Terms of the latents' values reach the encoder through the same pairs: they share the backward.
         of_values = self._diversity.value_terms(output)
         # Terms of decoder rows, and of rows that training leaves out, have a backward each.
+        if self._sharded:
+            self._sharded.refresh_decoder(self._diversity.rows_read(step))
         apart = self._diversity.direction_terms(dead, step) | self._quiet.terms(now)
         first, *others = output.losses
         loss = first + sum(of_values.values())
@@ -378,7 +410,7 @@ class Trainer:
         """Take weights from `resumed`, with all other state; else from `initial`, weights only; else random."""
         if resumed:
             self._transcoder.load_checkpoint(resumed)
-            tensors = checkpoint.load_state(path := resumed.path / checkpoint.OPTIMIZER)
+            path, tensors = resumed.path / checkpoint.OPTIMIZER, checkpoint.load_optimizer(resumed)
             try:
                 for part in self._parts:
                     part.load(tensors)
@@ -389,6 +421,8 @@ class Trainer:
             initial(self._transcoder)
         else:
             self._transcoder.initialise(self._settings.seed)
+        if self._sharded:
+            self._sharded.take()
 
     def _l0_by_running_threshold(self, pre_acts: Tensor | None) -> float:
         """Return active latents per row of one batch by the running threshold, without position 0."""
