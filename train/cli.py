@@ -21,6 +21,7 @@ from train.explain.command import explain
 from train.interchange import Format
 from train.read_settings import options, read_settings
 from train.run_folder import new_run_folder
+from train.sweeps.command import sweep
 
 _fallback_option = click.option(
     "--fallback-dir",
@@ -39,6 +40,7 @@ def main() -> None:
 
 
 main.add_command(explain)
+main.add_command(sweep)
 
 
 def sync_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -50,8 +50,8 @@ class RowsConfig(RenamedConfig):
     """How many of the store's training blocks are used, the first ones; none: all. Windows are shuffled over the store,
     so fewer blocks are less of the same text."""
     seed: int | None = Field(None, ge=0, lt=2**63)
-    """Of the order of rows; none: the run's `seed`. Runs of different `seed` and the same `rows.seed` are trained on the
-    same batches. Recorded in the run."""
+    """Of the order of rows; none: the run's `seed`. Runs of several seeds and one `rows.seed` are trained on the same
+    batches. Recorded in the run."""
     run_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Neighbouring rows that are read together. 64 keep a cold disk as fast as reading in order; `auto` is fewer where
     blocks hold fewer than 252 windows, so that a run's rows still come from enough of them."""
