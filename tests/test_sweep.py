@@ -1,4 +1,4 @@
-"""`train sweep`: every run is the run alone bit for bit, rows are read once, and nothing that one run meets stops others."""
+"""`train sweep`: every run is the run alone bit for bit, rows are read once, and no run stops another."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from shared.store.store import Store
 from tests.runs import VALUES, Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
 from train.data.batches import BatchReader
+from train.data.shared_batches import SharedBatchReader
 from train.model import checkpoint
 from train.run.process import OwnProcess
 from train.run.settings import read_config
@@ -69,9 +70,12 @@ def test_every_run_is_the_run_alone_and_rows_are_read_once(
     command: Command, pristine: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, fill = Counter[int](), BatchReader._fill
-    monkeypatch.setattr(
-        BatchReader, "_fill", lambda self, step, ahead: (read.update([step]), fill(self, step, ahead))[1]
-    )
+
+    def counted(self: BatchReader, step: int, ahead: range) -> object:
+        read[step] += isinstance(self, SharedBatchReader)  # others are of evaluations
+        return fill(self, step, ahead)
+
+    monkeypatch.setattr(BatchReader, "_fill", counted)
     file = sweep_file(tmp_path, GRID)
     args = ("sweep", file, "--store", pristine.path, "--runs", tmp_path, "--at-once", 2)
     done = command(*args)
@@ -106,7 +110,7 @@ def test_a_sweep_over_stores_trains_each_on_its_own_rows(
     command: Command, pristine: SyntheticStore, tmp_path: Path
 ) -> None:
     other = make_store(tmp_path / "other", layer=4, seed=1)
-    file = sweep_file(tmp_path, f'stores = ["{pristine.path}", "{other.path}"]\n'.join(["", ""]))
+    file = sweep_file(tmp_path, "")
     file.write_text(f'stores = ["{pristine.path}", "{other.path}"]\n{file.read_text()}')
     done = command("sweep", file, "--runs", tmp_path)
     assert done.code == 0, done.err
@@ -121,33 +125,33 @@ def test_a_sweep_over_stores_trains_each_on_its_own_rows(
 def test_killed_in_the_middle_the_same_command_ends_as_if_it_had_not_been(
     command: Command, pristine: SyntheticStore, tmp_path: Path
 ) -> None:
-    file = sweep_file(tmp_path, "[grid]\nactivation.k = [4, 6]\n", steps=200)
+    file = sweep_file(tmp_path, "[grid]\nactivation.k = [4, 6]\n", steps=150)
     args = ("sweep", str(file), "--store", str(pristine.path), "--runs", str(tmp_path))
     process = subprocess.Popen([sys.executable, "-m", "train", *args], stderr=subprocess.DEVNULL)
     logs = [tmp_path / "small" / f"k{k}" / "metrics.jsonl" for k in (4, 6)]
     wait_for(lambda: all(log.exists() and log.read_text().count("\n") > 3 for log in logs))
     process.kill()
     process.wait()
-    assert not checkpoint.steps(logs[0].parent) or checkpoint.find(logs[0].parent).step < 200
+    assert not checkpoint.steps(logs[0].parent) or checkpoint.find(logs[0].parent).step < 150
     done = command(*args)
     assert done.code == 0, done.err
     for k in (4, 6):
-        whole = alone(command, pristine.path, tmp_path, f"alone{k}", **{"steps": 200, "activation.k": k})
+        whole = alone(command, pristine.path, tmp_path, f"alone{k}", **{"steps": 150, "activation.k": k})
         assert_same_run(whole, tmp_path / "small" / f"k{k}")
 
 
 def wait_for(there: Callable[[], bool]) -> None:
-    for _ in range(1200):
+    for _ in range(6000):
         if there():
             return
-        time.sleep(0.1)
+        time.sleep(0.02)
     raise AssertionError("two minutes were not enough")
 
 
 def test_a_signal_stops_all_runs_and_the_same_command_goes_on(
     command: Command, pristine: SyntheticStore, tmp_path: Path
 ) -> None:
-    file = sweep_file(tmp_path, "[grid]\nactivation.k = [4, 6]\n", steps=300)
+    file = sweep_file(tmp_path, "[grid]\nactivation.k = [4, 6]\n", steps=100)
     args = ("sweep", file, "--store", pristine.path, "--runs", tmp_path)
     log = tmp_path / "small" / "k6" / "metrics.jsonl"
 
@@ -164,7 +168,7 @@ def test_a_signal_stops_all_runs_and_the_same_command_goes_on(
     assert {one["state"] for one in found.values()} == {"stopped"}
     assert all(checkpoint.find(tmp_path / "small" / name).step >= one["step"] for name, one in found.items())
     assert command(*args).code == 0
-    whole = alone(command, pristine.path, tmp_path, "alone", **{"steps": 300, "activation.k": 4})
+    whole = alone(command, pristine.path, tmp_path, "alone", **{"steps": 100, "activation.k": 4})
     assert_same_run(whole, tmp_path / "small" / "k4")
 
 
@@ -229,7 +233,7 @@ def test_a_dry_run_shows_what_shares_its_rows(command: Command, pristine: Synthe
     assert shared[0] == shared[1] != shared[2] == shared[3]
     assert {(one["round"], one["threads"]) for one in found} == {(1, 1)}
     assert "rows.seed = 0" not in command(*args).out
-    file.write_text(file.read_text().replace('"rows.seed" = 0\n', "").replace("rows.seed = 0\n", ""))
+    file.write_text(file.read_text().replace("rows.seed = 0\n", ""))
     assert "rows.seed = 0" in command(*args).out and not (tmp_path / "small").exists()
 
 
@@ -247,7 +251,7 @@ def test_runs_that_do_not_fit_into_memory_together_are_trained_in_rounds(
 
 def test_names_tell_what_differs() -> None:
     assert name_of({"activation.k": 16, "seed": 0, "optimizer.lr": 0.004}) == "k16-seed0-lr0.004"
-    assert name_of({"seed": 1, "rows.seed": 2}) == "seed1-rows.seed2" or name_of({"seed": 1, "rows.seed": 2})
+    assert name_of({"seed": 1, "rows.seed": 2}) == "seed1-rows.seed2"
     assert name_of({"transcoder.prefixes": [16, 64]}) == "prefixes16_64" and name_of({}) == "run"
 
 

@@ -18,6 +18,7 @@ from shared.store.store import Local
 @click.option("--dry-run", is_flag=True, help="Show the runs, and which share their rows; train nothing.")
 @click.option("--at-once", type=click.IntRange(1), help="Runs that compute at a time; default: cores over threads.")
 @click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
+@click.option("--no-compare", is_flag=True, help="Measure no comparison, and write no page of it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 @shared.command_line.local_options
@@ -28,6 +29,7 @@ def sweep(
     dry_run: bool,
     at_once: int | None,
     force: bool,
+    no_compare: bool,
     as_json: bool,
     local: Local | None,
 ) -> None:
@@ -48,7 +50,9 @@ def sweep(
         else:
             print_plan(wanted, at_once)
         return
-    record = train_all(file, stores=stores, runs=runs, local=local, at_once=at_once, force=force)
+    record = train_all(
+        file, stores=stores, runs=runs, local=local, at_once=at_once, force=force, compare=not no_compare
+    )
     folder = runs / file.stem
     if as_json:
         click.echo(json.dumps(record.model_dump(mode="json"), indent=2))

@@ -142,7 +142,7 @@ def lanes(group: Sequence[PlannedRun], at_once: int | None = None) -> int:
 def name_of(differs: Mapping[str, Any]) -> str:
     """Return a name for the run of these settings, such as `k32-seed0`."""
     last = [name.rpartition(".")[2] for name in differs]
-    short = [part if last.count(part) == 1 else name for name, part in zip(differs, last, strict=True)]
+    short = [part if part == name or last.count(part) == 1 else name for name, part in zip(differs, last, strict=True)]
     return "-".join(f"{name}{_text(value)}" for name, value in zip(short, differs.values(), strict=True)) or "run"
 
 

@@ -57,6 +57,7 @@ def sweep(
     local: Local | None = None,
     at_once: int | None = None,
     force: bool = False,
+    compare: bool = True,
 ) -> SweepRecord:
     """Train all runs that the TOML `file` names, in `runs/<its name>`, and compare them. Returns `sweep.json` there.
 
@@ -64,7 +65,7 @@ def sweep(
     Each is bit for bit what `train` makes of its settings. Finished ones are left as they are and others go on from
     their newest checkpoint, so the same call continues a sweep. `stores`: in place of those that the file names.
     `local` as in `Store.open`. `at_once`: how many runs compute at a time, in place of as many as there are cores for.
-    `force`: start although the checkpoints may not fit the disk.
+    `force`: start although the checkpoints may not fit the disk. `compare`: write comparison pages at the end.
 
     Raises `UserError` before anything is written when the file is wrong or settings do not fit; at the end `Stopped`
     after a signal or on a full disk, and `ProjectError` when a run has failed or diverged: the others are trained.
@@ -82,7 +83,10 @@ def sweep(
         for group in rounds(to_train):
             if work.train(group, lanes(group, at_once)):
                 raise Stopped(f"stopped; the same command continues the sweep in {folder}")
-        return _finish(work, wanted, trained=bool(to_train))
+        record = work.publish()
+        if compare:
+            record = work.publish(_compare(wanted, record, again=bool(to_train)))
+    return _require_success(record, folder)
 
 
 class _Sweep:
@@ -191,15 +195,13 @@ def _require_space(runs: Sequence[PlannedRun], folder: Path) -> None:
     durable.require_space(folder.parent, most, f"checkpoints of {len(runs):,} runs (--force to go on all the same)")
 
 
-def _finish(work: _Sweep, runs: Sequence[PlannedRun], *, trained: bool) -> SweepRecord:
-    """Compare the runs, and tell of those that have failed."""
-    record = work.publish()
-    record = work.publish(_compare(runs, record, again=trained))
-    failed = [one for one in record.runs if one.state in ("failed", "diverged")]
+def _require_success(record: SweepRecord, folder: Path) -> SweepRecord:
+    """Return the record. Raises `ProjectError` that names runs which have failed or diverged."""
+    failed = [one.name for one in record.runs if one.state in ("failed", "diverged")]
     if failed:
         raise ProjectError(
-            f"{len(failed)} of {len(runs)} runs have failed or diverged: {', '.join(one.name for one in failed)}; the "
-            f"others are in {work.folder}; the same command tries again what is not finished"
+            f"{len(failed)} of {len(record.runs)} runs have failed or diverged: {', '.join(failed)}; the others are in "
+            f"{folder}; the same command tries again what is not finished"
         )
     return record
 

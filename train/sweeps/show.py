@@ -8,6 +8,7 @@ from rich.table import Table
 from shared.console.panel import size
 from shared.console.terminal import PlainConsole
 from train.sweeps.plan import PlannedRun, lanes, rounds
+from train.sweeps.shared_process import rows_digest
 
 
 def plan_as_json(runs: Sequence[PlannedRun], at_once: int | None) -> list[dict[str, Any]]:
@@ -46,5 +47,12 @@ def print_plan(runs: Sequence[PlannedRun], at_once: int | None) -> None:
     )
     console = PlainConsole()
     console.print(found)
-    if {"seed"} == {name for name in names if name in ("seed", "rows.seed")} and len(letters) > 1:
+    if len({_but_for_the_order(one) for one in runs}) < len(letters):
         console.print("runs of other seeds read other rows; to share them, write into the file's [set]: rows.seed = 0")
+
+
+def _but_for_the_order(run: PlannedRun) -> str:
+    """Return what is the same for runs that would have the same rows, if they had one `rows.seed`."""
+    settings = run.config.settings
+    ordered = settings.model_copy(update={"rows": settings.rows.model_copy(update={"seed": 0})})
+    return rows_digest(run.config.model_copy(update={"settings": ordered}), run.store)
