@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.bench.record import Finished, record, run, sized
 
-STEPS = sized(50, 4)
+STEPS = sized(40, 4)
 SETTINGS = sized(
     {"steps": STEPS, "rows.seed": 0},
     {"steps": STEPS, "rows.seed": 0, "transcoder.d_sae": 64, "rows.batch_rows": 48, "samples.rows": 500},
