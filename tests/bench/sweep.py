@@ -29,10 +29,8 @@ def main() -> None:
         alone = [one_alone(store, Path(folder), k, seed) for k in GRID["activation.k"] for seed in GRID["seed"]]
         swept = all_swept(store, Path(folder))
         figures = figures_of(alone, swept, Path(folder))
-    cores = len(os.sched_getaffinity(0))
-    record(
-        f"sweep: six runs of {STEPS:,} steps, preset tiny, {cores} cores", "python -m tests.bench.sweep STORE", figures
-    )
+    what = f"sweep: six runs of {STEPS:,} steps, preset tiny, {len(os.sched_getaffinity(0))} cores"
+    record(what, "python -m tests.bench.sweep STORE", figures)
 
 
 def one_alone(store: Path, folder: Path, k: int, seed: int) -> Finished:
