@@ -14,8 +14,9 @@ from shared.config import Config, brief, build, load_preset
 from shared.errors import UserError
 from shared.store.store import Local, Store
 from train.live.run_files import CONFIG
+from train.read_settings import PRESETS
 from train.run.memory import training_bytes
-from train.run.settings import PRESETS, RunConfig, Settings, checkpoint_bytes, flat, load_settings, read_config, resolve
+from train.run.settings import RunConfig, Settings, checkpoint_bytes, flat, load_settings, read_config, resolve
 from train.sweeps.shared_process import rows_digest
 
 MOST_RUNS = 1000
