@@ -203,7 +203,7 @@ RATES = {"good": 0.001, "nan": 1e30, "high": 30.0}
             "[grid]\nrows.batch_rows = [48, 1000000]\n",
             "run batch_rows1000000: rows.batch_rows = 1,000,000 is more than",
         ),
-        ("[girds]\nseed = [0]\n", "unknown option 'girds'; did you mean 'grid'?"),
+        ("[girds]\nseed = [0]\n", "unknown option 'girds.seed'; there are preset, config, stores, set, grid, runs"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_before_anything_is_written(
