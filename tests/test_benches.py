@@ -56,6 +56,7 @@ COMMANDS: dict[str, list[str]] = {
     "splice": ["TRAINED_ON_TEXT --model MODEL"],
     "step": ["", "threads"],
     "storage_types": ["synthetic STORE --seeds 0 --work WORK"],
+    "sweep": ["STORE"],
 }
 """What each is told, if anything; a word in capitals is what tests make for it."""
 IMPORTED = (

@@ -63,6 +63,8 @@ def test_seeds_and_pinned_blocks_decide_the_rows(synthetic: SyntheticStore) -> N
     blocks = store.record.training_blocks
     one, same, other = (BatchReader(store, blocks, config, seed, CPU).batch(3).source for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
+    of_its_own = config.model_copy(update={"seed": 1})
+    assert torch.equal(BatchReader(store, blocks, of_its_own, 2, CPU).batch(3).source, one)
     pinned = BatchReader(store, range(blocks.start, blocks.start + 1), config, 1, CPU)
     last = max(high for step in range(20) for _, _, high, _ in pinned.runs(step))
     assert last == (blocks.start + 1) * max(s.rows for s in store.record.plan.stored_strata)

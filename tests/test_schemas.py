@@ -16,6 +16,7 @@ from train.probe.probe_record import ProbeRecord
 from train.report.report_record import Report
 from train.run.settings import Settings
 from train.samples.parquet import SamplesRecord
+from train.sweeps.run_sweep import SweepRecord
 
 SCHEMAS: dict[str, type[Config]] = {
     "comparison": Comparison,
@@ -24,6 +25,7 @@ SCHEMAS: dict[str, type[Config]] = {
     "report": Report,
     "samples": SamplesRecord,
     "settings": Settings,
+    "sweep": SweepRecord,
     "usage": UsageRecord,
 }
 PLACE = resources.files("train") / "schemas"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from shared.files import durable
-from tests.runs import SMALL, assert_same_run, rows
+from tests.runs import SMALL, as_format_4_had_it, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store, record_as_it_is
 from train.model import checkpoint
 from train.model.transcoder import Transcoder
@@ -194,6 +194,18 @@ def test_one_seed_gives_one_result_and_another_seed_another(command, store: Synt
     a, b, c = (command(*common, "--seed", seed).path for seed in (1, 1, 2))
     assert_same_run(a, b)
     assert (a / "metrics.jsonl").read_bytes() != (c / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_from_before_rows_had_a_seed_goes_on_with_the_same_bits(command, store, tmp_path: Path) -> None:
+    whole = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 25, *SMALL, *CADENCE, "--seed", 3).path
+    older = Path(shutil.copytree(whole, tmp_path / "older"))
+    as_format_4_had_it(older)
+    shutil.rmtree(checkpoint.folder(older, 25))
+    config = json.loads((older / "config.json").read_text())
+    assert config["settings"]["rows"].pop("seed") == 3
+    (older / "config.json").write_text(json.dumps(config))
+    assert command("resume", older).code == 0
+    assert_same_run(whole, older)
 
 
 @pytest.mark.fault(4)

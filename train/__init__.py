@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from train.model.transcoder import Transcoder, TranscoderOutput
     from train.run.load_run import LoadedRun, load_run
     from train.run.settings import Settings, load_settings
+    from train.sweeps.run_sweep import sweep
 
 _PLACES = {
     "train.commands": ("evaluate", "export", "import_transcoder", "probe", "resume", "sample", "train", "write_report"),
@@ -27,6 +28,7 @@ _PLACES = {
     "train.model.transcoder": ("Transcoder", "TranscoderOutput"),
     "train.run.load_run": ("LoadedRun", "load_run"),
     "train.run.settings": ("Settings", "load_settings"),
+    "train.sweeps.run_sweep": ("sweep",),
 }
 __all__ = [
     "LoadedRun",
@@ -45,6 +47,7 @@ __all__ = [
     "read_transcoder",
     "resume",
     "sample",
+    "sweep",
     "train",
     "write_report",
 ]

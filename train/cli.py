@@ -22,6 +22,7 @@ from train.explain.command import explain
 from train.interchange import Format
 from train.read_settings import options, read_settings
 from train.run_folder import new_run_folder
+from train.sweeps.command import sweep
 
 _fallback_option = click.option(
     "--fallback-dir",
@@ -57,6 +58,7 @@ def _share(context: click.Context) -> None:
 
 
 main.add_command(explain)
+main.add_command(sweep)
 
 
 def sync_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -85,7 +87,7 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Where runs are kept.")
 @click.option("--name", help="The run's folder in --runs; default: the preset's name and the next free number.")
 @click.option("--steps", type=shared.command_line.COUNT, help="Optimiser steps, such as 10k.")
-@click.option("--seed", type=int, help="Seed of the initial weights and the order of rows.")
+@click.option("--seed", type=int, help="Seed of the initial weights and, unless rows.seed is set, the order of rows.")
 @click.option(
     "--init-from", type=click.Path(path_type=Path), help="Weights to start from: a run's, or another library's."
 )

@@ -22,6 +22,7 @@ from train.model.checkpoint import Checkpoint, Listed
 from train.run.bindings import pinned, require_own_config, require_own_store
 from train.run.follower import lead
 from train.run.load_run import check_shards, load_run, open_store, place_of_store, remember_store, samples_of
+from train.run.process import OwnProcess
 from train.run.saver import bring_home, require_own
 from train.run.settings import Extension, RunConfig, Settings, checkpoint_bytes, read_config, resolve
 from train.run.trainer import Trainer, use_threads
@@ -49,13 +50,14 @@ def train(
     fallback: Path | str | None = None,
     project: str | None = None,
     verify: bool = False,
+    process: OwnProcess | None = None,
 ) -> Path:
     """Train from step 0 in the new folder `run`. Returns `run`.
 
     `init_from`: a run whose newest weights to start from, or another library's transcoder. `force`: start although the
     checkpoints may not fit the disk.
     `fallback`: where checkpoints go when the disk of `run` is full. `project`: one of W&B that the run is sent to.
-    `verify`: read all of the store's shard files first, and not only some.
+    `verify`: read all of the store's shard files first, and not only some. `process`: that of several runs (`sweep`).
 
     Raises `UserError` when `run` exists, the settings do not fit the store, or the checkpoints do not fit the disk, and
     `CorruptData` when the store is damaged.
@@ -84,7 +86,8 @@ def train(
     with store.reading(), _resumable(run):
         load = source.load if source else None
         ranks = lead(config, run, store, None, has_initial=load is not None)
-        new = Trainer(store, config, run, initial=load, fallback=elsewhere, ranks=ranks)  # raises before it writes
+        # raises before anything is written
+        new = Trainer(store, config, run, initial=load, fallback=elsewhere, ranks=ranks, process=process)
         with durable.lock(run / LOCK, f"run {run}"):
             if (run / CONFIG).exists():  # of a run that was started meanwhile
                 raise exists
@@ -131,6 +134,7 @@ def resume(
     inexact: bool = False,
     steps: int | None = None,
     verify: bool = False,
+    process: OwnProcess | None = None,
 ) -> Path:
     """Continue `run` from its newest valid checkpoint, or from step 0 when it has none. Returns `run`.
 
@@ -139,8 +143,8 @@ def resume(
     The result is that of an uninterrupted run, bit for bit, unless other `threads` are asked for, or `inexact` lets
     another processor or other versions of libraries do. Checkpoints that are in the `fallback` folder are brought home.
     With a W&B `project`, all of the run that is not synced yet is. `verify`: read all of the store's shard files first,
-    and not only some. Raises `UserError` when the store has other rows, or `config.json` other settings, than the run
-    was trained with.
+    and not only some. `process` as in `train`. Raises `UserError` when the store has other rows, or `config.json` other
+    settings, than the run was trained with.
     """
     run, store, fallback = Path(run), _path(store), _path(fallback)
     config = read_config(run)
@@ -170,7 +174,15 @@ def resume(
         load = source.load if source else None
         ranks = lead(config, run, opened, found, has_initial=load is not None, inexact=inexact)
         continued = Trainer(
-            opened, config, run, initial=load, resumed=found, fallback=elsewhere, inexact=inexact, ranks=ranks
+            opened,
+            config,
+            run,
+            initial=load,
+            resumed=found,
+            fallback=elsewhere,
+            inexact=inexact,
+            ranks=ranks,
+            process=process,
         )
         with synced(run, project):
             continued.train()

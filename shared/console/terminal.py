@@ -6,6 +6,7 @@ Warnings and errors are printed whatever the verbosity is; while a panel is show
 import errno
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
@@ -37,11 +38,17 @@ class Verbosity(IntEnum):
 
 
 _verbosity = Verbosity.NORMAL
+_of_thread = threading.local()
 
 
 def verbosity() -> Verbosity:
-    """Return the verbosity of this process."""
-    return _verbosity
+    """Return the verbosity of this process, or of this thread where it is quiet."""
+    return getattr(_of_thread, "verbosity", _verbosity)
+
+
+def quiet_thread() -> None:
+    """Let the calling thread say no more than warnings and errors: one of several whose work is shown together."""
+    _of_thread.verbosity = Verbosity.QUIET
 
 
 @contextmanager
@@ -57,7 +64,7 @@ def with_verbosity(wanted: Verbosity) -> Iterator[None]:
 
 def say(text: str) -> None:
     """Print what is good to know, and no warning: on stderr, unless the user wants quiet."""
-    if _verbosity > Verbosity.QUIET:
+    if verbosity() > Verbosity.QUIET:
         tell(printable(text))
 
 

@@ -49,6 +49,9 @@ class RowsConfig(RenamedConfig):
     blocks: int | None = Field(None, ge=1)
     """How many of the store's training blocks are used, the first ones; none: all. Windows are shuffled over the store,
     so fewer blocks are less of the same text."""
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    """Of the order of rows; none: the run's `seed`. Runs of several seeds and one `rows.seed` are trained on the same
+    batches. Recorded in the run."""
     run_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Neighbouring rows that are read together. 64 keep a cold disk as fast as reading in order; `auto` is fewer where
     blocks hold fewer than 252 windows, so that a run's rows still come from enough of them."""
@@ -201,7 +204,7 @@ class RowStream:
 class RowReader:
     """The batches of a store's pinned range of training blocks, as rows of its arrays.
 
-    `arrays` are those that `will_need` asks for.
+    `arrays` are those that `will_need` asks for. The order is that of `config.seed`, where it has one, and of `seed`.
     """
 
     def __init__(
@@ -221,6 +224,7 @@ class RowReader:
         self.natural_rows = [stratum.natural_rows for stratum in used]
         """By stratum, rows of a training block that the batches stand for."""
         self.counts = rows_per_stratum(used, config)
+        seed = seed if config.seed is None else config.seed
         self._streams = [
             RowStream(
                 len(blocks) * s.stratum.rows,

@@ -29,6 +29,10 @@ _OF_IMPORTED = (
 """Settings of an imported run that say what it is; those of training were not used."""
 
 
+_SEEDS = ("seed", "rows.seed")
+"""Settings in which the runs of an arm may differ."""
+
+
 class Spread(Config):
     """One figure over the seeds of an arm."""
 
@@ -158,14 +162,20 @@ def _groups(runs: Sequence[Path], configs: Sequence[RunConfig]) -> list[list[int
     """List the runs of each arm, as indices, in the order of their first ones."""
     found: dict[str, list[int]] = {}
     for i, config in enumerate(configs):
-        found.setdefault(json.dumps(_described(config) | {"seed": None}, sort_keys=True), []).append(i)
+        found.setdefault(json.dumps(_described(config) | dict.fromkeys(_SEEDS), sort_keys=True), []).append(i)
     for arm in found.values():
-        seeds = [configs[i].settings.seed for i in arm]
+        seeds = [_seeds(configs[i].settings) for i in arm]
         if len(set(seeds)) < len(seeds):
             raise UserError(
                 f"{', '.join(str(runs[i]) for i in arm)} are one arm and have one seed twice: leave one out"
             )
     return list(found.values())
+
+
+def _seeds(settings: Settings) -> tuple[int, int]:
+    """Return the seeds of a run: of its weights, and of the order of its rows."""
+    of_rows = settings.rows.seed
+    return settings.seed, settings.seed if of_rows is None else of_rows
 
 
 def _names(paths: Sequence[Path], configs: Sequence[RunConfig], groups: Sequence[Sequence[int]]) -> list[str]:
@@ -192,7 +202,7 @@ def _common_name(names: Sequence[str]) -> str:
 
 def _odd(described: Sequence[dict[str, Any]]) -> list[str]:
     """List the settings, but for the seed, that are not the same in all arms."""
-    names = {name for one in described for name in one} - {"seed"}
+    names = {name for one in described for name in one}.difference(_SEEDS)
     return sorted(name for name in names if _differs(name, described))
 
 

@@ -31,11 +31,12 @@ def training_bytes(config: RunConfig) -> int:
     return _PER_PARAMETER * parameters + rows * per_row
 
 
-def keeps_rows(config: RunConfig, store: Store) -> bool:
+def keeps_rows(config: RunConfig, store: Store, runs: int = 1) -> bool:
     """Tell whether training rows are kept on the device, by `resident_rows` and what is free there; says so.
 
-    `auto` keeps them where they fit with a margin and the run reads each at least once: loading reads them all. Raises
-    `UserError` where they are to be kept and do not fit.
+    `runs`: that are trained side by side on these rows, each about as large as this one. `auto` keeps rows where they
+    fit with a margin and the run reads each at least once: loading reads them all. Raises `UserError` where they are to
+    be kept and do not fit.
     """
     settings, device = config.settings, torch.device(config.settings.device)
     if settings.resident_rows == "off" or device.type == "cpu":
@@ -43,9 +44,10 @@ def keeps_rows(config: RunConfig, store: Store) -> bool:
     sides = ("source", "target") if settings.source == "source" else ("target",)
     reader = RowReader(store, config.training_blocks, settings.rows, settings.seed, sides)
     rows, (free, total) = ResidentRows(reader, device), torch.cuda.mem_get_info(device)
-    needed = rows.bytes + training_bytes(config) + int(_MARGIN * total)
+    training = runs * training_bytes(config)
+    needed = rows.bytes + training + int(_MARGIN * total)
     sizes = (
-        f"{_gb(rows.bytes)} of training rows, about {_gb(training_bytes(config))} of training and a margin of "
+        f"{_gb(rows.bytes)} of training rows, about {_gb(training)} of training and a margin of "
         f"{_gb(_MARGIN * total)}; {settings.device} has {_gb(free)} free"
     )
     if settings.resident_rows == "on" and needed > free:

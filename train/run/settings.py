@@ -51,7 +51,7 @@ class Settings(Config):
     steps: int = Field(4000, ge=1, le=10**9)
     """Optimiser steps."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of the initial weights and the order of rows."""
+    """Of the initial weights, and of the order of rows where `rows.seed` is not set."""
     source: Side = "source"
     """Which side of the pairs the transcoder reads; `target` trains an autoencoder of the targets."""
     device: str = "auto"
@@ -293,7 +293,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
                 "blas": _blas(settings.blas, device),
                 "kernels": kernels,
                 "product_dtype": _product_dtype(settings.product_dtype, kernels, activation, device),
-                "rows": settings.rows.resolve(store.request.block_sequences),
+                "rows": _rows(settings, store),
                 "monitor": monitor,
                 "evaluation": evaluation.model_copy(update={"every": evaluation_every}),
                 "checkpoint": saving,
@@ -317,6 +317,11 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
         exclusion=exclusion,
         asked=asked,
     )
+
+
+def _rows(settings: Settings, store: Store) -> RowsConfig:
+    found = settings.rows.resolve(store.request.block_sequences)
+    return found.model_copy(update={"seed": settings.seed if found.seed is None else found.seed})
 
 
 def _device(wanted: str) -> str:

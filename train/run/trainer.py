@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from shared.console.progress import Progress
-from shared.console.signals import stop_signals
 from shared.console.terminal import say
 from shared.errors import CorruptData, DiskFull, ProjectError, Stopped, warn
 from shared.files import durable
 from shared.store.store import Store
 from shared.store.strata import POSITION_0
-from train.data.batches import Batch, BatchReader
+from train.data.batches import Batch
 from train.data.staging import sent
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
@@ -36,9 +35,9 @@ from train.run.cadences import Cadences
 from train.run.determinism import arithmetic, require_same
 from train.run.latent_counters import Counters
 from train.run.load_run import build_transcoder, rows_of
-from train.run.memory import keeps_rows
 from train.run.metrics import LOWER_LR, Window, diverged, logged_steps
 from train.run.optimizer import Optimizer
+from train.run.process import OwnProcess
 from train.run.saver import Saver
 from train.run.self_test import prove
 from train.run.settings import RunConfig, checkpoint_bytes
@@ -66,29 +65,23 @@ class Trainer:
         fallback: Path | None = None,
         inexact: bool = False,
         ranks: Ranks | None = None,
+        process: OwnProcess | None = None,
     ) -> None:
         """Set up a run.
 
         `initial`: gives the transcoder its first weights. `fallback`: a run's folder for checkpoints that have no room
-        here. `inexact`: see `require_same`. `ranks`: the processes that share the run, which have joined.
+        here. `inexact`: see `require_same`. `ranks`: the processes that share the run, which have joined. `process`:
+        that of several runs, if it has not one of its own.
         """
         store = store.excluding(config.exclusion)
         self._store, self._config, self._path, self._rows = store, config, path, rows_of(config, store)
-        self._settings = config.settings
+        self._settings, self._process = config.settings, process or OwnProcess()
         prove(self._settings)
         use_threads(self._settings.threads)
         self._graph = graph_of(self._settings)
         device = torch.device(self._settings.device)
         blocks = config.training_blocks
-        self._reader = BatchReader(
-            store,
-            blocks,
-            self._settings.rows,
-            self._settings.seed,
-            device,
-            self._settings.source,
-            resident=keeps_rows(config, store),
-        )
+        self._reader = self._process.reader(store, config)
         self._transcoder = build_transcoder(config, store)
         shards = self._settings.parallel.shards
         self._ranks = ranks or Ranks()
@@ -129,7 +122,7 @@ class Trainer:
             self._usage,
         )
         """What has state beside the weights."""
-        self._log = TrainingLog(path, self._settings.steps, self._settings.rows.batch_rows)
+        self._log = TrainingLog(path, self._settings.steps, self._settings.rows.batch_rows, self._process.cpu_seconds)
         self._arithmetic = arithmetic(self._settings.device)
         self._saver = Saver(
             path,
@@ -183,7 +176,7 @@ class Trainer:
         if expected:
             self._usage.warn_if_missing()
         self._saver.prune()
-        with durable.staying(self._path), stop_signals() as stop:
+        with durable.staying(self._path), self._process.stop_signals() as stop:
             try:
                 if self._first < self._settings.steps:
                     self._train(stop)
@@ -211,6 +204,7 @@ class Trainer:
         bar = Progress("train", settings.steps, "steps", done=self._first, draw=RunPanel(self._log.status).draw)
         with self._saver, self._reader, bar as progress:
             for step in range(self._first, settings.steps):
+                self._process.wait_for_turn(step)
                 output, lr = self._step(step)
                 done = self._done = step + 1
                 stopping, last = self._agree(done, stop)

@@ -15,10 +15,12 @@ from train.run.metrics import Log, describe_missing
 class TrainingLog:
     """The two logs of a run, and its status. Metrics are the same bits whenever a run is repeated; timing is apart."""
 
-    def __init__(self, run: Path, steps: int, batch_rows: int) -> None:
+    def __init__(
+        self, run: Path, steps: int, batch_rows: int, cpu_seconds: Callable[[], float] = time.process_time
+    ) -> None:
         self.metrics, self.timing = Log(run / METRICS), Log(run / TIMING)
         self.status = Status(run, steps, batch_rows)
-        self._batch_rows, self._first = batch_rows, 0
+        self._batch_rows, self._first, self._cpu_seconds = batch_rows, 0, cpu_seconds
         self._began = self._cpu_began = 0.0
         self._before = (0.0, 0.0)
         """At the row before: seconds since the start, and seconds that steps had waited for rows."""
@@ -45,7 +47,7 @@ class TrainingLog:
 
     def start_clock(self) -> None:
         """Count time from now on."""
-        self._began, self._cpu_began, self._before = time.monotonic(), time.process_time(), (0.0, 0.0)
+        self._began, self._cpu_began, self._before = time.monotonic(), self._cpu_seconds(), (0.0, 0.0)
 
     def write(
         self,
@@ -65,7 +67,7 @@ class TrainingLog:
         timing = {
             "from_step": self._first,
             "seconds": seconds,
-            "cpu_seconds": time.process_time() - self._cpu_began,
+            "cpu_seconds": self._cpu_seconds() - self._cpu_began,
             "rows_per_second": (done - self._first) * self._batch_rows / seconds,
             "data_wait": waited - waited_before,
             "data_wait_share": (waited - waited_before) / (seconds - before),

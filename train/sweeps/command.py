@@ -1,0 +1,63 @@
+"""`python -m train sweep`: parses, plans, trains, and shows what has come of it."""
+
+import json
+from pathlib import Path
+
+import click
+
+import shared.command_line
+from shared.console.terminal import PlainConsole, show_path, show_text
+from shared.store.store import Local
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--store", "stores", multiple=True, type=click.Path(path_type=Path),
+              help="A finished store, in place of those that FILE names; repeatable: each run on each.")  # fmt: skip
+@click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Where runs are kept.")
+@click.option("--dry-run", is_flag=True, help="Show the runs, and which share their rows; train nothing.")
+@click.option("--at-once", type=click.IntRange(1), help="Runs that compute at a time; default: cores over threads.")
+@click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
+@click.option("--no-compare", is_flag=True, help="Measure no comparison, and write no page of it.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@shared.command_line.quiet_option
+@shared.command_line.local_options
+def sweep(
+    file: Path,
+    stores: tuple[Path, ...],
+    runs: Path,
+    dry_run: bool,
+    at_once: int | None,
+    force: bool,
+    no_compare: bool,
+    as_json: bool,
+    local: Local | None,
+) -> None:
+    """Train many runs side by side from one reading: a grid and a list of settings in a TOML FILE.
+
+    The same command continues a sweep that was stopped or killed, and leaves finished runs as they are. Prints the
+    sweep's folder as its last line.
+    """
+    from train.sweeps.leaderboard import table
+    from train.sweeps.run_sweep import planned
+    from train.sweeps.run_sweep import sweep as train_all
+    from train.sweeps.show import plan_as_json, print_plan
+
+    if dry_run:
+        wanted = planned(file, stores, runs, local)
+        if as_json:
+            show_text(json.dumps(plan_as_json(wanted, at_once), indent=2))
+        else:
+            print_plan(wanted, at_once)
+        return
+    record = train_all(
+        file, stores=stores, runs=runs, local=local, at_once=at_once, force=force, compare=not no_compare
+    )
+    folder = runs / file.stem
+    if as_json:
+        click.echo(json.dumps(record.model_dump(mode="json"), indent=2))
+        return
+    PlainConsole().print(table(record.runs, f"sweep {file.stem}, held out"))
+    for page in record.pages:
+        show_path(folder / page)
+    show_path(folder)
