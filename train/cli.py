@@ -233,6 +233,9 @@ def samples(
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
+@click.option(
+    "--labels", type=click.Path(path_type=Path), help="Names of latents, as the browser exports them: JSON or CSV."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @sync_options
 @shared.command_line.quiet_option
@@ -243,6 +246,7 @@ def report(
     store: Path | None,
     step: int | None,
     linear: bool,
+    labels: Path | None,
     as_json: bool,
     project: str | None,
     local: Local | None,
@@ -255,7 +259,9 @@ def report(
     from train.commands import write_report
     from train.tables import print_verdict
 
-    path, found = write_report(run, store=store, local=local, step=step, linear=linear, project=project, verify=verify)
+    path, found = write_report(
+        run, store=store, local=local, step=step, linear=linear, labels=labels, project=project, verify=verify
+    )
     if as_json:
         click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
         return
