@@ -1,9 +1,17 @@
-"""The map of directions and the parents of latents, against slow dense references."""
+"""The map of directions, parents of latents and their trees, against slow dense references."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from shared.store.store import Store
 from train.model.sparse_latents import SparseLatents
+from train.report import families
+from train.report.latents import MAP_SHARE
 from train.report.relations import LEAST_LIFT, LEAST_ROWS, LEAST_SHARE, direction_map, refinements
 
 
@@ -50,3 +58,38 @@ def test_a_parent_is_the_earlier_latent_that_goes_with_it_best() -> None:
     found = refinements(sparse, prefixes)
     assert found.parent.tolist() == parents.tolist() and (parents[5], parents[9]) == (0, 5)
     np.testing.assert_allclose(found.share, shares)
+
+
+def table_of(refines: list[int | None], **columns: Any) -> pa.Table:
+    n = len(refines)
+    rows: dict[str, Any] = {
+        "refines": pa.array(refines, pa.int32()),
+        "refines_share": [None if one is None else 0.75 for one in refines],
+        "prefix": pa.array([2] * 2 + [4] * 2 + [n] * (n - 4), pa.int32()),
+        "density": [0.5 / (f + 1) for f in range(n)],
+        "max": [1.0] * n,
+        "label": pa.array([None] * n, pa.string()),
+        "peaks": [[f, 100 + f] for f in range(n)],
+        "map_x": pa.array(np.arange(n), pa.float32()),
+        "map_y": pa.array(np.arange(n), pa.float32()),
+    }
+    return pa.table(rows | columns).replace_schema_metadata({MAP_SHARE: b"0.25"})
+
+
+def test_trees_are_of_roots_with_the_most_descendants(tmp_path: Path) -> None:
+    table = table_of([None, None, 0, 1, 2, 2, 4, 0, None, 1], label=pa.array(["zero"] + [None] * 9, pa.string()))
+    store = cast(Store, SimpleNamespace(tokenizer=tmp_path))
+    found = families.refinements(table, store)
+    assert [(one.prefix, one.live, one.refining) for one in found.groups] == [(2, 2, 0), (4, 2, 2), (10, 6, 5)]
+    assert [tree.latent for tree in found.trees] == [0, 1]
+    zero = found.trees[0]
+    assert (zero.label, zero.share, zero.peaks) == ("zero", None, ["#0", "#100"])
+    assert [one.latent for one in zero.children] == [2, 7] and zero.children[0].share == 0.75
+    assert [one.latent for one in zero.children[0].children[0].children] == [6]
+
+
+def test_the_map_has_the_root_of_every_active_latent() -> None:
+    missing = pa.array([0, 1, 2, None, 4, 5, 6], pa.float32())
+    found = families.latent_map(table_of([None, None, 0, 1, 2, None, 4], map_x=missing))
+    assert found.latents == [0, 1, 2, 4, 5, 6] and found.x == [0, 1, 2, 4, 5, 6] and found.share == 0.25
+    assert found.root == [0, 1, 0, 0, 5, 0] and found.prefix == [2, 2, 4, 7, 7, 7]

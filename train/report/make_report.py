@@ -12,7 +12,7 @@ from train.evaluation.evaluate import Evaluation, evaluate
 from train.evaluation.linear_baseline import linear_map_fvu
 from train.live.run_files import METRICS, Row
 from train.probe.probe_record import probe_of
-from train.report import gather, page
+from train.report import families, gather, page
 from train.report.browser import browser_files
 from train.report.latent_labels import merge_labels, read_labels
 from train.report.latents import latents_table
@@ -84,10 +84,13 @@ def _report(
     run, step, config = loaded.path, loaded.step, loaded.config
     spliced = splice_of(run, step, loaded.rows.store.request.digest)
     duplicates, settings = gather.duplicates(run, step, len(table)), config.settings
+    rows, seconds = gather.trained(run, step) or (None, None)
     report = Report(
         run=run.resolve().name,
         step=step,
         steps=settings.steps,
+        trained_rows=rows,
+        trained_seconds=seconds,
         decay_share=settings.optimizer.decay_share,
         d_sae=len(table),
         k=settings.activation.expected_l0,
@@ -105,6 +108,8 @@ def _report(
         at_position_0=gather.at_position_0(table),
         nearest=gather.nearest(table, config.d_out),
         duplicates=duplicates,
+        map=families.latent_map(table),
+        refinements=families.refinements(table, loaded.rows.store),
         examples=gather.examples(contexts, table, duplicates),
         usage=usage_of(run),
         store=gather.store_facts(loaded.rows.store),
