@@ -311,16 +311,16 @@ def test_the_list_sorts_searches_filters_and_turns_pages(page_file: Path, run: R
         page.select_option("#show", "live")
         densities = np.stack([table[f"density_{name}"].to_numpy() for name in run.store.strata])
         page.select_option("#at", list(run.store.strata)[-1])
-        there = [f for f in range(F) if f not in DEAD and densities[:, f].argmax() == len(densities) - 1]
-        assert rows_of(page) == there[:50] and there
+        densest = [f for f in range(F) if f not in DEAD and densities[:, f].argmax() == len(densities) - 1]
+        assert rows_of(page) == densest[:50] and densest
         address = page.url
         page.get_by_role("button", name="Random latent").click()
         page.wait_for_selector("h2:has-text('Latent')")
-        assert int(page.url.split("#latent-")[1]) in there
+        assert int(page.url.split("#latent-")[1]) in densest
         page.goto("about:blank")
         page.goto(address)  # what was asked for stands in the address
         page.wait_for_function("() => document.querySelector('#show').value === 'live'")
-        assert rows_of(page) == there[:50]
+        assert rows_of(page) == densest[:50]
         page.select_option("#show", "all")
         page.select_option("#at", "")
         page.fill("#query", "23")

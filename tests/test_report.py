@@ -384,6 +384,37 @@ def test_the_headline_has_the_runs_settings_rows_and_time(report: Report, report
     }  # fmt: skip
 
 
+def test_an_index_lists_all_runs_of_a_folder(command: Command, run: Path) -> None:
+    assert command("report", run.parent / "none", "--index").code == 2
+    assert "takes the folder of runs" in command("report", run, "--index").err
+    assert "with --json alone" in command("report", run.parent, "--index", "--linear").err
+    other = Path(shutil.copytree(run, run.parent / "a & b"))
+    assert command("report", run).code == 0
+    done = command("report", run.parent, "--index")
+    assert done.path == run.parent / "index.html", done.err
+    found = {one["name"]: one for one in json.loads(command("report", run.parent, "--index", "--json").out)}
+    report = read(run)
+    assert set(found) == {"run", "a & b"}
+    assert found["run"]["fvu"] == report.held_out.fvu and found["run"]["report"]
+    assert found["run"]["settings"] == {
+        name: report.headline[{"lr": "learning rate"}.get(name, name)] for name in ("k", "d_sae", "lr", "seed")
+    }
+    assert found["a & b"]["fvu"] == rows(other)[-1]["held_out"]["fvu"] and not found["a & b"]["report"]
+    page = done.path.read_text()
+    assert 'href="run/report.html"' in page and "a &amp; b" in page and "a%20%26%20b" not in page
+
+
+def test_labels_of_a_file_are_in_the_report_and_stay(command: Command, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("latent,label,star\n1,one of them,true\n")
+    assert command("report", run, "--labels", tmp_path / "mine.csv").code == 0
+    assert command("report", run).code == 0
+    table = pq.read_table(run / "report" / "latents.parquet")
+    assert [i for i, label in enumerate(table["label"].to_pylist()) if label] == [1]
+    assert table["label"][1].as_py() == "one of them" and table["star"][1].as_py() and not table["star"][0].as_py()
+    wrong = command("report", run, "--labels", tmp_path / "none.csv")
+    assert wrong.code == 2 and "no file of labels" in wrong.err
+
+
 def test_a_resumed_runs_parts_are_added_up(run: Path) -> None:
     lines = [
         {"step": 10, "rows": 100, "from_step": 0, "seconds": 5.0},

@@ -216,6 +216,11 @@ def test_a_comparison_holds_the_arms(reported: Path) -> None:
             "document.getElementById('plot-tradeoff').data.map((d) => [d.name, d.x.length, d.y.length])"
         )
         assert [one[1:] for one in data] == [[5, 5], [5, 5]]
+        colours = [
+            page.evaluate("name => plotOf(name).data.map((one) => one.line.color)", name)
+            for name in ("tradeoff", "training")
+        ]
+        assert colours[0] == colours[1] and len(set(colours[0])) == 2
         assert page.locator("table").first.locator("tbody tr").count() > 20
 
 

@@ -236,6 +236,7 @@ def samples(
 @click.option(
     "--labels", type=click.Path(path_type=Path), help="Names of latents, as the browser exports them: JSON or CSV."
 )
+@click.option("--index", is_flag=True, help="RUN is a folder of runs: write a page that lists them all, index.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @sync_options
 @shared.command_line.quiet_option
@@ -247,6 +248,7 @@ def report(
     step: int | None,
     linear: bool,
     labels: Path | None,
+    index: bool,
     as_json: bool,
     project: str | None,
     local: Local | None,
@@ -257,8 +259,18 @@ def report(
     Prints the page's path as its last line.
     """
     from train.commands import write_report
+    from train.report.runs_index import write_index
     from train.tables import print_verdict
 
+    if index:
+        if store or step is not None or linear or labels or project:
+            raise UserError("--index lists runs by what they have: it goes with --json alone")
+        page, runs = write_index(run)
+        if as_json:
+            click.echo(json.dumps([one._asdict() for one in runs], indent=2))
+        else:
+            show_path(page)
+        return
     path, found = write_report(
         run, store=store, local=local, step=step, linear=linear, labels=labels, project=project, verify=verify
     )

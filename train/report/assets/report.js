@@ -36,6 +36,9 @@ function layoutOf(layout, found, width) {
   };
 }
 
+/** The colour of a series: that of the arm in `meta`, where several series are of one. */
+const colourOf = (trace, i, found) => trace.line?.color ?? found.series[(trace.meta ?? i) % found.series.length];
+
 /** The legend is a list below the plot, where it covers nothing; a press hides or shows its series. */
 function legend(name, figure, found) {
   const plot = plotOf(name), place = document.getElementById("legend-" + name);
@@ -46,7 +49,7 @@ function legend(name, figure, found) {
     const stroke = document.createElementNS("http://www.w3.org/2000/svg", "line");
     line.setAttribute("width", "28"); line.setAttribute("height", "8"); line.setAttribute("aria-hidden", "true");
     for (const [key, value] of Object.entries({ x1: 0, x2: 28, y1: 4, y2: 4, "stroke-width": 3,
-      stroke: trace.line?.color ?? found.series[i % found.series.length], "stroke-dasharray": DASHES[trace.line?.dash] ?? "" })) stroke.setAttribute(key, value);
+      stroke: colourOf(trace, i, found), "stroke-dasharray": DASHES[trace.line?.dash] ?? "" })) stroke.setAttribute(key, value);
     line.append(stroke);
     button.type = "button";
     const label = document.createElement("span");
@@ -70,7 +73,10 @@ async function draw(name) {
   drawn.add(name);
   const found = colours(), figure = FIGURES[name], plot = plotOf(name);
   const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
-  await Plotly.react(plot, figure.data, layoutOf(figure.layout, found, plot.clientWidth), options);
+  const data = figure.data.map((trace, i) => trace.type === "bar" ? trace : {
+    ...trace, line: { ...trace.line, color: colourOf(trace, i, found) }, marker: { ...trace.marker, color: colourOf(trace, i, found) },
+  });
+  await Plotly.react(plot, data, layoutOf(figure.layout, found, plot.clientWidth), options);
   legend(name, figure, found);
   plot.classList.add("drawn");
 }
