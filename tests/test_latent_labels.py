@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from shared.errors import UserError
-from train.report.latent_labels import FILE, LatentLabel, merge_labels, read_labels
+from train.explain.explanation_record import Asked, Explanation, Score, append, begin
+from train.report.latent_labels import FILE, LatentLabel, explained, merge_labels, read_labels
 
 
 def merged(run: Path, name: str, text: str) -> list[LatentLabel]:
@@ -41,6 +42,16 @@ def test_a_wrong_file_is_refused_and_changes_nothing(tmp_path: Path, name: str, 
     with pytest.raises(UserError, match=told):
         merged(tmp_path, name, text)
     assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_labels_of_a_model_are_taken_for_their_checkpoint_and_store_alone(tmp_path: Path) -> None:
+    asked = Asked(store="a" * 64, step=30, model="judge", temperature=0.0, seed=0)
+    begin(tmp_path, asked)
+    half, none = Score(asked=4, hits=1, active=2, false_alarms=0), Score(asked=0, hits=0, active=0, false_alarms=0)
+    append(tmp_path, Explanation(latent=3, label="three", detection=half, fuzzing=none, tokens=9))
+    note = "by judge: detection 75%, fuzzing not known"
+    assert explained(tmp_path, 30, "a" * 64) == [LatentLabel(latent=3, label="three", note=note)]
+    assert explained(tmp_path, 31, "a" * 64) == explained(tmp_path, 30, "b" * 64) == []
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

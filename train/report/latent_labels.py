@@ -1,7 +1,7 @@
 """What people call the latents of a run: `labels.json` in the run's folder, merged from files that the browser exports.
 
 A file is JSON, as the browser writes it, or CSV with the columns `latent`, `label`, `note` and `star`, of which the
-last two may be missing.
+last two may be missing. Where people say nothing of a latent, a report takes the label that `train explain` found.
 """
 
 import csv
@@ -17,6 +17,7 @@ from shared.config import Config, build, read_record
 from shared.errors import CorruptData, UserError, warn
 from shared.files import durable
 from shared.files.untrusted import read_file
+from train.explain.explanation_record import Score, read_explanations
 
 FILE = "labels.json"
 """In the run's folder."""
@@ -77,6 +78,30 @@ def merge_labels(run: Path, step: int, d_sae: int, file: Path) -> LatentLabels:
     found = LatentLabels(run=name, step=step, latents=kept)
     durable.publish_json(run / FILE, found.model_dump(mode="json"))
     return found
+
+
+def explained(run: Path, step: int, store: str) -> list[LatentLabel]:
+    """Return the labels of `train explain`, with model and scores as a note; none of another checkpoint or store.
+
+    `store` is the digest of the store's request. Raises `CorruptData`.
+    """
+    found = read_explanations(run)
+    if not found or (found[0].step, found[0].store) != (step, store):
+        return []
+    model = found[0].model
+    return [
+        LatentLabel(
+            latent=one.latent,
+            label=one.label,
+            note=f"by {model}: detection {_told(one.detection)}, fuzzing {_told(one.fuzzing)}",
+        )
+        for one in found[1].values()
+    ]
+
+
+def _told(score: Score) -> str:
+    accuracy = score.balanced_accuracy
+    return "not known" if accuracy is None else f"{accuracy:.0%}"
 
 
 def _read_given(file: Path) -> LatentLabels:

@@ -14,7 +14,7 @@ from train.live.run_files import METRICS, Row
 from train.probe.probe_record import probe_of
 from train.report import families, gather, page
 from train.report.browser import browser_files
-from train.report.latent_labels import merge_labels, read_labels
+from train.report.latent_labels import explained, merge_labels, read_labels
 from train.report.latents import latents_table
 from train.report.plots import figures
 from train.report.report_record import Report
@@ -47,8 +47,9 @@ def make_report(loaded: LoadedRun, *, linear: bool = False, labels: Path | None 
     with Progress("report", 4, "parts") as progress:
         progress.update(0, "neighbours")
         probed = probe_of(run, loaded.step, rows.store.request.digest)
-        known = read_latents(latents)
-        table = latents_table(loaded.transcoder, rows, loaded.threshold, known, sampled, probed, said.latents)
+        known, theirs = read_latents(latents), explained(run, loaded.step, rows.store.request.digest)
+        named = [*theirs, *said.latents]  # what people say comes last, and counts
+        table = latents_table(loaded.transcoder, rows, loaded.threshold, known, sampled, probed, named)
         progress.update(1, "held-out rows")
         held_out = _held_out(loaded, metrics)
         if linear and settings.source == "target":
