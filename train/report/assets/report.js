@@ -96,7 +96,7 @@ const near = new IntersectionObserver(async (entries) => {
     await new Promise((next) => setTimeout(next));
   }
   document.documentElement.setAttribute("data-drawn", "true");
-}, { rootMargin: "300px" });
+}, { rootMargin: "100px" });
 for (const name of Object.keys(FIGURES)) near.observe(plotOf(name));
 
 addEventListener("beforeprint", drawAll);
