@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from itertools import combinations, takewhile
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,20 +216,13 @@ def _arm(name: str, runs: list[Measured], most: int) -> Arm:
     flat = [dict(_numbers(one.figures.model_dump(mode="json"))) for one in runs]
     shared = [name for name in flat[0] if all(name in one for one in flat)]
     return Arm(
-        name=_name([one.path.name for one in runs]),
+        name=name,
         differs={},
         runs={str(one.path): one.figures for one in runs},
         tradeoff={str(one.path): one.tradeoff for one in runs},
         spread={figure: spread([one[figure] for one in flat]) for figure in shared},
         pw_mcc=spread(matched) if matched else None,
     )
-
-
-def _name(runs: Sequence[str]) -> str:
-    """Return what an arm is called: what the names of its runs begin with, without the number of a run."""
-    shared = takewhile(lambda letters: len(set(letters)) == 1, zip(*runs, strict=False))
-    common = "".join(letters[0] for letters in shared)
-    return common if common in runs else common.rstrip("0123456789").rstrip("-_.") or runs[0]
 
 
 def spread(values: Sequence[float]) -> Spread:

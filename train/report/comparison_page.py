@@ -59,7 +59,6 @@ def _tradeoff(comparison: Comparison) -> go.Figure:
                 error_y={"array": [one.deviation or 0 for one in means], "visible": len(arm.runs) > 1},
                 name=arm.name,
                 mode="lines+markers",
-                meta=i,
                 **look(i),
             )
         )
@@ -80,10 +79,7 @@ def _tradeoff(comparison: Comparison) -> go.Figure:
 
 
 def _training(arms: Sequence[Arm], curves: dict[str, Curves]) -> go.Figure | None:
-    """Draw one line per run; those of an arm look the same, and the first of them is in the legend.
-
-    `meta` is which arm it is, for its colour.
-    """
+    """Draw one line per run; those of an arm look the same, and the first of them is in the legend."""
     traces = []
     for i, arm in enumerate(arms):
         for number, path in enumerate(arm.runs):
@@ -97,7 +93,6 @@ def _training(arms: Sequence[Arm], curves: dict[str, Curves]) -> go.Figure | Non
                         legendgroup=arm.name,
                         showlegend=number == 0,
                         mode="lines",
-                        meta=i,
                         **look(i),
                     )
                 )
@@ -117,7 +112,6 @@ def _against(arms: Sequence[Arm], name: str, label: str) -> go.Figure | None:
                     name=arm.name,
                     mode="markers",
                     text=[Path(path).name for path in there],
-                    meta=i,
                     **look(i),
                 )
             )

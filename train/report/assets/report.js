@@ -37,7 +37,7 @@ function layoutOf(layout, found, width) {
 }
 
 /** The colour of a series: that of the arm in `meta`, where several series are of one. */
-const colourOf = (trace, i, found) => trace.line?.color ?? found.series[(trace.meta ?? i) % found.series.length];
+const colourOf = (trace, i, found) => trace.line?.color ?? found.series[(trace.meta?.series ?? i) % found.series.length];
 
 /** The legend is a list below the plot, where it covers nothing; a press hides or shows its series. */
 function legend(name, figure, found) {
