@@ -16,9 +16,9 @@ import train as api
 from shared.store.store import Store
 from tests.runs import VALUES, Outcome
 from tests.stores import BOS, SyntheticStore, make_store
-from train.interchange import histograms
 from train.interchange.delphi import LEAST
 from train.run.load_run import LoadedRun, load_run
+from train.samples import histograms
 from train.samples.parquet import paths, read_contexts, read_latents
 
 Command = Callable[..., Outcome]

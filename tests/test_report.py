@@ -351,7 +351,7 @@ def test_a_table_of_a_histogram_has_every_bin_and_one_of_curves_every_evaluation
     assert table(drawn["nearest"]).rows == [
         [f"{low:.3g} to {high:.3g}", f"{ours:,}", f"{theirs:,}"] for (low, high), ours, theirs in bins if ours or theirs
     ]
-    many = Histogram(edges=[i / 80 for i in range(81)], counts=[1] * 80)
+    many = Histogram(edges=[10 ** (i / 20 - 4) for i in range(81)], counts=[1] * 80)
     assert len(table(figures(report.model_copy(update={"density": many}))["density"]).rows) == 80
     steps = list(range(1, 1001))
     held_out = [float(step) if step % 250 == 7 else None for step in steps]
@@ -363,11 +363,75 @@ def test_a_table_of_a_histogram_has_every_bin_and_one_of_curves_every_evaluation
     assert table(drawn["correlated"]).rows == [["1", "2"], ["2", "0"], ["3", "1"]]
 
 
+def test_logarithmic_axes_say_so_and_densities_are_told_as_one_in_so_many(report: Report) -> None:
+    from train.report.plots import figures
+
+    drawn = figures(report)
+    for one in drawn.values():
+        for axis in (one.layout.xaxis, one.layout.yaxis):
+            assert ("(log scale)" in axis.title.text) == (axis.type == "log")
+    assert drawn["prefixes"].layout.xaxis.type == "log"
+    ticks = dict(zip(drawn["density"].layout.xaxis.tickvals, drawn["density"].layout.xaxis.ticktext, strict=True))
+    assert (ticks[1.0], ticks[0.1]) == ("all", "1 in 10") and len(ticks) >= 2
+    assert all("1 in " in told for told in drawn["density"].data[0].customdata)
+
+
+def test_the_headline_has_the_runs_settings_rows_and_time(report: Report, reported: Path) -> None:
+    last = json.loads((reported / "timing.jsonl").read_text().splitlines()[-1])
+    assert report.headline == {
+        "k": report.k, "d_sae": report.d_sae, "learning rate": report.settings["optimizer"]["lr"], "seed": 0,
+        "steps": STEPS, "tokens": last["rows"], "seconds": pytest.approx(last["seconds"]),
+    }  # fmt: skip
+
+
+def test_an_index_lists_all_runs_of_a_folder(command: Command, run: Path) -> None:
+    assert command("report", run.parent / "none", "--index").code == 2
+    assert "takes the folder of runs" in command("report", run, "--index").err
+    assert "with --json alone" in command("report", run.parent, "--index", "--linear").err
+    other = Path(shutil.copytree(run, run.parent / "a & b"))
+    assert command("report", run).code == 0
+    done = command("report", run.parent, "--index")
+    assert done.path == run.parent / "index.html", done.err
+    found = {one["name"]: one for one in json.loads(command("report", run.parent, "--index", "--json").out)}
+    report = read(run)
+    assert set(found) == {"run", "a & b"}
+    assert found["run"]["fvu"] == report.held_out.fvu and found["run"]["report"]
+    assert found["run"]["settings"] == {
+        name: report.headline[{"lr": "learning rate"}.get(name, name)] for name in ("k", "d_sae", "lr", "seed")
+    }
+    assert found["a & b"]["fvu"] == rows(other)[-1]["held_out"]["fvu"] and not found["a & b"]["report"]
+    page = done.path.read_text()
+    assert 'href="run/report.html"' in page and "a &amp; b" in page and "a%20%26%20b" not in page
+
+
+def test_labels_of_a_file_are_in_the_report_and_stay(command: Command, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("latent,label,star\n1,one of them,true\n")
+    assert command("report", run, "--labels", tmp_path / "mine.csv").code == 0
+    assert command("report", run).code == 0
+    table = pq.read_table(run / "report" / "latents.parquet")
+    assert [i for i, label in enumerate(table["label"].to_pylist()) if label] == [1]
+    assert table["label"][1].as_py() == "one of them" and table["star"][1].as_py() and not table["star"][0].as_py()
+    wrong = command("report", run, "--labels", tmp_path / "none.csv")
+    assert wrong.code == 2 and "no file of labels" in wrong.err
+
+
+def test_a_resumed_runs_parts_are_added_up(run: Path) -> None:
+    lines = [
+        {"step": 10, "rows": 100, "from_step": 0, "seconds": 5.0},
+        {"step": 20, "rows": 200, "from_step": 0, "seconds": 7.0},
+        {"step": 30, "rows": 300, "from_step": 20, "seconds": 4.0},
+    ]
+    (run / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert gather.trained(run, 30) == (300, 11.0) and gather.trained(run, 20) == (200, 7.0)
+    assert gather.trained(run, 5) is None
+
+
 def test_text_has_contrast_in_light_and_dark() -> None:
     """WCAG 2.2, 1.4.3: 4.5 to 1 for text, on both grounds."""
-    light, dark = re.findall(r":root \{(.*?)\}", str(asset("style.css")), re.S)
-    for sheet in (light, dark):
-        colour = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", sheet))
+    sheets = re.findall(r":root[^{]*\{(.*?)\}", str(asset("style.css")), re.S)
+    light, by_system, by_switch = (dict(re.findall(r"--(\w+): ([^;]*)", sheet)) for sheet in sheets)
+    assert by_system == by_switch != light
+    for colour in (light, by_system):
         for ink in ("ink", "soft", "link", "good", "look", "bad"):
             for ground in ("paper", "card"):
                 assert contrast(colour[ink], colour[ground]) >= 4.5, (ink, ground)

@@ -63,7 +63,9 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawn(page) -> None:
+    """Wait for the plots in view, and have the others drawn."""
     page.wait_for_selector("html[data-drawn]")
+    page.evaluate("drawAll()")
 
 
 @pytest.fixture
@@ -99,7 +101,9 @@ def test_plots_hold_the_data(page, reported: Path) -> None:
 def test_the_verdict_comes_first_with_words_beside_its_colours(page, reported: Path) -> None:
     report = json.loads((reported / "report.json").read_text())
     assert page.locator("main section").first.get_attribute("id") == "verdict"
-    lines = page.locator(".verdict li").all_inner_texts()
+    lines = page.locator(".verdict li").evaluate_all("all => all.map((one) => one.textContent)")
+    assert page.locator(".good-checks .verdict li").count() == sum(one["state"] == "good" for one in report["verdict"])
+    assert page.locator(".settings dt").all_inner_texts()[:4] == ["k", "d_sae", "learning rate", "seed"]
     assert len(lines) == len(report["verdict"])
     for check in report["verdict"]:
         (line,) = [one for one in lines if check["said"] in one]
@@ -117,6 +121,41 @@ def test_a_link_leads_to_the_latent_and_back(page) -> None:
     page.go_back()
     drawn(page)
     assert page.locator("h1").inner_text() == "run"
+
+
+def test_plots_are_drawn_as_they_come_near_and_no_legend_lies_over_one(reported: Path) -> None:
+    with open_page(reported / "report.html", width=390) as page:
+        page.wait_for_selector("html[data-drawn]")
+        last = page.locator(".plot").last
+        assert page.locator(".plot.drawn").count() < page.locator(".plot").count()
+        last.scroll_into_view_if_needed()
+        page.locator(f"#{last.get_attribute('id')}.drawn").wait_for()
+        assert page.locator("nav.contents").bounding_box()["y"] == 0
+        drawn(page)
+        plot, legend = page.locator("#plot-terms").bounding_box(), page.locator("#legend-terms").bounding_box()
+        assert legend["y"] >= plot["y"] + plot["height"] - 1
+        series = page.locator("#legend-terms button")
+        assert series.count() == len(page.evaluate("FIGURES.terms.data"))
+        series.first.click()
+        assert page.evaluate("plotOf('terms').data[0].visible") == "legendonly"
+        ends = "all => all.map((one) => one.getBoundingClientRect().right)"
+        assert max(page.locator(".plot .xtitle").evaluate_all(ends)) <= 390
+
+
+def test_a_point_of_the_map_leads_to_its_latent(page, reported: Path) -> None:
+    found = json.loads((reported / "report.json").read_text())["map"]
+    canvas = page.locator("#map-canvas")
+    for colour in ("group", "family", "density"):
+        page.select_option("#map-colour", colour)
+        assert page.locator("#map-legend span").count() >= 2
+    box, (x, y) = canvas.bounding_box(), (found["x"], found["y"])
+    at = found["x"].index(max(x))
+    place = {
+        "x": box["width"] - 8,
+        "y": box["height"] - 8 - (box["height"] - 16) * (y[at] - min(y)) / (max(y) - min(y)),
+    }
+    canvas.click(position=place)
+    page.wait_for_url(f"**/report/latents.html#latent-{found['latents'][at]}")
 
 
 def test_it_is_reached_by_keyboard(page) -> None:
@@ -177,6 +216,11 @@ def test_a_comparison_holds_the_arms(reported: Path) -> None:
             "document.getElementById('plot-tradeoff').data.map((d) => [d.name, d.x.length, d.y.length])"
         )
         assert [one[1:] for one in data] == [[5, 5], [5, 5]]
+        colours = [
+            page.evaluate("name => plotOf(name).data.map((one) => one.line.color)", name)
+            for name in ("tradeoff", "training")
+        ]
+        assert colours[0] == colours[1] and len(set(colours[0])) == 2
         assert page.locator("table").first.locator("tbody tr").count() > 20
 
 

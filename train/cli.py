@@ -253,6 +253,10 @@ def samples(
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
+@click.option(
+    "--labels", type=click.Path(path_type=Path), help="Names of latents, as the browser exports them: JSON or CSV."
+)
+@click.option("--index", is_flag=True, help="RUN is a folder of runs: write a page that lists them all, index.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @sync_options
 @shared.command_line.quiet_option
@@ -263,6 +267,8 @@ def report(
     store: Path | None,
     step: int | None,
     linear: bool,
+    labels: Path | None,
+    index: bool,
     as_json: bool,
     project: str | None,
     local: Local | None,
@@ -273,9 +279,21 @@ def report(
     Prints the page's path as its last line.
     """
     from train.commands import write_report
+    from train.report.runs_index import write_index
     from train.tables import print_verdict
 
-    path, found = write_report(run, store=store, local=local, step=step, linear=linear, project=project, verify=verify)
+    if index:
+        if store or step is not None or linear or labels or project:
+            raise UserError("--index lists runs by what they have: it goes with --json alone")
+        page, runs = write_index(run)
+        if as_json:
+            click.echo(json.dumps([one._asdict() for one in runs], indent=2))
+        else:
+            show_path(page)
+        return
+    path, found = write_report(
+        run, store=store, local=local, step=step, linear=linear, labels=labels, project=project, verify=verify
+    )
     if as_json:
         click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
         return

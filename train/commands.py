@@ -342,12 +342,14 @@ def write_report(
     local: Local | None = None,
     step: int | None = None,
     linear: bool = False,
+    labels: Path | str | None = None,
     project: str | None = None,
     verify: bool = False,
 ) -> tuple[Path, "Report"]:
     """Write the report of a checkpoint of `run`, and sync its plots to a W&B `project` if there is one.
 
-    `verify` as in `evaluate`. Returns the page's path, and what it holds. Raises `DiskFull`, and `UserError` when the
+    `labels` is a file of what people call latents, merged into the run's `labels.json`. `verify` as in `evaluate`.
+    Returns the page's path, and what it holds. Raises `DiskFull`, and `UserError` when the file is wrong, or the
     report of an unfinished run is to be synced: rows that come later would be of earlier steps.
     """
     from train.report.make_report import HTML, make_report, plots  # they take half a second to import
@@ -366,7 +368,8 @@ def write_report(
     with opened.reading(), durable.lock(run / LOCK, f"run {run}"):
         durable.sweep(run)
         use_threads(config.settings.threads)  # first, for the last bits of what follows
-        made = make_report(load_run(run, store=opened, found=found), linear=linear)
+        loaded = load_run(run, store=opened, found=found)
+        made = make_report(loaded, linear=linear, labels=Path(labels) if labels else None)
         if project:
             durable.publish_json(run / FOLDER / REPORT, plots(made))
             with synced(run, project):

@@ -43,6 +43,7 @@ def figures(path: Path, seconds: float) -> dict[str, tuple[float, str]]:
         "browser of latents, without latents.parquet": (sum(file.stat().st_size for file in pages) / 1e6, "MB"),
         "folder report/": (sum(file.stat().st_size for file in latents) / 1e6, "MB"),
         "opening the report: the verdict is painted": (median(lambda: painted(report)), "s"),
+        "opening the report: the plots in view are drawn": (median(lambda: timed(report, in_view)), "s"),
         "opening the report: all plots are drawn": (median(lambda: timed(report, drawn)), "s"),
         "opening the list of latents": (median(lambda: timed(folder / "latents.html", listed)), "s"),
         "opening a latent's page by its link": (
@@ -50,6 +51,10 @@ def figures(path: Path, seconds: float) -> dict[str, tuple[float, str]]:
             "s",
         ),
         "from the list to a latent": (median(lambda: from_list(folder / "latents.html")), "s"),
+        "opening the list by a link that asks for a word in contexts": (
+            median(lambda: timed(folder / "latents.html", counted, "#list?q=1&in=contexts")),
+            "s",
+        ),
     }
 
 
@@ -98,9 +103,20 @@ def opened(path: Path) -> Iterator[Any]:
             path.unlink()
 
 
-def drawn(page: Any) -> None:
-    """Wait until all plots of a report are."""
+def in_view(page: Any) -> None:
+    """Wait until the plots that are in view at first are drawn."""
     page.wait_for_selector("html[data-drawn]")
+
+
+def drawn(page: Any) -> None:
+    """Have all plots of a report drawn, as before printing, and wait for them."""
+    in_view(page)
+    page.evaluate("drawAll()")
+
+
+def counted(page: Any) -> None:
+    """Wait until a search in contexts has found some."""
+    page.locator("#count", has_text="of their contexts").wait_for()
 
 
 def listed(page: Any) -> None:

@@ -28,11 +28,11 @@ from shared.console.progress import Progress
 from shared.errors import UserError
 from shared.files import durable
 from train.duplicates.directions import nearest_directions
-from train.interchange import histograms
-from train.interchange.histograms import Histograms, LogitEffects
 from train.interchange.origin import Origin, origin_of
 from train.interchange.sampled import Sampled, sampled
 from train.run.load_run import LoadedRun
+from train.samples import histograms
+from train.samples.histograms import Histograms, LogitEffects
 from train.samples.token_effects import decoder_directions, tokens_of, unembedding_of
 from train.samples.token_text import pieces
 
@@ -155,7 +155,9 @@ def _latents(loaded: LoadedRun, known: Sampled) -> _Latents:
             raise UserError(
                 f"{store.path}: its unembedding reads {weight.shape[1]} values, and the targets have {vectors.shape[1]}"
             )
-        logits = histograms.of_logits(torch.from_numpy(vectors).to(model.W_dec.device), vocabulary, weight, TOKENS)
+        directions = torch.from_numpy(vectors).to(model.W_dec.device)
+        with Progress("logits", len(vectors), "latents") as progress:
+            logits = histograms.of_logits(directions, vocabulary, weight, TOKENS, update=progress.update)
         shown = np.unique(np.concatenate([logits.promoted, logits.suppressed])).tolist()
         text = dict(zip(shown, pieces(store.tokenizer / "tokenizer.json", shown), strict=True))
     return _Latents(

@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from shared.store.store import Store
+from train.report.context_text import context_text
 from train.report.page import environment
 from train.samples.parquet import RECORD, SamplesRecord, parquet
 from train.samples.token_text import pieces
@@ -35,6 +36,16 @@ _PEAKS = 10
 """Most tokens at peaks of a latent in the index."""
 _DIGITS = 3
 """Of numbers that are shown."""
+_SCRIPTS = (
+    "latents.js",
+    "latents_list.js",
+    "latents_one.js",
+    "latents_charts.js",
+    "latents_text.js",
+    "latents_labels.js",
+    "theme.js",
+)
+"""Together the page's one script."""
 
 
 class Contexts(NamedTuple):
@@ -63,12 +74,11 @@ def browser_files(run: str, store: Store, table: pa.Table, contexts: pa.Table) -
     record = SamplesRecord.model_validate_json(contexts.schema.metadata[RECORD])
     shown = cut(contexts, len(table))
     words = _Words(table, shown)
-    file = store.tokenizer / "tokenizer.json"
-    texts = pieces(file, words.ids.tolist()) if file.is_file() else None
     chunks = range(0, len(table), CHUNK)
     scripts = {
-        "index": _call("index", _index(table, words, record)),
-        "tokens": _call("tokens", {"ids": words.ids.tolist(), "texts": texts}),
+        "index": _call("index", _index(run, table, words, record)),
+        "tokens": _call("tokens", _texts(store, words.ids)),
+        "text": _call("text", _text(store, record, shown, words)),
         **{f"{i:03d}": _call("chunk", _chunk(table, shown, words, low), i) for i, low in enumerate(chunks)},
     }
     assets = files("train.report") / "assets"
@@ -77,7 +87,7 @@ def browser_files(run: str, store: Store, table: pa.Table, contexts: pa.Table) -
         "latents.html": _page(run, record).encode(),
         "latents.parquet": parquet(table),
         "latents/page.css": style,
-        "latents/page.js": (assets / "latents.js").read_bytes(),
+        "latents/page.js": b"".join((assets / name).read_bytes() for name in _SCRIPTS),
         **{f"latents/{name}.js": data for name, data in scripts.items()},
     }
 
@@ -124,9 +134,42 @@ class _Words:
         return [None if one is None else self.of(np.array(one[:most], np.int64)) for one in column.to_pylist()]
 
 
-def _index(table: pa.Table, words: _Words, record: SamplesRecord) -> dict[str, Any]:
-    """Return the data by which the page lists, sorts and finds latents."""
+def _texts(store: Store, ids: Array) -> dict[str, Any]:
+    """Return tokens and, where the store has a tokenizer, their text."""
+    file = store.tokenizer / "tokenizer.json"
+    return {"ids": ids.tolist(), "texts": pieces(file, ids.tolist()) if file.is_file() else None}
+
+
+def _text(store: Store, record: SamplesRecord, shown: Contexts, words: _Words) -> dict[str, Any]:
+    """Return the sequences that contexts are from; tokens that no context shows have the numbers after `words`."""
+    found = context_text(store, record, shown.table, shown.peaks)
+    flat = found.tokens.ravel()
+    known, counts = np.unique(flat, return_counts=True)
+    more = known[~np.isin(known, words.ids)]
+    more = more[np.argsort(-counts[np.isin(known, more)], kind="stable")]
+    numbers = np.concatenate([words.ids, more])
+    order = np.argsort(numbers)
     return {
+        **_texts(store, more),
+        "width": found.tokens.shape[1],
+        "tokens": order[np.searchsorted(numbers, flat, sorter=order)].tolist(),
+        "breaks": found.breaks,
+        "sequence": found.sequence.tolist(),
+        "first": found.first.tolist(),
+        "peak": shown.peaks.tolist(),
+        "length": np.diff(shown.ends).tolist(),
+        "contexts": np.diff(shown.starts).tolist(),
+    }
+
+
+def _index(run: str, table: pa.Table, words: _Words, record: SamplesRecord) -> dict[str, Any]:
+    """Return the data by which the page lists, sorts and finds latents."""
+    said = table.select(["latent", "label", "note", "star"]).to_pylist()
+    strata = np.stack([table[f"density_{name}"].to_numpy() for name in record.rows])
+    return {
+        "run": run,
+        "step": record.step,
+        "store": record.request[:12],
         "chunk": CHUNK,
         "strata": list(record.rows),
         "bins": record.settings.bins,
@@ -137,6 +180,15 @@ def _index(table: pa.Table, words: _Words, record: SamplesRecord) -> dict[str, A
         "suppressed": words.lists(table["suppressed"]),
         "nearest": [one[0] if one else None for one in table["nearest_latents"].to_pylist()],
         "cosine": _firsts(table["nearest_cosines"]),
+        "correlation": _firsts(table["correlations"]),
+        "refines": table["refines"].to_pylist(),
+        "refines_share": _column(table["refines_share"]),
+        "stratum": strata.argmax(0).tolist(),
+        "said": {
+            str(one["latent"]): [one["label"] or "", one["note"] or "", one["star"]]
+            for one in said
+            if one["label"] or one["note"] or one["star"]
+        },
     }
 
 
@@ -148,7 +200,11 @@ def _chunk(table: pa.Table, shown: Contexts, words: _Words, low: int) -> dict[st
     names = [name.removeprefix("density_") for name in table.schema.names if name.startswith("density_")]
     return {
         **{f"density_{name}": _column(part[f"density_{name}"]) for name in names},
-        **{name: part[name].to_pylist() for name in ("nearest_latents", "correlated_latents", "labels")},
+        "min": _column(part["min"]),
+        **{
+            name: part[name].to_pylist()
+            for name in ("nearest_latents", "correlated_latents", "labels", "histogram", "logit_histogram")
+        },
         **{
             name: [None if one is None else _rounded(np.array(one)) for one in part[name].to_pylist()]
             for name in (

@@ -64,6 +64,18 @@ def timing_curves(run: Path, step: int) -> Curves:
     return _curves(found)
 
 
+def trained(run: Path, step: int) -> tuple[int, float] | None:
+    """Return how many rows the run trained on up to `step`, and in how many seconds, the parts of a resumed run added.
+
+    None where `timing.jsonl` has no such rows.
+    """
+    parts = {row.get("from_step", 0): row for row in Log(run / TIMING).rows() if row["step"] <= step}
+    if not parts:
+        return None
+    last = max(parts.values(), key=lambda row: row["step"])
+    return round(last["rows"]), sum(row["seconds"] for row in parts.values())
+
+
 def monitor_curves(run: Path, step: int) -> Curves:
     """Return the trend over reports of the correlation monitor."""
     found = []

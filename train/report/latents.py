@@ -3,7 +3,8 @@
 Legend: F latents, O d_out, P position strata, n live latents, M neighbours, N active pairs of a row and a latent.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,14 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.errors import UserError
 from shared.store.store import Store
 from shared.store.strata import POSITION_0
 from train.data.batches import StoreRows
 from train.duplicates.co_activation import most_correlated
 from train.duplicates.directions import nearest_directions
 from train.evaluation.held_out import held_out_active
+from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Transcoder
 from train.probe.probe_record import ProbeRecord
+from train.report.latent_labels import LatentLabel
+from train.report.relations import direction_map, refinements
+from train.samples import histograms
 from train.samples.token_effects import decoder_directions, tokens_of, unembedding_of
 
 Array = NDArray[Any]
@@ -31,6 +37,13 @@ EFFECTS = 10
 LEAST_TOGETHER = 10
 """Rows on which two latents must both be active for their correlation to count."""
 _TAKEN = ("latent", "prefix", "contexts", "density", "max", "mean", "bin_edges")
+_GROWN = {
+    "min": (pa.float32(), "smallest activation on a stored row"),
+    "histogram": (pa.list_(pa.int32()), "stored rows on which it is active, in bars of equal width from min to max"),
+}
+"""Columns that samples of earlier versions do not have."""
+MAP_SHARE = b"transcoder_cache.map_share"
+"""The key, in the table's metadata, of the share of the variance of directions that `map_x` and `map_y` show."""
 
 
 def latents_table(
@@ -40,10 +53,12 @@ def latents_table(
     latents: pa.Table,
     contexts: pa.Table,
     probed: ProbeRecord | None = None,
+    said: Sequence[LatentLabel] = (),
 ) -> pa.Table:
     """Return all columns, each with a description; `latents` and `contexts` are the samples of `transcoder`.
 
-    `probed` is what `train probe` found, and without it the columns of labels are null.
+    `probed` is what `train probe` found, and without it the columns of labels are null. `said` is what people call
+    latents.
 
     Correlations are of latents under `threshold` on the store's report rows.
     """
@@ -52,8 +67,9 @@ def latents_table(
     live = torch.from_numpy(np.flatnonzero(latents["max"].is_valid().to_numpy()))
     near, cosines = nearest_directions(transcoder.unit_decoder(), live, NEIGHBOURS, transcoder.blas)
     store = rows.store
-    held_out = held_out_active(transcoder, rows, store.record.report_blocks, threshold)
-    together, correlations = most_correlated(held_out.without_position_0, LEAST_TOGETHER, NEIGHBOURS)
+    active = held_out_active(transcoder, rows, store.record.report_blocks, threshold).without_position_0
+    together, correlations = most_correlated(active, LEAST_TOGETHER, NEIGHBOURS)
+    places, map_share = direction_map(transcoder.unit_decoder().detach().cpu().numpy(), live.numpy())
     columns |= {
         "position_0_share": (
             position_0_share(latents, store),
@@ -70,11 +86,17 @@ def latents_table(
         ),
         "correlations": (_lists(together, correlations.float()), "their correlations"),
         **_effects(transcoder, store),
+        **_grown(latents),
+        **_refinements(active, latents["prefix"].to_numpy()),
+        "map_x": (_known(places[:, 0]), "first principal component of its unit decoder row; null: it is never active"),
+        "map_y": (_known(places[:, 1]), "second principal component"),
         **_labels(probed, len(latents)),
+        **_said(said, len(latents)),
         "peaks": (peaks(contexts, len(latents)), "tokens at the peaks of its top contexts, the most frequent first"),
     }
     fields = [pa.field(name, values.type, metadata={"description": told}) for name, (values, told) in columns.items()]
-    return pa.table([values for values, _ in columns.values()], schema=pa.schema(fields))
+    metadata = {MAP_SHARE: f"{map_share:.6g}"}
+    return pa.table([values for values, _ in columns.values()], schema=pa.schema(fields, metadata=metadata))
 
 
 def position_0_share(latents: pa.Table, store: Store) -> pa.Array:
@@ -133,15 +155,6 @@ def _labels(probed: ProbeRecord | None, d_sae: int) -> dict[str, tuple[pa.Array,
     return {name: (column, words[name]) for name, column in columns.items()}
 
 
-class _Effects(NamedTuple):
-    """Columns of tokens and their logits."""
-
-    promoted: pa.Array
-    promoted_effects: pa.Array
-    suppressed: pa.Array
-    suppressed_effects: pa.Array
-
-
 def _effects(transcoder: Transcoder, store: Store) -> dict[str, tuple[pa.Array, str]]:
     """Return columns of tokens and logits, of what an activation of 1 adds to the targets.
 
@@ -149,17 +162,67 @@ def _effects(transcoder: Transcoder, store: Store) -> dict[str, tuple[pa.Array, 
     """
     unknown = "null: the store has no unembedding, or its targets are not part of the residual stream"
     what = "logits that an activation of 1 adds to each directly, up to the final norm's scale"
-    told = (f"tokens that it promotes most, falling; {unknown}", what, "tokens that it suppresses most", what)
+    told = {
+        "promoted": f"tokens that it promotes most, falling; {unknown}",
+        "promoted_effects": what,
+        "suppressed": "tokens that it suppresses most",
+        "suppressed_effects": what,
+        "logit_histogram": "tokens by logit, in bars of equal width from the smallest to the largest",
+    }
+    d_sae, tokens, logits = transcoder.d_sae, pa.list_(pa.int32()), pa.list_(pa.float32())
     if (unembedding := unembedding_of(store)) is None:
-        none = pa.nulls(transcoder.d_sae, pa.list_(pa.int32())), pa.nulls(transcoder.d_sae, pa.list_(pa.float32()))
-        columns = _Effects(*none, *none)
-    else:
-        found = unembedding.effects(decoder_directions(transcoder), EFFECTS, tokens_of(store))
-        columns = _Effects(
-            *(_whole(part) for part in (found.promoted, found.promoted_effects)),
-            *(_whole(part) for part in (found.suppressed, found.suppressed_effects)),
+        none = [pa.nulls(d_sae, kind) for kind in (tokens, logits, tokens, logits, tokens)]
+        return {name: (column, words) for column, (name, words) in zip(none, told.items(), strict=True)}
+    directions = torch.from_numpy(decoder_directions(transcoder)).to(transcoder.W_dec.device)
+    vocabulary, weight = unembedding.scaled(tokens_of(store))
+    if weight.shape[1] != directions.shape[1]:
+        raise UserError(
+            f"directions have {directions.shape[1]} values, and {store.path} unembeds {weight.shape[1]}; the tokens "
+            "that a latent promotes are known only where the target is part of the residual stream"
         )
-    return dict(zip(_Effects._fields, zip(columns, told, strict=True), strict=True))
+    found = histograms.of_logits(directions, vocabulary, weight, EFFECTS)
+    columns = [_whole(part) for part in found[:4]] + [histograms.column(found.histograms.heights)]
+    return {name: (column, words) for column, (name, words) in zip(columns, told.items(), strict=True)}
+
+
+def _grown(latents: pa.Table) -> dict[str, tuple[pa.Array, str]]:
+    """Return the columns that samples of earlier versions do not have; of such samples they are null."""
+    none = "null: never active, or samples of an earlier version"
+    there = set(latents.column_names)
+    return {
+        name: (latents[name].combine_chunks() if name in there else pa.nulls(len(latents), kind), f"{told}; {none}")
+        for name, (kind, told) in _GROWN.items()
+    }
+
+
+def _refinements(active: SparseLatents, prefixes: Array) -> dict[str, tuple[pa.Array, str]]:
+    """Return which earlier latent each one refines."""
+    found = refinements(active, prefixes)
+    none = found.parent < 0
+    return {
+        "refines": (
+            pa.array(found.parent.astype(np.int32), mask=none),
+            "the latent of an earlier Matryoshka group that is active on most of its held-out rows, and seldom "
+            "elsewhere; null: none is",
+        ),
+        "refines_share": (pa.array(found.share, mask=none), "share of its active rows on which that one is active"),
+    }
+
+
+def _said(said: Sequence[LatentLabel], d_sae: int) -> dict[str, tuple[pa.Array, str]]:
+    """Return what people call latents."""
+    by_latent = {one.latent: one for one in said}
+    every = [by_latent.get(f) for f in range(d_sae)]
+    return {
+        "label": (pa.array([one.label or None if one else None for one in every], pa.string()), "what people call it"),
+        "note": (pa.array([one.note or None if one else None for one in every], pa.string()), "what they say of it"),
+        "star": (pa.array([bool(one and one.star) for one in every]), "whether they marked it"),
+    }
+
+
+def _known(values: Array) -> pa.Array:
+    """Return numbers [F] as float32, null where they are NaN."""
+    return pa.array(values.astype(np.float32), mask=np.isnan(values))
 
 
 def _whole(values: Array) -> pa.Array:

@@ -12,8 +12,9 @@ from train.evaluation.evaluate import Evaluation, evaluate
 from train.evaluation.linear_baseline import linear_map_fvu
 from train.live.run_files import METRICS, Row
 from train.probe.probe_record import probe_of
-from train.report import gather, page
+from train.report import families, gather, page
 from train.report.browser import browser_files
+from train.report.latent_labels import explained, merge_labels, read_labels
 from train.report.latents import latents_table
 from train.report.plots import figures
 from train.report.report_record import Report
@@ -29,13 +30,15 @@ FOLDER = "report"
 HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
 
 
-def make_report(loaded: LoadedRun, *, linear: bool = False) -> Report:
+def make_report(loaded: LoadedRun, *, linear: bool = False, labels: Path | None = None) -> Report:
     """Write the report of a loaded checkpoint; samples that are not there are made first. Returns it.
 
-    `linear`: also fit the best linear map on the training rows, for comparison. Raises `DiskFull`.
+    `linear`: also fit the best linear map on the training rows, for comparison. `labels`: a file of what people call
+    latents, merged into those of the run. Raises `UserError` when that file is wrong, and `DiskFull`.
     """
     run, settings, rows = loaded.path, loaded.config.settings, loaded.rows
-    metrics = Log(run / METRICS).rows()
+    metrics, d_sae = Log(run / METRICS).rows(), loaded.transcoder.d_sae
+    said = merge_labels(run, loaded.step, d_sae, labels) if labels else read_labels(run)
     contexts, latents = paths(run, loaded.step)
     if not (contexts.is_file() and latents.is_file()):
         wanted = settings.samples if settings.samples.rows else SamplesConfig()
@@ -44,7 +47,9 @@ def make_report(loaded: LoadedRun, *, linear: bool = False) -> Report:
     with Progress("report", 4, "parts") as progress:
         progress.update(0, "neighbours")
         probed = probe_of(run, loaded.step, rows.store.request.digest)
-        table = latents_table(loaded.transcoder, rows, loaded.threshold, read_latents(latents), sampled, probed)
+        known, theirs = read_latents(latents), explained(run, loaded.step, rows.store.request.digest)
+        named = [*theirs, *said.latents]  # what people say comes last, and counts
+        table = latents_table(loaded.transcoder, rows, loaded.threshold, known, sampled, probed, named)
         progress.update(1, "held-out rows")
         held_out = _held_out(loaded, metrics)
         if linear and settings.source == "target":
@@ -80,10 +85,13 @@ def _report(
     run, step, config = loaded.path, loaded.step, loaded.config
     spliced = splice_of(run, step, loaded.rows.store.request.digest)
     duplicates, settings = gather.duplicates(run, step, len(table)), config.settings
+    rows, seconds = gather.trained(run, step) or (None, None)
     report = Report(
         run=run.resolve().name,
         step=step,
         steps=settings.steps,
+        trained_rows=rows,
+        trained_seconds=seconds,
         decay_share=settings.optimizer.decay_share,
         d_sae=len(table),
         k=settings.activation.expected_l0,
@@ -101,6 +109,8 @@ def _report(
         at_position_0=gather.at_position_0(table),
         nearest=gather.nearest(table, config.d_out),
         duplicates=duplicates,
+        map=families.latent_map(table),
+        refinements=families.refinements(table, loaded.rows.store),
         examples=gather.examples(contexts, table, duplicates),
         usage=usage_of(run),
         store=gather.store_facts(loaded.rows.store),

@@ -25,6 +25,7 @@ _UNSEEN = re.compile(
     "[\\u0000-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff]"
 )
 """Characters that are not seen, and those that turn the direction of text; the same as in latents.js."""
+_BLANKS = re.compile(r"^ +| +$|(?<=\n) +")
 _VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 
 
@@ -57,6 +58,8 @@ def environment() -> Environment:
     )
     found.filters |= {
         "percent": percent,
+        "duration": duration,
+        "chip": chip,
         "count": thousands,
         "interval": interval,
         "tokens": tokens,
@@ -88,6 +91,8 @@ def html(report: Report) -> bytes:
             report=report,
             states=STATES,
             settings=flat(report.settings),
+            map=embedded(report.map.model_dump() if report.map else None),
+            map_script=asset("map.js"),
             style=asset("style.css"),
             **drawn(figures(report)),
         )
@@ -103,6 +108,7 @@ def drawn(plots: Mapping[str, go.Figure]) -> dict[str, Any]:
         "tables": tables,
         "figures": embedded(f"{{{given}}}"),
         "script": asset("report.js"),
+        "theme": asset("theme.js"),
         "plotly": Markup(get_plotlyjs().replace("</script", "<\\/script")),
     }
 
@@ -158,6 +164,11 @@ def short(text: str) -> str:
     return _UNSEEN.sub(lambda found: _VISIBLE.get(found[0], f"[U+{ord(found[0]):04X}]"), text)
 
 
+def chip(text: str) -> str:
+    """Return a token that stands alone: `short`, and with signs for the blanks at its ends and after line breaks."""
+    return short(_BLANKS.sub(lambda run: "␣" * len(run[0]) if len(run[0]) < 4 else f"␣×{len(run[0])}", text))
+
+
 def plain(text: str) -> str:
     """Escape a name for Markdown, which nothing else does.
 
@@ -182,6 +193,14 @@ def interval(found: Interval | None, share: bool = True) -> str:
         return "–"
     values = [found.value] if found.high is None else [found.value, found.high - found.value]
     return " ± ".join(percent(value) if share else f"{value:.4f}" for value in values)
+
+
+def duration(seconds: float) -> str:
+    """Format a time as people read it."""
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def told_bytes(size: float) -> str:

@@ -12,6 +12,8 @@ import plotly.graph_objects as go
 
 from train.report.report_record import Curves, Histogram, Report
 
+_SHORT = ("1", "10", "100", "1k", "10k", "100k", "1M", "10M")
+"""Powers of ten."""
 _MOST_POINTS = 1500
 """Of one series on the page; `report.json` has all."""
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
@@ -31,7 +33,7 @@ def figures(report: Report) -> dict[str, go.Figure]:
         "strata": _strata(report),
         "prefixes": _by_prefix(report, "fvu", "fvu, held out"),
         "prefixes_l0": _by_prefix(report, "l0", "active latents per row, held out"),
-        "density": _histogram(report.density, "share of rows without position 0 on which a latent is active", log=True),
+        "density": _density(report.density),
         "bos": _histogram(report.at_position_0, "share of a latent's active rows at position 0"),
         "nearest": _nearest(report),
         "repeats": _lines(
@@ -99,7 +101,7 @@ def _lines(
 def log_axis(traces: Sequence[go.Scatter]) -> dict[str, Any]:
     """Put labels at 1, 2 and 5 of every power of ten where there are few of them, else at powers alone.
 
-    Values of one size have a linear axis.
+    Values of less than a power of ten have labels closer than that, and values of one size a linear axis.
     """
     values = [value for trace in traces for value in trace.y]
     if max(values) < 3 * min(values):
@@ -107,7 +109,8 @@ def log_axis(traces: Sequence[go.Scatter]) -> dict[str, Any]:
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     if high - low > 3:
         return {"type": "log", "dtick": 1, "exponentformat": "power"}
-    ticks = [float(f"{digit}e{power}") for power in range(low, high + 1) for digit in (1, 2, 5)]
+    digits = (1, 1.5, 2, 3, 4, 5, 6, 8) if max(values) < 10 * min(values) else (1, 2, 3, 5)
+    ticks = [float(f"{digit}e{power}") for power in range(low, high + 1) for digit in digits]
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
@@ -127,13 +130,30 @@ def _by_prefix(report: Report, name: str, axis: str) -> go.Figure:
     sizes = sorted(report.held_out.prefixes)
     values = [getattr(report.held_out.prefixes[size], name) for size in sizes]
     trace = go.Scatter(x=sizes, y=values, name=name, mode="lines+markers", line={"width": 2}, marker={"size": 8})
-    return figure([trace], "latents of the prefix", axis, x={"type": "log", "tickvals": sizes})
+    ticks = {"tickvals": sizes, "ticktext": [f"{size:,}" for size in sizes]}
+    return figure([trace], "latents of the prefix", axis, x={"type": "log", **ticks})
 
 
-def _histogram(found: Histogram | None, axis: str, *, log: bool = False) -> go.Figure | None:
+def _histogram(found: Histogram | None, axis: str) -> go.Figure | None:
     if found is None or not any(found.counts):
         return None
-    return figure([_bars(found, "latents", log=log)], axis, "latents", x={"type": "log"} if log else {})
+    return figure([_bars(found, "latents")], axis, "latents")
+
+
+def _density(found: Histogram) -> go.Figure | None:
+    """Draw how many tokens there are for one on which a latent is active: powers of ten, from rare to frequent."""
+    if not any(found.counts):
+        return None
+    some = [i for i, count in enumerate(found.counts) if count]
+    powers = range(math.floor(math.log10(found.edges[some[0]])), 1)
+    ticks = [f"1 in {_SHORT[-power]}" if power else "all" for power in powers]
+    told = [f"1 in {1 / b:,.3g} to 1 in {1 / a:,.3g}" for a, b in pairwise(found.edges)]
+    bars = _bars(found, "latents", log=True).update(customdata=told)
+    x = {"type": "log", "tickvals": [10.0**power for power in powers], "ticktext": ticks}
+    low, high = math.log10(found.edges[some[0]]), math.log10(found.edges[some[-1] + 1])
+    return figure(
+        [bars], "tokens without position 0 on which a latent is active", "latents", x={**x, "range": [low, high]}
+    )
 
 
 def _nearest(report: Report) -> go.Figure | None:
@@ -166,12 +186,13 @@ def _centres(found: Histogram) -> list[float]:
 def figure(
     traces: list[Any], x_title: str, y_title: str, x: dict[str, Any] | None = None, y: dict[str, Any] | None = None
 ) -> go.Figure:
-    """Draw traces with titled axes, in no colours of their own; a logarithmic y axis says so."""
-    y_title += " (log scale)" if (y or {}).get("type") == "log" else ""
+    """Draw traces with titled axes, in no colours of their own."""
+    titles = [f"{title} (log scale)" if (axis or {}).get("type") == "log" else title
+              for title, axis in ((x_title, x), (y_title, y))]  # fmt: skip
     return go.Figure(traces).update_layout(
         template="none",
-        xaxis={"title": {"text": x_title}, "automargin": True, **(x or {})},
-        yaxis={"title": {"text": y_title}, "automargin": True, "rangemode": "tozero", **(y or {})},
+        xaxis={"title": {"text": titles[0]}, "automargin": True, **(x or {})},
+        yaxis={"title": {"text": titles[1]}, "automargin": True, "rangemode": "tozero", **(y or {})},
         showlegend=len(traces) > 1,
     )
 

@@ -108,6 +108,56 @@ class Duplicates(Config):
     """The largest first."""
 
 
+class LatentMap(Config):
+    """Active latents by the first two principal components of their unit decoder rows."""
+
+    share: float
+    """Of the variance of these rows that the two components have."""
+    latents: list[int]
+    x: list[float]
+    """Of each of them, as the lists below."""
+    y: list[float]
+    density: list[float]
+    prefix: list[int]
+    """Size of the smallest Matryoshka prefix that holds it."""
+    root: list[int]
+    """The first latent of its tree of refinements; itself where it refines none."""
+
+
+class Branch(Config):
+    """A latent, and later ones that refine it."""
+
+    latent: int
+    density: float
+    share: float | None
+    """Of its active rows on which its parent is active; none: it has no parent."""
+    label: str
+    """What people call it."""
+    peaks: list[str]
+    """Tokens at its peaks."""
+    children: list["Branch"]
+    """The most frequent first."""
+    more: int
+    """Children that are not listed."""
+
+
+class Refined(Config):
+    """Latents of a Matryoshka group."""
+
+    prefix: int
+    live: int
+    refining: int
+    """That refine one of an earlier group."""
+
+
+class Refinements(Config):
+    """Which later latents refine an early one."""
+
+    groups: list[Refined]
+    trees: list[Branch]
+    """The largest first."""
+
+
 class StoreFacts(Config):
     """The store that the run read."""
 
@@ -139,6 +189,10 @@ class Report(Config):
     """Of the weights that are described."""
     steps: int
     """That were asked for."""
+    trained_rows: int | None = None
+    """Tokens that the run trained on up to that step; none: `timing.jsonl` does not tell."""
+    trained_seconds: float | None = None
+    """How long it took; resumed parts are added up."""
     decay_share: float
     """Last share of the run, over which the learning rate falls."""
     d_sae: int
@@ -171,6 +225,10 @@ class Report(Config):
     nearest: Nearest
     duplicates: Duplicates | None
     """None: the monitor was off."""
+    map: LatentMap | None = None
+    """None: a report of an earlier version."""
+    refinements: Refinements | None = None
+    """None: a report of an earlier version."""
     examples: dict[int, Example] = Field(default_factory=dict)
     """The latents of pairs and clusters."""
     usage: UsageRecord | None
@@ -188,6 +246,21 @@ class Report(Config):
     def worst_first(self) -> list[Check]:
         """The verdict, what failed first."""
         return sorted(self.verdict, key=lambda check: list(STATES).index(check.state))
+
+    @property
+    def headline(self) -> dict[str, Any]:
+        """The settings that a run is known by; those that it does not have are left out."""
+        settings = self.settings
+        found = {
+            "k": self.k,
+            "d_sae": self.d_sae,
+            "learning rate": settings.get("optimizer", {}).get("lr"),
+            "seed": settings.get("seed"),
+            "steps": self.step,
+            "tokens": self.trained_rows,
+            "seconds": self.trained_seconds,
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def counts(self) -> dict[State, int]:

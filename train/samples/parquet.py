@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from shared.config import Config, brief
 from shared.errors import CorruptData
 from shared.files import durable
-from train.samples import context_loops
+from train.samples import context_loops, histograms
 from train.samples.encode import Activations
 from train.samples.select import TOP, SamplesConfig, Selection
 from train.samples.token_text import pieces
@@ -160,7 +160,7 @@ def latents_table(found: Activations, chosen: Selection, prefixes: Array, weight
     context_loops.profile(*pairs, rows, sums, windows, largest)
     active, weighted, looked_at = rows.sum(1) > 0, rows @ weights, found.rows
     mean = np.divide(sums @ weights, weighted, out=np.zeros(found.d_sae), where=weighted > 0)
-    edges = chosen.edges
+    bars, edges = histograms.of_activations(found.starts, found.values), chosen.edges
     there = np.isfinite(edges).all(1) & (edges.shape[1] > 0)
     ends = np.concatenate([[0], np.cumsum(there * edges.shape[1])])
     whole = "at natural frequencies, without position 0"
@@ -176,6 +176,14 @@ def latents_table(found: Activations, chosen: Selection, prefixes: Array, weight
         "bin_edges": (
             pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(edges[there].ravel()), mask=pa.array(~there)),
             "activations between the quantile bins, rising; null: no sequence is in any",
+        ),
+        "min": (
+            pa.array(bars.least.astype(np.float32), mask=~active),
+            "smallest activation on a stored row; null: it is never active",
+        ),
+        "histogram": (
+            histograms.column(bars.heights),
+            f"stored rows on which it is active, in {histograms.BARS} bars of equal width from min to max",
         ),
     } | {
         f"density_{name}": (

@@ -4,15 +4,15 @@ Bars are of equal width from the smallest to the largest value, both included; w
 bar counts them. Legend: F latents, N active pairs of a token and a latent, n bars, V vocabulary, O d_out, q bin edges.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from shared.console.progress import Progress
 
 Array = NDArray[Any]
 
@@ -27,8 +27,16 @@ class Histograms(NamedTuple):
 
     heights: Array
     """[F, n] int64"""
-    centres: Array
-    """[F, n] float64"""
+    least: Array
+    """[F] float64: where the first bar begins"""
+    most: Array
+    """[F] float64: where the last one ends"""
+
+    @property
+    def centres(self) -> Array:
+        """[F, n] float64: the middle of each bar."""
+        bars = self.heights.shape[1]
+        return self.least[:, None] + (self.most - self.least)[:, None] * (np.arange(bars) + 0.5) / bars
 
 
 class LogitEffects(NamedTuple):
@@ -47,8 +55,7 @@ class LogitEffects(NamedTuple):
 
 def of_activations(starts: Array, values: Array, bars: int = BARS) -> Histograms:
     """Count the activations `values` [N] of each latent, which are grouped by latent from `starts` [F + 1] on."""
-    heights, least, most = _count_activations(starts, values, bars)
-    return Histograms(heights, _centres(least, most, bars))
+    return Histograms(*_count_activations(starts, values, bars))
 
 
 def share_in_bins(starts: Array, values: Array, edges: Array, rows: int) -> Array:
@@ -63,24 +70,24 @@ def of_logits(
     weight: Array,  # [V, O] W_U times the gain of the final norm
     count: int,
     bars: int = BARS,
+    update: Callable[[int], None] = lambda done: None,
 ) -> LogitEffects:
     """Find the `count` tokens that each direction promotes and suppresses most, and count its effects on all tokens.
 
-    Runs on the device of `directions`, a block of latents at a time.
+    Runs on the device of `directions`, a block of latents at a time; `update` is told how many are done.
     """
-    W = torch.from_numpy(weight).to(directions.device)
-    mean, count = W.double().mean(0).to(W.dtype), min(count, len(W))
+    W, count = torch.from_numpy(weight).to(directions.device), min(count, len(weight))
+    mean = torch.from_numpy(weight.mean(0, dtype=np.float64)).to(W)
     step = max(1, _BLOCK_VALUES // len(W))
     parts = []
-    with Progress("logits", len(directions), "latents") as progress:
-        for low in range(0, len(directions), step):
-            block = directions[low : low + step]
-            parts.append(_logits_of_block(block @ W.T - (block @ mean)[:, None], count, bars))
-            progress.update(min(low + step, len(directions)))
+    for low in range(0, len(directions), step):
+        block = directions[low : low + step]
+        parts.append(_logits_of_block(block @ W.T - (block @ mean)[:, None], count, bars))
+        update(min(low + step, len(directions)))
     columns, values, least, most, heights = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
     return LogitEffects(
         *(vocabulary[columns[:, :count]], values[:, :count], vocabulary[columns[:, count:]], values[:, count:]),
-        Histograms(heights, _centres(least.astype(np.float64), most.astype(np.float64), bars)),
+        Histograms(heights, least.astype(np.float64), most.astype(np.float64)),
     )
 
 
@@ -97,8 +104,10 @@ def _logits_of_block(logits: Tensor, count: int, bars: int) -> tuple[Tensor, Ten
     return columns, torch.cat([largest.values, smallest.values], 1), least, most, heights
 
 
-def _centres(least: Array, most: Array, bars: int) -> Array:
-    return least[:, None] + (most - least)[:, None] * (np.arange(bars) + 0.5) / bars
+def column(heights: Array) -> pa.Array:
+    """Return [F] lists of the heights [F, n] of bars, as a column of a table."""
+    ends = np.arange(len(heights) + 1, dtype=np.int32) * heights.shape[1]
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(heights.astype(np.int32).ravel()))
 
 
 @numba.njit(cache=True)
