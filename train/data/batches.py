@@ -59,6 +59,7 @@ class BatchReader(RowReader):
         source: Side = "source",
         *,
         resident: bool = False,
+        stop: int | None = None,
     ) -> None:
         super().__init__(store, blocks, config, seed, _sides(source))
         self._device, self._resident = device, ResidentRows(self, device) if resident else None
@@ -66,6 +67,8 @@ class BatchReader(RowReader):
         self._threads = min(AHEAD + 1, os.cpu_count() or 1) if device.type == "cuda" else 1
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: dict[int, Future[Stage]] = {}
+        self.stop = stop
+        """The step at which reading ends: no rows of later ones are asked for ahead."""
         self._advised = -2
         """The step for which, and for those after it, the kernel was asked last."""
         self.waited = 0.0
@@ -81,6 +84,8 @@ class BatchReader(RowReader):
         assert self._pool
         pool, self._pool, self._ahead = self._pool, None, {}
         pool.shutdown(cancel_futures=True)
+        if self.store.objects:
+            self.store.objects.stop()
         if self._resident:
             self._resident.drop()
 
@@ -125,7 +130,8 @@ class BatchReader(RowReader):
         if self._resident:
             return range(0)
         before, self._advised = self._advised, step
-        return range(step + AHEAD if step == before + 1 else step, step + AHEAD + 1)
+        last = step + self.ahead if self.stop is None else min(step + self.ahead, max(step, self.stop - 1))
+        return range(last if step == before + 1 else step, last + 1)
 
     def _fill(self, step: int, advised: range) -> Stage:
         """Read `step` into its place in the ring, which was used up when the step after it was asked for."""
@@ -162,7 +168,7 @@ def batches(
     view = opened.excluding(config.exclusion(opened, figures=True))
     blocks = config.training_blocks(opened)
     opened.check_shards(blocks)
-    reader = BatchReader(view, blocks, config, seed, torch.device(device), source)
+    reader = BatchReader(view, blocks, config, seed, torch.device(device), source, stop=first + steps)
 
     def read() -> Iterator[Batch]:
         with opened.reading(), reader:

@@ -81,6 +81,7 @@ class Trainer:
             device,
             self._settings.source,
             resident=keeps_rows(config, store),
+            stop=self._settings.steps,
         )
         self._transcoder = build_transcoder(config, store)
         self._optimizer = Optimizer(self._transcoder, self._settings.optimizer, config.length_at)
