@@ -237,7 +237,8 @@ class RowReader:
         self.ahead = AHEAD
         """Steps for whose rows is asked before they are read; by bytes, where they are fetched from object storage."""
         if store.objects:
-            self.ahead = max(AHEAD, store.objects.ahead_bytes // self._batch_bytes)
+            most = max(self.steps_per_epoch().values())
+            self.ahead = max(AHEAD, min(store.objects.ahead_bytes // self._batch_bytes, most))
 
     @property
     def _batch_bytes(self) -> int:

@@ -19,6 +19,8 @@ from train.data.resident import ResidentRows
 from train.data.staging import Stage, sent, staging, to_float
 
 Side = Literal["source", "target"]
+_MOST_ASKED = 8
+"""Steps whose rows are asked for at once, so that the first one is not kept waiting."""
 
 
 def source_width(store: Store, source: Side) -> int:
@@ -69,8 +71,10 @@ class BatchReader(RowReader):
         self._ahead: dict[int, Future[Stage]] = {}
         self.stop = stop
         """The step at which reading ends: no rows of later ones are asked for ahead."""
-        self._advised = -2
-        """The step for which, and for those after it, the kernel was asked last."""
+        self._step = -2
+        """The step that was read last."""
+        self._asked = 0
+        """The first step whose rows are not asked for yet."""
         self.waited = 0.0
         """Seconds that callers of `batch` waited for it."""
 
@@ -129,9 +133,11 @@ class BatchReader(RowReader):
         """Return the steps whose rows the kernel is to be asked for when `step` is read, and was not yet."""
         if self._resident:
             return range(0)
-        before, self._advised = self._advised, step
-        last = step + self.ahead if self.stop is None else min(step + self.ahead, max(step, self.stop - 1))
-        return range(last if step == before + 1 else step, last + 1)
+        before, self._step = self._step, step
+        first = self._asked if step == before + 1 else step
+        end = step + self.ahead + 1 if self.stop is None else min(step + self.ahead + 1, self.stop)
+        self._asked = max(first, min(end, first + _MOST_ASKED))
+        return range(first, self._asked)
 
     def _fill(self, step: int, advised: range) -> Stage:
         """Read `step` into its place in the ring, which was used up when the step after it was asked for."""
