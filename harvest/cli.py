@@ -30,7 +30,7 @@ cache_option = click.option(
     show_default=True,
     envvar="TRANSCODER_CACHE",
     show_envvar=True,
-    help="The folder that stores are made in.",
+    help="The folder that stores are made in, or an address such as s3://bucket/cache.",
 )
 
 

@@ -117,7 +117,7 @@ class Objects:
     def replace(self, name: str, data: bytes, tag: str) -> str:
         """Write an object over the one with the e-tag `tag`; returns its own. Raises `Taken` when another is there."""
         with suppress(Taken):
-            return self._put(name, data, {"e_tag": tag, "version": None})
+            return self._put(name, data, {"e_tag": tag})
         found = self.get_tagged(name)
         if found is None or found[0] != data:
             raise Taken(f"{self.address}/{name} was changed by another process")
