@@ -1,35 +1,32 @@
 """An S3 server on this machine (moto), and a proxy before it that makes requests fail."""
 
 import http.client
-import logging
 import os
+import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from moto.server import ThreadedMotoServer
 
 from tests.local_server import LocalServer
 
-SETTINGS = {
-    "AWS_ACCESS_KEY_ID": "testing",
-    "AWS_SECRET_ACCESS_KEY": "testing",
-    "AWS_REGION": "us-east-1",
-}
-Fault = str
-"""What befalls a request: `500`, `cut` (half of the body), `late` (answered after 0.1 s), `silent` (never answered),
-`lost` (done, and answered with 500), `kill` (this process ends before it), `kill after`."""
+SETTINGS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
+Fault = Literal["500", "cut", "late", "silent", "lost", "kill", "kill after"]
+"""What befalls a request: an error, half of the body, an answer after `Proxy.late` seconds, none, an error though it
+was done, and the end of the process that asks before it is done, or after."""
 
 
 @contextmanager
 def serving() -> Iterator[str]:
     """Serve S3 until the context is left; gives the endpoint."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -44,36 +41,69 @@ def make_bucket(endpoint: str, name: str) -> None:
     urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT")).close()
 
 
-def upload(folder: Path, address: str) -> None:
-    """Copy a store there, as any tool would."""
-    from obstore.store import from_url
-
-    store = from_url(address, client_options={"allow_http": True})
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            store.put(str(path.relative_to(folder)), path.read_bytes())
-
-
 class Proxy(LocalServer):
-    """Passes requests on to an endpoint; `fault(number, method, path)` says what befalls each."""
+    """Passes requests on to an endpoint; `fault(number, what)` says what befalls each, such as `GET /bucket/name`."""
 
     def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
-        self.fault: Callable[[int, str, str], Fault | None] = lambda number, method, path: None
+        self.endpoint, self.late = endpoint, 0.1
         self.requests: list[str] = []
+        self.sent = 0
+        """Bytes of bodies that were asked for."""
+        self.fault: Callable[[int, str], Fault | None] = lambda number, what: None
+        self.parent = 0
+        """Whose child is killed."""
         self._lock = threading.Lock()
         super().__init__(_handler(self))
 
-    def note(self, method: str, path: str) -> Fault | None:
+    def note(self, what: str) -> Fault | None:
         with self._lock:
-            self.requests.append(f"{method} {path}")
-            number = len(self.requests) - 1
-        return self.fault(number, method, path)
+            self.requests.append(what)
+            return self.fault(len(self.requests) - 1, what)
 
-    def only(self, numbers: Sequence[int], fault: Fault) -> None:
-        """Have one fault befall some requests, counted from now."""
+    def strike(self, fault: Fault | None, numbers: Collection[int] | None = None, what: str = "") -> None:
+        """Have a fault befall requests from now on: those of these numbers, or all, whose text has `what` in it."""
         self.requests.clear()
-        self.fault = lambda number, method, path: fault if number in numbers else None
+        self.fault = lambda number, text: fault if (numbers is None or number in numbers) and what in text else None
+
+    def kill(self) -> None:
+        """Kill the child of `parent`."""
+        for pid in Path(f"/proc/{self.parent}/task/{self.parent}/children").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket's address, and the proxy before its server."""
+
+    address: str
+    proxy: Proxy
+
+    def upload(self, folder: Path, below: str) -> str:
+        """Put the files of a folder there, as any tool would; returns their address."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.put(f"{below}/{path.relative_to(folder)}", path.read_bytes())
+        return f"{self.address}/{below}"
+
+    def put(self, name: str, data: bytes) -> None:
+        self._send("PUT", name, data)
+
+    def get(self, name: str) -> bytes:
+        return self._send("GET", name)
+
+    def contents(self, below: str = "") -> dict[str, bytes]:
+        """Every object and its bytes."""
+        from obstore.store import from_url
+
+        found = from_url(self.address, client_options={"allow_http": True})
+        names = [one["path"] for page in found.list(below or None) for one in page]
+        return {name: self.get(name) for name in names}
+
+    def _send(self, method: str, name: str, data: bytes | None = None) -> bytes:
+        """Talk to the server itself: no fault befalls this."""
+        where = f"{self.proxy.endpoint}/{urlsplit(self.address).netloc}/{name}"
+        with urllib.request.urlopen(urllib.request.Request(where, data, method=method)) as answer:
+            return bytes(answer.read())
 
 
 def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
@@ -81,30 +111,31 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def _pass(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            fault = proxy.note(self.command, self.path)
+            with suppress(BrokenPipeError, ConnectionResetError):  # of a process that was killed, or waits no longer
+                self._serve(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
+        def _serve(self, body: bytes) -> None:
+            fault = proxy.note(f"{self.command} {self.path}")
+            self.close_connection = fault in ("cut", "silent", "kill", "kill after")
+            if fault in ("silent", "late"):
+                time.sleep(30 if fault == "silent" else proxy.late)
             if fault == "kill":
-                os._exit(9)
-            if fault == "silent":
-                time.sleep(30)
-                self.close_connection = True
+                proxy.kill()
+            if fault in ("silent", "kill"):
                 return
-            if fault == "late":
-                time.sleep(0.1)
             if fault == "500":
-                self._answer(500, [], b"")
-                return
+                return self._answer(500, [], b"")
             connection = http.client.HTTPConnection(urlsplit(proxy.endpoint).netloc)
             connection.request(self.command, self.path, body, dict(self.headers))
             found = connection.getresponse()
             data = found.read()
             connection.close()
             if fault == "kill after":
-                os._exit(9)
+                return proxy.kill()
             if fault == "lost":
-                self._answer(500, [], b"")
-                return
-            self._answer(found.status, found.getheaders(), data, cut=fault == "cut")
+                return self._answer(500, [], b"")
+            proxy.sent += len(data)
+            return self._answer(found.status, found.getheaders(), data, cut=fault == "cut")
 
         def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes, *, cut: bool = False) -> None:
             self.send_response_only(status)
@@ -116,8 +147,6 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(data[: len(data) // 2] if cut else data)
-            if cut:
-                self.close_connection = True
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass
 

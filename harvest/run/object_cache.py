@@ -60,10 +60,20 @@ def writing(cache: Path, requests: Sequence[StoreRequest]) -> Iterator["ObjectCa
         objects, leases = Objects(cache), {}
         for name in sorted({request.folder for request in requests}):
             leases[name] = stack.enter_context(Lease(objects, f"{name}.lock", f"store {address(cache)}/{name}"))
-        found = ObjectCache(cache, folder, leases)
-        for name in leases:
-            found.pull(name)
+        found = ObjectCache(cache, folder, requests, leases)
+        for request in requests:
+            found.pull(request.folder)
         yield found
+
+
+@contextmanager
+def looking(cache: Path, requests: Sequence[StoreRequest]) -> Iterator[Path]:
+    """Give a local folder with the records of the stores of `requests`, as far as there are some; nothing is held."""
+    with tempfile.TemporaryDirectory(prefix="planned-objects-") as folder:
+        found = ObjectCache(cache, Path(folder), requests, {})
+        for request in requests:
+            found.pull(request.folder, tokens=False)
+        yield Path(folder)
 
 
 def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool:
@@ -79,19 +89,21 @@ def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool
 class ObjectCache:
     """The stores that are being made, in `folder`, and their objects."""
 
-    def __init__(self, cache: Path, folder: Path, leases: dict[str, Lease]) -> None:
+    def __init__(
+        self, cache: Path, folder: Path, requests: Sequence[StoreRequest], leases: dict[str, Lease]
+    ) -> None:
         self.folder, self._leases = folder, leases
-        self._objects = {name: Objects(f"{address(cache)}/{name}") for name in leases}
+        self._objects = {one.folder: Objects(f"{address(cache)}/{one.folder}") for one in requests}
         self._tags: dict[Path, str] = {}
         """Of records that are there, by their path here."""
         self._sent: dict[Path, tuple[int, int]] = {}
         """When files that are there were changed here, and their sizes."""
 
-    def pull(self, name: str) -> None:
-        """Bring what there is of a store: its records and tokens; rows of its blocks by name and size alone."""
+    def pull(self, name: str, *, tokens: bool = True) -> None:
+        """Bring what there is of a store: its records and `tokens`; rows of its blocks by name and size alone."""
         objects, path = self._objects[name], self.folder / name
         sizes = objects.sizes()
-        wanted = [one for one in sizes if not one.startswith(_ROWS) or not is_shard(one)]
+        wanted = [one for one in sizes if not is_shard(one) or (tokens and not one.startswith(_ROWS))]
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             for one, found in zip(wanted, pool.map(objects.get_tagged, wanted), strict=True):
                 target = path / one

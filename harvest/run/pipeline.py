@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -105,10 +105,18 @@ def _harvest(
 
 def estimates(settings: Settings, cache: Path | str) -> list[Estimate]:
     """Estimate what `harvest` would write, a store per layer; no weights are loaded, nothing is written."""
-    inputs, paths = locate(identify(settings), Path(cache))
-    targets = [load_target(path, request) for path, request in zip(paths, inputs.requests, strict=True)]
-    widths = hook_widths(targets, inputs)
-    return [estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets]
+    with _located(settings, cache) as (inputs, paths):
+        targets = [load_target(path, request) for path, request in zip(paths, inputs.requests, strict=True)]
+        widths = hook_widths(targets, inputs)
+        return [estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets]
+
+
+@contextmanager
+def _located(settings: Settings, cache: Path | str) -> Iterator[tuple[Inputs, list[Path]]]:
+    """Give the inputs, and the folders of their stores; of those in object storage, folders with their records."""
+    inputs, cache = identify(settings), local_folder(cache)
+    with object_cache.looking(cache, inputs.requests) if is_address(cache) else nullcontext(cache) as folder:
+        yield locate(inputs, folder)
 
 
 def explain(settings: Settings) -> list[str]:
@@ -122,14 +130,14 @@ def explain(settings: Settings) -> list[str]:
 
 def measure(settings: Settings, cache: Path | str) -> float:
     """Return the seconds that the forward passes of all blocks to come will take, by the speed of a few batches."""
-    inputs, paths = locate(identify(settings), Path(cache))
-    targets = [load_target(path, request) for path, request in zip(paths, inputs.requests, strict=True)]
+    with _located(settings, cache) as (inputs, paths):
+        targets = [load_target(path, request) for path, request in zip(paths, inputs.requests, strict=True)]
+        blocks = targets[0].request.held_out_blocks + inputs.training_blocks
+        todo = max(blocks - (t.blocks - len(ledger.missing_blocks(t)) if t.plan else 0) for t in targets)
     from harvest.run.runner import seconds_per_token
 
     workers = settings.workers or Ranks().cores
     per_token = seconds_per_token(inputs.model.folder, targets, inputs.shape.vocabulary, workers)
-    blocks = targets[0].request.held_out_blocks + inputs.training_blocks
-    todo = max(blocks - (t.blocks - len(ledger.missing_blocks(t)) if t.plan else 0) for t in targets)
     return per_token * todo * targets[0].request.block_tokens
 
 

@@ -6,6 +6,7 @@ Credentials, endpoint and region are those that obstore finds in the environment
 
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -52,6 +53,16 @@ def local_folder(path: Path | str) -> Path:
     return Path(_ADDRESS.sub("/", os.fspath(path), count=1)) if not is_address(path) else Path(path)
 
 
+def require_folder(path: Path | str, what: str) -> Path:
+    """Return a local folder. Raises `UserError` for an address of objects, which `what` does not read or write."""
+    if is_address(path):
+        raise UserError(
+            f"{address(path)} is in object storage, and {what} works on a local folder: copy it there and back "
+            "(aws s3 sync, gsutil rsync, azcopy; objects and files have the same names)"
+        )
+    return local_folder(path)
+
+
 class Taken(Exception):
     """An object was not written: there is one already, or another than was expected."""
 
@@ -96,6 +107,11 @@ class Objects:
         with self._explained(below):
             return {one["path"]: one["size"] for page in self._store.list(below or None) for one in page}
 
+    def age(self, name: str) -> float:
+        """Return the seconds since an object was written, by this machine's clock."""
+        with self._explained(name):
+            return max(0.0, time.time() - self._store.head(name)["last_modified"].timestamp())
+
     def put(self, name: str, data: bytes | Path) -> None:
         """Write an object, a large one in several requests, over whatever is there."""
         with self._explained(name):
@@ -125,8 +141,9 @@ class Objects:
 
     def delete(self, names: Sequence[str]) -> None:
         """Remove objects; those that are not there are removed already."""
-        with self._explained(""):
-            self._store.delete(list(names))
+        if names:
+            with self._explained(""):
+                self._store.delete(list(names))
 
     def _put(self, name: str, data: bytes, mode: Any) -> str:
         with self._explained(name):
