@@ -1,6 +1,7 @@
 """An S3 server on this machine (moto), and a proxy before it that makes requests fail."""
 
 import http.client
+import logging
 import os
 import signal
 import threading
@@ -9,12 +10,14 @@ import urllib.request
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from moto.server import ThreadedMotoServer
+from obstore.store import S3Store, from_url
 
 from tests.local_server import LocalServer
 
@@ -27,6 +30,7 @@ was done, and the end of the process that asks before it is done, or after."""
 @contextmanager
 def serving() -> Iterator[str]:
     """Serve S3 until the context is left; gives the endpoint."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -71,7 +75,7 @@ class Proxy(LocalServer):
             os.kill(int(pid), signal.SIGKILL)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bucket:
     """A bucket's address, and the proxy before its server."""
 
@@ -86,24 +90,22 @@ class Bucket:
         return f"{self.address}/{below}"
 
     def put(self, name: str, data: bytes) -> None:
-        self._send("PUT", name, data)
+        self._server.put(name, data)
 
     def get(self, name: str) -> bytes:
-        return self._send("GET", name)
+        return bytes(self._server.get(name).bytes())
 
     def contents(self, below: str = "") -> dict[str, bytes]:
         """Every object and its bytes."""
-        from obstore.store import from_url
-
-        found = from_url(self.address, client_options={"allow_http": True})
-        names = [one["path"] for page in found.list(below or None) for one in page]
+        names = [one["path"] for page in self._server.list(below or None) for one in page]
         return {name: self.get(name) for name in names}
 
-    def _send(self, method: str, name: str, data: bytes | None = None) -> bytes:
-        """Talk to the server itself: no fault befalls this."""
-        where = f"{self.proxy.endpoint}/{urlsplit(self.address).netloc}/{name}"
-        with urllib.request.urlopen(urllib.request.Request(where, data, method=method)) as answer:
-            return bytes(answer.read())
+    @cached_property
+    def _server(self) -> S3Store:
+        """The server itself: no fault befalls this."""
+        config: Any = {"aws_endpoint": self.proxy.endpoint}
+        found: Any = from_url(self.address, config=config, client_options={"allow_http": True})
+        return found
 
 
 def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:

@@ -5,6 +5,7 @@ Credentials, endpoint and region are those that obstore finds in the environment
 """
 
 import os
+import random
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -104,8 +105,15 @@ class Objects:
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """Return the size of every object by name, of those below a folder."""
-        with self._explained(below):
-            return {one["path"]: one["size"] for page in self._store.list(below or None) for one in page}
+        until = time.monotonic() + DEADLINE_SECONDS
+        while True:
+            try:
+                with self._explained(below):
+                    return {one["path"]: one["size"] for page in self._store.list(below or None) for one in page}
+            except Stopped as error:  # of requests for lists, obstore does not repeat those whose answer breaks off
+                if "body error" not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(random.uniform(0.1, 1))
 
     def age(self, name: str) -> float:
         """Return the seconds since an object was written, by this machine's clock."""
@@ -158,13 +166,13 @@ class Objects:
             yield
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
             raise Taken(where) from error
-        except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
-                raise UserError(f"{where}: there is no such bucket; make it, or correct the address") from error
-            raise
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
             raise UserError(f"{where}: access is refused ({_said(error)}); {_CREDENTIALS}") from error
-        except exceptions.BaseError as error:
+        except (exceptions.BaseError, FileNotFoundError) as error:
+            if "NoSuchBucket" in str(error):
+                raise UserError(f"{where}: there is no such bucket; make it, or correct the address") from error
+            if isinstance(error, FileNotFoundError):
+                raise
             if "InvalidRange" in str(error) or "416" in str(error):
                 raise CorruptData(f"{where}: it is shorter than its records say; {_COPY}") from error
             raise Stopped(

@@ -209,7 +209,7 @@ class ObjectRows:
             data = self.objects.get(name, self.sizes[name])
             self.fetched += len(data)
             if wrong := _wrong(data, self._record(spec, piece.shard)):
-                raise CorruptData(f"{path}: {wrong}; {_REMEDY}")
+                raise CorruptData(f"{self.address}/{name}: {wrong}; {_REMEDY}")
             return (packed.unpack_shard(spec, data, path) if self._packed else data)[: spec.payload_bytes]
         if not self._packed:
             data = self.objects.get_range(name, piece.low * spec.row_bytes, piece.high * spec.row_bytes)
