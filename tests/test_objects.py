@@ -63,7 +63,9 @@ def test_rows_are_those_of_the_local_store(
     store = Store.open(there)
     assert_same_rows(store, pristine)
     assert address(store.place) == there
-    assert (store.strata["004-016"].source.shard(1) == Store.open(pristine.path).strata["004-016"].source.shard(1)).all()
+    assert (
+        store.strata["004-016"].source.shard(1) == Store.open(pristine.path).strata["004-016"].source.shard(1)
+    ).all()
 
 
 def test_of_a_store_that_is_larger_than_the_folder_the_rows_asked_for_are_fetched_and_no_others(

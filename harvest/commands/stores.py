@@ -15,8 +15,8 @@ from shared.console.panel import size
 from shared.console.terminal import PlainConsole
 from shared.errors import ProjectError, UserError
 from shared.files import durable
-from shared.files.object_store import is_address
 from shared.files.disk_usage import size_of
+from shared.files.object_store import is_address
 from shared.store.checks import is_packed, progress, read_plan, read_request, read_store_record
 from shared.store.layout import LEDGER, PLAN, REQUEST, STORE, StoreRequest
 

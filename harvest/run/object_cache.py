@@ -89,9 +89,7 @@ def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool
 class ObjectCache:
     """The stores that are being made, in `folder`, and their objects."""
 
-    def __init__(
-        self, cache: Path, folder: Path, requests: Sequence[StoreRequest], leases: dict[str, Lease]
-    ) -> None:
+    def __init__(self, cache: Path, folder: Path, requests: Sequence[StoreRequest], leases: dict[str, Lease]) -> None:
         self.folder, self._leases = folder, leases
         self._objects = {one.folder: Objects(f"{address(cache)}/{one.folder}") for one in requests}
         self._tags: dict[Path, str] = {}

@@ -66,7 +66,9 @@ def harvest(settings: Settings, cache: Path | str, *, force: bool = False, inexa
     paths = [cache / request.folder for request in inputs.requests]
     wanted = zip(paths, inputs.requests, strict=True)
     if not all(object_cache.is_finished(path, request, inputs.training_blocks) for path, request in wanted):
-        with object_cache.writing(cache, inputs.requests) as objects:  # rows do not stay here: no room for all is needed
+        with object_cache.writing(
+            cache, inputs.requests
+        ) as objects:  # rows do not stay here: no room for all is needed
             for path in _harvest(inputs, settings, objects.folder, force=True, inexact=inexact, push=objects.push):
                 objects.push(path)
     return paths

@@ -313,9 +313,7 @@ class Lock:
 
 
 @contextmanager
-def lock(
-    path: Path, what: str, *, shared: bool = False, make: bool = True, wait: bool = False
-) -> Iterator[Lock]:
+def lock(path: Path, what: str, *, shared: bool = False, make: bool = True, wait: bool = False) -> Iterator[Lock]:
     """Hold the lock of the file `path`; the kernel releases it when the holder dies.
 
     Any number of processes can hold it `shared`, or one alone. A missing file is made if `make` says so. Raises

@@ -98,7 +98,9 @@ class Lease:
             host, process, dead = "an unknown machine", 0, False
         if dead:
             return
-        warn(f"{self._what} is held by process {process} on {host}: waiting up to {SECONDS:.0f} s to see if it is alive")
+        warn(
+            f"{self._what} is held by process {process} on {host}: waiting up to {SECONDS:.0f} s to see if it is alive"
+        )
         until = time.monotonic() + SECONDS
         while time.monotonic() < until:
             time.sleep(min(_LOOK_SECONDS, SECONDS / 10))

@@ -195,7 +195,7 @@ def _connect(where: str) -> "S3Store":
     except ImportError as error:
         raise UserError(f"{where} needs obstore: pip install 'transcoder-cache[objects]'") from error
     backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=15), "base": 2}
-    client: dict[str, Any] = {
+    client: Any = {
         "timeout": timedelta(seconds=ANSWER_SECONDS),
         "connect_timeout": timedelta(seconds=5),
         "pool_max_idle_per_host": str(CONNECTIONS),

@@ -247,7 +247,7 @@ class ObjectArray(MappedArray):
 
     def gather(self, runs: Sequence[RowRun], out: Rows) -> None:
         """Copy `runs` one after the other into the first rows of `out`; what is not in the folder is waited for."""
-        target, at, parts = memoryview(out.reshape(-1).view(np.uint8)), 0, []
+        target, at, parts = out.reshape(-1).view(np.uint8).data, 0, []
         size = self.spec.row_bytes
         for number, low, high in self._spans(runs):
             for piece in self._objects.pieces(self.spec, number, low, high):

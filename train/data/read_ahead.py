@@ -117,5 +117,7 @@ class RowChecks:
             longest = self._store.longest_norm(block, stratum, side)
             parts.append(torch.full((count,), longest, dtype=torch.float64, device=device))
         return torch.cat(parts)
+
+
 _OBJECT_CHUNKS = 32
 """Chunks whose rows object storage is asked for at once."""
