@@ -130,7 +130,7 @@ class NumberAndValue(click.ParamType):
 
 
 def local_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add options that say where a packed store is decoded, and what is fetched of objects kept; they become the argument `local`."""
+    """Add options that say where rows of a packed store or of objects are kept; they become the argument `local`."""
 
     @click.option(
         "--local-folder", type=click.Path(path_type=Path), help="Where a packed store is decoded, or objects kept."

@@ -29,6 +29,8 @@ AHEAD_BYTES = 2**30
 """Most that is fetched before it is read: what 10 GB/s bring in 0.1 s. At most a fourth of the folder."""
 WHOLE_BYTES = 4 * 2**20
 """A shard file of at most so many bytes is fetched whole, and compared with its checksum."""
+SMALL_BYTES = 2**17
+"""The same where the folder has no room for the whole store: such a file takes no longer than a part of it."""
 CELL_BYTES = 2**20
 """Of rows fetched at once where the folder has room for the whole store, so that each is fetched once all the same."""
 _PREFIX = "stored-objects-"
@@ -173,7 +175,7 @@ class ObjectRows:
         The file, if it is small. Else exactly these rows, or whole inner chunks of a packed store; more of them where
         the folder has room for the whole store.
         """
-        if spec.payload_bytes <= WHOLE_BYTES:
+        if spec.payload_bytes <= (WHOLE_BYTES if self._step > 1 else min(SMALL_BYTES, WHOLE_BYTES)):
             return [Piece(spec, shard, 0, spec.rows_per_shard)]
         inner = spec.inner_rows
         step = inner * max(1, self._step // (inner * spec.row_bytes)) if self._packed or self._step > 1 else 1
