@@ -2,7 +2,7 @@
 
     python -m tests.bench.objects STORE      writes docs/benchmarks.{json,md}
 
-The server of the tests, on this machine, and its proxy take part of the processors' time: waits are rather too long than
+The server of the tests and its proxy take part of this machine's time: waits are rather too long than
 too short. With a bound, the folder has room for a part of the store, and ranges of rows are fetched.
 """
 
