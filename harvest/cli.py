@@ -11,10 +11,12 @@ import click
 
 import shared.command_line
 from harvest.settings import DEFAULT_PRESET, Settings, load_settings
+from shared.command_line import COUNT, STORE
 from shared.console.signals import stop_at_once
 from shared.console.terminal import say, show_path, show_text
-from shared.errors import UserError, printable
+from shared.errors import UserError
 from shared.files.object_store import address, is_address, local_folder, require_folder
+from shared.store.find_store import CACHE, CACHE_VARIABLE, find_store
 from shared.store.import_origin import ImportFormat
 from shared.store.store import Local
 
@@ -27,9 +29,9 @@ def group() -> None:
 cache_option = click.option(
     "--cache",
     type=click.Path(path_type=Path),
-    default=Path("cache"),
+    default=CACHE,
     show_default=True,
-    envvar="TRANSCODER_CACHE",
+    envvar=CACHE_VARIABLE,
     show_envvar=True,
     help="The folder that stores are made in, or an address such as s3://bucket/cache.",
 )
@@ -52,7 +54,8 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
             help="`embedded`, a data set on the hub, or a .jsonl, .parquet or .txt file (repeatable).",
         ),
         click.option("--layer", "layers", type=int, multiple=True, help="A layer, from 0 (repeatable: a store each)."),
-        click.option("--tokens", type=int, help="Tokens to train on, rounded up to whole blocks."),
+        click.option("--tokens", type=COUNT, help="Tokens to train on, such as 5M; rounded up to whole blocks."),
+        click.option("--name", help="Start of the store's name.  [default: the model's name, or the preset's]"),
         cache_option,
         click.option("--seed", type=int, help="Seed of every permutation."),
         click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Any setting (repeatable)."),
@@ -153,7 +156,7 @@ def list_all(cache: Path, as_json: bool, **given: Any) -> None:
 
 
 @group.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=STORE)
 @click.option("--shuffle", is_flag=True, help="Measure how well rows are shuffled, too, on batches of training.")
 @click.option("--run-rows", type=click.IntRange(1), help="With --shuffle: as rows.run_rows of training.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
@@ -174,7 +177,7 @@ def info(store: Path, shuffle: bool, run_rows: int | None, as_json: bool, local:
 
 
 @group.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=STORE)
 @click.option("--against-model", "rows", type=click.IntRange(1), metavar="N", help="Recompute N random rows, too.")
 @click.option("--model", help="Where the store's model lies, if not where the store says.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which rows are recomputed.")
@@ -200,7 +203,7 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
 
 
 @group.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=STORE)
 @click.option("--model", help="Where the store's model lies, if not where the store says.")
 @click.option("--text", multiple=True, help="Where the store's text lies, if its tokens are damaged (repeatable).")
 @click.option(
@@ -231,7 +234,7 @@ def repair(
 
 
 @group.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=STORE)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
@@ -250,7 +253,7 @@ def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
 
 
 @group.command()
-@click.argument("packed", type=click.Path(path_type=Path))
+@click.argument("packed", type=STORE)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
@@ -359,20 +362,21 @@ def ls(cache: Path, as_json: bool) -> None:
 @group.command()
 @click.argument("store", nargs=-1, required=True)
 @cache_option
-@click.option("--yes", is_flag=True, help="Ask nothing.")
+@shared.command_line.yes_option
 @click.option("--dry-run", is_flag=True, help="Say what would be removed.")
 def rm(store: tuple[str, ...], cache: Path, yes: bool, dry_run: bool) -> None:
     """Remove stores, given by path or by name in the cache; refuses while one is trained from or written."""
     from harvest.commands import object_stores, stores
 
     for name in store:
-        path = Path(name) if is_address(name) or local_folder(name).is_dir() else cache / name
-        there, path = is_address(path), local_folder(path)
+        path = cache / name if is_address(cache) and not is_address(name) else Path(name)
+        there = is_address(path)
+        path = path if there else find_store(local_folder(path), local_folder(cache))
         shown = address(path) if there else str(path)
         size = object_stores.size_of_object_store(path) if there else stores.check_removable(path)
         if dry_run:
             show_text(f"would remove {shown}: {size:,} bytes")
-        elif yes or not sys.stdin.isatty() or click.confirm(printable(f"remove {shown} ({size:,} bytes)?")):
+        elif yes or shared.command_line.confirm_removal(path, size):
             (object_stores.remove_object_store if there else stores.remove)(path)
             show_text(f"removed {shown}: {size:,} bytes")
     if not dry_run and not is_address(cache):

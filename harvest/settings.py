@@ -1,14 +1,15 @@
 """What a harvest can be told: one model per component. Every field is read; sizes carry their unit."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from shared.bounds import MAX_BLOCKS, MAX_CONTEXT, MAX_STRATA, Count, Edges, Label, Position, Seed, Sequences
-from shared.config import Config, build, load_preset, override
-from shared.errors import UserError
+from shared.bounds import MAX_BLOCKS, MAX_CONTEXT, MAX_STRATA, Count, Edges, Label, Position, Sequences
+from shared.check_settings import Change
+from shared.config import Changes, Config, build, changes_of, load_preset, override
 from shared.store.layout import Attention, Documents, StorageType
 from shared.store.strata import check_strata
 
@@ -16,6 +17,20 @@ EMBEDDED = "embedded"
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "tiny"
 MOST_REFUSED = 2**53
+_AT_TRAINING = "it is a setting of training: python -m train run --store STORE"
+ALIASES = {
+    **dict.fromkeys(("context_length", "seq_len", "max_length", "max_seq_len", "ctx_len"), "windows.context_size"),
+    **dict.fromkeys(("batch_size", "store_batch_size_prompts", "n_batches_in_buffer"), "capture.batch_sequences"),
+    **dict.fromkeys(("model_name", "model"), "model.name"),
+    **dict.fromkeys(("layer", "hook_layer"), "capture.layers"),
+    **dict.fromkeys(("hook_name", "hookpoint", "hookpoints"), "capture.source"),
+    **dict.fromkeys(("dataset", "dataset_path", "dataset_name"), "text.name"),
+    **dict.fromkeys(("training_tokens", "n_tokens", "num_tokens", "total_tokens", "max_tokens"), "tokens"),
+    **dict.fromkeys(("num_workers", "threads"), "workers"),
+    **dict.fromkeys(("text_column", "column_name"), "text.column"),
+    **dict.fromkeys(("d_sae", "k", "lr", "learning_rate", "steps", "expansion_factor", "activation"), _AT_TRAINING),
+}
+"""What others call a setting, with our name or a sentence."""
 _OF_A_NAME = ("revision", "subset", "split", "column", "kind")
 
 
@@ -136,7 +151,7 @@ class Settings(Config):
     """Start of the store's name; the preset's name if not given."""
     tokens: int = Field(ge=1)
     """Tokens of the training windows, BOS included; rounded up to whole blocks."""
-    seed: Seed = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of every permutation."""
     workers: int = Field(default=0, ge=0, le=1024)
     """Threads that run batches side by side on CPU; 0 is one per core. The bytes written do not depend on it."""
@@ -154,7 +169,7 @@ class Settings(Config):
 
 def load_settings(
     preset: str = DEFAULT_PRESET,
-    changes: Mapping[str, object] | Sequence[str] = (),
+    changes: Changes = (),
     *,
     file: Path | str | None = None,
     model: Path | str | None = None,
@@ -162,39 +177,42 @@ def load_settings(
     layers: Sequence[int] = (),
     tokens: int | None = None,
     seed: int | None = None,
+    name: str | None = None,
 ) -> Settings:
     """Read the settings of a preset, or of a TOML `file` in its place, with what is given, and then `changes`, put in.
 
-    `changes`: values by dotted name, such as {"windows.context_size": 128}, or as `--set` takes them. Raises
-    `UserError` that names the setting.
+    `changes`: values by dotted name, such as {"windows.context_size": 128}, or as `--set` takes them. `name`: the start
+    of the store's, else that of `model`, of the preset or the file. Raises `UserError` that names the setting.
     """
     file = Path(file) if file else None
-    name = file.stem if file else preset
     texts = tuple(str(one) for one in ((text,) if isinstance(text, str | Path) else text))
-    given = {
-        "model": {"name": None if model is None else str(model)},
-        "text": {"name": texts},
-        "capture": {"layers": tuple(layers)},
-        "tokens": tokens,
-        "seed": seed,
-    }
-    settings = {"label": name, **load_preset(PRESETS, preset, file)}
+    settings = {"label": file.stem if file else preset, **load_preset(PRESETS, preset, file)}
     for group, other in (("text", texts), ("model", model)):
         table = settings.get(group)
         if other and isinstance(table, dict) and "name" in table:  # what else it says is said of that name
             dropped = (*_OF_A_NAME, "streaming") if other == (EMBEDDED,) else _OF_A_NAME
             settings[group] = {key: value for key, value in table.items() if key not in dropped}
-    for key, value in given.items():
-        settings = _put(settings, key, value)
-    return build(Settings, override(settings, changes), f"settings of {name}")
+    label = name if name is not None else _label_of(model)
+    options = (
+        ("--name", "label", label),
+        ("--model", "model.name", None if model is None else str(model)),
+        ("--text", "text.name", texts or None),
+        ("--layer", "capture.layers", tuple(layers) or None),
+        ("--tokens", "tokens", tokens),
+        ("--seed", "seed", seed),
+    )
+    given = [Change(f"{option} {_said(value)}", key, value) for option, key, value in options if value is not None]
+    made = [*given, *changes_of(changes)]
+    return build(Settings, override(settings, made), str(file) if file else f"preset {preset}", made, ALIASES)
 
 
-def _put(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, dict):
-        table = settings.get(key, {})
-        if not isinstance(table, dict):
-            raise UserError(f"{key} is a value, expected a group of settings")
-        for name, inner in value.items():
-            table = _put(table, name, inner)
-        return {**settings, key: table}
-    return settings if value is None or value == () else {**settings, key: value}
+def _said(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _label_of(model: Path | str | None) -> str | None:
+    """Return the start of a store's name by a model that was given; none: by the preset."""
+    if model is None or str(model) == EMBEDDED:
+        return None
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.")
+    return plain[:64] or None

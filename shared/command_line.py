@@ -8,15 +8,18 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from shared.console.process import let_idle_threads_sleep
 from shared.console.terminal import Verbosity, with_verbosity
 from shared.errors import ProjectError, Stopped, UserError, printable, tell
+from shared.store.find_store import cache_folder, find_store, stores_in
 from shared.store.packed import LOCAL_BYTES
 from shared.store.store import Local
 
@@ -40,6 +43,40 @@ class Commands(click.Group):
         rows = [(name, self.commands[name].get_short_help_str(limit=1000)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+
+class CountType(click.ParamType):
+    """A whole number, which can be written short: 5M, 10k, 2.5B, 1e9."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number. Fails with what can be written."""
+        text = str(value).replace("_", "").replace(",", "").strip()
+        found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?(?:e\d{1,2})?)([kmbKMBG]?)", text)
+        number = Decimal(found[1]) * _THOUSANDS[found[2].lower()] if found else Decimal("0.5")
+        if number != int(number) or number < 1:
+            self.fail(f"{value!r}: not a whole number above 0; write it as 5000000, 5M, 10k or 1e9", param, ctx)
+        return int(number)
+
+
+class StoreType(click.ParamType):
+    """A store: its folder, or its name in the cache."""
+
+    name = "store"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the folder. Raises `UserError` on a folder of stores, and on a name that no store has."""
+        return find_store(Path(value), (ctx.params.get("cache") if ctx else None))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """List the stores of the cache, beside folders."""
+        names = [CompletionItem(name) for name in stores_in(cache_folder()) if name.startswith(incomplete)]
+        return names or [CompletionItem(incomplete, type="dir")]
+
+
+_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+COUNT, STORE = CountType(), StoreType()
 
 
 def run(group: click.Group) -> None:
@@ -146,6 +183,16 @@ def local_options(command: Callable[..., None]) -> Callable[..., None]:
         command(**given, local=local)
 
     return wrapped
+
+
+yes_option = click.option("--yes", is_flag=True, help="Ask nothing.")
+
+
+def confirm_removal(path: Path, size: int) -> bool:
+    """Ask whether `path` of `size` bytes is to be removed. Raises `UserError` where there is nobody to ask."""
+    if not sys.stdin.isatty():
+        raise UserError(f"remove {path} ({size:,} bytes)? There is no terminal to ask on; pass --yes to remove it")
+    return click.confirm(printable(f"remove {path} ({size:,} bytes)?"))
 
 
 _quiet_option = click.option("-q", "--quiet", is_flag=True, help="Only warnings, errors and the result.")

@@ -1,6 +1,6 @@
 """Configuration: one frozen model per component, filled from a preset, a file and `--set` overrides.
 
-A field that does not exist is an error, and the message names the nearest one that does.
+A field that does not exist is an error, and the message names the nearest one that does (`shared.check_settings`).
 """
 
 import difflib
@@ -9,20 +9,23 @@ import json
 import re
 import reprlib
 import tomllib
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     model_serializer,
     model_validator,
 )
+from pydantic_core import CoreSchema, ErrorDetails
 
+from shared.check_settings import Change, blamed, check_settings
 from shared.errors import CorruptData, UserError, warn
 from shared.files.untrusted import MOST_NESTED, nests_too_deep, read_file
 
@@ -32,6 +35,20 @@ _MOST_DOTS = 1000
 _MOST_PLACE, _MOST_MESSAGE = 200, 1000
 _BRANCH = re.compile(r"constrained-\w+$|literal\[|(int|float|str)$")
 """What names a branch of a union in the place of an error, and no field."""
+_PLAIN = {
+    "dict_type": "not a table of settings",
+    "float_parsing": "not a number",
+    "float_type": "not a number",
+    "int_from_float": "not a whole number",
+    "int_parsing": "not a whole number",
+    "int_type": "not a whole number",
+    "list_type": "not a list",
+    "model_type": "not a group of settings",
+    "string_type": "not text",
+    "tuple_type": "not a list, such as [1, 2]",
+    "union_tag_not_found": "its kind is missing",
+}
+"""What is wrong, in place of pydantic's words."""
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 120
 _brief.maxlist = _brief.maxtuple = 40
@@ -78,6 +95,13 @@ class RenamedConfig(Config):
             notes += [f"{name} is now called {now}" for name, now in old.items()]
         return {old.get(name, name): value for name, value in data.items()}
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Tell the old names in the schema, too."""
+        found = handler(schema)
+        handler.resolve_ref_schema(found)["renamed"] = cls.renamed
+        return found
+
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -94,16 +118,24 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     return rest | {"digest": json_digest(rest)}
 
 
-def build(cls: type[M], data: Mapping[str, Any], origin: str) -> M:
+def build(
+    cls: type[M],
+    data: Mapping[str, Any],
+    origin: str,
+    changes: Sequence[Change] = (),
+    aliases: Mapping[str, str] | None = None,
+) -> M:
     """Validate settings given by the user. Raises `UserError` in one line that names field, value and cause.
 
-    A setting by an old name is taken, with a warning.
+    `changes`: those that `data` has beside what `origin` holds; the message begins with the one that is to blame.
+    `aliases` as in `check_settings`. A setting by an old name is taken, with a warning.
     """
+    check_settings(cls.model_json_schema(), data, origin, changes, aliases)
     notes: list[str] = []
     try:
         found = cls.model_validate(data, context=notes)
     except ValidationError as error:
-        raise UserError(f"{origin}: {_explain(cls, error)}") from error
+        raise UserError(_blame(cls, error, origin, changes)) from error
     for note in notes:
         warn(f"{origin}: {note}; the old name will be refused in the next version")
     return found
@@ -131,40 +163,46 @@ def load_preset(presets: Path, name: str, file: Path | None) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from error
 
 
-def override(
-    settings: dict[str, Any], changes: Mapping[str, object] | Iterable[str], *, variants: Container[str] = ()
-) -> dict[str, Any]:
-    """Return `settings` with changes put in: values by dotted name, or lines of `a.b=value`.
+Changes = Mapping[str, object] | Iterable[str | Change]
+"""Values by dotted name, or lines of `a.b=value`, whose value is TOML, or text where it is none."""
 
-    The value of a line is TOML, and what is not TOML is a string. `variants` are groups whose `kind` decides which
-    settings they have: another kind drops those of the kind before.
-    """
+
+def changes_of(changes: Changes) -> list[Change]:
+    """List changes of settings, each with the words in which it was given. Raises `UserError` on what is none."""
     if isinstance(changes, str):
         raise UserError(f"changes of settings are a list of NAME=VALUE or a dictionary, got the text {brief(changes)}")
-    given = changes.items() if isinstance(changes, Mapping) else map(_assigned, changes)
+    if isinstance(changes, Mapping):
+        return [Change(_one_line(f"{name} = {brief(value)}"), name, value) for name, value in changes.items()]
+    return [one if isinstance(one, Change) else _assigned(one) for one in changes]
+
+
+def override(settings: dict[str, Any], changes: Changes, *, variants: Container[str] = ()) -> dict[str, Any]:
+    """Return `settings` with changes put in.
+
+    `variants` are groups whose `kind` decides which settings they have: another kind drops those of the kind before.
+    """
     result = _copy(settings)
-    for dotted, value in given:
+    for said, dotted, value in changes_of(changes):
         *parents, last = dotted.split(".")
         table = result
         for parent in parents:
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
-                shown = _one_line(f"{dotted}={value}"[:_MOST_PLACE])
-                raise UserError(f"--set {shown}: {_one_line(parent[:80])} is a value, not a group of settings")
+                raise UserError(f"{said}: {_one_line(parent[:80])} is a value, not a group of settings")
         if last == "kind" and ".".join(parents) in variants and table.get(last) != value:
             table.clear()
         table[last] = value
     return result
 
 
-def _assigned(assignment: str) -> tuple[str, Any]:
-    """Return the dotted name and the value of a line."""
+def _assigned(assignment: str) -> Change:
+    """Return the change that a line says."""
     dotted, equals, text = assignment.partition("=")
     if not equals or not dotted.strip():
         raise UserError(f"--set {_one_line(assignment[:_MOST_PLACE])}: expected NAME=VALUE, for example --set seed=1")
     if dotted.count(".") > MOST_NESTED:
         raise UserError(f"--set {_one_line(assignment[:80])}...: more than {MOST_NESTED} groups within each other")
-    return dotted.strip(), _parse(text.strip(), assignment)
+    return Change(f"--set {_one_line(assignment[:_MOST_PLACE])}", dotted.strip(), _parse(text.strip(), assignment))
 
 
 def brief(value: Any) -> str:
@@ -201,15 +239,40 @@ def _copy(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
 
 
+def _blame(cls: type[BaseModel], error: ValidationError, origin: str, changes: Sequence[Change]) -> str:
+    """Return what is wrong, after what the user gave that is to blame: one change, any of them, or none."""
+    where, said = _place(cls, first := _first(error)), _said(first)
+    change = blamed(where, changes) if where else None
+    if change:
+        return f"{change.said}: {said}" if change.name == where else f"{change.said}: {where}: {said}"
+    if changes and not where:  # how several go together
+        origin = f"{origin} with {' '.join(one.said for one in changes)}"
+    return f"{origin}: {where or 'settings'}: {said}"
+
+
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    parts = _without_kinds(cls, [str(part) for part in first["loc"] if not _BRANCH.match(str(part))])
-    where = _one_line(".".join(parts)[:_MOST_PLACE] or "settings")
-    if first["type"] == "extra_forbidden":
-        return f"unknown option {where!r}{_nearest_setting(cls, parts)}"
-    message = _one_line(first["msg"].removeprefix("Value error, "))
-    known = first["type"] in ("missing", "value_error")
-    return f"{where}: {message}" + ("" if known else f" (got {brief(first['input'])})")
+    where, first = _place(cls, detail := _first(error)) or "settings", detail
+    return f"unknown option {where!r}" if first["type"] == "extra_forbidden" else f"{where}: {_said(first)}"
+
+
+def _first(error: ValidationError) -> ErrorDetails:
+    return error.errors(include_url=False)[0]
+
+
+def _place(cls: type[BaseModel], detail: ErrorDetails) -> str:
+    """Return the dotted name of the setting that an error is about; empty where it is about all together."""
+    parts = _without_kinds(cls, [str(part) for part in detail["loc"] if not _BRANCH.match(str(part))])
+    return _one_line(".".join(parts)[:_MOST_PLACE])
+
+
+def _said(detail: ErrorDetails) -> str:
+    """Say in plain words what is wrong with a value."""
+    kind, message = detail["type"], _one_line(detail["msg"].removeprefix("Value error, "))
+    if kind in ("missing", "value_error"):
+        return message
+    if kind == "string_pattern_mismatch":
+        message = f"must have the form {detail['ctx']['pattern']}"
+    return f"{_PLAIN.get(kind, message)} (got {brief(detail['input'])})"
 
 
 def _one_line(text: str) -> str:
@@ -228,32 +291,6 @@ def _without_kinds(cls: type[BaseModel], parts: list[str]) -> list[str]:
         models = [model for model in models if rest and model.model_fields["kind"].default == rest[0]]
         rest = rest[1:] if models else rest
     return [head, *(_without_kinds(models[0], rest) if models else rest)]
-
-
-def _nearest_setting(cls: type[BaseModel], parts: list[str]) -> str:
-    """Name the setting that was meant: one whose last part, or whose whole name, is nearly what was given."""
-    if not parts:
-        return ""
-    known, given = names_of(cls), ".".join(parts)[:_MOST_PLACE]
-    if given in known:
-        return f"; it is a setting of another {parts[0]}.kind"
-    *group, last = parts
-    inside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == ".".join(group)]
-    if near := difflib.get_close_matches(last[:80], inside, n=1):
-        return f"; did you mean {'.'.join([*group, *near])!r}?"
-    if same := [name for name in known if name.rpartition(".")[2] == last]:
-        return f"; did you mean {' or '.join(map(repr, same[:3]))}?"
-    return _nearest(given, [*known, *sorted({name.partition(".")[0] for name in known})])
-
-
-def names_of(cls: type[BaseModel]) -> list[str]:
-    """List the dotted names of all settings of a class, those of every kind of a group with kinds included."""
-    found: dict[str, None] = {}
-    for name, field in cls.model_fields.items():
-        groups = models_in(field.annotation)
-        found |= dict.fromkeys(f"{name}.{inner}" for group in groups for inner in names_of(group))
-        found |= {} if groups else {name: None}
-    return list(found)
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

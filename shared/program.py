@@ -4,18 +4,35 @@
 file. This program does not look there.
 """
 
+import os
 import runpy
 import sys
 from difflib import get_close_matches
+from importlib import import_module
 
 _STAGES = {
     "harvest": "run an LLM once, and keep its activations in a store",
     "train": "train transcoders from a store, and report on them",
 }
+_GROUPS = {"harvest": "group", "train": "main"}
+"""What holds the commands of a stage's `cli`."""
+_COMPLETE = "_TRANSCODER_CACHE_COMPLETE"
+
+
+def complete() -> None:
+    """Answer the shell that completes a line, or print the script that makes it ask: click does both."""
+    import click
+
+    stages = click.Group("transcoder-cache")
+    for name, attribute in _GROUPS.items():
+        stages.add_command(getattr(import_module(f"{name}.cli"), attribute), name)
+    stages.main(prog_name="transcoder-cache", complete_var=_COMPLETE)
 
 
 def main() -> None:
     """Run the stage that the first argument names, with the other arguments."""
+    if _COMPLETE in os.environ:
+        complete()
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h"):
         print("Usage: transcoder-cache STAGE COMMAND [OPTIONS]...\n\nStages:")

@@ -1,6 +1,9 @@
 """The cache of stores through its commands: listing, removing, and the store that is nearest to a new one."""
 
+import contextlib
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from harvest.commands import stores
+from harvest.commands.describe import describe, show
 from harvest.writer.request_differences import differences, explain_new, find_same
 from shared.errors import UserError
 from shared.files import durable
 from shared.files.disk_usage import size_of
+from shared.store.find_store import find_store
 from shared.store.layout import PLAN, REQUEST, STORE, record_path
 from tests.llms import ROOT, command, edit_json
 from tests.stores import make_request, make_store
@@ -78,6 +83,29 @@ def test_ls_says_what_is_there(cache: Path) -> None:
     assert whole["used_by"] == [] and 0 <= whole["age_seconds"] < 600
     table = command("ls", "--cache", cache).out
     assert "4 stores" in table and "3 of 5 blocks" in table
+    assert max(map(len, table.splitlines())) <= 80 and f" {3 * 16 * 32:,} " in table
+
+
+def test_info_fits_80_columns_without_cutting_a_number(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = describe(cache / "whole")
+    facts["overall"]["natural_rows"] = 123_456_789_012
+    facts["plan"]["segments"], facts["plan"]["packing"] = [3] * 5, facts["plan"]["packing"] * 5
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        show(facts)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue())
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert "123,456,789,012" in text and "segment 4" in text
+
+
+def test_a_store_is_found_by_its_name_in_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSCODER_CACHE", str(cache))
+    assert json.loads(command("info", "whole", "--json").out)["path"] == str(cache / "whole")
+    assert find_store(cache / "whole", tmp := cache / "none") == cache / "whole" and find_store(tmp) == tmp
+    for given in (cache, "hole"):
+        done = command("info", given)
+        assert done.code == 2 and "whole" in done.err
 
 
 def test_an_empty_or_missing_cache_is_one_line(tmp_path: Path) -> None:
@@ -108,16 +136,19 @@ def test_rm_refuses_a_store_in_use_and_then_removes_it(cache: Path) -> None:
     assert (
         command("rm", "whole", "--cache", cache, "--dry-run").out == f"would remove {cache / 'whole'}: {size:,} bytes\n"
     )
+    unasked = command("rm", "whole", "--cache", cache)
+    assert unasked.code == 2 and "pass --yes to remove it" in unasked.err and unasked.out == ""
     assert (cache / "whole" / STORE).exists()
-    assert command("rm", "whole", "--cache", cache).out == f"removed {cache / 'whole'}: {size:,} bytes\n"
+    assert command("rm", "whole", "--yes", "--cache", cache).out == f"removed {cache / 'whole'}: {size:,} bytes\n"
     assert list(cache.iterdir()) == []
 
 
 def test_rm_refuses_what_is_no_store(cache: Path) -> None:
     (cache / "mine").mkdir()
-    for name in ("mine", "nothing"):
+    missing = f"no store nothing here or in {cache}; its stores: "
+    for name, told in (("mine", "mine is not a store"), ("nothing", missing)):
         done = command("rm", name, "--cache", cache)
-        assert done.code == 2 and f"{name} is not a store" in done.err
+        assert done.code == 2 and told in done.err
     assert (cache / "mine").is_dir()
 
 
@@ -128,7 +159,7 @@ def test_a_removal_that_was_killed_leaves_no_part_of_a_store(cache: Path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
-        assert command("rm", "whole", "--cache", cache).code == 3
+        assert command("rm", "whole", "--yes", "--cache", cache).code == 3
     assert listed(cache) == {}
     assert [path.name for path in cache.iterdir() if path.is_dir()] == ["whole.tmp"]
     make_store(cache / "other")
@@ -242,4 +273,4 @@ def test_a_store_is_not_removed_under_a_training_run(cache: Path, tmp_path: Path
         out, err = run.communicate(timeout=120)
     assert run.returncode == 0, err
     assert out.splitlines()[-1] == str(tmp_path / "runs/tiny-001")
-    assert command("rm", "whole", "--cache", cache).code == 0
+    assert command("rm", "whole", "--yes", "--cache", cache).code == 0

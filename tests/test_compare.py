@@ -14,7 +14,7 @@ import torch
 from shared.store.store import Store
 from tests.runs import SMALL, Outcome
 from tests.stores import SyntheticStore, make_store
-from train.compare.arms import Comparison, spread
+from train.compare.arms import Comparison, _common_name, spread
 from train.compare.consistency import densest, matched_cosine
 from train.compare.measure import cost_per_step, measure_run, position_0_share_of_top
 from train.compare.merging import _refitted, alike, densest_of, merge, without
@@ -315,13 +315,45 @@ def test_what_cannot_be_compared_is_refused(command: Command, store: SyntheticSt
         ((run, "--l0", "nan"), "--l0"),
         ((run, "--l0", 50), "active latents, not 50; pass a smaller --l0"),
         ((run, "--matched-latents", 0), "--matched-latents"),
-        ((run, relu), "no k in common: pass --l0"),
         ((run, foreign), "compare runs of one store"),
         ((run, tmp_path / "none"), "is not a run"),
     ):
         found = command("compare", *arguments)
         assert found.code == 2 and said in found.err and "Traceback" not in found.err
     assert command("compare", run, relu, "--l0", 4).code == 0
+
+
+def test_runs_of_other_k_are_each_at_their_own_l0_on_one_frontier(
+    command: Command, store: SyntheticStore, tmp_path: Path
+) -> None:
+    runs = [train(command, store, "k6"), train(command, store, "k6-s1", "--seed", 1)]
+    runs.append(train(command, store, "k3", "--set", "activation.k=3", "--set", "activation.k_start=3"))
+    page = tmp_path / "compare.html"
+    done = command("compare", *runs, "--html", page, "--json")
+    assert done.code == 0 and "no k in common: each is measured at its own l0" in done.err
+    found = Comparison.model_validate_json(done.out)
+    assert found.l0 is None and [arm.name for arm in found.arms] == ["k6", "k3"]
+    opened = Store.open(store.path)
+    opened = opened.excluding(resolve_exclusion(opened, Settings()))
+    for arm, ks in zip(found.arms, ((6, 6), (3,)), strict=True):
+        for (path, figures), k in zip(arm.runs.items(), ks, strict=True):
+            assert figures == measure_run(Path(path), opened, None).figures
+            assert figures.l0 == pytest.approx(k, rel=0.2)
+    drawn = json.loads(page.read_text().split('id="figures">')[1].split("</script>")[0])
+    frontier = drawn["tradeoff"]["data"][-1]
+    assert frontier["name"] == "each at its own l0" and frontier["text"] == ["k3", "k6"]
+    assert frontier["x"] == [arm.spread["l0"].mean for arm in found.arms[::-1]]
+    assert frontier["y"] == [arm.spread["fvu"].mean for arm in found.arms[::-1]]
+    assert [trace["meta"]["series"] for trace in drawn["training"]["data"]] == [0, 0, 1]  # a colour per arm
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(("k16", "k16-s1"), "k16"), (("a-0", "a-1"), "a"), (("k-s0", "k-s1"), "k"), (("tiny-001", "tiny-012"), "tiny"),
+     (("x", "y"), "x"), (("k16-seed1", "k16-seed2"), "k16"), (("k32",), "k32")],
+)  # fmt: skip
+def test_an_arm_is_called_what_its_runs_names_have_in_common(names: tuple[str, ...], expected: str) -> None:
+    assert _common_name(names) == expected
 
 
 def test_a_page_that_cannot_be_written_is_said_before_the_measuring(

@@ -95,8 +95,9 @@ def test_the_settings_reach_their_fields():
         ("learn_rate=1", "tiny: unknown option 'learn_rate'; did you mean 'learning_rate'?"),
         ("loss.aux_weight=1", "tiny: unknown option 'loss.aux_weight'; did you mean 'loss.auxk_weight'?"),
         ("auxk_weight=1", "tiny: unknown option 'auxk_weight'; did you mean 'loss.auxk_weight'?"),
-        ("los.auxk_weight=1", "tiny: unknown option 'los'; did you mean 'loss'?"),
-        ("zzzzzz=1", "tiny: unknown option 'zzzzzz'"),
+        ("los.auxk_weight=1", "tiny: unknown option 'los.auxk_weight'; did you mean 'loss.auxk_weight'?"),
+        ("zzzzzz=1", "tiny: unknown option 'zzzzzz'; there are seed, learning_rate, name, loss.…"),
+        ("loss.zzzzzz=1", "tiny: unknown option 'loss.zzzzzz'; there are loss.auxk_weight, loss.prefixes"),
     ],
 )
 def test_an_unknown_option_names_the_nearest(assignment, message):
@@ -108,12 +109,13 @@ def test_an_unknown_option_names_the_nearest(assignment, message):
 @pytest.mark.parametrize(
     ("assignment", "parts"),
     [
-        ("seed=1.5", ["tiny: seed:", "got 1.5"]),
-        ("seed=many", ["tiny: seed:", "got 'many'"]),
-        ("learning_rate=0", ["tiny: learning_rate:", "greater than 0", "got 0"]),
-        ("learning_rate=nan", ["tiny: learning_rate:", "finite"]),
-        ("learning_rate=inf", ["tiny: learning_rate:", "finite"]),
-        ("loss=3", ["tiny: loss:"]),
+        ("seed=1.5", ["tiny: seed = 1.5: not a whole number"]),
+        ("seed=many", ["tiny: seed = many: not a whole number"]),
+        ("seed=true", ["tiny: seed = True: not a whole number"]),
+        ("learning_rate=0", ["tiny: learning_rate = 0: must be above 0"]),
+        ("learning_rate=nan", ["tiny: learning_rate = nan: must be finite"]),
+        ("learning_rate=inf", ["tiny: learning_rate = inf: must be finite"]),
+        ("loss=3", ["tiny: loss = 3: not a group of settings"]),
         ("loss.prefixes=[1, 'x']", ["tiny: loss.prefixes.1:", "got 'x'"]),
     ],
 )
@@ -122,6 +124,25 @@ def test_a_bad_value_names_field_value_and_cause_in_one_line(assignment, parts):
         settings(assignment)
     assert all(part in str(error.value) for part in parts)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (10**5000, "seed = a value too long to show: must be at most 9"),
+        ("a\nb\x1b[31m", r"seed = a\nb\x1b[31m: not a whole number"),
+        ("x" * 10**6, "x...: not a whole number"),
+        ([1] * 10**6, "...]: not a whole number"),
+    ],
+    ids=["digits", "control", "long", "list"],
+)
+def test_a_value_that_cannot_be_shown_is_still_one_line(value: object, told: str) -> None:
+    class Bounded(Config):
+        seed: int = Field(0, le=9)
+
+    with pytest.raises(UserError) as error:
+        build(Bounded, {"seed": value}, "tiny")
+    assert told in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 400
 
 
 def test_settings_are_frozen():

@@ -76,6 +76,27 @@ def test_the_direction_loss_and_its_gradient_are_the_formulas(unit: bool) -> Non
     torch.testing.assert_close(found.grad - before, expected.grad)
 
 
+def test_tritons_loss_of_mined_pairs_is_the_direction_loss_of_those_that_live() -> None:
+    """A latent in many pairs gets the rows of all others; pairs of two groups have the other margin."""
+    triton_pairs = pytest.importorskip("train.model.kernels.triton_pairs", reason="triton is not installed")
+    W_dec, first = unit_rows().float().requires_grad_(), torch.tensor([0, 0, 0, 3, 7])
+    pairs, group, dead = Pairs(first, torch.tensor([1, 5, 8, 8, 9])), torch.arange(F) // 6, torch.arange(F) == 9
+    margins = torch.where(group[pairs.first] == group[pairs.second], -0.9, -0.8).double()
+    alive = torch.tensor([1.0, 1, 1, 1, 0]).double()
+    expected = W_dec.detach().double().requires_grad_()
+    (0.5 * direction_loss(expected, pairs, margins, 2 * alive)).backward()
+    parts = triton_pairs.partners(*pairs, F)
+    loss = triton_pairs.pair_loss(W_dec, parts, group, dead, (-0.9, -0.8), 0.5)
+    W_dec.grad = torch.ones(F, O)
+    (3 * loss).backward()
+    assert expected.grad is not None
+    cosines = (expected.detach() @ expected.detach().T)[pairs.first, pairs.second]
+    assert float(loss.detach()) == pytest.approx(float(((cosines - margins).relu().square() * alive).sum()), rel=1e-5)
+    torch.testing.assert_close(W_dec.grad.double(), 1 + 3 * expected.grad, rtol=1e-5, atol=1e-6)
+    empty = triton_pairs.partners(first[:0], first[:0], F)
+    triton_pairs.pair_loss(W_dec, empty, group, dead, (0.3, 0.7), 1.0).backward()
+
+
 def test_a_pair_counts_for_the_latents_whose_closest_it_is() -> None:
     pairs = Pairs(torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]))
     assert nearest(pairs, torch.tensor([0.9, 0.5, 0.7]), 5).tolist() == [2.0, 1.0, 1.0]
@@ -169,6 +190,13 @@ PAIRS = Pairs(torch.tensor([3, 3, 11, 0]), torch.tensor([7, 9, 12, 39]))
 
 def loss_and_gradient(device: str, values: torch.Tensor, active: SparseLatents) -> tuple[torch.Tensor, torch.Tensor]:
     values = values.clone().requires_grad_()
+    if device == "triton":
+        triton_pairs = pytest.importorskip("train.model.kernels.triton_pairs", reason="triton is not installed")
+        strength = STRENGTH / (len(active.starts) - 1)
+        loss = triton_pairs.co_activation(values, active, triton_pairs.together(*PAIRS, strength, F))
+        loss.backward()
+        assert values.grad is not None
+        return loss.detach(), values.grad
     with pytest.MonkeyPatch.context() as patch:
         if device == "any":
             patch.setattr(_Products, "apply", _dense)
@@ -178,7 +206,7 @@ def loss_and_gradient(device: str, values: torch.Tensor, active: SparseLatents) 
     return loss.detach(), values.grad
 
 
-@pytest.mark.parametrize("device", ["cpu", "any"])
+@pytest.mark.parametrize("device", ["cpu", "any", "triton"])
 def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_products(device: str) -> None:
     dense, active = planted()
     loss, grad = loss_and_gradient(device, active.values, active)
@@ -191,14 +219,14 @@ def test_the_co_activation_loss_and_its_gradient_are_those_of_dense_products(dev
     torch.testing.assert_close(grad, columns.grad[active.rows, active.latents], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("device", ["cpu", "any"])
+@pytest.mark.parametrize("device", ["cpu", "any", "triton"])
 def test_a_pair_of_a_row_and_a_latent_that_is_there_twice_counts_once(device: str) -> None:
     """Fixed numbers of pairs are filled up by pairs with a value of 0, before or behind one that is active."""
     dense, active = planted()
     loss, grad = loss_and_gradient(device, active.values, active)
     again = torch.cat([(active.latents == 7).nonzero().flatten(), torch.arange(len(active.rows))])
     again = again[torch.argsort(active.rows[again] * F + active.latents[again], stable=True)]
-    if device == "any":  # zeros have no part on any device
+    if device != "cpu":  # zeros have no part on any device
         empty = active.values.where(active.latents != 7, 0)
         assert not loss_and_gradient(device, empty, active.with_values(empty))[1][active.latents == 7].any()
     for filled in (again.diff(append=torch.tensor([-1])) == 0, again.diff(prepend=torch.tensor([-1])) == 0):

@@ -46,7 +46,8 @@ def train_on(tmp_path_factory: pytest.TempPathFactory) -> Train:
     def run(store: SyntheticStore, sets: Mapping[str, object] | None = None) -> Path:
         key = (store.path, *(sets or {}).items())
         if key not in made:
-            settings = api.load_settings("tiny", VALUES | {"steps": 40, "samples.rows": 0} | dict(sets or {}))
+            changes: dict[str, object] = {**VALUES, "steps": 40, "samples.rows": 0, **(sets or {})}
+            settings = api.load_settings("tiny", changes)
             made[key] = api.train(store.path, settings, folder / f"run-{len(made)}")
         return made[key]
 

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from click import BadParameter
 
 from harvest.settings import load_settings
 from harvest.text.corpus import open_corpus
+from shared.command_line import COUNT
+from shared.errors import UserError
 from shared.store.layout import STORE
 from shared.store.store import Store
 from tests.llms import (
@@ -189,3 +192,42 @@ def test_nan_in_a_layer_stops_with_its_place(small: Line, model: Path, tmp_path:
     done = command(*small(tmp_path / "cache", model=folder))
     assert done.code == 1
     assert "blocks.2.hook_resid_mid, sequence 0 of the block, position 0: the value is nan" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ({}, "tiny"),
+        ({"model": "embedded"}, "tiny"),
+        ({"model": "Qwen/Qwen3-0.6B"}, "Qwen3-0.6B"),
+        ({"model": "/data/my model+"}, "my-model"),
+        ({"model": "gpt2", "name": "first"}, "first"),
+        ({"model": "gpt2", "changes": ["label=second"]}, "second"),
+    ],
+)
+def test_a_store_is_called_as_asked_or_as_its_model(options: dict[str, object], label: str) -> None:
+    assert load_settings("tiny", **options).label == label  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("5M", 5_000_000), ("1e9", 10**9), ("2.5k", 2500), ("1_000", 1000)])
+def test_tokens_can_be_written_short(text: str, tokens: int) -> None:
+    assert COUNT.convert(text, None, None) == tokens
+
+
+@pytest.mark.parametrize("text", ["5X", "0", "-3", "0.5", "many", "1.2345k", ""])
+def test_what_is_no_whole_number_of_tokens_is_refused(text: str) -> None:
+    with pytest.raises(BadParameter, match="5M, 10k or 1e9"):
+        COUNT.convert(text, None, None)
+
+
+def test_a_setting_of_harvest_is_refused_with_the_option_that_was_typed() -> None:
+    for given, said in (
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"changes": ["seed=-1"]}, "--set seed=-1: must be at least 0"),
+        ({"name": "a/b"}, "--name a/b: must have the form "),
+        ({"layers": (3, 3)}, "--layer 3 3: layers must be distinct"),
+        ({"changes": ["dataset=x"]}, "--set dataset=x: unknown option 'dataset'; did you mean 'text.name'?"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_settings("tiny", **given)
+        assert str(error.value).startswith(said), error.value

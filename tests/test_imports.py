@@ -16,15 +16,16 @@ DURABLE = Path("shared/files/durable.py")
 
 
 LAYERS = {
-    "shared": (("errors", "bounds", "keyed"), "files", "config", ("console", "splice_record"), "store",
-               "command_line", "program"),
+    "shared": (("errors", "bounds", "keyed"), ("files", "check_settings"), "config", ("console", "splice_record"),
+               "store", "command_line", "program"),
     "harvest": (
         ("embedded", "settings", "hub", "digests"), "text", "llm", "writer", "run", "imports", "commands", "splice",
         "cli",
     ),
     "train": (
-        ("data", "live"), "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"), "probe",
-        ("compare", "interchange"), "explain", "report", ("commands", "tables", "run_folder"), "cli",
+        ("data", "live"), "read_settings", "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"),
+        "probe", ("compare", "interchange"), "explain", "report", ("commands", "tables", "run_folder"),
+        ("cli_runs", "cli_settings"), "cli",
     ),
 }  # fmt: skip
 """Each package's folders and modules from the bottom up: what stands in a line imports only from lines before it."""

@@ -51,3 +51,23 @@ def test_files_of_the_same_names_in_the_folder_are_not_run(tmp_path: Path) -> No
     run = tmp_path / done.stdout.splitlines()[-1]
     assert (run / "checkpoints" / "step-000005").is_dir()
     assert "a stranger ran" not in done.stderr + (run / "wandb" / "sync.log").read_text(errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("transcoder-cache tr", ["train"]),
+        ("transcoder-cache train wa", ["watch"]),
+        ("transcoder-cache train run --store wh", ["whole"]),
+        ("transcoder-cache harvest run --to", ["--tokens"]),
+    ],
+)
+def test_a_shell_completes_stages_commands_options_and_stores(tmp_path: Path, words: str, expected: list[str]) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole/request.json").write_text("{}")
+    asked = {"_TRANSCODER_CACHE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": f"{words.count(' ')}"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from shared.program import main; main()"],
+        env=os.environ | asked | {"TRANSCODER_CACHE": str(tmp_path)}, capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert [line.partition(",")[2] for line in done.stdout.splitlines()] == expected, done.stderr

@@ -34,7 +34,8 @@ def test_the_functions_of_a_run_give_what_the_commands_print(
     command: Command, pristine: SyntheticStore, tmp_path: Path
 ) -> None:
     by_command = command("run", "--store", pristine.path, "--runs", tmp_path, "--name", "a", "--steps", 12, *SMALL).path
-    run = train.train(pristine.path, train.load_settings("tiny", {**VALUES, "steps": 12}), tmp_path / "b")
+    changes: dict[str, object] = {**VALUES, "steps": 12}
+    run = train.train(pristine.path, train.load_settings("tiny", changes), tmp_path / "b")
     assert (run / METRICS).read_bytes() == (by_command / METRICS).read_bytes()
     assert train.resume(run) == run
 

@@ -14,6 +14,7 @@ from train.duplicates.correlation_report import CorrelationReport
 from train.live.log_rows import UsageRecord
 from train.probe.probe_record import ProbeRecord
 from train.report.report_record import Report
+from train.run.settings import Settings
 from train.samples.parquet import SamplesRecord
 
 SCHEMAS: dict[str, type[Config]] = {
@@ -22,6 +23,7 @@ SCHEMAS: dict[str, type[Config]] = {
     "probe": ProbeRecord,
     "report": Report,
     "samples": SamplesRecord,
+    "settings": Settings,
     "usage": UsageRecord,
 }
 PLACE = resources.files("train") / "schemas"

@@ -18,6 +18,7 @@ from shared.files import durable
 from tests.runs import SMALL, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store, record_as_it_is
 from train.model import checkpoint
+from train.model.transcoder import Transcoder
 from train.run.settings import checkpoint_bytes, read_config
 
 CADENCE = ["--set", "log_every=7", "--set", "evaluation.every=20", "--set", "checkpoint.every=10"]
@@ -274,6 +275,19 @@ def test_init_from_starts_with_the_other_runs_weights(command, store: SyntheticS
     assert abs(ends[2] - ends[0]) > 1e-3
     other = command(*args, "--init-from", first.path, "--set", "transcoder.d_sae=32")
     assert other.code == 2 and "its transcoder.d_sae is 64, this run's is 32" in other.err
+    more = ("--steps", 2, "--set", "transcoder.d_sae=96", "--set", "activation.k_start=2x")
+    wide = command(*args, *more, "--set", "activation.k_warmup_steps=1", "--init-from", first.path)
+    assert "step-000040 of 64 latents; the other 32 start at random; anew start the optimizer's" in wide.err
+    assert "warning: --init-from" in wide.err and "k starts at 12 and falls to 6 over 1 steps" in wide.err
+    narrow, widened = Transcoder.load(first.path), Transcoder.load(wide.path)
+    for name, theirs in narrow.state_dict().items():
+        ours = widened.state_dict()[name]
+        if name != "inference_threshold":
+            ours = ours[..., :64] if name == "W_enc" else ours[:64] if ours.shape != theirs.shape else ours
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    new = widened.W_dec[64:]
+    torch.testing.assert_close(new.norm(dim=1), torch.ones(32))
+    assert float((new @ narrow.W_dec.T).detach().abs().max()) < 0.999  # none is a copy
 
 
 @pytest.mark.fault(29)

@@ -10,12 +10,16 @@ from typing import Any, get_args
 import click
 
 import shared.command_line
+from shared.check_settings import Change
+from shared.command_line import STORE
 from shared.console.terminal import Verbosity, show_path, show_text, verbosity
 from shared.errors import UserError
 from shared.files import durable
 from shared.store.store import Local, Store
+from train import cli_runs, cli_settings
 from train.explain.command import explain
 from train.interchange import Format
+from train.read_settings import options, read_settings
 from train.run_folder import new_run_folder
 
 _fallback_option = click.option(
@@ -57,11 +61,12 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command()
 @click.argument("preset", default="tiny")
-@click.option("--store", required=True, type=click.Path(path_type=Path), help="A finished store (a folder).")
-@click.option("--config", "file", type=click.Path(path_type=Path), help="A TOML file that replaces the preset.")
+@click.option("--store", type=STORE, help="A finished store: a folder, or its name in the cache.")
+@cli_settings.config_option
+@cli_settings.like_option
 @click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Where runs are kept.")
 @click.option("--name", help="The run's folder in --runs; default: the preset's name and the next free number.")
-@click.option("--steps", type=int, help="Optimiser steps.")
+@click.option("--steps", type=shared.command_line.COUNT, help="Optimiser steps, such as 10k.")
 @click.option("--seed", type=int, help="Seed of the initial weights and the order of rows.")
 @click.option(
     "--init-from", type=click.Path(path_type=Path), help="Weights to start from: a run's, or another library's."
@@ -75,8 +80,9 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
 @shared.command_line.local_options
 def run(
     preset: str,
-    store: Path,
+    store: Path | None,
     file: Path | None,
+    like: Path | None,
     runs: Path,
     name: str | None,
     steps: int | None,
@@ -90,14 +96,20 @@ def run(
     verify: bool,
 ) -> None:
     """Train a transcoder. Prints the run's path as its last line."""
+    file = cli_settings.settings_file(file, like)
+    changes: list[str | Change] = [*assignments, *options(steps=steps, seed=seed)]
+    read_settings(preset, changes, file)  # says what is wrong before torch is imported, which takes seconds
+    if not store and not like:
+        raise UserError("train run needs a store: --store NAME or FOLDER, or --like RUN for that of another run")
+    opened = Store.open(store, local) if store else None
+    from train.commands import store_like, train
     from train.run.settings import load_settings
 
-    short = [f"{key}={value}" for key, value in (("steps", steps), ("seed", seed)) if value is not None]
-    settings = load_settings(preset, [*assignments, *short], file=file)
-    from train.commands import train
-
-    opened = Store.open(store, local)
-    with new_run_folder(runs, name, file.stem if file else preset) as path:
+    settings = load_settings(preset, changes, file=file)
+    if not opened:
+        assert like
+        opened = Store.open(store_like(like), local)
+    with new_run_folder(runs, name, like.resolve().name if like else file.stem if file else preset) as path:
         train(
             opened,
             settings,
@@ -112,31 +124,10 @@ def run(
     show_path(path)
 
 
-@main.command("settings")
-@click.argument("preset", default="tiny")
-@click.option("--store", type=click.Path(path_type=Path), help="A store: automatic choices are shown as made for it.")
-@click.option("--config", "file", type=click.Path(path_type=Path), help="A TOML file that replaces the preset.")
-@click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_all(preset: str, store: Path | None, file: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
-    """List every setting with the value that `run` would take, its default and what it does. Runs nothing."""
-    from shared.console.list_settings import list_settings, settings_as_json, show_settings
-    from train.run.settings import load_settings, resolve
-
-    settings = load_settings(preset, assignments, file=file)
-    if store:
-        settings = resolve(Store.open(store), settings, None).settings
-    found = list_settings(settings)
-    if as_json:
-        click.echo(settings_as_json(found))
-    else:
-        show_settings(found, f"settings of train run {file or preset}{f', on {store}' if store else ''}")
-
-
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
-@click.option("--steps", type=click.IntRange(1), help="Make the run longer: so many optimiser steps in all.")
+@click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
+@click.option("--steps", type=shared.command_line.COUNT, help="Make the run longer: so many optimiser steps in all.")
 @click.option("--threads", type=click.IntRange(1), help="Another number of CPU threads; the last bits may differ.")
 @click.option("--inexact", is_flag=True, help="Go on on another processor or other versions; the last bits may differ.")
 @_fallback_option
@@ -176,36 +167,13 @@ def resume(
     show_path(run)
 
 
-@main.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--once", is_flag=True, help="Show the run as it is now, and end.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, an object for each new row.")
-@shared.command_line.verbose_option
-def watch(run: Path, once: bool, as_json: bool) -> None:
-    """Show how far a run is, running or not, by its files; ends with the run, or by Ctrl-C. Changes nothing."""
-    from train.live.watch import watch as watch_run
-
-    watch_run(run, once=once, as_json=as_json)
+for _command in (cli_settings.list_all, cli_runs.watch, cli_runs.ls, cli_runs.rm, cli_runs.checkpoints):
+    main.add_command(_command)
 
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def checkpoints(run: Path, as_json: bool) -> None:
-    """List the checkpoints of a run: step, size, held-out figures, and whether each verifies."""
-    from train.commands import list_checkpoints
-    from train.tables import print_checkpoints
-
-    found = list_checkpoints(run)
-    if as_json:
-        click.echo(json.dumps([one.model_dump(mode="json") for one in found], indent=2))
-    else:
-        print_checkpoints(found, str(run))
-
-
-@main.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--store", type=click.Path(path_type=Path), help="Another store to evaluate on; default: the run's.")
+@click.option("--store", type=STORE, help="Another store to evaluate on; default: the run's.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -228,7 +196,7 @@ def evaluate(
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--store", type=click.Path(path_type=Path), help="Another store to sample; default: the run's.")
+@click.option("--store", type=STORE, help="Another store to sample; default: the run's.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--rows", type=click.IntRange(1), help="Stored rows that are looked at, at most.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override samples.*; repeatable.")
@@ -262,7 +230,7 @@ def samples(
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
+@click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -305,7 +273,7 @@ def report(
     metavar="auto|python|english|FILE",
     help="Labels of tokens: by the store's text, or a Parquet file of (sequence, offset, label).",
 )
-@click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
+@click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--rows", type=click.IntRange(1), help="Held-out rows that are probed, at most; default: 131,072.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -349,7 +317,7 @@ def probe(
     help="The library that is to read it.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="A new folder; default: RUN/exports/FORMAT.")
-@click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
+@click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--prefix", type=int, help="Only the first so many latents: one of the Matryoshka prefixes.")
 @click.option("--layers", type=click.IntRange(1), help="Layers of the model, for circuit-tracer.")
@@ -403,7 +371,7 @@ def export(
 
 @main.command("import")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--store", required=True, type=click.Path(path_type=Path), help="A finished store (a folder).")
+@click.option("--store", required=True, type=STORE, help="A finished store: a folder, or its name in the cache.")
 @click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Where runs are kept.")
 @click.option("--name", help="The run's folder in --runs; default: `import` and the next free number.")
 @click.option("--source-hook", help="The hook that it reads, such as ln2.hook_normalized, where its files do not say.")
@@ -442,11 +410,11 @@ def import_(
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--store", type=click.Path(path_type=Path), help="Where the runs' store is now, if it was moved.")
+@click.option("--store", type=STORE, help="Where the runs' store is now, if it was moved.")
 @click.option(
     "--l0",
     type=float,
-    help="Active latents per row to compare at; default: the runs' k.",
+    help="Active latents per row to compare at; default: the runs' k, or each its own where they have others.",
 )
 @click.option("--own-l0", is_flag=True, help="Compare each run at its own: by its k, or its learned thresholds.")
 @click.option(

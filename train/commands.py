@@ -15,7 +15,7 @@ from shared.store.store import Local, Store
 from train.evaluation.evaluate import Evaluation, calibrate
 from train.evaluation.evaluate import evaluate as evaluate_rows
 from train.evaluation.linear_baseline import linear_map_fvu
-from train.interchange.initial import find_initial
+from train.interchange.initial import describe_start, find_initial, warn_of_k
 from train.live.run_files import BLOCKS, CONFIG, EXPORTS, HELD_OUT, LOCK, REPORTS
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, Listed
@@ -71,6 +71,8 @@ def train(
     source = find_initial(init_from, config) if init_from else None
     if source:
         config = config.model_copy(update={"initial": source.weights})
+        say(describe_start(source, config))
+        warn_of_k(source, config)
     if not force:
         size = checkpoint_bytes(config.settings, config.d_in, config.d_out)
         most = config.settings.checkpoint.most(settings.steps, size)
@@ -89,6 +91,11 @@ def train(
             with synced(run, project):
                 new.train()
     return run
+
+
+def store_like(run: Path | str) -> Path:
+    """Return where the store of `run` is. Raises `UserError` when `run` is none."""
+    return place_of_store(Path(run), read_config(Path(run)))
 
 
 def left_out(store: Store, blocks: range) -> str:

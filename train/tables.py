@@ -104,7 +104,7 @@ def _headline(e: Evaluation, title: str, linear_fvu: float | None) -> Table:
     rows = {
         "fvu": f"{e.fvu:.4f}",
         "fvu by training rule": f"{e.fvu_training_rule:.4f}",
-        "explained variance": f"{e.explained_variance:.4f}",
+        "explained variance, 1 - var(error) / var(target)": f"{e.explained_variance:.4f}",
         "l0 by threshold": f"{e.l0:.2f}",
         "l0 by training rule": f"{e.l0_training_rule:.2f}",
         "threshold (mean)": f"{e.threshold:.4f}",

@@ -18,6 +18,8 @@ from shared.store.layout import StratumSummary
 from shared.store.store import Local, Store
 
 Facts = dict[str, Any]
+_SEGMENTS = 3
+"""In a table that fits 80 columns."""
 
 
 def describe(path: Path, local: Local | None = None, *, shuffle: bool = False, run_rows: int | None = None) -> Facts:
@@ -40,9 +42,9 @@ def describe(path: Path, local: Local | None = None, *, shuffle: bool = False, r
 def show(facts: Facts) -> None:
     """Print the facts as tables on stdout."""
     console = PlainConsole(width=None if PlainConsole().is_terminal else 140)
-    console.print(_request_table(facts))
-    console.print(_strata_table(facts))
-    console.print(_packing_table(facts))
+    tables = [_request_table(facts), _rows_table(facts), *_norm_tables(facts), *_packing_tables(facts)]
+    for table in tables:
+        console.print(table)
     console.print(
         f"{facts['blocks']} blocks, {facts['request']['held_out_blocks']} of them held out; {facts['bytes']:,} bytes; "
         f"rows of {facts['d_in']} -> {facts['d_out']} values",
@@ -69,6 +71,7 @@ def show(facts: Facts) -> None:
 
 def _request_table(facts: Facts) -> Table:
     table = Table("setting", "value", title=facts["path"])
+    table.columns[1].overflow = "fold"
     for key, value in facts["request"].items():
         if key == "imported":
             value = {**value, "files": f"{len(value['files'])} ({value['files'][0]['name']} first)"}
@@ -79,28 +82,47 @@ def _request_table(facts: Facts) -> Table:
     return table
 
 
-def _strata_table(facts: Facts) -> Table:
-    columns = ["positions", "rows", "stand for", "special", "over norm", "repeated"]
-    for side in ("source", "target"):
-        columns += [f"{side} norm 1%", "50%", "99.9%", "mean/dev", "outliers"]
-    table = Table(*columns, title="strata, training blocks")
-    table.columns[0].no_wrap = True
+def _rows_table(facts: Facts) -> Table:
+    table = _numbers("positions", "rows", "stand for", "special", "over norm", "repeated")
+    table.title = "strata, training blocks"
     plans = {plan["start"]: plan["segments"] for plan in facts["plan"]["strata"]}
-    for summary in [*facts["strata"], facts["overall"]]:
-        found, whole = StratumSummary.model_validate(summary), summary is facts["overall"]
-        segments = [] if whole else plans[found.start]
-        table.add_row(*_stratum_cells(found, "overall " if whole else "", segments))
+    for name, summary in _strata(facts):
+        segments = [] if summary.start not in plans or name.startswith("overall") else plans[summary.start]
+        kinds = ("special", "over_norm", "repeated")
+        counts = [f"{sum(one[kind] for one in segments):,}" if segments else "" for kind in kinds]
+        table.add_row(name, f"{summary.rows:,}", f"{summary.natural_rows:,}", *counts)
     return table
 
 
-def _stratum_cells(summary: StratumSummary, prefix: str, segments: list[Facts]) -> list[str]:
-    cells = [f"{prefix}{summary.start}-{summary.stop - 1}", f"{summary.rows:,}", f"{summary.natural_rows:,}"]
-    for kind in ("special", "over_norm", "repeated"):
-        cells.append(f"{sum(counts[kind] for counts in segments):,}" if segments else "")
-    for side in (summary.source, summary.target):
-        cells += [f"{side.norm_quantiles[share]:.3g}" for share in ("0.01", "0.5", "0.999")]
-        cells += [f"{side.mean_to_deviation:.3g}", f"{side.outlier_rows:,}"]
-    return cells
+def _norm_tables(facts: Facts) -> list[Table]:
+    """Return a table for each side: norms of its rows, and how far their mean is from 0."""
+    tables = []
+    for side in SIDES:
+        table = _numbers("positions", "norm 1%", "50%", "99.9%", "mean/dev", "outliers")
+        table.title = f"norms of the {side}"
+        for name, summary in _strata(facts):
+            found = getattr(summary, side)
+            norms = [f"{found.norm_quantiles[share]:.3g}" for share in ("0.01", "0.5", "0.999")]
+            table.add_row(name, *norms, f"{found.mean_to_deviation:.3g}", f"{found.outlier_rows:,}")
+        tables.append(table)
+    return tables
+
+
+def _strata(facts: Facts) -> list[tuple[str, StratumSummary]]:
+    """Return the strata by their positions, and last all of them together."""
+    found = [StratumSummary.model_validate(one) for one in (*facts["strata"], facts["overall"])]
+    names = [f"{one.start}-{one.stop - 1}" for one in found]
+    return list(zip([*names[:-1], f"overall {names[-1]}"], found, strict=True))
+
+
+def _numbers(*columns: str) -> Table:
+    """Return a table of numbers, which are never cut."""
+    table = Table(*columns)
+    for column in table.columns:
+        column.no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
 
 
 def _shuffle_table(shuffle: list[Facts]) -> Table:
@@ -113,13 +135,19 @@ def _shuffle_table(shuffle: list[Facts]) -> Table:
     return table
 
 
-def _packing_table(facts: Facts) -> Table:
-    packing = facts["plan"]["packing"]
-    names = list(dict.fromkeys(name for counts in packing for name in counts))
-    table = Table("segment", "blocks", *(name.replace("_", " ") for name in names), title="packing")
-    for number, (blocks, counts) in enumerate(zip(facts["plan"]["segments"], packing, strict=True)):
-        table.add_row(str(number), str(blocks), *(f"{counts.get(name, 0):,}" for name in names))
-    return table
+def _packing_tables(facts: Facts) -> list[Table]:
+    """Return tables of what became of the tokens: a column per segment, a few to each table."""
+    segments = list(zip(facts["plan"]["segments"], facts["plan"]["packing"], strict=True))
+    tables = []
+    for first in range(0, len(segments), _SEGMENTS):
+        some = segments[first : first + _SEGMENTS]
+        names = list(dict.fromkeys(name for _, counts in some for name in counts))
+        table = _numbers("packing", *(f"segment {first + i}" for i in range(len(some))))
+        table.add_row("blocks", *(f"{blocks:,}" for blocks, _ in some))
+        for name in names:
+            table.add_row(name.replace("_", " "), *(f"{counts.get(name, 0):,}" for _, counts in some))
+        tables.append(table)
+    return tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from shared.console.panel import size
@@ -66,22 +67,32 @@ def _holds_store(path: Path) -> bool:
 
 
 def show(entries: Sequence[Entry], cache: Path) -> None:
-    """Print the stores as a table on stdout."""
-    console = PlainConsole(width=None if PlainConsole().is_terminal else 160)
+    """Print the stores as a table on stdout. It fits 80 columns: words are broken where there is no room for them."""
+    console = PlainConsole()
     if not entries:
         console.print(f"no stores in {cache}", highlight=False)
         return
-    table = Table("store", "model", "layer", "hooks", "context", "tokens", "rows", "size", "age", "state", "used by")
-    table.columns[0].no_wrap = True
+    table = Table("store", "tokens", "rows", "size", "age", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.no_wrap, column.justify = True, "right"
     for entry in entries:
-        numbers = [f"{n:,}" if n is not None else "" for n in (entry.context_size, entry.tokens, entry.rows)]
-        layer = "" if entry.layer is None else str(entry.layer)
-        taken, age, users = size(entry.bytes), _age(entry.age_seconds), ", ".join(entry.used_by)
-        table.add_row(entry.name, entry.model, layer, entry.hooks, *numbers, taken, age, entry.state, users)
+        numbers = [f"{n:,}" if n is not None else "" for n in (entry.tokens, entry.rows)]
+        table.add_row(_words(entry), *numbers, size(entry.bytes), _age(entry.age_seconds))
     console.print(table)
     total = size_of(*(cache / entry.name for entry in entries)) or sum(entry.bytes for entry in entries)
     free = "" if is_address(cache) else f"; {size(durable.free_bytes(cache))} free"
     console.print(f"{len(entries)} stores, {size(total)}{free}", highlight=False)
+
+
+def _words(entry: Entry) -> str:
+    """Return what is said of a store in words, a line each."""
+    lines = [entry.name]
+    if entry.model:
+        layer = "" if entry.layer is None else f", layer {entry.layer}"
+        lines += [f"  {entry.model}{layer}, context {entry.context_size}", f"  {entry.hooks}"]
+    lines.append(f"  {entry.state}")
+    return "\n".join([*lines, *(f"  used by {user}" for user in entry.used_by)])
 
 
 def as_json(entries: Sequence[Entry], cache: Path) -> dict[str, Any]:
@@ -135,7 +146,7 @@ def sweep(cache: Path) -> None:
 
 def describe_entry(path: Path) -> Entry:
     """Describe the store at `path` by its records; no shard is opened."""
-    users = durable.holders(path / REQUEST)
+    users = [_with_run(who) for who in durable.holders(path / REQUEST)]
     writers = [f"{who}, harvesting" for who in durable.holders(path.with_name(f"{path.name}.lock"))]
     times = [path / name for name in (STORE, PLAN, REQUEST, LEDGER)]
     newest = max((mtime for file in times if (mtime := _mtime(file))), default=path.lstat().st_mtime)
@@ -166,6 +177,16 @@ def describe_entry(path: Path) -> Entry:
         tokens=plan.training_blocks * request.block_tokens if plan else None,
         rows=sum(stratum.total("stored") for stratum in plan.strata) if plan else None,
     )
+
+
+def _with_run(who: str) -> str:
+    """Add the run that a process trains to its name, where Linux tells: the run's lock is among its open files."""
+    for file in Path("/proc", who.split()[1], "fd").glob("*"):
+        with suppress(OSError):  # of another user, or closed meanwhile
+            lock = file.readlink()
+            if lock.name == ".lock" and (lock.parent / "config.json").is_file():
+                return f"{who}: run {lock.parent.name}"
+    return who
 
 
 def _mtime(path: Path) -> float | None:

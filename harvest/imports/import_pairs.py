@@ -1,7 +1,7 @@
 """Activation pairs from elsewhere become a store like a harvest's, by the same writer."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -39,7 +39,7 @@ from shared.bounds import (
     Seed,
     Sequences,
 )
-from shared.config import Config, build, json_digest, override
+from shared.config import Changes, Config, build, changes_of, json_digest, override
 from shared.console.progress import Progress
 from shared.errors import ProjectError, UserError, warn
 from shared.files import durable
@@ -111,10 +111,11 @@ class Inputs:
         return {self.request.source_hook: self.pairs.source, self.request.target_hook: self.pairs.target}
 
 
-def load_import_settings(changes: Mapping[str, object] | Sequence[str] = (), **given: object) -> ImportSettings:
+def load_import_settings(changes: Changes = (), **given: object) -> ImportSettings:
     """Return the settings of an import from what is given, and `changes` by name. Raises `UserError`."""
     named = {name: value for name, value in given.items() if value is not None}
-    return build(ImportSettings, override(named, changes), "settings of the import")
+    made = changes_of(changes)
+    return build(ImportSettings, override(named, made), "settings of the import", made)
 
 
 def import_pairs(

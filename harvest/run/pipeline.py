@@ -32,7 +32,8 @@ from shared.errors import CorruptData, UserError, warn
 from shared.files import durable
 from shared.files.object_store import is_address, local_folder
 from shared.store.arrays import INNER_ROWS
-from shared.store.layout import STATISTICS, STORE, ModelIdentity, StoreRequest
+from shared.store.checks import read_plan
+from shared.store.layout import PLAN, STATISTICS, STORE, ModelIdentity, StoreRequest
 from shared.store.store import Store
 
 _CUDA_TOKENS, _CPU_TOKENS, _CPU_VALUES = 8192, 2048, 2**22
@@ -87,6 +88,7 @@ def _harvest(
     inputs, paths = locate(inputs, cache)
     with Ranks() as ranks, ExitStack() as locks:
         if ranks.first:
+            _warn_if_short(paths, inputs)
             with ranks.leading():
                 held = [locks.enter_context(lock_store(path)) for path, _ in _unfinished(paths, inputs)]
                 found = _targets(paths, inputs) if held else []  # others may have finished some by then
@@ -108,6 +110,7 @@ def _harvest(
 def estimates(settings: Settings, cache: Path | str) -> list[Estimate]:
     """Estimate what `harvest` would write, a store per layer; no weights are loaded, nothing is written."""
     with _located(settings, cache) as (inputs, paths):
+        _warn_if_short(paths, inputs)
         targets = [load_target(path, request) for path, request in zip(paths, inputs.requests, strict=True)]
         widths = hook_widths(targets, inputs)
         return [estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets]
@@ -179,6 +182,19 @@ def locate(inputs: Inputs, cache: Path) -> tuple[Inputs, list[Path]]:
         paths.append(path)
         requests.append(request)
     return replace(inputs, requests=tuple(requests)), paths
+
+
+def _warn_if_short(paths: Sequence[Path], inputs: Inputs) -> None:
+    """Warn where the text of a store that is there was found to hold fewer tokens than are asked for now."""
+    for path, request in zip(paths, inputs.requests, strict=True):
+        plan = read_plan(path) if (path / PLAN).is_file() else None
+        if plan and plan.exhausted and plan.training_blocks < inputs.training_blocks:
+            found, wanted = (blocks * request.block_tokens for blocks in (plan.training_blocks, inputs.training_blocks))
+            warn(
+                f"{request.corpus.name} holds {found:,} training tokens in whole blocks, {wanted:,} were asked for; "
+                "taking what there is"
+            )
+            return  # stores that are made together are of one text
 
 
 def block_sequences(settings: Settings, shape: ModelShape) -> int:

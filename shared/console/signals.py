@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import IO, NoReturn
 
-from shared.errors import Stopped, printable
+from shared.errors import Stopped, printable, tell
 
 STOP: tuple[signal.Signals, ...] = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
@@ -17,18 +17,22 @@ STOP: tuple[signal.Signals, ...] = tuple(
 """Ctrl-C, a request to end, what SLURM sends ahead of its limit when asked to (`--signal=USR1@120`), and the end of the
 terminal. The last is left alone where it is ignored, as `nohup` has it."""
 
+_ANSWER = "finishing this step; Ctrl-C again exits now"
+
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Yield a list that the signals of `STOP` fill, and put the handlers back at the end.
 
-    A second SIGINT raises `KeyboardInterrupt`.
+    The first is answered on stderr at once; a second SIGINT raises `KeyboardInterrupt`.
     """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not received:  # by a thread: what the signal interrupted may be printing
+            threading.Thread(target=tell, args=(_ANSWER,), daemon=True).start()
         received.append(number)
 
     before = {number: signal.signal(number, note) for number in _heeded()}

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 LINE = "python -m tests.bench.gpu"
 Figures = dict[str, tuple[float, str]]
+FORMS = ("triton", "matmul", "plain")
+"""Kinds of kernels that a GPU is measured with; `triton` with its step as a CUDA graph, and without."""
 
 
 class Report:
@@ -114,28 +116,27 @@ def step(report: Report, folder: Path, device: str) -> None:
     bandwidth, flops = ceilings(report, device)
     store = small_store(folder)
     wide = next(shape for shape in reversed(SHAPES) if shape.rows == MAIN.rows)
-    others = [
-        (shape, f"kernels={form}")
-        for shape in (MAIN, wide)
-        for form in sized(("triton", "matmul", "plain"), ("dense",))
-    ]
-    for shape, change in [*((shape, "") for shape in SHAPES), *others]:
-        with report.going_on(f"{shape} {change}"):
-            one_step(report, store, shape, change, device, (bandwidth, flops))
+    graphless = ["step_graph=off"]
+    forms = sized([["kernels=triton", *graphless], *([f"kernels={form}"] for form in FORMS)], [["kernels=dense"]])
+    others = [(shape, changes) for shape in (MAIN, wide) for changes in forms]
+    for shape, changes in [*((shape, list[str]()) for shape in SHAPES), *others]:
+        with report.going_on(f"{shape} {' '.join(changes)}"):
+            one_step(report, store, shape, changes, device, (bandwidth, flops))
         torch.cuda.empty_cache()
 
 
 def one_step(
-    report: Report, store: "Store", shape: "Shape", change: str, device: str, rates: tuple[float, float]
+    report: Report, store: "Store", shape: "Shape", changes: Sequence[str], device: str, rates: tuple[float, float]
 ) -> None:
-    """A step of one shape, with one setting changed or none."""
+    """A step of one shape, with settings changed or none."""
     from tests.bench.gpu_setup import make_step, peak_gib, timed
 
     peak_gib(device)
-    made = make_step(store, shape, device, [change] if change else [])
-    name = f"{shape}{f', {change}' if change else ''}"
+    made = make_step(store, shape, device, changes)
+    name = ", ".join([str(shape), *changes])
     print(f"{name}: kernels {made.model.kernels}, product {made.config.settings.product_dtype}", flush=True)
     report.add_all(beside_ceilings(name, shape, timed(made, sized(20, 2)), *rates))
+    print(f"{name}: steps that were launched as a CUDA graph: {made.graph.replayed}", flush=True)
     report.add(f"{name}: peak memory", peak_gib(device), "GiB")
 
 

@@ -76,6 +76,42 @@ def groups(store: Store, device: str) -> Iterator[tuple[str, Callable[[], Iterat
                 yield f"{form}, width {size[1]:,}, {name}", partial(_of_form, form, case)
         if not SMOKE:  # that of Triton's interpreter takes long
             yield f"step, kernels={form}", partial(_of_settings, store, device, [f"kernels={form}"])
+    yield "triton, pairs of decoder rows", partial(_of_pairs, device)
+    if not SMOKE:
+        yield "triton, steps as a CUDA graph", partial(_of_graph, store, device)
+
+
+def _of_pairs(device: str) -> Iterator[Check]:
+    """Check the loss of close decoder rows, one of them in many pairs, and its gradient."""
+    from train.model.kernels.triton_pairs import pair_loss, partners
+
+    F, O = WIDTHS[0][2], WIDTHS[0][1]
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(F, O, generator=generator)
+    rows = (rows / rows.norm(dim=1, keepdim=True)).to(device)
+    first = torch.cat([torch.zeros(F - 1, dtype=torch.int64), torch.arange(1, F - 1)]).to(device)
+    second = torch.cat([torch.arange(1, F), torch.arange(2, F)]).to(device)
+    group, dead = torch.arange(F, device=device) // (F // 4), torch.arange(F, device=device) % 5 == 4
+    W_dec, leaf = nn.Parameter(rows.clone()), rows.double().requires_grad_()
+    loss = pair_loss(W_dec, partners(first, second, F), group, dead, (-0.5, 0.0), 0.25)
+    loss.backward()
+    margins = torch.where(group[first] == group[second], -0.5, 0.0)
+    excess = ((leaf[first] * leaf[second]).sum(1) - margins).relu().where(~(dead[first] | dead[second]), 0.0)
+    expected = 0.5 * excess.square().sum()
+    expected.backward()
+    yield Check("loss", _error(loss, expected), SUMS)
+    yield Check("gradient of W_dec", _error(_given(W_dec.grad), _given(leaf.grad)), SUMS)
+
+
+def _of_graph(store: Store, device: str) -> Iterator[Check]:
+    """Check that steps which are replayed leave the weights that single operations leave, bit for bit."""
+    made = [make_step(store, SHAPE, device, ["kernels=triton", f"step_graph={one}"]) for one in ("on", "off")]
+    for step in made:
+        for number in range(6):
+            step(number)
+    yield Check("steps that were replayed", abs(made[0].graph.replayed - 5), EXACT)
+    for name, weights in made[0].model.named_parameters():
+        yield Check(name, _error(weights, made[1].model.get_parameter(name)), EXACT)
 
 
 def _of_form(form: Kernels, case: Case) -> Iterator[Check]:

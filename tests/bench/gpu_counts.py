@@ -3,12 +3,14 @@
     python -m tests.bench.gpu_counts [steps] [memory] [compiled]
 
 `steps` runs two steps of the trainer at the shape of Gemma 2 2B and counts the second: a step in the middle of a run,
-without reports and checkpoints, with as many mined and correlated pairs as there can be. Bytes are what every operation
-moves at least: its inputs and outputs, each once, and the rows of a table that it indexes; beside them stand the bytes
-that no step can do without. From both follow times on four cards: ESTIMATES, from rates that such cards usually reach
-and 3 us for each launch. Operations of torch that are known to be several kernels count as so many launches, which is
-an estimate, too; and memory is that of tensors, without any operation's own scratch memory. `memory` has what wider
-shapes hold throughout a run. `compiled` records registers, spills and shared memory of every kernel, by the compiler
+without reports and checkpoints, with as many mined and correlated pairs as there can be, and no dead latent. Bytes
+are what every operation moves at least: its inputs and outputs, each once, and the rows of a table that it indexes
+(tests/gpu/kernel_bytes.py for Triton's kernels); beside them stand the bytes that no step can do without. Where the
+step can be a CUDA graph, what the host then asks for is counted apart: a replay is one of these operations. From both
+follow times on four cards: ESTIMATES, from rates that such cards usually reach and 3 us for each launch. Operations
+of torch that are known to be several kernels count as so many launches, which is an estimate, too; and memory is that
+of tensors, without any operation's own scratch memory. `memory` has what wider shapes hold throughout a run.
+`compiled` records registers, spills and shared memory of every kernel, by the compiler
 that a GPU would get it from (`python -m tests.gpu.compile`).
 """
 
@@ -52,7 +54,7 @@ PER_LAUNCH = 3e-6
 PARTS: dict[str, tuple[tuple[type, str], ...]] = {
     "forward": ((Transcoder, "step"),),
     "terms against duplicates": ((Diversity, "value_terms"), (Diversity, "direction_terms")),
-    "backward and update": ((Optimizer, "step"),),
+    "backward and update": ((Optimizer, "update"),),
 }
 REST = "rows, counting and logging"
 
@@ -87,6 +89,10 @@ class Counted:
     copies: list[str]
     peak: int = 0
     """Most bytes of tensors at once"""
+    launched: int | None = None
+    """What the host asks for where the same step is a graph; none: it cannot be one"""
+    inside: int = 0
+    """Operations inside that graph"""
 
     def of(self, part: str) -> list[Op]:
         """Return the operations of a part."""
@@ -147,7 +153,14 @@ def counted(store: Store, shape: Shape, kernels: str, folder: Path) -> Counted:
             with noting_parts(log) as found:
                 trainer._step(2)
             found.peak = torch.cuda.max_memory_allocated() - before
-        found.syncs, found.copies = list(log.syncs), list(log.copies)
+            found.syncs, found.copies = list(log.syncs), list(log.copies)
+            if trainer._graph.number is not None:
+                trainer._step(3)  # recorded, and replayed
+                log.clear()
+                trainer._step(4)
+                assert log.syncs == []
+                graph: Any = trainer._graph._graph
+                found.launched, found.inside = len(log.ops), len(graph.kernels)
         assert log.faults == []
     return found
 
@@ -206,6 +219,9 @@ def figures_of(shape: Shape, found: Counted) -> Figures:
     figures["memory at the peak"] = (found.peak / GIB, "GiB")
     figures["waits of the host for the device"] = (len(found.syncs), "waits")
     figures["copies to the device"] = (len(found.copies), "copies")
+    if found.launched is not None:
+        figures["as a CUDA graph: operations that the host asks for"] = (found.launched, "operations")
+        figures["as a CUDA graph: operations inside"] = (found.inside, "operations")
     for name, card in CARDS.items():
         figures[f"ESTIMATE of a step on {name}"] = (1e3 * found.seconds(card), "ms, estimated")
         figures[f"ESTIMATE of the floor on {name}"] = (

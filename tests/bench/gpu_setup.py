@@ -20,10 +20,11 @@ from shared.store.store import Store
 from tests.bench.record import sized
 from tests.stores import SIDES, make_store
 from train.model.losses import AuxKConfig
-from train.model.transcoder import Transcoder
+from train.model.transcoder import StepOutput, Transcoder
 from train.run.load_run import build_transcoder
 from train.run.optimizer import Optimizer
 from train.run.settings import RunConfig, load_settings, resolve
+from train.run.step_graph import StepGraph, graph_of
 
 D, K, P = sized((2304, 48, 5), (32, 4, 5))
 """The width of Gemma 2 2B, the active latents of a row, and the prefixes, at their default."""
@@ -92,11 +93,12 @@ def _noise(tokens: NDArray[Any], position: NDArray[Any], shared: object) -> dict
 
 @dataclass
 class Step:
-    """A step as a run makes it, on batches that take turns."""
+    """A step as a run makes it, on batches that take turns; as a CUDA graph where the run would have one."""
 
     config: RunConfig
     model: Transcoder
     optimizer: Optimizer
+    graph: StepGraph
     batches: Sequence[tuple[Tensor, Tensor]]
     dead: Tensor
 
@@ -107,9 +109,15 @@ class Step:
 
     def __call__(self, number: int) -> None:
         """Make one step."""
-        source, target = self.batches[number % len(self.batches)]
-        output = self.model.step(source, target, self.dead, self.auxk, number)
-        self.optimizer.step(output.losses, number)
+        self.optimizer.begin(number)
+        batch = self.batches[number % len(self.batches)]
+        self.graph.run(number, "the same", batch, lambda given: self._compute(given, number))
+
+    def _compute(self, batch: Sequence[Tensor], number: int) -> StepOutput:
+        source, target = batch
+        output = self.model.step(source, target, self.dead, self.auxk, number, number=self.graph.number)
+        self.optimizer.update(output.losses)
+        return output.detached()
 
 
 def settings_of(store: Store, shape: Shape, device: str, changes: Sequence[str] = ()) -> RunConfig:
@@ -127,7 +135,8 @@ def make_step(store: Store, shape: Shape, device: str, changes: Sequence[str] = 
     generator = torch.Generator().manual_seed(0)
     batches = [random_batch(shape, device, generator) for _ in range(sized(4, 2))]
     dead = torch.arange(shape.d_sae, device=device) % DEAD == 0
-    return Step(config, model, Optimizer(model, config.settings.optimizer, config.length_at), batches, dead)
+    optimizer = Optimizer(model, config.settings.optimizer, config.length_at)
+    return Step(config, model, optimizer, graph_of(config.settings), batches, dead)
 
 
 def random_batch(shape: Shape, device: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -168,7 +168,7 @@ def measure(shape: str) -> None:
             "selection": lambda: model.select(pre_acts, 0),
             "loss of all prefixes": forward,
             "loss and gradients": backward,
-            "update": lambda: ours.optimizer._adam.update(1e-4, 1.0),
+            "update": lambda: ours.optimizer._adam.update(1.0),
             "figures": figured,
         }
     )

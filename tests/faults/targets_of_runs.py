@@ -150,7 +150,8 @@ def _printed(shown: object) -> None:
 def _correlation() -> dict[str, object]:
     over = {"rows": 480, "largest": 0.9, "pairs_above": {"0.5": 2, "0.8": 1}}
     directions = {
-        "step": 10, "live": 60, "share_with_neighbour_above": {"0.7": 0.1}, "share_within_segment_above": {"0.7": 0.1},
+        "step": 10, "live": 60, "share_with_neighbour_above": {"0.7": 0.1, "0.8": 0.1},
+        "share_within_segment_above": {"0.7": 0.1},
         "largest": 0.8, "effective_number": 55.0, "effective_rank": 4.0,
     }  # fmt: skip
     pair = {

@@ -83,6 +83,7 @@ def launch_all() -> None:
         _launch_selection(dtype)
     for width in WIDTHS:
         _launch_adam(width)
+        _launch_pairs(width)
 
 
 def _launch_selection(dtype: torch.dtype) -> None:
@@ -127,6 +128,18 @@ def _launch_adam(width: int) -> None:
             rest = {"unit": unit, "times": 1.0, "betas": (0.9, 0.999), "eps": 1e-8}
             triton_adam.adam(rows, grad, (rows.clone(), rows.clone()), along, shadow, scalars, **rest)  # type: ignore[arg-type]
         triton_adam.clip(squares, 1.0, powers, scalars)
+
+
+def _launch_pairs(width: int) -> None:
+    from train.model.kernels.triton_pairs import co_activation, pair_loss, partners, together
+    from train.model.sparse_latents import SparseLatents
+
+    first = torch.arange(600) % 60
+    rows, group = torch.zeros(64, width, requires_grad=True), torch.zeros(64, dtype=torch.int64)
+    pairs = partners(first, first + 1, 64)
+    pair_loss(rows, pairs, group, group.bool(), (0.3, 0.7), 1.0).backward()
+    active = SparseLatents.of(torch.arange(64), group, torch.ones(64), torch.Size((64, 64)))
+    co_activation(active.values, active, together(first, first + 1, torch.ones(600), 64))
 
 
 class _Absent:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from tests.gpu.recording import Recording
+
 PACKAGES = ("/train/", "/harvest/", "/shared/")
 
 
@@ -55,6 +57,14 @@ class DeviceLog:
     runs_kernels: bool = True
     """Whether Triton's kernels run in its interpreter, or are only counted"""
 
+    recording: Recording | None = None
+    """Of the CUDA graph that is being recorded"""
+
+    @property
+    def recording_here(self) -> Recording | None:
+        """What this thread records: that of another one is not concerned."""
+        return self.recording if self.recording and self.recording.here else None
+
     def hold(self, address: int, size: int) -> None:
         """Note a tensor of the device."""
         with self._lock:
@@ -83,15 +93,21 @@ class DeviceLog:
 
     def sync(self, name: str) -> None:
         """Note that the host waits; where a thread beside the main one does, training goes on."""
+        if self.recording_here:
+            raise self.fault(f"{name}: the host waits while a graph is recorded")
         beside = threading.current_thread() is not threading.main_thread()
         (self.syncs_beside if beside else self.syncs).append(f"{name} @ {caller()}")
 
     def copy(self, pinned: bool) -> None:
         """Note a copy from the host to the device."""
+        if self.recording_here:
+            raise self.fault("a copy from the host while a graph is recorded")
         self.copies.append(f"{'pinned' if pinned else 'pageable'} @ {caller()}")
 
     def fetch(self, pinned: bool) -> None:
         """Note a copy to the host."""
+        if self.recording_here:
+            raise self.fault("a copy to the host while a graph is recorded")
         self.fetches.append(f"{'pinned' if pinned else 'pageable'} @ {caller()}")
         if not pinned:
             self.sync("copy to the host")

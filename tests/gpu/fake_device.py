@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.utils._device import _device_constructors
 
 from tests.gpu.device_log import DeviceLog
+from tests.gpu.fake_graph import FakeGraph, capture
 from tests.gpu.fake_sparse import sparse_functions
 from tests.gpu.fake_tensor import FakeTensor, device_of, is_pinned, log, memory_of, pinned_memory
+from tests.gpu.kernel_bytes import moved
+from tests.gpu.recording import repeat
 
 FACTORIES = ("zeros", "ones", "empty", "full", "arange", "tensor", "as_tensor", "randn", "rand", "randint", "randperm",
              "eye", "linspace", "scalar_tensor")  # fmt: skip
@@ -69,6 +72,8 @@ def _replacements(devices: int) -> Iterator[tuple[Any, str, Any]]:
         "Event": _Event,
         "stream": lambda stream: current(stream.number),
         "current_stream": lambda device=None: _Stream(device),
+        "CUDAGraph": FakeGraph,
+        "graph": capture,
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda device=None: setattr(log, "peak", log.live),
         "max_memory_allocated": lambda device=None: log.peak,
@@ -100,8 +105,12 @@ def _factory(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         out = make(*args, **kwargs | {"device": "cpu"})
         if make.__name__ in ("tensor", "as_tensor"):
             log.copy(pinned=False)
+        if recording := log.recording_here:
+            recording.makes([out])
         if make.__name__ != "empty":
             log.op(make.__name__, out.nbytes)
+            if recording:
+                recording.calls.append(repeat([out], lambda: make(*args, **kwargs | {"device": "cpu"})))
         elif not log.runs_kernels:
             out.zero_()
         return FakeTensor(out, _number(device))
@@ -241,8 +250,13 @@ def _triton() -> Iterator[tuple[Any, str, Any]]:
             raise log.fault(f"{self.fn.__name__}: a tensor on cpu is given to a Triton kernel")
         if (number := device_of(tensors)) != log.current:
             raise log.fault(f"{self.fn.__name__}: tensors on cuda:{number}, launched on cuda:{log.current}")
-        log.op(f"triton {self.fn.__name__}", sum(one.nbytes for one in tensors))
+        given = [memory_of(one.detach()) if isinstance(one, Tensor) else one for one in args]
+        named = dict(zip(self.arg_names, given, strict=False)) | kwargs
+        log.op(f"triton {self.fn.__name__}", moved(self.fn.__name__, named))
         if log.runs_kernels:
-            run(self, *(memory_of(one.detach()) if isinstance(one, Tensor) else one for one in args), **kwargs)
+            if recording := log.recording_here:
+                recording.uses((one for one in given if isinstance(one, Tensor)), writes=True)
+                recording.calls.append(lambda: run(self, *given, **kwargs))
+            run(self, *given, **kwargs)
 
     yield GridExecutor, "__call__", launch

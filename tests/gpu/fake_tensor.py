@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.gpu.device_log import DeviceLog
+from tests.gpu.recording import repeat
 
 WAITS = {
     "_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
@@ -97,9 +98,20 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
     fakes = [one for one in tensors if isinstance(one, FakeTensor)]
     number = _check(func, name, args, tensors)
+    recording = log.recording_here
+    if recording:
+        if len(fakes) < len(tensors) and name != "where":  # whose numbers come as tensors, which CUDA fills itself
+            raise log.fault(f"{name}: a number on cpu is read while a graph is recorded")
+        recording.uses(map(memory_of, fakes), writes=func._schema.is_mutable)
     # A device that is asked for here is the tensor's own, which C++ takes for the CPU: `Tensor.to` was caught before.
     given = kwargs | ({"device": torch.device("cpu")} if kwargs.get("device") is not None else {})
-    out = func(*tree_map(memory_of, args), **tree_map(memory_of, given))
+    of_memory = tree_map(memory_of, args), tree_map(memory_of, given)
+    out = func(*of_memory[0], **of_memory[1])
+    if recording:
+        made = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
+        recording.makes(made)
+        if not _is_view(func, name):
+            recording.calls.append(repeat(made, lambda: func(*of_memory[0], **of_memory[1])))
     if name in EMPTY and not log.runs_kernels:
         out.zero_()  # nothing will be written there, and it may be an index
     _note(func, name, args, tensors, out)

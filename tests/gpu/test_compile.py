@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[2]
 KERNELS = {
     "_keep", "_histogram", "_find", "_count", "_compact", "_row_topk",
     "_products", "_prefix_loss", "_sums_by_latent", "_long_sums", "_add_long_sums",
-    "_row_squares", "_clip", "_adam",
+    "_row_squares", "_clip", "_adam", "_excess", "_spread", "_collect",
 }  # fmt: skip
 HELPERS = {"_key", "_view", "_load", "_pick", "_digits", "_order", "_rows_of_pairs", "_weighted_sum",
-           "_write_sum", "_long_latent"}  # fmt: skip
+           "_write_sum", "_long_latent", "_place"}  # fmt: skip
 """What kernels call."""
 
 

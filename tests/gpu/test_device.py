@@ -97,6 +97,7 @@ def test_triton_kernels_train_on_the_second_device(command, small_store, tmp_pat
     """In Triton's interpreter, launched where their tensors are."""
     pytest.importorskip("triton", reason="triton is not installed: there is none for this platform")
     few = ["rows.batch_rows=8", "steps=2", "monitor.every=1", "monitor.rows=8", "transcoder.d_sae=16"]
+    few += ["diversity.margin=0.01", "diversity.co_activation.margin=0.01", "monitor.least_together=2"]  # some pairs
     with fake_cuda() as log:
         done = start(command, small_store, tmp_path, "device=cuda:1", "kernels=triton", *few)
     assert (done.code, log.faults) == (0, []), done.err

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 from shared.config import Config
 from shared.console.progress import Progress
+from shared.console.terminal import say
 from shared.errors import UserError, warn
 from shared.store.store import Store
 from train.compare.consistency import densest, matched_cosine
@@ -18,6 +20,8 @@ from train.run.bindings import foreign_block
 from train.run.load_run import check_shards, place_of_store, remember_store
 from train.run.settings import RunConfig, Settings, flat, read_config, resolve_exclusion
 
+_NUMBERED = re.compile(r"-\d{3,}$")
+"""The end of a name that nobody gave."""
 _OF_IMPORTED = (
     *("source", "seed", "transcoder.d_sae", "transcoder.skip", "transcoder.source_rms_eps"),
     *("activation.kind", "activation.k"),
@@ -76,12 +80,11 @@ def compare_runs(
 ) -> Comparison:
     """Measure finished `runs` on one store at one l0: that of their k, unless another is given.
 
-    `own_l0`: each at the l0 that it has, by its k or its learned thresholds. `store`: where it is now, if it was moved.
-    `matched_latents`: as many are matched across seeds, at most. `verify`: read all of the store's shard files first,
-    and not only some.
+    `own_l0`, and where they have no k in common: each at the l0 that it has, by its k or its learned thresholds.
+    `store`: where it is now, if it was moved. `matched_latents`: as many are matched across seeds, at most. `verify`:
+    read all of the store's shard files first, and not only some.
 
-    Raises `UserError` when there are none, one is not finished, two are one run, they are not of one store, or have no
-    k in common.
+    Raises `UserError` when there are none, one is not finished, two are one run, or they are not of one store.
     """
     paths = [Path(run) for run in runs]
     if len(set(map(os.path.realpath, paths))) < max(len(paths), 1):
@@ -95,6 +98,8 @@ def compare_runs(
     check_shards(opened, opened.record.training_blocks, verify=verify)
     found = [require_finished(run, config) for run, config in zip(paths, configs, strict=True)]
     wanted = None if own_l0 else _common_k(configs) if l0 is None else l0
+    if wanted is None and not own_l0:
+        say("the runs have no k in common: each is measured at its own l0; --l0 N measures all at one")
     groups = _groups(paths, configs)
     with opened.reading(), Progress("compare", len(paths), "runs") as progress:
         measured = []
@@ -103,12 +108,12 @@ def compare_runs(
             progress.update(i + 1, run.name)
     if len({one.probed for one in measured if one.probed}) > 1:
         warn("the runs were probed for other labels or on other rows; probe them alike: python -m train probe RUN")
-    arms = [_arm([measured[i] for i in group], matched_latents) for group in groups]
-    if len({arm.name for arm in arms}) < len(arms):
-        arms = [arm.model_copy(update={"name": paths[group[0]].name}) for arm, group in zip(arms, groups, strict=True)]
+    names = _names(paths, configs, groups)
+    arms = [
+        _arm(name, [measured[i] for i in group], matched_latents) for name, group in zip(names, groups, strict=True)
+    ]
     described = [_described(configs[group[0]]) for group in groups]
-    names = {name for one in described for name in one}
-    odd = sorted(name for name in names - {"seed"} if _differs(name, described))
+    odd = _odd(described)
     differs = [{name: one[name] for name in odd if name in one} for one in described]
     return Comparison(
         store=opened.request.digest,
@@ -143,14 +148,10 @@ def _store(runs: Sequence[Path], configs: Sequence[RunConfig], path: Path | None
     return store.excluding(resolve_exclusion(store, Settings()))  # all runs are judged on the same rows
 
 
-def _common_k(configs: Sequence[RunConfig]) -> float:
+def _common_k(configs: Sequence[RunConfig]) -> float | None:
+    """Return the k of all runs; none where they have others, or one has none."""
     found = {config.settings.activation.expected_l0 for config in configs}
-    if len(found) > 1 or None in found:
-        raise UserError(
-            "the runs have no k in common: pass --l0, the active latents per row to compare them at, or --own-l0 to "
-            "compare each at its own"
-        )
-    return found.pop() or 0.0
+    return found.pop() if len(found) == 1 else None
 
 
 def _groups(runs: Sequence[Path], configs: Sequence[RunConfig]) -> list[list[int]]:
@@ -167,6 +168,34 @@ def _groups(runs: Sequence[Path], configs: Sequence[RunConfig]) -> list[list[int
     return list(found.values())
 
 
+def _names(paths: Sequence[Path], configs: Sequence[RunConfig], groups: Sequence[Sequence[int]]) -> list[str]:
+    """Name each arm: by what the names of its runs have in common; where those are but numbered, by what differs."""
+    names = [_common_name([paths[i].name for i in group]) for group in groups]
+    asked = [flat(configs[group[0]].asked or configs[group[0]].settings) for group in groups]
+    odd = _odd(asked)
+    if all(_NUMBERED.search(paths[i].name) for group in groups for i in group) and 1 <= len(odd) <= 2:
+        names = [", ".join(f"{name.rpartition('.')[2]}={one.get(name)}" for name in odd) for one in asked]
+    return names if len(set(names)) == len(names) else [paths[group[0]].name for group in groups]
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """Return what the names of an arm's runs start with, without a mark of the seed at its end."""
+    if len(names) == 1:
+        return names[0]
+    start = names[0]
+    while not all(name.startswith(start) for name in names):
+        start = start[:-1]
+    if any(name[len(start) :][:1].isdigit() for name in names):  # the seed's number, not a part of it
+        start = start.rstrip("0123456789")
+    return re.sub(r"[-_.]+(s|seed)?[-_.]*$", "", start) or names[0]
+
+
+def _odd(described: Sequence[dict[str, Any]]) -> list[str]:
+    """List the settings, but for the seed, that are not the same in all arms."""
+    names = {name for one in described for name in one} - {"seed"}
+    return sorted(name for name in names if _differs(name, described))
+
+
 def _differs(name: str, described: Sequence[dict[str, Any]]) -> bool:
     """Tell whether arms have other values of `name`; imported ones, which were not trained here, do not have all."""
     return len({json.dumps(one.get(name)) for one in described if name in one or "imported" not in one}) > 1
@@ -181,18 +210,17 @@ def _described(config: RunConfig) -> dict[str, Any]:
     return {name: found[name] for name in _OF_IMPORTED if name in found} | {"imported": config.imported.name}
 
 
-def _arm(runs: list[Measured], most: int) -> Arm:
+def _arm(name: str, runs: list[Measured], most: int) -> Arm:
     rows = [one.W_dec[densest(one.live, one.density, most)] for one in runs]
     matched = [matched_cosine(a, b) for a, b in combinations(rows, 2)]
     flat = [dict(_numbers(one.figures.model_dump(mode="json"))) for one in runs]
     shared = [name for name in flat[0] if all(name in one for one in flat)]
-    name = runs[0].path.name
     return Arm(
-        name=name.rstrip("0123456789").rstrip("-_.") or name if len(runs) > 1 else name,
+        name=name,
         differs={},
         runs={str(one.path): one.figures for one in runs},
         tradeoff={str(one.path): one.tradeoff for one in runs},
-        spread={name: spread([one[name] for one in flat]) for name in shared},
+        spread={figure: spread([one[figure] for one in flat]) for figure in shared},
         pw_mcc=spread(matched) if matched else None,
     )
 

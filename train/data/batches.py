@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,11 +102,22 @@ class BatchReader(RowReader):
 
     def batch(self, step: int) -> Batch:
         """Return the rows of `step`, counted from 0. Raises what reading them raised."""
+        return self.rows_of(self.fetch(step))
+
+    def fetch(self, step: int) -> list[Tensor]:
+        """Return what the device makes the rows of `step` of: their places there, or stored rows of each side.
+
+        Raises what reading them raised.
+        """
         began = time.monotonic()
         found = self._stage(step).on_device()
+        self.waited += time.monotonic() - began
+        return found
+
+    def rows_of(self, found: Sequence[Tensor]) -> Batch:
+        """Return the rows that `fetch` has found, by operations of the device alone."""
         stored = self._resident.gather(found[0]) if self._resident else found
         rows = [to_float(one, self.store.request.storage, self._device) for one in stored]
-        self.waited += time.monotonic() - began
         return Batch(rows[0], rows[-1], self.slices())
 
     def _buffers(self, rows: int) -> list[Tensor]:

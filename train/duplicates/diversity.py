@@ -5,7 +5,7 @@ weight means the same at every cadence.
 Legend: F latents, O d_out, N pairs.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
@@ -19,7 +19,11 @@ from train.duplicates.directions import Pairs, chunk, close_pairs, direction_los
 from train.duplicates.scans import Scans
 from train.model.losses import at_most
 from train.model.saved_tensors import fitting, numbers
+from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import StepOutput, Transcoder
+
+if TYPE_CHECKING:
+    from train.model.kernels.triton_pairs import Together
 
 _DECAY = 0.99
 
@@ -136,6 +140,11 @@ class Diversity:
             self._scans.expect(self.scan_every, self._floor)
         d_sae, nothing = transcoder.d_sae, torch.zeros(0, dtype=torch.int64, device=transcoder.W_dec.device)
         self.mined = Pairs(nothing, nothing)
+        self._partners: SparseLatents | None = None
+        self._together: Together | None = None
+        """The mined and the correlated pairs by latent, for Triton's kernels, once these have asked."""
+        self.changes = 0
+        """How often what the terms are made from became another: pairs, or the controller's factors."""
         self._correlate(Correlated.none())
         self.scales = {"direction": 1.0, "co_activation": 1.0}
         """What the controller multiplies weights by: those of decoder rows, and of co-activation."""
@@ -146,32 +155,63 @@ class Diversity:
         """Return terms whose gradient reaches the latents' values; they belong in one backward with the step's loss."""
         together, position, terms = self._config.co_activation, self._config.position, {}
         if together.weight:
-            loss = co_activation_loss(output.values, output.active, self.correlated, self._strength)
-            weight = together.weight * self.scales["co_activation"]
-            terms["co_activation"] = weight * loss / self._transcoder.d_sae
+            terms["co_activation"] = self._co_activation_loss(output, together.weight * self.scales["co_activation"])
         if position.weight:
             now = torch.stack([mass(output.active, weights) for weights in (self._at_0, self._weights)])
-            self._mass = _DECAY * self._mass + (1 - _DECAY) * now
+            self._mass.copy_(_DECAY * self._mass + (1 - _DECAY) * now)
             share = self._mass[0] / self._mass[1].clamp_min(torch.finfo(now.dtype).tiny)
             excess = (share - position.max_position_0_mass_share).relu()
             terms["position"] = position.weight * position_loss(output.values, output.active, self._at_0, excess)
         return terms
 
+    def _co_activation_loss(self, output: StepOutput, weight: float) -> Tensor:
+        model = self._transcoder
+        if model.kernels == "triton":
+            from train.model.kernels import triton_pairs  # not there without CUDA
+
+            if self._together is None:
+                strength = self._strength * (weight / (len(output.target) * model.d_sae))
+                self._together = triton_pairs.together(*self.correlated, strength, model.d_sae)
+            return triton_pairs.co_activation(output.values, output.active, self._together)
+        loss = co_activation_loss(output.values, output.active, self.correlated, self._strength)
+        return weight * loss / model.d_sae
+
     def direction_terms(self, dead: Tensor, step: int) -> dict[str, Tensor]:
         """Return terms of decoder rows alone, at `step`; of latents that are not `dead` [F]."""
-        config, model, terms = self._config, self._transcoder, {}
+        config, terms = self._config, {}
         scale = self.scales["direction"]
-        if config.orthogonality.weight and step % config.orthogonality.every == 0:
+        if self._draws_at(step):
             terms["orthogonality"] = scale * config.orthogonality.weight * self._orthogonality(dead, step)
         if config.mined.weight:
-            if step % self.scan_every == 0 and not self._scans.none_at(step, self._floor):
+            if self._scans_at(step):
                 self.mined = self._closest((~dead).nonzero().squeeze(1), step)
-            alive = ~(dead[self.mined.first] | dead[self.mined.second])
-            loss = direction_loss(
-                model.W_dec, self.mined, self._margins(self.mined), 2.0 * alive, model.has_unit_decoder
-            )
-            terms["mined"] = scale * config.mined.weight * loss / model.d_sae
+                self._partners, self.changes = None, self.changes + 1
+            terms["mined"] = self._mined_loss(dead, scale * config.mined.weight)
         return terms
+
+    def _mined_loss(self, dead: Tensor, weight: float) -> Tensor:
+        config, model = self._config, self._transcoder
+        if model.kernels == "triton" and model.has_unit_decoder:
+            from train.model.kernels import triton_pairs  # not there without CUDA
+
+            if self._partners is None:
+                self._partners = triton_pairs.partners(*self.mined, model.d_sae)
+            margins, factor = (config.margin, config.cross_margin), weight / model.d_sae
+            return triton_pairs.pair_loss(model.W_dec, self._partners, model.group, dead, margins, factor)
+        alive = ~(dead[self.mined.first] | dead[self.mined.second])
+        loss = direction_loss(model.W_dec, self.mined, self._margins(self.mined), 2.0 * alive, model.has_unit_decoder)
+        return weight * loss / model.d_sae
+
+    def asks_host(self, step: int) -> bool:
+        """Tell whether the terms at `step` need the host: for a scan, or a random chunk."""
+        return self._draws_at(step) or bool(self._config.mined.weight and self._scans_at(step))
+
+    def _draws_at(self, step: int) -> bool:
+        config = self._config.orthogonality
+        return bool(config.weight) and step % config.every == 0
+
+    def _scans_at(self, step: int) -> bool:
+        return step % self.scan_every == 0 and not self._scans.none_at(step, self._floor)
 
     def follow(self, report: CorrelationReport, correlated: Correlated) -> bool:
         """Take over what the monitor found; returns whether the controller moved a weight."""
@@ -209,6 +249,7 @@ class Diversity:
         self._mass = fitting(tensors, "diversity.mass", self._mass).to(device)
         scales = fitting(tensors, "diversity.scales", torch.empty(len(self.scales), dtype=torch.float64))
         self.scales = dict(zip(self.scales, scales.tolist(), strict=True))
+        self._partners, self._together, self.changes = None, None, self.changes + 1
 
     def _loaded_pairs(self, tensors: dict[str, Tensor], name: str) -> Pairs:
         d_sae, device = self._transcoder.d_sae, self._transcoder.W_dec.device
@@ -217,9 +258,10 @@ class Diversity:
 
     def _correlate(self, found: Correlated) -> None:
         """Take the most correlated pairs above the margin, as many as are penalised."""
-        config, weights = self._config.co_activation, self._transcoder.W_dec
+        config, weights, self.changes = self._config.co_activation, self._transcoder.W_dec, self.changes + 1
         kept = (found.correlation > config.margin).nonzero().squeeze(1)[: config.pairs]
         self.correlated = Pairs(*(side.to(weights.device) for side in found.pairs.kept(kept)))
+        self._together = None
         strength = 2 * (found.correlation[kept] - config.margin) / found.scale[kept]
         self._strength = strength.to(weights.device, weights.dtype)
 

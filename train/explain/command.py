@@ -29,7 +29,7 @@ MOST_TOKENS = 2_000_000
 @click.option("--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Latents at a time.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn.")
-@click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
+@click.option("--store", type=shared.command_line.STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option(
     "--dry-run", is_flag=True, help="Send nothing; show how much would be sent where, and the first question."

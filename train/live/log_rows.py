@@ -89,6 +89,7 @@ class WatchedConfig(_Checked):
     """What `watch` reads of config.json, which it takes from any version."""
 
     settings: _WatchedSettings
+    store: str = ""
     imported: dict[str, Any] | None = None
 
 

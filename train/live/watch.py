@@ -33,6 +33,8 @@ class Watched:
         config = _config(run)
         self.status = Status(run, config.settings.steps, config.settings.rows.batch_rows)
         self._imported = config.imported is not None
+        self.store = Path(config.store).name
+        """Name of the folder that its store was in when it started."""
         self.state: State = "starting"
         self._said = ""
         self._metrics, self._timing = Lines(run / METRICS), Lines(run / TIMING)
@@ -72,8 +74,8 @@ class Watched:
         return "stopped"
 
     @property
-    def _checkpoint(self) -> int:
-        """The step of the newest checkpoint, 0 without one."""
+    def newest_checkpoint(self) -> int:
+        """Return the step of the newest checkpoint, 0 without one."""
         names = (path.name.removeprefix("step-") for path in self._run.glob("checkpoints/step-*"))
         return max((int(name) for name in names if name.isdecimal()), default=0)
 
@@ -81,7 +83,7 @@ class Watched:
         """Tell the state, and what to do about it."""
         if self._imported:
             return f"{self._run} was imported, and has no training to follow; its figures: train evaluate {self._run}"
-        step, newest, steps = self.status.step, self._checkpoint, self.status.steps
+        step, newest, steps = self.status.step, self.newest_checkpoint, self.status.steps
         if self.state == "stopped":
             behind = f" (its newest checkpoint: {newest})" if newest else " (no checkpoint: it will start over)"
             at = str(max(step, newest)) + (behind if newest < step else "")
@@ -116,7 +118,7 @@ class Watched:
         return {
             "state": self.state,
             **self.status.as_json(),
-            "newest_checkpoint": self._checkpoint or None,
+            "newest_checkpoint": self.newest_checkpoint or None,
             "taken_bytes": taken,
             "free_bytes": free,
             "continue_with": self._resume if self.state == "stopped" else None,

@@ -29,6 +29,15 @@ class AuxKConfig(Config):
         """Return the rows without firing after which a latent of a run of `run_rows` rows is dead."""
         return self.dead_after_tokens or max(1, min(10_000_000, round(self.dead_after_share * run_rows)))
 
+    def rows_at(self, step: int | Tensor, rows: int) -> slice | Tensor:
+        """Return which rows of a batch of `rows` take part in `step`.
+
+        As their numbers [rows / row_stride] where `step` is a number on a device, which nobody here knows.
+        """
+        if isinstance(step, int):
+            return slice(step % self.row_stride, None, self.row_stride)
+        return torch.arange(0, rows, self.row_stride, device=step.device) + step % self.row_stride
+
     def resolve(self, d_sae: int, run_rows: int) -> "AuxKConfig":
         """Return the same with at most as many latents as there are. Warns of that, and where none can ever be dead."""
         if not self.coefficient:

@@ -81,8 +81,11 @@ class Quiet:
         rows = torch.from_numpy(np.concatenate(parts)).float().to(device)
         return cls(transcoder, config, transcoder.normalised_source(rows), batch_rows)
 
-    def terms(self, step: int) -> dict[str, Tensor]:
-        """Return the term at `step`: positive pre-activations on some rows, scaled to the length of an ordinary row."""
+    def terms(self, step: int | Tensor) -> dict[str, Tensor]:
+        """Return the term at `step`: positive pre-activations on some rows, scaled to the length of an ordinary row.
+
+        `step` may be a number on the device.
+        """
         if not self._config.weight or not len(self._rows):
             return {}
         wanted = (torch.arange(self._config.rows, device=self._rows.device) + step * self._config.rows) % len(

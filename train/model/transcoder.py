@@ -114,6 +114,10 @@ class StepOutput:
         """Return the same with further terms beside those of the loss."""
         return replace(self, terms=self.terms | {name: term.detach() for name, term in terms.items()})
 
+    def detached(self) -> "StepOutput":
+        """Return the same without what a backward needs."""
+        return replace(self, loss=self.loss.detach(), values=self.values.detach(), losses=())
+
 
 class TranscoderOutput(NamedTuple):
     """What a trained transcoder makes of source rows."""
@@ -311,11 +315,19 @@ class Transcoder(nn.Module):
         return blas.addmm(self.blas, self.b_enc, x, self.W_enc)
 
     def step(
-        self, source: Tensor, target: Tensor, dead: Tensor, auxk: AuxKConfig, step: int, whole: bool = False
+        self,
+        source: Tensor,
+        target: Tensor,
+        dead: Tensor,
+        auxk: AuxKConfig,
+        step: int,
+        whole: bool = False,
+        number: Tensor | None = None,
     ) -> StepOutput:
         """Compute the loss of one batch. `dead` [F] bool are the latents that aux-k may use.
 
-        `whole`: a guarded search gives `pre_acts` as well, which costs it time and changes nothing else.
+        `whole`: a guarded search gives `pre_acts` as well, which costs it time and changes nothing else. `number`: the
+        step once more, on the device, for work that is recorded once and done at many steps.
         """
         x, y = self.normalised(source, target)
         pre_acts, active, smallest = self._selected(x, step, whole)
@@ -329,7 +341,7 @@ class Transcoder(nn.Module):
         penalty = self.activation.penalty(gathered, values, self.thresholds(), active, len(x), step)
         terms = {"reconstruction": loss} | penalty
         if auxk.coefficient:
-            rows = slice(step % auxk.row_stride, None, auxk.row_stride)
+            rows = auxk.rows_at(step if number is None else number, len(x))
             some = None if self.guarded or pre_acts is None else pre_acts[rows]
             terms["auxk"] = self._auxk(x[rows].contiguous(), some, residual[rows].contiguous(), dead, auxk)
         first: Tensor = sum((term for name, term in terms.items() if name in penalty), loss)
@@ -352,7 +364,7 @@ class Transcoder(nn.Module):
         Returns them, and the smallest of their positive pre-activations.
         """
         active, smallest = self.activation.select(self._ops, pre_acts, self.thresholds(), step, self._guess)
-        self._guess = 0.95 * smallest  # type: ignore[assignment]  # a buffer, which moves with the module
+        self._guess.copy_(0.95 * smallest)  # in its place, where a recorded step reads it
         return active, smallest
 
     def select_final(self, pre_acts: Tensor) -> SparseLatents:

@@ -27,7 +27,7 @@ def html(comparison: Comparison) -> bytes:
     """Draw the page. Reads `metrics.jsonl` of every run."""
     paths = [path for arm in comparison.arms for path in arm.runs]
     curves = {path: gather.training_curves(Log(Path(path) / METRICS).rows(), 2**53) for path in paths}
-    every = {"tradeoff": _tradeoff(comparison.arms), "training": _training(comparison.arms, curves)}
+    every = {"tradeoff": _tradeoff(comparison), "training": _training(comparison.arms, curves)}
     every |= {name: _against(comparison.arms, name, label) for name, label in _AGAINST.items()}
     return (
         environment()
@@ -43,9 +43,12 @@ def html(comparison: Comparison) -> bytes:
     )
 
 
-def _tradeoff(arms: Sequence[Arm]) -> go.Figure:
-    """Draw one line per arm, through the means over its seeds, with their deviations."""
-    traces = []
+def _tradeoff(comparison: Comparison) -> go.Figure:
+    """Draw one line per arm, through the means over its seeds, with their deviations.
+
+    Where each arm has an l0 of its own, another line joins these points: what other k buy.
+    """
+    arms, traces = comparison.arms, []
     for i, arm in enumerate(arms):
         points = list(zip(*arm.tradeoff.values(), strict=False))  # of the seeds, as far as all of them reach
         means = [spread([one.fvu for one in seeds]) for seeds in points]
@@ -57,6 +60,19 @@ def _tradeoff(arms: Sequence[Arm]) -> go.Figure:
                 name=arm.name,
                 mode="lines+markers",
                 **look(i),
+            )
+        )
+    if comparison.l0 is None and len(arms) > 1:
+        own = sorted((arm.spread["l0"].mean, arm.spread["fvu"].mean, arm.name) for arm in arms)
+        traces.append(
+            go.Scatter(
+                x=[l0 for l0, _, _ in own],
+                y=[fvu for _, fvu, _ in own],
+                text=[name for _, _, name in own],
+                name="each at its own l0",
+                mode="lines+markers+text",
+                textposition="top right",
+                **look(len(arms)),
             )
         )
     return figure(traces, "active latents per row (l0), held out", "fvu, held out", y={"rangemode": "normal"})

@@ -92,13 +92,14 @@ def read_correlations(path: Path) -> CorrelationReport:
     """Read a report of the monitor. Raises `CorruptData`."""
     report = read_record(CorrelationReport, durable.read_json(path), path)
     if not _levels(report):
-        raise CorruptData(f"{path}: lacks the counts of pairs above 0.8, or of neighbours above 0.7; {_REMOVE}")
+        raise CorruptData(f"{path}: lacks the counts of pairs above 0.8, or of neighbours above 0.7 and 0.8; {_REMOVE}")
     return report
 
 
 def _levels(report: CorrelationReport) -> bool:
     """Tell whether a report has the counts that are shown."""
-    return "0.8" in report.without_position_0.pairs_above and "0.7" in report.directions.share_with_neighbour_above
+    neighbours = report.directions.share_with_neighbour_above
+    return "0.8" in report.without_position_0.pairs_above and {"0.7", "0.8"} <= set(neighbours)
 
 
 def duplicates(run: Path, step: int, d_sae: int) -> Duplicates | None:

@@ -166,7 +166,8 @@ def _centres(found: Histogram) -> list[float]:
 def figure(
     traces: list[Any], x_title: str, y_title: str, x: dict[str, Any] | None = None, y: dict[str, Any] | None = None
 ) -> go.Figure:
-    """Draw traces with titled axes, in no colours of their own."""
+    """Draw traces with titled axes, in no colours of their own; a logarithmic y axis says so."""
+    y_title += " (log scale)" if (y or {}).get("type") == "log" else ""
     return go.Figure(traces).update_layout(
         template="none",
         xaxis={"title": {"text": x_title}, "automargin": True, **(x or {})},
@@ -176,8 +177,9 @@ def figure(
 
 
 def look(i: int) -> dict[str, Any]:
-    """Return the dash and marker of the i-th series."""
+    """Return the dash and marker of the i-th series, and its number, by which the page gives it a colour."""
     return {
+        "meta": {"series": i},
         "line": {"dash": _DASHES[i % len(_DASHES)], "width": 2},
         "marker": {"symbol": _MARKERS[i % len(_MARKERS)], "size": 8},
     }

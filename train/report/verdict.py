@@ -156,9 +156,9 @@ def _dead(report: Report) -> Iterator[Check]:
 def _directions(report: Report) -> Iterator[Check]:
     if report.duplicates:
         found = report.duplicates.directions
-        share = found.share_with_neighbour_above["0.7"]
+        share = found.share_with_neighbour_above["0.8"]  # above what training pushes pairs to, by default 0.7
         said = (
-            f"{share:.2%} of live latents have another within a cosine of 0.7; the closest two are at "
+            f"{share:.2%} of live latents have another within a cosine of 0.8; the closest two are at "
             f"{found.largest:.2f}, of random directions at {report.nearest.random_largest:.2f}."
         )
         yield _check("directions", said, share, 0.02, 0.2, "nearest")

@@ -86,8 +86,9 @@ _NOT_TRAINED_BY = {
     "settings.kernels",
     "settings.blas",
     "settings.resident_rows",
+    "settings.step_graph",
 }
-"""Where the store was, where its rows are kept, and what a checkpoint records apart: `train.run.determinism`."""
+"""Where the store was and its rows are kept, how steps are launched, and what `train.run.determinism` records apart."""
 
 
 def require_own_config(run: Path, config: RunConfig, found: Checkpoint) -> None:

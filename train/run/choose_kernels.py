@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ from shared.errors import UserError, warn
 from train.model.activations import Activation
 from train.model.kernels.sparse_ops import Kernels
 from train.model.losses import AuxKConfig
-from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
+from train.model.transcoder import Normalisation, StepOutput, Transcoder, TranscoderConfig
 from train.run.optimizer import Optimizer, OptimizerConfig
+from train.run.step_graph import Choice, StepGraph, why_no_graph
 
 CANDIDATES: tuple[Kernels, ...] = ("triton", "matmul", "plain")
 _WARM, _TIMED = 3, 5
@@ -31,6 +33,8 @@ class Shape(NamedTuple):
     transcoder: TranscoderConfig
     activation: Activation
     auxk: AuxKConfig
+    step_graph: Choice
+    """Whether steps of kernels that can be a CUDA graph are one."""
 
 
 def fastest(shape: Shape, device: str) -> tuple[Kernels, dict[Kernels, float]]:
@@ -45,7 +49,8 @@ def fastest(shape: Shape, device: str) -> tuple[Kernels, dict[Kernels, float]]:
     for kernels in reversed(CANDIDATES):  # what other libraries compute comes before what this project compiles
         model.kernels = kernels
         try:
-            loss, milliseconds = _timed(model, rows, shape.auxk)
+            why_not = why_no_graph(kernels, shape.activation, shape.auxk, shape.rows)
+            loss, milliseconds = _timed(model, rows, shape.auxk, "off" if why_not else shape.step_graph)
         except Exception as error:  # whatever a compiler or a driver raises
             warn(f"kernels = {kernels} does not run on this GPU and is not chosen: {_first_line(error)}")
             continue
@@ -64,19 +69,25 @@ def fastest(shape: Shape, device: str) -> tuple[Kernels, dict[Kernels, float]]:
     return min(taken, key=lambda kernels: taken[kernels]), {name: round(ms, 3) for name, ms in taken.items()}
 
 
-def _timed(model: Transcoder, rows: tuple[Tensor, Tensor], auxk: AuxKConfig) -> tuple[float, float]:
-    """Return the loss of the first step, and the median milliseconds of later ones."""
+def _timed(model: Transcoder, rows: tuple[Tensor, Tensor], auxk: AuxKConfig, wanted: Choice) -> tuple[float, float]:
+    """Return the loss of the last step, and the median milliseconds of those after the first ones."""
     optimizer, device = Optimizer(model, OptimizerConfig(lr=1e-9), lambda _: 10**6), rows[0].device
-    dead, losses, taken = torch.zeros(model.d_sae, dtype=torch.bool, device=device), [], []
+    dead, taken, graph = torch.zeros(model.d_sae, dtype=torch.bool, device=device), [], StepGraph(device, wanted)
+
+    def compute(given: Sequence[Tensor]) -> StepOutput:
+        source, target = given
+        output = model.step(source, target, dead, auxk, 0, number=graph.number)
+        optimizer.update(output.losses)
+        return output.detached()
+
     for step in range(_WARM + _TIMED):
         torch.cuda.synchronize(device)
         began = time.perf_counter()
-        output = model.step(*rows, dead, auxk, step)
-        optimizer.step(output.losses, step)
+        optimizer.begin(step)
+        output = graph.run(step, "the same", rows, compute)
         torch.cuda.synchronize(device)
         taken.append(1e3 * (time.perf_counter() - began))
-        losses.append(float(output.loss.detach()))
-    return losses[0], statistics.median(taken[_WARM:])
+    return float(output.loss), statistics.median(taken[_WARM:])
 
 
 def _random(shape: Shape, device: str) -> tuple[Transcoder, tuple[Tensor, Tensor]]:

@@ -8,6 +8,7 @@ from shared.store.reader import RowReader
 from shared.store.store import Store
 from train.data.resident import ResidentRows
 from train.run.settings import RunConfig
+from train.run.step_graph import may_be_graph
 
 _PER_PARAMETER = 24
 """Bytes of a parameter: weight, gradient, two moments, and half as much again that a step makes of them."""
@@ -23,7 +24,8 @@ def training_bytes(config: RunConfig) -> int:
     """Return how many bytes of the device a run takes beside resident rows, about: rather too many."""
     settings, shape = config.settings, config.settings.transcoder
     assert isinstance(shape.d_sae, int) and shape.prefixes
-    rows = max(settings.rows.batch_rows, settings.evaluation.chunk_rows)
+    sizes = settings.rows.batch_rows, settings.evaluation.chunk_rows
+    rows = sum(sizes) if may_be_graph(settings) else max(sizes)  # a graph holds what its step makes
     parameters = shape.d_sae * (config.d_in + config.d_out + 2) + (config.d_in * config.d_out if shape.skip else 0)
     per_row = _PRE_ACTS * shape.d_sae + _RECONSTRUCTIONS * (len(shape.prefixes) + 1) * (config.d_in + config.d_out)
     return _PER_PARAMETER * parameters + rows * per_row

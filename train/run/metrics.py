@@ -67,6 +67,8 @@ class Window:
             "grad_norm": torch.zeros((), dtype=torch.float64, device=device),
         }
         self._terms: dict[str, Tensor] = {}
+        self._open: set[str] = set()
+        """Terms of the steps in the window; those of steps before keep their place, which a recorded step adds to."""
 
     def add(self, step: StepOutput, grad_norm: Tensor, outliers: Tensor | None = None) -> None:
         """Add one step; `outliers` [B] bool, if there can be some."""
@@ -88,7 +90,14 @@ class Window:
         self._sums["steps"] += 1
         self._sums["grad_norm"] += grad_norm
         for name, term in step.terms.items():
-            self._terms[name] = self._terms.get(name, torch.zeros_like(term, dtype=torch.float64)) + term
+            if name not in self._terms:
+                self._terms[name] = torch.zeros_like(term, dtype=torch.float64)
+            self._terms[name] += term
+        self.note(step)
+
+    def note(self, step: StepOutput) -> None:
+        """Note which terms a step has that was added on the device, without the host."""
+        self._open.update(step.terms)
 
     def row(self) -> dict[str, Any]:
         """Return the window's figures; then it starts over.
@@ -101,7 +110,7 @@ class Window:
         left_out = {OUTLIERS, *([POSITION_0] if len(self._strata) > 1 else [])}
         counted = torch.tensor([name not in left_out for name in self._names])
         overall, natural = _fvu(sums, sizes, counted.double()), _fvu(sums, sizes, counted * self._weights)
-        terms = {name: float(value) / steps for name, value in sorted(self._terms.items())}
+        terms = {name: float(value) / steps for name, value in sorted(self._open_terms().items())}
         row = {
             "steps": int(steps),
             "loss": sum(terms.values()),
@@ -124,9 +133,9 @@ class Window:
                 for i, name in enumerate(self._names)
             },
         }
-        for value in self._sums.values():
+        for value in (*self._sums.values(), *self._terms.values()):
             value.zero_()
-        self._terms = {}
+        self._open = set()
         return row
 
     def _fvu_of_stratum(self, sums: dict[str, Tensor], sizes: Tensor, i: int) -> float | None:
@@ -140,8 +149,11 @@ class Window:
     def state(self) -> dict[str, Tensor]:
         """Return the open window, for a checkpoint."""
         return {f"window.{k}": v for k, v in self._sums.items()} | {
-            f"window.terms.{k}": v for k, v in self._terms.items()
+            f"window.terms.{k}": v for k, v in self._open_terms().items()
         }
+
+    def _open_terms(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self._terms.items() if name in self._open}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over an open window."""
@@ -153,6 +165,7 @@ class Window:
             for name in tensors
             if name.startswith(start)
         }
+        self._open = set(self._terms)
 
 
 def _fvu(sums: dict[str, Tensor], sizes: Tensor, weights: Tensor) -> list[float]:

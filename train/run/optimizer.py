@@ -83,14 +83,25 @@ class Optimizer:
     def step(self, losses: Sequence[Tensor], step: int) -> tuple[float, Tensor]:
         """Run backward, one loss after the other, and update.
 
-        Returns the learning rate and the gradients' norm before clipping. The first loss should be the one that reaches
-        every latent: it writes gradients, and those after it add to them.
+        Returns the learning rate and the gradients' norm before clipping.
+        """
+        return self.begin(step), self.update(losses)
+
+    def begin(self, step: int) -> float:
+        """Set the learning rate of `step`, and return it."""
+        lr = self._config.lr_at(step, self._length_at(step))
+        self._adam.set_rate(lr)
+        return lr
+
+    def update(self, losses: Sequence[Tensor]) -> Tensor:
+        """Run backward, one loss after the other, and update by the rate that was set; returns the gradients' norm.
+
+        The first loss should be the one that reaches every latent: it writes gradients, and those after it add to them.
         """
         self._transcoder.zero_grad(set_to_none=True)
         for loss in losses:
             loss.backward()
-        lr = self._config.lr_at(step, self._length_at(step))
-        return lr, self._adam.update(lr, self._config.max_grad_norm or float("inf"))
+        return self._adam.update(self._config.max_grad_norm or float("inf"))
 
     def state(self) -> dict[str, Tensor]:
         """Return Adam's state by `<parameter>.<name>`."""
@@ -114,13 +125,16 @@ class TorchAdam:
             fused=True,
         )
 
-    def update(self, lr: float, limit: float) -> Tensor:
+    def set_rate(self, lr: float) -> None:
+        """Set the learning rate of the updates that follow."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr * group["times"]
+
+    def update(self, limit: float) -> Tensor:
         """Move the parameters by their gradients; returns the gradients' norm, which is scaled down to `limit`."""
         if self._transcoder.has_unit_decoder:
             self._transcoder.remove_parallel_gradient()
         norm = nn.utils.clip_grad_norm_(self._transcoder.parameters(), limit)
-        for group in self._adam.param_groups:
-            group["lr"] = lr * group["times"]
         self._adam.step()
         if self._transcoder.has_unit_decoder:
             self._transcoder.normalise_decoder()  # after the step: what is saved has unit norm
@@ -147,14 +161,18 @@ class CompiledAdam:
     """The same in two passes over the rows of each parameter: norms, then everything else."""
 
     def __init__(self, transcoder: Transcoder, config: OptimizerConfig) -> None:
-        self._transcoder, self._config, self._count = transcoder, config, 0
+        self._transcoder, self._config, self._count, self._lr = transcoder, config, 0, 0.0
         self._moments = {
             name: (torch.zeros_like(parameter), torch.zeros_like(parameter))
             for name, parameter in transcoder.named_parameters()
         }
 
+    def set_rate(self, lr: float) -> None:
+        """As `TorchAdam.set_rate`."""
+        self._lr = lr
+
     @torch.no_grad()
-    def update(self, lr: float, limit: float) -> Tensor:
+    def update(self, limit: float) -> Tensor:
         """As `TorchAdam.update`."""
         self._count += 1
         parts, square, c = [], 0.0, self._config
@@ -170,7 +188,7 @@ class CompiledAdam:
         scale = min(1.0, limit / (norm + 1e-6))
         corrections = 1 - c.beta1**self._count, 1 - c.beta2**self._count
         for rows, along, unit, times in parts:
-            numba_loops.adam(*rows, along, unit, scale, lr * times, c.beta1, c.beta2, c.eps, *corrections)
+            numba_loops.adam(*rows, along, unit, scale, self._lr * times, c.beta1, c.beta2, c.eps, *corrections)
         return torch.tensor(norm)
 
     def state(self) -> dict[str, Tensor]:
@@ -210,11 +228,14 @@ class TritonAdam:
         self._along, self._squares = torch.zeros(2, self._places[-1], device=device)
         transcoder.low_follows = True
 
+    def set_rate(self, lr: float) -> None:
+        """As `TorchAdam.set_rate`."""
+        self._scalars[0].fill_(lr)
+
     @torch.no_grad()
-    def update(self, lr: float, limit: float) -> Tensor:
+    def update(self, limit: float) -> Tensor:
         """As `TorchAdam.update`."""
         c, model, parts = self._config, self._transcoder, list(self._rows())
-        self._scalars[0].fill_(lr)
         self._count += 1
         for name, rows, grad, place in parts:
             self._kernels.row_squares(grad, rows, self._unit(name), self._along[place], self._squares[place])

@@ -3,7 +3,7 @@
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import dropwhile, pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 
 from shared.bounds import Blocks, Digest, Every, Name, Text, Width
-from shared.config import Config, build, json_digest, load_preset, override, read_record
+from shared.config import Changes, Config, build, json_digest, read_record
 from shared.errors import UserError
 from shared.files import durable
 from shared.store.outliers import Exclusion
@@ -32,15 +32,15 @@ from train.model.kernels.sparse_ops import Kernels
 from train.model.losses import AuxKConfig
 from train.model.quiet import QuietConfig
 from train.model.transcoder import TranscoderConfig
+from train.read_settings import ALIASES, read_settings
 from train.run.cadences import chosen
 from train.run.choose_kernels import Shape, fastest
 from train.run.optimizer import OptimizerConfig
 from train.run.saver import CheckpointConfig
+from train.run.step_graph import Choice
 from train.samples.select import SamplesConfig
 
 ProductDtype = Literal["float32", "tf32", "bfloat16", "guarded-bfloat16"]
-
-PRESETS = Path(__file__).parent.parent / "presets"
 
 
 class Settings(Config):
@@ -73,6 +73,10 @@ class Settings(Config):
     """Whether training rows are kept in the memory of a CUDA device, where a batch is then a gather of the same rows.
     `auto`: where they fit beside the training with a tenth of the memory to spare, and the run reads each row once at
     least. Which of the two is said when training starts."""
+    step_graph: Choice = "auto"
+    """Whether a step on CUDA is recorded as one CUDA graph, which the host launches whole: the same bits. For
+    `kernels=triton` and a fixed k. `auto`: wherever it can be; where recording fails, a warning says so. Which of the
+    two is said when training starts, and timing.jsonl counts the steps that were launched so."""
     log_every: Every = "auto"
     """Steps between rows of metrics.jsonl; `auto`: 50, on CUDA about a quarter of a second's. How often a run logs,
     reports, evaluates and saves by `auto` follows from the kind of device and from operations that are counted
@@ -164,6 +168,8 @@ class RunConfig(Config):
     """When the run was made longer (`train resume RUN --steps N`), in order."""
     imported: Imported | None = None
     """Where its weights come from; none: the run trained them."""
+    asked: Settings | None = None
+    """The settings before automatic choices were made: what `--like` starts another run with; none: in older runs."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -187,16 +193,14 @@ class RunConfig(Config):
         return self.lengths[begun]
 
 
-def load_settings(
-    preset: str = "tiny", changes: Mapping[str, object] | Sequence[str] = (), *, file: Path | str | None = None
-) -> Settings:
-    """Read the settings of a preset, or of a TOML `file` in its place, with `changes` put in.
+def load_settings(preset: str = "tiny", changes: Changes = (), *, file: Path | str | None = None) -> Settings:
+    """Read the settings of a preset, or in its place of a TOML `file` or a run's `config.json`, with `changes` put in.
 
     `changes`: values by dotted name, such as {"steps": 300, "transcoder.d_sae": 512}, or as `--set` takes them. Raises
     `UserError` that names the setting.
     """
-    raw = override(load_preset(PRESETS, preset, Path(file) if file else None), changes, variants=("activation",))
-    return build(Settings, raw, str(file) if file else f"preset {preset}")
+    read = read_settings(preset, changes, Path(file) if file else None)
+    return build(Settings, read.tables, read.origin, read.changes, ALIASES)
 
 
 def read_config(run: Path) -> RunConfig:
@@ -230,6 +234,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConfig:
     """Return the run that `settings` ask for on `store`, every automatic choice made. Raises `UserError`."""
+    asked = settings
     record, exclusion = store.record, resolve_exclusion(store, settings)
     device = _device(settings.device)
     if settings.resident_rows == "on" and device == "cpu":
@@ -267,7 +272,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     auxk = settings.auxk.resolve(shape.d_sae, settings.steps * settings.rows.batch_rows)
     kernels, times = _kernels(settings.kernels, device), None
     if settings.kernels == "auto" and device != "cpu":
-        of_step = Shape(d_in, record.d_out, settings.rows.batch_rows, shape, activation, auxk)
+        of_step = Shape(d_in, record.d_out, settings.rows.batch_rows, shape, activation, auxk, settings.step_graph)
         kernels, times = fastest(of_step, device)
     return RunConfig(
         settings=settings.model_copy(
@@ -305,6 +310,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
         },
         step_times=times,
         exclusion=exclusion,
+        asked=asked,
     )
 
 

@@ -1,7 +1,7 @@
 """The training run: batch -> loss -> backward -> step -> track -> log -> evaluate -> checkpoint."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numba
@@ -16,6 +16,7 @@ from shared.files import durable
 from shared.store.store import Store
 from shared.store.strata import POSITION_0
 from train.data.batches import Batch, BatchReader
+from train.data.staging import sent
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
 from train.duplicates.scans import Scans
@@ -38,6 +39,7 @@ from train.run.optimizer import Optimizer
 from train.run.saver import Saver
 from train.run.self_test import prove
 from train.run.settings import RunConfig, checkpoint_bytes
+from train.run.step_graph import graph_of
 from train.run.training_log import TrainingLog
 from train.run.usage import SAMPLES, Usage
 from train.samples.make_samples import make_samples
@@ -71,6 +73,7 @@ class Trainer:
         self._settings = config.settings
         prove(self._settings)
         use_threads(self._settings.threads)
+        self._graph = graph_of(self._settings)
         device = torch.device(self._settings.device)
         blocks = config.training_blocks
         self._reader = BatchReader(
@@ -251,28 +254,42 @@ class Trainer:
 
     def _step(self, step: int) -> tuple[StepOutput, float]:
         """Train on one batch; returns what the step computed, and the learning rate."""
-        batch, dead, settings = self._reader.batch(step), self._counters.dead(), self._settings
+        lr, device = self._optimizer.begin(step), torch.device(self._settings.device)
+        inputs = self._reader.fetch(step)
+        if self._reader.has_outliers:
+            inputs.append(sent(torch.from_numpy(self._reader.outliers(step)), device))
+        changing = self._settings.activation.expected_l0_at(step), self._diversity.changes
+        key = None if self._diversity.asks_host(step) else changing
+        output = self._graph.run(step, key, inputs, lambda given: self._compute(given, step))
+        self._monitor.add(output, step + 1)
+        self._usage.call(*output.terms)
+        self._window.note(output)
+        return output, lr
+
+    def _compute(self, inputs: Sequence[Tensor], step: int) -> StepOutput:
+        """Train on the rows that `inputs` stand for; a step that may be recorded reads its number on the device."""
+        rows, outliers = (inputs[:-1], inputs[-1]) if self._reader.has_outliers else (inputs, None)
+        batch, dead, settings = self._reader.rows_of(rows), self._counters.dead(), self._settings
         logged = any(self._due(step + 1, every) for every in (self._every.log, self._every.evaluation))
+        number = self._graph.number
+        now = step if number is None else number
 
         # Reconstruction of every prefix, the activation's penalty, and aux-k.
-        output = self._transcoder.step(batch.source, batch.target, dead, settings.auxk, step, whole=logged)
+        output = self._transcoder.step(batch.source, batch.target, dead, settings.auxk, step, logged, number)
         # Terms of the latents' values reach the encoder through the same pairs: they share the backward.
         of_values = self._diversity.value_terms(output)
         # Terms of decoder rows, and of rows that training leaves out, have a backward each.
-        apart = self._diversity.direction_terms(dead, step) | self._quiet.terms(step)
+        apart = self._diversity.direction_terms(dead, step) | self._quiet.terms(now)
         first, *others = output.losses
         loss = first + sum(of_values.values())
-        lr, grad_norm = self._optimizer.step([loss, *others, *apart.values()], step)
+        grad_norm = self._optimizer.update([loss, *others, *apart.values()])
 
         # From here on only counting: none of it waits for the device.
-        self._note_bad(output.loss + sum((of_values | apart).values()) + grad_norm, batch, step)
-        output = output.with_terms(of_values | apart)
-        self._monitor.add(output, step + 1)
-        self._usage.call(*output.terms)
+        self._note_bad(output.loss + sum((of_values | apart).values()) + grad_norm, batch, now)
+        output = output.with_terms(of_values | apart).detached()
         self._counters.update(output)
-        outliers = torch.from_numpy(self._reader.outliers(step)) if self._reader.has_outliers else None
         self._window.add(output, grad_norm, outliers)
-        return output, lr
+        return output
 
     def _write_row(self, done: int, output: StepOutput, lr: float, held_out: Evaluation | None) -> None:
         """Write a row to the logs, and what every component has done."""
@@ -289,7 +306,8 @@ class Trainer:
         self._warn_if_diverged(done, row)
         self._usage.effects(row["terms"], row["steps"])
         search = self._transcoder.guarded.figures() if self._transcoder.guarded else {}
-        self._log.write(done, row, self._reader.waited, search, self._usage.publish)
+        replayed = {"steps_replayed": float(self._graph.replayed)} if self._graph.replayed else {}
+        self._log.write(done, row, self._reader.waited, search | replayed, self._usage.publish)
 
     def _warn_if_diverged(self, done: int, row: Row) -> None:
         """Warn, once, of the first row of the log whose fvu is far above what the mean alone leaves."""
@@ -380,7 +398,7 @@ class Trainer:
         rows = [counts[s] for name, s in strata.items() if name != POSITION_0 or len(strata) == 1]
         return float(torch.cat(rows).double().mean())
 
-    def _note_bad(self, loss: Tensor, batch: Batch, step: int) -> None:
+    def _note_bad(self, loss: Tensor, batch: Batch, step: int | Tensor) -> None:
         """Note the first step whose loss or source is not finite, or with a row that is longer than any of the store.
 
         Such a source need not show in the loss: no comparison selects a NaN.
@@ -388,7 +406,7 @@ class Trainer:
         good = torch.isfinite(loss) & torch.isfinite(batch.source.sum())
         for rows, longest in zip((batch.source, batch.target), self._longest, strict=True):
             good &= (torch.linalg.vector_norm(rows, dim=1) <= longest).all()
-        self._first_bad = torch.where(good, self._first_bad, self._first_bad.clamp_max(step))
+        self._first_bad.copy_(torch.where(good, self._first_bad, self._first_bad.clamp_max(step)))
 
     def _require_folder(self) -> None:
         """Raise `ProjectError` when the run is no longer where it was: what is written there would belong to no run."""

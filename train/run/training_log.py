@@ -57,7 +57,7 @@ class TrainingLog:
     ) -> None:
         """Append a row to each log after `done` steps, with usage.json between the two, and show them.
 
-        `waited`: seconds that steps have waited for rows. `search`: figures of a guarded search, if there is one.
+        `waited`: seconds that steps have waited for rows. `search`: figures of how steps were made, if there are some.
         """
         head = {"step": done, "rows": done * self._batch_rows}
         seconds = time.monotonic() - self._began

@@ -20,12 +20,20 @@ function layoutOf(layout, found) {
   };
 }
 
+// Traces of one series, such as the seeds of an arm, have one colour.
+function coloured(trace, found) {
+  if (trace.meta?.series === undefined) return trace;
+  const color = found.series[trace.meta.series % found.series.length];
+  return { ...trace, line: { ...trace.line, color }, marker: { ...trace.marker, color } };
+}
+
 // One after the other, with the page free to scroll between.
 async function draw() {
   const found = colours();
   const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
   for (const [name, figure] of Object.entries(FIGURES)) {
-    await Plotly.react(document.getElementById("plot-" + name), figure.data, layoutOf(figure.layout, found), options);
+    const data = figure.data.map((trace) => coloured(trace, found));
+    await Plotly.react(document.getElementById("plot-" + name), data, layoutOf(figure.layout, found), options);
     await new Promise((next) => setTimeout(next));
   }
 }

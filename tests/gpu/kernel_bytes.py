@@ -1,0 +1,88 @@
+"""What a Triton kernel moves through the device's memory at least: what it reads, once, and what it writes, once.
+
+Of most kernels that is all they are given. Those below touch a part of it, or write what they read. How many pairs lie
+above the guess of a threshold is not known beforehand: as many as are selected are counted.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+Given = dict[str, Any]
+"""Arguments by name; tensors as they lie on the CPU"""
+
+_few: dict[int, int] = {}
+"""How many different latents pairs name at most, by the address of their latents or rows, where that is known"""
+
+
+def moved(kernel: str, given: Given) -> int:
+    """Return the bytes that a launch moves."""
+    if kernel == "_row_topk":
+        return _row_topk(given)
+    count = _PARTLY.get(kernel, lambda one: _sum(one, *(name for name in one if isinstance(one[name], Tensor))))
+    return count(given)
+
+
+def _sum(given: Given, *names: str) -> int:
+    return sum(given[name].nbytes for name in names)
+
+
+def _rows(table: Tensor, count: int) -> int:
+    """Bytes of `count` rows of a table, each different, at most all."""
+    return min(table.nbytes, count * table.shape[-1] * table.element_size())
+
+
+def _latents(given: Given, name: str) -> int:
+    pairs = given[name]
+    return min(len(pairs), _few.get(pairs.data_ptr(), len(pairs)))
+
+
+def _row_topk(given: Given) -> int:
+    """Where no latent is `among`, only that is read, and the first k are named by every row."""
+    found, searched = ("rows", "latents", "values", "starts"), True
+    if given["AMONG"]:
+        searched = bool(given["among"].any())
+    for name in ("rows", "latents"):
+        _few.pop(given[name].data_ptr(), None)
+        if not searched:
+            _few[given[name].data_ptr()] = given["k"]
+    return _sum(given, "among", *found, *(["pre_acts"] if searched else []))
+
+
+def _kept(given: Given) -> int:
+    return 8 * int(given["n"])
+
+
+def _sums(given: Given) -> int:
+    table, out = given["table"], given["out"]
+    written = 2 * _rows(out, _latents(given, "rows")) if given["ADD"] else out.nbytes
+    return _sum(given, "order", "starts", "weights", "rows") + _rows(table, len(given["order"])) + written
+
+
+def _adam(given: Given) -> int:
+    both = 2 * _sum(given, "rows", "first", "second")
+    return both + _sum(given, "grad", *(["shadow"] if given["SHADOW"] else []))
+
+
+_PARTLY: dict[str, Callable[[Given], int]] = {
+    "_keep": lambda one: _sum(one, "pre_acts", "places", "counts") + 2 * one["room"],
+    "_histogram": lambda one: _kept(one) // 2 + one["counts"].nbytes,
+    "_count": lambda one: _kept(one) // 2 + _sum(one, "more", "equal"),
+    "_compact": lambda one: _kept(one) + _sum(one, "more", "equal", "rows", "latents", "kept_values", "starts"),
+    "_products": lambda one: (
+        _sum(one, "rows", "latents", "left", "out") + _rows(one["right"], _latents(one, "latents"))
+    ),
+    "_prefix_loss": lambda one: (
+        _sum(one, "values", "latents", "starts", "base", "y", "meet", "errors", "left", "grad")
+        + _rows(one["W_dec"], _latents(one, "latents"))
+    ),
+    "_sums_by_latent": _sums,
+    "_long_sums": lambda one: _sum(one, "shares", "sums"),  # its pairs are none of those that were summed before
+    "_add_long_sums": lambda one: _sum(one, "shares", "sums") + 2 * _rows(one["out"], len(one["shares"])),
+    "_row_squares": lambda one: _sum(one, "grad", "squares", *(["rows", "along"] if one["UNIT"] else [])),
+    "_adam": _adam,
+    "_spread": lambda one: _sum(one, "rows", "latents") + 2 * one["values"].nbytes,
+    "_collect": lambda one: _sum(one, "rows", "latents", "slopes", "terms") + 2 * one["values"].nbytes,
+    "_excess": lambda one: _sum(one, "latents", "terms", "slopes") + _rows(one["rows"], len(one["latents"])),
+}

@@ -1,0 +1,140 @@
+"""Which runs there are, removing them, starting one from another's settings, and what is said before torch is there."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shared.check_settings import names_in
+from shared.errors import UserError
+from shared.files import durable
+from shared.store.store import Store
+from tests.llms import ROOT
+from tests.runs import SMALL, Outcome
+from tests.stores import SyntheticStore
+from train.live.runs import list_runs
+from train.read_settings import ALIASES, read_settings
+from train.run.advice import advice
+from train.run.settings import Settings, load_settings, read_config, resolve
+
+Command = Callable[..., Outcome]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("activation.k=16, 32", "not a whole number"),
+        ("activation.k=true", "not a whole number"),
+        ("activation.k=0", "must be at least 1"),
+        ("activation.kind=gated", "not one of batchtopk, jumprelu, relu, topk"),
+        ("log_every=often", "expected a whole number or auto"),
+        ("kernels=fast", "not one of auto, compiled, triton, matmul, plain, dense"),
+        ("evaluation=3", "not a group of settings"),
+        ("transcoder.prefixes=abc", "not a list, such as [1, 2] (got 'abc')"),
+        ("activation.K=16", "unknown option 'activation.K'; did you mean 'activation.k'?"),
+        ("learning_rate=1", "unknown option 'learning_rate'; did you mean 'optimizer.lr'?"),
+        ("optimizer.lr_rate=1", "unknown option 'optimizer.lr_rate'; did you mean 'optimizer.decoder_rate'?"),
+        ("samples.zzzz=1", "unknown option 'samples.zzzz'; there are samples.bins, samples.context, "),
+    ],
+)
+def test_what_is_wrong_with_a_setting_blames_the_option_that_was_typed(line: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_settings("tiny", [line])
+    assert str(error.value).startswith(f"--set {line}: {said}")
+
+
+def test_a_file_is_blamed_for_its_own_settings_and_all_changes_for_how_they_go_together(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[rows]\nbatch_rows = 0\n")
+    with pytest.raises(UserError, match=r"^\S+mine.toml: rows.batch_rows = 0: must be at least 1$"):
+        load_settings(file=file)
+    assert load_settings(file=file, changes=["rows.batch_rows=8"]).rows.batch_rows == 8
+
+
+def test_every_other_name_leads_to_a_setting_or_says_where_it_is_decided() -> None:
+    for name, told in ALIASES.items():
+        with pytest.raises(UserError) as error:
+            read_settings("tiny", [f"{name}=1"])
+        assert str(error.value).endswith((f"did you mean {told!r}?", f"; {told}")), error.value
+        assert " " in told or told in names_in(Settings.model_json_schema())
+
+
+def test_a_typo_is_answered_without_torch() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+import train.cli
+from shared.command_line import run
+sys.argv = ["train", "run", "--store", "none", "--set", "k=1"]
+run(train.cli.main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2 and done.stderr.endswith("unknown option 'k'; did you mean 'activation.k'?\n")
+
+
+def test_a_run_like_another_has_what_was_asked_for_and_the_other_store(
+    command: Command, synthetic: SyntheticStore, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    options = ["--runs", runs, *SMALL, "--set", "monitor.every=0", "--set", "diversity.co_activation.weight=0"]
+    made = command("run", "--store", synthetic.path, "--name", "one", "--steps", 4, *options)
+    assert made.code == 0, made.err
+    first = read_config(made.path)
+    assert first.asked and first.asked.evaluation.every == "auto" and first.settings.evaluation.every != "auto"
+    for source in (["--like", runs / "one"], ["--config", runs / "one/config.json", "--store", synthetic.path]):
+        done = command("run", *source, "--runs", runs, "--set", "transcoder.d_sae=32")
+        assert done.code == 0, done.err
+        config = read_config(done.path)
+        expected = first.asked.transcoder.model_copy(update={"d_sae": 32})
+        assert config.asked == first.asked.model_copy(update={"transcoder": expected})
+        assert config.store == first.store and (config.settings.transcoder.prefixes or ())[-1:] == (32,)
+    older = json.loads((runs / "one/config.json").read_text())
+    older["settings"]["steps"] = 9
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert load_settings(file=tmp_path / "config.json") == first.asked.model_copy(update={"steps": 9})
+    del older["asked"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.json").write_text(json.dumps(older))
+    assert load_settings(file=tmp_path / "old/config.json") == first.settings.model_copy(update={"steps": 9})
+    both = command("run", "--like", runs / "one", "--config", "x.toml")
+    assert both.code == 2 and "--config and --like" in both.err
+
+    found = list_runs(runs)
+    assert [one.name for one in found] == ["config-001", "one", "one-001"]
+    assert {(one.state, one.step, one.steps, one.store) for one in found} == {("finished", 4, 4, synthetic.path.name)}
+    last = [json.loads(line) for line in (runs / "one/metrics.jsonl").read_text().splitlines()][-1]["held_out"]
+    assert (found[1].fvu, found[1].l0, found[1].dead_share) == (last["fvu"], last["l0"], last["dead_share"])
+    assert found[1].bytes == sum(path.stat().st_size for path in (runs / "one").rglob("*") if path.is_file())
+    table = command("ls", "--runs", runs).out
+    assert max(map(len, table.splitlines())) <= 80 and f"{last['fvu']:.4f}" in table and "3 runs" in table
+
+    refused = command("rm", "one", "--runs", runs)
+    assert refused.code == 2 and "pass --yes to remove it" in refused.err and (runs / "one").is_dir()
+    with durable.lock(runs / "one/.lock", "it"):
+        held = command("rm", "one", "--runs", runs, "--yes")
+    assert held.code == 2 and "process " in held.err and (runs / "one").is_dir()
+    done = command("rm", "one", runs / "one-001", "--runs", runs, "--yes")
+    assert done.code == 0 and [path.name for path in runs.iterdir()] == ["config-001"]
+    none = command("rm", "two", "--runs", runs, "--yes")
+    assert none.code == 2 and "two is not a run" in none.err
+
+
+def test_settings_that_are_read_before_torch_are_those_of_the_class() -> None:
+    read = read_settings("base", {"activation.kind": "jumprelu", "steps": 7})
+    assert Settings.model_validate(read.tables) == load_settings("base", {"activation.kind": "jumprelu", "steps": 7})
+
+
+def test_advice_is_of_the_runs_own_numbers(synthetic: SyntheticStore) -> None:
+    store = Store.open(synthetic.path)
+    changes = {"transcoder.d_sae": 64, "activation.k": 6, "rows.batch_rows": 48, "steps": 100}
+    config = resolve(store, load_settings("base", changes), None)
+    rows = sum(part.source.rows for part in store.strata.values()) * len(config.training_blocks) // store.record.blocks
+    lr, k, d_sae, steps, _ = advice(config, store)
+    assert lr.startswith("optimizer.lr: 0.004 here") and "at 16 it is not measured (" in lr
+    assert k.startswith("activation.k: 6 ") and d_sae.startswith("transcoder.d_sae: 64, 4 times the width")
+    assert f"steps: 100 read each of {rows:,} training rows {100 * 48 / rows:.2g} times" in steps
+    assert ("twice as much text" in steps) == (2 * rows < 100 * 48)
+    assert "wider rows want less" in advice(config.model_copy(update={"d_in": 2304}), store)[0]

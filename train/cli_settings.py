@@ -1,0 +1,58 @@
+"""The options that say which settings a run starts from, and the command that lists settings."""
+
+from pathlib import Path
+
+import click
+
+from shared.command_line import STORE
+from shared.console.terminal import show_text
+from shared.errors import UserError
+from shared.store.store import Store
+from train.live.run_files import CONFIG
+from train.read_settings import read_settings
+
+config_option = click.option(
+    "--config", "file", type=click.Path(path_type=Path), help="A TOML file, or a run's config.json, for the preset."
+)
+like_option = click.option(
+    "--like", metavar="RUN", type=click.Path(path_type=Path), help="Start from the settings and the store of a run."
+)
+
+
+def settings_file(file: Path | None, like: Path | None) -> Path | None:
+    """Return the file that settings are read from in place of a preset. Raises `UserError` when there are two."""
+    if file and like:
+        raise UserError("--config and --like both say which settings to start from; give one of them")
+    return like / CONFIG if like else file
+
+
+@click.command("settings")
+@click.argument("preset", default="tiny")
+@click.option("--store", type=STORE, help="A store: automatic choices are shown as made for it.")
+@config_option
+@like_option
+@click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_all(
+    preset: str, store: Path | None, file: Path | None, like: Path | None, assignments: tuple[str, ...], as_json: bool
+) -> None:
+    """List every setting with the value that `run` would take, its default and what it does. Runs nothing."""
+    file = settings_file(file, like)
+    read_settings(preset, assignments, file)
+    from shared.console.list_settings import list_settings, settings_as_json, show_settings
+    from train.run.settings import load_settings, resolve
+
+    settings, told = load_settings(preset, assignments, file=file), []
+    if store:
+        from train.run.advice import advice
+
+        opened = Store.open(store)
+        config = resolve(opened, settings, None)
+        settings, told = config.settings, advice(config, opened)
+    found = list_settings(settings)
+    if as_json:
+        click.echo(settings_as_json(found))
+        return
+    show_settings(found, f"settings of train run {file or preset}{f', on {store}' if store else ''}")
+    for line in told:
+        show_text(line)
