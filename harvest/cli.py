@@ -15,6 +15,7 @@ from shared.command_line import COUNT, STORE
 from shared.console.signals import stop_at_once
 from shared.console.terminal import say, show_path, show_text
 from shared.errors import UserError
+from shared.files.object_store import address, is_address, local_folder, require_folder
 from shared.store.find_store import CACHE, CACHE_VARIABLE, find_store
 from shared.store.import_origin import ImportFormat
 from shared.store.store import Local
@@ -32,7 +33,7 @@ cache_option = click.option(
     show_default=True,
     envvar=CACHE_VARIABLE,
     show_envvar=True,
-    help="The folder that stores are made in.",
+    help="The folder that stores are made in, or an address such as s3://bucket/cache.",
 )
 
 
@@ -102,7 +103,7 @@ def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> No
         print(json.dumps(facts, indent=2))
     else:
         estimate.show(found, pair, seconds)
-    if not force:
+    if not force and not is_address(cache):
         estimate.require_space(found)
 
 
@@ -133,7 +134,7 @@ def import_(
     from harvest.imports.import_pairs import import_pairs, load_import_settings
 
     settings = load_import_settings(given.pop("assignments"), format=kind, label=name, **given)
-    store = import_pairs(settings, path, cache, force=force)
+    store = import_pairs(settings, path, require_folder(cache, "import"), force=force)
     if as_json:
         show_text(json.dumps(describe(store), indent=2))
     else:
@@ -194,7 +195,7 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
     if rows and not wrong:
         from harvest.commands.recompute import against_model
 
-        found = against_model(store, rows, model, seed, local)
+        found = against_model(require_folder(store, "--against-model"), rows, model, seed, local)
         facts["against_model"], lines, wrong = asdict(found), [*lines, found.text()], bool(found.wrong)
     show_text(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
     if wrong:
@@ -228,7 +229,7 @@ def repair(
     """Verify STORE and make again what is damaged: the blocks concerned, and no others."""
     from harvest.commands.repair import repair as mend
 
-    damage = mend(store, model, text, workers, imported_from, inexact=inexact)
+    damage = mend(require_folder(store, "repair"), model, text, workers, imported_from, inexact=inexact)
     show_text(json.dumps(asdict(damage), indent=2) if as_json else damage.text())
 
 
@@ -242,7 +243,8 @@ def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
     """Write STORE compressed to FOLDER, for archives and uploads; prints the folder last."""
     from harvest.commands.archive import pack as write
 
-    size, packed = write(store, folder, force=force)
+    folder = require_folder(folder, "pack")
+    size, packed = write(require_folder(store, "pack"), folder, force=force)
     if as_json:
         print(json.dumps({"path": str(folder), "shard_bytes": size, "packed_shard_bytes": packed}, indent=2))
     else:
@@ -260,7 +262,8 @@ def unpack(packed: Path, folder: Path, force: bool, as_json: bool) -> None:
     """Write the packed store PACKED to FOLDER as it was before, byte for byte; prints the folder last."""
     from harvest.commands.archive import unpack as write
 
-    size = write(packed, folder, force=force)
+    folder = require_folder(folder, "unpack")
+    size = write(require_folder(packed, "unpack"), folder, force=force)
     if as_json:
         print(json.dumps({"path": str(folder), "shard_bytes": size}, indent=2))
     else:
@@ -386,9 +389,9 @@ def encode(
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def ls(cache: Path, as_json: bool) -> None:
     """List the stores of the cache: what they hold, how far they are, and who uses them."""
-    from harvest.commands import stores
+    from harvest.commands import object_stores, stores
 
-    found = stores.list_stores(cache)
+    found = object_stores.list_object_stores(cache) if is_address(cache) else stores.list_stores(local_folder(cache))
     if as_json:
         print(json.dumps(stores.as_json(found, cache), indent=2))
     else:
@@ -402,18 +405,21 @@ def ls(cache: Path, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Say what would be removed.")
 def rm(store: tuple[str, ...], cache: Path, yes: bool, dry_run: bool) -> None:
     """Remove stores, given by path or by name in the cache; refuses while one is trained from or written."""
-    from harvest.commands import stores
+    from harvest.commands import object_stores, stores
 
-    paths = [find_store(Path(name), cache) for name in store]
-    for path in paths:
-        size = stores.check_removable(path)
+    for name in store:
+        path = cache / name if is_address(cache) and not is_address(name) else Path(name)
+        there = is_address(path)
+        path = path if there else find_store(local_folder(path), local_folder(cache))
+        shown = address(path) if there else str(path)
+        size = object_stores.size_of_object_store(path) if there else stores.check_removable(path)
         if dry_run:
-            show_text(f"would remove {path}: {size:,} bytes")
+            show_text(f"would remove {shown}: {size:,} bytes")
         elif yes or shared.command_line.confirm_removal(path, size):
-            stores.remove(path)
-            show_text(f"removed {path}: {size:,} bytes")
-    if not dry_run:
-        stores.sweep(cache)
+            (object_stores.remove_object_store if there else stores.remove)(path)
+            show_text(f"removed {shown}: {size:,} bytes")
+    if not dry_run and not is_address(cache):
+        stores.sweep(local_folder(cache))
 
 
 def main() -> None:

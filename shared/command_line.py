@@ -167,13 +167,15 @@ class NumberAndValue(click.ParamType):
 
 
 def local_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add options that say where a packed store is decoded; they become the argument `local`."""
+    """Add options that say where rows of a packed store or of objects are kept; they become the argument `local`."""
 
-    @click.option("--local-folder", type=click.Path(path_type=Path), help="Where a packed store is decoded.")
+    @click.option(
+        "--local-folder", type=click.Path(path_type=Path), help="Where a packed store is decoded, or objects kept."
+    )
     @click.option(
         "--local-bytes",
         type=click.IntRange(1),
-        help=f"Most bytes that a packed store takes there.  [default: {LOCAL_BYTES}]",
+        help=f"Most bytes that the store takes there.  [default: {LOCAL_BYTES}]",
     )
     @functools.wraps(command)
     def wrapped(*, local_folder: Path | None, local_bytes: int | None, **given: Any) -> None:

@@ -8,6 +8,7 @@ times slower (it waits by spinning) and a 2,048 x 256 one 2 times.
 """
 
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -41,9 +42,10 @@ from tests.stores import SyntheticStore, make_store  # noqa: E402
 from train.model.kernels.sparse_ops import SparseOps, sparse_ops  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.llms import Line
+    from tests.object_server import Bucket
     from tests.runs import Outcome
     from train.report.report_record import Report
 
@@ -157,6 +159,29 @@ def report(reported: Path) -> "Report":
     from tests.reports import read
 
     return read(reported)
+
+
+@pytest.fixture(scope="session")
+def object_server() -> "Iterator[str]":
+    """An S3 server's address, the same for all tests."""
+    from tests.object_server import serving
+
+    with serving() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(object_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Iterator[Bucket]":
+    """An empty bucket, behind a proxy that lets all requests pass; the environment says where it is."""
+    from tests.object_server import SETTINGS, Bucket, Proxy, make_bucket
+
+    name = f"bucket-{secrets.token_hex(6)}"
+    make_bucket(object_server, name)
+    with Proxy(object_server) as proxy:
+        for key, value in {**SETTINGS, "AWS_ENDPOINT_URL": proxy.address, "TMPDIR": str(tmp_path)}.items():
+            monkeypatch.setenv(key, value)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        yield Bucket(f"s3://{name}", proxy)
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ COMMANDS: dict[str, list[str]] = {
     "harvest": ["speed", "writing", "packing", "memory"],
     "initialisation": ["STORE"],
     "interchange": ["export RUN", "stores"],
+    "objects": ["STORE"],
     "pages": ["RUN"],
     "parity": ["STORE --work WORK"],
     "planted": ["--arms baseline mined --seeds 2"],

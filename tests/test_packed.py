@@ -92,7 +92,7 @@ def test_a_disk_without_room_for_unpacked_rows_is_named_before_any_is_read(
 def test_what_a_killed_process_left_is_removed_before_room_is_measured(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    litter = tmp_path / "local" / f"{packed._PREFIX}litter"
+    litter = tmp_path / "local" / f"{packed.PREFIX}litter"
     litter.mkdir(parents=True)
     litter.with_name(f"{litter.name}.lock").touch()
     whole = Store.open(pair[0]).shard_bytes
@@ -261,7 +261,7 @@ def test_a_killed_command_leaves_no_store_and_a_rerun_finishes(
 
 
 def test_folders_of_killed_processes_are_swept(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    litter = tmp_path / "local" / f"{packed._PREFIX}litter"
+    litter = tmp_path / "local" / f"{packed.PREFIX}litter"
     litter.mkdir(parents=True)
     (tmp_path / "local" / f"{litter.name}.lock").touch()
     first = Store.open(pair[1], Local(folder=tmp_path / "local"))
@@ -318,7 +318,7 @@ def test_rows_that_do_not_compress_come_back(raw: SyntheticStore) -> None:
 def test_what_another_user_left_is_passed_over(pair: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tmp_path / "local"
     folder.mkdir()
-    (folder / f"{packed._PREFIX}theirs.lock").touch()
+    (folder / f"{packed.PREFIX}theirs.lock").touch()
     unlink = Path.unlink
 
     def only_ours(path: Path, **given: bool) -> None:
@@ -329,7 +329,7 @@ def test_what_another_user_left_is_passed_over(pair: tuple[Path, Path], tmp_path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "unlink", only_ours)
         rows = Store.open(pair[1], Local(folder=folder)).strata["004-016"].source.shard(0)
-    assert (folder / f"{packed._PREFIX}theirs.lock").exists()
+    assert (folder / f"{packed.PREFIX}theirs.lock").exists()
     assert rows.any()
 
 

@@ -12,7 +12,7 @@ from harvest.writer.blocks import SIDES
 from shared.console.progress import Progress
 from shared.console.terminal import PlainConsole
 from shared.errors import CorruptData
-from shared.files.disk_usage import size_of
+from shared.files.object_store import is_address, local_folder
 from shared.store.checks import read_store_record
 from shared.store.layout import StratumSummary
 from shared.store.store import Local, Store
@@ -35,8 +35,8 @@ def describe(path: Path, local: Local | None = None, *, shuffle: bool = False, r
     if shuffle:
         facts["shuffle"] = [as_json(measure(store, rows, run_rows)) for rows in BATCH_ROWS]
     packed = sum(file.bytes for file in store.packed.files.values()) if store.packed else None
-    sizes = {"bytes": size_of(path), "shard_bytes": store.shard_bytes, "packed_shard_bytes": packed}
-    return {"path": str(path), **sizes, "training_blocks": len(record.training_blocks), **facts}
+    sizes = {"bytes": store.bytes, "shard_bytes": store.shard_bytes, "packed_shard_bytes": packed}
+    return {"path": store.shown, **sizes, "training_blocks": len(record.training_blocks), **facts}
 
 
 def show(facts: Facts) -> None:
@@ -154,7 +154,7 @@ def _packing_tables(facts: Facts) -> list[Table]:
 class Verification:
     """What reading every file of a store found."""
 
-    path: Path
+    path: str
     files: int
     bytes: int
     seconds: float
@@ -165,7 +165,7 @@ class Verification:
         """Return plain values."""
         faults = [{"file": name, "cause": cause} for name, cause in self.faults.items()]
         sizes = {"files": self.files, "bytes": self.bytes, "seconds": round(self.seconds, 3)}
-        return {"path": str(self.path), **sizes, "faults": faults}
+        return {"path": self.path, **sizes, "faults": faults}
 
     def text(self) -> str:
         """Return one line per damaged file, or one line that says all is well."""
@@ -176,7 +176,13 @@ class Verification:
 
 
 def verify(path: Path) -> Verification:
-    """Check the records, and every file's size and checksum; all faults are found, not only the first."""
+    """Check the records, and every file's size and checksum; all faults are found, not only the first.
+
+    A store in object storage must open: what is wrong with its records is raised.
+    """
+    if is_address(path):
+        return _verify(Store.open(path))
+    path = local_folder(path)
     record = read_store_record(path)
     found = _verify(Store(path, record))
     changed = found.faults and read_store_record(path) != record
@@ -184,19 +190,19 @@ def verify(path: Path) -> Verification:
 
 
 def _verify(store: Store) -> Verification:
-    path, faults = store.path, {}
+    faults = {}
     began, files, size = time.monotonic(), 0, 0
-    total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    with Progress("verify", total, "bytes") as bar:
+    with Progress("verify", store.bytes, "bytes") as bar:
         for name, wrong in store.verify():
             files += 1
-            size += (path / name).stat().st_size if (path / name).is_file() else 0
+            size += store.bytes_of(name)
             bar.update(size)
             if wrong:
                 faults[name] = wrong
     if not faults:
         try:
-            Store.open(path)
+            Store.open(store.place)
         except CorruptData as error:
             faults["."] = str(error)
-    return Verification(path=path, files=files, bytes=size, seconds=time.monotonic() - began, faults=faults)
+    seconds = time.monotonic() - began
+    return Verification(path=store.shown, files=files, bytes=size, seconds=seconds, faults=faults)

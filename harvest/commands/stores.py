@@ -17,6 +17,7 @@ from shared.console.terminal import PlainConsole
 from shared.errors import ProjectError, UserError
 from shared.files import durable
 from shared.files.disk_usage import size_of
+from shared.files.object_store import is_address
 from shared.store.checks import is_packed, progress, read_plan, read_request, read_store_record
 from shared.store.layout import LEDGER, PLAN, REQUEST, STORE, StoreRequest
 
@@ -52,7 +53,7 @@ def list_stores(cache: Path) -> list[Entry]:
     if not cache.is_dir():
         return []
     found = [path for path in sorted(cache.iterdir()) if _holds_store(path)]
-    return [_entry(path) for path in found if path.suffix != durable.TEMPORARY]
+    return [describe_entry(path) for path in found if path.suffix != durable.TEMPORARY]
 
 
 def _holds_store(path: Path) -> bool:
@@ -79,8 +80,9 @@ def show(entries: Sequence[Entry], cache: Path) -> None:
         numbers = [f"{n:,}" if n is not None else "" for n in (entry.tokens, entry.rows)]
         table.add_row(_words(entry), *numbers, size(entry.bytes), _age(entry.age_seconds))
     console.print(table)
-    total, free = size_of(*(cache / entry.name for entry in entries)), durable.free_bytes(cache)
-    console.print(f"{len(entries)} stores, {size(total)}; {size(free)} free", highlight=False)
+    total = size_of(*(cache / entry.name for entry in entries)) or sum(entry.bytes for entry in entries)
+    free = "" if is_address(cache) else f"; {size(durable.free_bytes(cache))} free"
+    console.print(f"{len(entries)} stores, {size(total)}{free}", highlight=False)
 
 
 def _words(entry: Entry) -> str:
@@ -142,7 +144,8 @@ def sweep(cache: Path) -> None:
                     lock.unlink()
 
 
-def _entry(path: Path) -> Entry:
+def describe_entry(path: Path) -> Entry:
+    """Describe the store at `path` by its records; no shard is opened."""
     users = [_with_run(who) for who in durable.holders(path / REQUEST)]
     writers = [f"{who}, harvesting" for who in durable.holders(path.with_name(f"{path.name}.lock"))]
     times = [path / name for name in (STORE, PLAN, REQUEST, LEDGER)]

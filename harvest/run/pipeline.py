@@ -1,8 +1,8 @@
 """A harvest from settings to finished stores: identify, plan, capture, finish."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +16,7 @@ from harvest.llm.model_files import (
     resolve_device,
     window_tokens,
 )
+from harvest.run import object_cache
 from harvest.run.estimate import Estimate, estimate, require_space
 from harvest.run.ranks import Ranks
 from harvest.settings import Settings
@@ -29,6 +30,7 @@ from shared.config import build
 from shared.console.terminal import say
 from shared.errors import CorruptData, UserError, warn
 from shared.files import durable
+from shared.files.object_store import is_address, local_folder
 from shared.store.arrays import INNER_ROWS
 from shared.store.checks import read_plan
 from shared.store.layout import PLAN, STATISTICS, STORE, ModelIdentity, StoreRequest
@@ -56,8 +58,34 @@ def harvest(settings: Settings, cache: Path | str, *, force: bool = False, inexa
     Finished stores are found without torch. `force` goes on where the disk looks too small, and `inexact` where blocks
     that are there were computed on a GPU of another kind. Of several processes, the
     first plans and finishes the stores, under a lock that it then shares with the others, and returns the folders.
+
+    `cache` may be an address of objects: stores are made in a local folder, and every block is sent once it is there.
     """
-    inputs, paths = locate(identify(settings), Path(cache))
+    inputs, cache = identify(settings), local_folder(cache)
+    if not is_address(cache):
+        return _harvest(inputs, settings, cache, force=force, inexact=inexact)
+    paths = [cache / request.folder for request in inputs.requests]
+    wanted = zip(paths, inputs.requests, strict=True)
+    if not all(object_cache.is_finished(path, request, inputs.training_blocks) for path, request in wanted):
+        with object_cache.writing(
+            cache, inputs.requests
+        ) as objects:  # rows do not stay here: no room for all is needed
+            for path in _harvest(inputs, settings, objects.folder, force=True, inexact=inexact, push=objects.push):
+                objects.push(path)
+    return paths
+
+
+def _harvest(
+    inputs: Inputs,
+    settings: Settings,
+    cache: Path,
+    *,
+    force: bool,
+    inexact: bool,
+    push: Callable[[Path], None] = lambda path: None,
+) -> list[Path]:
+    """Make the stores in a folder; `push` hears of each when its tokens or a block are published."""
+    inputs, paths = locate(inputs, cache)
     with Ranks() as ranks, ExitStack() as locks:
         if ranks.first:
             _warn_if_short(paths, inputs)
@@ -75,17 +103,25 @@ def harvest(settings: Settings, cache: Path | str, *, force: bool = False, inexa
                 locks.enter_context(lock_store(path, shared=True))
             targets, widths = _targets(paths, inputs), {}
         if targets:
-            _make(targets, inputs, settings, ranks, widths, inexact=inexact)
+            _make(targets, inputs, settings, ranks, widths, inexact=inexact, push=push)
     return paths if ranks.first else []
 
 
 def estimates(settings: Settings, cache: Path | str) -> list[Estimate]:
     """Estimate what `harvest` would write, a store per layer; no weights are loaded, nothing is written."""
-    inputs, paths = locate(identify(settings), Path(cache))
-    _warn_if_short(paths, inputs)
-    targets = [load_target(path, request) for path, request in zip(paths, inputs.requests, strict=True)]
-    widths = hook_widths(targets, inputs)
-    return [estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets]
+    with _located(settings, cache) as (inputs, paths):
+        _warn_if_short(paths, inputs)
+        targets = [load_target(path, request) for path, request in zip(paths, inputs.requests, strict=True)]
+        widths = hook_widths(targets, inputs)
+        return [estimate(target, inputs.training_blocks, widths, inputs.model) for target in targets]
+
+
+@contextmanager
+def _located(settings: Settings, cache: Path | str) -> Iterator[tuple[Inputs, list[Path]]]:
+    """Give the inputs, and the folders of their stores; of those in object storage, folders with their records."""
+    inputs, cache = identify(settings), local_folder(cache)
+    with object_cache.looking(cache, inputs.requests) if is_address(cache) else nullcontext(cache) as folder:
+        yield locate(inputs, folder)
 
 
 def explain(settings: Settings) -> list[str]:
@@ -99,14 +135,14 @@ def explain(settings: Settings) -> list[str]:
 
 def measure(settings: Settings, cache: Path | str) -> float:
     """Return the seconds that the forward passes of all blocks to come will take, by the speed of a few batches."""
-    inputs, paths = locate(identify(settings), Path(cache))
-    targets = [load_target(path, request) for path, request in zip(paths, inputs.requests, strict=True)]
+    with _located(settings, cache) as (inputs, paths):
+        targets = [load_target(path, request) for path, request in zip(paths, inputs.requests, strict=True)]
+        blocks = targets[0].request.held_out_blocks + inputs.training_blocks
+        todo = max(blocks - (t.blocks - len(ledger.missing_blocks(t)) if t.plan else 0) for t in targets)
     from harvest.run.runner import seconds_per_token
 
     workers = settings.workers or Ranks().cores
     per_token = seconds_per_token(inputs.model.folder, targets, inputs.shape.vocabulary, workers)
-    blocks = targets[0].request.held_out_blocks + inputs.training_blocks
-    todo = max(blocks - (t.blocks - len(ledger.missing_blocks(t)) if t.plan else 0) for t in targets)
     return per_token * todo * targets[0].request.block_tokens
 
 
@@ -344,8 +380,11 @@ def _make(
     widths: dict[str, int],
     *,
     inexact: bool,
+    push: Callable[[Path], None],
 ) -> None:
     """Commit what planned stores lack, and finish them. `widths` of the hooks, if they are known already."""
+    for target in targets:
+        push(target.path)
     missing = {target.path: set(ledger.missing_blocks(target)) for target in targets}
     groups = list(_alike(targets))
     ranks.wait()
@@ -357,6 +396,7 @@ def _make(
         workers=settings.workers or ranks.cores,
         ranks=ranks,
         inexact=inexact,
+        push=push,
     )
     for group in groups:
         runner.capture(group, {target.path: missing[target.path] for target in group})

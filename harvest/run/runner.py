@@ -47,6 +47,8 @@ class Runner:
     ranks: Ranks
     inexact: bool = False
     """Whether blocks may be computed on a GPU of another kind than those that are there."""
+    push: Callable[[Path], None] = lambda path: None
+    """Hears of a store when a block of it is committed."""
     unembeddings: list[Path] = field(default_factory=list)
     """Those written so far: a gigabyte for a large vocabulary, the same for every layer."""
 
@@ -102,7 +104,7 @@ class Runner:
             ThreadPoolExecutor(1, "write") as writer,
             open_capture(model, self.workers, device, request.storage, request.documents) as capture,
         ):
-            blocks = Blocks(targets, missing, self.widths, device, computed_on, self.ranks.first)
+            blocks = Blocks(targets, missing, self.widths, device, computed_on, self.ranks.first, self.push)
             batch = self._batch(capture, targets, mine)
             size = request.block_tokens
             status = Status(
@@ -160,9 +162,10 @@ class Blocks:
         device: str,
         computed_on: Mapping[str, str],
         first: bool,
+        push: Callable[[Path], None] = lambda path: None,
     ) -> None:
         self._targets, self._missing, self._computed_on, self._first = targets, missing, computed_on, first
-        self._warned = not first
+        self._warned, self._push = not first, push
         self._rows = _rows(targets, widths, device)
 
     def run(
@@ -207,6 +210,7 @@ class Blocks:
                 self._missing[target.path].discard(block)
                 if self._first:
                     ledger.grow_arrays(target, set(range(target.blocks)) - self._missing[target.path])
+                self._push(target.path)
                 self._warn(target, block, moments)
         written(block)
 

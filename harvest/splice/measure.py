@@ -25,6 +25,7 @@ from shared.console.progress import Progress
 from shared.console.terminal import say
 from shared.errors import CorruptData, UserError
 from shared.files import durable
+from shared.files.object_store import require_folder
 from shared.splice_record import FILE, SplicePart, SpliceRecord, publish_splice, read_splice
 from shared.store.store import Store
 
@@ -81,6 +82,7 @@ def splice(run: Path, options: SpliceOptions) -> SpliceRecord:
 def _windows(store: Store, tokens: int) -> Windows:
     """Return held-out windows on which figures are reported, evenly spaced: no run trains or calibrates on them."""
     record = store.record
+    require_folder(store.place, "splice")
     parts = [read_block(_target(store), block) for block in record.report_blocks]
     if not parts:
         raise UserError(f"{store.path} has no held-out blocks, so there is no text to measure on; harvest with some")

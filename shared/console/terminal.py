@@ -20,6 +20,7 @@ from rich.text import Text
 
 from shared.console.signals import cursor_back_on_quit
 from shared.errors import give_up, printable, tell
+from shared.files.object_store import address, is_address
 
 _WIDTH = 80
 """Columns of a terminal that says it has none."""
@@ -74,8 +75,11 @@ def show_text(text: str) -> None:
 
 
 def show_path(path: Path) -> None:
-    """Print a path on stdout, as it is: a program may read it. On a terminal it is text like all other."""
-    text = str(path)
+    """Print a path, or an address of objects, on stdout, as it is: a program may read it.
+
+    On a terminal it is text like all other.
+    """
+    text = address(path) if is_address(path) else str(path)
     tell(printable(text) if sys.stdout.isatty() else text, sys.stdout)
 
 

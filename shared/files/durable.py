@@ -197,6 +197,18 @@ def write_at(path: Path, offset: int, data: bytes) -> None:
         raise explain(error, path, len(data)) from error
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that need not outlive the machine; it appears whole. Raises `DiskFull` when there is no room."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with open(temporary, "wb", buffering=0, opener=regular) as file:
+            _write(file, data)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise explain(error, path, len(data)) from error
+
+
 def move(path: Path, target: Path) -> None:
     """Rename a file or folder within its folder, durably."""
     os.rename(path, target)
@@ -301,18 +313,21 @@ class Lock:
 
 
 @contextmanager
-def lock(path: Path, what: str, *, shared: bool = False, make: bool = True) -> Iterator[Lock]:
+def lock(path: Path, what: str, *, shared: bool = False, make: bool = True, wait: bool = False) -> Iterator[Lock]:
     """Hold the lock of the file `path`; the kernel releases it when the holder dies.
 
     Any number of processes can hold it `shared`, or one alone. A missing file is made if `make` says so. Raises
-    `UserError`, without waiting, when another process holds it, and when the file is missing and is not or cannot be
-    made.
+    `UserError` when another process holds it, unless told to `wait`, and when the file is missing and is not or cannot
+    be made.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         descriptor = _open_to_lock(path, make)
         while True:
-            _take(descriptor, kind)
+            if wait:
+                fcntl.flock(descriptor, kind)
+            else:
+                _take(descriptor, kind)
             if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break  # and not a file that its holder has removed since it was opened
             os.close(descriptor)

@@ -32,7 +32,7 @@ from shared.store.layout import FileRecord
 FORMAT_VERSION: Literal[1] = 1
 LEVEL = 4
 LOCAL_BYTES = 16 * 2**30
-_PREFIX = "unpacked-store-"
+PREFIX = "unpacked-store-"
 _HEADER, _STORED_AS_IS = 16, 0x02
 _ENTRY = 16
 """Bytes of a chunk's entry in the index: offset and size."""
@@ -124,10 +124,10 @@ class LocalFolder:
     def __init__(self, root: Path, whole: int, parent: Path | None = None, most: int = LOCAL_BYTES) -> None:
         self._root, self._most, parent = root, most, parent or Path(tempfile.gettempdir())
         durable.make_folder(parent)
-        _sweep(parent)  # first: what a killed process left may be the room that is needed
+        sweep(parent, PREFIX)  # first: what a killed process left may be the room that is needed
         durable.require_space(parent, min(most, whole), "unpacked rows (--local-folder, --local-bytes)")
         # The lock lies beside the folder and is held before the folder exists: no sweep can come in between.
-        name = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+        name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
         self.folder, stack, lock = parent / name, ExitStack(), parent / f"{name}.lock"
         stack.callback(lock.unlink, missing_ok=True)
         stack.enter_context(durable.lock(lock, f"folder {self.folder}"))
@@ -200,9 +200,9 @@ class _Shard:
                 self._done[i] = True
 
 
-def _sweep(parent: Path) -> None:
-    """Remove folders of processes that were killed."""
-    for lock in parent.glob(f"{_PREFIX}*.lock"):
+def sweep(parent: Path, prefix: str) -> None:
+    """Remove folders of processes that were killed, or have ended: those whose lock nobody holds."""
+    for lock in parent.glob(f"{prefix}*.lock"):
         with suppress(UserError, OSError), durable.lock(lock, str(lock)):  # in use, or another user's
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             lock.unlink(missing_ok=True)

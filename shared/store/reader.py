@@ -23,7 +23,8 @@ from shared.store.strata import Stratum
 
 MOST_RUN_ROWS = 64
 AHEAD = 2
-"""Steps whose rows are read before they are needed; the kernel is asked for theirs as many steps earlier."""
+"""Steps whose rows are read before they are needed; the kernel is asked for theirs as many steps earlier. What is in
+object storage is asked for earlier, by bytes."""
 
 
 class RowsConfig(RenamedConfig):
@@ -237,6 +238,16 @@ class RowReader:
             for s in self._strata
         ]
         self._found: dict[int, list[tuple[StratumRows, list[RowRun], int]]] = {}
+        self.ahead = AHEAD
+        """Steps for whose rows is asked before they are read; by bytes, where they are fetched from object storage."""
+        if store.objects:
+            most = max(self.steps_per_epoch().values())
+            self.ahead = max(AHEAD, min(store.objects.ahead_bytes // self._batch_bytes, most))
+
+    @property
+    def _batch_bytes(self) -> int:
+        arrays = [getattr(part, name) for part in self._strata[:1] for name in self.arrays]
+        return sum(self.counts) * sum(array.spec.row_bytes for array in arrays)
 
     def _left_out(self, stratum: Stratum) -> NDArray[np.int64] | None:
         """Return the rows of the pinned blocks that no batch has, counted from their first."""
@@ -280,7 +291,7 @@ class RowReader:
         return np.repeat(longest, self.counts)
 
     def will_need(self, step: int) -> None:
-        """Ask the kernel to read the rows of `step` ahead."""
+        """Ask the kernel to read the rows of `step` ahead, or the object storage to send them."""
         for stratum, runs, _ in self._runs(step):
             for array in self.arrays:
                 getattr(stratum, array).will_need(runs)
@@ -322,7 +333,7 @@ class RowReader:
         """
         known = self._found
         if step not in known:
-            known = {other: runs for other, runs in known.items() if abs(other - step) <= 2 * AHEAD}
+            known = {other: runs for other, runs in known.items() if abs(other - step) <= AHEAD + self.ahead}
             known[step] = self._find_runs(step)
             self._found = known  # whole, at the end: two threads may ask
         return known[step]

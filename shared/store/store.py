@@ -4,9 +4,9 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from shared.config import json_digest
 from shared.console.progress import Progress
 from shared.errors import CorruptData, UserError
-from shared.files.durable import Lock, lock
+from shared.files.disk_usage import size_of
+from shared.files.durable import lock
+from shared.files.object_store import is_address, local_folder, place
 from shared.files.untrusted import refuse_links
 from shared.store.arrays import ArraySpec
 from shared.store.checks import (
@@ -55,6 +57,7 @@ from shared.store.layout import (
     tokens_spec,
 )
 from shared.store.mapped_array import MappedArray, Rows
+from shared.store.object_rows import ObjectArray, ObjectRows
 from shared.store.outliers import Exclusion, block_outliers, longest_norms
 from shared.store.packed import LOCAL_BYTES, LocalFolder, packed_metadata
 from shared.store.statistics import OUTLIER_RATIO
@@ -77,7 +80,7 @@ class SideStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Local:
-    """Where a packed store is decoded while it is read."""
+    """Where a packed store is decoded while it is read, and what is fetched of one in object storage is kept."""
 
     folder: Path | None = None
     """The system's folder for temporary files, if not given."""
@@ -101,11 +104,20 @@ class StratumRows:
 
 
 class Store:
-    """A finished store, checked and mapped."""
+    """A finished store, checked and mapped.
 
-    def __init__(self, path: Path, record: StoreRecord, local: Local | None = None) -> None:
+    Of one in object storage, `path` is the local folder with its records.
+    """
+
+    def __init__(
+        self, path: Path, record: StoreRecord, local: Local | None = None, objects: ObjectRows | None = None
+    ) -> None:
         """Raise `CorruptData` when the folder holds a link, or, of a packed store, `packed.json` is not its own."""
         refuse_links(path)
+        self.place = Path(objects.address) if objects else place(path)
+        """Where the store is, as `open` takes it from any current folder."""
+        self.objects = objects
+        """Where rows are fetched from, of a store in object storage."""
         self.path, self.record, self.request = path, record, record.request
         self.exclusion: Exclusion | None = None
         """Which rows are left out by what reads the store; none: all rows count."""
@@ -119,30 +131,53 @@ class Store:
     def open(cls, path: Path | str, local: Local | None = None) -> "Store":
         """Open the store at `path`; checks its records, and the size and index of every shard file.
 
-        `local` says where the rows of a packed store are decoded; the default `Local()` if not given.
+        `path` may be an address of objects, such as `s3://bucket/store`: of their shard files, the sizes are checked.
+        `local` says where the rows of a packed store are decoded and those of objects kept; the default `Local()` if
+        not given.
 
         Raises `UserError` when `path` is no finished store of a format this version reads, or `local` is given for one
-        that is not packed, and `CorruptData` when a file is not what the records say.
+        that is neither packed nor in object storage, and `CorruptData` when a file is not what the records say. Of
+        objects, what `Objects` raises as well.
         """
-        path = Path(path)
+        path = local_folder(path)
+        if is_address(path):
+            return cls._of_objects(path, local)
         while True:
             record = read_store_record(path)
             try:
-                return cls._checked(path, record, local)
+                return cls._checked(path, record, local, None)
             except CorruptData:
                 if read_store_record(path) == record:
                     raise  # else it was extended meanwhile, and statistics of the shorter store are gone
 
     @classmethod
-    def _checked(cls, path: Path, record: StoreRecord, local: Local | None) -> "Store":
-        store = cls(path, record, local)
-        if local and not store.packed:
+    def _of_objects(cls, path: Path, local: Local | None) -> "Store":
+        given = local or Local()
+        for last in (False, True):
+            try:
+                objects = ObjectRows(path, given.folder, given.bytes)
+                with objects.naming():
+                    return cls._checked(objects.mirror, read_store_record(objects.mirror), local, objects)
+            except (CorruptData, FileNotFoundError):
+                if last:
+                    raise  # else it may have been extended meanwhile, as above
+        raise AssertionError
+
+    @classmethod
+    def _checked(cls, path: Path, record: StoreRecord, local: Local | None, objects: ObjectRows | None) -> "Store":
+        store = cls(path, record, local, objects)
+        if local and not store.packed and not objects:
             raise UserError(f"{path} is not packed, so nothing is decoded; leave out --local-folder and --local-bytes")
+        if objects:
+            objects.describe_rows(store._shard_record, store.shard_bytes, is_packed=bool(store.packed))
         _ = store.statistics  # at once: an extension that finishes later removes the file
         check_records(path, store.record)
         for spec in store.arrays():
             for shard in range(store.record.blocks * spec.shards_per_block):
-                if store.packed:
+                name = spec.shard_path(shard)
+                if objects:
+                    objects.check_size(name, store.packed.files[name].bytes if store.packed else spec.shard_bytes)
+                elif store.packed:
                     check_size(path / ARRAYS / spec.shard_path(shard), store.packed.files[spec.shard_path(shard)])
                 else:
                     check_shard(path / ARRAYS, spec, shard)
@@ -213,24 +248,36 @@ class Store:
         array.read(block * rows, (block + 1) * rows, out)
         return out
 
-    def reading(self) -> AbstractContextManager[Lock]:
-        """Return the readers' lock: the store is not removed while any process holds it. It may be extended."""
+    def reading(self) -> AbstractContextManager[object]:
+        """Return the readers' lock: the store is not removed while any process holds it. It may be extended.
+
+        One in object storage has none.
+        """
+        if self.objects:
+            return nullcontext()
         return lock(self.path / REQUEST, f"store {self.path.name}", shared=True, make=False)
 
     @cached_property
     def _local(self) -> LocalFolder | None:
         given = self._local_given
-        return LocalFolder(self.path / ARRAYS, self.shard_bytes, given.folder, given.bytes) if self.packed else None
+        if not self.packed or self.objects:
+            return None
+        return LocalFolder(self.path / ARRAYS, self.shard_bytes, given.folder, given.bytes)
+
+    def _array(self, spec: ArraySpec) -> MappedArray:
+        if self.objects:
+            return ObjectArray(self.objects, spec, self.record.blocks)
+        return MappedArray(self.path / ARRAYS, spec, self.record.blocks, self._local)
 
     @cached_property
     def strata(self) -> dict[str, StratumRows]:
         """Mapped rows by stratum name, in order of position."""
-        record, root = self.record, self.path / ARRAYS
+        record = self.record
         return {
             s.name: StratumRows(
                 stratum=s,
                 **{
-                    name: MappedArray(root, spec, record.blocks, self._local)
+                    name: self._array(spec)
                     for name, spec in stratum_specs(self.request, s, record.d_in, record.d_out).items()
                 },
             )
@@ -240,12 +287,12 @@ class Store:
     @cached_property
     def tokens(self) -> MappedArray:
         """Token windows [sequences, context]."""
-        return MappedArray(self.path / ARRAYS, tokens_spec(self.request), self.record.blocks, self._local)
+        return self._array(tokens_spec(self.request))
 
     @cached_property
     def documents(self) -> MappedArray:
         """The document of each token [sequences, context]."""
-        return MappedArray(self.path / ARRAYS, documents_spec(self.request), self.record.blocks, self._local)
+        return self._array(documents_spec(self.request))
 
     def context_of(self, stratum: str, row: int) -> tuple[NDArray[Any], int]:
         """Return the token window [context] that a row of a stratum is from, and the place of the row's token in it.
@@ -345,8 +392,8 @@ class Store:
             norm, limit = norms[wrong[0]], limits[wrong[0]]
             said = f"has the norm {norm:.4g}, and the store's statistics allow {limit:.4g} at most"
             raise CorruptData(
-                f"{self.path / ARRAYS / array.spec.shard_path(shard)}: row {row} "
-                f"{said if np.isfinite(norm) else 'is not finite'}; {remedy(array.spec, shard, self.path)}"
+                f"{self.shown}/{ARRAYS}/{array.spec.shard_path(shard)}: row {row} "
+                f"{said if np.isfinite(norm) else 'is not finite'}; {remedy(array.spec, shard, self.shown)}"
             )
 
     def check_shards(self, *parts: Iterable[int], everything: bool = False) -> None:
@@ -358,12 +405,43 @@ class Store:
         files: dict[str, FileRecord] = {}
         for blocks in parts:
             files |= self._some_shards(blocks, None if everything else CHECKED_BYTES)
+        for name, wrong in self._faults({f"{ARRAYS}/{name}": file for name, file in files.items()}):
+            if wrong:
+                raise CorruptData(f"{self.shown}/{name}: {wrong}; repair it with: harvest repair {self.shown}")
+
+    def _faults(self, files: Mapping[str, FileRecord]) -> Iterator[tuple[str, str | None]]:
+        """Compare files with their records, on all cores: yields (path below the store, what is wrong or None)."""
+        if self.objects:
+            yield from self.objects.faults(files)
+            return
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            faults = pool.map(lambda item: fault(self.path / ARRAYS / item[0], item[1]), files.items())
-            for name, wrong in zip(files, faults, strict=True):
-                if wrong:
-                    path = self.path / ARRAYS / name
-                    raise CorruptData(f"{path}: {wrong}; repair it with: harvest repair {self.path}")
+            found = pool.map(lambda item: fault(self.path / item[0], item[1]), files.items())
+            yield from zip(files, found, strict=True)
+
+    @property
+    def shown(self) -> str:
+        """Where the store is, for messages."""
+        return self.objects.address if self.objects else str(self.path)
+
+    @property
+    def bytes(self) -> int:
+        """Of all its files, as they lie there."""
+        return sum(self.objects.sizes.values()) if self.objects else size_of(self.path)
+
+    def bytes_of(self, name: str) -> int:
+        """Return the size of a file by its path below the store; 0 where it is not there."""
+        if self.objects:
+            return self.objects.sizes.get(name, 0)
+        return (self.path / name).stat().st_size if (self.path / name).is_file() else 0
+
+    def _shard_record(self, spec: ArraySpec, shard: int) -> FileRecord:
+        """Return size and checksum of a shard file as it is."""
+        name = spec.shard_path(shard)
+        if self.packed:
+            return self.packed.files[name]
+        block = shard // spec.shards_per_block
+        planned = self.record.plan.token_files
+        return planned[name] if name in planned else read_ledger(self.path, block).files[name]
 
     def _some_shards(self, blocks: Iterable[int], most: int | None) -> dict[str, FileRecord]:
         """Return the shard files of `blocks`, with those of their tokens; at random, as many as have `most` bytes."""
@@ -405,6 +483,4 @@ class Store:
             ledger[moments_path(block)] = record.moments
         if self.packed:
             ledger |= {f"{ARRAYS}/{name}": file for name, file in self.packed.files.items()}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            faults = pool.map(lambda item: fault(self.path / item[0], item[1]), ledger.items())
-            yield from zip(ledger, faults, strict=True)
+        yield from self._faults(ledger)

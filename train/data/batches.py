@@ -19,6 +19,8 @@ from train.data.resident import ResidentRows
 from train.data.staging import Stage, sent, staging, to_float
 
 Side = Literal["source", "target"]
+_MOST_ASKED = 8
+"""Steps whose rows are asked for at once, so that the first one is not kept waiting."""
 
 
 def source_width(store: Store, source: Side) -> int:
@@ -59,6 +61,7 @@ class BatchReader(RowReader):
         source: Side = "source",
         *,
         resident: bool = False,
+        stop: int | None = None,
     ) -> None:
         super().__init__(store, blocks, config, seed, _sides(source))
         self._device, self._resident = device, ResidentRows(self, device) if resident else None
@@ -66,8 +69,12 @@ class BatchReader(RowReader):
         self._threads = min(AHEAD + 1, os.cpu_count() or 1) if device.type == "cuda" else 1
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: dict[int, Future[Stage]] = {}
-        self._advised = -2
-        """The step for which, and for those after it, the kernel was asked last."""
+        self.stop = stop
+        """The step at which reading ends: no rows of later ones are asked for ahead."""
+        self._step = -2
+        """The step that was read last."""
+        self._asked = 0
+        """The first step whose rows are not asked for yet."""
         self.waited = 0.0
         """Seconds that callers of `batch` waited for it."""
 
@@ -81,6 +88,8 @@ class BatchReader(RowReader):
         assert self._pool
         pool, self._pool, self._ahead = self._pool, None, {}
         pool.shutdown(cancel_futures=True)
+        if self.store.objects:
+            self.store.objects.stop()
         if self._resident:
             self._resident.drop()
 
@@ -135,8 +144,11 @@ class BatchReader(RowReader):
         """Return the steps whose rows the kernel is to be asked for when `step` is read, and was not yet."""
         if self._resident:
             return range(0)
-        before, self._advised = self._advised, step
-        return range(step + AHEAD if step == before + 1 else step, step + AHEAD + 1)
+        before, self._step = self._step, step
+        first = self._asked if step == before + 1 else step
+        end = step + self.ahead + 1 if self.stop is None else min(step + self.ahead + 1, self.stop)
+        self._asked = max(first, min(end, first + _MOST_ASKED))
+        return range(first, self._asked)
 
     def _fill(self, step: int, advised: range) -> Stage:
         """Read `step` into its place in the ring, which was used up when the step after it was asked for."""
@@ -173,7 +185,7 @@ def batches(
     view = opened.excluding(config.exclusion(opened, figures=True))
     blocks = config.training_blocks(opened)
     opened.check_shards(blocks)
-    reader = BatchReader(view, blocks, config, seed, torch.device(device), source)
+    reader = BatchReader(view, blocks, config, seed, torch.device(device), source, stop=first + steps)
 
     def read() -> Iterator[Batch]:
         with opened.reading(), reader:

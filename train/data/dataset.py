@@ -80,7 +80,7 @@ class StoreDataset(IterableDataset[TaggedRows]):
         `Store.check_shards`. Iterating raises `CorruptData` as `Store.check_norms`.
         """
         opened = store if isinstance(store, Store) else Store.open(store, local)
-        self._path, self._local = opened.path, local
+        self._path, self._local = opened.place, local
         self._config = (rows or RowsConfig()).resolve(opened.request.block_sequences)
         self._blocks = self._config.training_blocks(opened) if blocks is None else blocks
         if not 0 <= self._blocks.start < self._blocks.stop <= opened.record.blocks or self._blocks.step != 1:

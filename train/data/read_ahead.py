@@ -16,6 +16,8 @@ from shared.store.store import Store
 from train.data.staging import Stage, staging, to_float
 
 _STAGES = 3
+_OBJECT_CHUNKS = 32
+"""Chunks whose rows object storage is asked for at once."""
 _NEVER = 2**62
 """No part."""
 
@@ -43,6 +45,9 @@ def read_ahead(
     stages = [Stage([staging(most, getattr(first, side), device) for side in sides], device) for _ in range(ahead)]
 
     def fill(number: int) -> Stage:
+        for later in extents[number : number + _OBJECT_CHUNKS] if store.objects else ():
+            for side in sides:
+                getattr(store.strata[later.stratum], side).will_need([(later.low, later.high)])
         stage, (stratum, low, high) = stages[number % ahead], extents[number]
         after = extents[number + 1] if number + 1 < len(extents) and extents[number + 1].stratum == stratum else None
         for side, rows in zip(sides, stage.to_fill(), strict=True):
@@ -112,3 +117,7 @@ class RowChecks:
             longest = self._store.longest_norm(block, stratum, side)
             parts.append(torch.full((count,), longest, dtype=torch.float64, device=device))
         return torch.cat(parts)
+
+
+_OBJECT_CHUNKS = 32
+"""Chunks whose rows object storage is asked for at once."""

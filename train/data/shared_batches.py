@@ -3,7 +3,9 @@
 import threading
 from typing import Any, Self
 
-from train.data.batches import Batch, BatchReader
+from torch import Tensor
+
+from train.data.batches import BatchReader
 
 
 class SharedBatchReader(BatchReader):
@@ -16,7 +18,7 @@ class SharedBatchReader(BatchReader):
     def __init__(self, *given: Any, **options: Any) -> None:
         super().__init__(*given, **options)
         self._lock, self._users = threading.RLock(), 0
-        self._kept: dict[int, Batch] = {}
+        self._kept: dict[int, list[Tensor]] = {}
 
     def __enter__(self) -> Self:
         with self._lock:
@@ -32,10 +34,13 @@ class SharedBatchReader(BatchReader):
                 self._kept = {}
                 super().__exit__()
 
-    def batch(self, step: int) -> Batch:
-        """Return the rows of `step`, which nobody may change. Raises what reading them raised, to each that asks."""
+    def fetch(self, step: int) -> list[Tensor]:
+        """Return what the rows of `step` are made of, which nobody may change.
+
+        Raises what reading them raised, to each that asks.
+        """
         with self._lock:
             if step not in self._kept:
-                found = super().batch(step)
+                found = [one.clone() for one in super().fetch(step)]  # its place is read into again meanwhile
                 self._kept = {other: kept for other, kept in self._kept.items() if other == step - 1} | {step: found}
-            return self._kept[step]
+            return list(self._kept[step])

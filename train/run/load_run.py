@@ -10,6 +10,7 @@ from shared.config import Config, read_record
 from shared.console.terminal import say
 from shared.errors import DiskFull, ProjectError, UserError
 from shared.files import durable
+from shared.files.object_store import place
 from shared.store.checks import read_store_record
 from shared.store.store import Local, Store
 from train.data.batches import StoreRows, source_width
@@ -126,10 +127,10 @@ def place_of_store(run: Path, config: RunConfig, given: Path | None = None) -> P
 def remember_store(run: Path, config: RunConfig, store: Store) -> None:
     """Keep where the store of `run` is, if it is no longer where the run has it; with a note where that cannot be."""
     known = place_of_store(run, config)
-    if known.resolve() == store.path.resolve() or _is_at(known, config.request):
+    if place(known) == store.place or _is_at(known, config.request):
         return
     try:
-        durable.publish_json(run / PLACE, StorePlace(store=store.path.resolve()).model_dump(mode="json"))
+        durable.publish_json(run / PLACE, StorePlace(store=store.place).model_dump(mode="json"))
     except (DiskFull, OSError) as error:
         say(f"note: where the store of {run} is now cannot be kept ({error}); give --store the next time, too")
 

@@ -20,7 +20,7 @@ class OwnProcess:
 
     def reader(self, store: Store, config: RunConfig) -> BatchReader:
         """Return what reads the batches of a run from `store`."""
-        return new_reader(BatchReader, store, config)
+        return new_reader(BatchReader, store, config, stop=config.settings.steps)
 
     def stop_signals(self) -> AbstractContextManager[list[int]]:
         """Return a context that yields a list, which signals to stop fill."""
@@ -34,8 +34,11 @@ class OwnProcess:
         return time.process_time()
 
 
-def new_reader(kind: type[R], store: Store, config: RunConfig, runs: int = 1) -> R:
-    """Return a reader of this `kind` for a run, or for so many `runs` side by side that have the same rows."""
+def new_reader(kind: type[R], store: Store, config: RunConfig, runs: int = 1, stop: int | None = None) -> R:
+    """Return a reader of this `kind` for a run, or for so many `runs` side by side that have the same rows.
+
+    Nothing is fetched ahead for the step `stop` or later ones.
+    """
     settings = config.settings
     return kind(
         store,
@@ -45,4 +48,5 @@ def new_reader(kind: type[R], store: Store, config: RunConfig, runs: int = 1) ->
         torch.device(settings.device),
         settings.source,
         resident=keeps_rows(config, store, runs),
+        stop=stop,
     )

@@ -300,7 +300,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
                 "log_every": usual.log if settings.log_every == "auto" else settings.log_every,
             }
         ),
-        store=store.path.resolve(),
+        store=store.place,
         request=store.request.digest,
         first_block=blocks.start,
         last_block=blocks.stop,

@@ -1,0 +1,202 @@
+"""A harvest into object storage: made in a local folder by the writer that all harvests have, sent block by block.
+
+Shard files are sent first and never change; the record that says they exist comes after them, by a conditional put:
+that is the commit. Once a block's record is there, its shard files here give their room back.
+"""
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from harvest.run.ranks import Ranks
+from shared.errors import CorruptData, ProjectError, UserError
+from shared.files import durable
+from shared.files.lease import Lease
+from shared.files.object_store import CONNECTIONS, Objects, Taken, address
+from shared.store import packed
+from shared.store.checks import read_ledger, read_plan, read_request
+from shared.store.layout import (
+    ARRAYS,
+    LEDGER,
+    PLAN,
+    REQUEST,
+    STATISTICS,
+    STORE,
+    StoreRequest,
+    row_specs,
+)
+from shared.store.object_rows import is_shard
+from shared.store.store import Store
+
+_PREFIX = "harvested-objects-"
+_ROWS = f"{ARRAYS}/strata/"
+
+
+@contextmanager
+def writing(cache: Path, requests: Sequence[StoreRequest]) -> Iterator["ObjectCache"]:
+    """Hold the leases of the stores of `requests`, and give a local folder with what is there of them.
+
+    Raises `UserError` when another process writes one, or several processes share this harvest.
+    """
+    if Ranks().size > 1:
+        raise UserError(
+            f"{address(cache)}: several processes cannot share a harvest into object storage; harvest into a folder "
+            "that all of them see, and copy the finished store there"
+        )
+    parent = Path(tempfile.gettempdir())
+    packed.sweep(parent, _PREFIX)
+    folder = parent / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    lock = parent / f"{folder.name}.lock"
+    with ExitStack() as stack:
+        stack.callback(lock.unlink, missing_ok=True)
+        stack.enter_context(durable.lock(lock, f"folder {folder}"))  # before the folder: no sweep comes in between
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder.mkdir()
+        objects, leases = Objects(cache), {}
+        for name in sorted({request.folder for request in requests}):
+            leases[name] = stack.enter_context(Lease(objects, f"{name}.lock", f"store {address(cache)}/{name}"))
+        found = ObjectCache(cache, folder, requests, leases)
+        for request in requests:
+            found.pull(request.folder)
+        yield found
+
+
+@contextmanager
+def looking(cache: Path, requests: Sequence[StoreRequest]) -> Iterator[Path]:
+    """Give a local folder with the records of the stores of `requests`, as far as there are some; nothing is held."""
+    with tempfile.TemporaryDirectory(prefix="planned-objects-") as folder:
+        found = ObjectCache(cache, Path(folder), requests, {})
+        for request in requests:
+            found.pull(request.folder, tokens=False)
+        yield Path(folder)
+
+
+def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool:
+    """Tell whether the store at an address is finished, and holds what is asked for."""
+    try:
+        record = Store.open(path).record
+    except (UserError, CorruptData):  # none, or one that is made whole
+        return False
+    enough = record.plan.exhausted or len(record.training_blocks) >= training_blocks
+    return record.request == request and enough
+
+
+class ObjectCache:
+    """The stores that are being made, in `folder`, and their objects."""
+
+    def __init__(self, cache: Path, folder: Path, requests: Sequence[StoreRequest], leases: dict[str, Lease]) -> None:
+        self.folder, self._leases = folder, leases
+        self._objects = {one.folder: Objects(f"{address(cache)}/{one.folder}") for one in requests}
+        self._tags: dict[Path, str] = {}
+        """Of records that are there, by their path here."""
+        self._sent: dict[Path, tuple[int, int]] = {}
+        """When files that are there were changed here, and their sizes."""
+
+    def pull(self, name: str, *, tokens: bool = True) -> None:
+        """Bring what there is of a store: its records and `tokens`; rows of its blocks by name and size alone."""
+        objects, path = self._objects[name], self.folder / name
+        sizes = objects.sizes()
+        wanted = [one for one in sizes if not is_shard(one) or (tokens and not one.startswith(_ROWS))]
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            for one, found in zip(wanted, pool.map(objects.get_tagged, wanted), strict=True):
+                target = path / one
+                if found is None:
+                    continue
+                if not target.resolve().is_relative_to(path.resolve()):
+                    raise CorruptData(f"{objects.address}: {one!r} is no name of a store's file; remove it")
+                durable.publish_bytes(target, found[0])
+                self._note(target, found[1])
+        if (path / PLAN).is_file() and (path / REQUEST).is_file():
+            self._stand_in(path, sizes)
+
+    def push(self, path: Path) -> None:
+        """Send what is new at `path`, a store's folder here, in the order of a commit. Raises `Stopped`, `UserError`.
+
+        The records come last, one by one, each put only if it is still what it was.
+        """
+        objects, lease = self._objects[path.name], self._leases[path.name]
+        new = [file for file in sorted(path.rglob("*")) if self._is_new(file)]
+        groups: list[list[Path]] = [[], [], [], [], []]
+        for file in new:
+            groups[_turn(str(file.relative_to(path)))].append(file)
+        first, tokens, plan, files, last = groups
+        self._commit(objects, lease, path, first)
+        self._put(objects, lease, path, tokens)
+        self._commit(objects, lease, path, plan)
+        self._put(objects, lease, path, [file for file in files if not _is_record(path, file)])
+        records = [file for file in files if _is_record(path, file)]
+        self._commit(objects, lease, path, records)
+        for file in records:
+            self._empty(path, int(file.stem))
+        self._commit(objects, lease, path, last)
+        if last:
+            gone = [one for one in objects.sizes() if Path(one).match(STATISTICS) and not (path / one).exists()]
+            objects.delete(gone)
+
+    def _put(self, objects: Objects, lease: Lease, path: Path, files: Sequence[Path]) -> None:
+        def one(file: Path) -> None:
+            lease.require()
+            objects.put(str(file.relative_to(path)), file)
+            self._note(file)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(one, files))
+
+    def _commit(self, objects: Objects, lease: Lease, path: Path, files: Sequence[Path]) -> None:
+        for file in files:
+            lease.require()
+            name, data, tag = str(file.relative_to(path)), file.read_bytes(), self._tags.get(file)
+            try:
+                self._note(file, objects.replace(name, data, tag) if tag else objects.create(name, data))
+            except Taken as error:
+                raise ProjectError(f"{error}; nothing was written over it: run the same command again") from error
+
+    def _note(self, file: Path, tag: str | None = None) -> None:
+        status = file.stat()
+        self._sent[file] = status.st_mtime_ns, status.st_size
+        if tag:
+            self._tags[file] = tag
+
+    def _is_new(self, file: Path) -> bool:
+        if not file.is_file() or file.suffix == durable.TEMPORARY:
+            return False
+        status = file.stat()
+        return self._sent.get(file) != (status.st_mtime_ns, status.st_size)
+
+    def _stand_in(self, path: Path, sizes: dict[str, int]) -> None:
+        """Make files that stand for the shard files of committed blocks: of their sizes, and empty but for the index.
+
+        The writer asks no more of them than that they are there.
+        """
+        for record in sorted((path / LEDGER).glob("*.json")):
+            self._empty(path, int(record.stem), sizes)
+
+    def _empty(self, path: Path, block: int, sizes: dict[str, int] | None = None) -> None:
+        """Give back the room of a block's shard files; those of a block that is elsewhere if they are all there."""
+        try:
+            record, request, plan = read_ledger(path, block), read_request(path), read_plan(path)
+        except CorruptData:
+            return  # it is made again
+        for spec in row_specs(request, plan.stored_strata, record.d_in, record.d_out):
+            for shard in spec.block_shards(block):
+                file = path / ARRAYS / spec.shard_path(shard)
+                if sizes is None or sizes.get(str(file.relative_to(path))) == spec.shard_bytes:
+                    durable.make_sparse(file, spec.payload_bytes)
+                    durable.write_at(file, spec.payload_bytes, spec.footer())
+                    self._note(file)
+
+
+def _turn(name: str) -> int:
+    """Return when a file is sent: the request, tokens, the plan, what blocks are made of, and `store.json` last."""
+    if name in (REQUEST, PLAN, STORE):
+        return {REQUEST: 0, PLAN: 2, STORE: 4}[name]
+    return 1 if is_shard(name) and not name.startswith(_ROWS) else 3
+
+
+def _is_record(path: Path, file: Path) -> bool:
+    return file.parent == path / LEDGER and file.suffix == ".json"

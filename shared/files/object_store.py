@@ -1,0 +1,207 @@
+"""Objects below an address such as `s3://bucket/prefix`, through obstore.
+
+Credentials, endpoint and region are those that obstore finds in the environment (`AWS_ACCESS_KEY_ID`,
+`AWS_ENDPOINT_URL`, ...). Requests that fail are made again, by obstore, with exponential backoff and jitter.
+"""
+
+import os
+import random
+import re
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.errors import CorruptData, Stopped, UserError, cause
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
+
+PART_BYTES = 8 * 2**20
+"""Of one request: at 300 kB/s it is answered within `ANSWER_SECONDS`."""
+ANSWER_SECONDS = 30
+DEADLINE_SECONDS = 180
+"""How long one request is made again and again. Below the five minutes for which the signature of one is valid."""
+CONNECTIONS = 64
+"""Requests at once: at 0.1 s of latency, 300 kB each make 190 MB/s."""
+_ADDRESS = re.compile(r"(s3|gs|az)://?(?=[^/])|(file):/+")
+"""A `Path` has one of the two slashes."""
+
+
+def is_address(path: Path | str) -> bool:
+    """Tell whether `path` is the address of objects, not of a local folder; a `file://` one is a local folder."""
+    found = _ADDRESS.match(os.fspath(path))
+    return bool(found and found[1])
+
+
+def address(path: Path | str) -> str:
+    """Return the address with both slashes, and none at its end."""
+    return _ADDRESS.sub(r"\1://", os.fspath(path), count=1).rstrip("/")
+
+
+def place(path: Path | str) -> Path:
+    """Return where a store is: the address of objects as it is, a `file://` one as the folder, a folder resolved."""
+    if is_address(path):
+        return Path(os.fspath(path))
+    return local_folder(path).resolve()
+
+
+def local_folder(path: Path | str) -> Path:
+    """Return a `file://` address as the folder that it names, and any other path as it is."""
+    return Path(_ADDRESS.sub("/", os.fspath(path), count=1)) if not is_address(path) else Path(path)
+
+
+def require_folder(path: Path | str, what: str) -> Path:
+    """Return a local folder. Raises `UserError` for an address of objects, which `what` does not read or write."""
+    if is_address(path):
+        raise UserError(
+            f"{address(path)} is in object storage, and {what} works on a local folder: copy it there and back "
+            "(aws s3 sync, gsutil rsync, azcopy; objects and files have the same names)"
+        )
+    return local_folder(path)
+
+
+class Taken(Exception):
+    """An object was not written: there is one already, or another than was expected."""
+
+
+class Objects:
+    """The objects below an address, by name. Several threads may use it.
+
+    Raises `UserError` when obstore is not installed, when there is no such bucket, and when access is refused;
+    `Stopped` when the service does not answer in time, and `FileNotFoundError` when there is no such object.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.address = address(path)
+        self._store = _connect(self.address)
+
+    def get(self, name: str, size: int | None = None) -> bytes:
+        """Return an object; one of a known `size` in several requests at once, if it is large."""
+        if size is not None and size > PART_BYTES:
+            parts = [(low, min(low + PART_BYTES, size)) for low in range(0, size, PART_BYTES)]
+            with ThreadPoolExecutor(min(8, len(parts))) as pool:
+                return b"".join(pool.map(lambda part: self.get_range(name, *part), parts))
+        with self._explained(name):
+            return bytes(self._store.get(name).bytes())
+
+    def get_range(self, name: str, start: int, stop: int) -> bytes:
+        """Return the bytes `start:stop` of an object. Raises `CorruptData` when it does not have them."""
+        with self._explained(name):
+            found = bytes(self._store.get_range(name, start=start, end=stop))
+        if len(found) != stop - start:
+            raise CorruptData(f"{self.address}/{name}: it ends before byte {stop:,}; {_COPY}")
+        return found
+
+    def get_tagged(self, name: str) -> tuple[bytes, str] | None:
+        """Return an object and its e-tag, or none where there is no such object."""
+        with suppress(FileNotFoundError), self._explained(name):
+            found = self._store.get(name)
+            return bytes(found.bytes()), str(found.meta["e_tag"])
+        return None
+
+    def sizes(self, below: str = "") -> dict[str, int]:
+        """Return the size of every object by name, of those below a folder."""
+        until = time.monotonic() + DEADLINE_SECONDS
+        while True:
+            try:
+                with self._explained(below):
+                    return {one["path"]: one["size"] for page in self._store.list(below or None) for one in page}
+            except Stopped as error:  # of requests for lists, obstore does not repeat those whose answer breaks off
+                if "body error" not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(random.uniform(0.1, 1))
+
+    def age(self, name: str) -> float:
+        """Return the seconds since an object was written, by this machine's clock."""
+        with self._explained(name):
+            return max(0.0, time.time() - self._store.head(name)["last_modified"].timestamp())
+
+    def put(self, name: str, data: bytes | Path) -> None:
+        """Write an object, a large one in several requests, over whatever is there."""
+        with self._explained(name):
+            self._store.put(name, data, chunk_size=PART_BYTES)
+
+    def create(self, name: str, data: bytes) -> str:
+        """Write an object that is not there yet; returns its e-tag.
+
+        Raises `Taken` when another is there. One of the same bytes is this one: the answer to its first request was
+        lost, or a kill came after it.
+        """
+        with suppress(Taken):
+            return self._put(name, data, "create")
+        found = self.get_tagged(name)
+        if found is None or found[0] != data:
+            raise Taken(f"{self.address}/{name} was written by another process")
+        return found[1]
+
+    def replace(self, name: str, data: bytes, tag: str) -> str:
+        """Write an object over the one with the e-tag `tag`; returns its own. Raises `Taken` when another is there."""
+        with suppress(Taken):
+            return self._put(name, data, {"e_tag": tag})
+        found = self.get_tagged(name)
+        if found is None or found[0] != data:
+            raise Taken(f"{self.address}/{name} was changed by another process")
+        return found[1]
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Remove objects; those that are not there are removed already."""
+        if names:
+            with self._explained(""):
+                self._store.delete(list(names))
+
+    def _put(self, name: str, data: bytes, mode: Any) -> str:
+        with self._explained(name):
+            return str(self._store.put(name, data, mode=mode, use_multipart=False)["e_tag"])
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        from obstore import exceptions
+
+        where = f"{self.address}/{name}" if name else self.address
+        try:
+            yield
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
+            raise Taken(where) from error
+        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+            raise UserError(f"{where}: access is refused ({_said(error)}); {_CREDENTIALS}") from error
+        except (exceptions.BaseError, FileNotFoundError) as error:
+            if "NoSuchBucket" in str(error):
+                raise UserError(f"{where}: there is no such bucket; make it, or correct the address") from error
+            if isinstance(error, FileNotFoundError):
+                raise
+            if "InvalidRange" in str(error) or "416" in str(error):
+                raise CorruptData(f"{where}: it is shorter than its records say; {_COPY}") from error
+            raise Stopped(
+                f"{where}: no good answer within {DEADLINE_SECONDS} s ({_said(error)}); check the network and "
+                f"{_CREDENTIALS}, and run it again"
+            ) from error
+
+
+_COPY = "copy the store there again, or repair a local copy of it: harvest repair"
+_CREDENTIALS = "the credentials and the endpoint (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)"
+
+
+def _said(error: BaseException) -> str:
+    return cause(Exception(str(error).split("Debug source")[0]))
+
+
+def _connect(where: str) -> "S3Store":
+    try:
+        from obstore.store import from_url
+    except ImportError as error:
+        raise UserError(f"{where} needs obstore: pip install 'transcoder-cache[objects]'") from error
+    backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=15), "base": 2}
+    client: Any = {
+        "timeout": timedelta(seconds=ANSWER_SECONDS),
+        "connect_timeout": timedelta(seconds=5),
+        "pool_max_idle_per_host": str(CONNECTIONS),
+    }
+    if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):  # who gives such an endpoint wants it
+        client["allow_http"] = True
+    retries: Any = {"max_retries": 1000, "retry_timeout": timedelta(seconds=DEADLINE_SECONDS), "backoff": backoff}
+    found: Any = from_url(where, client_options=client, retry_config=retries)
+    return found

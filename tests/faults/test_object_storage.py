@@ -1,0 +1,156 @@
+"""A harvest into object storage, and a training from it, that are killed at their requests, and go on."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.forks import Ended, Forks
+from tests.llms import Line, command, contents
+from tests.object_server import SETTINGS, Bucket, Fault
+from tests.runs import SMALL, assert_same_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    modules = ("harvest.run.runner", "harvest.llm.model", "harvest.text.tokenize", "train.commands")
+    with Forks("torch", *modules) as server:
+        yield server
+
+
+class Killing:
+    """Runs commands on a bucket, killed at requests."""
+
+    def __init__(self, forks: Forks, bucket: Bucket, folder: Path) -> None:
+        self.forks, self.bucket, self.folder = forks, bucket, folder
+        bucket.proxy.parent = forks._process.pid
+
+    def run(self, *arguments: object, at: int | None = None, fault: Fault = "kill") -> Ended:
+        """Run to the end, or to the request `at`."""
+        self.bucket.proxy.strike(fault, [] if at is None else [at])
+        env = {**SETTINGS, "AWS_ENDPOINT_URL": self.bucket.proxy.address, "TMPDIR": str(self.folder)}
+        return self.forks.run(*arguments, scratch=self.folder / "said", env={**os.environ, **env})
+
+    def requests(self) -> int:
+        """Of the last command."""
+        return len(self.bucket.proxy.requests)
+
+    def harvest(self, small: Line, finished: Path, points: Iterable[int], fault: Fault) -> list[str]:
+        """Kill a harvest at each of `points`, and finish it; returns what was wrong."""
+        found = []
+        expected = {f"{finished.name}/{name}": data for name, data in contents(finished).items()}
+        for point in points:
+            below = f"{fault.replace(' ', '-')}-{point}"
+            line = ("harvest", *small(Path(f"{self.bucket.address}/{below}")))
+            killed = self.run(*line, at=point, fault=fault)
+            if killed.code != -9:
+                found.append(f"{point}: ended with {killed.code} {killed.err}")
+            left = {name.removeprefix(f"{below}/"): data for name, data in self.bucket.contents(below).items()}
+            found += [f"{point}: {one}" for one in invalid(left, expected)]
+            resumed = self.run(*line)
+            left = {name.removeprefix(f"{below}/"): data for name, data in self.bucket.contents(below).items()}
+            if resumed.code or left != expected:
+                found.append(
+                    f"{point}: resumed to {resumed.code} {resumed.err} {sorted(left.keys() ^ expected.keys())}"
+                )
+        return found
+
+
+def invalid(left: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
+    """What a reader must not meet: other bytes than those of the finished store, or a record before what it names."""
+    fixed = {name: data for name, data in left.items() if not name.endswith((".lock", "zarr.json"))}
+    found = [f"{name} has other bytes" for name, data in fixed.items() if expected.get(name) != data]
+    for name, data in fixed.items():
+        store = name.split("/")[0]
+        if "/ledger/" in name and name.endswith(".json"):
+            record = json.loads(data)
+            files = [*record["files"], *record["tokens"]]
+            needed = [f"{store}/activations.zarr/{file}" for file in files] + [
+                name.replace("json", "moments.safetensors")
+            ]
+        elif name.endswith("/store.json"):
+            needed = list(expected)
+        else:
+            continue
+        found += [f"{name} is there, and {file} is not" for file in needed if file not in left]
+    return found
+
+
+@pytest.fixture
+def killing(forks: Forks, bucket: Bucket, tmp_path: Path) -> Killing:
+    return Killing(forks, bucket, tmp_path)
+
+
+def test_a_harvest_into_object_storage_is_the_local_one(small: Line, finished: Path, killing: Killing) -> None:
+    """Also when requests fail on the way; it is found again, listed, planned to extend, and removed."""
+    cache = Path(f"{killing.bucket.address}/cache")
+    killing.bucket.proxy.strike("lost", range(3, 200, 9))
+    made = command(*small(cache))
+    assert made.code == 0, made.err
+    address = f"{killing.bucket.address}/cache/{finished.name}"
+    assert made.out == address + "\n"
+    there = {name.removeprefix("cache/"): data for name, data in killing.bucket.contents("cache").items()}
+    assert there == {f"{finished.name}/{name}": data for name, data in contents(finished).items()}
+    assert not list(killing.folder.glob("harvested-objects-*"))
+    killing.bucket.proxy.strike(None)
+    again = command(*small(cache))
+    assert again.code == 0 and not any(one.startswith("PUT") for one in killing.bucket.proxy.requests)
+    listed = json.loads(command("ls", "--cache", cache, "--json").out)["stores"]
+    assert [(one["name"], one["state"]) for one in listed] == [(finished.name, "complete")]
+    planned = json.loads(command("plan", *small(cache)[1:], "--json").out)["stores"]
+    assert planned[0]["blocks"] == planned[0]["committed_blocks"] if "committed_blocks" in planned[0] else planned
+    removed = command("rm", address, "--yes")
+    assert removed.code == 0 and killing.bucket.contents() == {}, removed.err
+
+
+@pytest.mark.parametrize("fault", ["kill", "kill after"])
+def test_a_harvest_that_is_killed_at_a_request_ends_the_same(
+    small: Line, finished: Path, killing: Killing, fault: Fault
+) -> None:
+    """While tokens are sent, a block's shard files, a record, and the last files."""
+    assert killing.harvest(small, finished, (12, 60, 215), fault) == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(6 * 3600)
+def test_a_harvest_that_is_killed_at_any_request_ends_the_same(small: Line, finished: Path, killing: Killing) -> None:
+    assert killing.run("harvest", *small(Path(f"{killing.bucket.address}/all"))).code == 0
+    points = range(killing.requests())
+    assert killing.harvest(small, finished, points, "kill") == []
+
+
+def reading(killing: Killing, finished: Path, points: Iterable[int]) -> None:
+    """Kill a training at requests for rows, and resume it."""
+    address = killing.bucket.upload(finished, "cache/store")
+    line = ("train", "run", "--runs", killing.folder / "runs", "--steps", 6, *SMALL)
+    line = (*line, "--set", "checkpoint.every=2")
+    assert killing.run(*line, "--store", finished, "--name", "here").code == 0
+    for point in points:
+        name = f"away-{point}"
+        killed = killing.run(*line, "--store", address, "--name", name, at=point)
+        assert killed.code == -9, killed.err
+        run = killing.folder / "runs" / name
+        again = (
+            ("train", "resume", run) if (run / "config.json").is_file() else (*line, "--store", address, "--name", name)
+        )
+        resumed = killing.run(*again)
+        assert resumed.code == 0, resumed.err
+        assert_same_run(killing.folder / "runs" / "here", run)
+        assert not list(killing.folder.glob("stored-objects-*"))
+
+
+def test_a_training_that_is_killed_at_a_request_ends_the_same(killing: Killing, finished: Path) -> None:
+    reading(killing, finished, (30,))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(6 * 3600)
+def test_a_training_that_is_killed_at_any_request_ends_the_same(killing: Killing, finished: Path) -> None:
+    address = killing.bucket.upload(finished, "counted/store")
+    line = ("train", "run", "--runs", killing.folder / "counted", "--steps", 6, *SMALL, "--store", address)
+    assert killing.run(*line).code == 0
+    reading(killing, finished, range(killing.requests()))

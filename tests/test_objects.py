@@ -1,0 +1,224 @@
+"""A store in object storage is read as a local one: same rows, same training, whatever requests meet."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.errors import CorruptData, Stopped, UserError
+from shared.files import object_store
+from shared.files.disk_usage import size_of
+from shared.files.object_store import Objects, Taken, address, is_address, local_folder
+from shared.store import object_rows, piece_folder
+from shared.store.layout import ARRAYS
+from shared.store.reader import RowsConfig
+from shared.store.store import Local, Store
+from tests.llms import command as harvest
+from tests.object_server import Bucket, Fault
+from tests.runs import SMALL, Outcome, assert_same_run
+from tests.stores import SyntheticStore
+from train.data.batches import batches
+
+SHARD = f"{ARRAYS}/strata/004-016/source/c/3/0"
+
+
+@pytest.fixture
+def there(bucket: Bucket, pristine: SyntheticStore) -> str:
+    return bucket.upload(pristine.path, "cache/store")
+
+
+@pytest.fixture
+def by_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shard file is small enough to be fetched whole."""
+    monkeypatch.setattr(object_rows, "WHOLE_BYTES", 0)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are given up early."""
+    monkeypatch.setattr(object_store, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(object_store, "DEADLINE_SECONDS", 3)
+
+
+def assert_same_rows(store: Store, pristine: SyntheticStore) -> None:
+    """Runs of every array, within and across shard files."""
+    for name, expected in pristine.arrays.items():
+        path = name.split("/")
+        array = getattr(store.strata[path[1]], path[2]) if path[0] == "strata" else getattr(store, name)
+        runs = [(3, 9), (len(expected) - 5, len(expected)), (len(expected) // 2 - 2, len(expected) // 2 + 2)]
+        out = np.empty_like(expected[:15])
+        array.gather(runs, out)
+        assert (out == np.concatenate([expected[low:high] for low, high in runs])).all(), name
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_rows_are_those_of_the_local_store(
+    there: str, pristine: SyntheticStore, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    if not whole:
+        monkeypatch.setattr(object_rows, "WHOLE_BYTES", 0)
+    store = Store.open(there)
+    assert_same_rows(store, pristine)
+    assert address(store.place) == there
+    assert (
+        store.strata["004-016"].source.shard(1) == Store.open(pristine.path).strata["004-016"].source.shard(1)
+    ).all()
+
+
+def test_of_a_store_that_is_larger_than_the_folder_the_rows_asked_for_are_fetched_and_no_others(
+    there: str, tmp_path: Path, by_ranges: None
+) -> None:
+    store = Store.open(there)
+    assert store.objects
+    records = size_of(store.objects.mirror)
+    bounded = Store.open(there, Local(folder=tmp_path / "other", bytes=records + 8192))
+    array = bounded.strata["004-016"].source
+    array.gather([(3, 9), (20, 24)], np.empty((10, array.spec.width or 1), array.spec.dtype))
+    assert bounded.objects and bounded.objects.fetched == 10 * array.spec.row_bytes
+
+
+def test_packed_stores_are_read_there_too(bucket: Bucket, pristine: SyntheticStore, tmp_path: Path) -> None:
+    assert harvest("pack", pristine.path, tmp_path / "packed").code == 0
+    store = Store.open(bucket.upload(tmp_path / "packed", "packed"))
+    assert_same_rows(store, pristine)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(object_rows, "WHOLE_BYTES", 0)
+        assert_same_rows(Store.open(f"{bucket.address}/packed", Local(folder=tmp_path / "new")), pristine)
+
+
+@pytest.mark.parametrize("bound", [None, 60_000])
+def test_training_gives_the_same_bytes_and_the_folder_keeps_its_bound(
+    there: str,
+    pristine: SyntheticStore,
+    command: Callable[..., Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    by_ranges: None,
+    bound: int | None,
+) -> None:
+    sizes: list[int] = []
+    add = piece_folder.PieceFolder.add
+
+    def measured(folder: piece_folder.PieceFolder, piece: str, data: bytes) -> None:
+        add(folder, piece, data)
+        sizes.append(sum(-(-path.stat().st_size // 4096) * 4096 for path in folder._folder.iterdir()))
+
+    monkeypatch.setattr(piece_folder.PieceFolder, "add", measured)
+    line = ("run", "--runs", tmp_path / "runs", "--steps", 4, *SMALL)
+    here = command(*line, "--store", pristine.path, "--name", "here")
+    most = size_of(pristine.path) if bound else 0
+    local = ("--local-bytes", most + bound) if bound else ()
+    away = command(*line, "--store", there, "--name", "away", *local)
+    assert (here.code, away.code) == (0, 0), away.err
+    assert_same_run(here.path, away.path)
+    assert json.loads((away.path / "timing.jsonl").read_text().splitlines()[-1])["data_wait"] >= 0
+    assert sizes and (not bound or max(sizes) <= most + bound)
+    assert command("evaluate", away.path).code == 0  # the run knows where its store is
+
+
+@pytest.mark.parametrize("fault", ["500", "cut", "silent"])
+def test_requests_that_fail_are_made_again(
+    there: str, bucket: Bucket, pristine: SyntheticStore, quick: None, fault: Fault
+) -> None:
+    bucket.proxy.strike(fault, range(0, 400, 40))
+    assert_same_rows(Store.open(there), pristine)
+    assert len(bucket.proxy.requests) > 40
+
+
+@pytest.mark.parametrize("fault", ["500", "silent"])
+def test_a_service_that_does_not_answer_is_an_error_that_names_it(
+    there: str, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    monkeypatch.setattr(object_store, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(object_store, "DEADLINE_SECONDS", 1)
+    store = Store.open(there)
+    bucket.proxy.strike(fault)
+    with pytest.raises(Stopped, match=rf"{there}/\S+: no good answer within 1 s .*check the network"):
+        store.strata["004-016"].source.shard(0)
+
+
+def test_damaged_objects_are_found_on_arrival(
+    there: str, bucket: Bucket, command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    data = bytearray(bucket.get(f"cache/store/{SHARD}"))
+    data[40] ^= 1
+    bucket.put(f"cache/store/{SHARD}", bytes(data))
+    with pytest.raises(CorruptData, match=rf"{there}/{SHARD}: crc32c"):
+        Store.open(there).strata["004-016"].source.shard(3)
+    verified = harvest("verify", there)
+    assert verified.code == 1 and verified.out.startswith(f"{SHARD}: crc32c")
+    trained = command("run", "--store", there, "--runs", tmp_path / "runs", "--steps", 2, *SMALL)
+    assert trained.code == 1 and f"{there}/{SHARD}: crc32c" in trained.err
+    bucket.put(f"cache/store/{SHARD}", bytes(data[:-1]))
+    with pytest.raises(CorruptData, match=rf"{there}/{SHARD}: [\d,]+ bytes, expected"):
+        Store.open(there)
+
+
+def test_readers_of_one_machine_share_what_is_fetched(there: str, pristine: SyntheticStore) -> None:
+    first, second = Store.open(there), Store.open(there)
+    assert_same_rows(first, pristine)
+    assert_same_rows(second, pristine)
+    assert first.objects and second.objects
+    assert first.objects.folder == second.objects.folder
+    assert first.objects.fetched > 0 == second.objects.fetched
+
+
+def test_rows_are_asked_for_ahead_and_none_after_the_last_step(
+    there: str, bucket: Bucket, by_ranges: None, tmp_path: Path
+) -> None:
+    store = Store.open(there, Local(folder=tmp_path / "ahead"))
+    found: Iterator[object] = batches(store, 2, rows=RowsConfig(batch_rows=16))
+    list(found)
+    before = len(bucket.proxy.requests)
+    list(batches(store, 2, rows=RowsConfig(batch_rows=16)))
+    assert len(bucket.proxy.requests) == before + _checked(store)  # all rows are there; some files are checked again
+
+
+def _checked(store: Store) -> int:
+    blocks = store.record.training_blocks
+    return len(store._some_shards(blocks, 2**28))
+
+
+def test_what_cannot_be_read_is_said(bucket: Bucket, there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no finished store at s3://.*/nothing: it has no store.json, nor anything"):
+        Store.open(f"{bucket.address}/nothing")
+    with pytest.raises(UserError, match="there is no such bucket"):
+        Store.open("s3://no-such-bucket-anywhere/store")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "obstore.store", None)
+        with pytest.raises(UserError, match=r"needs obstore: pip install 'transcoder-cache\[objects\]'"):
+            Store.open(there)
+    for line in (("pack", there, "out"), ("unpack", there, "out"), ("repair", there), ("pack", "out", there)):
+        refused = harvest(*line)
+        assert refused.code == 2 and "aws s3 sync" in refused.err, refused.err
+
+
+def test_a_store_at_a_file_address_is_the_local_one(pristine: SyntheticStore) -> None:
+    store = Store.open(f"file://{pristine.path}")
+    assert store.place == pristine.path.resolve() and store.objects is None
+    assert [is_address(one) for one in ("s3://b/x", Path("gs://b"), "az:/b/x", "file:///x", "cache", "s3:")] == [
+        True, True, True, False, False, False,
+    ]  # fmt: skip
+    assert local_folder(Path("file:///a/b")) == Path("/a/b")
+
+
+def test_info_describes_it(there: str) -> None:
+    told = harvest("info", there, "--json")
+    assert told.code == 0 and json.loads(told.out)["path"] == there
+
+
+def test_an_object_is_created_and_replaced_only_as_it_was_seen(bucket: Bucket) -> None:
+    objects = Objects(bucket.address)
+    first = objects.create("one", b"a")
+    assert objects.create("one", b"a") == first  # a request whose answer was lost
+    with pytest.raises(Taken):
+        objects.create("one", b"b")
+    second = objects.replace("one", b"c", first)
+    with pytest.raises(Taken):
+        objects.replace("one", b"d", first)
+    bucket.proxy.strike("lost", [0])
+    objects.replace("one", b"e", second)
+    assert bucket.get("one") == b"e"
