@@ -23,7 +23,7 @@ LAYERS = {
         "cli",
     ),
     "train": (
-        ("data", "live"), "read_settings", "model", "evaluation", ("duplicates", "samples"), ("run", "wandb_sync"),
+        ("data", "live"), "read_settings", "model", "evaluation", ("duplicates", "samples"), "redundancy", ("run", "wandb_sync"),
         "probe", ("compare", "interchange"), "explain", "report", ("commands", "tables", "run_folder"),
         ("cli_runs", "cli_settings"), "cli",
     ),
