@@ -23,8 +23,9 @@ LAYERS = {
         "cli",
     ),
     "train": (
-        ("data", "live"), "read_settings", "model", "evaluation", ("duplicates", "samples"), "redundancy", ("run", "wandb_sync"),
-        "probe", ("compare", "interchange"), "explain", "report", ("commands", "tables", "run_folder"),
+        ("data", "live"), "read_settings", "model", "evaluation", ("duplicates", "samples"), "redundancy",
+        ("run", "wandb_sync"), "probe", ("compare", "interchange"), "explain", "report",
+        ("commands", "tables", "run_folder"),
         ("cli_runs", "cli_settings"), "cli",
     ),
 }  # fmt: skip

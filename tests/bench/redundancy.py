@@ -32,8 +32,8 @@ from train.redundancy.redundancy_record import Redundancy
 Array = NDArray[Any]
 
 SHAPE = sized(
-    Shape(d=320, latents=256, active=12.0, pairs=20, noise=0.02, context=3.0),
-    Shape(d=96, latents=80, active=6.0, pairs=8, noise=0.02, context=3.0),
+    Shape(d=384, latents=256, active=12.0, pairs=20, noise=0.02, context=3.0),
+    Shape(d=128, latents=80, active=6.0, pairs=8, noise=0.02, context=3.0),
 )
 WINDOWS = sized(512, 64)
 """Of a block; one calibrates, one is reported on."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from train.data.batches import StoreRows
 from train.duplicates.co_activation import meetings
 from train.duplicates.directions import Pairs
-from train.evaluation.evaluate import calibration_blocks, evaluate_whole, threshold_at
+from train.evaluation.evaluate import Part, calibration_blocks, evaluate_whole, threshold_at
 from train.model.transcoder import Transcoder
 from train.redundancy.candidates import Candidates, candidates
 from train.redundancy.held_rows import Array, HeldRows, held_rows
@@ -207,19 +207,10 @@ def _described(held: _Held, one: _Judged, units: Tensor) -> RedundantGroup:
 
 def _merged(transcoder: Transcoder, rows: StoreRows, threshold: Tensor, held: _Held, groups: list[_Judged]) -> Merged:
     """Measure the transcoder with a single latent in the place of every group, on all report rows."""
-    before = evaluate_whole(transcoder, rows, threshold)
-    members = [latent for one in groups for latent in one.latents]
-    kept = [one.latents[0] for one in groups]
-    cuts = torch.tensor([one.cost.single.threshold for one in groups], dtype=threshold.dtype, device=threshold.device)
-    with _kept_as_it_is(transcoder, members):
-        singles = [_weights(transcoder, one) for one in groups]
-        _silence(transcoder, members)
-        _place(transcoder, kept, singles)
-        at_same = evaluate_whole(transcoder, rows, threshold.index_put((torch.tensor(kept),), cuts))
-        _silence(transcoder, kept)
-        lower = threshold_at(transcoder, rows, _l0_of_others(held.fit, members) + before.l0 - at_same.l0)
-        _place(transcoder, kept, singles)
-        at_equal = evaluate_whole(transcoder, rows, lower.index_put((torch.tensor(kept),), cuts))
+    before = at_same = at_equal = evaluate_whole(transcoder, rows, threshold)
+    if groups:
+        with _kept_as_it_is(transcoder, [latent for one in groups for latent in one.latents]):
+            at_same, at_equal = _replaced(transcoder, rows, threshold, held, groups, before.l0)
     return Merged(
         fvu=before.fvu,
         l0=before.l0,
@@ -228,6 +219,27 @@ def _merged(transcoder: Transcoder, rows: StoreRows, threshold: Tensor, held: _H
         fvu_rise_at_equal_l0=at_equal.fvu - before.fvu,
         l0_at_equal=at_equal.l0,
     )
+
+
+def _replaced(
+    transcoder: Transcoder, rows: StoreRows, threshold: Tensor, held: _Held, groups: list[_Judged], l0: float
+) -> tuple[Part, Part]:
+    """Give the first latent of each group the weights of its single latent, and silence the others.
+
+    Returns the figures at the same thresholds, and at those at which `l0` latents are active on a row.
+    """
+    singles = [_weights(transcoder, one) for one in groups]
+    members, kept = [latent for one in groups for latent in one.latents], [one.latents[0] for one in groups]
+    same = threshold.clone()
+    same[kept] = same.new_tensor([one.cost.single.threshold for one in groups])
+    _silence(transcoder, members)
+    _place(transcoder, kept, singles)
+    at_same = evaluate_whole(transcoder, rows, same)
+    _silence(transcoder, kept)
+    lower = threshold_at(transcoder, rows, _l0_of_others(held.fit, members) + l0 - at_same.l0).clone()
+    lower[kept] = same[kept]
+    _place(transcoder, kept, singles)
+    return at_same, evaluate_whole(transcoder, rows, lower)
 
 
 @contextmanager
