@@ -1,6 +1,9 @@
 """Whether the measure of redundant latents finds what was planted, and nothing else; and how long it takes.
 
-    python -m tests.bench.redundancy [--no-record]
+    python -m tests.bench.redundancy [--seeds N] [--no-record]
+    python -m tests.bench.redundancy RUN ... [--no-record]      instead, what is redundant in finished runs
+
+Runs whose names differ in a number at the end are one arm.
 
 The dictionary is made by hand: it knows the true directions of a planted store, which its encoder tells apart. Some
 true latents are there as two copies that share their value and have noise of their own, some are split by what says
@@ -28,6 +31,8 @@ from train.model.activations import ReLU
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 from train.redundancy.measure_redundancy import measure_redundancy
 from train.redundancy.redundancy_record import Redundancy
+from train.run.load_run import load_run
+from train.run.settings import read_config
 
 Array = NDArray[Any]
 
@@ -144,22 +149,64 @@ def judge(found: Redundancy, planted: Dictionary) -> Judged:
 
 
 def main() -> None:
-    """Plant, measure, print and record."""
+    """Plant, or take runs; measure, print and record."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.redundancy")
+    parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--seeds", type=int, default=sized(3, 1))
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
+    title, command = f"redundancy: {SHAPE.latents} true latents, {options.seeds} seeds", f"--seeds {options.seeds}"
+    if options.runs:
+        settings = read_config(options.runs[0]).settings
+        title = f"redundancy of runs: {settings.transcoder.d_sae:,} latents, {settings.steps:,} steps"
+        command = " ".join(run.name for run in options.runs)
+    figures = of_runs(options.runs) if options.runs else of_plants(options.seeds)
+    for name, (value, unit) in figures.items():
+        print(f"{name:75} {value:10.6g} {unit}")
+    if not options.no_record:
+        record(title, f"python -m tests.bench.redundancy {command}", figures)
+
+
+def of_runs(runs: list[Path]) -> dict[str, tuple[float, str]]:
+    """Means over the seeds of each arm, and how far apart they are."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        loaded, began = load_run(run), time.process_time()
+        measured = measure_redundancy(loaded.transcoder, loaded.rows, loaded.threshold)
+        spent = time.process_time() - began
+        correlated = measured.candidates["correlation"]
+        values = {
+            "fvu": measured.merged.fvu,
+            "live latents": measured.live,
+            "latents that could be judged": measured.live - measured.not_judged,
+            "redundant latents": measured.redundant,
+            "fvu of merging them, at equal l0": measured.merged.fvu_rise_at_equal_l0,
+            "pairs looked at": measured.candidates["all"].pairs,
+            "redundant pairs": measured.candidates["all"].redundant,
+            "redundant pairs that correlate above 0.3": correlated.redundant,
+            "CPU time of the measure": spent,
+        }
+        for name, value in values.items():
+            found.setdefault(run.name.rstrip("0123456789").rstrip("-"), {}).setdefault(name, []).append(value)
+    figures: dict[str, tuple[float, str]] = {}
+    for arm, by_name in found.items():
+        for name, each in by_name.items():
+            unit = "s" if "time" in name else "" if "fvu" in name else "pairs" if "pairs" in name else "latents"
+            figures[f"{arm}: {name}"] = mean(each), unit
+            if len(each) > 1:
+                figures[f"{arm}: {name}, largest less smallest"] = max(each) - min(each), "difference"
+    return figures
+
+
+def of_plants(seeds: int) -> dict[str, tuple[float, str]]:
+    """What is found of planted duplicates."""
     figures: dict[str, tuple[float, str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for together in TOGETHER:
-            judged = measure(replace(SHAPE, together=together), options.seeds, Path(folder, f"{together}"))
+            judged = measure(replace(SHAPE, together=together), seeds, Path(folder, f"{together}"))
             for noise, found in judged.items():
                 figures |= described(f"co-active {together:.0%} of the time, {noise}", found)
-    for name, (value, unit) in figures.items():
-        print(f"{name:70} {value:8.3f} {unit}")
-    if not options.no_record:
-        title = f"redundancy: {SHAPE.latents} true latents, {options.seeds} seeds"
-        record(title, f"python -m tests.bench.redundancy --seeds {options.seeds}", figures)
+    return figures
 
 
 def measure(shape: Shape, seeds: int, folder: Path) -> dict[str, list[tuple[Judged, float]]]:
