@@ -22,8 +22,8 @@ from train.redundancy.redundancy_record import Found, Merged, Redundancy, Redund
 from train.redundancy.single_latent import Cost, Group, best_single, lost_by_one
 
 LARGEST_SHARE = 0.1
-"""Planted copies and splits cost less than this share of what they explain, and latents that mean different things but
-are active together on nine rows of ten cost 0.14 and more (docs/anti-duplication.md)."""
+"""Of what latents explain, that merging them may cost. Planted copies and splits cost less, and planted latents that
+mean different things more, even where they are active together on nine rows of ten (docs/anti-duplication.md)."""
 LEAST_ROWS = 10
 """On which a latent is active, to be judged."""
 _PROMISING = 0.5
