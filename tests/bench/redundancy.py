@@ -180,7 +180,7 @@ def of_runs(runs: list[Path]) -> dict[str, tuple[float, str]]:
             "live latents": measured.live,
             "latents that could be judged": measured.live - measured.not_judged,
             "redundant latents": measured.redundant,
-            "fvu of merging them, at equal l0": measured.merged.fvu_rise_at_equal_l0,
+            "rise of merging them, at equal l0": measured.merged.fvu_rise_at_equal_l0,
             "pairs looked at": measured.candidates["all"].pairs,
             "redundant pairs": measured.candidates["all"].redundant,
             "redundant pairs that correlate above 0.3": correlated.redundant,
@@ -191,7 +191,7 @@ def of_runs(runs: list[Path]) -> dict[str, tuple[float, str]]:
     figures: dict[str, tuple[float, str]] = {}
     for arm, by_name in found.items():
         for name, each in by_name.items():
-            unit = "s" if "time" in name else "" if "fvu" in name else "pairs" if "pairs" in name else "latents"
+            unit = "s" if "time" in name else "pairs" if "pairs" in name else "latents" if "latents" in name else "fvu"
             figures[f"{arm}: {name}"] = mean(each), unit
             if len(each) > 1:
                 figures[f"{arm}: {name}, largest less smallest"] = max(each) - min(each), "difference"
