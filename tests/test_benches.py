@@ -51,6 +51,7 @@ COMMANDS: dict[str, list[str]] = {
     "parity": ["STORE --work WORK"],
     "planted": ["--arms baseline mined --seeds 2"],
     "probe": ["RUN"],
+    "redundancy": ["--seeds 1", "RUN"],
     "recipe": ["synthetic STORE --arms recipe before --seeds 0 1 --work WORK"],
     "scaling": ["synthetic STORE --work WORK"],
     "same_answer": ["--store STORE --k 6 --d-sae 64 --seeds 1 --most 1 --work WORK"],

@@ -15,7 +15,7 @@ from shared.store.store import Store
 from tests.runs import SMALL, Outcome
 from tests.stores import SyntheticStore, make_store
 from train.compare.arms import Comparison, _common_name, spread
-from train.compare.consistency import densest, matched_cosine
+from train.compare.consistency import SAME, Consistency, consistency, densest
 from train.compare.measure import cost_per_step, measure_run, position_0_share_of_top
 from train.compare.merging import _refitted, alike, densest_of, merge, without
 from train.data.batches import StoreRows
@@ -24,6 +24,7 @@ from train.evaluation.held_out import HeldOutActive, held_out_active
 from train.model import checkpoint
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Transcoder
+from train.redundancy.measure_redundancy import measure_redundancy
 from train.report import comparison_page
 from train.run.load_run import build_transcoder
 from train.run.settings import Settings, read_config, resolve_exclusion
@@ -154,10 +155,22 @@ def test_pw_mcc_is_the_best_matching() -> None:
         np.mean([float(first[i].double() @ second[j].double()) for i, j in enumerate(order)])
         for order in permutations(range(6), 4)
     )
-    assert matched_cosine(first, second) == pytest.approx(best, abs=1e-6)
-    assert matched_cosine(second, first) == pytest.approx(best, abs=1e-6)
-    assert matched_cosine(first, first[torch.tensor([2, 0, 3, 1])]) == pytest.approx(1, abs=1e-6)
+    assert consistency([first, second]).pw_mcc == pytest.approx([best], abs=1e-6)
+    assert consistency([second, first]).pw_mcc == pytest.approx([best], abs=1e-6)
+    same = consistency([first, first[torch.tensor([2, 0, 3, 1])]])
+    assert same.pw_mcc == pytest.approx([1], abs=1e-6) and same.in_all == [1, 1]
     assert densest(torch.tensor([1, 3, 4]), torch.tensor([9, 2, 0, 5, 7]), 2).tolist() == [4, 3]
+
+
+def test_latents_that_all_seeds_have_are_matched_closely_in_each_other() -> None:
+    axes, between = torch.eye(8), torch.tensor([[SAME + 0.01, (1 - (SAME + 0.01) ** 2) ** 0.5]])
+    first = axes[:4]
+    second = torch.cat([axes[1:4], axes[7:]])  # lacks axis 0
+    third = torch.cat([axes[3:4], between @ axes[[2, 6]], axes[4:6]])  # axis 3, nearly axis 2, and not axis 1
+    found = consistency([first, second, third])
+    assert found.in_all == [2 / 4, 2 / 4, 2 / 4]
+    assert found.pw_mcc == pytest.approx([3 / 4, (2 - 0.29) / 4, (2 - 0.29) / 4], abs=1e-6)
+    assert consistency([first, axes[4:5]]) == Consistency([0.0], [0.0, 0.0])
 
 
 def test_copies_merge_for_nothing_and_others_do_not(command: Command, store: SyntheticStore) -> None:
@@ -237,8 +250,14 @@ def test_seeds_are_one_arm_with_their_spread(command: Command, store: SyntheticS
     opened = Store.open(store.path)
     opened = opened.excluding(resolve_exclusion(opened, Settings()))
     rows = [measure_run(run, opened, 6.0) for run in runs]
-    expected = matched_cosine(*(one.W_dec[one.live] for one in rows))
-    assert base["pw_mcc"]["mean"] == pytest.approx(expected)
+    expected = consistency([one.W_dec[one.live] for one in rows])
+    assert base["pw_mcc"]["mean"] == pytest.approx(expected.pw_mcc[0])
+    assert base["in_all_seeds"]["mean"] == pytest.approx(np.mean(expected.in_all)) and other["in_all_seeds"] is None
+    model, of_run = loaded(runs[0], opened), StoreRows(opened, 1024)
+    redundancy = measure_redundancy(model, of_run, threshold_at(model, of_run, 6.0))
+    figures = base["runs"][str(runs[0])]
+    assert figures["redundant"] == redundancy.redundant
+    assert figures["redundant_fvu_rise"] == pytest.approx(redundancy.merged.fvu_rise_at_equal_l0, abs=1e-9)
     table = command("compare", *runs, wide)
     assert table.code == 0 and "PW-MCC" in table.out and "base" in table.out
 

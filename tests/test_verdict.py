@@ -13,7 +13,7 @@ def test_a_finished_good_run_is_told_from_a_bad_one(report: Report) -> None:
     assert check(report, "finished").state == "good" and check(report, "usage").state == "good"
     assert {one.name for one in report.verdict} == {
         "finished", "reconstruction", "generalisation", "convergence", "stability", "l0", "dead", "directions",
-        "correlations", "position 0", "outliers", "strata", "usage", "reading",
+        "correlations", "redundancy", "position 0", "outliers", "strata", "usage", "reading",
     }  # fmt: skip
     assert report.verdict == verdict(report)
     for one in report.verdict:

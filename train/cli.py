@@ -196,22 +196,34 @@ for _command in (cli_settings.list_all, cli_runs.watch, cli_runs.ls, cli_runs.rm
 @click.option("--store", type=STORE, help="Another store to evaluate on; default: the run's.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
+@click.option("--redundancy", is_flag=True, help="Also find latents in whose place one does nearly as well.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_verify_option
 @shared.command_line.local_options
 def evaluate(
-    run: Path, store: Path | None, step: int | None, linear: bool, as_json: bool, local: Local | None, verify: bool
+    run: Path,
+    store: Path | None,
+    step: int | None,
+    linear: bool,
+    redundancy: bool,
+    as_json: bool,
+    local: Local | None,
+    verify: bool,
 ) -> None:
     """Show held-out figures of a checkpoint, by stratum and prefix. Changes nothing."""
     from train.commands import evaluate as evaluate_run
-    from train.tables import print_evaluation
+    from train.tables import print_evaluation, print_redundancy
 
-    found, evaluation, map_fvu = evaluate_run(run, store=store, local=local, step=step, linear=linear, verify=verify)
+    found = evaluate_run(run, store=store, local=local, step=step, linear=linear, redundancy=redundancy, verify=verify)
+    twice = found.redundancy
     if as_json:
-        extra = {"linear_fvu": map_fvu} if linear else {}
-        click.echo(json.dumps({"step": found} | evaluation.model_dump(mode="json") | extra, indent=2))
-    else:
-        print_evaluation(evaluation, f"{run}, step {found}", map_fvu)
+        extra: dict[str, Any] = {"linear_fvu": found.linear_fvu} if linear else {}
+        extra |= {"redundancy": twice.model_dump(mode="json")} if twice else {}
+        click.echo(json.dumps({"step": found.step} | found.evaluation.model_dump(mode="json") | extra, indent=2))
+        return
+    print_evaluation(found.evaluation, f"{run}, step {found.step}", found.linear_fvu)
+    if twice:
+        print_redundancy(twice)
 
 
 @main.command()

@@ -19,6 +19,8 @@ from train.interchange.initial import describe_start, find_initial, warn_of_k
 from train.live.run_files import BLOCKS, CONFIG, EXPORTS, HELD_OUT, LOCK, REPORTS
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, Listed
+from train.redundancy.measure_redundancy import measure_redundancy
+from train.redundancy.redundancy_record import Redundancy
 from train.run.bindings import pinned, require_own_config, require_own_store
 from train.run.follower import lead
 from train.run.load_run import check_shards, load_run, open_store, place_of_store, remember_store, samples_of
@@ -279,6 +281,8 @@ class Evaluated(NamedTuple):
     evaluation: Evaluation
     linear_fvu: float | None
     """Fvu of the best linear map; none unless asked for."""
+    redundancy: Redundancy | None = None
+    """Latents that are there twice by what they do; none unless asked for."""
 
 
 def evaluate(
@@ -288,13 +292,14 @@ def evaluate(
     local: Local | None = None,
     step: int | None = None,
     linear: bool = False,
+    redundancy: bool = False,
     verify: bool = False,
 ) -> Evaluated:
     """Evaluate a checkpoint of `run`, the newest or that of `step`, with thresholds calibrated on the store.
 
-    `linear`: also fit the best linear map on the training rows. `verify`: read all of the store's shard files first,
-    and not only some. Changes nothing. Raises `UserError` when there is no such run, checkpoint or store, and
-    `CorruptData` when the store is damaged.
+    `linear`: also fit the best linear map on the training rows. `redundancy`: also find latents that are there twice by
+    what they do. `verify`: read all of the store's shard files first, and not only some. Changes nothing. Raises
+    `UserError` when there is no such run, checkpoint or store, and `CorruptData` when the store is damaged.
     """
     run, store = Path(run), _path(store)
     config, found = read_config(run), checkpoint.find(run, step)
@@ -303,7 +308,9 @@ def evaluate(
         loaded = load_run(run, store=opened, found=found)
         threshold = calibrate(loaded.transcoder, loaded.rows)
         evaluation = evaluate_rows(loaded.transcoder, loaded.rows, threshold, config.settings.seed)
-        return Evaluated(found.step, evaluation, linear_map_fvu(loaded.rows, threshold.device) if linear else None)
+        twice = measure_redundancy(loaded.transcoder, loaded.rows, threshold) if redundancy else None
+        fvu = linear_map_fvu(loaded.rows, threshold.device) if linear else None
+        return Evaluated(found.step, evaluation, fvu, twice)
 
 
 def sample(

@@ -9,8 +9,11 @@ from train.evaluation.evaluate import Evaluation, Weight
 from train.interchange.agreement import Agreement
 from train.model.checkpoint import Listed
 from train.probe.probe_record import Kind, ProbeSummary
+from train.redundancy.redundancy_record import Redundancy
 from train.report.report_record import STATES, Report
 
+_GROUPS = 20
+"""Groups of redundant latents that are shown."""
 _LABELS = 25
 """Labels that are shown."""
 _PROBED: dict[Kind, str] = {"latents": "latents", "random": "random", "residual": "dimensions"}
@@ -22,6 +25,38 @@ def print_evaluation(evaluation: Evaluation, title: str, linear_fvu: float | Non
     console.print(_headline(evaluation, title, linear_fvu))
     console.print(_prefixes(evaluation))
     console.print(_strata(evaluation))
+
+
+def print_redundancy(found: Redundancy, stderr: bool = False) -> None:
+    """Print how many latents are redundant, what merging them costs, and a row for each of the first groups."""
+    console, merged = PlainConsole(stderr=stderr), found.merged
+    table = Table("redundant latents, held out", "value")
+    rows = {
+        "redundant latents": f"{found.redundant:,}",
+        "... of those that could be judged": f"{found.live - found.not_judged:,} of {found.live:,} live",
+        "groups": f"{len(found.groups):,}",
+        "fvu of merging every group": f"{merged.fvu_rise:+.5f}",
+        "... at equal l0": f"{merged.fvu_rise_at_equal_l0:+.5f}",
+        "l0 that it leaves": f"{merged.l0_after:.2f} of {merged.l0:.2f}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    _right(table)
+    console.print(table)
+    pairs = Table("pairs that were found by", "looked at", "redundant")
+    for name, one in found.candidates.items():
+        pairs.add_row(name, f"{one.pairs:,}", f"{one.redundant:,}")
+    _right(pairs)
+    console.print(pairs)
+    if not found.groups:
+        return
+    groups = Table("group", "best encoder", "fvu of merging", "of what they explain", "cosine")
+    for group in found.groups[:_GROUPS]:
+        best = "refitted" if group.best is None else f"{group.best}"
+        figures = (f"{group.fvu_rise:+.2e}", f"{group.share:+.1%}", f"{group.cosine:.2f}")
+        groups.add_row(" ".join(map(str, group.latents)), best, *figures)
+    _right(groups)
+    console.print(groups)
 
 
 def print_agreements(found: Sequence[Agreement], runs: Sequence[str], kind: str) -> None:

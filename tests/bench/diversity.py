@@ -64,6 +64,8 @@ SHOWN = {
     "merged.removed": "latents",
     "merged.fvu_rise": "",
     "merged.fvu_rise_random": "",
+    "redundant": "latents",
+    "redundant_fvu_rise": "",
     "effective_number": "latents",
     "position_0_share_of_top": "",
     "cpu_ms_per_step": "ms",
@@ -145,8 +147,8 @@ def figures(found: Comparison) -> dict[str, tuple[float, str]]:
     for arm in found.arms:
         name = arm.name.split("-")[1]
         spreads = {key: arm.spread[key] for key in SHOWN if key in arm.spread}
-        if arm.pw_mcc:
-            spreads["pw_mcc"] = arm.pw_mcc
+        if arm.pw_mcc and arm.in_all_seeds:
+            spreads |= {"pw_mcc": arm.pw_mcc, "in_all_seeds": arm.in_all_seeds}
         for key, spread in spreads.items():
             kept[f"{name}: {key}"] = spread.mean, SHOWN.get(key, "")
             if spread.deviation is not None:

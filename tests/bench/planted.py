@@ -101,6 +101,10 @@ class Shape:
     """Of latents that fire together, and as many parents with a child."""
     noise: float = 0.02
     """Deviation per dimension of the target's noise; a true direction's values are about 1."""
+    context: float = 0.0
+    """Size of a part of source rows that is of either sign and says nothing of the target; with it, d > latents."""
+    together: float = 0.75
+    """How often each of a pair fires with the other."""
 
     def truth(self, seed: int) -> Truth:
         """Random directions; rates log-uniform over a range of 20, so that some are rare."""
@@ -116,8 +120,8 @@ class Shape:
         return Truth(source.astype(np.float32), target.astype(np.float32), rates, together, families)
 
 
-_CHILD, _TOGETHER, _DEVIATION = 0.4, 0.75, 0.3
-"""How often a child fires with its parent, and each of a pair with the other; deviation of the values' logarithm."""
+_CHILD, _DEVIATION = 0.4, 0.3
+"""How often a child fires with its parent; deviation of the values' logarithm."""
 
 
 SHAPE = sized(Shape(), Shape(d=16, latents=32, active=2.0, pairs=4))
@@ -128,18 +132,20 @@ class Planted:
     """Draws the rows of a planted store; one that was made again draws the same."""
 
     def __init__(self, shape: Shape, seed: int = 0) -> None:
-        self.truth, self._noise, self.rng = shape.truth(seed), shape.noise, np.random.default_rng([seed, 2])
+        self.truth, self._shape, self.rng = shape.truth(seed), shape, np.random.default_rng([seed, 2])
         self.dense = {side: self.rng.normal(size=shape.d).astype(np.float32) for side in ("source", "target")}
         """What rows of position 0 have beside their codes"""
+        self.context, self._signs = shape.context * _beside(self.truth.source), np.random.default_rng([seed, 3])
+        """[D] what each row has of either sign"""
 
     def codes(self, rows: int) -> NDArray[np.float32]:
         """The values [n, T] of the next rows, 0 where a latent does not fire."""
-        truth, rng = self.truth, self.rng
+        truth, rng, together = self.truth, self.rng, self._shape.together
         chance = rng.random((rows, len(truth.rates)), np.float32)
         fires = chance < truth.rates
         first, second = truth.together.T
-        alone = truth.rates[first] * (1 - _TOGETHER) / (1 - truth.rates[first])  # so that both fire as often
-        fires[:, second] = chance[:, second] < np.where(fires[:, first], _TOGETHER, alone)
+        alone = truth.rates[first] * (1 - together) / (1 - truth.rates[first])  # so that both fire as often
+        fires[:, second] = chance[:, second] < np.where(fires[:, first], together, alone)
         parent, child = truth.families.T
         fires[:, child] = fires[:, parent] & (chance[:, child] < _CHILD)
         return fires * np.exp(_DEVIATION * rng.standard_normal(fires.shape, np.float32))
@@ -148,20 +154,30 @@ class Planted:
         """As `tests.stores.Draw`."""
         codes = self.codes(len(tokens))
         source, target = codes @ self.truth.source, codes @ self.truth.target
-        target += self._noise * self.rng.standard_normal(target.shape, np.float32)
+        target += self._shape.noise * self.rng.standard_normal(target.shape, np.float32)
+        if self._shape.context:
+            source += np.outer(self._signs.choice([-1, 1], len(source)), self.context)
         for side, rows in (("source", source), ("target", target)):
             rows[position == BOS] += self.dense[side]
         return {"source": source, "target": target}
 
 
-def planted_store(path: Path, shape: Shape, blocks: int = BLOCKS, windows: int = WINDOWS) -> SyntheticStore:
+def _beside(directions: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A unit vector [D] at right angles to `directions` [T, D]; 0 where there is none."""
+    count, width = directions.shape
+    return np.linalg.qr(directions.T, "complete")[0][:, -1] if count < width else np.zeros(width, np.float32)
+
+
+def planted_store(
+    path: Path, shape: Shape, blocks: int = BLOCKS, windows: int = WINDOWS, seed: int = 0
+) -> SyntheticStore:
     """Write a store of `shape`: two held-out blocks, and `blocks` to train on, each of some windows."""
     return make_store(
         path,
         d_in=shape.d,
         d_out=shape.d,
         training_blocks=blocks,
-        draw=Planted(shape),
+        draw=Planted(shape, seed),
         keep={0: 0.25},
         label="planted",
         block_sequences=windows,

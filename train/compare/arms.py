@@ -5,7 +5,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from shared.console.progress import Progress
 from shared.console.terminal import say
 from shared.errors import UserError, warn
 from shared.store.store import Store
-from train.compare.consistency import densest, matched_cosine
+from train.compare.consistency import consistency, densest
 from train.compare.measure import Figures, Measured, Point, measure_run, require_finished
 from train.run.bindings import foreign_block
 from train.run.load_run import check_shards, place_of_store, remember_store
@@ -55,6 +54,9 @@ class Arm(Config):
     """Of every figure; those of a figure's parts by `whole.part`. One that a run lacks is left out."""
     pw_mcc: Spread | None
     """Over pairs of seeds, the mean cosine of decoder rows under the best one-to-one matching; none: one seed."""
+    in_all_seeds: Spread | None = None
+    """Over seeds, the share of latents that each other seed has, too: matched with a cosine of at least 0.7; none: one
+    seed."""
 
 
 class Comparison(Config):
@@ -221,8 +223,7 @@ def _described(config: RunConfig) -> dict[str, Any]:
 
 
 def _arm(name: str, runs: list[Measured], most: int) -> Arm:
-    rows = [one.W_dec[densest(one.live, one.density, most)] for one in runs]
-    matched = [matched_cosine(a, b) for a, b in combinations(rows, 2)]
+    found = consistency([one.W_dec[densest(one.live, one.density, most)] for one in runs])
     flat = [dict(_numbers(one.figures.model_dump(mode="json"))) for one in runs]
     shared = [name for name in flat[0] if all(name in one for one in flat)]
     return Arm(
@@ -231,7 +232,8 @@ def _arm(name: str, runs: list[Measured], most: int) -> Arm:
         runs={str(one.path): one.figures for one in runs},
         tradeoff={str(one.path): one.tradeoff for one in runs},
         spread={figure: spread([one[figure] for one in flat]) for figure in shared},
-        pw_mcc=spread(matched) if matched else None,
+        pw_mcc=spread(found.pw_mcc) if len(runs) > 1 else None,
+        in_all_seeds=spread(found.in_all) if len(runs) > 1 else None,
     )
 
 

@@ -27,6 +27,8 @@ _ROWS = {
     "merged.removed": ("latents that merging removes", ",.1f"),
     "merged.fvu_rise": ("... fvu of merging", "+.4f"),
     "merged.fvu_rise_random": ("... of removing as many others", "+.4f"),
+    "redundant": ("redundant latents", ",.1f"),
+    "redundant_fvu_rise": ("... fvu of merging them, at equal l0", "+.4f"),
     "position_0_share_of_top": ("position 0 among top activations", ".2%"),
     "latents_at_position_0": ("latents of position 0 alone", ",.1f"),
     "ce_recovered": ("CE recovered", ".2%"),
@@ -78,6 +80,10 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
         *found,
         *_strata(comparison),
         ("PW-MCC between seeds", [_cell(arm.pw_mcc, first.pw_mcc, ".3f", arm is first) for arm in arms]),
+        (
+            "latents that all seeds have",
+            [_cell(arm.in_all_seeds, first.in_all_seeds, ".2%", arm is first) for arm in arms],
+        ),
     ]
 
 

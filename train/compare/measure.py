@@ -27,6 +27,7 @@ from train.model.checkpoint import Checkpoint
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Transcoder
 from train.probe.probe_record import probe_of
+from train.redundancy.measure_redundancy import measure_redundancy
 from train.run.load_run import load_run
 from train.run.metrics import Log
 from train.run.settings import RunConfig, Settings
@@ -104,6 +105,11 @@ class Figures(Config):
     """Latents connected by a cosine of at least 0.7 and a Jaccard index of at least 0.3."""
     latents_in_clusters: int
     merged: Merged
+    redundant: int | None = None
+    """Latents fewer, if one takes the place of each group in whose place one does nearly as well (train/redundancy);
+    none: a comparison from before that was measured."""
+    redundant_fvu_rise: float | None = None
+    """Of that, at equal l0."""
     position_0_share_of_top: float
     """Mean over live latents of the share of position 0 among the 10 strongest rows, at natural frequencies."""
     latents_at_position_0: int
@@ -193,6 +199,7 @@ def measure_run(run: Path, store: Store, l0: float | None, found: Checkpoint | N
     others = alike(dropped, live[~torch.isin(live, torch.cat([kept, dropped]))], density, seed=0)
     merged = merge(model, rows, kept, dropped, threshold)
     less = without(model, rows, others, threshold)
+    redundancy = measure_redundancy(model, rows, threshold)
 
     figures = Figures(
         fvu=evaluation.fvu,
@@ -213,6 +220,8 @@ def measure_run(run: Path, store: Store, l0: float | None, found: Checkpoint | N
         clusters=len(connected(same)),
         latents_in_clusters=sum(map(len, connected(same))),
         merged=Merged(removed=len(dropped), fvu_rise=merged - evaluation.fvu, fvu_rise_random=less - evaluation.fvu),
+        redundant=redundancy.redundant,
+        redundant_fvu_rise=redundancy.merged.fvu_rise_at_equal_l0,
         position_0_share_of_top=float(at_0.mean()) if len(at_0) else 0.0,
         latents_at_position_0=int((at_0 == 1).sum()),
         cpu_ms_per_step=cpu,

@@ -93,17 +93,22 @@ def _partners(
 
 def measure(active: SparseLatents, pairs: Pairs) -> Measures:
     """Compute the measures of any pairs of latents; `active` as for `correlated_pairs`."""
+    both, products = meetings(active, pairs)
+    total, counts = len(active.starts) - 1, active.by_latent[1].diff()
+    mean, spread = moments(active)
+    scale = spread[pairs.first] * spread[pairs.second]
+    covariance = products / total - mean[pairs.first] * mean[pairs.second]
+    either = counts[pairs.first] + counts[pairs.second] - both
+    return Measures(both, torch.where(scale > 0, covariance / scale, 0.0), both / either.clamp_min(1).double())
+
+
+def meetings(active: SparseLatents, pairs: Pairs) -> tuple[Tensor, Tensor]:  # [C] int64 and float64
+    """Count the rows on which both latents of each pair are active, and sum the products of their values there."""
     order, starts = active.by_latent
     rows, products = np.empty(len(pairs.first), np.int64), np.empty(len(pairs.first))
     sides = (t.numpy() for t in (*pairs, active.rows, active.values, order, starts))
     pair_loops.meetings(*sides, rows, products)
-    total, counts = len(active.starts) - 1, starts.diff()
-    mean, spread = moments(active)
-    scale = spread[pairs.first] * spread[pairs.second]
-    both = torch.from_numpy(rows)
-    covariance = torch.from_numpy(products) / total - mean[pairs.first] * mean[pairs.second]
-    either = counts[pairs.first] + counts[pairs.second] - both
-    return Measures(both, torch.where(scale > 0, covariance / scale, 0.0), both / either.clamp_min(1).double())
+    return torch.from_numpy(rows), torch.from_numpy(products)
 
 
 def moments(active: SparseLatents) -> tuple[Tensor, Tensor]:  # [F] float64 each

@@ -345,13 +345,21 @@ def _weighted_cut(values: Tensor, weights: Tensor, total: float) -> float:
     return float(values[index]) if index < len(values) else -torch.inf
 
 
-def weighted_rows(rows: StoreRows, device: torch.device, most: int | None = None) -> Iterator[tuple[RowChunk, float]]:
-    """Yield calibration rows without position 0 and outliers, and how often each counts at natural frequencies.
+def calibration_blocks(store: Store) -> range:
+    """Return the held-out blocks that thresholds are calibrated on: where there is one block alone, that one."""
+    return store.record.calibration_blocks or store.record.report_blocks
 
-    Of more than `most` rows, the same share of every stratum is taken, its first: rows are permuted within their block.
+
+def weighted_rows(
+    rows: StoreRows, device: torch.device, most: int | None = None, blocks: range | None = None
+) -> Iterator[tuple[RowChunk, float]]:
+    """Yield rows without position 0 and outliers, and how often each counts at natural frequencies.
+
+    They are those of `blocks`, or of the calibration blocks. Of more than `most` rows, the same share of every stratum
+    is taken, its first: rows are permuted within their block.
     """
-    record, natural = rows.store.record, natural_weights(rows.store)
-    blocks = record.calibration_blocks or record.report_blocks
+    natural = natural_weights(rows.store)
+    blocks = calibration_blocks(rows.store) if blocks is None else blocks
     counts = {name: len(blocks) * part.stratum.rows for name, part in rows.store.strata.items() if natural[name]}
     share = min(1.0, most / sum(counts.values())) if most else 1.0
     taken = {name: math.ceil(share * count) for name, count in counts.items()}
@@ -361,9 +369,8 @@ def weighted_rows(rows: StoreRows, device: torch.device, most: int | None = None
 
 def evaluated_rows(store: Store) -> int:
     """Return how many rows an evaluation passes through the encoder: report rows by both rules, and to calibrate."""
-    record = store.record
-    blocks = 2 * len(record.report_blocks) + len(record.calibration_blocks or record.report_blocks)
-    return blocks * sum(s.rows for s in record.plan.stored_strata)
+    blocks = 2 * len(store.record.report_blocks) + len(calibration_blocks(store))
+    return blocks * sum(s.rows for s in store.record.plan.stored_strata)
 
 
 def natural_weights(store: Store) -> dict[str, float]:

@@ -12,6 +12,7 @@ from train.evaluation.evaluate import Evaluation, evaluate
 from train.evaluation.linear_baseline import linear_map_fvu
 from train.live.run_files import METRICS, Row
 from train.probe.probe_record import probe_of
+from train.redundancy.measure_redundancy import measure_redundancy
 from train.report import families, gather, page
 from train.report.browser import browser_files
 from train.report.latent_labels import explained, merge_labels, read_labels
@@ -44,7 +45,7 @@ def make_report(loaded: LoadedRun, *, linear: bool = False, labels: Path | None 
         wanted = settings.samples if settings.samples.rows else SamplesConfig()
         samples_of(loaded, wanted).publish(run)
     sampled = read_contexts(contexts)
-    with Progress("report", 4, "parts") as progress:
+    with Progress("report", 5, "parts") as progress:
         progress.update(0, "neighbours")
         probed = probe_of(run, loaded.step, rows.store.request.digest)
         known, theirs = read_latents(latents), explained(run, loaded.step, rows.store.request.digest)
@@ -56,13 +57,18 @@ def make_report(loaded: LoadedRun, *, linear: bool = False, labels: Path | None 
             say("note: the best linear map of the targets to themselves leaves nothing: --linear says nothing here")
             linear = False
         fvu = linear_map_fvu(rows, loaded.threshold.device) if linear else None
-        progress.update(2, "the browser of latents")
-        summary = probed.summary if probed else None
-        report = _report(loaded, table, sampled, metrics, held_out, fvu).model_copy(update={"probe": summary})
+        progress.update(2, "redundant latents")
+        more = {
+            "redundancy": measure_redundancy(loaded.transcoder, rows, loaded.threshold),
+            "probe": probed.summary if probed else None,
+        }
+        progress.update(3, "the browser of latents")
+        report = _report(loaded, table, sampled, metrics, held_out, fvu).model_copy(update=more)
+        report = report.model_copy(update={"verdict": verdict(report)})
         beside = browser_files(report.run, rows.store, table, sampled)
-        progress.update(3, "writing")
+        progress.update(4, "writing")
         _publish(run, report, beside)
-        progress.update(4)
+        progress.update(5)
     return report
 
 
@@ -86,7 +92,7 @@ def _report(
     spliced = splice_of(run, step, loaded.rows.store.request.digest)
     duplicates, settings = gather.duplicates(run, step, len(table)), config.settings
     rows, seconds = gather.trained(run, step) or (None, None)
-    report = Report(
+    return Report(
         run=run.resolve().name,
         step=step,
         steps=settings.steps,
@@ -117,7 +123,6 @@ def _report(
         settings=settings.model_dump(mode="json"),
         software=config.software,
     )
-    return report.model_copy(update={"verdict": verdict(report)})
 
 
 def _held_out(loaded: LoadedRun, metrics: list[Row]) -> Evaluation:

@@ -10,6 +10,7 @@ from train.duplicates.correlation_report import CorrelatedPair, Directions
 from train.evaluation.evaluate import Evaluation
 from train.live.log_rows import UsageRecord
 from train.probe.probe_record import ProbeSummary
+from train.redundancy.redundancy_record import Redundancy
 from train.run.settings import Extension
 
 State = Literal["good", "look", "bad"]
@@ -212,6 +213,8 @@ class Report(Config):
     """The LLM with this checkpoint in its MLP's place; none: not measured at this step."""
     probe: ProbeSummary | None = None
     """What latents mean, by labels of tokens; none: not measured at this step."""
+    redundancy: Redundancy | None = None
+    """Latents in whose place one does nearly as well; none: a report from before that was measured."""
     training: Curves
     """Rows of `metrics.jsonl`."""
     timing: Curves

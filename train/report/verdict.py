@@ -28,6 +28,7 @@ def verdict(report: Report) -> list[Check]:
         *_dead(report),
         *_directions(report),
         *_correlations(report),
+        *_redundancy(report),
         *_position_0(report),
         *_outliers(report),
         *_strata(report),
@@ -174,6 +175,17 @@ def _correlations(report: Report) -> Iterator[Check]:
             f"{found.largest_correlation:.2f}."
         )
         yield _check("correlations", said, share, 0.005, 0.05, "pairs")
+
+
+def _redundancy(report: Report) -> Iterator[Check]:
+    if found := report.redundancy:
+        judged = found.live - found.not_judged
+        share = found.redundant / max(judged, 1)
+        said = (
+            f"{found.redundant:,} of {judged:,} latents are redundant: merging them into others costs less than "
+            f"{found.largest_share:.0%} of what they explain; {found.not_judged:,} were too rare to judge."
+        )
+        yield _check("redundancy", said, share, 0.01, 0.1, "redundancy")
 
 
 def _position_0(report: Report) -> Iterator[Check]:

@@ -1,0 +1,1 @@
+"""Which latents are there twice by what they do: how much worse held-out rows are explained with one in their place."""
