@@ -62,8 +62,9 @@ def begin(script: Path, folder: Path, *arguments: object, **environment: str) ->
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_calls_a_command_that_is_there_and_is_queued_again_when_it_stopped(
-    script: Path, tmp_path: Path
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where no name is that of a store in the cache
     assert begin(script, tmp_path).wait(60) == 0
     said = (tmp_path / "said").read_text().splitlines()
     if script.stem == "harvest-torchrun":

@@ -182,7 +182,10 @@ def _checked(store: Store) -> int:
     return len(store._some_shards(blocks, 2**28))
 
 
-def test_what_cannot_be_read_is_said(bucket: Bucket, there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_read_is_said(
+    bucket: Bucket, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no name is that of a store in the cache
     with pytest.raises(UserError, match="no finished store at s3://.*/nothing: it has no store.json, nor anything"):
         Store.open(f"{bucket.address}/nothing")
     with pytest.raises(UserError, match="there is no such bucket"):

@@ -156,7 +156,7 @@ def test_what_is_nothing_known_is_refused_in_one_line(w: dict[str, Tensor], tmp_
         (save(tmp_path / "flat.safetensors", **good | {"W_enc": w["b_enc"]}), UserError, "expected a matrix"),
         (saelens(tmp_path / "gated", known | {"architecture": "gated"}, **good), UserError, "architecture 'gated'"),
         (saelens(tmp_path / "norm", known | {"normalize_activations": "layer_norm"}, **good), UserError, "normalised"),
-        (saelens(tmp_path / "config", {"architecture": 3}, **good), CorruptData, "architecture: Input should"),
+        (saelens(tmp_path / "config", {"architecture": 3}, **good), CorruptData, "architecture: not text"),
     ]  # fmt: skip
     for path, kind, told in cases:
         with pytest.raises(kind, match=told) as raised:

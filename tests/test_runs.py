@@ -1,6 +1,7 @@
 """Which runs there are, removing them, starting one from another's settings, and what is said before torch is there."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def test_every_other_name_leads_to_a_setting_or_says_where_it_is_decided() -> No
         assert " " in told or told in names_in(Settings.model_json_schema())
 
 
-def test_a_typo_is_answered_without_torch() -> None:
+def test_a_typo_is_answered_without_torch(tmp_path: Path) -> None:
     code = """
 import sys
 sys.modules["torch"] = None
@@ -71,7 +72,14 @@ from shared.command_line import run
 sys.argv = ["train", "run", "--store", "none", "--set", "k=1"]
 run(train.cli.main)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
     assert done.returncode == 2 and done.stderr.endswith("unknown option 'k'; did you mean 'activation.k'?\n")
 
 

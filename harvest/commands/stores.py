@@ -70,7 +70,7 @@ def show(entries: Sequence[Entry], cache: Path) -> None:
     """Print the stores as a table on stdout. It fits 80 columns: words are broken where there is no room for them."""
     console = PlainConsole()
     if not entries:
-        console.print(f"no stores in {cache}", highlight=False)
+        console.print(f"no stores in {cache}", highlight=False, soft_wrap=True)
         return
     table = Table("store", "tokens", "rows", "size", "age", box=box.SIMPLE_HEAD, padding=(0, 1))
     table.columns[0].overflow = "fold"

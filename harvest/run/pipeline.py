@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -187,7 +187,9 @@ def locate(inputs: Inputs, cache: Path) -> tuple[Inputs, list[Path]]:
 def _warn_if_short(paths: Sequence[Path], inputs: Inputs) -> None:
     """Warn where the text of a store that is there was found to hold fewer tokens than are asked for now."""
     for path, request in zip(paths, inputs.requests, strict=True):
-        plan = read_plan(path) if (path / PLAN).is_file() else None
+        plan = None
+        with suppress(CorruptData):  # it is made again
+            plan = read_plan(path) if (path / PLAN).is_file() else None
         if plan and plan.exhausted and plan.training_blocks < inputs.training_blocks:
             found, wanted = (blocks * request.block_tokens for blocks in (plan.training_blocks, inputs.training_blocks))
             warn(

@@ -25,8 +25,8 @@ TRAINING = (
     Protection(
         (5,),
         "train/run/trainer.py",
-        "                last = stopping or done == settings.steps",
-        "                last = done == settings.steps",
+        "        last = stopping or done == self._settings.steps",
+        "        last = done == self._settings.steps",
         (f"{_CHECKPOINTS}::test_a_signal_finishes_the_step_and_publishes",),
     ),
     Protection(
