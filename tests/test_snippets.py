@@ -1,5 +1,6 @@
 """The Python in README and docs/ runs as it stands, in a folder with a store and a run of the names that it uses."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests import notebook
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -46,3 +49,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
     assert blocks and python("-c", "\n".join(blocks), cwd=folder)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(folder: Path) -> None:
+    """With fewer steps, on the small store of the other pages."""
+    cells = "\n".join(notebook.code(json.loads(notebook.PATH.read_text())))
+    assert '"steps": 400' in cells
+    said = python("-c", cells.replace('"steps": 400', '"steps": 10'), cwd=folder)
+    assert "its strongest contexts are about regular expressions" in said and "pairs_correlated_above_0_8" in said
+
+
+def test_the_notebook_shows_what_its_cells_printed() -> None:
+    cells = [cell for cell in json.loads(notebook.PATH.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert all(bool(cell["outputs"]) == ("print(" in "".join(cell["source"])) for cell in cells)
