@@ -14,6 +14,7 @@ from train.explain import server as server_module
 from train.explain.excerpts import silent_windows, wrong_marks
 from train.explain.explanation_record import FILE, Score
 from train.explain.questions import Excerpt, ask_label, marked_text, read_decisions, read_label
+from train.report.latent_labels import merge_labels, names_of_latents
 from train.samples.encode import Activations
 
 Command = Callable[..., Outcome]
@@ -142,6 +143,17 @@ def test_labels_are_kept_with_scores_that_follow_from_the_answers(command: Comma
     scores = [one["detection_accuracy"] for one in told["latents"]]
     assert scores == sorted(scores, reverse=True)
     assert told["detection_accuracy"] == pytest.approx(np.mean(scores))
+
+
+def test_a_latent_is_called_by_people_else_by_the_model(command: Command, run: Path, chat: Chat, tmp_path: Path):
+    assert explained(command, run, "--count", 2).code == 0
+    head, first, second = lines(run)
+    (tmp_path / "mine.csv").write_text(f"latent,label\n{first['latent']},mine\n")
+    merge_labels(run, head["step"], 64, tmp_path / "mine.csv")
+    assert names_of_latents(run, head["step"], head["store"]) == {
+        first["latent"]: "mine", second["latent"]: second["label"]
+    }  # fmt: skip
+    assert names_of_latents(run, head["step"] + 1, head["store"]) == {first["latent"]: "mine"}
 
 
 def test_a_model_that_says_yes_to_everything_scores_a_half(command: Command, run: Path, chat: Chat):

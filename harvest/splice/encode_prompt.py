@@ -46,6 +46,8 @@ class LatentLabel(NamedTuple):
     """What a latent can be called by."""
 
     latent: int
+    name: str | None
+    """By people, `train explain` or `train probe`; none: it has none."""
     strongest: Strongest | None
     """Where in the run's samples it is strongest; none: it has no samples."""
     promotes: list[str] | None
@@ -192,11 +194,15 @@ def _token(position: int, token: int, latents: Tensor, top: int, tokenizer: Any)
 
 def _labels(latents: list[int], replacement: Replacement, tokenizer: Any) -> list[LatentLabel]:
     found = replacement.strongest(latents) if replacement.strongest and latents else {}
+    called = replacement.names() if replacement.names and latents else {}
     if replacement.strongest and latents and not found:
         say("the run has no samples that say what its latents are strongest on; make them with: train samples RUN")
     raised = replacement.promoted(latents, _NAMED) if replacement.promoted and latents else None
     names = [[tokenizer.decode([one]) for one in row] for row in raised] if raised else [None] * len(latents)
-    return [LatentLabel(latent, found.get(latent), words) for latent, words in zip(latents, names, strict=True)]
+    return [
+        LatentLabel(latent, called.get(latent), found.get(latent), words)
+        for latent, words in zip(latents, names, strict=True)
+    ]
 
 
 def show(found: PromptLatents) -> None:
@@ -207,11 +213,13 @@ def show(found: PromptLatents) -> None:
         table.add_row(str(one.position), repr(one.text), f"{one.active:,}", pairs)
     console = PlainConsole()
     console.print(table)
-    labelled = [one for one in found.labels if one.strongest or one.promotes]
+    labelled = [one for one in found.labels if one.name or one.strongest or one.promotes]
     if labelled:
-        names = Table("latent", "strongest on", "its strongest sample", "promotes")
+        called = any(one.name for one in labelled)
+        names = Table("latent", *(["called"] if called else []), "strongest on", "its strongest sample", "promotes")
         for label in labelled:
-            names.add_row(str(label.latent), *_where(label.strongest), _words(label.promotes or []))
+            name = [label.name or ""] if called else []
+            names.add_row(str(label.latent), *name, *_where(label.strongest), _words(label.promotes or []))
         console.print(names)
     if found.changes:
         changed = Table("latent", "set to", "KL at the last token", "next tokens: probability before -> after")

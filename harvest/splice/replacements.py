@@ -26,6 +26,7 @@ from train.live.run_files import CONFIG
 from train.model import checkpoint
 from train.model.normalisation import normalisation
 from train.model.transcoder import Transcoder
+from train.report.latent_labels import names_of_latents
 from train.report.prompt_page import prompt_page
 from train.run.load_run import LoadedRun, load_run
 from train.samples.strongest import Strongest, strongest
@@ -56,6 +57,8 @@ class Replacement:
     """From latents to what an activation of 1 of each adds to the targets, [n, O], in the targets' units."""
     promoted: Callable[[list[int], int], list[list[int]]] | None = None
     """From latents, and how many, to the tokens whose logits each raises most; none: not known."""
+    names: Callable[[], dict[int, str]] | None = None
+    """What latents are called by people, `train explain` or `train probe`; none: it is no run's."""
     strongest: Callable[[list[int]], dict[int, Strongest]] | None = None
     """From latents to where in the run's samples they are strongest; none: it is no run's."""
 
@@ -83,6 +86,7 @@ def of_run(loaded: LoadedRun) -> Replacement:
         encode=lambda x: transcoder.encode(x, dense=True),
         directions=lambda latents: torch.from_numpy(decoder_directions(transcoder)[latents]),
         promoted=promoted if unembedding else None,
+        names=partial(names_of_latents, loaded.path, found.step, loaded.rows.store.request.digest),
         strongest=partial(strongest, loaded.path, found.step),
     )
 

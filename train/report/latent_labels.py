@@ -18,6 +18,7 @@ from shared.errors import CorruptData, UserError, warn
 from shared.files import durable
 from shared.files.untrusted import read_file
 from train.explain.explanation_record import Score, read_explanations
+from train.probe.probe_record import EXPLAINED, probe_of
 
 FILE = "labels.json"
 """In the run's folder."""
@@ -97,6 +98,22 @@ def explained(run: Path, step: int, store: str) -> list[LatentLabel]:
         )
         for one in found[1].values()
     ]
+
+
+def names_of_latents(run: Path, step: int, store: str) -> dict[int, str]:
+    """Return what latents are called: by people, else by `train explain`, else by `train probe`.
+
+    A label of `train probe` is a name where the latent tells it with an F1 of at least 0.5. `store` as in `explained`.
+    Raises `CorruptData`.
+    """
+    found: dict[int, str] = {}
+    if probed := probe_of(run, step, store):
+        told = probed.latents
+        for latent, label, f1 in zip(told.latent, told.label, told.f1, strict=True):
+            if f1 >= EXPLAINED[0] and latent not in found:  # the best one comes first
+                found[latent] = f"{probed.summary.labels[label].name} (F1 {f1:.2f})"
+    named = (*explained(run, step, store), *read_labels(run).latents)
+    return found | {one.latent: one.label for one in named if one.label}
 
 
 def _told(score: Score) -> str:
