@@ -1,6 +1,6 @@
 """Runs docs/walkthrough.ipynb from the root of the repo, and writes what its cells print into it.
 
-python -m tests.notebook      needs the store of `make harvest`; a minute on two cores
+python -m tests.notebook      needs the store of `make harvest`; minutes on two cores
 """
 
 import contextlib
