@@ -105,7 +105,7 @@ def test_the_tiny_preset_equals_plain_transformers(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     path = Path(out.splitlines()[-1])
-    assert path.parent == tmp_path / "cache" and path.name.startswith("tiny-L8-")
+    assert path.parent == tmp_path / "cache" and path.name.startswith("model-L8-")
     assert "tokens/s" in err and "Traceback" not in err
     check_store(path, model)
     began = time.monotonic()
@@ -131,7 +131,7 @@ def test_the_gemma_preset_at_its_width(tmp_path: Path) -> None:
     given = ["--model", model, "--text", text, "--cache", tmp_path / "cache", "--tokens", 2 * 1024]
     path = command("run", "gemma-2-2b", *given, *small).store
     store = Store.open(path)
-    assert path.name.startswith("gemma-2-2b-L8-")
+    assert path.name.startswith("model-L8-")
     assert (store.record.d_in, store.record.d_out, store.record.blocks) == (2304, 2304, 3)
     assert [stratum.name for stratum in store.record.plan.stored_strata][-1] == "256-1024"
     assert store.request.corpus.order == "as_read" and store.request.batch_sequences == 1

@@ -10,8 +10,8 @@ from shared.store.checks import is_packed, read_request
 from shared.store.layout import REQUEST, STORE, StoreRequest
 
 _NAMED = 5
-_ONLY_NAMES = {"model.name", "model.revision", "corpus.name"}
-"""Fields of a request that say where something was found: what it holds has a digest of its own."""
+_ONLY_NAMES = {"label", "model.name", "model.revision", "corpus.name"}
+"""Fields of a request that name the store, or say where something was found: what it holds has a digest of its own."""
 
 
 def differences(theirs: StoreRequest, ours: StoreRequest) -> dict[str, tuple[Any, Any]]:

@@ -267,8 +267,8 @@ def _weights(transcoder: Transcoder, one: _Judged) -> tuple[Tensor, Tensor, Tens
     """Return encoder column [D], bias and decoder row [O] of a group's single latent."""
     W_enc, b_enc, W_dec = (part[one.latents] for part in _by_latent(transcoder))
     single = one.cost.single
-    encoder, decoder = (torch.from_numpy(part).to(W_dec) for part in (single.encoder, single.decoder))
-    return encoder @ W_enc, encoder @ b_enc + single.bias, decoder @ W_dec
+    encoder, decoder = (torch.from_numpy(part).to(W_dec)[None] for part in (single.encoder, single.decoder))
+    return (encoder @ W_enc)[0], (encoder @ b_enc[:, None])[0, 0] + single.bias, (decoder @ W_dec)[0]
 
 
 def _place(transcoder: Transcoder, kept: list[int], singles: list[tuple[Tensor, Tensor, Tensor]]) -> None:

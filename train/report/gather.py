@@ -69,7 +69,7 @@ def trained(run: Path, step: int) -> tuple[int, float] | None:
 
     None where `timing.jsonl` has no such rows.
     """
-    parts = {row.get("from_step", 0): row for row in Log(run / TIMING).rows() if row["step"] <= step}
+    parts = {row.get("from_step", 0): row for row in Log(run / TIMING).rows(tell=False) if row["step"] <= step}
     if not parts:
         return None
     last = max(parts.values(), key=lambda row: row["step"])
