@@ -231,7 +231,7 @@ def _replaced(
     singles = [_weights(transcoder, one) for one in groups]
     members, kept = [latent for one in groups for latent in one.latents], [one.latents[0] for one in groups]
     same = threshold.clone()
-    same[kept] = same.new_tensor([one.cost.single.threshold for one in groups])
+    same[kept] = torch.tensor([one.cost.single.threshold for one in groups], dtype=same.dtype).to(same.device)
     _silence(transcoder, members)
     _place(transcoder, kept, singles)
     at_same = evaluate_whole(transcoder, rows, same)
@@ -268,7 +268,7 @@ def _weights(transcoder: Transcoder, one: _Judged) -> tuple[Tensor, Tensor, Tens
     W_enc, b_enc, W_dec = (part[one.latents] for part in _by_latent(transcoder))
     single = one.cost.single
     encoder, decoder = (torch.from_numpy(part).to(W_dec)[None] for part in (single.encoder, single.decoder))
-    return (encoder @ W_enc)[0], (encoder @ b_enc[:, None])[0, 0] + single.bias, (decoder @ W_dec)[0]
+    return (encoder @ W_enc)[0], (encoder[0] * b_enc).sum() + single.bias, (decoder @ W_dec)[0]
 
 
 def _place(transcoder: Transcoder, kept: list[int], singles: list[tuple[Tensor, Tensor, Tensor]]) -> None:
