@@ -56,7 +56,7 @@ def test_the_notebook_runs(folder: Path) -> None:
     """With fewer steps, on the small store of the other pages."""
     cells = "\n".join(notebook.code(json.loads(notebook.PATH.read_text())))
     assert '"steps": 400' in cells
-    said = python("-c", cells.replace('"steps": 400', '"steps": 10'), cwd=folder)
+    said = python("-c", cells.replace('"steps": 400', '"steps": 30'), cwd=folder)
     assert "its strongest contexts are about regular expressions" in said and "pairs_correlated_above_0_8" in said
 
 
