@@ -12,7 +12,7 @@ from shared.store.store import Local
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--store", "stores", multiple=True, type=click.Path(path_type=Path),
+@click.option("--store", "stores", multiple=True, type=shared.command_line.STORE,
               help="A finished store, in place of those that FILE names; repeatable: each run on each.")  # fmt: skip
 @click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Where runs are kept.")
 @click.option("--dry-run", is_flag=True, help="Show the runs, and which share their rows; train nothing.")
