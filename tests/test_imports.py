@@ -27,7 +27,7 @@ LAYERS = {
     "train": (
         ("data", "live"), "read_settings", "model", "parallel", "evaluation", ("duplicates", "samples"),
         "redundancy", ("run", "wandb_sync"), "probe", ("compare", "interchange"), "explain", "report",
-        ("commands", "tables", "run_folder"), "sweeps", ("cli_runs", "cli_settings"), "cli",
+        ("commands", "tables", "run_folder"), "sweeps", ("cli_formats", "cli_runs", "cli_settings"), "cli",
     ),
 }  # fmt: skip
 """Each package's folders and modules from the bottom up: what stands in a line imports only from lines before it."""
