@@ -33,14 +33,23 @@ def test_only_a_second_ctrl_c_interrupts() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_first_signal_is_answered_at_once_and_others_are_not(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (signal.SIGTERM, "finishing this step\n"),
+        (signal.SIGINT, "finishing this step; Ctrl-C again exits now\n"),
+    ],
+)
+def test_the_first_signal_is_answered_at_once_and_others_are_not(
+    first: signal.Signals, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with stop_signals():
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
+        for number in (first, signal.SIGTERM):
+            os.kill(os.getpid(), number)
         for thread in threading.enumerate():
             if thread.daemon and thread is not threading.current_thread():
                 thread.join(10)
-    assert capfd.readouterr().err.count("finishing this step; Ctrl-C again exits now\n") == 1
+    assert capfd.readouterr().err == said
 
 
 def test_signals_of_the_scheduler_are_among_them() -> None:

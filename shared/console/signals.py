@@ -17,7 +17,7 @@ STOP: tuple[signal.Signals, ...] = tuple(
 """Ctrl-C, a request to end, what SLURM sends ahead of its limit when asked to (`--signal=USR1@120`), and the end of the
 terminal. The last is left alone where it is ignored, as `nohup` has it."""
 
-_ANSWER = "finishing this step; Ctrl-C again exits now"
+_ANSWER, _AGAIN = "finishing this step", "; Ctrl-C again exits now"
 
 
 @contextmanager
@@ -32,7 +32,8 @@ def stop_signals() -> Iterator[list[int]]:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not received:  # by a thread: what the signal interrupted may be printing
-            threading.Thread(target=tell, args=(_ANSWER,), daemon=True).start()
+            answer = _ANSWER + (_AGAIN if number == signal.SIGINT else "")
+            threading.Thread(target=tell, args=(answer,), daemon=True).start()
         received.append(number)
 
     before = {number: signal.signal(number, note) for number in _heeded()}
