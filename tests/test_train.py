@@ -29,6 +29,18 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> SyntheticStore:
     return make_store(tmp_path_factory.mktemp("cache") / "store", keep={0: 0.5}, training_blocks=6)
 
 
+@pytest.fixture(scope="module")
+def long(store: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 400 steps that nothing cut off."""
+    runs = tmp_path_factory.mktemp("long")
+    assert popen(*_long(store, runs), "--name", "whole").wait(120) == 0
+    return runs / "whole"
+
+
+def _long(store: SyntheticStore, runs: Path) -> tuple[object, ...]:
+    return ("run", "--store", store.path, "--runs", runs, *SMALL, *CADENCE, "--steps", 400)
+
+
 def popen(*args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "train", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -209,10 +221,10 @@ def test_a_run_from_before_rows_had_a_seed_goes_on_with_the_same_bits(command, s
 
 
 @pytest.mark.fault(4)
-def test_killed_anywhere_and_resumed_a_run_is_the_uninterrupted_one(store: SyntheticStore, tmp_path: Path) -> None:
-    args = ("run", "--store", store.path, "--runs", tmp_path, *SMALL, *CADENCE, "--steps", 400)
-    whole = popen(*args, "--name", "whole")
-    assert whole.wait(120) == 0
+def test_killed_anywhere_and_resumed_a_run_is_the_uninterrupted_one(
+    store: SyntheticStore, long: Path, tmp_path: Path
+) -> None:
+    args = _long(store, tmp_path)
     for i, wait in enumerate((11, 33)):
         name = tmp_path / f"killed{i}"
         process = popen(*args, "--name", name.name)
@@ -221,17 +233,15 @@ def test_killed_anywhere_and_resumed_a_run_is_the_uninterrupted_one(store: Synth
         process.wait()
         resumed = popen("resume", name)
         assert resumed.wait(120) == 0, resumed.communicate()[1]
-        assert_same_run(tmp_path / "whole", name)
+        assert_same_run(long, name)
         assert not list(name.rglob("*.tmp"))
 
 
 @pytest.mark.fault(5)
 def test_a_signal_stops_after_the_step_with_a_checkpoint_and_resume_goes_on(
-    store: SyntheticStore, tmp_path: Path
+    store: SyntheticStore, long: Path, tmp_path: Path
 ) -> None:
-    args = ("run", "--store", store.path, "--runs", tmp_path, *SMALL, *CADENCE, "--steps", 400)
-    assert popen(*args, "--name", "whole").wait(120) == 0
-    process = popen(*args, "--name", "stopped")
+    process = popen(*_long(store, tmp_path), "--name", "stopped")
     wait_for(lambda: (tmp_path / "stopped" / "metrics.jsonl").exists())
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
@@ -239,7 +249,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint_and_resume_goes_on(
     step = checkpoint.find(tmp_path / "stopped").step
     assert f"stopped at step {step}; continue with: python -m train resume" in err
     assert popen("resume", tmp_path / "stopped").wait(120) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert_same_run(long, tmp_path / "stopped")
 
 
 def rows_so_far(run: Path) -> list[str]:

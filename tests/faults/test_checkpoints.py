@@ -290,7 +290,7 @@ def test_an_error_of_the_disk_costs_that_checkpoint(
 
 
 @pytest.mark.fault(6)
-@pytest.mark.parametrize("where", ["before the rename", "after the rename"])
+@pytest.mark.parametrize("where", ["before the rename", pytest.param("after the rename", marks=pytest.mark.exhaustive)])
 def test_a_kill_while_old_checkpoints_are_removed_leaves_valid_ones(
     command: Command, store: SyntheticStore, whole: Path, tmp_path: Path, where: str
 ) -> None:
@@ -330,7 +330,9 @@ def test_what_a_kill_kept_from_being_removed_goes_when_the_run_is_resumed(
 
 
 @pytest.mark.fault(5)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive), signal.SIGUSR1]
+)
 def test_a_signal_finishes_the_step_and_publishes(
     command: Command,
     store: SyntheticStore,

@@ -68,7 +68,9 @@ def mounted(harvesting: Bench, tmp_path: Path) -> Callable[..., Disk]:
 
 
 @pytest.mark.fault(9)
-@pytest.mark.parametrize("leave", [64, 160, 224])
+@pytest.mark.parametrize(
+    "leave", [64, pytest.param(160, marks=pytest.mark.exhaustive), pytest.param(224, marks=pytest.mark.exhaustive)]
+)
 def test_a_disk_that_fills_is_named_with_sizes_and_with_room_the_harvest_resumes(
     mounted: Callable[..., Disk], leave: int
 ) -> None:
@@ -194,7 +196,9 @@ def test_memory_that_a_pass_cannot_have_is_one_line(tiny: Harvest, tmp_path: Pat
 
 
 @pytest.mark.fault(16)
-@pytest.mark.parametrize("at", [3, 9, 15])
+@pytest.mark.parametrize(
+    "at", [pytest.param(3, marks=pytest.mark.exhaustive), 9, pytest.param(15, marks=pytest.mark.exhaustive)]
+)
 def test_the_kernels_kill_for_memory_during_a_pass_is_like_any_other(harvesting: Bench, at: int) -> None:
     """It is SIGKILL to all threads; at the log's row of a block, while passes of the next ones run."""
     where = harvesting.where

@@ -45,7 +45,9 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
 
 
 @pytest.mark.fault(5)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive), signal.SIGUSR1]
+)
 def test_a_signal_while_a_block_is_written_commits_it_and_says_how_to_go_on(
     harvesting: Bench, number: signal.Signals
 ) -> None:
@@ -63,7 +65,9 @@ def test_a_signal_while_a_block_is_written_commits_it_and_says_how_to_go_on(
 
 
 @pytest.mark.fault(5)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive), signal.SIGUSR1]
+)
 def test_a_signal_while_tokens_are_packed_stops_at_once(harvesting: Bench, number: signal.Signals) -> None:
     where = harvesting.where
     fault = Fault(folder=str(where), kinds="w", match="spool", at=1, value=number)

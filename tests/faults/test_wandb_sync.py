@@ -203,6 +203,7 @@ def test_a_report_is_synced_once_with_its_plots_and_verdict(synced: Path, tmp_pa
     }
 
 
+@pytest.mark.exhaustive
 def test_the_report_of_an_unfinished_run_is_not_synced(synced: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(synced, tmp_path / "synced"))
     done = trainer("report", run, "--step", STEPS - 50, "--wandb", seconds=AMPLE, env=syncs.environment(tmp_path))
@@ -237,6 +238,7 @@ def test_wandb_sync_uploads_what_is_left(synced: Path, tmp_path: Path, env: dict
     assert_holds_metrics(sent, tmp_path / "run")
 
 
+@pytest.mark.exhaustive
 @KILLED
 def test_a_killed_run_goes_on_at_the_server(
     store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str], also: str
@@ -290,6 +292,7 @@ def test_a_killed_run_goes_on_as_the_same_run_of_wandb(
     assert json.loads((run / FOLDER / worker.STATE).read_text())["project"] == "of-its-own"
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_was_trained_without_a_sync_gets_one(plain: Path, tmp_path: Path, env: dict[str, str]) -> None:
     shutil.copytree(plain, tmp_path / "run")
     assert "is finished" in resumed(tmp_path / "run", env)
@@ -322,7 +325,11 @@ def resumed_on_small_disk(plain: Path, tmp_path: Path, env: dict[str, str]) -> S
     return start
 
 
-@pytest.mark.parametrize(("size", "filler"), [("4k", 4096), ("100k", 0)], ids=["from the start", "on the way"])
+@pytest.mark.parametrize(
+    ("size", "filler"),
+    [("4k", 4096), pytest.param("100k", 0, marks=pytest.mark.exhaustive)],
+    ids=["from the start", "on the way"],
+)
 def test_a_full_disk_of_wandbs(
     resumed_on_small_disk: SmallDisk, plain: Path, tmp_path: Path, size: str, filler: int
 ) -> None:
@@ -332,6 +339,7 @@ def test_a_full_disk_of_wandbs(
     assert err.count("warning: ") == 1 and UNAFFECTED in err
 
 
+@pytest.mark.exhaustive
 def test_rows_that_wandb_lost_on_a_full_disk_are_noticed(
     resumed_on_small_disk: SmallDisk, plain: Path, tmp_path: Path
 ) -> None:
@@ -358,6 +366,7 @@ def test_a_dead_process_of_wandbs_is_started_again(
     assert len(files(run)) == 2
 
 
+@pytest.mark.exhaustive
 def test_a_stopped_process_of_wandbs(store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str]) -> None:
     run = tmp_path / "run"
     done = trainer(*arguments(store, tmp_path), seconds=SHORT, env=env)
@@ -370,7 +379,7 @@ def test_a_stopped_process_of_wandbs(store: SyntheticStore, plain: Path, tmp_pat
     assert_synced_once(run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.exhaustive)])
 def test_a_dead_or_stopped_sync(
     store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str], number: signal.Signals
 ) -> None:
@@ -384,6 +393,7 @@ def test_a_dead_or_stopped_sync(
     assert_synced_once(run)
 
 
+@pytest.mark.exhaustive
 def test_a_killed_trainer_leaves_no_stopped_process_of_wandbs(
     store: SyntheticStore, tmp_path: Path, env: dict[str, str]
 ) -> None:
@@ -399,6 +409,7 @@ def test_a_killed_trainer_leaves_no_stopped_process_of_wandbs(
     assert "not finished 2 s after the trainer" in (run / FOLDER / LOG).read_text()
 
 
+@pytest.mark.exhaustive
 def test_a_stopped_sync_of_a_killed_trainer_does_not_hold_up_the_next(
     store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
