@@ -43,12 +43,12 @@ def test_only_a_second_ctrl_c_interrupts() -> None:
 def test_the_first_signal_is_answered_at_once_and_others_are_not(
     first: signal.Signals, said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    before = set(threading.enumerate())  # servers of other tests are among them
     with stop_signals():
         for number in (first, signal.SIGTERM):
             os.kill(os.getpid(), number)
-        for thread in threading.enumerate():
-            if thread.daemon and thread is not threading.current_thread():
-                thread.join(10)
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)
     assert capfd.readouterr().err == said
 
 
