@@ -23,7 +23,9 @@ LARGEST = 127
 LONG = 4.0
 """Rows over this many times the median norm of their stratum in a block count for no unit."""
 LEAST_UNIT = 1e-3
-"""Of the root mean square of all deviations: the unit of a dimension that hardly varies, or not at all."""
+"""Of the median deviation: the unit of a dimension that hardly varies, or not at all."""
+_ROUNDING = 1e-6
+"""Of a dimension's mean: below it float32 keeps no differences."""
 _ROWS_AT_ONCE = 1024
 Floats = NDArray[np.float32]
 
@@ -100,7 +102,7 @@ def units(stored: NDArray[Any]) -> tuple[Floats, Floats]:
     ordinary = norms <= LONG * np.median(norms)
     moments = merge([moments_of(stored[part][ordinary[part]]) for part in parts])
     deviation = np.sqrt(moments.variance)
-    least = LEAST_UNIT * np.sqrt(np.square(deviation).mean())
+    least = np.maximum(LEAST_UNIT * np.median(deviation), _ROUNDING * np.abs(moments.mean))
     unit = np.maximum(deviation, least).astype(np.float32)
     return moments.mean.astype(np.float32), np.where(unit > 0, unit, np.float32(1))  # all rows can be one and the same
 

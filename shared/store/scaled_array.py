@@ -29,6 +29,8 @@ class ScaledArray(RowArray):
         """Fill the first rows of `out` with the numbers of `runs`, one after the other."""
         from shared.store.int8_rows import decode_rows  # numba: most of what opens a store reads no rows
 
+        if out.dtype != self.dtype:
+            raise ValueError(f"{self.spec.path} is read as {self.dtype}, got room for {out.dtype}; use its `room`")
         values, row_scale, _ = self._parts
         rows = sum(stop - start for start, stop in runs)
         found, scales = values.room(rows), row_scale.room(rows)
