@@ -36,7 +36,7 @@ class ScaledArray(RowArray):
         found, scales = values.room(rows), row_scale.room(rows)
         values.gather(runs, found)
         row_scale.gather(runs, scales)
-        units, blocks = self._units(runs, rows)
+        units, blocks = self._units(runs)
         decode_rows(found, scales, units, blocks, self._side, self._first, out[:rows])
 
     def will_need(self, runs: Sequence[RowRun]) -> None:
@@ -44,28 +44,24 @@ class ScaledArray(RowArray):
         values, row_scale, block_units = self._parts
         values.will_need(runs)
         row_scale.will_need(runs)
-        block_units.will_need([(2 * block, 2 * block + 2) for block in self._blocks(runs)])
+        size = self.spec.rows_per_block
+        blocks = {block for start, stop in runs for block in range(start // size, -(-stop // size))}
+        block_units.will_need([(2 * block, 2 * block + 2) for block in blocks])
 
     def as_stored(self, row: int, values: Rows) -> Rows:
         """Return what would be read at `row` if its `values` [d], as they were captured, were stored there."""
         from shared.store.int8_rows import encode_with
 
-        units = self._units([(row, row + 1)], 1)[0][:, self._first : self._first + len(values)]
+        units = self._units([(row, row + 1)])[0][:, self._first : self._first + len(values)]
         found: Int8Rows = encode_with(values[None], units[0].copy(), units[1].copy())
         return found[:][0]
 
-    def _units(self, runs: Sequence[RowRun], rows: int) -> tuple[Rows, Rows]:
+    def _units(self, runs: Sequence[RowRun]) -> tuple[Rows, Rows]:
         """Return means and units [2 * b, columns] of the blocks of `runs`, and which of the b blocks each row is of."""
-        blocks, size, at = self._blocks(runs), self.spec.rows_per_block, 0
+        edges = np.array(runs, np.int64).reshape(-1, 2)
+        counts = edges[:, 1] - edges[:, 0]
+        rows = np.repeat(edges[:, 1] - np.cumsum(counts), counts) + np.arange(counts.sum())
+        blocks, numbers = np.unique(rows // self.spec.rows_per_block, return_inverse=True)
         units = self._parts[2].room(2 * len(blocks))
-        self._parts[2].gather([(2 * block, 2 * block + 2) for block in blocks], units)
-        numbers = np.empty(rows, np.int64)
-        for start, stop in runs:
-            numbers[at : at + stop - start] = np.arange(start, stop) // size
-            at += stop - start
-        return units, np.searchsorted(blocks, numbers)
-
-    def _blocks(self, runs: Sequence[RowRun]) -> list[int]:
-        """List the blocks that have rows of `runs`, rising."""
-        size = self.spec.rows_per_block
-        return sorted({block for start, stop in runs for block in range(start // size, -(-stop // size))})
+        self._parts[2].gather([(2 * block, 2 * block + 2) for block in blocks.tolist()], units)
+        return units, numbers
