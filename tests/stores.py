@@ -70,7 +70,8 @@ class SyntheticStore:
     def values(self, name: str) -> NDArray[np.float32]:
         """The rows of a source or target array as numbers."""
         if self.record.request.storage == "int8":
-            return decode_int8(self.arrays, *name.rsplit("/", 1), self.record.d_in)
+            stratum, _, side = name.rpartition("/")
+            return decode_int8(self.arrays, stratum, side, self.record.d_in)
         return decode(self.arrays[name], self.record.request.storage)
 
 

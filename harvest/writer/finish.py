@@ -24,6 +24,7 @@ from shared.store.layout import (
     TOKENIZER,
     UNEMBEDDING,
     NormSummary,
+    StorageFloor,
     StorePlan,
     StoreRecord,
     StratumPlan,
@@ -32,7 +33,7 @@ from shared.store.layout import (
     record_path,
     statistics_path,
 )
-from shared.store.row_arrays import SIDES, Side
+from shared.store.row_arrays import SIDES
 from shared.store.statistics import OUTLIER_RATIO, QUANTILES, Moments, merge
 
 _PACKAGES = ("torch", "transformers", "transformer-lens", "numpy")
@@ -67,7 +68,7 @@ def finish(target: Target, model: ModelFiles | None) -> None:
         overall=overall_,
         files=records,
         software={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        storage_floor=floor,
+        storage_floor=StorageFloor(**floor) if floor else None,
     )
     durable.publish_files({target.path / name: data for name, data in files.items()})
     durable.publish_json(target.path / STORE, record.model_dump(mode="json"))
@@ -76,7 +77,7 @@ def finish(target: Target, model: ModelFiles | None) -> None:
             path.unlink()
 
 
-def storage_floor(target: Target, blocks: Iterable[int]) -> dict[Side, float] | None:
+def storage_floor(target: Target, blocks: Iterable[int]) -> dict[str, float] | None:
     """Return by side what the storage type took of the variance of rows of `blocks`; None where nothing is measured."""
     if target.request.storage != "int8":
         return None

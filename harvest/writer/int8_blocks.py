@@ -8,7 +8,7 @@ import numpy as np
 
 from harvest.writer.attention_sinks import overall
 from harvest.writer.blocks import Array
-from shared.store.row_arrays import BLOCK_UNITS, ROW_SCALE, SIDES, Side
+from shared.store.row_arrays import BLOCK_UNITS, ROW_SCALE, SIDES
 from shared.store.statistics import OUTLIER_RATIO, Moments, RowParts, moments_of
 from shared.store.strata import Stratum
 
@@ -25,7 +25,7 @@ class Encoded(NamedTuple):
 
     arrays: dict[str, Array]
     """As they are written, by name."""
-    rows: "dict[Side, Int8Rows]"
+    rows: "dict[str, Int8Rows]"
 
 
 def encoded(arrays: Mapping[str, Array], pool: Executor) -> Encoded:
@@ -35,7 +35,7 @@ def encoded(arrays: Mapping[str, Array], pool: Executor) -> Encoded:
     rows = dict(zip(SIDES, pool.map(encode, [arrays[side] for side in SIDES]), strict=True))
     scales = [one.row_scale for one in rows.values()]
     units = [np.stack([one.mean, one.unit]) for one in rows.values()]
-    values = {side: one.values for side, one in rows.items()}
+    values: dict[str, Array] = {side: one.values for side, one in rows.items()}
     both = {ROW_SCALE: np.stack(scales, axis=1), BLOCK_UNITS: np.concatenate(units, axis=1)}
     return Encoded({**arrays, **values, **both}, rows)
 
@@ -63,7 +63,7 @@ def pack_lost(
     return found
 
 
-def floors(strata: Sequence[Stratum], blocks: Sequence[Mapping[str, Array]]) -> dict[Side, float]:
+def floors(strata: Sequence[Stratum], blocks: Sequence[Mapping[str, Array]]) -> dict[str, float]:
     """Return by side what rows lost, as a share of their variance: no transcoder that is trained on them has less fvu.
 
     `blocks` are what `pack_lost` saved of each. At natural frequencies, without position 0 where that is a stratum
@@ -78,7 +78,7 @@ def floors(strata: Sequence[Stratum], blocks: Sequence[Mapping[str, Array]]) -> 
     return found
 
 
-def warnings(found: Mapping[Side, float]) -> list[str]:
+def warnings(found: Mapping[str, float]) -> list[str]:
     """Tell of sides whose rows lost too much."""
     return [
         f"int8 takes {share:.2%} of the variance of the {side} rows, and no transcoder trained on them gets an fvu "

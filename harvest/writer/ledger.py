@@ -33,7 +33,7 @@ from shared.store.layout import (
     stratum_specs,
 )
 from shared.store.outliers import norms_of, pack_long_rows
-from shared.store.row_arrays import SIDES, Side
+from shared.store.row_arrays import SIDES
 from shared.store.statistics import Moments, RowParts, moments_of
 
 
@@ -104,7 +104,7 @@ def commit(
 
 def _as_stored(
     request: StoreRequest, arrays: dict[str, Array], pool: Executor
-) -> tuple[dict[str, Array], Mapping[Side, RowParts]]:
+) -> tuple[dict[str, Array], Mapping[str, RowParts]]:
     """Return a stratum's arrays as they are written, and by side the numbers that will be read."""
     if request.storage == "int8":
         return encoded(arrays, pool)

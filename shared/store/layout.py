@@ -12,7 +12,7 @@ tokenizer/
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -39,7 +39,7 @@ from shared.bounds import (
 from shared.config import Config, GrownConfig, json_digest
 from shared.store.arrays import INNER_ROWS, ArraySpec
 from shared.store.import_origin import ImportOrigin
-from shared.store.row_arrays import FloatType, Side, StorageType, row_arrays
+from shared.store.row_arrays import FloatType, StorageType, row_arrays
 from shared.store.statistics import QUANTILES
 from shared.store.strata import Stratum, check_strata, stratum_name
 
@@ -49,7 +49,6 @@ REQUEST, PLAN, STORE = "request.json", "plan.json", "store.json"
 ARRAYS, LEDGER, TOKENIZER, TOKENS, DOCUMENTS = "activations.zarr", "ledger", "tokenizer", "tokens", "documents"
 UNEMBEDDING, PACKED, STATISTICS = "unembedding.safetensors", "packed.json", "statistics-*.safetensors"
 
-Share = Annotated[float, Field(ge=0)]
 Attention = Literal["eager", "sdpa", "flex_attention", "flash_attention_2"]
 """How attention is computed, as transformers names it."""
 Documents = Literal["joined", "apart"]
@@ -342,6 +341,16 @@ class StratumSummary(Config):
     target: NormSummary
 
 
+class StorageFloor(Config):
+    """The squared error of the stored rows over their variance, without outliers and position 0.
+
+    No transcoder that is trained on them has less fvu.
+    """
+
+    source: float = Field(ge=0)
+    target: float = Field(ge=0)
+
+
 class StoreRecord(GrownConfig):
     """A finished store: `store.json`."""
 
@@ -360,9 +369,8 @@ class StoreRecord(GrownConfig):
     """Statistics and tokenizer files, by path below the store."""
     software: dict[Name, Name]
     """Versions that produced the bytes."""
-    storage_floor: dict[Side, Share] | None = None
-    """Of int8, by side: the squared error of the stored rows over their variance, without outliers and position 0. No
-    transcoder that is trained on them gets below it."""
+    storage_floor: StorageFloor | None = None
+    """Of int8."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -421,7 +429,7 @@ def stratum_specs(request: StoreRequest, stratum: Stratum, d_in: int, d_out: int
 
     They hold its rows, and for each row the position the model saw and the place of its token; of int8 the scales, too.
     """
-    hooks: dict[Side, str] = {"source": request.source_hook, "target": request.target_hook}
+    hooks = {"source": request.source_hook, "target": request.target_hook}
     return row_arrays(request.storage, hooks, stratum, d_in, d_out)
 
 

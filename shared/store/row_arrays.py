@@ -6,8 +6,7 @@ from typing import Literal
 from shared.store.arrays import ArraySpec
 from shared.store.strata import Stratum
 
-Side = Literal["source", "target"]
-SIDES: tuple[Side, ...] = ("source", "target")
+SIDES = ("source", "target")
 FloatType = Literal["bfloat16", "float16", "float32"]
 StorageType = Literal["bfloat16", "float16", "float32", "int8"]
 """`int8` has a scale for each row and one for each dimension (`shared.store.int8_rows`)."""
@@ -28,7 +27,7 @@ def captured_as(storage: StorageType) -> FloatType:
 
 
 def row_arrays(
-    storage: StorageType, hooks: Mapping[Side, str], stratum: Stratum, d_in: int, d_out: int
+    storage: StorageType, hooks: Mapping[str, str], stratum: Stratum, d_in: int, d_out: int
 ) -> dict[str, ArraySpec]:
     """Return the arrays of a stratum, by name; `hooks` by side."""
     kind, found = STORAGE_DTYPES[storage], dict[str, ArraySpec]()
@@ -59,7 +58,7 @@ def _spec(
     )
 
 
-def _formula(column: int, side: Side, stratum: Stratum, d_in: int, d_out: int) -> str:
+def _formula(column: int, side: str, stratum: Stratum, d_in: int, d_out: int) -> str:
     """Return the numbers that a side's int8 rows stand for, for whoever opens the array elsewhere."""
     dimensions = f"{d_in}:{d_in + d_out}" if column else f"0:{d_in}"
     return (

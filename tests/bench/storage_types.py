@@ -126,7 +126,7 @@ def as_harvested(store: Store, int8: Store) -> dict[str, tuple[float, str]]:
         raise SystemExit(f"{int8.path} is not the harvest of {store.path} with store.storage=int8")
     bytes_of = {one.request.storage: (one.shard_bytes, "bytes") for one in (store, int8)}
     figures: dict[str, tuple[float, str]] = {f"{name}: rows and tokens": size for name, size in bytes_of.items()}
-    floors_ = int8.record.storage_floor.items()
+    floors_ = int8.record.storage_floor.model_dump().items()
     return figures | {f"{HARVESTED}: floor, {side}": (100 * share, "% of fvu") for side, share in floors_}
 
 

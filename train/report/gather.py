@@ -227,7 +227,7 @@ def store_facts(store: Store) -> StoreFacts:
         bytes=store.shard_bytes,
         strata=rows,
         storage=request.storage,
-        storage_floor=dict(record.storage_floor) if record.storage_floor else None,
+        storage_floor=record.storage_floor.model_dump() if record.storage_floor else None,
     )
 
 
