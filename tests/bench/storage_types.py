@@ -11,7 +11,8 @@ the store.
 
 Trainings get the rows as each type gives them back, rounded to the store's own type, and are judged on the rows as they
 are, at one l0. With `--int8`, the same harvest with `store.storage=int8`, no type is tried: trainings are on the two
-stores, both judged on the rows of the first, and floors are those that the harvest measured.
+stores, both judged on the rows of the first, and floors are those that the harvest measured. What was trained is kept
+in `--work`, and not trained again.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from shared.store.store import Store
 from tests.bench.recipe import SMALL, figures_of
 from tests.bench.record import record, sized
 from tests.stores import decode
-from train import load_settings, train
+from train import load_settings, resume, train
 
 ROWS = sized(16_384, 256)
 """Of each stratum, at most."""
@@ -181,7 +182,10 @@ def trained(on: Store, store: Store, name: str, seed: int, options: argparse.Nam
     kind = list(TYPES).index(name) if name in TYPES else on.request.storage
     path = options.work.resolve() / f"{options.name}-{kind}-{seed}"
     with through(on, TYPES[name][2] if name in TYPES else None):
-        train(on.path, settings, path)
+        if path.exists():
+            resume(path)
+        else:
+            train(on.path, settings, path)
     return figures_of(path, store)["fvu, reported"]
 
 
