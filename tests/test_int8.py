@@ -208,6 +208,7 @@ def test_info_and_verify(harvested: Path, model: Path) -> None:
     shown = command("info", harvested)
     assert "int8 took" in shown.out and "At most 0.1%: yes" in shown.out
     assert json.loads(command("info", harvested, "--json").out)["storage_floor"].keys() == set(SIDES)
+    assert "context 32, int8" in command("ls", "--cache", harvested.parent).out
     found = command("verify", harvested, "--against-model", 60, "--model", model)
     assert found.code == 0, found.err
     assert "60 equal bit for bit" in found.out
