@@ -179,7 +179,7 @@ marked ESTIMATE follows from the inputs below.
   as many bytes (`store.storage=int8`), fewer layers (`--layer`), fewer rows of some positions (`store.keep`,
   `store.cap`), or fewer tokens at first (`--tokens`; a store can be extended later). A harvest of one layer waits for
   the forward passes, and GPUs help (`torchrun`).
-- **A training waits for rows**, unless few GPUs share the storage. Rows of int8 take half the time to read. Copy one
+- **A training waits for rows**, unless few GPUs share the storage. Of int8 they read half as many bytes. Copy one
   layer's store to the node's drives and train there: they feed a few GPUs more. Let several runs share one reading,
   keep rows that fit on the device (`resident_rows`), or take more latents (`transcoder.d_sae`): a step then takes
   longer for the same rows. Smaller batches (`rows.batch_rows`) ask for fewer rows in a second, but make less of the
