@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from shared.bounds import MAX_BLOCKS, MAX_CONTEXT, MAX_STRATA, Count, Edges, Label, Position, Sequences
 from shared.check_settings import Change
 from shared.config import Changes, Config, build, changes_of, load_preset, override
-from shared.store.layout import Attention, Documents, StorageType
+from shared.store.layout import Attention, Documents
+from shared.store.row_arrays import FloatType, StorageType
 from shared.store.strata import check_strata
 
 EMBEDDED = "embedded"
@@ -45,7 +46,7 @@ class ModelSettings(Config):
     """`embedded`, a local Hugging Face folder, or a name on the hub."""
     revision: str | None = None
     """Branch, tag or commit on the hub; its main branch if not given."""
-    dtype: StorageType = "float32"
+    dtype: FloatType = "float32"
     """The type of the forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is cuda where there is one."""
@@ -133,7 +134,8 @@ class StoreSettings(Config):
     max_norm_quantile: float = Field(default=1.0, gt=0, le=1)
     """Leave out the rows of a stratum whose source norm is above this quantile of its block; 1 leaves out none."""
     storage: StorageType = "bfloat16"
-    """The type of stored activations."""
+    """The type of stored activations. `int8` takes half the disk of bfloat16: each row and each dimension has a scale,
+    and the harvest measures what that loses."""
     block_sequences: Sequences = 256
     """Windows per block, the unit that is committed, resumed and repaired."""
     max_block_bytes: int = Field(default=4 * 2**30, ge=1)

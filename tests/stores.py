@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from shared import keyed
 from shared.files import durable
-from shared.store import arrays, layout, statistics
+from shared.store import arrays, layout, row_arrays, statistics
 from shared.store.store import Store
 from shared.store.strata import Stratum, quota, stratum_ranges
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import zarr
 
 Array = NDArray[Any]
-SIDES = ("source", "target")
+SIDES = row_arrays.SIDES
 Draw = Callable[[Array, Array, Array | float], dict[str, Array]]
 """Rows by side, float32 or as they are stored, for the tokens and positions of a stratum and what each has of its
 document."""
@@ -69,6 +69,9 @@ class SyntheticStore:
 
     def values(self, name: str) -> NDArray[np.float32]:
         """The rows of a source or target array as numbers."""
+        if self.record.request.storage == "int8":
+            stratum, _, side = name.rpartition("/")
+            return decode_int8(self.arrays, stratum, side, self.record.d_in)
         return decode(self.arrays[name], self.record.request.storage)
 
 
@@ -77,7 +80,7 @@ def make_request(
     context_size: int = 32,
     edges: Sequence[int] = (0, 1, 4, 16),
     keep: Mapping[int, float] | None = None,
-    storage: layout.StorageType = "bfloat16",
+    storage: row_arrays.StorageType = "bfloat16",
     block_sequences: int = 16,
     held_out_blocks: int = 2,
     layer: int = 3,
@@ -223,6 +226,30 @@ def decode(stored: Array, storage: str) -> NDArray[np.float32]:
     return (stored.astype(np.uint32) << 16).view(np.float32)
 
 
+def decode_int8(arrays: Mapping[str, Array], stratum: str, side: str, d_in: int) -> NDArray[np.float32]:
+    """The numbers that a stratum's int8 rows stand for, in float32 and one step after the other."""
+    values, units = arrays[f"{stratum}/{side}"], arrays[f"{stratum}/{row_arrays.BLOCK_UNITS}"]
+    scale = arrays[f"{stratum}/{row_arrays.ROW_SCALE}"][:, SIDES.index(side)]
+    units = units[:, :d_in] if side == "source" else units[:, d_in:]
+    times = len(values) // (len(units) // 2)
+    mean, unit = (np.repeat(units[k::2], times, axis=0) for k in (0, 1))
+    return values.astype(np.float32) * scale[:, None] * unit + mean
+
+
+def _encoded(sides: Mapping[str, Array], storage: str) -> tuple[dict[str, Array], dict[str, statistics.RowParts]]:
+    """A stratum's rows as they are stored, with their scales, and what will be read by side."""
+    if storage != "int8":
+        arrays = {side: encode(rows, storage) for side, rows in sides.items()}
+        return arrays, dict(arrays)
+    from shared.store import int8_rows
+
+    rows = {side: int8_rows.encode(encode(one, "bfloat16")) for side, one in sides.items()}
+    units = [np.stack([one.mean, one.unit]) for one in rows.values()]
+    arrays = {side: one.values for side, one in rows.items()}
+    arrays[row_arrays.ROW_SCALE] = np.stack([one.row_scale for one in rows.values()], axis=1)
+    return arrays | {row_arrays.BLOCK_UNITS: np.concatenate(units, axis=1)}, dict(rows)
+
+
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
     """Change a JSON file in place; `change` edits what it is given."""
     data = json.loads(path.read_text())
@@ -336,7 +363,7 @@ def _write_strata(
         sequence, position = order // width, stratum.start + order % width
         owner = owners[sequence, position]
         sides = draw(tokens[sequence, position], position, documents.vectors(owner, d_in) if documents else 0.0)
-        arrays = {side: encode(rows, request.storage) for side, rows in sides.items()}
+        arrays, stored = _encoded(sides, request.storage)
         arrays["position"] = position.astype(np.uint16)
         arrays["sequence"] = (sequence + block * request.block_sequences).astype(np.uint32)
         arrays["offset"] = arrays["position"]
@@ -345,9 +372,9 @@ def _write_strata(
             written |= _write_block(path, spec, block, arrays[name])
             parts.setdefault(spec.path, []).append(arrays[name])
         for side in SIDES:
-            rows, past_0 = arrays[side], position > 0
+            rows, past_0 = stored[side], position > 0
             every = statistics.moments_of(rows)
-            later = every if past_0.all() else statistics.moments_of(rows[past_0])
+            later = every if past_0.all() else statistics.moments_of(rows[:][past_0])
             gathered[stratum.name, side] = every, later.scaled(stratum.natural_rows / stratum.rows)
     return written, gathered
 

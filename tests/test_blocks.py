@@ -12,7 +12,6 @@ from harvest.writer.blocks import (
     over_norm,
     pack_moments,
     quotas,
-    stored_moments,
     stratum_arrays,
     unpack_moments,
 )
@@ -159,7 +158,7 @@ def test_moments_are_of_the_stored_values(storage: str) -> None:
     rows = np.random.default_rng(0).normal(3, 2, (20_000, 5)).astype(np.float32)
     stored = encode(rows, storage)
     assert (decode(stored) == reference_decode(stored, storage)).all()
-    found, values = stored_moments(stored), reference_decode(stored, storage).astype(np.float64)
+    found, values = moments_of(stored), reference_decode(stored, storage).astype(np.float64)
     np.testing.assert_allclose(found.mean, values.mean(0), rtol=1e-6)
     np.testing.assert_allclose(found.variance, values.var(0), rtol=1e-6)
     assert found.rows == 20_000 and found.norms.sum() == 20_000

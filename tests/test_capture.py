@@ -13,7 +13,7 @@ from harvest.run.capture import open_capture
 from harvest.run.stored_values import as_array, to_storage
 from harvest.text.packing import Windows
 from shared.errors import ProjectError
-from shared.store.layout import StorageType
+from shared.store.row_arrays import FloatType
 from tests.blocks import shuffled, windows
 from tests.llms import make_gemma
 from tests.stores import encode
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
-def test_storage_rounds_to_nearest_even(storage: StorageType) -> None:
+def test_storage_rounds_to_nearest_even(storage: FloatType) -> None:
     values = np.random.default_rng(0).normal(0, 30, (3, 5, 7)).astype(np.float32)
     values[0, 0, :2] = 1 + 2**-8, 1 + 3 * 2**-8  # halfway in bfloat16: down and up
     found = to_storage(torch.from_numpy(values), storage, "hook", 0)

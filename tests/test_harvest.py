@@ -73,7 +73,7 @@ def check_statistics(store: Store) -> None:
     weighted = []
     for summary, (name, arrays) in zip(store.record.strata, store.strata.items(), strict=True):
         first = store.request.held_out_blocks * arrays.stratum.rows
-        rows = np.empty((arrays.source.rows - first, store.record.d_in), arrays.source.spec.dtype)
+        rows = arrays.source.room(arrays.source.rows - first)
         arrays.source.read(first, arrays.source.rows, rows)
         values = decode(rows, store.request.storage).astype(np.float64)
         found = store.statistics[name]["source"]

@@ -11,7 +11,7 @@ import torch
 from harvest.llm.model import check_isolation, load_model, probe
 from harvest.llm.model_files import read_shape
 from shared.errors import UserError
-from shared.store.layout import StorageType
+from shared.store.row_arrays import FloatType
 from shared.store.store import Store
 from tests.llms import SHAPES, VOCABULARY, command, make_gemma3_multimodal, texts, write_jsonl
 
@@ -48,7 +48,7 @@ def plain(folder: Path, dtype: torch.dtype, ids: torch.Tensor) -> list[torch.Ten
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_hooks_equal_plain_transformers(folders: dict[str, Path], shape: str, dtype: StorageType) -> None:
+def test_hooks_equal_plain_transformers(folders: dict[str, Path], shape: str, dtype: FloatType) -> None:
     ids = torch.randint(4, 300, (3, 40), generator=torch.Generator().manual_seed(0))
     found = load_model(folders[shape], dtype, "cpu", HOOKS)(ids)
     for name, expected in zip(HOOKS, plain(folders[shape], getattr(torch, dtype), ids), strict=True):

@@ -3,6 +3,7 @@
 import pytest
 
 from shared.store.layout import block_bytes, row_specs
+from shared.store.row_arrays import StorageType
 from tests.bench import scale
 from tests.stores import make_request, make_strata
 
@@ -11,13 +12,15 @@ def test_the_page_is_what_the_bench_computes() -> None:
     assert scale.DOCUMENT.read_text() == scale.page(scale.measured()), "run python -m tests.bench.scale"
 
 
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
 @pytest.mark.parametrize("width", [2304, 5376])
-def test_a_pair_has_the_bytes_of_its_arrays(width: int) -> None:
-    """But for the shards' indexes."""
-    request = make_request(block_sequences=256)
+def test_a_pair_has_the_bytes_of_its_arrays(width: int, storage: StorageType) -> None:
+    """But for the shards' indexes, and the units of int8."""
+    request = make_request(block_sequences=256, context_size=1024, edges=(0, 1, 4, 16, 64, 256), storage=storage)
     strata = make_strata(request)
     found = block_bytes(row_specs(request, strata, width, width)) / sum(stratum.rows for stratum in strata)
-    (expected,) = {model.row_bytes for model in scale.MODELS if model.width == width}
+    name = "int8_row_bytes" if storage == "int8" else "row_bytes"
+    (expected,) = {getattr(model, name) for model in scale.MODELS if model.width == width}
     assert expected < found < 1.001 * expected
 
 

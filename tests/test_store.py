@@ -9,7 +9,7 @@ import pytest
 from shared.errors import CorruptData
 from shared.store import arrays, layout
 from shared.store.checks import buffers_record, fault, file_crc32c, read_store_record
-from shared.store.mapped_array import MappedArray
+from shared.store.mapped_array import RowArray
 from shared.store.store import Store
 from tests.stores import SyntheticStore, cut, faults, flip, make_store
 
@@ -19,7 +19,7 @@ SHARD = f"{layout.ARRAYS}/{SOURCE}/c/1/0"
 SHARDS = [SHARD, "activations.zarr/tokens/c/4/0", "activations.zarr/strata/000-001/position/c/0"]
 
 
-def read(array: MappedArray, start: int, stop: int) -> np.ndarray:
+def read(array: RowArray, start: int, stop: int) -> np.ndarray:
     shape = (stop - start,) if array.spec.width is None else (stop - start, array.spec.width)
     out = np.full(shape, 77, array.spec.dtype)
     array.read(start, stop, out)

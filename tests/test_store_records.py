@@ -147,7 +147,7 @@ def test_the_tokenizers_files_are_recorded(tmp_path):
         lambda data: data.update(unknown=1),
         lambda data: data["request"].update(edges=[1, 4]),
         lambda data: data["request"].update(keep={"3": 0.5}),
-        lambda data: data["request"].update(storage="int8"),
+        lambda data: data["request"].update(storage="int4"),
         lambda data: data["files"][STATISTICS].update(crc32c="nonsense"),
         lambda data: data["files"][STATISTICS].update(bytes=-1),
         lambda data: data.clear(),

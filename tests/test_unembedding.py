@@ -13,7 +13,7 @@ import shared.store.unembedding
 from harvest.llm.extract_unembedding import norm_effect, publish_unembedding
 from harvest.llm.model import load_model
 from shared.errors import CorruptData, UserError
-from shared.store.layout import StorageType
+from shared.store.row_arrays import FloatType
 from shared.store.unembedding import Unembedding
 from tests.llms import SHAPES, make_cohere, make_gemma, make_granite
 
@@ -79,7 +79,7 @@ def test_a_layer_norm_is_told_apart_in_every_type(dtype: str) -> None:
 @pytest.mark.parametrize("block_values", [2**24, 32 * 7, 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_promoted_tokens_equal_a_dense_reference(
-    dtype: StorageType, block_values: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: FloatType, block_values: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared.store.unembedding, "_BLOCK_VALUES", block_values)
     model = load_model(make_gemma(tmp_path / "model"), dtype, "cpu", ["blocks.1.hook_mlp_out"])

@@ -8,13 +8,14 @@ from typing import Any
 from rich.table import Table
 
 from harvest.commands.shuffle_quality import BATCH_ROWS, LIMIT, as_json, measure
-from harvest.writer.blocks import SIDES
+from harvest.writer.int8_blocks import MOST_LOST
 from shared.console.progress import Progress
 from shared.console.terminal import PlainConsole
 from shared.errors import CorruptData
 from shared.files.object_store import is_address, local_folder
 from shared.store.checks import read_store_record
 from shared.store.layout import StratumSummary
+from shared.store.row_arrays import SIDES
 from shared.store.store import Local, Store
 
 Facts = dict[str, Any]
@@ -50,6 +51,10 @@ def show(facts: Facts) -> None:
         f"rows of {facts['d_in']} -> {facts['d_out']} values",
         highlight=False,
     )
+    if floor := facts.get("storage_floor"):
+        lost = ", ".join(f"{share:.4%} of the {side}" for side, share in floor.items())
+        verdict = "yes" if max(floor.values()) <= MOST_LOST else "NO"
+        console.print(f"int8 took {lost}: no fvu is below that. At most {MOST_LOST:.1%}: {verdict}", highlight=False)
     if packed := facts["packed_shard_bytes"]:
         ratio = facts["shard_bytes"] / packed
         console.print(

@@ -17,7 +17,8 @@ from harvest.writer.target import Target, read_block
 from shared.console.progress import Progress
 from shared.keyed import hash_integers
 from shared.store.checks import read_ledger
-from shared.store.mapped_array import MappedArray
+from shared.store.mapped_array import RowArray
+from shared.store.row_arrays import captured_as
 from shared.store.statistics import decode
 from shared.store.store import Local, Store
 
@@ -69,8 +70,9 @@ def against_model(path: Path, count: int, model: str | None, seed: int, local: L
     hooks, identity = [request.source_hook, request.target_hook], request.model
     network = load_model(files.folder, identity.dtype, identity.device, hooks, attention=identity.attention)
     differences: dict[Place, float] = {}
+    captured = captured_as(request.storage)
     with (
-        open_capture(network, Ranks().cores, request.model.device, request.storage, request.documents) as capture,
+        open_capture(network, Ranks().cores, request.model.device, captured, request.documents) as capture,
         Progress("recompute", len(by_pass), "passes") as bar,
     ):
         for done, (first, places) in enumerate(sorted(by_pass.items()), 1):
@@ -120,15 +122,16 @@ def _compare(store: Store, capture: Capture, windows: Windows, first: int, place
         row = (place.sequence - first) * request.context_size + place.offset
         rows = store.strata[place.stratum]
         differences[place] = max(
-            _difference(_row(array, place.row), found[hook][row])
+            _difference(_row(array, place.row), array.as_stored(place.row, found[hook][row]))
             for array, hook in ((rows.source, request.source_hook), (rows.target, request.target_hook))
         )
     return differences
 
 
-def _row(array: MappedArray, row: int) -> NDArray[Any]:
-    shard, within = divmod(row, array.spec.rows_per_shard)
-    return np.asarray(array.shard(shard)[within])
+def _row(array: RowArray, row: int) -> NDArray[Any]:
+    out = array.room(1)
+    array.read(row, row + 1, out)
+    return np.asarray(out[0])
 
 
 def _difference(stored: NDArray[Any], recomputed: NDArray[Any]) -> float:

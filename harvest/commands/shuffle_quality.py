@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest.writer.blocks import SIDES
 from shared.console.progress import Progress
-from shared.store.layout import STORAGE_DTYPES
+from shared.store.mapped_array import RowArray
 from shared.store.reader import RowReader, RowsConfig
+from shared.store.row_arrays import SIDES
 from shared.store.statistics import decode, row_norms
 from shared.store.store import Store
 
@@ -69,14 +69,15 @@ def measure(store: Store, batch_rows: int, run_rows: int | None = None, seed: in
     reader = RowReader(store, store.record.training_blocks, config, seed)
     largest = max(reader.slices(), key=lambda name: reader.slices()[name].stop - reader.slices()[name].start)
     batches = min(MOST_BATCHES, max(FEWEST_BATCHES, int(1 / reader.epochs(1)[largest])))
-    documents, dtype = _Documents(store, reader, batch_rows), STORAGE_DTYPES[store.request.storage]
+    documents, first = _Documents(store, reader, batch_rows), next(iter(store.strata.values()))
     widths = {"source": store.record.d_in, "target": store.record.d_out}
     means = {side: np.zeros((batches, width)) for side, width in widths.items()}
     with Progress(f"shuffle, batch {batch_rows:,}", batches, "batches") as bar:
         for step in range(batches):
             reader.will_need(min(step + 1, batches - 1))
-            for side, width in widths.items():
-                rows = reader.read(step, side, np.empty((batch_rows, width), dtype))
+            for side in SIDES:
+                array: RowArray = getattr(first, side)
+                rows = reader.read(step, side, array.room(batch_rows))
                 reader.check_norms(step, side, row_norms(rows))
                 means[side][step] = decode(rows).mean(axis=0, dtype=np.float64)
             documents.add(step)

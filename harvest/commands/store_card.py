@@ -11,6 +11,10 @@ _DECODE = {
     "bfloat16": "rows = (found.astype(np.uint32) << 16).view(np.float32)  # stored as the bits of bfloat16",
     "float16": "rows = found.astype(np.float32)",
     "float32": "rows = found",
+    "int8": """\
+part, block = store["{group}"], np.arange(256) // {rows}  # {rows} rows of a block
+scale, (mean, unit) = part["row_scale"][:256, :1], (part["block_units"][k::2, :{d_in}][block] for k in (0, 1))
+rows = found * scale * unit + mean  # "target" has column 1 of row_scale, and columns {d_in}: of block_units""",
 }
 
 
@@ -90,7 +94,9 @@ def _table(store: Store) -> list[str]:
 
 
 def _stock(record: StoreRecord, name: str) -> list[str]:
-    group = f"strata/{record.plan.stored_strata[-1].name}"
+    last = record.plan.stored_strata[-1]
+    group = f"strata/{last.name}"
+    decode = _DECODE[record.request.storage].format(group=group, rows=last.rows, d_in=record.d_in)
     code = f"""\
 import numpy as np
 import zarr
@@ -99,7 +105,7 @@ from huggingface_hub import snapshot_download
 folder = snapshot_download("{name}", repo_type="dataset")
 store = zarr.open_group(f"{{folder}}/activations.zarr", mode="r")
 found = store["{group}/source"][:256]  # [row, dimension]; "target" has the other hook
-{_DECODE[record.request.storage]}
+{decode}
 windows = store["{group}/sequence"][:256]  # the row of store["tokens"] that each is from
 tokens = store["tokens"][:][windows, store["{group}/offset"][:256]]"""
     return [f"    {line}".rstrip() for line in code.splitlines()]

@@ -40,6 +40,8 @@ class Entry:
     layer: int | None = None
     hooks: str = ""
     context_size: int | None = None
+    storage: str = ""
+    """The type of stored rows."""
     tokens: int | None = None
     """To train on."""
     rows: int | None = None
@@ -90,7 +92,7 @@ def _words(entry: Entry) -> str:
     lines = [entry.name]
     if entry.model:
         layer = "" if entry.layer is None else f", layer {entry.layer}"
-        lines += [f"  {entry.model}{layer}, context {entry.context_size}", f"  {entry.hooks}"]
+        lines += [f"  {entry.model}{layer}, context {entry.context_size}, {entry.storage}", f"  {entry.hooks}"]
     lines.append(f"  {entry.state}")
     return "\n".join([*lines, *(f"  used by {user}" for user in entry.used_by)])
 
@@ -174,6 +176,7 @@ def describe_entry(path: Path) -> Entry:
         layer=request.layer,
         hooks=" -> ".join(hook.removeprefix(f"blocks.{request.layer}.") for hook in _hooks(request)),
         context_size=request.context_size,
+        storage=request.storage,
         tokens=plan.training_blocks * request.block_tokens if plan else None,
         rows=sum(stratum.total("stored") for stratum in plan.strata) if plan else None,
     )

@@ -44,7 +44,8 @@ from shared.console.progress import Progress
 from shared.errors import ProjectError, UserError, warn
 from shared.files import durable
 from shared.store.import_origin import UNKNOWN, ImportedFile, ImportFormat, ImportOrigin
-from shared.store.layout import STORAGE_DTYPES, StorageType, StoreRequest
+from shared.store.layout import StoreRequest
+from shared.store.row_arrays import STORAGE_DTYPES, FloatType, StorageType, captured_as
 
 _DEFAULTS = StoreSettings()
 _NO_SEQUENCES = 256
@@ -63,7 +64,7 @@ class ImportStore(Config):
     max_norm_quantile: float = Field(default=1.0, gt=0, le=1)
     """Leave out the rows of a stratum whose source norm is above this quantile of its block; 1 leaves out none."""
     storage: StorageType = "bfloat16"
-    """The type of stored activations."""
+    """The type of stored activations, as in a harvest."""
     block_sequences: Sequences = _DEFAULTS.block_sequences
     """Sequences per block."""
     held_out_blocks: Blocks = _DEFAULTS.held_out_blocks
@@ -191,7 +192,7 @@ def write_blocks(target: Target, inputs: Inputs, blocks: Sequence[int]) -> None:
             bar.update(done * size)
             if not warned and block >= target.request.held_out_blocks:
                 warned = True
-                for line in attention_sinks.warnings(target.strata, moments):
+                for line in attention_sinks.warnings(target.strata, moments) + finish.floor_warnings(target, [block]):
                     warn(line)
     ledger.grow_arrays(target, range(target.blocks))
     finish.finish(target, inputs.model)
@@ -199,19 +200,21 @@ def write_blocks(target: Target, inputs: Inputs, blocks: Sequence[int]) -> None:
 
 def _buffers(request: StoreRequest, inputs: Inputs, windows: Windows, layout: BlockLayout) -> Buffers:
     """Read a block's rows to their places; `documents` say which sequences of the files its windows are."""
-    context, kind = request.context_size, STORAGE_DTYPES[request.storage]
-    buffers: Buffers = {hook: np.empty((len(layout.rows), s.width), kind) for hook, s in inputs.sides.items()}
+    context, kind = request.context_size, captured_as(request.storage)
+    buffers: Buffers = {
+        hook: np.empty((len(layout.rows), s.width), STORAGE_DTYPES[kind]) for hook, s in inputs.sides.items()
+    }
     sequences = windows.documents[:, 0]
     for number in np.argsort(sequences, kind="stable").tolist():  # in order of the files
         places, rows = layout.batch(number, number + 1)
         first = int(sequences[number]) * context
         for hook, side in inputs.sides.items():
-            buffers[hook][places] = _stored(side, first, context, request.storage)[rows]
+            buffers[hook][places] = _stored(side, first, context, kind)[rows]
     return buffers
 
 
-def _stored(side: Side, first: int, count: int, storage: StorageType) -> NDArray[Any]:
-    """Read rows in the storage type. Raises `ProjectError` that names one which is not finite."""
+def _stored(side: Side, first: int, count: int, storage: FloatType) -> NDArray[Any]:
+    """Read rows in a type of floats. Raises `ProjectError` that names one which is not finite."""
     rows = side.read(first, first + count)
     stored = rows.to(getattr(torch, storage))
     if not torch.isfinite(stored.sum(dtype=torch.float32)):  # one pass; a sum of finite values may overflow, too
@@ -358,7 +361,7 @@ def _identities(files: Sequence[Path]) -> list[ImportedFile]:
 def _require_space(inputs: Inputs, path: Path) -> None:
     request = inputs.request
     rows = inputs.windows.tokens.size
-    item = 4 if request.storage == "float32" else 2
+    item = np.dtype(STORAGE_DTYPES[request.storage]).itemsize
     needed = rows * (item * sum(side.width for side in inputs.sides.values()) + 16)
     durable.require_space(path.parent, needed, "the store (--force goes on anyway)")
 

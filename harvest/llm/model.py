@@ -27,9 +27,10 @@ from transformers.quantizers import AutoHfQuantizer
 
 from harvest.text.tokenizer_files import has_tokenizer, load_tokenizer
 from shared.errors import ProjectError, UserError, cause, warn
-from shared.store.layout import Attention, StorageType
+from shared.store.layout import Attention
+from shared.store.row_arrays import FloatType
 
-_TOLERANCE: dict[StorageType, float] = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+_TOLERANCE: dict[FloatType, float] = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 """Of logits, relative: a bridge may compute queries, keys and values apart that are one product without it."""
 _OFF = {
     "hook_mlp_in": "hook_resid_mid",
@@ -179,7 +180,7 @@ def check_device(device: str) -> None:
 
 def load_model(
     folder: Path,
-    dtype: StorageType,
+    dtype: FloatType,
     device: str,
     hooks: Sequence[str],
     *,

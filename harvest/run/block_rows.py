@@ -17,7 +17,7 @@ from torch import Tensor
 from harvest.run.stored_values import as_array, as_tensor, to_storage
 from harvest.writer.blocks import BlockLayout, Buffers, Measured, Measures
 from shared.errors import ProjectError
-from shared.store.layout import STORAGE_DTYPES, StorageType
+from shared.store.row_arrays import STORAGE_DTYPES, FloatType
 from shared.store.statistics import moments_from_sums
 
 Take = Callable[[str, Tensor], None]
@@ -50,7 +50,7 @@ class BlockRows(Protocol):
 class HostRows:
     """Rows in memory of the host, which several threads fill. What is not finite is an error of its pass."""
 
-    def __init__(self, widths: Mapping[str, int], storage: StorageType) -> None:
+    def __init__(self, widths: Mapping[str, int], storage: FloatType) -> None:
         self.buffers: Buffers = {}
         self.measured: Measures = {}
         self._widths, self._storage = widths, storage
@@ -83,7 +83,7 @@ class HostRows:
 class DeviceMemory:
     """The memory of a CUDA device that its blocks share: one being filled, and one on its way to the host."""
 
-    def __init__(self, device: str, widths: Mapping[str, int], storage: StorageType, tokens: int, rows: int) -> None:
+    def __init__(self, device: str, widths: Mapping[str, int], storage: FloatType, tokens: int, rows: int) -> None:
         """Take the memory for blocks of `tokens` tokens, of which `rows` are stored at most.
 
         Raises `ProjectError` where the device has not as much.

@@ -21,14 +21,15 @@ from harvest.run.stored_values import as_array, as_tensor, to_storage
 from harvest.text.packing import Windows
 from harvest.writer.blocks import BlockLayout, Buffers
 from shared.errors import ProjectError
-from shared.store.layout import Documents, StorageType
+from shared.store.layout import Documents
+from shared.store.row_arrays import FloatType
 
 
 class Capture:
     """Several replicas of a model that share the batches of blocks."""
 
     def __init__(
-        self, models: list[Model], pool: ThreadPoolExecutor, device: str, storage: StorageType, documents: Documents
+        self, models: list[Model], pool: ThreadPoolExecutor, device: str, storage: FloatType, documents: Documents
     ) -> None:
         self.pool, self._device, self._storage, self._documents = pool, device, storage, documents
         self._idle: SimpleQueue[Model] = SimpleQueue()
@@ -155,7 +156,7 @@ def _fitting(windows: int) -> Iterator[None]:
 
 @contextmanager
 def open_capture(
-    model: Model, workers: int, device: str, storage: StorageType, documents: Documents
+    model: Model, workers: int, device: str, storage: FloatType, documents: Documents
 ) -> Iterator[Capture]:
     """Open a capture with `workers` threads on CPU, and one on CUDA."""
     workers = 1 if device.startswith("cuda") else workers

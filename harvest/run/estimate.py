@@ -18,6 +18,7 @@ from shared.console.terminal import PlainConsole
 from shared.files import durable
 from shared.store.layout import UNEMBEDDING, StoreRequest, block_bytes, row_specs, store_specs
 from shared.store.reader import MOST_RUN_ROWS, RowsConfig
+from shared.store.row_arrays import BLOCK_UNITS
 from shared.store.statistics import BINS
 from shared.store.strata import Stratum, stratum_ranges
 
@@ -116,9 +117,12 @@ def estimate(target: Target, training_blocks: int, widths: Mapping[str, int], mo
         sizes[stratum.name] = blocks * block_bytes(row_specs(request, [stratum], d_in, d_out))
     shard_bytes = sum(sizes.values())
     if not exact:  # however the tokens fall into strata, there are no more rows than tokens
-        row = sum(spec.row_bytes for spec in row_specs(request, strata[:1], d_in, d_out))
-        indices = sum(len(s.footer()) * s.shards_per_block for s in row_specs(request, strata, d_in, d_out))
-        shard_bytes = min(shard_bytes, sizes["tokens"] + blocks * (request.block_tokens * row + indices))
+        every, first = row_specs(request, strata, d_in, d_out), row_specs(request, strata[:1], d_in, d_out)
+        units = [spec for spec in every if spec.path.endswith(f"/{BLOCK_UNITS}")]
+        row = sum(spec.row_bytes for spec in first if spec not in units)
+        fixed = sum(spec.row_bytes * spec.rows_per_block for spec in units)
+        fixed += sum(len(s.footer()) * s.shards_per_block for s in every)
+        shard_bytes = min(shard_bytes, sizes["tokens"] + blocks * (request.block_tokens * row + fixed))
     done = target.blocks - len(ledger.missing_blocks(target)) if target.plan else 0
     unembedding = 0 if (target.path / UNEMBEDDING).is_file() else _unembedding_bytes(request, model)
     to_pack = 0 if exhausted else max(0, training_blocks - planned)
@@ -155,10 +159,10 @@ def expected_strata(request: StoreRequest) -> tuple[Stratum, ...]:
 def _record_bytes(request: StoreRequest, strata: Sequence[Stratum], blocks: int, width: int, model: ModelFiles) -> int:
     """Return a bound on records, statistics and tokenizer; `width` is that of source and target together."""
     per_block = sum(
-        2 * (5 * _TENSOR_BYTES + 12 * min(BINS, stratum.rows)) + 16 * width for stratum in strata
+        2 * (6 * _TENSOR_BYTES + 12 * min(BINS, stratum.rows)) + 16 * width for stratum in strata
     ) + _RECORD_BYTES * sum(spec.shards_per_block for spec in store_specs(request, strata, width, width))
     statistics = (len(strata) + 1) * (4 * _TENSOR_BYTES + 16 * width)
-    metadata = _METADATA_BYTES * (4 + 6 * len(strata)) + 2**16
+    metadata = _METADATA_BYTES * (4 + 8 * len(strata)) + 2**16
     tokenizer = sum(path.stat().st_size for path in model.tokenizer_files)
     if not any(path.name == TOKENIZER_JSON for path in model.tokenizer_files):
         tokenizer *= _WITH_ONE_MORE_FILE
@@ -175,16 +179,18 @@ def _unembedding_bytes(request: StoreRequest, model: ModelFiles) -> int:
 def block_memory(estimates: Sequence[Estimate]) -> dict[str, int]:
     """Return the bytes of the rows of two blocks, which are in memory at once: on the `host`, and on the `device`.
 
-    On CUDA those of the host are pinned, and torch pins a power of two for each hook.
+    On CUDA those of the host are pinned, and torch pins a power of two for each hook. Of int8, the block that is
+    written is there in both types.
     """
     widths = {name: width for one in estimates for name, width in one.widths.items()}
     request, rows = estimates[0].request, estimates[0].block_rows
     item = 4 if request.storage == "float32" else 2
     host = [rows * width * item for width in widths.values()]
+    written = rows * sum(widths.values()) if request.storage == "int8" else 0
     if request.model.device == "cpu":
-        return {"host": 2 * sum(host), "device": 0}
+        return {"host": 2 * sum(host) + written, "device": 0}
     device = (rows + request.block_tokens) * sum(widths.values()) * item
-    return {"host": 2 * sum(1 << (size - 1).bit_length() for size in host), "device": device}
+    return {"host": 2 * sum(1 << (size - 1).bit_length() for size in host) + written, "device": device}
 
 
 def needed(estimates: Sequence[Estimate]) -> int:

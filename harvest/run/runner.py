@@ -21,7 +21,7 @@ from harvest.run.capture import Capture, open_capture
 from harvest.run.harvest_panel import Status, free_on
 from harvest.run.ranks import Ranks
 from harvest.text.packing import Windows, model_positions
-from harvest.writer import attention_sinks, ledger
+from harvest.writer import attention_sinks, finish, ledger
 from harvest.writer.blocks import BlockLayout, block_layout, most_rows
 from harvest.writer.target import Target, read_block
 from shared.console.progress import Progress
@@ -30,6 +30,7 @@ from shared.console.terminal import Verbosity, verbosity
 from shared.errors import Stopped, warn
 from shared.files import durable
 from shared.store.layout import UNEMBEDDING
+from shared.store.row_arrays import captured_as
 from shared.store.statistics import Moments
 
 _BLOCKS_HELD = 2
@@ -102,7 +103,7 @@ class Runner:
         name = "harvest" if self.ranks.size == 1 else f"harvest, process {self.ranks.rank} of {self.ranks.size}"
         with (
             ThreadPoolExecutor(1, "write") as writer,
-            open_capture(model, self.workers, device, request.storage, request.documents) as capture,
+            open_capture(model, self.workers, device, captured_as(request.storage), request.documents) as capture,
         ):
             blocks = Blocks(targets, missing, self.widths, device, computed_on, self.ranks.first, self.push)
             batch = self._batch(capture, targets, mine)
@@ -215,24 +216,25 @@ class Blocks:
         written(block)
 
     def _warn(self, target: Target, block: int, moments: Mapping[str, Moments]) -> None:
-        """Tell of attention sinks as soon as a block to train on has been seen."""
+        """Tell of attention sinks, and of what the storage type takes, as soon as a block to train on has been seen."""
         if self._warned or block < target.request.held_out_blocks:
             return
         self._warned = target is self._targets[-1]
-        for line in attention_sinks.warnings(target.strata, moments):
+        for line in attention_sinks.warnings(target.strata, moments) + finish.floor_warnings(target, [block]):
             warn(f"layer {target.request.layer}: {line}")
 
 
 def _rows(targets: Sequence[Target], widths: Mapping[str, int], device: str) -> Sequence[BlockRows]:
     """Return where the rows of the two blocks lie that are in memory at once: one being filled, one being written."""
-    request = targets[0].request
+    request, kind = targets[0].request, captured_as(targets[0].request.storage)
     used = {name: widths[name] for t in targets for name in (t.request.source_hook, t.request.target_hook)}
     if not device.startswith("cuda"):
-        return [HostRows(used, request.storage) for _ in range(_BLOCKS_HELD)]
+        return [HostRows(used, kind) for _ in range(_BLOCKS_HELD)]
     rows = most_rows(request, targets[0].strata)
-    memory = DeviceMemory(device, used, request.storage, request.block_tokens, rows)
-    # Which rows are left out by norm is decided on the host, and moments are of those that are stored.
-    return [DeviceRows(memory, measure=request.max_norm_quantile == 1) for _ in range(_BLOCKS_HELD)]
+    memory = DeviceMemory(device, used, kind, request.block_tokens, rows)
+    # Moments are of rows as they are stored: which are left out by norm is decided on the host, and int8 made there.
+    measure = request.max_norm_quantile == 1 and request.storage != "int8"
+    return [DeviceRows(memory, measure=measure) for _ in range(_BLOCKS_HELD)]
 
 
 def seconds_per_token(folder: Path, targets: Sequence[Target], vocabulary: int, workers: int) -> float:
@@ -244,7 +246,7 @@ def seconds_per_token(folder: Path, targets: Sequence[Target], vocabulary: int, 
     ids = np.random.default_rng(0).integers(0, vocabulary, (request.batch_sequences, request.context_size))
     windows = Windows(ids.astype(np.int32), np.zeros_like(ids, np.int32))
     positions = model_positions(windows, "joined")
-    with open_capture(model, workers, request.model.device, request.storage, "joined") as capture:
+    with open_capture(model, workers, request.model.device, captured_as(request.storage), "joined") as capture:
         batch = capture.fitting_batch(windows, positions, request.batch_sequences)
         part, passes = Windows(*(rows[:batch] for rows in windows)), 2 * workers
 

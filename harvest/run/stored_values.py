@@ -1,4 +1,4 @@
-"""The model's values in the type that a store keeps, and the check that they are finite."""
+"""The model's values in the type that rows have until they are written, and the check that they are finite."""
 
 import numpy as np
 import torch
@@ -6,11 +6,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import ProjectError
-from shared.store.layout import StorageType
+from shared.store.row_arrays import FloatType
 
 
-def to_storage(values: Tensor, storage: StorageType, name: str, first: int) -> Tensor:
-    """Return `values` [S, T, width] in the storage type, on CPU; bfloat16 rounds to nearest even.
+def to_storage(values: Tensor, storage: FloatType, name: str, first: int) -> Tensor:
+    """Return `values` [S, T, width] in a type of floats, on CPU; bfloat16 rounds to nearest even.
 
     `first` is the block's number of the first window, for the message of the `ProjectError` on values that are not
     finite, or not in the storage type.

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from harvest.writer.blocks import SIDES, Array
+from harvest.writer.blocks import Array
 from shared.store.outliers import LISTED_ABOVE, LongRows, long_rows
+from shared.store.row_arrays import SIDES
 from shared.store.statistics import BINS_PER_OCTAVE, OUTLIER_RATIO, Moments, merge
 from shared.store.strata import Stratum
 

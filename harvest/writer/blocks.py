@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from harvest.text.packing import Windows, model_positions
 from shared.keyed import permutation
 from shared.store.layout import RowCounts, StoreRequest
-from shared.store.statistics import BINS, Moments, decode, moments_of
+from shared.store.statistics import BINS, Moments, decode
 from shared.store.strata import Stratum, quota, stratum_ranges
 
 Array = NDArray[Any]
 Buffers = dict[str, Array]
 """Rows [rows of the layout, width] as stored, by hook."""
-SIDES = ("source", "target")
 
 
 class Measured(NamedTuple):
@@ -140,11 +139,6 @@ def stratum_arrays(
         "sequence": (sequence + block * request.block_sequences).astype(np.uint32),
         "offset": offset.astype(np.uint16),
     }
-
-
-def stored_moments(rows: Array) -> Moments:
-    """Return the moments of stored rows [n, d], as they will be read: after rounding to the storage type."""
-    return moments_of(rows)
 
 
 def pack_moments(moments: Mapping[str, Moments]) -> dict[str, Array]:

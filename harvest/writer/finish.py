@@ -10,7 +10,8 @@ from safetensors.numpy import load, save
 from harvest.llm.model_files import ModelFiles
 from harvest.text.tokenizer_files import TOKENIZER_JSON, as_tokenizer_json
 from harvest.writer.attention_sinks import overall
-from harvest.writer.blocks import SIDES, Array, unpack_moments
+from harvest.writer.blocks import Array, unpack_moments
+from harvest.writer.int8_blocks import floors, warnings
 from harvest.writer.recover_records import read_records
 from harvest.writer.target import Target
 from shared.errors import CorruptData, warn
@@ -23,6 +24,7 @@ from shared.store.layout import (
     TOKENIZER,
     UNEMBEDDING,
     NormSummary,
+    StorageFloor,
     StorePlan,
     StoreRecord,
     StratumPlan,
@@ -31,6 +33,7 @@ from shared.store.layout import (
     record_path,
     statistics_path,
 )
+from shared.store.row_arrays import SIDES
 from shared.store.statistics import OUTLIER_RATIO, QUANTILES, Moments, merge
 
 _PACKAGES = ("torch", "transformers", "transformer-lens", "numpy")
@@ -53,6 +56,7 @@ def finish(target: Target, model: ModelFiles | None) -> None:
     if target.request.unembedding:
         records[UNEMBEDDING] = file_record(target.path / UNEMBEDDING)
     first = read_ledger(target.path, 0)
+    floor = storage_floor(target, training)
     record = StoreRecord(
         format_version=FORMAT_VERSION,
         request=target.request,
@@ -64,12 +68,25 @@ def finish(target: Target, model: ModelFiles | None) -> None:
         overall=overall_,
         files=records,
         software={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        storage_floor=StorageFloor(**floor) if floor else None,
     )
     durable.publish_files({target.path / name: data for name, data in files.items()})
     durable.publish_json(target.path / STORE, record.model_dump(mode="json"))
     for path in target.path.glob(STATISTICS):
         if path.name != statistics:
             path.unlink()
+
+
+def storage_floor(target: Target, blocks: Iterable[int]) -> dict[str, float] | None:
+    """Return by side what the storage type took of the variance of rows of `blocks`; None where nothing is measured."""
+    if target.request.storage != "int8":
+        return None
+    return floors(target.strata, [_load_moments(target, block) for block in blocks])
+
+
+def floor_warnings(target: Target, blocks: Iterable[int]) -> list[str]:
+    """Tell of sides whose rows lost too much in `blocks`, which are committed."""
+    return warnings(storage_floor(target, blocks) or {})
 
 
 def _tokenizer(model: ModelFiles) -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """Commits blocks: shard files, then the record that says they exist, then the arrays' metadata."""
 
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -9,15 +9,14 @@ from safetensors.numpy import save
 
 from harvest.writer.attention_sinks import listed
 from harvest.writer.blocks import (
-    SIDES,
     Array,
     BlockLayout,
     Buffers,
     Measures,
     pack_moments,
-    stored_moments,
     stratum_arrays,
 )
+from harvest.writer.int8_blocks import encoded, pack_lost
 from harvest.writer.target import Target
 from shared.errors import CorruptData, ProjectError
 from shared.files import durable
@@ -26,6 +25,7 @@ from shared.store.layout import (
     ARRAYS,
     FileRecord,
     LedgerRecord,
+    StoreRequest,
     block_token_files,
     moments_path,
     record_path,
@@ -33,7 +33,8 @@ from shared.store.layout import (
     stratum_specs,
 )
 from shared.store.outliers import norms_of, pack_long_rows
-from shared.store.statistics import Moments
+from shared.store.row_arrays import SIDES
+from shared.store.statistics import Moments, RowParts, moments_of
 
 
 def missing_blocks(target: Target) -> list[int]:
@@ -61,11 +62,13 @@ def commit(
     files: dict[str, FileRecord] = {}
     moments: dict[str, Moments] = {}
     norms: dict[str, Callable[[], Array]] = {}
+    rows: dict[str, RowParts] = {}
     with ThreadPoolExecutor(len(SIDES) + 1) as pool:
         for stratum in target.strata:
-            arrays = stratum_arrays(request, stratum, block, layout, buffers)
+            captured = stratum_arrays(request, stratum, block, layout, buffers)
+            arrays, sides = _as_stored(request, captured, pool)
             found = {side: known.get((hooks[side], stratum.name)) for side in SIDES}
-            gathered = {side: pool.submit(stored_moments, arrays[side]) for side in SIDES if not found[side]}
+            gathered = {side: pool.submit(moments_of, sides[side]) for side in SIDES if not found[side]}
             shards: dict[str, durable.Buffers] = {}
             for name, spec in stratum_specs(request, stratum, d_in, d_out).items():
                 paths = [spec.shard_path(shard) for shard in spec.block_shards(block)]
@@ -75,10 +78,14 @@ def commit(
             files |= dict(zip(shards, records, strict=True))
             for side in SIDES:
                 name, one = f"{stratum.name}/{side}", found[side]
+                rows[name] = sides[side]
                 moments[name] = one.moments if one else gathered[side].result()
-                norms[name] = partial(np.asarray, one.norms) if one else partial(norms_of, arrays[side])
+                norms[name] = partial(np.asarray, one.norms) if one else partial(norms_of, rows[name])
     _require_finite(target, block, moments)
-    saved = save(pack_moments(moments) | pack_long_rows(listed(target.strata, moments, norms)))
+    tensors = pack_moments(moments) | pack_long_rows(listed(target.strata, moments, norms))
+    if request.storage == "int8":
+        tensors |= pack_lost(target.strata, moments, rows, norms)
+    saved = save(tensors)
     durable.publish_bytes(target.path / moments_path(block), saved)
     assert target.plan is not None
     record = LedgerRecord(
@@ -93,6 +100,15 @@ def commit(
     )
     durable.publish_json(target.path / record_path(block), record.model_dump(mode="json"))
     return moments
+
+
+def _as_stored(
+    request: StoreRequest, arrays: dict[str, Array], pool: Executor
+) -> tuple[dict[str, Array], Mapping[str, RowParts]]:
+    """Return a stratum's arrays as they are written, and by side the numbers that will be read."""
+    if request.storage == "int8":
+        return encoded(arrays, pool)
+    return arrays, {side: arrays[side] for side in SIDES}
 
 
 def _require_finite(target: Target, block: int, moments: Mapping[str, Moments]) -> None:

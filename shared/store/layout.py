@@ -5,7 +5,7 @@ request.json             what was asked for; the folder's name ends in its diges
 plan.json                what the store will hold, known before a model is loaded: segments, packing, tokens
 store.json               the finished store: widths, blocks, statistics; written last
 activations.zarr/        Zarr v3: tokens, documents,
-strata/<start>-<stop>/{source,target,position,sequence,offset}
+strata/<start>-<stop>/{source,target,position,sequence,offset}, of int8 {row_scale,block_units} as well
 ledger/000000.json       one record per committed block: size and crc32c of every shard file
 statistics-000019.safetensors   means and variances per dimension of a store of so many blocks
 tokenizer/
@@ -39,6 +39,7 @@ from shared.bounds import (
 from shared.config import Config, GrownConfig, json_digest
 from shared.store.arrays import INNER_ROWS, ArraySpec
 from shared.store.import_origin import ImportOrigin
+from shared.store.row_arrays import FloatType, StorageType, row_arrays
 from shared.store.statistics import QUANTILES
 from shared.store.strata import Stratum, check_strata, stratum_name
 
@@ -48,13 +49,10 @@ REQUEST, PLAN, STORE = "request.json", "plan.json", "store.json"
 ARRAYS, LEDGER, TOKENIZER, TOKENS, DOCUMENTS = "activations.zarr", "ledger", "tokenizer", "tokens", "documents"
 UNEMBEDDING, PACKED, STATISTICS = "unembedding.safetensors", "packed.json", "statistics-*.safetensors"
 
-StorageType = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["eager", "sdpa", "flex_attention", "flash_attention_2"]
 """How attention is computed, as transformers names it."""
 Documents = Literal["joined", "apart"]
 """`joined`: attention crosses from a document to the next; `apart`: positions restart, and it does not."""
-STORAGE_DTYPES: dict[str, str] = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
-"""The Zarr type that holds each storage type: zarr has no bfloat16, so its bits are kept as uint16."""
 
 
 class ModelIdentity(GrownConfig):
@@ -67,7 +65,7 @@ class ModelIdentity(GrownConfig):
     """The hub's commit, resolved; none for a local folder."""
     weights: Digest
     """SHA-256 over the configuration and the weight files."""
-    dtype: StorageType
+    dtype: FloatType
     """The type the forward pass ran in."""
     device: Literal["cpu", "cuda"]
     """The kind of device it ran on."""
@@ -343,9 +341,20 @@ class StratumSummary(Config):
     target: NormSummary
 
 
-class StoreRecord(Config):
+class StorageFloor(Config):
+    """The squared error of the stored rows over their variance, without outliers and position 0.
+
+    No transcoder that is trained on them has less fvu.
+    """
+
+    source: float = Field(ge=0)
+    target: float = Field(ge=0)
+
+
+class StoreRecord(GrownConfig):
     """A finished store: `store.json`."""
 
+    later = ("storage_floor",)
     format_version: int
     request: StoreRequest
     plan: StorePlan
@@ -360,6 +369,8 @@ class StoreRecord(Config):
     """Statistics and tokenizer files, by path below the store."""
     software: dict[Name, Name]
     """Versions that produced the bytes."""
+    storage_floor: StorageFloor | None = None
+    """Of int8."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -416,30 +427,10 @@ def _windows_spec(request: StoreRequest, path: str) -> ArraySpec:
 def stratum_specs(request: StoreRequest, stratum: Stratum, d_in: int, d_out: int) -> dict[str, ArraySpec]:
     """Return the arrays of a stratum, by name.
 
-    They hold its rows, and for each row the position the model saw and the place of its token.
+    They hold its rows, and for each row the position the model saw and the place of its token; of int8 the scales, too.
     """
-    kind = STORAGE_DTYPES[request.storage]
-    marks = (("torch_dtype", request.storage),)
-
-    def spec(
-        name: str, dtype: str, width: int | None = None, attributes: tuple[tuple[str, str], ...] = ()
-    ) -> ArraySpec:
-        return ArraySpec(
-            path=f"strata/{stratum.name}/{name}",
-            dtype=dtype,
-            width=width,
-            rows_per_block=stratum.rows,
-            dimension_names=("row",) if width is None else ("row", f"{name}_dimension"),
-            attributes=attributes,
-        )
-
-    return {
-        "source": spec("source", kind, d_in, (*marks, ("hook_name", request.source_hook))),
-        "target": spec("target", kind, d_out, (*marks, ("hook_name", request.target_hook))),
-        "position": spec("position", "uint16"),
-        "sequence": spec("sequence", "uint32"),
-        "offset": spec("offset", "uint16"),
-    }
+    hooks = {"source": request.source_hook, "target": request.target_hook}
+    return row_arrays(request.storage, hooks, stratum, d_in, d_out)
 
 
 def row_specs(request: StoreRequest, strata: Sequence[Stratum], d_in: int, d_out: int) -> list[ArraySpec]:

@@ -1,4 +1,4 @@
-"""One array of a store as memory maps of its shard files. No torch here."""
+"""The rows of one array of a store, as memory maps of its shard files. No torch here."""
 
 import ctypes
 import mmap
@@ -23,7 +23,61 @@ _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-class MappedArray:
+class RowArray:
+    """The rows of one array of the store, as they are read."""
+
+    def __init__(self, spec: ArraySpec, blocks: int) -> None:
+        self.spec = spec
+        """As they are stored."""
+        self.rows = blocks * spec.rows_per_block
+        self.dtype = np.dtype(spec.dtype)
+        """As they are read."""
+        self._rows_per_shard, self._row_bytes = spec.rows_per_shard, spec.row_bytes  # both take a search
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row as it is read."""
+        return self.dtype.itemsize * (self.spec.width or 1)
+
+    def room(self, rows: int) -> Rows:
+        """Return memory for so many rows."""
+        return np.empty(rows if self.spec.width is None else (rows, self.spec.width), self.dtype)
+
+    def shard(self, number: int) -> Rows:
+        """Return the rows of one shard file, a copy."""
+        out = self.room(self._rows_per_shard)
+        self.read(number * self._rows_per_shard, (number + 1) * self._rows_per_shard, out)
+        return out
+
+    def read(self, start: int, stop: int, out: Rows) -> None:
+        """Copy rows `start:stop` into the first rows of `out`; they may lie in several shard files."""
+        self.gather([(start, stop)], out)
+
+    def gather(self, runs: Sequence[RowRun], out: Rows) -> None:
+        """Copy `runs` one after the other into the first rows of `out`."""
+        raise NotImplementedError
+
+    def will_need(self, runs: Sequence[RowRun]) -> None:
+        """Ask for `runs` to be read ahead. Raises nothing: reading does."""
+        raise NotImplementedError
+
+    def as_stored(self, row: int, values: Rows) -> Rows:
+        """Return what would be read at `row` if its `values` [d], as they were captured, were stored there."""
+        return values
+
+    def _spans(self, runs: Sequence[RowRun]) -> list[tuple[int, int, int]]:
+        """List (shard, first row, past the last row) of the parts of `runs`."""
+        size, found = self._rows_per_shard, []
+        for start, stop in runs:
+            while start < stop:
+                number, low = divmod(start, size)
+                high = min(size, low + stop - start)
+                found.append((number, low, high))
+                start += high - low
+        return found
+
+
+class MappedArray(RowArray):
     """One array of the store as memory maps, one per shard file, opened at first use.
 
     Maps are private and advised `MADV_RANDOM`, so that a run of rows is read and nothing beside it. Those of a packed
@@ -33,19 +87,13 @@ class MappedArray:
     """
 
     def __init__(self, root: Path, spec: ArraySpec, blocks: int, local: LocalFolder | None = None) -> None:
-        self.spec = spec
-        self.rows = blocks * spec.rows_per_block
+        super().__init__(spec, blocks)
         self._folder, self._local = local.folder if local else root, local
-        self._rows_per_shard, self._row_bytes = spec.rows_per_shard, spec.row_bytes  # both take a search
         self._maps: dict[int, tuple[Rows, int]] = {}  # with their addresses
 
     def shard(self, number: int) -> Rows:
         """Return the rows of one shard file, a read-only view."""
         return self._rows(number, 0, self._rows_per_shard)
-
-    def read(self, start: int, stop: int, out: Rows) -> None:
-        """Copy rows `start:stop` into the first rows of `out`; they may lie in several shard files."""
-        self.gather([(start, stop)], out)
 
     def gather(self, runs: Sequence[RowRun], out: Rows) -> None:
         """Copy `runs` one after the other into the first rows of `out`; the copies leave other threads the GIL."""
@@ -69,17 +117,6 @@ class MappedArray:
                 # Not by mmap's own method: that holds the GIL while the kernel works.
                 _madvise(self._map(number)[1] + first, high * self._row_bytes - first, mmap.MADV_WILLNEED)
 
-    def _spans(self, runs: Sequence[RowRun]) -> list[tuple[int, int, int]]:
-        """List (shard, first row, past the last row) of the parts of `runs`."""
-        size, found = self._rows_per_shard, []
-        for start, stop in runs:
-            while start < stop:
-                number, low = divmod(start, size)
-                high = min(size, low + stop - start)
-                found.append((number, low, high))
-                start += high - low
-        return found
-
     def _rows(self, number: int, low: int, high: int) -> Rows:
         """Return a shard of which rows `low:high` can be read."""
         if not self._local:
@@ -99,11 +136,7 @@ class MappedArray:
                 )
             mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         mapped.madvise(mmap.MADV_RANDOM)
-        rows = np.frombuffer(mapped, dtype=self.spec.dtype, count=self.spec.payload_bytes // self._item)
+        rows = np.frombuffer(mapped, dtype=self.dtype, count=self.spec.payload_bytes // self.dtype.itemsize)
         rows = rows if self.spec.width is None else rows.reshape(-1, self.spec.width)
         self._maps[number] = rows, rows.ctypes.data
         return self._maps[number]
-
-    @property
-    def _item(self) -> int:
-        return np.dtype(self.spec.dtype).itemsize

@@ -22,7 +22,7 @@ from shared.store import packed
 from shared.store.arrays import ArraySpec
 from shared.store.checks import MOST_RECORD_BYTES
 from shared.store.layout import ARRAYS, STORE, FileRecord
-from shared.store.mapped_array import MappedArray, RowRun, Rows
+from shared.store.mapped_array import RowArray, RowRun, Rows
 from shared.store.piece_folder import PieceFolder, Wanted
 
 AHEAD_BYTES = 2**30
@@ -233,19 +233,12 @@ class ObjectRows:
         return self._indexes[name]
 
 
-class ObjectArray(MappedArray):
+class ObjectArray(RowArray):
     """One array of a store in object storage, read as a mapped one is."""
 
     def __init__(self, objects: ObjectRows, spec: ArraySpec, blocks: int) -> None:
-        super().__init__(objects.mirror / ARRAYS, spec, blocks)
+        super().__init__(spec, blocks)
         self._objects = objects
-
-    def shard(self, number: int) -> Rows:
-        """Return the rows of one shard file, a copy."""
-        spec = self.spec
-        out = np.empty((spec.rows_per_shard, spec.width) if spec.width else spec.rows_per_shard, spec.dtype)
-        self.gather([(number * spec.rows_per_shard, (number + 1) * spec.rows_per_shard)], out)
-        return out
 
     def gather(self, runs: Sequence[RowRun], out: Rows) -> None:
         """Copy `runs` one after the other into the first rows of `out`; what is not in the folder is waited for."""

@@ -23,7 +23,7 @@ from shared.errors import CorruptData
 from shared.files.untrusted import read_file
 from shared.store.checks import fault, read_ledger
 from shared.store.layout import moments_path
-from shared.store.statistics import bin_end, norm_bin, row_norms
+from shared.store.statistics import RowParts, bin_end, norm_bin, row_norms
 
 Array = NDArray[Any]
 Limits = Mapping[str, float | None]
@@ -65,7 +65,7 @@ class LongRows(NamedTuple):
     above: float
 
 
-def norms_of(stored: Array) -> NDArray[np.float64]:
+def norms_of(stored: RowParts) -> NDArray[np.float64]:
     """Return the Euclidean norms of stored rows [n, d], some thousand at once."""
     return np.concatenate([row_norms(stored[low : low + _ROWS_AT_ONCE])
                            for low in range(0, len(stored), _ROWS_AT_ONCE)] or [np.zeros(0)])  # fmt: skip

@@ -6,7 +6,7 @@ so a dimension whose mean is a thousand times its deviation keeps its variance.
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,20 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 0.999)
 _VALUES_AT_ONCE = 2**18
 _LONG = 100.0
 """Times the median squared norm."""
+
+
+class RowParts(Protocol):
+    """Rows [n, d] that are taken part by part: an array, or what makes one of each part."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and dimensions."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def __getitem__(self, part: slice, /) -> NDArray[Any]:
+        """Return some rows, as they are stored or as numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +94,7 @@ def row_norms(stored: NDArray[Any]) -> NDArray[np.float64]:  # [n]
     return np.sqrt(np.einsum("nd,nd->n", values, values, dtype=np.float64))
 
 
-def moments_of(rows: NDArray[Any]) -> Moments:
+def moments_of(rows: RowParts) -> Moments:
     """Return the moments of the numbers that the stored `rows` [n, d] stand for; n may be 0.
 
     Sums are in float32 over some hundred rows, of differences to the first ones' mean, and in float64 beyond, and

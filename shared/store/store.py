@@ -56,10 +56,12 @@ from shared.store.layout import (
     stratum_specs,
     tokens_spec,
 )
-from shared.store.mapped_array import MappedArray, Rows
+from shared.store.mapped_array import MappedArray, RowArray, Rows
 from shared.store.object_rows import ObjectArray, ObjectRows
 from shared.store.outliers import Exclusion, block_outliers, longest_norms
 from shared.store.packed import LOCAL_BYTES, LocalFolder, packed_metadata
+from shared.store.row_arrays import BLOCK_UNITS, ROW_SCALE, SIDES
+from shared.store.scaled_array import ScaledArray
 from shared.store.statistics import OUTLIER_RATIO
 from shared.store.strata import Stratum
 
@@ -93,13 +95,13 @@ class StratumRows:
     """The rows of one stratum: arrays over the same rows, block after block."""
 
     stratum: Stratum
-    source: MappedArray
-    target: MappedArray
-    position: MappedArray
+    source: RowArray
+    target: RowArray
+    position: RowArray
     """As the model counted."""
-    sequence: MappedArray
+    sequence: RowArray
     """Row of `tokens`."""
-    offset: MappedArray
+    offset: RowArray
     """Column of `tokens`."""
 
 
@@ -242,9 +244,9 @@ class Store:
 
     def _block_rows(self, block: int, stratum: str, side: str) -> Rows:
         """Return the stored rows of a block's stratum."""
-        array: MappedArray = getattr(self.strata[stratum], side)
+        array: RowArray = getattr(self.strata[stratum], side)
         rows = self.strata[stratum].stratum.rows
-        out = np.empty((rows, array.spec.width or 1), array.spec.dtype)
+        out = array.room(rows)
         array.read(block * rows, (block + 1) * rows, out)
         return out
 
@@ -264,7 +266,7 @@ class Store:
             return None
         return LocalFolder(self.path / ARRAYS, self.shard_bytes, given.folder, given.bytes)
 
-    def _array(self, spec: ArraySpec) -> MappedArray:
+    def _array(self, spec: ArraySpec) -> RowArray:
         if self.objects:
             return ObjectArray(self.objects, spec, self.record.blocks)
         return MappedArray(self.path / ARRAYS, spec, self.record.blocks, self._local)
@@ -272,25 +274,24 @@ class Store:
     @cached_property
     def strata(self) -> dict[str, StratumRows]:
         """Mapped rows by stratum name, in order of position."""
-        record = self.record
-        return {
-            s.name: StratumRows(
-                stratum=s,
-                **{
-                    name: self._array(spec)
-                    for name, spec in stratum_specs(self.request, s, record.d_in, record.d_out).items()
-                },
-            )
-            for s in record.plan.stored_strata
-        }
+        return {s.name: self._stratum(s) for s in self.record.plan.stored_strata}
+
+    def _stratum(self, stratum: Stratum) -> StratumRows:
+        specs = stratum_specs(self.request, stratum, self.record.d_in, self.record.d_out)
+        arrays = {name: self._array(spec) for name, spec in specs.items()}
+        if self.request.storage == "int8":
+            scales = arrays.pop(ROW_SCALE), arrays.pop(BLOCK_UNITS), self.record.blocks
+            for column, side in enumerate(SIDES):
+                arrays[side] = ScaledArray(arrays[side], *scales, column, column * self.record.d_in)
+        return StratumRows(stratum=stratum, **arrays)
 
     @cached_property
-    def tokens(self) -> MappedArray:
+    def tokens(self) -> RowArray:
         """Token windows [sequences, context]."""
         return self._array(tokens_spec(self.request))
 
     @cached_property
-    def documents(self) -> MappedArray:
+    def documents(self) -> RowArray:
         """The document of each token [sequences, context]."""
         return self._array(documents_spec(self.request))
 
@@ -304,10 +305,10 @@ class Store:
             raise IndexError(f"stratum {stratum} has {self.record.blocks * part.stratum.rows:,} rows, not row {row}")
         at = []
         for array in (part.sequence, part.offset):
-            found = np.empty(1, array.spec.dtype)
+            found = array.room(1)
             array.read(row, row + 1, found)
             at.append(int(found[0]))
-        window = np.empty((1, self.request.context_size), self.tokens.spec.dtype)
+        window = self.tokens.room(1)
         self.tokens.read(at[0], at[0] + 1, window)
         return window[0], at[1]
 
@@ -383,7 +384,7 @@ class Store:
 
         `norms` [n] are of the stored `rows` [n], numbered over all blocks. Finds most flipped bits of an exponent.
         """
-        array: MappedArray = getattr(self.strata[stratum], side)
+        array: RowArray = getattr(self.strata[stratum], side)
         blocks, places = np.unique(rows // self.strata[stratum].stratum.rows, return_inverse=True)
         limits = np.array([self.longest_norm(int(block), stratum, side) for block in blocks])[places]
         wrong = np.flatnonzero(~(np.isfinite(norms) & (norms <= limits)))

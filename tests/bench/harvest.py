@@ -30,6 +30,7 @@ from shared.config import build, load_preset, override
 from shared.store.checks import read_store_record
 from shared.store.layout import block_bytes, store_specs
 from shared.store.packed import LEVEL
+from shared.store.row_arrays import captured_as
 from shared.store.store import Store
 from tests.bench.record import SMOKE, named, record, run, sized
 from tests.llms import make_gemma, small_inputs, texts, write_jsonl
@@ -84,7 +85,7 @@ def speed(folder: Path) -> None:
     batch = request.batch_sequences
     rates: dict[str, list[float]] = {}
     cpu: dict[str, list[float]] = {}
-    with open_capture(network, cores, "cpu", request.storage, "joined") as capture:
+    with open_capture(network, cores, "cpu", captured_as(request.storage), "joined") as capture:
 
         def naive() -> None:
             torch.set_num_threads(cores)
@@ -101,7 +102,7 @@ def speed(folder: Path) -> None:
             ]
             list(capture.pool.map(lambda part: capture.forward(*part), parts))
 
-        buffers = [HostRows(widths, request.storage) for _ in layouts]
+        buffers = [HostRows(widths, captured_as(request.storage)) for _ in layouts]
 
         def copy() -> None:
             passes = []

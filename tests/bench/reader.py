@@ -26,6 +26,7 @@ from shared.console.process import keep_freed_memory
 from shared.files import durable
 from shared.store.layout import ARRAYS
 from shared.store.reader import RowReader, RowsConfig
+from shared.store.row_arrays import StorageType
 from shared.store.store import Store
 from tests.bench.record import named, record, sized
 from tests.stores import Array, make_store, stock_array
@@ -64,13 +65,14 @@ def main() -> None:
 
 def measure(d: int, folder: Path) -> None:
     """All readers of one width. `batches` and `datasets` give float32, and so read what the others give and more."""
-    path = write_store(folder / "store", d)
+    path, int8 = write_store(folder / "store", d), write_store(folder / "int8", d, "int8")
     write_dataset(path, folder / "dataset", d)
     readers: dict[str, Reader] = {
         "sequential copy": lambda: sequential(path, d),
         f"raw runs of {RUN}": lambda: raw_runs(path, d, RUN),
         "batches": lambda: batches(path, ahead=True),
         "batches, without the thread": lambda: batches(path, ahead=False),
+        "batches of int8": lambda: batches(int8, ahead=True),
         "zarr slices of 64": lambda: zarr_slices(path),
         "datasets, runs of 64": lambda: from_dataset(folder / "dataset", "torch", RUN),
         "datasets, runs of 64, as stored": lambda: from_dataset(folder / "dataset", "arrow", RUN),
@@ -81,7 +83,8 @@ def measure(d: int, folder: Path) -> None:
         for run in (RUN, 8, 5, 1)
         for name, made in (
             ("raw runs", lambda run=run: raw_runs(path, d, run)),
-            ("rows of a batch in runs", lambda run=run: rows(path, d, run)),
+            ("rows of a batch in runs", lambda run=run: rows(path, run)),
+            ("int8 rows of a batch, as float32, in runs", lambda run=run: rows(int8, run)),
         )
     }
     figures: dict[str, tuple[float, str]] = {}
@@ -95,6 +98,8 @@ def measure(d: int, folder: Path) -> None:
             pairs += [(alone, base) for base in ("sequential copy", "zarr slices of 64")]
             pairs += [(alone, "datasets, runs of 64, as stored")]
             pairs += [(f"rows of a batch in runs of {run}", f"raw runs of {run}") for run in (RUN, 8, 5, 1)]
+            pairs += [(f"int8 rows of a batch, as float32, in runs of {run}", f"rows of a batch in runs of {run}")
+                      for run in (RUN, 8, 5, 1)]  # fmt: skip
         for ours, base in pairs:
             ratio = median(a / b for a, b in zip(found[ours], found[base], strict=True))
             figures[f"{state}: {ours} over {base}"] = (ratio, "times as fast")
@@ -147,7 +152,7 @@ def in_memory(file: int, at: int) -> bool:
         return False
 
 
-def write_store(path: Path, d: int) -> Path:
+def write_store(path: Path, d: int, storage: StorageType = "bfloat16") -> Path:
     """A store of random rows."""
     pool = np.random.default_rng(0).normal(size=(4096, d)).astype(np.float32)
 
@@ -161,6 +166,7 @@ def write_store(path: Path, d: int) -> Path:
         training_blocks=BLOCKS[d],
         held_out_blocks=0,
         draw=draw,
+        storage=storage,
         context_size=CONTEXT,
         block_sequences=WINDOWS,
         edges=(0, 1, 4, 16, 64),
@@ -224,11 +230,12 @@ def raw_runs(path: Path, d: int, run: int) -> Batches:
             yield at
 
 
-def rows(path: Path, d: int, run: int) -> Batches:
-    """Batches as stored, one after the other, in one thread; nothing is asked for ahead."""
+def rows(path: Path, run: int) -> Batches:
+    """Batches as they are read, one after the other, in one thread; nothing is asked for ahead."""
     store = Store.open(path)
     reader = RowReader(store, store.record.training_blocks, RowsConfig(batch_rows=B, run_rows=run), 0)
-    out, step = np.empty((2, B, d), np.uint16), 0
+    first, step = next(iter(store.strata.values())), 0
+    out = [getattr(first, side).room(B) for side in SIDES]
     yield 0
     while True:
         for side, into in zip(SIDES, out, strict=True):

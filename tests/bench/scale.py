@@ -19,7 +19,7 @@ BATCH, WIDE, COUNTED = 4096, 8, 2304
 MARKS = 8
 """Bytes of a row's position, sequence and offset."""
 SCALES = 8
-"""Bytes of the scales that such a row would have in a type of one byte."""
+"""Bytes of the scales of a pair in int8; those of a block's dimensions are a ten thousandth of its rows."""
 FLOPS = "a GPU's products in bfloat16, as a forward pass reaches them"
 SHARED, DRIVES = "what a node writes to and reads from shared storage", "what a node reads from its own drives"
 CORES, KEEPING = "cores of a node that gather or unpack rows", "a TB in object storage for a month"
@@ -56,6 +56,11 @@ class Model:
     def row_bytes(self) -> int:
         """A pair in bfloat16, with its marks."""
         return 4 * self.width + MARKS
+
+    @property
+    def int8_row_bytes(self) -> int:
+        """A pair in int8, with its marks and scales."""
+        return 2 * self.width + MARKS + SCALES
 
 
 MODELS = (
@@ -108,7 +113,7 @@ def figures_of(model: Model, known: dict[str, float]) -> Figures:
         "all pairs": (stored / 1e12, "TB"),
         "the pairs of one layer": (stored / model.layers / 1e12, "TB"),
         "all pairs, packed, ESTIMATE": (packed / 1e12, "TB"),
-        "all pairs in a type of one byte": (pairs * (2 * model.width + MARKS + SCALES) / 1e12, "TB"),
+        "all pairs as int8": (pairs * model.int8_row_bytes / 1e12, "TB"),
         "keeping them packed for a month, ESTIMATE": (packed * 1e-12 * given[KEEPING], "$"),
         "harvest on one node, computing, ESTIMATE": (computing / 3600, "h"),
         "harvest on one node, writing, ESTIMATE": (moving / 3600, "h"),
@@ -170,20 +175,22 @@ marked ESTIMATE follows from the inputs below.
 ## What is busy first
 
 - **A harvest of all layers waits for storage**, not for the GPUs: compare its two lines of hours. One or two GPUs keep
-  the storage of a node busy, so more of them change nothing. A faster file system does, and so does writing less: fewer
-  layers (`--layer`), fewer rows of some positions (`store.keep`, `store.cap`), or fewer tokens at first (`--tokens`; a
-  store can be extended later). A harvest of one layer waits for the forward passes, and GPUs help (`torchrun`).
-- **A training waits for rows**, unless few GPUs share the storage. Copy one layer's store to the node's drives and
-  train there: they feed a few GPUs more. Let several runs share one reading, keep rows that fit on the device
-  (`resident_rows`), or take more latents (`transcoder.d_sae`): a step then takes longer for the same rows. Smaller
-  batches (`rows.batch_rows`) ask for fewer rows in a second, but make less of the GPU.
+  the storage of a node busy, so more of them change nothing. A faster file system does, and so does writing less: half
+  as many bytes (`store.storage=int8`), fewer layers (`--layer`), fewer rows of some positions (`store.keep`,
+  `store.cap`), or fewer tokens at first (`--tokens`; a store can be extended later). A harvest of one layer waits for
+  the forward passes, and GPUs help (`torchrun`).
+- **A training waits for rows**, unless few GPUs share the storage. Of int8 they read half as many bytes. Copy one
+  layer's store to the node's drives and train there: they feed a few GPUs more. Let several runs share one reading,
+  keep rows that fit on the device (`resident_rows`), or take more latents (`transcoder.d_sae`): a step then takes
+  longer for the same rows. Smaller batches (`rows.batch_rows`) ask for fewer rows in a second, but make less of the
+  GPU.
 - **The cores** are not busy with gathering rows. Those of a packed store they have to decode, which is nearer to the
   rate of the drives: unpack a store for runs that are repeated.
 - **Memory** of a harvest of many layers is two blocks: `store.max_block_bytes` bounds them, and `harvest plan` says
   what they take.
 
-Most of what is bought here is storage and writing, so harvest the layers that you will train on, and keep fewer rows
-before you keep fewer layers: [storing.md](storing.md) has the settings.
+Most of what is bought here is storage and writing, so harvest the layers that you will train on, take int8, and keep
+fewer rows before you keep fewer layers: [storing.md](storing.md) has the settings.
 
 ## Where the figures come from
 
@@ -191,9 +198,8 @@ before you keep fewer layers: [storing.md](storing.md) has the settings.
 
 {taken}
 
-The step is that of 18,432 latents at width 2,304, taken in proportion to the weights for other widths. A type of one
-byte is not offered: it would have a scale of four bytes for each row and side, and "storage types" in
-[benchmarks.md](benchmarks.md) has what it would lose. Prices differ by a factor of a few from place to place.
+The step is that of 18,432 latents at width 2,304, taken in proportion to the weights for other widths. What int8
+loses is under "storage types" in [benchmarks.md](benchmarks.md). Prices differ by a factor of a few between places.
 """
 
 

@@ -1,6 +1,7 @@
 """What rows would lose in smaller storage types than bfloat16, and what a training on such rows loses.
 
-    python -m tests.bench.storage_types NAME STORE [--steps 300] [--seeds 0 1] [--set a.b=value ...] [--work DIR]
+    python -m tests.bench.storage_types NAME STORE [--int8 STORE] [--steps 300] [--seeds 0 1] [--set a.b=value ...]
+                                        [--work DIR]
 
 writes docs/benchmarks.json and docs/benchmarks.md under "storage types, NAME". A type's floor is the squared error of
 the stored rows over their variance around the mean of each dimension, at natural frequencies and without position 0:
@@ -9,7 +10,9 @@ harvested in float32; then bfloat16 and float16 are measured as well. No scale s
 the store.
 
 Trainings get the rows as each type gives them back, rounded to the store's own type, and are judged on the rows as they
-are, at one l0.
+are, at one l0. With `--int8`, the same harvest with `store.storage=int8`, no type is tried: trainings are on the two
+stores, both judged on the rows of the first, and floors are those that the harvest measured. What was trained is kept
+in `--work`, and not trained again.
 """
 
 import argparse
@@ -24,12 +27,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shared.store.mapped_array import MappedArray
+from shared.store.mapped_array import MappedArray, RowArray
 from shared.store.store import Store
 from tests.bench.recipe import SMALL, figures_of
 from tests.bench.record import record, sized
 from tests.stores import decode
-from train import load_settings, train
+from train import load_settings, resume, train
 
 ROWS = sized(16_384, 256)
 """Of each stratum, at most."""
@@ -77,7 +80,7 @@ TYPES: dict[str, tuple[float, int, Type]] = {
     "fp8 (e4m3), a scale per row and per dimension": (1, 4, _fp8_by_both),
 }
 """Bytes of a value, bytes more for each row, and what comes back."""
-STORED = "rows as they are"
+STORED, HARVESTED = "rows as they are", "int8 as harvested"
 TRAINED = ("bfloat16", "int8, a scale per row and per dimension", "fp8 (e4m3), a scale per row")
 """Types that a training is tried on."""
 
@@ -87,27 +90,45 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("store", type=Path)
+    parser.add_argument("--int8", type=Path)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--set", nargs="+", default=[], metavar="a.b=value")
     parser.add_argument("--work", type=Path, default=Path(".recipe"))
     options = parser.parse_args(arguments)
     store = Store.open(options.store)
+    other = Store.open(options.int8) if options.int8 else None
+    figures = as_harvested(store, other) if other else of_types(store)
+    for name in (STORED, HARVESTED) if other else (STORED, *(name for name in types(store) if name in TRAINED)):
+        on = other if other and name == HARVESTED else store
+        found = [trained(on, store, name, seed, options) for seed in options.seeds]
+        if found:
+            figures[f"training on {name}: fvu, held out"] = (statistics.mean(found), "")
+        if len(found) > 1:
+            figures[f"training on {name}: deviation of {len(found)} seeds"] = (statistics.stdev(found), "")
+    given = [*(["--int8 STORE"] if other else []), "--steps", str(options.steps)]
+    told = " ".join([options.name, "STORE", *given, *(["--set", *options.set] if options.set else [])])
+    record(f"storage types, {options.name}", f"python -m tests.bench.storage_types {told}", figures)
+
+
+def of_types(store: Store) -> dict[str, tuple[float, str]]:
+    """Size and floors of each type."""
     figures: dict[str, tuple[float, str]] = {}
     for name, (size, more, kind) in types(store).items():
         width = (store.record.d_in + store.record.d_out) / 2
         figures[f"{name}: bytes of a value"] = (size + more / width, "B")
         figures |= floors(store, name, kind)
-    for name in (STORED, *(name for name in types(store) if name in TRAINED)):
-        found = [trained(store, name, seed, options) for seed in options.seeds]
-        if found:
-            figures[f"training on {name}: fvu, held out"] = (statistics.mean(found), "")
-        if len(found) > 1:
-            figures[f"training on {name}: deviation of {len(found)} seeds"] = (statistics.stdev(found), "")
-    told = " ".join(
-        [options.name, "STORE --steps", str(options.steps), *(["--set", *options.set] if options.set else [])]
-    )
-    record(f"storage types, {options.name}", f"python -m tests.bench.storage_types {told}", figures)
+    return figures
+
+
+def as_harvested(store: Store, int8: Store) -> dict[str, tuple[float, str]]:
+    """Sizes of two stores of the same rows, and the floors that the harvest of the second measured."""
+    if int8.record.storage_floor is None or int8.record.blocks != store.record.blocks:
+        raise SystemExit(f"{int8.path} is not the harvest of {store.path} with store.storage=int8")
+    bytes_of = {one.request.storage: (one.shard_bytes, "bytes") for one in (store, int8)}
+    figures: dict[str, tuple[float, str]] = {f"{name}: rows and tokens": size for name, size in bytes_of.items()}
+    floors_ = int8.record.storage_floor.model_dump().items()
+    return figures | {f"{HARVESTED}: floor, {side}": (100 * share, "% of fvu") for side, share in floors_}
 
 
 def types(store: Store) -> dict[str, tuple[float, int, Type]]:
@@ -146,21 +167,25 @@ def moments(store: Store, side: str) -> tuple[Array, Array]:
 
 def stored(store: Store, stratum: str, side: str) -> Array:
     """Rows of a stratum's training blocks [n, d], evenly spread."""
-    array: MappedArray = getattr(store.strata[stratum], side)
+    array: RowArray = getattr(store.strata[stratum], side)
     first = store.record.training_blocks.start * store.strata[stratum].stratum.rows
     step = max(1, (array.rows - first) // ROWS)
-    found = np.empty((len(range(first, array.rows, step)), array.spec.width or 1), array.spec.dtype)
+    found = array.room(len(range(first, array.rows, step)))
     array.gather([(row, row + 1) for row in range(first, array.rows, step)], found)
     return decode(found, store.request.storage)
 
 
-def trained(store: Store, name: str, seed: int, options: argparse.Namespace) -> float:
-    """Train on rows as a type gives them back, and return the fvu on the rows as they are."""
+def trained(on: Store, store: Store, name: str, seed: int, options: argparse.Namespace) -> float:
+    """Train on rows of `on` as a type gives them back, and return the fvu on the rows of `store` as they are."""
     common = (f"steps={options.steps}", f"seed={seed}", "threads=1", "samples.rows=0")
     settings = load_settings("tiny", [*common, *options.set, *SMALL])
-    path = options.work.resolve() / f"{options.name}-{list(TYPES).index(name) if name in TYPES else 'stored'}-{seed}"
-    with through(store, TYPES[name][2] if name in TYPES else None):
-        train(store.path, settings, path)
+    kind = list(TYPES).index(name) if name in TYPES else on.request.storage
+    path = options.work.resolve() / f"{options.name}-{kind}-{seed}"
+    with through(on, TYPES[name][2] if name in TYPES else None):
+        if path.exists():
+            resume(path)
+        else:
+            train(on.path, settings, path)
     return figures_of(path, store)["fvu, reported"]
 
 

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from shared.store.layout import ARRAYS, FORMAT_VERSION
-from shared.store.mapped_array import MappedArray
+from shared.store.mapped_array import RowArray
 from shared.store.store import Local, Store
 from tests.llms import command, contents
 from tests.stores import SyntheticStore, edit, stock_rows
@@ -39,7 +39,7 @@ CHECKSUMS = {
 """crc32c of all rows, as they were when the store was written."""
 
 
-def rows(array: MappedArray) -> np.ndarray:
+def rows(array: RowArray) -> np.ndarray:
     out = np.zeros((array.rows, *([array.spec.width] if array.spec.width else [])), array.spec.dtype)
     array.read(0, array.rows, out)
     return out

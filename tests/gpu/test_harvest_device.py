@@ -19,7 +19,8 @@ from harvest.run.block_rows import BlockRows, DeviceMemory, DeviceRows, HostRows
 from harvest.run.capture import Capture, open_capture
 from harvest.run.stored_values import as_tensor
 from shared.errors import ProjectError
-from shared.store.layout import STATISTICS, STORE, StorageType, record_path
+from shared.store.layout import STATISTICS, STORE, record_path
+from shared.store.row_arrays import FloatType
 from shared.store.statistics import moments_from_sums, moments_of
 from tests.blocks import shuffled, windows
 from tests.gpu.device_log import DeviceLog
@@ -113,7 +114,7 @@ def test_every_kind_of_store_has_the_rows_of_cpu(small: Line, tmp_path: Path, va
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
 def test_moments_on_the_device_are_those_of_the_rows(
-    storage: StorageType, log: DeviceLog, monkeypatch: pytest.MonkeyPatch
+    storage: FloatType, log: DeviceLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against float64 on the host; rows are taken in parts, one of which is a thousand times as long."""
     monkeypatch.setattr(block_rows, "_VALUES_AT_ONCE", 5 * 64)
@@ -130,7 +131,7 @@ def test_moments_on_the_device_are_those_of_the_rows(
     assert log.faults == []
 
 
-def captured(model: Model, rows: BlockRows, storage: StorageType = "bfloat16") -> BlockRows:
+def captured(model: Model, rows: BlockRows, storage: FloatType = "bfloat16") -> BlockRows:
     given, layout = windows(10), shuffled(10)
     with open_capture(model, 1, "cuda", storage, "joined") as capture:
         for future in capture.submit(given, layout, 4, rows, lambda _: None):
@@ -139,7 +140,7 @@ def captured(model: Model, rows: BlockRows, storage: StorageType = "bfloat16") -
     return rows
 
 
-def device_rows(storage: StorageType = "bfloat16") -> DeviceRows:
+def device_rows(storage: FloatType = "bfloat16") -> DeviceRows:
     return DeviceRows(DeviceMemory("cuda", WIDTHS, storage, 160, 160), measure=True)
 
 

@@ -117,7 +117,7 @@ class BatchReader(RowReader):
     def rows_of(self, found: Sequence[Tensor]) -> Batch:
         """Return the rows that `fetch` has found, by operations of the device alone."""
         stored = self._resident.gather(found[0]) if self._resident else found
-        rows = [to_float(one, self.store.request.storage, self._device) for one in stored]
+        rows = [to_float(one, self._device) for one in stored]
         return Batch(rows[0], rows[-1], self.slices())
 
     def _buffers(self, rows: int) -> list[Tensor]:

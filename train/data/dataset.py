@@ -13,9 +13,11 @@ from torch.distributed import get_rank, get_world_size, is_available, is_initial
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shared.errors import UserError
+from shared.store.mapped_array import RowArray
 from shared.store.reader import RowReader, RowsConfig
 from shared.store.store import Local, Store
 from train.data.batches import Side
+from train.data.staging import typed
 
 _SIDES: tuple[Side, Side] = ("source", "target")
 _ROUNDING = 1 + 1e-5
@@ -142,8 +144,7 @@ class _Batches:
         return TaggedRows(source, target, RowTags(self._stratum.clone(), *map(torch.from_numpy, marks)))
 
     def _rows(self, step: int, side: Side) -> Tensor:
-        stored = torch.from_numpy(self._read(step, side))
-        rows = stored.view(torch.bfloat16) if self.reader.store.request.storage == "bfloat16" else stored
+        rows = typed(torch.from_numpy(self._read(step, side)))
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).numpy()
         if not (norms <= self._longest[side]).all():
             exact = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).numpy()
@@ -151,6 +152,5 @@ class _Batches:
         return rows.to(self._dtype)
 
     def _read(self, step: int, name: str) -> NDArray[Any]:
-        spec = getattr(next(iter(self.reader.store.strata.values())), name).spec
-        rows = len(self._stratum)
-        return self.reader.read(step, name, np.empty((rows, spec.width) if spec.width else rows, spec.dtype))
+        array: RowArray = getattr(next(iter(self.reader.store.strata.values())), name)
+        return self.reader.read(step, name, array.room(len(self._stratum)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import CorruptData
-from shared.store.mapped_array import MappedArray
+from shared.store.mapped_array import RowArray
 from shared.store.store import Store
 from train.data.staging import Stage, staging, to_float
 
@@ -51,14 +51,14 @@ def read_ahead(
         stage, (stratum, low, high) = stages[number % ahead], extents[number]
         after = extents[number + 1] if number + 1 < len(extents) and extents[number + 1].stratum == stratum else None
         for side, rows in zip(sides, stage.to_fill(), strict=True):
-            array: MappedArray = getattr(store.strata[stratum], side)
+            array: RowArray = getattr(store.strata[stratum], side)
             array.will_need([(low, after.high if after else high)])
             array.read(low, high, rows)
         return stage
 
     for extent, stage in zip(extents, _filled(fill, len(extents), ahead), strict=True):
         rows = stage.on_device(extent.high - extent.low)
-        yield [to_float(side, store.request.storage, device) for side in rows]
+        yield [to_float(side, device) for side in rows]
 
 
 def _filled(fill: Callable[[int], Stage], count: int, ahead: int) -> Iterator[Stage]:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.console.progress import Progress
-from shared.store.mapped_array import MappedArray
+from shared.store.mapped_array import RowArray
 from shared.store.reader import RowReader
 from shared.store.store import StratumRows
-from train.data.staging import TORCH, staging, to_stored
+from train.data.staging import staging, type_of, typed
 
 _CHUNK_BYTES = 2**26
 """Of rows that one thread reads and copies at a time."""
@@ -24,7 +24,7 @@ _CHUNK_BYTES = 2**26
 class _Part(NamedTuple):
     """Neighbouring rows of an array, and their place among the resident ones."""
 
-    array: MappedArray
+    array: RowArray
     first: int
     stop: int
     side: int
@@ -35,7 +35,7 @@ class ResidentRows:
     """The rows of the blocks of a reader, on a device once they are loaded; strata that no batch has are left out."""
 
     def __init__(self, reader: RowReader, device: torch.device) -> None:
-        self._storage, self._device, self._sides = reader.store.request.storage, device, reader.arrays
+        self._device, self._sides = device, reader.arrays
         self._parts, self._shifts, self.rows = list[_Part](), dict[str, int](), 0
         """By stratum, what is added to the number of a row for its place among the resident ones."""
         for stratum, count in zip(reader.store.strata.values(), reader.counts, strict=True):
@@ -49,22 +49,22 @@ class ResidentRows:
 
     def _chunks(self, stratum: StratumRows, first: int, stop: int) -> Iterable[_Part]:
         for number, side in enumerate(self._sides):
-            array: MappedArray = getattr(stratum, side)
-            rows = max(1, _CHUNK_BYTES // array.spec.row_bytes)
+            array: RowArray = getattr(stratum, side)
+            rows = max(1, _CHUNK_BYTES // array.row_bytes)
             for low in range(first, stop, rows):
                 yield _Part(array, low, min(low + rows, stop), number, self.rows + low - first)
 
     @property
     def bytes(self) -> int:
         """Of all rows on the device."""
-        return sum((part.stop - part.first) * part.array.spec.row_bytes for part in self._parts)
+        return sum((part.stop - part.first) * part.array.row_bytes for part in self._parts)
 
     def load(self, pool: Executor) -> None:
         """Copy all rows to the device. Raises what reading them raises, and `torch.OutOfMemoryError`."""
-        arrays = {part.side: part.array.spec for part in self._parts}
-        kind = TORCH[self._storage]
+        arrays = {part.side: part.array for part in self._parts}
         self._tables = [
-            torch.empty(self.rows, arrays[side].width or 1, dtype=kind, device=self._device) for side in sorted(arrays)
+            torch.empty(self.rows, array.spec.width or 1, dtype=type_of(array), device=self._device)
+            for _, array in sorted(arrays.items())
         ]
         done = 0
         with Progress("rows to the device", self.bytes, "bytes") as progress:
@@ -82,7 +82,7 @@ class ResidentRows:
         part.array.will_need([(part.first, part.stop)])
         part.array.read(part.first, part.stop, rows.numpy())
         place = slice(part.place, part.place + len(rows))
-        self._tables[part.side][place].copy_(to_stored(rows, self._storage), non_blocking=True)
+        self._tables[part.side][place].copy_(typed(rows), non_blocking=True)
         return rows.nbytes
 
     def find(self, runs: Iterable[tuple[StratumRows, int, int, int]], out: NDArray[Any]) -> None:
@@ -92,5 +92,5 @@ class ResidentRows:
             out[at : at + high - low] = range(low + shift, high + shift)
 
     def gather(self, places: Tensor) -> list[Tensor]:
-        """Return the rows, as stored, at `places` [B] on the device: [B, d] of each side."""
+        """Return the rows, as they are read, at `places` [B] on the device: [B, d] of each side."""
         return [table.index_select(0, places) for table in self._tables]

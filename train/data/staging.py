@@ -6,14 +6,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.store.layout import StorageType
-from shared.store.mapped_array import MappedArray
+from shared.store.mapped_array import RowArray
 
-TORCH: dict[StorageType, torch.dtype] = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+_READ_AS = {"uint16": torch.uint16, "float16": torch.float16, "float32": torch.float32}
+"""The types in which rows come from the host, by numpy's names."""
 
 
 class Stage:
@@ -49,16 +45,20 @@ class Stage:
         return copies
 
 
-def to_float(rows: Tensor, storage: StorageType, device: torch.device) -> Tensor:
-    """Convert stored rows to float32 on `device`; bfloat16 may arrive as its bits in uint16."""
-    return to_stored(rows, storage).to(device).to(torch.float32, copy=True)  # a copy always: buffers are filled again
+def to_float(rows: Tensor, device: torch.device) -> Tensor:
+    """Convert rows as they are read to float32 on `device`."""
+    return typed(rows).to(device).to(torch.float32, copy=True)  # a copy always: buffers are filled again
 
 
-def to_stored(rows: Tensor, storage: StorageType) -> Tensor:
-    """Return a view of rows in the type that they are stored in; bfloat16 is read from disk as its bits in uint16."""
-    typed = rows.view(torch.bfloat16) if storage == "bfloat16" else rows
-    assert typed.dtype == TORCH[storage]
-    return typed
+def typed(rows: Tensor) -> Tensor:
+    """Return a view of rows in the type that they are of: bfloat16 is read from disk as its bits in uint16."""
+    return rows.view(torch.bfloat16) if rows.dtype == torch.uint16 else rows
+
+
+def type_of(array: RowArray) -> torch.dtype:
+    """Return the type that the rows of an array are of once they are read."""
+    kind = _READ_AS[array.dtype.name]
+    return torch.bfloat16 if kind == torch.uint16 else kind
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -69,7 +69,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return pinned.copy_(tensor).to(device, non_blocking=True)
 
 
-def staging(rows: int, array: MappedArray, device: torch.device) -> Tensor:  # [rows, d]
-    """Return room on the host for stored rows of an array; pinned where they go to a CUDA device."""
-    kind = {"uint16": torch.uint16, "float16": torch.float16, "float32": torch.float32}[array.spec.dtype]
+def staging(rows: int, array: RowArray, device: torch.device) -> Tensor:  # [rows, d]
+    """Return room on the host for rows of an array as they are read; pinned where they go to a CUDA device."""
+    kind = _READ_AS[array.dtype.name]
     return torch.empty(rows, array.spec.width or 1, dtype=kind, pin_memory=device.type == "cuda")

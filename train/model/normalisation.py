@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shared.store.mapped_array import MappedArray
+from shared.store.mapped_array import RowArray
 from shared.store.statistics import decode
 from shared.store.store import Store
 from train.data.batches import Side
@@ -71,8 +71,8 @@ def without(mean: Vector, variance: Vector, rows: float, removed: Vector, weight
 
 def read_rows_at(store: Store, stratum: str, side: str, rows: NDArray[np.int64]) -> Vector:
     """Read some rows of an array as numbers [n, d]. Raises `CorruptData` as `Store.check_norms`."""
-    array: MappedArray = getattr(store.strata[stratum], side)
-    out = np.empty((len(rows), array.spec.width or 1), array.spec.dtype)
+    array: RowArray = getattr(store.strata[stratum], side)
+    out = array.room(len(rows))
     for low in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[low : low + _ROWS_AT_ONCE].tolist()
         array.gather([(row, row + 1) for row in part], out[low:])

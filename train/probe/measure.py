@@ -16,7 +16,7 @@ from torch import Tensor
 from shared.config import json_digest
 from shared.console.progress import Progress
 from shared.keyed import key_bits
-from shared.store.mapped_array import MappedArray
+from shared.store.mapped_array import RowArray
 from shared.store.store import Store
 from train.data.batches import StoreRows
 from train.model import blas
@@ -231,8 +231,8 @@ def _by_count(f1: Array) -> dict[str, float]:
     return {str(k): float(f1[k - 1]) for k in SHOWN if k <= len(f1)}
 
 
-def _marks(array: MappedArray, low: int, high: int) -> Array:
+def _marks(array: RowArray, low: int, high: int) -> Array:
     """Read a part of an array of integers."""
-    out = np.empty(high - low, array.spec.dtype)
+    out = array.room(high - low)
     array.read(low, high, out)
     return out.astype(np.int64)

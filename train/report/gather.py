@@ -226,6 +226,8 @@ def store_facts(store: Store) -> StoreFacts:
         held_out_rows=len(record.report_blocks) * sum(s.rows for s in record.plan.stored_strata),
         bytes=store.shard_bytes,
         strata=rows,
+        storage=request.storage,
+        storage_floor=record.storage_floor.model_dump() if record.storage_floor else None,
     )
 
 

@@ -179,6 +179,16 @@ class StoreFacts(Config):
     bytes: int
     strata: dict[str, int]
     """Stored training rows of each."""
+    storage: str = "bfloat16"
+    """The type of stored rows."""
+    storage_floor: dict[str, float] | None = None
+    """By side, what it took of their variance; no fvu is below that. None where the harvest did not measure it."""
+
+    @property
+    def stored_as(self) -> str:
+        """The type of rows, and what it took."""
+        took = ", ".join(f"{share:.4%} of the {side}" for side, share in (self.storage_floor or {}).items())
+        return f"{self.storage}, which took {took}: no fvu is below that" if took else self.storage
 
 
 class Report(Config):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shared.console.progress import Progress
 from shared.errors import Stopped
-from shared.store.mapped_array import MappedArray
+from shared.store.mapped_array import RowArray
 from shared.store.store import Store
 from train.data.batches import StoreRows
 from train.data.read_ahead import Extent, RowChecks, read_ahead
@@ -180,9 +180,9 @@ def _extent(store: Store, blocks: range, most_rows: int) -> tuple[int, int]:
     return min(sequences, max(1, MOST_PLACES // store.request.context_size)), rows
 
 
-def _marks(array: MappedArray, rows: int, block: int) -> Array:
+def _marks(array: RowArray, rows: int, block: int) -> Array:
     """Read the part of a block, with `rows` rows, of an array of integers."""
-    out = np.empty(rows, array.spec.dtype)
+    out = array.room(rows)
     array.read(block * rows, (block + 1) * rows, out)
     return out.astype(np.int64)
 
