@@ -16,7 +16,7 @@ from shared.store.store import Store
 from tests.llms import ROOT
 from tests.runs import SMALL, Outcome
 from tests.stores import SyntheticStore
-from train.live.runs import list_runs
+from train.live.runs import ListedRun, list_runs, print_runs
 from train.read_settings import ALIASES, read_settings
 from train.run.advice import advice
 from train.run.settings import Settings, load_settings, read_config, resolve
@@ -128,6 +128,19 @@ def test_a_run_like_another_has_what_was_asked_for_and_the_other_store(
     assert done.code == 0 and [path.name for path in runs.iterdir()] == ["config-001"]
     none = command("rm", "two", "--runs", runs, "--yes")
     assert none.code == 2 and "two is not a run" in none.err
+
+
+def test_the_list_breaks_no_name_of_usual_length_and_no_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    run = ListedRun(name="wide-k64-seed1-lr3e-4", store="gemma-2-2b-L8-193c1e", state="running", step=150_000,
+                    steps=200_000, fvu=0.1234, l0=48.1, dead_share=0.123, bytes=3 * 2**30)  # fmt: skip
+    print_runs([run], Path("runs"))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for whole in (run.name, run.store, run.state, "150,000/200,000", "0.1234", "48.1", "12.3%", "3 GiB"):
+        assert any(whole in line for line in lines), whole
 
 
 def test_settings_that_are_read_before_torch_are_those_of_the_class() -> None:
