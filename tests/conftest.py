@@ -28,6 +28,7 @@ for pool in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA"):
 
 _SCRATCH = tempfile.mkdtemp(prefix="transcoder-cache-tests-")
 os.environ |= {
+    "XDG_CACHE_HOME": os.path.join(_SCRATCH, "cache"),
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_DATASETS_CACHE": os.path.join(_SCRATCH, "datasets"),
@@ -44,6 +45,7 @@ from train.model.kernels.sparse_ops import SparseOps, sparse_ops  # noqa: E402
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tests.browsed import Browsed
     from tests.llms import Line
     from tests.object_server import Bucket
     from tests.runs import Outcome
@@ -117,7 +119,7 @@ def trained_on_text(finished: Path, tmp_path_factory: pytest.TempPathFactory) ->
     from tests.runs import SMALL
 
     runs = tmp_path_factory.mktemp("runs")
-    train("run", "--store", finished, "--runs", runs, "--name", "run", "--steps", 6, *SMALL)
+    train("run", "tiny", "--store", finished, "--runs", runs, "--name", "run", "--steps", 6, *SMALL)
     return runs / "run"
 
 
@@ -140,7 +142,7 @@ def trained(report_store: SyntheticStore, tmp_path_factory: pytest.TempPathFacto
     from tests.reports import OPTIONS, train
 
     runs = tmp_path_factory.mktemp("runs")
-    train("run", "--store", report_store.path, "--runs", runs, "--name", "run", *OPTIONS)
+    train("run", "tiny", "--store", report_store.path, "--runs", runs, "--name", "run", *OPTIONS)
     return runs / "run"
 
 
@@ -152,6 +154,14 @@ def reported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("reported") / "run"))
     train("report", run)
     return run
+
+
+@pytest.fixture(scope="session")
+def browsed(tmp_path_factory: pytest.TempPathFactory) -> "Browsed":
+    """A run with the files of its browser of latents, that tests only read."""
+    from tests.browsed import browse
+
+    return browse(tmp_path_factory.mktemp("browser"))
 
 
 @pytest.fixture
