@@ -146,7 +146,7 @@ def test_training_gives_the_same_bytes(pair: tuple[Path, Path], tmp_path: Path, 
         command_ = [str(part) for part in (*line, *options, *extra)]
         done = subprocess.run(command_, cwd=ROOT, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
-        run = runs / "tiny-001"
+        run = runs / "base-001"
         files = [run / "metrics.jsonl", *sorted(run.glob("checkpoints/*/*.safetensors"))]
         found.append({file.relative_to(run): file.read_bytes() for file in files})
         if extra:
