@@ -119,7 +119,7 @@ def trained_on_text(finished: Path, tmp_path_factory: pytest.TempPathFactory) ->
     from tests.runs import SMALL
 
     runs = tmp_path_factory.mktemp("runs")
-    train("run", "tiny", "--store", finished, "--runs", runs, "--name", "run", "--steps", 6, *SMALL)
+    train("run", "--store", finished, "--runs", runs, "--name", "run", "--steps", 6, *SMALL)
     return runs / "run"
 
 
@@ -142,7 +142,7 @@ def trained(report_store: SyntheticStore, tmp_path_factory: pytest.TempPathFacto
     from tests.reports import OPTIONS, train
 
     runs = tmp_path_factory.mktemp("runs")
-    train("run", "tiny", "--store", report_store.path, "--runs", runs, "--name", "run", *OPTIONS)
+    train("run", "--store", report_store.path, "--runs", runs, "--name", "run", *OPTIONS)
     return runs / "run"
 
 

@@ -47,7 +47,7 @@ class Reported:
 def reported(folder: Path, **options: Any) -> Reported:
     """Train on a new store, made with `options`, and then silence the latents `DEAD`."""
     made = make_store(folder / "store", **options)
-    args = ["run", "tiny", "--store", made.path, "--runs", folder / "runs", "--name", "small", "--steps", STEPS, *SMALL]
+    args = ["run", "--store", made.path, "--runs", folder / "runs", "--name", "small", "--steps", STEPS, *SMALL]
     slow = ("rows.position_0=train", "optimizer.lr=1e-3")  # so that all but `DEAD` stay active
     args += [part for one in ("samples.rows=0", *slow) for part in ("--set", one)]
     with pytest.MonkeyPatch.context() as patch:

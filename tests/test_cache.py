@@ -283,6 +283,7 @@ def test_a_store_is_not_removed_under_a_training_run(cache: Path, tmp_path: Path
         "-m",
         "train",
         "run",
+        "tiny",
         "--store",
         cache / "whole",
         "--runs",
@@ -291,11 +292,11 @@ def test_a_store_is_not_removed_under_a_training_run(cache: Path, tmp_path: Path
         400,
     ]
     with subprocess.Popen([str(part) for part in (*line, *options)], cwd=ROOT, stdout=-1, stderr=-1, text=True) as run:
-        while not (tmp_path / "runs/base-001/config.json").exists():
+        while not (tmp_path / "runs/tiny-001/config.json").exists():
             assert run.poll() is None
         done = command("rm", "whole", "--cache", cache)
         assert done.code == 2 and f"process {run.pid} " in done.err
         out, err = run.communicate(timeout=120)
     assert run.returncode == 0, err
-    assert out.splitlines()[-1] == str(tmp_path / "runs/base-001")
+    assert out.splitlines()[-1] == str(tmp_path / "runs/tiny-001")
     assert command("rm", "whole", "--yes", "--cache", cache).code == 0

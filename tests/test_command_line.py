@@ -106,7 +106,7 @@ def test_a_run_without_a_name_that_fails_leaves_nothing(
     given = ["run", "--store", pristine.path, "--runs", tmp_path / "runs", "--steps", 2, *SMALL]
     done = command(*given, "--set", "activation.k=100000")
     assert done.code == 2 and list(tmp_path.iterdir()) == []
-    assert [command(*given, "-q").path.name for _ in range(2)] == ["base-001", "base-002"]
+    assert [command(*given, "-q").path.name for _ in range(2)] == ["tiny-001", "tiny-002"]
 
 
 @pytest.mark.parametrize(

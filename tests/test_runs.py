@@ -14,7 +14,7 @@ from shared.errors import UserError
 from shared.files import durable
 from shared.store.store import Store
 from tests.llms import ROOT
-from tests.runs import SMALL, Outcome
+from tests.runs import SETS, SMALL, Outcome
 from tests.stores import SyntheticStore
 from train.live.runs import ListedRun, list_runs, print_runs
 from train.read_settings import ALIASES, preset_for, read_settings, settings_with_defaults
@@ -163,11 +163,11 @@ def test_the_list_breaks_no_name_of_usual_length_and_no_number(
 def test_a_run_without_a_preset_has_that_of_its_store_and_says_so(
     command: Command, synthetic: SyntheticStore, tmp_path: Path
 ) -> None:
-    done = command("run", "--store", synthetic.path, "--runs", tmp_path, "--steps", 1, *SMALL)
+    done = command("run", "--store", synthetic.path, "--runs", tmp_path, "--steps", 1, *SETS)
     assert done.code == 0 and done.path.name == "base-001", done.err
     assert "preset base: none was named, and it is for any store" in done.err
     asked = read_config(done.path).asked
-    assert asked == load_settings("base", [part for part in SMALL if part != "--set"] + ["steps=1"])
+    assert asked == load_settings("base", [part for part in SETS if part != "--set"] + ["steps=1"])
     request = Store.open(synthetic.path).request
     embedded = request.model_copy(update={"model": request.model.model_copy(update={"name": "embedded"})})
     assert [preset_for(one) for one in (request, embedded)] == ["base", "tiny"]

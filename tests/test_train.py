@@ -38,7 +38,7 @@ def popen(*args: object) -> subprocess.Popen[str]:
 def test_a_run_learns_and_leaves_what_the_design_says(command, store: SyntheticStore, tmp_path: Path) -> None:
     done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 600, *SMALL,
                    "--set", "optimizer.lr=0.01", "--set", "checkpoint.every=200")  # fmt: skip
-    assert done.code == 0 and done.path == tmp_path / "base-001"
+    assert done.code == 0 and done.path == tmp_path / "tiny-001"
     last = rows(done.path)[-1]
     held_out = last["held_out"]
     assert held_out["fvu"] < 0.75
@@ -98,7 +98,7 @@ def test_every_activation_trains_with_any_prefixes_and_skip(
 ) -> None:
     kind, option = activation
     done = command(
-        "run", "--store", store.path, "--runs", tmp_path, "--steps", 120, "--set", f"activation.kind={kind}",
+        "run", "tiny", "--store", store.path, "--runs", tmp_path, "--steps", 120, "--set", f"activation.kind={kind}",
         "--set", f"activation.{option}", "--set", "transcoder.d_sae=64", "--set", f"transcoder.prefixes={prefixes}",
         "--set", f"transcoder.skip={skip}", "--set", "rows.batch_rows=48", "--set", "log_every=20",
         "--set", "optimizer.lr=0.01",
@@ -308,8 +308,8 @@ def test_two_trainers_on_one_run_folder_are_refused(command, store: SyntheticSto
     with durable.lock(done.path / ".lock", "test"):
         second = command("resume", done.path)
     assert second.code == 2 and "is locked" in second.err
-    again = command("run", "--store", store.path, "--runs", tmp_path, "--name", "base-001", *SMALL)
-    assert again.code == 2 and "base-001 exists" in again.err
+    again = command("run", "--store", store.path, "--runs", tmp_path, "--name", "tiny-001", *SMALL)
+    assert again.code == 2 and "tiny-001 exists" in again.err
 
 
 def test_resume_refuses_another_store_and_another_thread_count(command, store: SyntheticStore, tmp_path: Path) -> None:
@@ -423,14 +423,14 @@ def test_a_source_that_is_not_finite_stops_the_run_and_names_its_rows(
         shard.write_bytes(data)
         record_as_it_is(made.path, shard)
     done = command(
-        "run", "--store", made.path, "--runs", tmp_path / "runs", "--steps", 50, "--set", "transcoder.d_sae=64",
+        "run", "tiny", "--store", made.path, "--runs", tmp_path / "runs", "--steps", 50, "--set", "transcoder.d_sae=64",
         "--set", f"activation.kind={activation}", "--set", "activation.k=6", "--set", "activation.k_start=6",
         "--set", "rows.batch_rows=48",
         "--set", "auxk.dead_after_tokens=48",
     )  # fmt: skip
     assert done.code == 1
     assert "is not finite at step" in done.err and "016-032 " in done.err
-    assert not checkpoint.steps(tmp_path / "runs" / "base-001")
+    assert not checkpoint.steps(tmp_path / "runs" / "tiny-001")
 
 
 @pytest.mark.slow
@@ -458,4 +458,4 @@ def test_training_uses_no_llm_library(store: SyntheticStore, tmp_path: Path) -> 
         [sys.executable, "-m", "train", *map(str, args)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "base-001" / "metrics.jsonl").exists()
+    assert (tmp_path / "runs" / "tiny-001" / "metrics.jsonl").exists()

@@ -65,7 +65,7 @@ def test_an_inert_component_stops_the_run_before_its_first_step(
     monkeypatch.setattr("train.duplicates.diversity.direction_loss", lambda W_dec, *_: W_dec.sum() * 0)
     done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 30, *SMALL, *DIVERSE)
     assert done.code == 1 and "diversity.orthogonality is on, and planted duplicates do not move it" in done.err
-    assert not (tmp_path / "base-001").exists()
+    assert not (tmp_path / "tiny-001").exists()
 
 
 def test_a_run_with_the_diversity_loss_resumes_bit_for_bit(command, store: SyntheticStore, tmp_path: Path) -> None:

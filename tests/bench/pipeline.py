@@ -17,12 +17,12 @@ from typing import Any
 from tests.bench.pictures import take_pictures
 from tests.bench.record import SMOKE, named, record, run, sized
 from tests.llms import small_harvest
-from tests.runs import SMALL
+from tests.runs import SETS
 from train.run.settings import read_config
 
 COMMAND = "python -m tests.bench.pipeline"
 EMBEDDED = Path(__file__).parents[2] / "harvest" / "embedded" / "model"
-TRAIN = sized([], ["--steps", "20", *SMALL])
+TRAIN = sized([], ["--steps", "20", *SETS])
 
 
 def main() -> None:
