@@ -128,7 +128,7 @@ def run(
     if not store and not like:
         raise UserError("train run needs a store: --store NAME or FOLDER, or --like RUN for that of another run")
     opened = Store.open(store, local) if store else None
-    preset = preset or cli_settings.usual_preset(opened, file)
+    preset, note = (preset, "") if preset else cli_settings.usual_preset(opened, file)
     if opened:
         check_sizes(settings_with_defaults(read_settings(preset, changes, file)), opened.record)
     from train.commands import store_like, train
@@ -143,6 +143,7 @@ def run(
             opened,
             settings,
             path,
+            note=note,
             init_from=init_from,
             force=force,
             fallback=fallback,

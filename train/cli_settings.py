@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from shared.command_line import STORE
-from shared.console.terminal import say, show_text
+from shared.console.terminal import show_text
 from shared.errors import UserError
 from shared.store.store import Store
 from train.live.run_files import CONFIG
@@ -29,14 +29,13 @@ def settings_file(file: Path | None, like: Path | None) -> Path | None:
     return like / CONFIG if like else file
 
 
-def usual_preset(store: Store | None, file: Path | None) -> str:
-    """Return the preset of a run for which none was named, and say which it is if settings come from no `file`."""
+def usual_preset(store: Store | None, file: Path | None) -> tuple[str, str]:
+    """Return the preset of a run for which none was named, and what to say of it: nothing if a `file` replaces it."""
     if file or not store:
-        return BASE
+        return BASE, ""
     preset = preset_for(store.request)
     why = "the store is of the embedded model" if preset != BASE else "it is for any store"
-    say(f"preset {preset}: none was named, and {why}")
-    return preset
+    return preset, f"preset {preset}: none was named, and {why}"
 
 
 @click.command("settings")
@@ -61,7 +60,7 @@ def list_all(
     file = settings_file(file, like)
     read_settings(preset or BASE, assignments, file)
     opened = Store.open(store) if store else None
-    preset = preset or usual_preset(opened, file)
+    preset = preset or usual_preset(opened, file)[0]
     from shared.console.list_settings import list_settings, settings_as_json, show_settings
     from train.run.settings import load_settings, resolve
 

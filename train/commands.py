@@ -46,6 +46,7 @@ def train(
     settings: Settings,
     run: Path | str,
     *,
+    note: str = "",
     init_from: Path | str | None = None,
     force: bool = False,
     fallback: Path | str | None = None,
@@ -55,8 +56,8 @@ def train(
 ) -> Path:
     """Train from step 0 in the new folder `run`. Returns `run`.
 
-    `init_from`: a run whose newest weights to start from, or another library's transcoder. `force`: start although the
-    checkpoints may not fit the disk.
+    `note`: what to say first, once the settings are found to fit. `init_from`: a run whose newest weights to start
+    from, or another library's transcoder. `force`: start although the checkpoints may not fit the disk.
     `fallback`: where checkpoints go when the disk of `run` is full. `project`: one of W&B that the run is sent to.
     `verify`: read all of the store's shard files first, and not only some. `process`: that of several runs (`sweep`).
 
@@ -81,6 +82,8 @@ def train(
         size = checkpoint_bytes(config.settings, config.d_in, config.d_out)
         most = config.settings.checkpoint.most(settings.steps, size)
         durable.require_space(run.parent, most, "checkpoints (--force to go on all the same)")
+    if note:
+        say(note)
     say(left_out(store.excluding(config.exclusion), config.training_blocks))
     written = durable.json_bytes(config.model_dump(mode="json"))
     elsewhere = _fallback(run, fallback, written)

@@ -27,7 +27,7 @@ _COLUMNS = 110
 _WORDS = "re.compile"
 """What the text of the pictured latent's contexts holds: in the default run, latents of regular expressions."""
 _PLOTS = ("fvu", "density", "nearest", "strata")
-_CONTEXTS = 9
+_CONTEXTS = 8
 
 
 def take_pictures(run: Path, comparison: Path) -> None:
@@ -55,7 +55,6 @@ def _report(path: Path, dark: bool) -> None:
                 plots.className = "plots";
                 for (const name of names) {
                     const plot = document.getElementById("plot-" + name)?.closest("figure");
-                    plot?.querySelector("details").remove();
                     if (plot) plots.append(plot);
                 }
                 const figures = [...document.querySelectorAll("#verdict dl.figures")];
@@ -63,7 +62,7 @@ def _report(path: Path, dark: bool) -> None:
                 header.querySelector("button").remove();
                 document.querySelector("main").replaceChildren(...figures, plots);
                 document.querySelector("nav").remove();
-                document.querySelector("footer")?.remove();
+                for (const one of document.querySelectorAll("details, figcaption, footer")) one.remove();
                 for (const plot of plots.querySelectorAll(".plot")) Plotly.Plots.resize(plot);
             }""",
             list(_PLOTS),
@@ -80,25 +79,40 @@ def _latent(path: Path, dark: bool) -> None:
         page.goto(path.resolve().as_uri() + (links.first.get_attribute("href") if links.count() else "#latent-0"))
         page.locator(".context").first.wait_for()
         page.evaluate(
-            """(most) => {
+            """([most, kept]) => {
                 const samples = [...document.querySelectorAll("#contexts > *")];
                 const last = samples.filter((one) => one.matches(".sample")).slice(0, most).at(-1);
                 for (const one of samples.slice(samples.indexOf(last) + 1)) one.remove();
-                for (const one of [...document.querySelector(".facts").children].slice(5)) one.remove();
+                for (const one of document.querySelectorAll(".facts > *")) {
+                    const title = one.querySelector("h3")?.textContent ?? one.textContent;
+                    if (!kept.some((start) => title.startsWith(start))) one.remove();
+                }
                 for (const id of ["reading", "theme"]) document.getElementById(id).remove();
                 document.querySelector("footer").remove();
             }""",
-            _CONTEXTS,
+            [_CONTEXTS, ["Activations", "Logits", "Promoted"]],
         )
         page.screenshot(path=_place("latent", dark), full_page=True)
 
 
 def _comparison(path: Path, dark: bool) -> None:
-    """Picture the trade-offs of a comparison."""
+    """Picture the trade-off of a comparison, and its runs while they trained."""
     with open_page(path, width=WIDTH, height=900, dark=dark) as page:
         page.wait_for_selector("html[data-drawn]")
         page.evaluate("drawAll()")
-        page.locator("section[aria-labelledby=tradeoff-title]").screenshot(path=_place("compare", dark))
+        page.evaluate(
+            """() => {
+                const plots = document.createElement("div");
+                plots.className = "plots";
+                const figure = (name) => document.getElementById("plot-" + name).closest("figure");
+                plots.append(figure("tradeoff"), figure("training"));
+                document.querySelector("main").replaceChildren(plots);
+                for (const one of document.querySelectorAll("header, figcaption, details, footer")) one.remove();
+                for (const plot of plots.querySelectorAll(".plot")) Plotly.Plots.resize(plot);
+            }"""
+        )
+        page.wait_for_timeout(500)
+        page.locator("body").screenshot(path=_place("compare", dark))
 
 
 def _panel(run: Path) -> None:
@@ -109,6 +123,7 @@ def _panel(run: Path) -> None:
     console = PlainConsole(record=True, width=_COLUMNS, force_terminal=True, file=io.StringIO())
     console.print(watched.panel())
     page_text = console.export_html(theme=MONOKAI, inline_styles=True)
+    page_text += "<style>pre { display: inline-block; padding: 12px; line-height: 1.25; background: #0c0c0c }</style>"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "panel.html"
         path.write_text(page_text)
