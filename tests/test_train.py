@@ -337,7 +337,7 @@ BAD = {
     "not a number": (["--set", "optimizer.lr=fast"], "--set optimizer.lr=fast: expected a number or auto"),
     "negative": (["--steps", "-5"], "'-5': not a whole number above 0"),
     "k above d_sae": (["--set", "transcoder.d_sae=16"], "activation.k = 32 is more than d_sae = 16"),
-    "prefixes": (["--set", "transcoder.prefixes=[64, 128]"], "must end at d_sae = 4096, got [64, 128]"),
+    "prefixes": (["--set", "transcoder.prefixes=[64, 100]"], "must end at d_sae = 128, got [64, 100]"),
     "a skip from the targets to themselves": (
         ["--set", "source=target", "--set", "transcoder.skip=true"],
         "transcoder.skip is on and source = target",
