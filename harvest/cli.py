@@ -38,7 +38,7 @@ cache_option = click.option(
 
 
 inexact_option = click.option(
-    "--inexact", is_flag=True, help="Go on on a GPU of another kind, or with another torch; the last bits may differ."
+    "--inexact", is_flag=True, help="Continue on another kind of GPU or with another torch; the last bits may differ."
 )
 
 
@@ -58,7 +58,9 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--name", help="Start of the store's name.  [default: the model's name, or the preset's]"),
         cache_option,
         click.option("--seed", type=int, help="Seed of every permutation."),
-        click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Any setting (repeatable)."),
+        click.option(
+            "--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable."
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -71,7 +73,7 @@ def _settings(preset: str, config: Path | None, assignments: tuple[str, ...], **
 
 @group.command()
 @request_options
-@click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
+@click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
 @inexact_option
 @shared.command_line.verbosity_options
 def run(cache: Path, force: bool, inexact: bool, **given: Any) -> None:
@@ -85,9 +87,9 @@ def run(cache: Path, force: bool, inexact: bool, **given: Any) -> None:
 
 @group.command()
 @request_options
-@click.option("--eta", is_flag=True, help="Load the model and time a few batches, too.")
+@click.option("--eta", is_flag=True, help="Also load the model and time a few batches.")
 @click.option("--force", is_flag=True, help="Say what is needed, but accept a disk that looks too small.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> None:
     """Say what `run` would write: rows, bytes, free disk, and what the hooks mean. Refuses what does not fit."""
     settings = _settings(**given)
@@ -109,18 +111,20 @@ def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> No
 
 @group.command("import")
 @click.argument("path", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--format", "kind", type=click.Choice(get_args(ImportFormat)), required=True, help="Of PATH.")
-@click.option("--source", help="Name of the sources: a tensor, a column, or the start of a .npy file's name.")
-@click.option("--target", help="Name of the targets, likewise.")
-@click.option("--tokens", help="Name of the token ids, likewise.")
+@click.option(
+    "--format", "kind", type=click.Choice(get_args(ImportFormat)), required=True, help="Format of the files at PATH."
+)
+@click.option("--source", help="What the sources are called: a tensor, a column, or the start of a .npy file's name.")
+@click.option("--target", help="What the targets are called, likewise.")
+@click.option("--tokens", help="What the token ids are called, likewise.")
 @click.option("--context-size", type=int, help="Tokens of a sequence; with `vllm` those taken of each request.")
 @click.option("--layer", type=int, help="The layer that rows are of; with `clt-forge` the one to import.")
 @click.option("--model", help="The model that computed the rows: a Hugging Face folder, or a name on the hub.")
 @cache_option
 @click.option("--name", help="Start of the store's name.  [default: imported]")
-@click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Any setting (repeatable).")
-@click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable: the store as `info --json` describes it.")
+@click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
+@click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: the store as `info --json` describes it.")
 @shared.command_line.verbosity_options
 def import_(
     path: tuple[Path, ...], cache: Path, kind: str, name: str, force: bool, as_json: bool, **given: Any
@@ -143,7 +147,7 @@ def import_(
 
 @group.command("settings")
 @request_options
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_all(cache: Path, as_json: bool, **given: Any) -> None:
     """List every setting with the value that `run` would take, its default and what it does. Runs nothing."""
     from shared.console.list_settings import list_settings, settings_as_json, show_settings
@@ -157,12 +161,14 @@ def list_all(cache: Path, as_json: bool, **given: Any) -> None:
 
 @group.command()
 @click.argument("store", type=STORE)
-@click.option("--shuffle", is_flag=True, help="Measure how well rows are shuffled, too, on batches of training.")
+@click.option(
+    "--shuffle", is_flag=True, help="Also measure how well rows are shuffled, on batches as training reads them."
+)
 @click.option("--run-rows", type=click.IntRange(1), help="With --shuffle: as rows.run_rows of training.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.local_options
 def info(store: Path, shuffle: bool, run_rows: int | None, as_json: bool, local: Local | None) -> None:
-    """Describe the finished store at STORE: request, strata, blocks, packing, size."""
+    """Describe the finished store STORE: request, strata, blocks, packing, size."""
     from harvest.commands.describe import describe, show
 
     if run_rows and not shuffle:
@@ -178,10 +184,16 @@ def info(store: Path, shuffle: bool, run_rows: int | None, as_json: bool, local:
 
 @group.command()
 @click.argument("store", type=STORE)
-@click.option("--against-model", "rows", type=click.IntRange(1), metavar="N", help="Recompute N random rows, too.")
-@click.option("--model", help="Where the store's model lies, if not where the store says.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Which rows are recomputed.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option(
+    "--against-model",
+    "rows",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Also compute N random rows again with the model, and compare.",
+)
+@click.option("--model", help="The store's model, if it is no longer where it was: a Hugging Face folder.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the choice of those rows.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 @shared.command_line.local_options
 def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json: bool, local: Local | None) -> None:
@@ -204,18 +216,18 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
 
 @group.command()
 @click.argument("store", type=STORE)
-@click.option("--model", help="Where the store's model lies, if not where the store says.")
-@click.option("--text", multiple=True, help="Where the store's text lies, if its tokens are damaged (repeatable).")
+@click.option("--model", help="The store's model, if it is no longer where it was: a Hugging Face folder.")
+@click.option("--text", multiple=True, help="The store's text, which is needed if its tokens are damaged; repeatable.")
 @click.option(
     "--from",
     "imported_from",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Where the files of an imported store lie (repeatable).",
+    help="A file that an imported store was made from; repeatable.",
 )
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads that run batches; 0 is one per core.")
 @inexact_option
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.verbosity_options
 def repair(
     store: Path,
@@ -226,7 +238,7 @@ def repair(
     inexact: bool,
     as_json: bool,
 ) -> None:
-    """Verify STORE and make again what is damaged: the blocks concerned, and no others."""
+    """Verify STORE and write again what is damaged: those blocks and no others."""
     from harvest.commands.repair import repair as mend
 
     damage = mend(require_folder(store, "repair"), model, text, workers, imported_from, inexact=inexact)
@@ -236,8 +248,8 @@ def repair(
 @group.command()
 @click.argument("store", type=STORE)
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
     """Write STORE compressed to FOLDER, for archives and uploads; prints the folder last."""
@@ -255,8 +267,8 @@ def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
 @group.command()
 @click.argument("packed", type=STORE)
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 def unpack(packed: Path, folder: Path, force: bool, as_json: bool) -> None:
     """Write the packed store PACKED to FOLDER as it was before, byte for byte; prints the folder last."""
@@ -273,9 +285,9 @@ def unpack(packed: Path, folder: Path, force: bool, as_json: bool) -> None:
 @group.command()
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("repository")
-@click.option("--public", is_flag=True, help="Let anybody read a repository that is made.  [default: private]")
+@click.option("--public", is_flag=True, help="Make a new repository public.  [default: private]")
 @click.option("--license", "licence", help="The hub's name of a licence, such as cc-by-4.0, for the card.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 def push(store: Path, repository: str, public: bool, licence: str | None, as_json: bool) -> None:
     """Upload the packed store STORE to the Hugging Face hub as the data set REPOSITORY, OWNER/NAME, with a card.
@@ -292,8 +304,8 @@ def push(store: Path, repository: str, public: bool, licence: str | None, as_jso
 @click.argument("repository")
 @cache_option
 @click.option("--revision", help="A branch, a tag or a commit.")
-@click.option("--force", is_flag=True, help="Go on where the disk looks too small.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 def pull(repository: str, cache: Path, revision: str | None, force: bool, as_json: bool) -> None:
     """Download the packed store that REPOSITORY, OWNER/NAME, holds on the Hugging Face hub; prints its path last.
@@ -311,12 +323,16 @@ def pull(repository: str, cache: Path, revision: str | None, force: bool, as_jso
 
 @group.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--transcoder", type=click.Path(path_type=Path), help="Another one for RUN's hooks, of any library.")
-@click.option("--step", type=click.IntRange(1), help="The checkpoint's; the newest if left out.")
+@click.option(
+    "--transcoder",
+    type=click.Path(path_type=Path),
+    help="A transcoder to use in place of RUN's: for the same hooks, of any library.",
+)
+@click.option("--step", type=click.IntRange(1), help="A checkpoint's step; default: the newest valid one.")
 @click.option("--tokens", type=click.IntRange(1), default=65_536, show_default=True, help="Held-out tokens to run.")
-@click.option("--linear", is_flag=True, help="Put the best linear map there, too; it is fitted first.")
-@click.option("--model", help="Where the store's model lies, if not where the store says.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--linear", is_flag=True, help="Also put the best linear map in the MLP's place; it is fitted first.")
+@click.option("--model", help="The store's model, if it is no longer where it was: a Hugging Face folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.verbosity_options
 def splice(run: Path, as_json: bool, **given: Any) -> None:
     """Put RUN's transcoder in the place of the LLM's MLP, and measure what the LLM loses: CE recovered, and KL."""
@@ -335,8 +351,12 @@ def splice(run: Path, as_json: bool, **given: Any) -> None:
 @group.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="The text, without BOS.")
-@click.option("--transcoder", type=click.Path(path_type=Path), help="Another one for RUN's hooks, of any library.")
-@click.option("--step", type=click.IntRange(1), help="The checkpoint's; the newest if left out.")
+@click.option(
+    "--transcoder",
+    type=click.Path(path_type=Path),
+    help="A transcoder to use in place of RUN's: for the same hooks, of any library.",
+)
+@click.option("--step", type=click.IntRange(1), help="A checkpoint's step; default: the newest valid one.")
 @click.option("--top", type=click.IntRange(1), default=8, show_default=True, help="Latents per token, the strongest.")
 @click.option(
     "--ablate",
@@ -355,8 +375,8 @@ def splice(run: Path, as_json: bool, **given: Any) -> None:
 @click.option(
     "--html", type=click.Path(path_type=Path), help="Also write a page; it shows the strongest latents ablated."
 )
-@click.option("--model", help="Where the store's model lies, if not where the store says.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--model", help="The store's model, if it is no longer where it was: a Hugging Face folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 def encode(
     run: Path,
@@ -386,7 +406,7 @@ def encode(
 
 @group.command()
 @cache_option
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def ls(cache: Path, as_json: bool) -> None:
     """List the stores of the cache: what they hold, how far they are, and who uses them."""
     from harvest.commands import object_stores, stores
@@ -402,7 +422,7 @@ def ls(cache: Path, as_json: bool) -> None:
 @click.argument("store", nargs=-1, required=True)
 @cache_option
 @shared.command_line.yes_option
-@click.option("--dry-run", is_flag=True, help="Say what would be removed.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def rm(store: tuple[str, ...], cache: Path, yes: bool, dry_run: bool) -> None:
     """Remove stores, given by path or by name in the cache; refuses while one is trained from or written."""
     from harvest.commands import object_stores, stores

@@ -59,6 +59,27 @@ def check_settings(
         raise UserError(f"{change.said if change else origin}: {shown}{wrong}")
 
 
+def with_defaults(schema: Schema, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return checked `settings`, with the defaults of their schema where they say nothing."""
+    return _filled(schema, schema, settings)
+
+
+def _filled(root: Schema, schema: Schema, value: Mapping[str, Any]) -> dict[str, Any]:
+    node = _resolved(root, schema)
+    if kinds := _kinds(node):
+        value = {"kind": node["default"]["kind"], **value}
+        node = _resolved(root, {"$ref": kinds[value["kind"]]})
+    found = {}
+    for name, inner in node["properties"].items():
+        below = _resolved(root, inner)
+        is_group = "properties" in below or bool(_kinds(below))
+        if is_group:
+            found[name] = _filled(root, inner, value.get(name, {}))
+        else:
+            found[name] = value.get(name, inner.get("default"))
+    return found
+
+
 def blamed(name: str, changes: Sequence[Change]) -> Change | None:
     """Return the last change that set `name`, a group that it is in, or a part of it; none if no change did."""
     near = [one for one in changes if f"{name}.".startswith(f"{one.name}.") or f"{one.name}.".startswith(f"{name}.")]

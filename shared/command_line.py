@@ -170,12 +170,14 @@ def local_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add options that say where rows of a packed store or of objects are kept; they become the argument `local`."""
 
     @click.option(
-        "--local-folder", type=click.Path(path_type=Path), help="Where a packed store is decoded, or objects kept."
+        "--local-folder",
+        type=click.Path(path_type=Path),
+        help="Folder in which a packed store is decoded, or objects are kept.",
     )
     @click.option(
         "--local-bytes",
         type=click.IntRange(1),
-        help=f"Most bytes that the store takes there.  [default: {LOCAL_BYTES}]",
+        help=f"Most bytes that the store may take there.  [default: {LOCAL_BYTES}]",
     )
     @functools.wraps(command)
     def wrapped(*, local_folder: Path | None, local_bytes: int | None, **given: Any) -> None:
@@ -185,7 +187,7 @@ def local_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-yes_option = click.option("--yes", is_flag=True, help="Ask nothing.")
+yes_option = click.option("--yes", is_flag=True, help="Remove without asking.")
 
 
 def confirm_removal(path: Path, size: int) -> bool:
@@ -195,8 +197,8 @@ def confirm_removal(path: Path, size: int) -> bool:
     return click.confirm(printable(f"remove {path} ({size:,} bytes)?"))
 
 
-_quiet_option = click.option("-q", "--quiet", is_flag=True, help="Only warnings, errors and the result.")
-_verbose_option = click.option("-v", "--verbose", is_flag=True, help="All figures, whenever there are new ones.")
+_quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print only warnings, errors and the result.")
+_verbose_option = click.option("-v", "--verbose", is_flag=True, help="Print all figures whenever there are new ones.")
 
 
 def verbosity_options(command: Callable[..., None]) -> Callable[..., None]:

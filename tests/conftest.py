@@ -28,6 +28,7 @@ for pool in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA"):
 
 _SCRATCH = tempfile.mkdtemp(prefix="transcoder-cache-tests-")
 os.environ |= {
+    "XDG_CACHE_HOME": os.path.join(_SCRATCH, "cache"),
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_DATASETS_CACHE": os.path.join(_SCRATCH, "datasets"),
@@ -44,6 +45,7 @@ from train.model.kernels.sparse_ops import SparseOps, sparse_ops  # noqa: E402
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tests.browsed import Browsed
     from tests.llms import Line
     from tests.object_server import Bucket
     from tests.runs import Outcome
@@ -152,6 +154,14 @@ def reported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("reported") / "run"))
     train("report", run)
     return run
+
+
+@pytest.fixture(scope="session")
+def browsed(tmp_path_factory: pytest.TempPathFactory) -> "Browsed":
+    """A run with the files of its browser of latents, that tests only read."""
+    from tests.browsed import browse
+
+    return browse(tmp_path_factory.mktemp("browser"))
 
 
 @pytest.fixture

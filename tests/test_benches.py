@@ -25,6 +25,7 @@ PARTS = {
     "peer_training",
     "peer_saving",
     "live_worker",
+    "pictures",
     "judge",
     "same_rows",
     "real_model",
@@ -126,7 +127,7 @@ def test_a_bench_runs(
     name: str, rest: list[str], forks: Forks, store: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     env = {"BENCH_SMOKE": str(tmp_path / "figures")}
-    if name == "pages":
+    if name in ("pages", "pipeline"):
         env["CHROMIUM"] = chromium()
     made = {
         "STORE": lambda: store,

@@ -83,7 +83,32 @@ def test_ls_says_what_is_there(cache: Path) -> None:
     assert whole["used_by"] == [] and 0 <= whole["age_seconds"] < 600
     table = command("ls", "--cache", cache).out
     assert "4 stores" in table and "3 of 5 blocks" in table
-    assert max(map(len, table.splitlines())) <= 80 and f" {3 * 16 * 32:,} " in table
+    assert max(map(len, table.splitlines())) <= 80 and f" {3 * 16 * 32:,} tokens" in table
+
+
+def test_a_list_fits_80_columns_and_breaks_no_name_of_usual_length_and_no_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name, model = "meta-llama-3-8b-instruct-L12-193c1e", "meta-llama/Meta-Llama-3-8B-Instruct"
+    entry = stores.Entry(
+        name=name,
+        state="complete; extended: 12 of 40 blocks",
+        bytes=3 * 2**40,
+        age_seconds=9e5,
+        used_by=["process 22621 (python): run k16"],
+        model=model,
+        layer=12,
+        hooks="hook_resid_mid -> hook_mlp_out",
+        context_size=1024,
+        tokens=10**11,
+        rows=10**11 + 1,
+    )
+    stores.show([entry], tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for whole in (name, model, "100,000,000,000 tokens", "100,000,000,001", "3 TiB", *entry.used_by, "10 d old"):
+        assert any(whole in line for line in lines), whole
 
 
 def test_info_fits_80_columns_without_cutting_a_number(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +283,7 @@ def test_a_store_is_not_removed_under_a_training_run(cache: Path, tmp_path: Path
         "-m",
         "train",
         "run",
+        "tiny",
         "--store",
         cache / "whole",
         "--runs",

@@ -62,3 +62,16 @@ def durable_json(path: Path) -> dict:
 def test_no_place_to_remember_is_no_error(file: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_bytes(b"a file where a folder should be")
     assert digests.file_sha256(file) == expected(file)
+
+
+def test_where_a_model_lies_is_remembered_until_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one, other = tmp_path / "one", tmp_path / "other"
+    for digest, folder in (("a" * 64, one), ("b" * 64, other)):
+        folder.mkdir()
+        digests.remember_folder(digest, folder)
+    assert digests.known_folder("a" * 64) == one.resolve() and digests.known_folder("c" * 64) is None
+    one.rename(tmp_path / "moved")
+    assert digests.known_folder("a" * 64) is None
+    digests.remember_folder("b" * 64, tmp_path / "moved")
+    assert durable_json(tmp_path / "cache/transcoder-cache/model_folders.json") == {"b" * 64: str(tmp_path / "moved")}

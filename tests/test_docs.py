@@ -53,7 +53,8 @@ def test_every_command_is_told(stage: str) -> None:
 
 def test_links_lead_somewhere() -> None:
     for path in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+        text = path.read_text()
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) + re.findall(r"src(?:set)?=\"([^\"]+)\"", text):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
 

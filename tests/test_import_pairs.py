@@ -205,7 +205,7 @@ def test_a_models_hidden_states_saved_so_are_the_hooks_that_they_are_called(mode
     hooks = ("--source", "blocks.0.hook_resid_pre:0", "--target", "blocks.1.hook_resid_pre:1", "--context-size", T)
     size = ("--set", "store.block_sequences=4", "--model", model)
     line = ("import", tmp_path / "states", "--format", "vllm", "--cache", tmp_path / "cache", *hooks, *size)
-    done = command("verify", command(*line).store, "--against-model", 40, "--model", model)
+    done = command("verify", command(*line).store, "--against-model", 40)  # where the model lies is remembered
     assert done.code == 0 and "40 rows recomputed" in done.out, done.err + done.out
 
 

@@ -26,7 +26,7 @@ LAYERS = {
     ),
     "train": (
         ("data", "live"), "read_settings", "model", "parallel", "evaluation", ("duplicates", "samples"),
-        "redundancy", ("run", "wandb_sync"), "probe", ("compare", "interchange"), "explain", "report",
+        "redundancy", ("run", "wandb_sync"), "locked_run", "probe", ("compare", "interchange"), "explain", "report",
         ("commands", "tables", "run_folder"), "sweeps", ("cli_formats", "cli_runs", "cli_settings"), "cli",
     ),
 }  # fmt: skip

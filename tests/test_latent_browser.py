@@ -1,244 +1,20 @@
-"""The browser of latents: its files say what the samples say, and its page shows that, whatever the corpus holds."""
+"""The browser of latents shows what its files say, whatever the corpus holds; `test_latent_files.py` has the files."""
 
-import base64
-import gzip
-import json
 import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models
 
-from shared.store.store import Store
+from tests.browsed import HOSTILE, Browsed, handed, store_with
 from tests.browser import open_page
-from tests.reported import DEAD, Reported, reported
-from train.report import browser, context_text
-from train.report.browser import browser_files, cut
+from tests.reported import DEAD
+from train.report import browser
+from train.report.browser import browser_files
 from train.report.latent_labels import LatentLabel, merge_labels
-from train.samples.parquet import RECORD, SamplesRecord
-from train.samples.token_text import pieces
-
-CHUNK = 16
-HOSTILE = {
-    5: "</script><script>alert(1)</script>",
-    6: "<img src=x onerror=alert(2)>",
-    7: "</textarea><!--<svg onload=alert(3)>",
-    8: "\u202eمرحبا",
-    9: "👩‍👩‍👧",
-    10: "long" * 2500,
-    11: "\n",
-    12: "&amp;\"'`${alert(4)}",
-    13: "\u0000\ufffd",
-    14: " the",
-    15: "2024",
-}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Reported:
-    return reported(tmp_path_factory.mktemp("browser"), keep={0: 0.25, 16: 0.5}, bos_norm=2.0)
-
-
-@pytest.fixture(scope="module")
-def table(run: Reported) -> pa.Table:
-    """With tokens that are promoted and suppressed, and labels, of which the store and the run know nothing."""
-    table, F = run.table(), run.model.d_sae
-    known: dict[str, list] = {"promoted": [60, 14], "suppressed": [5, 10], "labels": ["<i>keyword def", "name"]}
-    known |= {f"{name}_effects": [0.5, 0.25] for name in ("promoted", "suppressed")}
-    known |= {"logit_histogram": [1, 59]}
-    known |= {name: [0.75, 0.125] for name in table.column_names if name.startswith("label_")}
-    for column, values in known.items():
-        at = table.schema.get_field_index(column)
-        field = table.schema.field(column)
-        table = table.set_column(at, field, pa.array([values] * F, field.type))
-    return table
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    words = {HOSTILE.get(i, f"word{i}"): i for i in range(61)}
-    made = Tokenizer(models.WordLevel(words, unk_token="word0"))
-    made.decoder = decoders.Fuse()  # no spaces between tokens
-    made.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def store_with(run: Reported, tokenizer: Path) -> Store:
-    """As much of a store as the browser's files are made from."""
-    store = run.store
-    return cast(
-        Store,
-        SimpleNamespace(tokenizer=tokenizer, request=store.request, tokens=store.tokens, documents=store.documents),
-    )
-
-
-@pytest.fixture(scope="module")
-def files(run: Reported, table: pa.Table, tokenizer: Path) -> dict[str, bytes]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(browser, "CHUNK", CHUNK)
-        return browser_files("<b>a run</b>", store_with(run, tokenizer), table, run.contexts)
-
-
-@pytest.fixture(scope="module")
-def page_file(files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("a run's #1 report")
-    for name, data in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder / "latents.html"
-
-
-def handed(script: bytes) -> tuple[str, int | None, dict]:
-    """What a script calls, and with what."""
-    found = re.fullmatch(rb'transcoderCache\.(\w+)\((?:(\d+),)?"([A-Za-z0-9+/=]*)"\)\n', script)
-    assert found
-    data = json.loads(gzip.decompress(base64.b64decode(found[3])))
-    return found[1].decode(), None if found[2] is None else int(found[2]), data
-
-
-def test_chunks_hold_the_contexts_of_the_samples(run: Reported, files: dict[str, bytes]) -> None:
-    ids, rows, latent, nulls = handed(files["latents/tokens.js"])[2]["ids"], run.contexts.to_pylist(), 0, 0
-    expected = iter(rows)
-    for number in range(run.model.d_sae // CHUNK):
-        function, told, data = handed(files[f"latents/{number:03d}.js"])
-        assert (function, told, len(data["contexts"])) == ("chunk", number, CHUNK)
-        tokens, values, at = iter(data["tokens"]), iter(data["values"]), 0
-        for count in data["contexts"]:
-            for _ in range(count):
-                row = next(expected)
-                assert row["latent"] == latent
-                for name in ("bin", "position", "sequence", "document", "peak"):
-                    assert data[name][at] == row[name]
-                assert data["activation"][at] == pytest.approx(row["activation"], rel=6e-3)
-                assert [ids[next(tokens)] for _ in range(data["length"][at])] == row["tokens"]
-                shown = [next(values) for _ in row["tokens"]]
-                assert [value is None for value in shown] == [value is None for value in row["activations"]]
-                assert [v or 0 for v in shown] == pytest.approx([v or 0 for v in row["activations"]], rel=6e-3)
-                nulls, at = nulls + shown.count(None), at + 1
-            latent += 1
-        assert (next(tokens, None), next(values, None)) == (None, None)
-    assert next(expected, None) is None and latent == run.model.d_sae and nulls > 100
-
-
-def test_the_index_and_the_chunks_hold_the_table(table: pa.Table, files: dict[str, bytes]) -> None:
-    _, _, index = handed(files["latents/index.js"])
-    _, _, words = handed(files["latents/tokens.js"])
-    assert pq.read_table(pa.BufferReader(files["latents.parquet"])).equals(table)
-    for name in ("density", "max", "mean", "position_0_share", "refines_share"):
-        assert [value is None for value in index[name]] == [not value.is_valid for value in table[name]]
-        assert [v or 0 for v in index[name]] == pytest.approx([v or 0 for v in table[name].to_pylist()], rel=6e-3)
-    assert index["prefix"] == table["prefix"].to_pylist()
-    for name in ("peaks", "promoted", "suppressed"):
-        found = [[words["ids"][word] for word in one] for one in index[name]]
-        assert found == table[name].to_pylist()
-    assert [near is None for near in index["nearest"]] == [f in DEAD for f in range(len(table))]
-    chunks = [handed(files[f"latents/{n:03d}.js"])[2] for n in range(len(table) // CHUNK)]
-    assert index["refines"] == table["refines"].to_pylist()
-    for name in ("nearest_latents", "correlated_latents", "labels", "histogram", "logit_histogram"):
-        assert [one for chunk in chunks for one in chunk[name]] == table[name].to_pylist()
-    for name in ("correlations", "promoted_effects", "label_f1", "label_auroc", "bin_edges", "density_016-032"):
-        found = [one for chunk in chunks for one in chunk[name]]
-        for one, other in zip(found, table[name].to_pylist(), strict=True):
-            assert one == (other if other is None else pytest.approx(other, rel=6e-3))
-
-
-def test_the_text_holds_every_context_where_it_lies(run: Reported, files: dict[str, bytes]) -> None:
-    _, _, words = handed(files["latents/tokens.js"])
-    _, _, text = handed(files["latents/text.js"])
-    ids = words["ids"] + text["ids"]
-    assert len(ids) == len(set(ids)) == len(words["texts"] + text["texts"])
-    rows, width = run.contexts.to_pylist(), text["width"]
-    sequences = sorted({row["sequence"] for row in rows})
-    tokens = np.array(ids)[text["tokens"]].reshape(-1, width)
-    documents = np.empty((1, width), np.int32)
-    for row, where, first, length, peak in zip(
-        rows, *(text[name] for name in ("sequence", "first", "length", "peak")), strict=True
-    ):
-        assert sequences[where] == row["sequence"] and peak == row["peak"]
-        assert tokens[where, first : first + length].tolist() == row["tokens"]
-    for where, sequence in enumerate(sequences[:5]):
-        run.store.documents.read(sequence, sequence + 1, documents)
-        assert text["breaks"][where] == [i for i in range(1, width) if documents[0, i] != documents[0, i - 1]]
-
-
-def test_text_that_would_be_too_much_is_left_out_rarest_first(run: Reported, monkeypatch: pytest.MonkeyPatch) -> None:
-    width = run.store.request.context_size
-    monkeypatch.setattr(context_text, "MOST_TOKENS", 2 * width)
-    shown = cut(run.contexts, run.model.d_sae)
-    found = context_text.context_text(
-        run.store, SamplesRecord.model_validate_json(run.contexts.schema.metadata[RECORD]), shown.table, shown.peaks
-    )
-    held = Counter(shown.table["sequence"].to_pylist())
-    assert found.tokens.shape == (2, width) and len(found.breaks) == 2
-    assert sorted(Counter(found.sequence[found.sequence >= 0].tolist()).values()) == sorted(
-        count for _, count in held.most_common(2)
-    )
-
-
-def test_every_text_is_there_once_and_no_script_can_end_early(files: dict[str, bytes], tokenizer: Path) -> None:
-    _, _, words = handed(files["latents/tokens.js"])
-    assert len(set(words["ids"])) == len(words["ids"]) == len(words["texts"])
-    assert words["texts"] == pieces(tokenizer / "tokenizer.json", words["ids"])
-    assert {HOSTILE[5], HOSTILE[10]} <= set(words["texts"])
-    page = files["latents.html"].decode()
-    assert "<b>a run</b>" not in page and "&lt;b&gt;a run&lt;/b&gt;" in page
-    assert "innerHTML" not in files["latents/page.js"].decode()
-    assert re.findall(r"(?:src|href)=\"([^\"]*)\"", page) == [
-        "data:,", "latents/page.css", "latents/page.js", "latents/index.js", "latents/tokens.js", "../report.html"
-    ]  # fmt: skip
-
-
-def test_the_same_input_gives_the_same_bytes(run: Reported, table: pa.Table, tokenizer: Path) -> None:
-    store = store_with(run, tokenizer)
-    one, other = (browser_files("a run", store, table, run.contexts) for _ in range(2))
-    assert one == other
-    assert not any(str(run.path).encode() in data for data in one.values())
-
-
-def test_latents_take_so_few_bytes_that_18_432_of_them_fit_into_60_mb(files: dict[str, bytes]) -> None:
-    scripts = sum(len(data) for name, data in files.items() if name.endswith(".js"))
-    chunks = sum(re.fullmatch(r"latents/\d+\.js", name) is not None for name in files)
-    assert chunks and scripts / chunks / CHUNK < 60e6 / 18_432
-
-
-def test_without_a_tokenizer_there_are_numbers(run: Reported, table: pa.Table, tmp_path: Path) -> None:
-    files = browser_files("a run", store_with(run, tmp_path), table, run.contexts)
-    assert handed(files["latents/tokens.js"])[2]["texts"] is None
-
-
-def test_more_and_longer_contexts_are_cut_around_their_peaks() -> None:
-    sizes, peaks = [70, 70, 70, 40, 3, 32], [0, 69, 30, 24, 2, 31]
-    n = 30 * len(sizes)
-    table = pa.table(
-        {
-            "latent": pa.array(np.repeat(np.arange(len(sizes)) * 2, 30), pa.int32()),
-            "peak": pa.array(np.repeat(peaks, 30), pa.int32()),
-            "tokens": pa.array([list(range(size)) for size in sizes for _ in range(30)], pa.list_(pa.int32())),
-            "activations": pa.array([[1.5, *[None] * (size - 1)] for size in sizes for _ in range(30)]),
-        }
-    )
-    found = cut(table, 12)
-    assert len(table) == n and np.diff(found.starts).tolist() == [25, 0] * 6
-    for i, (size, peak) in enumerate(zip(sizes, peaks, strict=True)):
-        at = 25 * i
-        tokens = found.tokens[found.ends[at] : found.ends[at + 1]].tolist()
-        assert len(tokens) == min(size, 32) and tokens[found.peaks[at]] == peak
-        assert tokens == list(range(tokens[0], tokens[0] + len(tokens)))
-        after = min(8, size - 1 - peak)
-        assert size <= 32 or len(tokens) - 1 - found.peaks[at] >= after
-        values = found.values[found.ends[at] : found.ends[at + 1]]
-        assert values == [1.5 if token == 0 else None for token in tokens]
-
-
-# In a browser.
 
 
 def rows_of(page) -> list[int]:
@@ -252,7 +28,8 @@ def searched(page, query: str, told: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_the_list_sorts_searches_filters_and_turns_pages(page_file: Path, run: Reported, table: pa.Table) -> None:
+def test_the_list_sorts_searches_filters_and_turns_pages(browsed: Browsed) -> None:
+    page_file, run, table = browsed.page, browsed.run, browsed.table
     F = len(table)
     with open_page(page_file) as page:
         page.wait_for_selector("#rows tr")
@@ -329,9 +106,8 @@ def test_the_list_sorts_searches_filters_and_turns_pages(page_file: Path, run: R
 
 
 @pytest.mark.slow
-def test_a_latent_shows_its_contexts_and_leads_to_its_neighbours(
-    page_file: Path, run: Reported, table: pa.Table
-) -> None:
+def test_a_latent_shows_its_contexts_and_leads_to_its_neighbours(browsed: Browsed) -> None:
+    page_file, run, table = browsed.page, browsed.run, browsed.table
     live = next(f for f, values in enumerate(table["correlated_latents"].to_pylist()) if values)
     contexts = [row for row in run.contexts.to_pylist() if row["latent"] == live]
     with open_page(page_file, fragment=f"#latent-{live}") as page:
@@ -372,9 +148,8 @@ def test_a_latent_shows_its_contexts_and_leads_to_its_neighbours(
 
 
 @pytest.mark.slow
-def test_words_are_found_in_contexts_and_more_of_their_text_is_shown(
-    page_file: Path, run: Reported, files: dict[str, bytes]
-) -> None:
+def test_words_are_found_in_contexts_and_more_of_their_text_is_shown(browsed: Browsed) -> None:
+    page_file, run, files = browsed.page, browsed.run, browsed.files
     words = [handed(files[f"latents/{name}.js"])[2] for name in ("tokens", "text")]
     text = dict(zip(words[0]["ids"] + words[1]["ids"], words[0]["texts"] + words[1]["texts"], strict=True))
     rows, expected = run.contexts.to_pylist(), Counter[int]()
@@ -405,9 +180,8 @@ def test_words_are_found_in_contexts_and_more_of_their_text_is_shown(
 
 
 @pytest.mark.slow
-def test_more_of_a_contexts_text_is_shown(
-    run: Reported, table: pa.Table, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_of_a_contexts_text_is_shown(browsed: Browsed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, table, tokenizer = browsed.run, browsed.table, browsed.tokenizer
     monkeypatch.setattr(browser, "TOKENS", 8)
     files = browser_files("a run", store_with(run, tokenizer), table, run.contexts)
     for name, data in files.items():
@@ -433,7 +207,8 @@ def test_more_of_a_contexts_text_is_shown(
 
 
 @pytest.mark.slow
-def test_bars_are_those_of_the_table_and_two_latents_stand_side_by_side(page_file: Path, table: pa.Table) -> None:
+def test_bars_are_those_of_the_table_and_two_latents_stand_side_by_side(browsed: Browsed) -> None:
+    page_file, table = browsed.page, browsed.table
     live = next(f for f, near in enumerate(table["nearest_latents"].to_pylist()) if near)
     near = table["nearest_latents"][live].as_py()[0]
     with open_page(page_file, fragment=f"#latent-{live}", dark=True) as page:
@@ -461,7 +236,9 @@ def test_bars_are_those_of_the_table_and_two_latents_stand_side_by_side(page_fil
 
 
 @pytest.mark.slow
-def test_labels_are_kept_exported_and_imported(page_file: Path, run: Reported, tmp_path: Path) -> None:
+def test_labels_are_kept_exported_and_imported(browsed: Browsed, tmp_path: Path) -> None:
+    page_file, run = browsed.page, browsed.run
+
     def label(latent: int, words: str) -> None:
         page.goto(page_file.as_uri() + f"#latent-{latent}")
         page.wait_for_selector(f"h2:has-text('Latent {latent}')")
@@ -501,7 +278,8 @@ def test_labels_are_kept_exported_and_imported(page_file: Path, run: Reported, t
 
 
 @pytest.mark.slow
-def test_all_of_it_can_be_reached_by_keyboard(page_file: Path) -> None:
+def test_all_of_it_can_be_reached_by_keyboard(browsed: Browsed) -> None:
+    page_file = browsed.page
     with open_page(page_file) as page:
         page.wait_for_selector("#rows tr")
         for _ in range(30):
@@ -536,7 +314,9 @@ def test_all_of_it_can_be_reached_by_keyboard(page_file: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "dark"), [(360, False), (360, True), (1280, True)])
-def test_a_hostile_corpus_is_text_and_fits_the_screen(page_file: Path, run: Reported, width: int, dark: bool) -> None:
+def test_a_hostile_corpus_is_text_and_fits_the_screen(browsed: Browsed, width: int, dark: bool) -> None:
+    page_file, run = browsed.page, browsed.run
+
     def fits() -> bool:
         return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
@@ -565,9 +345,8 @@ def test_a_hostile_corpus_is_text_and_fits_the_screen(page_file: Path, run: Repo
 
 
 @pytest.mark.slow
-def test_a_browser_or_a_folder_that_lacks_something_is_told_so(
-    page_file: Path, files: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_browser_or_a_folder_that_lacks_something_is_told_so(browsed: Browsed, tmp_path: Path) -> None:
+    files = browsed.files
     for name in ("latents/page.js", "latents/page.css", "latents/index.js", "latents/tokens.js", "latents.html"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(files[name])

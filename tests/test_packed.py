@@ -142,7 +142,7 @@ def test_training_gives_the_same_bytes(pair: tuple[Path, Path], tmp_path: Path, 
     options = [part for size in (*sizes, "checkpoint.every=10") for part in ("--set", size)]
     for path, extra in ((pair[0], ()), (pair[1], ("--local-folder", tmp_path / "local", *more))):
         runs = tmp_path / f"runs{len(found)}"
-        line = [sys.executable, "-m", "train", "run", "--store", path, "--runs", runs, "--steps", "20"]
+        line = [sys.executable, "-m", "train", "run", "tiny", "--store", path, "--runs", runs, "--steps", "20"]
         command_ = [str(part) for part in (*line, *options, *extra)]
         done = subprocess.run(command_, cwd=ROOT, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr

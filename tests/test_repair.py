@@ -165,9 +165,14 @@ def test_a_store_a_model_and_a_text_that_were_renamed_are_taken_up_by_a_new_run(
 
 
 @pytest.mark.fault(58)
-def test_a_model_that_is_not_where_it_was_is_asked_for(finished: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_not_where_it_was_is_asked_for(
+    finished: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nothing-is-remembered"))
     for line in (("verify", finished, "--against-model", 2), ("repair", damaged(finished, tmp_path))):
         refused(command(*line), "a local folder called gemma, which is not here", "--model FOLDER")
+    for told in (["--model", model], []):  # where it lies is remembered
+        assert command("verify", finished, "--against-model", 2, *told).code == 0
 
 
 def damaged(store: Path, folder: Path) -> Path:

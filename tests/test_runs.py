@@ -14,10 +14,10 @@ from shared.errors import UserError
 from shared.files import durable
 from shared.store.store import Store
 from tests.llms import ROOT
-from tests.runs import SMALL, Outcome
+from tests.runs import SETS, SMALL, Outcome
 from tests.stores import SyntheticStore
-from train.live.runs import list_runs
-from train.read_settings import ALIASES, read_settings
+from train.live.runs import ListedRun, list_runs, print_runs
+from train.read_settings import ALIASES, preset_for, read_settings, settings_with_defaults
 from train.run.advice import advice
 from train.run.settings import Settings, load_settings, read_config, resolve
 
@@ -63,13 +63,24 @@ def test_every_other_name_leads_to_a_setting_or_says_where_it_is_decided() -> No
         assert " " in told or told in names_in(Settings.model_json_schema())
 
 
-def test_a_typo_is_answered_without_torch(tmp_path: Path) -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("k=1", "unknown option 'k'; did you mean 'activation.k'?"),
+        ("activation.k=5000", "activation.k = 5000 is more than d_sae = 256; lower it or raise transcoder.d_sae"),
+        ("transcoder.d_sae=8X", "transcoder.d_sae must be a positive number or a multiple such as 8x, got 8X"),
+        ("transcoder.prefixes=[64, 128]", "transcoder.prefixes must end at d_sae = 256, got [64, 128]"),
+        ("activation.k_warmup_share=0", "activation.k_start = 3x, and no warm-up leads from it to k = 32: every step "
+         "would have k; set activation.k_warmup_share above 0, or leave out k_start"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_without_torch(synthetic: SyntheticStore, tmp_path: Path, line: str, said: str) -> None:
+    code = f"""
 import sys
 sys.modules["torch"] = None
 import train.cli
 from shared.command_line import run
-sys.argv = ["train", "run", "--store", "none", "--set", "k=1"]
+sys.argv = ["train", "run", "--store", {str(synthetic.path)!r}, "--set", "transcoder.d_sae=256", "--set", {line!r}]
 run(train.cli.main)
 """
     done = subprocess.run(
@@ -80,7 +91,13 @@ run(train.cli.main)
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=120,
     )
-    assert done.returncode == 2 and done.stderr.endswith("unknown option 'k'; did you mean 'activation.k'?\n")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(said), done.stderr
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "topk", "jumprelu", "relu"])
+def test_defaults_that_are_filled_in_before_torch_are_those_of_the_class(kind: str) -> None:
+    read = read_settings("base", {"activation.kind": kind})
+    assert settings_with_defaults(read) == Settings.model_validate(read.tables).model_dump(mode="json")
 
 
 def test_a_run_like_another_has_what_was_asked_for_and_the_other_store(
@@ -128,6 +145,32 @@ def test_a_run_like_another_has_what_was_asked_for_and_the_other_store(
     assert done.code == 0 and [path.name for path in runs.iterdir()] == ["config-001"]
     none = command("rm", "two", "--runs", runs, "--yes")
     assert none.code == 2 and "two is not a run" in none.err
+
+
+def test_the_list_breaks_no_name_of_usual_length_and_no_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    run = ListedRun(name="wide-k64-seed1-lr3e-4", store="gemma-2-2b-L8-193c1e", state="running", step=150_000,
+                    steps=200_000, fvu=0.1234, l0=48.1, dead_share=0.123, bytes=3 * 2**30)  # fmt: skip
+    print_runs([run], Path("runs"))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for whole in (run.name, run.store, run.state, "150,000/200,000", "0.1234", "48.1", "12.3%", "3 GiB"):
+        assert any(whole in line for line in lines), whole
+
+
+def test_a_run_without_a_preset_has_that_of_its_store_and_says_so(
+    command: Command, synthetic: SyntheticStore, tmp_path: Path
+) -> None:
+    done = command("run", "--store", synthetic.path, "--runs", tmp_path, "--steps", 1, *SETS)
+    assert done.code == 0 and done.path.name == "base-001", done.err
+    assert "preset base: none was named, and it is for any store" in done.err
+    asked = read_config(done.path).asked
+    assert asked == load_settings("base", [part for part in SETS if part != "--set"] + ["steps=1"])
+    request = Store.open(synthetic.path).request
+    embedded = request.model_copy(update={"model": request.model.model_copy(update={"name": "embedded"})})
+    assert [preset_for(one) for one in (request, embedded)] == ["base", "tiny"]
 
 
 def test_settings_that_are_read_before_torch_are_those_of_the_class() -> None:

@@ -110,7 +110,7 @@ def test_every_activation_trains_with_any_prefixes_and_skip(
 ) -> None:
     kind, option = activation
     done = command(
-        "run", "--store", store.path, "--runs", tmp_path, "--steps", 120, "--set", f"activation.kind={kind}",
+        "run", "tiny", "--store", store.path, "--runs", tmp_path, "--steps", 120, "--set", f"activation.kind={kind}",
         "--set", f"activation.{option}", "--set", "transcoder.d_sae=64", "--set", f"transcoder.prefixes={prefixes}",
         "--set", f"transcoder.skip={skip}", "--set", "rows.batch_rows=48", "--set", "log_every=20",
         "--set", "optimizer.lr=0.01",
@@ -347,7 +347,7 @@ BAD = {
     "not a number": (["--set", "optimizer.lr=fast"], "--set optimizer.lr=fast: expected a number or auto"),
     "negative": (["--steps", "-5"], "'-5': not a whole number above 0"),
     "k above d_sae": (["--set", "transcoder.d_sae=16"], "activation.k = 32 is more than d_sae = 16"),
-    "prefixes": (["--set", "transcoder.prefixes=[64, 128]"], "must end at d_sae = 4096, got [64, 128]"),
+    "prefixes": (["--set", "transcoder.prefixes=[64, 100]"], "must end at d_sae = 128, got [64, 100]"),
     "a skip from the targets to themselves": (
         ["--set", "source=target", "--set", "transcoder.skip=true"],
         "transcoder.skip is on and source = target",
@@ -433,7 +433,7 @@ def test_a_source_that_is_not_finite_stops_the_run_and_names_its_rows(
         shard.write_bytes(data)
         record_as_it_is(made.path, shard)
     done = command(
-        "run", "--store", made.path, "--runs", tmp_path / "runs", "--steps", 50, "--set", "transcoder.d_sae=64",
+        "run", "tiny", "--store", made.path, "--runs", tmp_path / "runs", "--steps", 50, "--set", "transcoder.d_sae=64",
         "--set", f"activation.kind={activation}", "--set", "activation.k=6", "--set", "activation.k_start=6",
         "--set", "rows.batch_rows=48",
         "--set", "auxk.dead_after_tokens=48",

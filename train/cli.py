@@ -19,7 +19,8 @@ from shared.files import durable
 from shared.store.store import Local, Store
 from train import cli_formats, cli_runs, cli_settings
 from train.explain.command import explain
-from train.read_settings import options, read_settings
+from train.model.sizes import check_sizes
+from train.read_settings import BASE, options, read_settings, settings_with_defaults
 from train.run_folder import new_run_folder
 from train.sweeps.command import sweep
 
@@ -30,7 +31,7 @@ _fallback_option = click.option(
     help="A folder on another disk for a checkpoint that has no room in the run's.",
 )
 _verify_option = click.option(
-    "--verify", is_flag=True, help="Read all of the store's shard files first; without it, some 512 MiB of them."
+    "--verify", is_flag=True, help="Read all of the store's shard files first; without it, about 512 MiB of them."
 )
 
 
@@ -81,7 +82,7 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @main.command()
-@click.argument("preset", default="tiny")
+@click.argument("preset", required=False)
 @click.option("--store", type=STORE, help="A finished store: a folder, or its name in the cache.")
 @cli_settings.config_option
 @cli_settings.like_option
@@ -100,7 +101,7 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
 @_verify_option
 @shared.command_line.local_options
 def run(
-    preset: str,
+    preset: str | None,
     store: Path | None,
     file: Path | None,
     like: Path | None,
@@ -116,13 +117,20 @@ def run(
     local: Local | None,
     verify: bool,
 ) -> None:
-    """Train a transcoder. Prints the run's path as its last line."""
+    """Train a transcoder. Prints the run's path as its last line.
+
+    PRESET is tiny for stores of the embedded model and base for all others, unless it is named.
+    """
     file = cli_settings.settings_file(file, like)
     changes: list[str | Change] = [*assignments, *options(steps=steps, seed=seed)]
-    read_settings(preset, changes, file)  # says what is wrong before torch is imported, which takes seconds
+    # What can be found wrong without torch is: its import takes seconds.
+    read_settings(preset or BASE, changes, file)
     if not store and not like:
         raise UserError("train run needs a store: --store NAME or FOLDER, or --like RUN for that of another run")
     opened = Store.open(store, local) if store else None
+    preset, note = (preset, "") if preset else cli_settings.usual_preset(opened, file)
+    if opened:
+        check_sizes(settings_with_defaults(read_settings(preset, changes, file)), opened.record)
     from train.commands import store_like, train
     from train.run.settings import load_settings
 
@@ -135,6 +143,7 @@ def run(
             opened,
             settings,
             path,
+            note=note,
             init_from=init_from,
             force=force,
             fallback=fallback,
@@ -149,8 +158,10 @@ def run(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--steps", type=shared.command_line.COUNT, help="Make the run longer: so many optimiser steps in all.")
-@click.option("--threads", type=click.IntRange(1), help="Another number of CPU threads; the last bits may differ.")
-@click.option("--inexact", is_flag=True, help="Go on on another processor or other versions; the last bits may differ.")
+@click.option("--threads", type=click.IntRange(1), help="Use another number of CPU threads; the last bits may differ.")
+@click.option(
+    "--inexact", is_flag=True, help="Continue on another processor or with other versions; the last bits may differ."
+)
 @_fallback_option
 @sync_options
 @shared.command_line.verbosity_options
@@ -169,7 +180,7 @@ def resume(
 ) -> None:
     """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit.
 
-    With --steps, the run is made longer: the learning rate is from here on that of a run of so many steps.
+    With --steps, the run is made longer: from here on the learning rate is that of a run of so many steps.
     """
     from train.commands import resume as resume_run
 
@@ -231,7 +242,7 @@ def evaluate(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=STORE, help="Another store to sample; default: the run's.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
-@click.option("--rows", type=click.IntRange(1), help="Stored rows that are looked at, at most.")
+@click.option("--rows", type=click.IntRange(1), help="Most stored rows to look at.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override samples.*; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
@@ -326,7 +337,7 @@ def report(
 )
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
-@click.option("--rows", type=click.IntRange(1), help="Held-out rows that are probed, at most; default: 131,072.")
+@click.option("--rows", type=click.IntRange(1), help="Most held-out rows to probe; default: 131,072.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 @_verify_option
@@ -364,15 +375,17 @@ def probe(
 @click.option(
     "--l0",
     type=float,
-    help="Active latents per row to compare at; default: the runs' k, or each its own where they have others.",
+    help="Active latents per row at which to compare; default: the runs' k, or each run's own where these differ.",
 )
-@click.option("--own-l0", is_flag=True, help="Compare each run at its own: by its k, or its learned thresholds.")
+@click.option(
+    "--own-l0", is_flag=True, help="Compare each run at its own l0: its k, or that of its learned thresholds."
+)
 @click.option(
     "--matched-latents",
     type=click.IntRange(1),
     default=4096,
     show_default=True,
-    help="Latents matched across seeds, at most.",
+    help="Most latents to match across seeds.",
 )
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page with plots here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -22,16 +22,18 @@ from train.run_folder import new_run_folder
     "kind",
     required=True,
     type=click.Choice(get_args(Format)),
-    help="The library that is to read it.",
+    help="The library that will read it.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="A new folder; default: RUN/exports/FORMAT.")
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
-@click.option("--prefix", type=int, help="Only the first so many latents: one of the Matryoshka prefixes.")
+@click.option("--prefix", type=int, help="Export only so many of the first latents: one of the Matryoshka prefixes.")
 @click.option("--layers", type=click.IntRange(1), help="Layers of the model, for circuit-tracer.")
 @click.option("--license", "licence", help="The hub's name of a licence, such as mit, for the card.")
 @click.option("--push", "repository", metavar="OWNER/NAME", help="Also upload the folder to the Hugging Face hub.")
-@click.option("--private", is_flag=True, help="Make it private, if --push makes it; as with hf upload, it is public.")
+@click.option(
+    "--private", is_flag=True, help="Make a new repository private; without it, it is public, as with hf upload."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 @shared.command_line.local_options

@@ -16,11 +16,14 @@ _runs_option = click.option(
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--once", is_flag=True, help="Show the run as it is now, and end.")
+@click.option("--once", is_flag=True, help="Show the run as it is now, and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, an object for each new row.")
 @shared.command_line.verbose_option
 def watch(run: Path, once: bool, as_json: bool) -> None:
-    """Show how far a run is, running or not, by its files; ends with the run, or by Ctrl-C. Changes nothing."""
+    """Show how far a run is, from its files, whether it is running or not.
+
+    Ends with the run or with Ctrl-C. Changes nothing.
+    """
     from train.live.watch import watch as watch_run
 
     watch_run(run, once=once, as_json=as_json)

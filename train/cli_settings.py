@@ -9,10 +9,13 @@ from shared.console.terminal import show_text
 from shared.errors import UserError
 from shared.store.store import Store
 from train.live.run_files import CONFIG
-from train.read_settings import read_settings
+from train.read_settings import BASE, preset_for, read_settings
 
 config_option = click.option(
-    "--config", "file", type=click.Path(path_type=Path), help="A TOML file, or a run's config.json, for the preset."
+    "--config",
+    "file",
+    type=click.Path(path_type=Path),
+    help="A TOML file or a run's config.json, in place of a preset.",
 )
 like_option = click.option(
     "--like", metavar="RUN", type=click.Path(path_type=Path), help="Start from the settings and the store of a run."
@@ -26,27 +29,45 @@ def settings_file(file: Path | None, like: Path | None) -> Path | None:
     return like / CONFIG if like else file
 
 
+def usual_preset(store: Store | None, file: Path | None) -> tuple[str, str]:
+    """Return the preset of a run for which none was named, and what to say of it: nothing if a `file` replaces it."""
+    if file or not store:
+        return BASE, ""
+    preset = preset_for(store.request)
+    why = "the store is of the embedded model" if preset != BASE else "it is for any store"
+    return preset, f"preset {preset}: none was named, and {why}"
+
+
 @click.command("settings")
-@click.argument("preset", default="tiny")
+@click.argument("preset", required=False)
 @click.option("--store", type=STORE, help="A store: automatic choices are shown as made for it.")
 @config_option
 @like_option
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_all(
-    preset: str, store: Path | None, file: Path | None, like: Path | None, assignments: tuple[str, ...], as_json: bool
+    preset: str | None,
+    store: Path | None,
+    file: Path | None,
+    like: Path | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
 ) -> None:
-    """List every setting with the value that `run` would take, its default and what it does. Runs nothing."""
+    """List every setting with the value that `run` would take, its default and what it does. Runs nothing.
+
+    PRESET is that of `run` with the same store, and base without a store.
+    """
     file = settings_file(file, like)
-    read_settings(preset, assignments, file)
+    read_settings(preset or BASE, assignments, file)
+    opened = Store.open(store) if store else None
+    preset = preset or usual_preset(opened, file)[0]
     from shared.console.list_settings import list_settings, settings_as_json, show_settings
     from train.run.settings import load_settings, resolve
 
     settings, told = load_settings(preset, assignments, file=file), []
-    if store:
+    if opened:
         from train.run.advice import advice
 
-        opened = Store.open(store)
         config = resolve(opened, settings, None)
         settings, told = config.settings, advice(config, opened)
     found = list_settings(settings)

@@ -1,6 +1,5 @@
 """What the commands do, for the command line and for Python: train, resume, evaluate, sample, report, export."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,13 +9,13 @@ from shared.config import build, override
 from shared.console.terminal import say
 from shared.errors import DiskFull, Stopped, UserError, warn
 from shared.files import durable
-from shared.files.untrusted import refuse_links
 from shared.store.store import Local, Store
 from train.evaluation.evaluate import Evaluation, calibrate
 from train.evaluation.evaluate import evaluate as evaluate_rows
 from train.evaluation.linear_baseline import linear_map_fvu
 from train.interchange.initial import describe_start, find_initial, warn_of_k
 from train.live.run_files import BLOCKS, CONFIG, EXPORTS, HELD_OUT, LOCK, REPORTS
+from train.locked_run import locked_run, refuse_links_in
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, Listed
 from train.redundancy.measure_redundancy import measure_redundancy
@@ -27,7 +26,7 @@ from train.run.load_run import check_shards, load_run, open_store, place_of_stor
 from train.run.process import OwnProcess
 from train.run.saver import bring_home, require_own
 from train.run.settings import Extension, RunConfig, Settings, checkpoint_bytes, read_config, resolve
-from train.run.trainer import Trainer, use_threads
+from train.run.trainer import Trainer
 from train.samples.parquet import SamplesRecord
 from train.samples.select import SamplesConfig
 from train.wandb_sync.sync import FOLDER, REPORT, synced
@@ -47,6 +46,7 @@ def train(
     settings: Settings,
     run: Path | str,
     *,
+    note: str = "",
     init_from: Path | str | None = None,
     force: bool = False,
     fallback: Path | str | None = None,
@@ -56,8 +56,8 @@ def train(
 ) -> Path:
     """Train from step 0 in the new folder `run`. Returns `run`.
 
-    `init_from`: a run whose newest weights to start from, or another library's transcoder. `force`: start although the
-    checkpoints may not fit the disk.
+    `note`: what to say first, once the settings are found to fit. `init_from`: a run whose newest weights to start
+    from, or another library's transcoder. `force`: start although the checkpoints may not fit the disk.
     `fallback`: where checkpoints go when the disk of `run` is full. `project`: one of W&B that the run is sent to.
     `verify`: read all of the store's shard files first, and not only some. `process`: that of several runs (`sweep`).
 
@@ -82,6 +82,8 @@ def train(
         size = checkpoint_bytes(config.settings, config.d_in, config.d_out)
         most = config.settings.checkpoint.most(settings.steps, size)
         durable.require_space(run.parent, most, "checkpoints (--force to go on all the same)")
+    if note:
+        say(note)
     say(left_out(store.excluding(config.exclusion), config.training_blocks))
     written = durable.json_bytes(config.model_dump(mode="json"))
     elsewhere = _fallback(run, fallback, written)
@@ -155,8 +157,8 @@ def resume(
             f"{run} was imported, and has nothing to continue; train from it with: train run --init-from {run}"
         )
     elsewhere = _fallback(run, fallback, (run / CONFIG).read_bytes())
-    for place in (run, elsewhere):
-        _refuse_links(place)
+    for place in filter(None, (run, elsewhere)):
+        refuse_links_in(place)
     opened = Store.open(place_of_store(run, config, store), local)
     require_own_store(run, config, opened)
     remember_store(run, config, opened)
@@ -217,18 +219,6 @@ def make_longer(run: Path, config: RunConfig, done: int, steps: int, fallback: P
         f"of a run of {steps:,}: {rates[1]:.3g}, it was {rates[0]:.3g}"
     )
     return longer
-
-
-def _refuse_links(run: Path | None) -> None:
-    """Raise `CorruptData` when something in `run`, which is written to, leads out of it. W&B makes links of its own."""
-    if run:
-        refuse_links(run, but_in=(FOLDER,))
-
-
-def _require_writable(run: Path) -> None:
-    """Raise `UserError`, before all the measuring, when nothing can be written to `run`."""
-    if not os.access(run, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {run}: it is read-only; make it writable, or copy the run and name the copy")
 
 
 def _fallback(run: Path, folder: Path | None, config: bytes) -> Path | None:
@@ -328,17 +318,10 @@ def sample(
     Returns the file of the contexts, and what it was made from. A run that makes none of its own gets as many as one
     that does. `verify` as in `evaluate`. Raises `UserError` when an assignment is not of samples, and `DiskFull`.
     """
-    run, store = Path(run), _path(store)
-    config = read_config(run)
-    _require_writable(run)
-    _refuse_links(run)
-    settings = _samples_config(config.settings.samples, rows, changes)
-    found = checkpoint.find(run, step)
-    opened = open_store(run, config, store, local, verify=verify)
-    with opened.reading(), durable.lock(run / LOCK, f"run {run}"):
-        durable.sweep(run)
-        use_threads(config.settings.threads)
-        samples = samples_of(load_run(run, store=opened, found=found), settings)
+    run = Path(run)
+    settings = _samples_config(read_config(run).settings.samples, rows, changes)
+    with locked_run(run, store=_path(store), local=local, step=step, verify=verify) as loaded:
+        samples = samples_of(loaded, settings)
         return samples.publish(run), samples.record
 
 
@@ -361,21 +344,13 @@ def write_report(
     """
     from train.report.make_report import HTML, make_report, plots  # they take half a second to import
 
-    run, store = Path(run), _path(store)
-    config = read_config(run)
-    _require_writable(run)
-    _refuse_links(run)
-    found = checkpoint.find(run, step)
-    if project and found.step < (steps := config.settings.steps):
-        raise UserError(
-            f"--wandb syncs reports of finished runs, and this one is of step {found.step} of {steps} of {run}; "
-            f"finish it with: python -m train resume {run} --wandb"
-        )
-    opened = open_store(run, config, store, local, verify=verify)
-    with opened.reading(), durable.lock(run / LOCK, f"run {run}"):
-        durable.sweep(run)
-        use_threads(config.settings.threads)  # first, for the last bits of what follows
-        loaded = load_run(run, store=opened, found=found)
+    run = Path(run)
+    with locked_run(run, store=_path(store), local=local, step=step, verify=verify) as loaded:
+        if project and loaded.step < (steps := loaded.config.settings.steps):
+            raise UserError(
+                f"--wandb syncs reports of finished runs, and this one is of step {loaded.step} of {steps} of {run}; "
+                f"finish it with: python -m train resume {run} --wandb"
+            )
         made = make_report(loaded, linear=linear, labels=Path(labels) if labels else None)
         if project:
             durable.publish_json(run / FOLDER / REPORT, plots(made))
@@ -402,16 +377,9 @@ def probe(
     from train.probe.measure import ROWS, measure_probe
     from train.probe.probe_record import publish_probe
 
-    run, store = Path(run), _path(store)
-    config = read_config(run)
-    _require_writable(run)
-    _refuse_links(run)
-    found = checkpoint.find(run, step)
-    opened = open_store(run, config, store, local, verify=verify)
-    with opened.reading(), durable.lock(run / LOCK, f"run {run}"):
-        durable.sweep(run)
-        use_threads(config.settings.threads)
-        record = measure_probe(load_run(run, store=opened, found=found), labels, rows or ROWS)
+    run = Path(run)
+    with locked_run(run, store=_path(store), local=local, step=step, verify=verify) as loaded:
+        record = measure_probe(loaded, labels, rows or ROWS)
         publish_probe(run, record)
         return record
 

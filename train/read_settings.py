@@ -6,13 +6,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shared.check_settings import Change, check_settings
+from shared.check_settings import Change, check_settings, with_defaults
 from shared.config import Changes, changes_of, load_preset, override
 from shared.errors import UserError
 from shared.files.durable import read_json
+from shared.store.layout import StoreRequest
 from train.live.run_files import CONFIG
 
 PRESETS = Path(__file__).parent / "presets"
+BASE, TINY = "base", "tiny"
+"""The preset for any store, and that for stores of the embedded model."""
+_EMBEDDED = "embedded"
+"""What a store calls that model."""
 _AT_HARVEST = "it is decided when the store is made: python -m harvest run"
 ALIASES = {
     **dict.fromkeys(("learning_rate", "lr"), "optimizer.lr"),
@@ -46,7 +51,12 @@ class Read(NamedTuple):
     """Those that were put in."""
 
 
-def read_settings(preset: str = "tiny", changes: Changes = (), file: Path | None = None) -> Read:
+def preset_for(store: StoreRequest) -> str:
+    """Return the preset that is for a store, where none is named: its numbers were tried on such rows."""
+    return TINY if store.model.name == _EMBEDDED else BASE
+
+
+def read_settings(preset: str = BASE, changes: Changes = (), file: Path | None = None) -> Read:
     """Read a preset, or in its place a TOML `file` or the `config.json` of a run, and put `changes` in.
 
     Raises `UserError` that names the option, when a setting is unknown or has a value that it cannot have. How settings
@@ -55,8 +65,17 @@ def read_settings(preset: str = "tiny", changes: Changes = (), file: Path | None
     made = changes_of(changes)
     tables = _of_run(file) if file and file.name == CONFIG else load_preset(PRESETS, preset, file)
     found = Read(override(tables, made, variants=("activation",)), str(file) if file else f"preset {preset}", made)
-    schema = json.loads((resources.files("train") / "schemas" / "settings.json").read_text())
-    check_settings(schema, found.tables, found.origin, found.changes, ALIASES)
+    check_settings(_schema(), found.tables, found.origin, found.changes, ALIASES)
+    return found
+
+
+def settings_with_defaults(read: Read) -> dict[str, Any]:
+    """Return all settings as tables: those that were read, and the defaults of the others."""
+    return with_defaults(_schema(), read.tables)
+
+
+def _schema() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((resources.files("train") / "schemas" / "settings.json").read_text())
     return found
 
 

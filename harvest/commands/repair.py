@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harvest.commands.describe import verify
+from harvest.digests import known_folder
 from harvest.llm.model_files import ModelFiles, find_model, read_shape
 from harvest.run.pipeline import lock_store
 from harvest.run.ranks import Ranks
@@ -148,11 +149,17 @@ def _import_again(target: Target, damage: Damage, imported_from: Sequence[Path],
 
 
 def own_model(request: StoreRequest, name: str | None) -> ModelFiles:
-    """Find the model that a store was made with, by its own name or by the one given. Raises `UserError`."""
+    """Find the model that a store was made with, by its own name or by the one given. Raises `UserError`.
+
+    A local folder is also looked for where a model of these weights lay last.
+    """
     wanted = request.model
     if wanted.weights == UNKNOWN:
         raise UserError("the store was imported without --model, so there is no model to compare its rows with")
-    if not name and wanted.revision is None and wanted.name != EMBEDDED and not Path(wanted.name).is_dir():
+    is_local = wanted.revision is None and wanted.name != EMBEDDED
+    if not name and is_local and (folder := known_folder(wanted.weights)):
+        name = str(folder)
+    if not name and is_local and not Path(wanted.name).is_dir():
         raise UserError(
             f"the store was made with the model in a local folder called {wanted.name}, which is not here; say where "
             "it lies now, under any name: --model FOLDER"

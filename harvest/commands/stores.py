@@ -74,13 +74,13 @@ def show(entries: Sequence[Entry], cache: Path) -> None:
     if not entries:
         console.print(f"no stores in {cache}", highlight=False, soft_wrap=True)
         return
-    table = Table("store", "tokens", "rows", "size", "age", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table("store", "rows", "size", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.no_wrap, column.justify = True, "right"
     for entry in entries:
-        numbers = [f"{n:,}" if n is not None else "" for n in (entry.tokens, entry.rows)]
-        table.add_row(_words(entry), *numbers, size(entry.bytes), _age(entry.age_seconds))
+        rows = "" if entry.rows is None else f"{entry.rows:,}"
+        table.add_row(_words(entry), rows, size(entry.bytes))
     console.print(table)
     total = size_of(*(cache / entry.name for entry in entries)) or sum(entry.bytes for entry in entries)
     free = "" if is_address(cache) else f"; {size(durable.free_bytes(cache))} free"
@@ -92,8 +92,10 @@ def _words(entry: Entry) -> str:
     lines = [entry.name]
     if entry.model:
         layer = "" if entry.layer is None else f", layer {entry.layer}"
-        lines += [f"  {entry.model}{layer}, context {entry.context_size}, {entry.storage}", f"  {entry.hooks}"]
-    lines.append(f"  {entry.state}")
+        text = "" if entry.tokens is None else f"{entry.tokens:,} tokens, "
+        form = f"{text}context {entry.context_size}, {entry.storage}"
+        lines += [f"  {entry.model}{layer}", f"  {form}", f"  {entry.hooks}"]
+    lines.append(f"  {entry.state}; {_age(entry.age_seconds)} old")
     return "\n".join([*lines, *(f"  used by {user}" for user in entry.used_by)])
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from harvest.digests import file_sha256, require_content
+from harvest.digests import file_sha256, remember_folder, require_content
 from harvest.embedded import MODEL_FOLDER
 from harvest.hub import model_snapshot
 from harvest.settings import EMBEDDED, ModelSettings, WindowSettings
@@ -61,11 +61,17 @@ class ModelFiles:
             raise UserError(f"{self.folder} has no tokenizer (tokenizer.json); copy the model's tokenizer files there")
 
     def weights_digest(self) -> str:
-        """Return the SHA-256 over the names and contents of the configuration and the weights. Raises `UserError`."""
+        """Return the SHA-256 over the names and contents of the configuration and the weights. Raises `UserError`.
+
+        Where a local folder lies is remembered by it, so that a store's model is found again (`known_folder`).
+        """
         weights = sorted(self.folder.glob("*.safetensors"))
         if not weights:
             raise UserError(f"{self.folder} has no weights in safetensors form; pickled weights are never loaded")
-        return _digest([self.folder / "config.json", *weights])
+        digest = _digest([self.folder / "config.json", *weights])
+        if self.revision is None and self.name != EMBEDDED:
+            remember_folder(digest, self.folder)
+        return digest
 
     def tokenizer_digest(self) -> str:
         """Return the SHA-256 over the names and contents of the tokenizer's files."""

@@ -31,7 +31,7 @@ from tests.bench.peer_worker import STAND_IN
 from tests.bench.peers import TUNED, environment
 from tests.bench.record import ROOT, SMOKE, Finished, record, run, sized
 from tests.llms import small_harvest
-from tests.runs import SMALL
+from tests.runs import SETS
 
 RUNS = sized(5, 2)
 ROWS, MOST_TOKENS = 1024, 1_200_000
@@ -125,7 +125,7 @@ def ours(options: argparse.Namespace, scratch: Path) -> tuple[Finished, list[Fin
         options.steps,
         "--set",
         f"threads={options.threads}",
-        *sized([], SMALL),
+        *sized([], SETS),
     )
     return harvest, [run(*train, *settings, "--seed", seed) for seed in range(RUNS)]
 

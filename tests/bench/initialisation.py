@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from tests.bench.record import record, run, sized
-from tests.runs import SMALL
+from tests.runs import SETS
 
 SCALES, STEPS = sized(((1.0, 0.5, 0.25, 0.1), 1000), ((0.5, 0.25), 20))
 
@@ -19,7 +19,7 @@ def main() -> None:
     store, figures = sys.argv[1], dict[str, tuple[float, str]]()
     with tempfile.TemporaryDirectory() as folder:
         for scale in SCALES:
-            options = ("--steps", STEPS, "--set", f"transcoder.encoder_scale={scale}", *sized([], SMALL))
+            options = ("--steps", STEPS, "--set", f"transcoder.encoder_scale={scale}", *sized([], SETS))
             done = run(sys.executable, "-m", "train", "run", "tiny", "--store", store, "--runs", folder, *options)
             last = json.loads((Path(done.out.splitlines()[-1]) / "metrics.jsonl").read_text().splitlines()[-1])
             figures[f"encoder scale {scale}: held-out fvu"] = (last["held_out"]["fvu"], "")

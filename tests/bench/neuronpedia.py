@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from shared.files import durable
 from tests.bench.record import record, run, sized
-from tests.runs import SMALL
+from tests.runs import SETS
 from tests.stores import make_store
 
 D, D_SAE, VOCABULARY, BLOCKS, WINDOWS, STEPS = sized((256, 18_432, 8192, 8, 256, 30), (16, 64, 100, 3, 4, 20))
@@ -75,7 +75,7 @@ def trained(folder: Path) -> Path:
         "diversity.co_activation.weight=0",
         "monitor.every=0",
     )
-    options = [*sized([], SMALL), *(part for one in sized(settings, settings[:1]) for part in ("--set", one))]
+    options = [*sized([], SETS), *(part for one in sized(settings, settings[:1]) for part in ("--set", one))]
     done = run(
         sys.executable,
         "-m",

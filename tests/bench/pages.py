@@ -1,7 +1,6 @@
-"""Pages of reports: what they weigh, and how long a browser takes to open them; and the pictures of the README.
+"""Pages of reports: what they weigh, and how long a browser takes to open them.
 
     python -m tests.bench.pages RUN [RUN ...]      finished runs with samples: makes and measures their reports
-    python -m tests.bench.pages pictures RUN       docs/images/report.png and latent.png
 
 Each page is opened from disk in a new browser, without a network; times are medians of five.
 """
@@ -14,19 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.bench.record import ROOT, SMOKE, record, run, sized
+from tests.bench.record import record, run, sized
 from tests.browser import open_page
 from train.run.settings import read_config
 
-PICTURES = (SMOKE or ROOT / "docs") / "images"
 _TIMES = sized(5, 1)
 
 
 def main() -> None:
-    """Measure the runs that are named, or take pictures of one."""
-    if sys.argv[1] == "pictures":
-        pictures(Path(sys.argv[2]))
-    for path in map(Path, sys.argv[1:] if sys.argv[1] != "pictures" else []):
+    """Measure the runs that are named."""
+    for path in map(Path, sys.argv[1:]):
         made = run(sys.executable, "-m", "train", "report", path)
         d_sae = read_config(path).settings.transcoder.d_sae
         record(f"pages: {int(d_sae):,} latents", "python -m tests.bench.pages RUN", figures(path, made.seconds))
@@ -127,18 +123,6 @@ def listed(page: Any) -> None:
 def shown(page: Any) -> None:
     """Wait until a latent has its contexts."""
     page.locator(".context").first.wait_for()
-
-
-def pictures(path: Path) -> None:
-    """Of the report's beginning, and of a latent that the report links to first."""
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    with open_page(path / "report.html", width=1180, height=760) as page:
-        drawn(page)
-        page.screenshot(path=PICTURES / "report.png")
-        link = page.locator("#pairs h4 a").first.get_attribute("href")
-    with open_page(path / "report" / "latents.html", width=1180, height=760, fragment=link[link.index("#") :]) as page:
-        shown(page)
-        page.screenshot(path=PICTURES / "latent.png")
 
 
 if __name__ == "__main__":

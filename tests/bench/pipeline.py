@@ -1,6 +1,8 @@
 """The two commands of the README from an empty cache: time, memory, and what the transcoder reaches.
 
-    python -m tests.bench.pipeline [trained] [random]      writes docs/benchmarks.json and docs/benchmarks.md
+    python -m tests.bench.pipeline [trained] [random] [pictures]      writes docs/benchmarks.json and docs/benchmarks.md
+
+`pictures` go with `trained`: docs/images gets the pictures of the README, of the same run and of one with twice the k.
 
 Beside it stand the best linear map on the same rows, and the same transcoder on a model of the same shape with random
 weights: what a figure is worth shows against what structureless activations give.
@@ -12,23 +14,29 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.bench.pictures import take_pictures
 from tests.bench.record import SMOKE, named, record, run, sized
 from tests.llms import small_harvest
-from tests.runs import SMALL
+from tests.runs import SETS
+from train.run.settings import read_config
 
 COMMAND = "python -m tests.bench.pipeline"
 EMBEDDED = Path(__file__).parents[2] / "harvest" / "embedded" / "model"
-TRAIN = sized([], ["--steps", "20", *SMALL])
+TRAIN = sized([], ["--steps", "20", *SETS])
 
 
 def main() -> None:
     """Measure the parts that are named, or both, and record."""
-    parts = named(__doc__, "trained", "random")
+    parts = named(__doc__, "trained", "random", "pictures")
+    if "pictures" in parts and "trained" not in parts:
+        sys.exit("pictures are of the run that `trained` makes; name both")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         if "trained" in parts:
             trained = pipeline(scratch / "trained")
             record("pipeline", COMMAND, costs(trained) | quality(trained["evaluation"]))
+            if "pictures" in parts:
+                picture(trained["run"])
         if "random" in parts:
             random = pipeline(scratch / "random", "--model", random_model(scratch / "random-model"))
             record("same transcoder on random weights", COMMAND, quality(random["evaluation"]))
@@ -45,6 +53,7 @@ def pipeline(scratch: Path, *options: object) -> dict[str, Any]:
     found = run(sys.executable, "-m", "train", "evaluate", train.out.splitlines()[-1], "--linear", "--json")
     metrics = (Path(train.out.splitlines()[-1]) / "metrics.jsonl").read_text().splitlines()
     return {
+        "run": Path(train.out.splitlines()[-1]),
         "harvest": first,
         "again": second,
         "train": train,
@@ -52,6 +61,18 @@ def pipeline(scratch: Path, *options: object) -> dict[str, Any]:
         "evaluation": json.loads(found.out) | {"dead": json.loads(metrics[-1])["dead_share"]},
         "rows": json.loads(metrics[-1])["rows"],
     }
+
+
+def picture(path: Path) -> None:
+    """Take the pictures of the README, of a run, and of it beside the same with twice the k."""
+    k = read_config(path).settings.activation.expected_l0
+    assert k
+    more = ("--runs", path.parent, "--name", f"k{2 * k:.0f}", "--set", f"activation.k={2 * k:.0f}")
+    other = run(sys.executable, "-m", "train", "run", "--like", path, *more).out.splitlines()[-1]
+    run(sys.executable, "-m", "train", "report", path, "--linear")
+    page = path.parent / "compare.html"
+    run(sys.executable, "-m", "train", "compare", path, other, "--own-l0", "--html", page)
+    take_pictures(path, page)
 
 
 def costs(measured: dict[str, Any]) -> dict[str, tuple[float, str]]:

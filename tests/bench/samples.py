@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shared.files import durable
 from tests.bench.record import record, run, sized
-from tests.runs import SMALL
+from tests.runs import SETS
 from tests.stores import make_store
 
 D, BLOCKS, WINDOWS, STEPS = sized((128, 16, 256, 200), (16, 3, 4, 20))
@@ -37,7 +37,7 @@ def main() -> None:
             vocabulary=1000,
             tokenizer=True,
         )
-        options = ("--steps", STEPS, "--set", "samples.rows=0", "--set", "activation.k_start=32", *sized([], SMALL))
+        options = ("--steps", STEPS, "--set", "samples.rows=0", "--set", "activation.k_start=32", *sized([], SETS))
         train = (sys.executable, "-m", "train")
         done = run(*train, "run", "tiny", "--store", store.path, "--runs", folder, *options)
         path = Path(done.out.splitlines()[-1])

@@ -28,7 +28,13 @@ MOST_TOKENS = 2_000_000
 )
 @click.option("--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Latents at a time.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Seed of the latents and contexts that are drawn.",
+)
 @click.option("--store", type=shared.command_line.STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option(
@@ -55,8 +61,9 @@ def explain(
     """Label latents by a language model on a server, and score the labels: writes explanations.jsonl into the run.
 
     Sends contexts of the run's samples, which are parts of the text that was harvested, to OPENAI_BASE_URL, with the
-    key OPENAI_API_KEY. A label is scored by detection and fuzzing, on contexts that it was not made from. What is done
-    is kept: the same command goes on. The next report shows the labels. Prints the file's path as its last line.
+    key OPENAI_API_KEY. A label is scored by detection and fuzzing, on contexts that it was not made from. Finished
+    labels are kept, and the same command continues. The next report shows the labels. Prints the file's path
+    as its last line.
     """
     from train.explain.explain_latents import Scope
     from train.explain.explain_run import explain as explain_run

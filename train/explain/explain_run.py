@@ -3,17 +3,11 @@
 from pathlib import Path
 
 from shared.console.terminal import say, show_text
-from shared.files import durable
-from shared.files.untrusted import refuse_links
 from shared.store.store import Local
 from train.explain.explain_latents import Labelled, Scope, explain_latents, plan
 from train.explain.explanation_record import Asked, earlier
 from train.explain.server import Server
-from train.live.run_files import LOCK
-from train.model import checkpoint
-from train.run.load_run import load_run, open_store
-from train.run.settings import read_config
-from train.wandb_sync.sync import FOLDER
+from train.locked_run import locked_run
 
 
 def explain(
@@ -33,21 +27,17 @@ def explain(
     server cannot be used as asked, `Stopped` when it ended early, with what is done kept, and `DiskFull`.
     """
     run = Path(run)
-    config = read_config(run)
-    refuse_links(run, but_in=(FOLDER,))
-    found = checkpoint.find(run, step)
-    opened = open_store(run, config, store, local)
-    with opened.reading(), durable.lock(run / LOCK, f"run {run}"):
+    with locked_run(run, store=store, local=local, step=step) as loaded:
         asked = Asked(
-            store=opened.request.digest,
-            step=found.step,
+            store=loaded.rows.store.request.digest,
+            step=loaded.step,
             model=server.model,
             temperature=server.temperature,
             seed=scope.seed,
         )
         done = earlier(run, asked)
         server.used += sum(one.tokens for one in done.values())
-        planned, excerpts = plan(load_run(run, store=opened, found=found), scope, done)
+        planned, excerpts = plan(loaded, scope, done)
         say(
             f"{len(planned.latents):,} latents, {planned.questions:,} questions, about "
             f"{planned.characters // 3:,} tokens, for {server.model} at {server.url}"

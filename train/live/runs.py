@@ -22,7 +22,7 @@ class ListedRun:
 
     name: str
     store: str
-    """Name of the folder that its store was in when it started."""
+    """Name of the folder that its store was in when it started; empty for a damaged run."""
     state: str
     """`starting`, `running`, `finished`, `stopped`, or `damaged: ...`."""
     step: int
@@ -74,24 +74,25 @@ def _listed(path: Path) -> ListedRun:
 
 
 def print_runs(found: Sequence[ListedRun], runs: Path) -> None:
-    """Print a table that fits 80 columns; names and states are broken where there is no room, and numbers never."""
+    """Print a table that fits 80 columns: words are broken where there is no room for them, numbers never."""
     console = PlainConsole()
     if not found:
         console.print(f"no runs in {runs}", highlight=False)
         return
-    table = Table("run", "store", "state", "step", "fvu", "l0", "dead", "size", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in table.columns[:3]:
-        column.overflow = "fold"
-    for column in table.columns[3:]:
+    # Names come last, as in `ls -l`, where a long one has room.
+    table = Table("step", "fvu", "l0", "dead", "size", "run", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for column in table.columns[:-1]:
         column.no_wrap, column.justify = True, "right"
+    table.columns[-1].overflow = "fold"
     for one in found:
         step = f"{one.step:,}" if one.step == one.steps else f"{one.step:,}/{one.steps:,}"
         figures = (_text(one.fvu, ".4f"), _text(one.l0, ".1f"), _text(one.dead_share, ".1%"))
-        table.add_row(one.name, one.store, one.state, step, *figures, size(one.bytes))
+        told = f"{one.store}: {one.state}" if one.store else one.state
+        table.add_row(step, *figures, size(one.bytes), f"{one.name}\n  {told}")
     console.print(table)
     total = size(sum(one.bytes for one in found))
     console.print(
-        f"{len(found)} {'run' if len(found) == 1 else 'runs'}, {total}; fvu, l0 and dead latents are held out",
+        f"{len(found)} {'run' if len(found) == 1 else 'runs'}, {total}; fvu, l0 and dead are held out",
         highlight=False,
     )
 

@@ -8,7 +8,6 @@ Legend: B rows, D d_in, O d_out, F d_sae, P prefixes, N pairs.
 """
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, overload
 
@@ -24,10 +23,10 @@ from shared.keyed import key_bits
 from train.live.run_files import CONFIG
 from train.model import blas, checkpoint
 from train.model.activations import Activation
-from train.model.activations.base import multiple
 from train.model.kernels import guarded, plain
 from train.model.kernels.sparse_ops import Groups, Kernels, SparseOps, sparse_ops
 from train.model.losses import AuxKConfig, auxk_weight, matryoshka_weight
+from train.model.sizes import check_prefixes, multiple
 from train.model.sparse_latents import SparseLatents
 from train.model.unit_rows import drop_parallel_part, normalise_rows
 
@@ -60,10 +59,7 @@ class TranscoderConfig(Config):
         d_sae = multiple("transcoder.d_sae", self.d_sae, d_in, "8x")
         default = tuple(sorted({max(1, d_sae // n) for n in (16, 8, 4, 2, 1)}))
         prefixes = self.prefixes or default
-        if any(a >= b for a, b in pairwise((0, *prefixes))):
-            raise UserError(f"transcoder.prefixes must rise from 1 up, got {list(prefixes)}")
-        if prefixes[-1] != d_sae:
-            raise UserError(f"transcoder.prefixes must end at d_sae = {d_sae}, got {list(prefixes)}")
+        check_prefixes(prefixes, d_sae)
         activation.check(d_sae)
         if self.decoder_norm == "free" and activation.needs_unit_decoder:
             raise UserError(

@@ -34,7 +34,7 @@ from train.model.quiet import QuietConfig
 from train.model.shards import ParallelConfig
 from train.model.transcoder import TranscoderConfig
 from train.parallel.required import required
-from train.read_settings import ALIASES, read_settings
+from train.read_settings import ALIASES, BASE, read_settings
 from train.run.cadences import chosen
 from train.run.choose_kernels import Shape, fastest
 from train.run.optimizer import OptimizerConfig
@@ -196,7 +196,7 @@ class RunConfig(Config):
         return self.lengths[begun]
 
 
-def load_settings(preset: str = "tiny", changes: Changes = (), *, file: Path | str | None = None) -> Settings:
+def load_settings(preset: str = BASE, changes: Changes = (), *, file: Path | str | None = None) -> Settings:
     """Read the settings of a preset, or in its place of a TOML `file` or a run's `config.json`, with `changes` put in.
 
     `changes`: values by dotted name, such as {"steps": 300, "transcoder.d_sae": 512}, or as `--set` takes them. Raises

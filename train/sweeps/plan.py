@@ -14,7 +14,7 @@ from shared.config import Config, brief, build, load_preset
 from shared.errors import UserError
 from shared.store.store import Local, Store
 from train.live.run_files import CONFIG
-from train.read_settings import PRESETS
+from train.read_settings import PRESETS, preset_for
 from train.run.memory import training_bytes
 from train.run.settings import RunConfig, Settings, checkpoint_bytes, flat, load_settings, read_config, resolve
 from train.sweeps.shared_process import rows_digest
@@ -29,8 +29,8 @@ _NOT_COMPARED = ("threads", "device", "blas", "kernels", "resident_rows", "produ
 class SweepFile(Config):
     """What FILE.toml says. Settings are named as for `--set`, as dotted names or as tables."""
 
-    preset: str = "tiny"
-    """The preset of all runs."""
+    preset: str | None = None
+    """The preset of all runs; none: for each store the one that `train run` takes there."""
     config: Path | None = None
     """A TOML file of settings that replaces the preset."""
     stores: tuple[Path, ...] = ()
@@ -101,7 +101,8 @@ def plan(
         path = folder / _folder_name(name, origin)
         if any(path == other.path for other in found):
             raise UserError(f"{origin}: two runs are called {path.name}; give each of [[runs]] another name = ...")
-        settings = _settings(file, differs, f"{origin}, run {path.name}", len(wanted))
+        preset = file.preset or preset_for(opened[place].request)
+        settings = _settings(file, preset, differs, f"{origin}, run {path.name}", len(wanted))
         found.append(
             PlannedRun(
                 path=path,
@@ -175,9 +176,9 @@ def _variants(file: SweepFile, origin: Path) -> Iterator[tuple[str, dict[str, An
             )
 
 
-def _settings(file: SweepFile, differs: Mapping[str, Any], where: str, count: int) -> Settings:
+def _settings(file: SweepFile, preset: str, differs: Mapping[str, Any], where: str, count: int) -> Settings:
     try:
-        found = load_settings(file.preset, dict(dotted(file.set)) | dict(differs), file=file.config)
+        found = load_settings(preset, dict(dotted(file.set)) | dict(differs), file=file.config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     threads = found.threads or (1 if count >= _cores() else torch.get_num_threads())

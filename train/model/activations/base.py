@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from shared.config import Config
-from shared.errors import UserError
 from train.model.kernels.plain import smallest_positive
 from train.model.kernels.sparse_ops import SparseOps
 from train.model.schedule import warmup_steps
+from train.model.sizes import check_k, k_at_start
 from train.model.sparse_latents import SparseLatents
 
 
@@ -103,29 +103,13 @@ class FixedK(ActivationBase):
 
     def resolve(self, steps: int) -> Self:
         """As `ActivationBase.resolve`."""
-        warmup = warmup_steps("activation.k_warmup", self.k_warmup_steps, self.k_warmup_share, steps)
-        start = None if self.k_start is None else multiple("activation.k_start", self.k_start, self.k, "3x")
-        asked = self.k_warmup_share if self.k_warmup_steps is None else self.k_warmup_steps
-        if start not in (None, self.k) and not asked:
-            raise UserError(
-                f"activation.k_start = {self.k_start}, and no warm-up leads from it to k = {self.k}: every step would "
-                "have k; set activation.k_warmup_share above 0, or leave out k_start"
-            )
-        if start is None and asked:
-            raise UserError(
-                f"a warm-up of k ({asked:g} by activation.k_warmup_share or k_warmup_steps) has nothing to start from: "
-                "set activation.k_start, such as 3x, or the warm-up to 0"
-            )
+        start, warmup = k_at_start(self.k, self.k_start, self.k_warmup_steps, self.k_warmup_share, steps)
         return self.model_copy(update={"k_warmup_steps": warmup, "k_start": start})
 
     def check(self, d_sae: int) -> None:
         """Raise `UserError` when k is more than there are latents."""
-        for name, k in (("k", self.k), ("k_start", self.k_start or 0)):
-            assert isinstance(k, int), "resolve the activation first"
-            if k > d_sae:
-                raise UserError(
-                    f"activation.{name} = {k} is more than d_sae = {d_sae}; lower it or raise transcoder.d_sae"
-                )
+        assert not isinstance(self.k_start, str), "resolve the activation first"
+        check_k(self.k, self.k_start, d_sae)
 
     @property
     def expected_l0(self) -> float | None:
@@ -168,15 +152,6 @@ class Penalised(ActivationBase):
     def select_final(self, ops: SparseOps, pre_acts: Tensor, thresholds: Tensor, guess: Tensor) -> SparseLatents:
         """As `ActivationBase.select_final`: what is above the thresholds."""
         return ops.above(pre_acts, thresholds)
-
-
-def multiple(name: str, value: int | str, unit: int, example: str) -> int:
-    """Return a number that is given as such, or as a multiple of `unit`. Raises `UserError` when it is neither."""
-    text = str(value)
-    number = text.removesuffix("x")
-    if not number.isdigit() or int(number) < 1:
-        raise UserError(f"{name} must be a positive number or a multiple such as {example}, got {text}")
-    return int(number) * (unit if text.endswith("x") else 1)
 
 
 def with_smallest(active: SparseLatents) -> tuple[SparseLatents, Tensor]:
