@@ -17,6 +17,8 @@ from train.model.transcoder import Transcoder
 from train.redundancy.groups import Judged, Judging, find_groups, place, weights_of
 from train.redundancy.held_rows import HeldRows, held_rows, rows_in_memory
 
+_TINY = torch.finfo(torch.float32).tiny
+
 Weights = tuple[Tensor, Tensor, Tensor]
 """Of a latent: encoder column [D], bias [], decoder row [O]."""
 
@@ -65,7 +67,7 @@ def replace(
     usual = float(threshold.mean())
     singles = [_scaled(transcoder, one, usual) for one in groups]
     generator = torch.Generator().manual_seed(key_bits("merge", seed, step) % 2**63)
-    starts = new_latents(held, len(freed), generator, unit=transcoder.has_unit_decoder)
+    starts = new_latents(held, len(freed), usual, generator, unit=transcoder.has_unit_decoder)
     place(transcoder, kept, [weights for weights, _ in singles])
     place(transcoder, freed, starts)
     if transcoder.log_threshold is not None:
@@ -88,24 +90,28 @@ def _scaled(transcoder: Transcoder, one: Judged, usual: float) -> tuple[Weights,
     return (times * encoder, times * bias, decoder / times), times * threshold
 
 
-def new_latents(held: HeldRows, count: int, generator: torch.Generator, *, unit: bool) -> list[Weights]:
+def new_latents(
+    held: HeldRows, count: int, threshold: float, generator: torch.Generator, *, unit: bool
+) -> list[Weights]:
     """Return weights for `count` latents, each of which predicts what is left of some row and of those like it.
 
-    Rows are drawn by the squared error that is left of them, each once. The encoder's column is the row, on such a
-    scale that its value there is the mean of all values, and the latent is taken to be active on rows with half of that
-    or more. The decoder's row predicts best what is left of these; with norm 1 if so asked for.
+    Rows are drawn by the squared error that is left of them, each once. The encoder's column points along the row. It
+    is scaled and shifted so that the latent is above `threshold` on as many rows as latents are on average, with their
+    mean value. The decoder's row predicts best what those before it leave of these; with norm 1 if so asked for.
     """
-    usual = float(held.active.values.double().mean())
-    left = torch.from_numpy(held.weight) * held.residual.double().square().sum(1)
-    waits = torch.empty(len(left), dtype=torch.float64).exponential_(generator=generator)
-    found = []
-    for row in (waits / left.clamp_min(1e-300)).topk(count, largest=False).indices.tolist():
-        x = held.x[row]
-        encoder = x * (usual / x.square().sum().clamp_min(torch.finfo(x.dtype).tiny))
-        values = held.x @ encoder
-        values = torch.where(values > usual / 2, values, 0.0) * torch.from_numpy(held.weight).float()
-        decoder = values @ held.residual / (values @ (held.x @ encoder)).clamp_min(torch.finfo(x.dtype).tiny)
-        if unit:
-            decoder = decoder / decoder.norm().clamp_min(torch.finfo(x.dtype).tiny)
-        found.append((encoder, torch.zeros(()), decoder))
+    usual, weight = float(held.active.values.double().mean()), torch.from_numpy(held.weight).float()
+    rows = min(max(1, len(held.active.rows) // len(held.active.latents.unique())), len(weight) - 1)
+    error = weight.double() * held.residual.double().square().sum(1)
+    waits = torch.empty(len(error), dtype=torch.float64).exponential_(generator=generator)
+    left, found = held.residual.clone(), []
+    for row in (waits / error.clamp_min(_TINY)).topk(count, largest=False).indices.tolist():
+        along = held.x @ held.x[row]
+        top = along.topk(rows + 1)
+        at, above, cut = top.indices[:-1], top.values[:-1], top.values[-1]
+        times = (usual - threshold) / (above.mean() - cut).clamp_min(_TINY)
+        values, part = threshold + times * (above - cut), left[at]
+        decoder = (weight[at] * values) @ part / (weight[at] @ values.square()).clamp_min(_TINY)
+        left[at] = part - values[:, None] * decoder
+        scaled = decoder / decoder.norm().clamp_min(_TINY) if unit else decoder
+        found.append((times * held.x[row], threshold - times * cut, scaled))
     return found

@@ -77,8 +77,8 @@ class Trainer:
         store = store.excluding(config.exclusion)
         self._store, self._config, self._path, self._rows = store, config, path, rows_of(config, store)
         self._settings, self._process = config.settings, process or OwnProcess()
-        prove(self._settings)
         use_threads(self._settings.threads)
+        prove(self._settings)
         self._graph = graph_of(self._settings)
         device = torch.device(self._settings.device)
         blocks = config.training_blocks
