@@ -22,7 +22,7 @@ LARGEST_SHARE = 0.1
 mean different things more, even where they are active together on nine rows of ten (docs/anti-duplication.md)."""
 LEAST_ROWS = 10
 """On which a latent is active, to be judged."""
-_PROMISING = 0.5
+PROMISING = 0.5
 """Of what the lesser of a pair explains, that it may lose without regard to the residual, to be looked at closely."""
 _SURE = 1.96
 _AT_ONCE = 256
@@ -101,20 +101,21 @@ class Judged(NamedTuple):
 
 
 def find_groups(
-    transcoder: Transcoder, held: Judging, largest_share: float = LARGEST_SHARE
+    transcoder: Transcoder, held: Judging, largest_share: float = LARGEST_SHARE, promising: float = PROMISING
 ) -> tuple[list[Judged], Candidates]:
     """Find groups of latents in whose place one costs at most `largest_share` of what all but one of them explain.
 
-    The largest come first. The second result is the pairs that were looked at.
+    The largest come first. The second result is the pairs that were looked at. `promising`: what a pair may lose, the
+    residual aside, of what its lesser latent explains, to be looked at closely; less is faster, and finds less.
     """
     W_enc = transcoder.W_enc.detach().T
     units = W_enc / W_enc.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W_enc.dtype).tiny)
     active, judged = held.report.active, held.judged
     found = candidates(transcoder.unit_decoder(), units, active, judged, LEAST_ROWS, transcoder.blas)
-    return _joined(held, _promising(held, found.pairs), largest_share), found
+    return _joined(held, _promising(held, found.pairs, promising), largest_share), found
 
 
-def _promising(held: Judging, pairs: Pairs) -> list[list[int]]:
+def _promising(held: Judging, pairs: Pairs, most: float) -> list[list[int]]:
     """Return the pairs that one latent with any encoder could stand for, the residual aside: few of all."""
     active, weight = held.report.active, torch.from_numpy(np.sqrt(held.report.weight))
     weighted = active.with_values(active.values * weight[active.rows].float())
@@ -124,7 +125,7 @@ def _promising(held: Judging, pairs: Pairs) -> list[list[int]]:
     sides = [side.numpy() for side in pairs]
     lost = lost_by_one(_symmetric(squares, together, sides), _symmetric(W_dec.square().sum(1).numpy(), along, sides))
     lesser = np.minimum(*(held.explained[side] for side in sides))
-    kept = torch.from_numpy(lost <= _PROMISING * lesser)
+    kept = torch.from_numpy(lost <= most * lesser)
     return torch.stack(list(pairs), 1)[kept].tolist()
 
 

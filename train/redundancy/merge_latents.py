@@ -17,6 +17,9 @@ from train.model.transcoder import Transcoder
 from train.redundancy.groups import Judged, Judging, find_groups, place, weights_of
 from train.redundancy.held_rows import HeldRows, held_rows, rows_in_memory
 
+_CALIBRATION_ROWS = 4096
+_PROMISING = 0.3
+"""As in `find_groups`: on the embedded store 22 of the 24 groups that 0.5 finds, in less than half of the time."""
 _TINY = torch.finfo(torch.float32).tiny
 
 Weights = tuple[Tensor, Tensor, Tensor]
@@ -48,10 +51,10 @@ def merge_latents(
     start from are drawn by `seed` and `step`.
     """
     most, middle = min(most, rows_in_memory(transcoder)), len(blocks) // 2
-    threshold = calibrate(transcoder, rows, most // 2, blocks)
+    threshold = calibrate(transcoder, rows, min(most, _CALIBRATION_ROWS), blocks)
     report = held_rows(transcoder, rows, blocks[middle:], threshold, most)
     fit = held_rows(transcoder, rows, blocks[:middle], threshold, most) if middle else report
-    groups, _ = find_groups(transcoder, Judging.of(transcoder, fit, report, threshold))
+    groups, _ = find_groups(transcoder, Judging.of(transcoder, fit, report, threshold), promising=_PROMISING)
     return replace(transcoder, groups, report, threshold, seed, step)
 
 
