@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +20,12 @@ from train.duplicates.diversity import MergeConfig
 from train.evaluation.evaluate import calibrate, evaluate_whole
 from train.model import checkpoint
 from train.model.activations import BatchTopK
-from train.redundancy import merge_latents as merging
-from train.redundancy.groups import find_groups, silence
+from train.redundancy.groups import silence
 from train.redundancy.held_rows import held_rows
 from train.redundancy.merge_latents import merge_latents, new_latents
 
 SHAPE = Shape(d=128, latents=80, active=6.0, pairs=8, noise=0.02, context=3.0, together=0.9)
-MERGE = ["--set", "diversity.merge.at=[0.3, 0.6]"]
+MERGE = ["--set", "diversity.merge.at=[0.3, 0.6]", "--set", "diversity.merge.largest_share=1"]
 
 
 def test_planted_copies_and_splits_are_merged_on_training_rows_and_nothing_else(tmp_path: Path) -> None:
@@ -38,7 +36,7 @@ def test_planted_copies_and_splits_are_merged_on_training_rows_and_nothing_else(
     model.activation = BatchTopK(k=round(len(training.active.rows) / len(training.weight)))
     before, weights = evaluate_whole(model, opened, calibrate(model, opened)), model.W_dec.detach().clone()
 
-    found = merge_latents(model, opened, blocks, 10**9, seed=0, step=1)
+    found = merge_latents(model, opened, blocks, MergeConfig(), seed=0, step=1)
     truth = known.truth.tolist()
     copies = [latent for latent, kind in enumerate(known.kind) if kind in ("copy", "split")]
     assert len(found.freed) >= 0.9 * len(copies) / 2 and {*found.kept, *found.freed} <= set(copies)
@@ -57,10 +55,11 @@ def test_planted_copies_and_splits_are_merged_on_training_rows_and_nothing_else(
 def test_the_same_arguments_merge_the_same_and_another_step_starts_other_latents(tmp_path: Path) -> None:
     store = planted_store(tmp_path / "store", SHAPE, blocks=1, windows=64)  # one block: fitted and judged on the same
     opened, found = StoreRows(Store.open(store.path)), []
+    blocks = opened.store.record.training_blocks
     for step in (1, 1, 2):
         known = dictionary(SHAPE, Noise())
         known.model.activation = BatchTopK(k=8)
-        merged = merge_latents(known.model, opened, opened.store.record.training_blocks, 10**9, seed=0, step=step)
+        merged = merge_latents(known.model, opened, blocks, MergeConfig(), seed=0, step=step)
         found.append((merged, known.model.W_dec.detach()))
     (first, weights), (second, again), (third, others) = found
     assert first == second == third and first.freed and torch.equal(weights, again)
@@ -109,7 +108,6 @@ def test_a_share_at_an_end_of_the_run_is_refused(at: float) -> None:
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What little a run of a few steps has learned is merged, too."""
     monkeypatch.setattr("train.redundancy.groups.LEAST_ROWS", 2)
-    monkeypatch.setattr(merging, "find_groups", partial(find_groups, largest_share=1.0))
 
 
 @pytest.mark.parametrize("shards", [1, 4])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shared.keyed import key_bits
 from train.data.batches import StoreRows
+from train.duplicates.diversity import MergeConfig
 from train.evaluation.evaluate import calibrate
 from train.model.transcoder import Transcoder
 from train.redundancy.groups import Judged, Judging, find_groups, place, weights_of
@@ -37,24 +38,20 @@ class Merged(NamedTuple):
 
 @torch.no_grad()
 def merge_latents(
-    transcoder: Transcoder,
-    rows: StoreRows,
-    blocks: range,
-    most: int,
-    seed: int,
-    step: int,
+    transcoder: Transcoder, rows: StoreRows, blocks: range, config: MergeConfig, seed: int, step: int
 ) -> Merged:
     """Put one latent in the place of each redundant group, and start the others anew; changes weights in place.
 
-    Single latents are fitted on about `most` rows of the first half of `blocks`, and judged on as many of the second
-    half, or on the same where there is one block alone. The result is a function of the arguments: rows that latents
-    start from are drawn by `seed` and `step`.
+    Single latents are fitted on about `config.rows` rows of the first half of `blocks`, and judged on as many of the
+    second half, or on the same where there is one block alone. The result is a function of the arguments: rows that
+    latents start from are drawn by `seed` and `step`.
     """
-    most, middle = min(most, rows_in_memory(transcoder)), len(blocks) // 2
+    most, middle = min(config.rows, rows_in_memory(transcoder)), len(blocks) // 2
     threshold = calibrate(transcoder, rows, min(most, _CALIBRATION_ROWS), blocks)
     report = held_rows(transcoder, rows, blocks[middle:], threshold, most)
     fit = held_rows(transcoder, rows, blocks[:middle], threshold, most) if middle else report
-    groups, _ = find_groups(transcoder, Judging.of(transcoder, fit, report, threshold), promising=_PROMISING)
+    held = Judging.of(transcoder, fit, report, threshold)
+    groups, _ = find_groups(transcoder, held, config.largest_share, _PROMISING)
     return replace(transcoder, groups, report, threshold, seed, step)
 
 

@@ -32,7 +32,7 @@ class Merging:
         """Merge, in place; returns the latents that have other weights, int64 [n], and how many of them start anew."""
         began = time.monotonic()
         blocks, seed = self._config.training_blocks, self._config.settings.seed
-        found = merge_latents(transcoder, rows, blocks, self._settings.rows, seed, done)
+        found = merge_latents(transcoder, rows, blocks, self._settings, seed, done)
         self._steps, self._freed = [*self._steps, done], [*self._freed, len(found.freed)]
         self.seconds += time.monotonic() - began
         changed = torch.tensor([*found.kept, *found.freed], dtype=torch.int64).to(transcoder.W_dec.device)
