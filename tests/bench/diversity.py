@@ -12,7 +12,7 @@ thread, `--jobs` of them at a time. An hour and a half on two cores.
 Arms: `baseline` has no diversity loss; `ortsae` the penalty on random chunks of decoder rows alone (arXiv 2509.22033),
 of half of all rows or a quarter, every 5 steps; `mined` the one on the closest pairs of all; `full` is that and the
 penalty on correlated pairs, as the presets have it; `double` and `strong` have two and three times the second. `merge`
-has no diversity loss and merges redundant latents while it trains, at the shares of the run that the presets have;
+has no diversity loss and merges redundant latents after four fifths and nine tenths of the steps;
 `both` is that with `full`. All have the same margins. `mined`, `double`, `strong`, `merge` and `both` run if they are
 named.
 """
@@ -34,7 +34,7 @@ Values = dict[str, float | list[float]]
 OFF: Values = {f"diversity.{term}.weight": 0 for term in ("orthogonality", "mined", "co_activation", "position")}
 OFF["diversity.merge.at"] = []
 FULL: Values = {"diversity.mined.weight": 1, "diversity.co_activation.weight": 1}
-MERGE: Values = {"diversity.merge.at": [0.5, 0.8]}
+MERGE: Values = {"diversity.merge.at": [0.8, 0.9]}
 ARMS: dict[str, Values] = {
     "baseline": {},
     "ortsae": {

@@ -35,7 +35,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "orthogonality": ("diversity.orthogonality.weight=1",),
     "mined": ("diversity.mined.weight=1",),
     "mined, co_activation": ("diversity.mined.weight=1", "diversity.co_activation.weight=1"),
-    "merge": ("diversity.merge.at=[0.5, 0.8]",),
+    "merge": ("diversity.merge.at=[0.8, 0.9]",),
 }
 """What each has against duplicates; the rest is off."""
 SETTINGS = """

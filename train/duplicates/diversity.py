@@ -102,7 +102,7 @@ class MergeConfig(Config):
     """Redundant latents: one takes the place of each group, and the others start anew (docs/anti-duplication.md)."""
 
     at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
-    """When, as shares of the run, such as [0.5, 0.8]; none: never. What starts anew late has little time to learn."""
+    """When, as shares of the run, such as [0.8, 0.9]; none: never. What starts anew late has little time to learn."""
     rows: int = Field(32768, ge=1)
     """Training rows on which the latents that take over are fitted, and as many on which they are judged. Fewer find
     fewer rare latents."""
