@@ -5,6 +5,7 @@ import torch
 
 from train.duplicates.co_activation import Correlated
 from train.duplicates.correlation_report import CorrelationReport, Correlations, Directions, Sample
+from train.duplicates.directions import Pairs
 from train.duplicates.diversity import ControllerConfig, Diversity, DiversityConfig
 from train.model.activations import BatchTopK
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
@@ -121,3 +122,24 @@ def test_state_continues() -> None:
     second.load({name: tensor.clone() for name, tensor in first.state().items()})
     assert second.scales == first.scales
     assert all(torch.equal(a, b) for a, b in zip(first.mined, second.mined, strict=True))
+
+
+def listed(pairs: Pairs) -> list[tuple[int, int]]:
+    return list(zip(*(side.tolist() for side in pairs), strict=True))
+
+
+def test_pairs_of_latents_that_start_anew_are_dropped() -> None:
+    diversity = make({"mined": {"weight": 1.0}, "co_activation": {"weight": 1.0}})
+    diversity.direction_terms(torch.zeros(64, dtype=torch.bool), 0)
+    pairs = Pairs(torch.tensor([1, 2, 3]), torch.tensor([5, 6, 7]))
+    found = Correlated(pairs, torch.tensor([0.9, 0.8, 0.7]).double(), torch.tensor([1.0, 2.0, 4.0]).double())
+    diversity.follow(report_of(4, 4, 0.5), found)
+    before, strength, changes = diversity.mined, diversity._strength, diversity.changes
+    new = {2, int(before.first[0])}
+    diversity.start_anew(torch.tensor(sorted(new)))
+    assert diversity.changes > changes
+    left = [pair for pair in listed(before) if not new & set(pair)]
+    assert listed(diversity.mined) == left and len(left) < len(before.first)
+    kept = [i for i, pair in enumerate(listed(pairs)) if not new & set(pair)]
+    assert diversity.correlated.first.tolist() == pairs.first[kept].tolist() and 1 not in kept
+    assert torch.equal(diversity._strength, strength[kept])

@@ -231,3 +231,25 @@ def test_what_a_product_in_bfloat16_reads_follows_the_weights(kind: type) -> Non
     assert read is not None and torch.equal(read[1], make().W_enc.bfloat16())
     model.product_dtype = torch.float32
     assert model.low_weights() is None
+
+
+@KINDS
+def test_latents_that_start_anew_have_no_direction_and_steps_as_long_as_others(kind: type) -> None:
+    model, new = make(), torch.tensor([3, 20])
+    optimizer = optimizer_of(kind, model, OptimizerConfig(lr=0.01), steps=4)
+    for step in range(2):
+        optimizer.step([loss_of(model, step)], step)
+    before = {name: one.clone() for name, one in optimizer.state().items()}
+    optimizer.start_anew(new)
+    others = torch.ones(F, dtype=torch.bool)
+    others[new] = False
+    for name, after in optimizer.state().items():
+        parameter, _, moment = name.partition(".")
+        dim = {"W_enc": 1, "b_enc": 0, "W_dec": 0}.get(parameter)
+        if dim is None or moment == "step":
+            assert torch.equal(after, before[name])
+            continue
+        after, was = after.movedim(dim, 0), before[name].movedim(dim, 0)
+        assert torch.equal(after[others], was[others])
+        expected = torch.zeros_like(was[0]) if moment == "exp_avg" else was.mean(0)
+        assert (was[new] != expected).any() and torch.equal(after[new], expected.expand_as(after[new]))

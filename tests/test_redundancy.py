@@ -18,8 +18,9 @@ from train.data.batches import StoreRows
 from train.evaluation.evaluate import evaluate_whole
 from train.model.sparse_latents import SparseLatents
 from train.redundancy.candidates import CORRELATION, COSINE, JACCARD, SUBSET, candidates
+from train.redundancy.groups import LARGEST_SHARE
 from train.redundancy.held_rows import Array, held_rows
-from train.redundancy.measure_redundancy import LARGEST_SHARE, measure_redundancy
+from train.redundancy.measure_redundancy import measure_redundancy
 from train.redundancy.single_latent import Group, best_single, lost_by_one
 from train.report.report_record import Report
 

@@ -25,9 +25,10 @@ RUNS = (
      "rows.position_0=train", "rows.blocks=2",
      "diversity.orthogonality.weight=1", "diversity.mined.weight=1", "diversity.co_activation.weight=1",
      "diversity.position.weight=1", "diversity.controller.max_share_above_0_7=0.1",
-     "diversity.controller.max_pairs_above_0_8=0", "monitor.every=6", "monitor.least_together=2", "checkpoint.every=5"],
+     "diversity.controller.max_pairs_above_0_8=0", "monitor.every=6", "monitor.least_together=2", "checkpoint.every=5",
+     "diversity.merge.at=[0.5]"],
     ["activation.kind=topk", "activation.k=6", "activation.k_start=8", "activation.k_warmup_steps=5"],
-    ["activation.kind=jumprelu", "auxk.dead_after_tokens=100"],
+    ["activation.kind=jumprelu", "auxk.dead_after_tokens=100", "diversity.merge.at=[0.5]"],
     ["activation.kind=relu", "optimizer.max_grad_norm=0.5"],
 )  # fmt: skip
 

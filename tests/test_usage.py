@@ -14,6 +14,7 @@ from train.live.run_files import USAGE
 from train.live.status import Status
 from train.model.quiet import Quiet
 from train.model.sparse_latents import SparseLatents
+from train.run import self_test
 from train.run.self_test import prove
 from train.run.settings import Settings
 from train.run.usage import Usage, components
@@ -25,6 +26,7 @@ ALL_ON = Settings.model_validate(
             "mined": {"weight": 1.0},
             "co_activation": {"weight": 1.0},
             "position": {"weight": 1.0},
+            "merge": {"at": [0.5]},
         }
     }
 )
@@ -43,7 +45,7 @@ def test_every_component_that_is_on_is_expected_and_no_other() -> None:
     assert set(components(OFF)) == {"reconstruction", "monitor", "evaluation", "checkpoint"}
     assert set(components(Settings())) == set(components(OFF)) | {"auxk", "quiet", "samples", "mined", "co_activation"}
     assert set(components(ALL_ON)) == set(components(OFF)) | {
-        "auxk", "quiet", "orthogonality", "mined", "co_activation", "position", "samples"
+        "auxk", "quiet", "orthogonality", "mined", "co_activation", "position", "merge", "samples"
     }  # fmt: skip
     jumprelu = Settings.model_validate({"activation": {"kind": "jumprelu"}})
     assert "l0" in components(jumprelu) and "l1" not in components(jumprelu)
@@ -90,6 +92,7 @@ def no_loss(W_dec: torch.Tensor, *_: object) -> torch.Tensor:
         (diversity, "position_loss", lambda values, *_: values.sum() * 0, "diversity.position"),
         (Quiet, "terms", lambda self, _: {"quiet": 0 * self._positive_sum(self._rows, self._times)}, "quiet"),
         (Quiet, "terms", lambda self, _: {}, "quiet"),
+        (self_test, "find_groups", lambda *_: ([], None), "diversity.merge"),
         (
             monitor,
             "correlated_pairs",

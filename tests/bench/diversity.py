@@ -3,16 +3,18 @@
     python -m tests.bench.diversity [SETTING ...] [--arms NAME ...] [--seeds N] [--jobs N] [--folder DIR] [--no-record]
     python -m tests.bench.diversity given --store STORE --label "real model" [...]
 
-Settings: `narrow` is d_sae 4,096 on the store of `make harvest`; `wide` is d_sae 8,192 on one that keeps every row of
-position 0, where latents repeat each other more; `given` is d_sae 4,096 on a store of any model, with the preset
-`base`. From scratch through the real commands: harvest (but for `given`), train, compare. A run that is there already
-is kept, so that a stopped experiment goes on; each trains on one thread, `--jobs` of them at a time. An hour and a half
-on two cores.
+Settings: `narrow` is d_sae 4,096 on the store of `make harvest`; `short` is the same for 1,500 steps, and runs if it is
+named; `wide` is d_sae 8,192 on one that keeps every row of position 0, where latents repeat each other more; `given` is
+d_sae 4,096 on a store of any model, with the preset `base`. From scratch through the real commands: harvest (but for
+`given`), train, compare. A run that is there already is kept, so that a stopped experiment goes on; each trains on one
+thread, `--jobs` of them at a time. An hour and a half on two cores.
 
 Arms: `baseline` has no diversity loss; `ortsae` the penalty on random chunks of decoder rows alone (arXiv 2509.22033),
 of half of all rows or a quarter, every 5 steps; `mined` the one on the closest pairs of all; `full` is that and the
-penalty on correlated pairs, as the presets have it; `double` and `strong` have two and three times the second. All have
-the same margins. `mined`, `double` and `strong` run if they are named.
+penalty on correlated pairs, as the presets have it; `double` and `strong` have two and three times the second. `merge`
+has no diversity loss and merges redundant latents after four fifths and nine tenths of the steps;
+`both` is that with `full`. All have the same margins. `mined`, `double`, `strong`, `merge` and `both` run if they are
+named.
 """
 
 import argparse
@@ -28,8 +30,12 @@ from tests.runs import VALUES
 from train.compare.arms import Comparison
 from train.compare.comparison_table import print_comparison
 
-OFF = {f"diversity.{term}.weight": 0 for term in ("orthogonality", "mined", "co_activation", "position")}
-ARMS: dict[str, dict[str, float]] = {
+Values = dict[str, float | list[float]]
+OFF: Values = {f"diversity.{term}.weight": 0 for term in ("orthogonality", "mined", "co_activation", "position")}
+OFF["diversity.merge.at"] = []
+FULL: Values = {"diversity.mined.weight": 1, "diversity.co_activation.weight": 1}
+MERGE: Values = {"diversity.merge.at": [0.8, 0.9]}
+ARMS: dict[str, Values] = {
     "baseline": {},
     "ortsae": {
         "diversity.orthogonality.weight": 1,
@@ -37,11 +43,14 @@ ARMS: dict[str, dict[str, float]] = {
         "diversity.orthogonality.every": 5,
     },
     "mined": {"diversity.mined.weight": 1},
-    "full": {"diversity.mined.weight": 1, "diversity.co_activation.weight": 1},
+    "full": FULL,
     "double": {"diversity.mined.weight": 1, "diversity.co_activation.weight": 2},
     "strong": {"diversity.mined.weight": 1, "diversity.co_activation.weight": 3},
+    "merge": MERGE,
+    "both": FULL | MERGE,
 }
 SETTINGS: dict[str, tuple[list[str], dict[str, float]]] = {
+    "short": ([], {"steps": 1500, "transcoder.d_sae": 4096}),
     "narrow": ([], {"steps": 2000, "transcoder.d_sae": 4096}),
     "wide": (
         ["store.keep={}"],
@@ -55,6 +64,7 @@ TINY: dict[str, float] = sized({}, {"steps": 20, "activation.k_warmup_steps": 5,
 SHOWN = {
     "fvu": "",
     "live": "latents",
+    "dead_share": "share",
     "share_above_0_7": "",
     "pairs_cosine_above_0_9": "pairs",
     "pairs_correlated_above_0_5": "pairs",
@@ -85,7 +95,7 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
     os.environ |= {f"{pool}_NUM_THREADS": "1" for pool in ("OMP", "MKL", "OPENBLAS", "NUMBA")}
-    chosen = options.settings or [name for name in SETTINGS if name != "given"]
+    chosen = options.settings or ["narrow", "wide"]
     if "given" in chosen and options.store is None:
         parser.error("`given` needs --store STORE")
     for setting in chosen:

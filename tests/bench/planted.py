@@ -1,4 +1,4 @@
-"""How many latents of a known dictionary each arm of the diversity loss recovers, and how many it has twice.
+"""How many latents of a known dictionary each arm against duplicates recovers, and how many it has twice.
 
     python -m tests.bench.planted [--arms NAME ...] [--seeds N] [--steps N] [--set A.B=VALUE ...] [--store FOLDER]
                                   [--no-record]
@@ -29,14 +29,15 @@ from tests.stores import BOS, Array, SyntheticStore, make_store
 from train.model import checkpoint
 from train.run.settings import read_config
 
-OFF = ("samples.rows=0", "diversity.mined.weight=0", "diversity.co_activation.weight=0")
+OFF = ("samples.rows=0", "diversity.mined.weight=0", "diversity.co_activation.weight=0", "diversity.merge.at=[]")
 ARMS: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "orthogonality": ("diversity.orthogonality.weight=1",),
     "mined": ("diversity.mined.weight=1",),
     "mined, co_activation": ("diversity.mined.weight=1", "diversity.co_activation.weight=1"),
+    "merge": ("diversity.merge.at=[0.8, 0.9]",),
 }
-"""What each has of the diversity loss; it is off otherwise."""
+"""What each has against duplicates; the rest is off."""
 SETTINGS = """
 log_every = 250
 threads = 1

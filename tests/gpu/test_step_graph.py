@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +14,11 @@ from shared.errors import ProjectError
 from tests.gpu.device_log import DeviceFault
 from tests.gpu.fake_device import fake_cuda
 from tests.gpu.fake_graph import FakeGraph
-from tests.runs import Outcome, assert_same_run
+from tests.runs import Outcome, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
+from train.redundancy import merge_latents
+from train.redundancy.groups import Judged
+from train.redundancy.single_latent import Cost, Single
 from train.run.step_graph import StepGraph
 from train.run.trainer import Trainer
 
@@ -70,6 +74,23 @@ def test_a_run_of_graphs_is_that_of_single_operations_bit_for_bit(
     assert replayed
     for ops in replayed:
         assert len(ops) < 40 and set(ops) <= {"graph", "fill_", "copy_", "_to_copy"}
+
+
+@pytest.mark.slow
+def test_recorded_steps_go_on_with_the_weights_of_latents_that_were_merged(
+    command, store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    single = Single(np.array([1.0, 0.0]), 0.0, 0.1, np.array([1.0, 1.0]), refitted=False)
+    pair = Judged([3, 5], Cost(single, 0.0, 0.0, 0.0), 0.0, 0.0)
+    monkeypatch.setattr(merge_latents, "find_groups", lambda *_: ([pair], None))
+    merge = {"diversity__merge__at": "[0.5]", "diversity__mined__weight": 0, "diversity__co_activation__weight": 0}
+    with fake_cuda() as log:
+        for choice in ("on", "off"):
+            done = train(command, store, tmp_path / choice, "cuda:1", step_graph=choice, **merge)
+            assert (done.code, log.faults) == (0, []), done.err
+    whole = tmp_path / "on" / "run"
+    assert_same_run(whole, tmp_path / "off" / "run")
+    assert rows(whole)[-1]["merged"] == {"4": 1}
 
 
 def test_a_step_that_cannot_be_recorded_is_said_or_refused(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -283,18 +283,24 @@ def evaluate_strata(
 
 
 @torch.no_grad()
-def calibrate(transcoder: Transcoder, rows: StoreRows, most: int | None = None) -> Tensor:  # [F] float32
+def calibrate(
+    transcoder: Transcoder, rows: StoreRows, most: int | None = None, blocks: range | None = None
+) -> Tensor:  # [F] float32
     """Return the thresholds of inference, by all calibration rows or by about as many as `most`.
+
+    With `blocks`, by the rows of those in the place of the calibration blocks.
 
     For a fixed k: the one value at which the calibration blocks' natural-frequency rows, without position 0, have k
     active latents each. A JumpReLU has its own; a ReLU has 0.
     """
     k = transcoder.activation.expected_l0
-    return transcoder.thresholds().detach() if k is None else threshold_at(transcoder, rows, k, most)
+    return transcoder.thresholds().detach() if k is None else threshold_at(transcoder, rows, k, most, blocks)
 
 
 @torch.no_grad()
-def threshold_at(transcoder: Transcoder, rows: StoreRows, l0: float, most: int | None = None) -> Tensor:  # [F] float32
+def threshold_at(
+    transcoder: Transcoder, rows: StoreRows, l0: float, most: int | None = None, blocks: range | None = None
+) -> Tensor:  # [F] float32
     """Return thresholds at which rows have `l0` active latents each, as in `calibrate`, whatever the activation.
 
     One for all latents; those of a JumpReLU, moved by one number. Each chunk gives its values above the smallest that
@@ -305,7 +311,7 @@ def threshold_at(transcoder: Transcoder, rows: StoreRows, l0: float, most: int |
     while True:
         values, weights, total = [], [], 0.0
         hidden = learned.new_full((), -torch.inf)
-        for chunk, weight in weighted_rows(rows, transcoder.W_enc.device, most):
+        for chunk, weight in weighted_rows(rows, transcoder.W_enc.device, most, blocks):
             x, _ = transcoder.normalised(chunk.source, chunk.target)
             found, room = transcoder.pre_acts(x), math.ceil(slack * l0 * len(x))
             if transcoder.activation.learns_thresholds:

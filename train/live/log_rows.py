@@ -63,6 +63,8 @@ class MetricsRow(AnyRow):
     terms: dict[str, Number] = {}
     prefixes: dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], _Prefix] = {}
     strata: dict[str, _Stratum] = {}
+    merged: dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], Annotated[int, Field(ge=0, lt=2**53)]] = {}
+    """Latents that were merged into others so far, by the step after which they were."""
     held_out: _HeldOut = _HeldOut(fvu=0.0, l0=0.0)
 
 

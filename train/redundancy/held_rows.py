@@ -1,4 +1,4 @@
-"""Held-out rows in memory, with what a transcoder leaves of each. All on CPU.
+"""Rows in memory, held-out ones or of training, with what a transcoder leaves of each. All on CPU.
 
 Legend: R rows, D d_in, O d_out, F latents, N active pairs.
 """
@@ -19,6 +19,9 @@ from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Transcoder
 
 Array = NDArray[Any]
+
+_MOST_FLOATS = 2**28
+"""Of the rows in memory: 1 GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,11 @@ class HeldRows:
         latents = self.active.latents.numpy()
         rise = self.weight[self.active.rows.numpy()] * (2 * values * along + values**2 * squares[latents])
         return np.bincount(latents, rise, minlength=len(W_dec))
+
+
+def rows_in_memory(transcoder: Transcoder) -> int:
+    """Return how many rows of either kind, those of fitting and those of judging, are looked at at most."""
+    return _MOST_FLOATS // (2 * (transcoder.W_enc.shape[0] + transcoder.W_dec.shape[1]))
 
 
 @torch.no_grad()

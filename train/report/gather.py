@@ -255,6 +255,12 @@ def _quantile(values: NDArray[Any], share: float) -> float:
     return float(np.quantile(values, share)) if len(values) else 0.0
 
 
+def merged(metrics: Sequence[Row], step: int) -> dict[int, int]:
+    """Return how many latents were merged into others up to `step`, by the step after which they were."""
+    rows = [row for row in metrics if row["step"] <= step]
+    return {int(at): freed for at, freed in (rows[-1].get("merged", {}) if rows else {}).items()}
+
+
 def _curves(rows: Sequence[Mapping[str, Any]]) -> Curves:
     names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
     return Curves(

@@ -108,6 +108,7 @@ def _report(
         held_out=held_out,
         linear_fvu=linear_fvu,
         splice=spliced,
+        merged=gather.merged(metrics, step),
         training=gather.training_curves(metrics, step),
         timing=gather.timing_curves(run, step),
         monitor=gather.monitor_curves(run, step),

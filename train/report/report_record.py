@@ -225,6 +225,8 @@ class Report(Config):
     """What latents mean, by labels of tokens; none: not measured at this step."""
     redundancy: Redundancy | None = None
     """Latents in whose place one does nearly as well; none: a report from before that was measured."""
+    merged: dict[int, int] = Field(default_factory=dict)
+    """Latents that were merged into others while the run trained, by the step after which they were."""
     training: Curves
     """Rows of `metrics.jsonl`."""
     timing: Curves

@@ -27,6 +27,10 @@ class Counters:
         decay = torch.where(fresh, 0.0, _THRESHOLD_DECAY)
         self.threshold.copy_(decay * self.threshold + (1 - decay) * step.threshold)
 
+    def start_anew(self, latents: Tensor) -> None:
+        """Count from 0 for `latents` [n] int64."""
+        self.rows_since_fired[latents] = 0
+
     def dead(self) -> Tensor:
         """Return which latents [F] are dead, bool."""
         return self.rows_since_fired >= self._dead_after

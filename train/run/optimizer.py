@@ -113,6 +113,14 @@ class Optimizer:
             loss.backward()
         return self._adam.update(self._config.max_grad_norm or float("inf"))
 
+    @torch.no_grad()
+    def start_anew(self, latents: Tensor) -> None:
+        """Give `latents` [n] int64 the moments of new ones: no direction, and steps as long as others' are on average.
+
+        With second moments of 0, their first steps would be up to six times as long, as Adam's corrections are past.
+        """
+        self._adam.start_anew(latents)
+
     def state(self) -> dict[str, Tensor]:
         """Return Adam's state by `<parameter>.<name>`."""
         return self._adam.state()
@@ -171,6 +179,12 @@ class TorchAdam:
         self._adam.step()
         if self._unit is not None:
             normalise_rows(self._unit)  # after the step: what is saved has unit norm
+
+    def start_anew(self, latents: Tensor) -> None:
+        """As `Optimizer.start_anew`."""
+        for name, parameter in self._transcoder.named_parameters():
+            state = self._adam.state[parameter]
+            _start_anew(name, state["exp_avg"], state["exp_avg_sq"], latents)
 
     def state(self) -> dict[str, Tensor]:
         """As `Optimizer.state`."""
@@ -233,6 +247,11 @@ class CompiledAdam:
             numba_loops.adam(*rows, along, unit, scale, self._lr * times, c.beta1, c.beta2, c.eps, *corrections)
         self._measured = []
 
+    def start_anew(self, latents: Tensor) -> None:
+        """As `Optimizer.start_anew`."""
+        for name, moments in self._moments.items():
+            _start_anew(name, *moments, latents)
+
     def state(self) -> dict[str, Tensor]:
         """As `Optimizer.state`."""
         found: dict[str, Tensor] = {}
@@ -271,6 +290,11 @@ class ShardedAdam:
         for one in (self._common, *self._parts):
             one.move(min(1.0, limit / (norm + 1e-6)))
         return torch.tensor(norm)
+
+    def start_anew(self, latents: Tensor) -> None:
+        """As `Optimizer.start_anew`, of the latents of each shard."""
+        for shard, one in zip(self._model.parts, self._parts, strict=True):
+            one.start_anew(latents[latents % self._model.shards == shard.number] // self._model.shards)
 
     def state(self) -> dict[str, Tensor]:
         """As `Optimizer.state`, of all shards, in every process: all must ask for it."""
@@ -353,6 +377,11 @@ class TritonAdam:
     def _unit(self, name: str) -> bool:
         return name == "W_dec" and self._transcoder.has_unit_decoder
 
+    def start_anew(self, latents: Tensor) -> None:
+        """As `Optimizer.start_anew`."""
+        for name, moments in self._moments.items():
+            _start_anew(name, *moments, latents)
+
     def state(self) -> dict[str, Tensor]:
         """As `Optimizer.state`."""
         found: dict[str, Tensor] = {}
@@ -371,6 +400,14 @@ class TritonAdam:
         for _ in range(int(self._count)):  # as the steps before have multiplied them, bit for bit
             powers *= betas
         self._powers.copy_(torch.cat([powers, betas]))
+
+
+def _start_anew(name: str, first: Tensor, second: Tensor, latents: Tensor) -> None:
+    """Give `latents` [n] in the moments of a parameter no first moment, and as a second one the mean of all."""
+    dim = {**shards.PER_LATENT, "log_threshold": 0}.get(name)
+    if dim is not None and len(latents):
+        first.movedim(dim, 0)[latents] = 0
+        second.movedim(dim, 0)[latents] = second.mean(dim)
 
 
 def _rows(tensor: Tensor) -> NDArray[Any]:

@@ -15,6 +15,9 @@ from train.model.activations import BatchTopK
 from train.model.quiet import Quiet
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Normalisation, StepOutput, Transcoder, TranscoderConfig
+from train.redundancy.groups import Judging, find_groups
+from train.redundancy.held_rows import HeldRows
+from train.redundancy.merge_latents import replace
 from train.run.settings import Settings
 from train.run.usage import SAMPLES, components
 from train.samples.encode import Activations
@@ -70,6 +73,8 @@ def prove(settings: Settings) -> None:
             moved = _moved(Quiet(model, settings.quiet, sinks, rows).terms(0), name, model.W_enc)
             if not (sinks @ moved).relu().sum() < (sinks @ model.W_enc.detach()).relu().sum():
                 raise _inert(name)
+        elif name == "merge" and not _merges(model):
+            raise _inert("diversity.merge")
         elif name == SAMPLES and not sampled_rightly(
             step.active, strata[POSITION_0].stop, _SAME[0], _AT_0, settings.samples, settings.seed
         ):
@@ -97,6 +102,20 @@ def _together(active: SparseLatents, values: Tensor) -> float:
     dense = torch.zeros(len(active.starts) - 1, active.d_sae)
     dense[active.rows, active.latents] = values
     return float(dense[:, _SAME].prod(1).sum())
+
+
+def _merges(model: Transcoder) -> bool:
+    """Tell whether the planted latents with nearly one decoder row, with one encoder, are merged, and no others."""
+    generator = torch.Generator().manual_seed(2)
+    x, residual = torch.randn(2, 512, 16, generator=generator)
+    threshold, (kept, freed) = torch.full((model.d_sae,), 0.2), _SAME
+    with torch.no_grad():
+        model.W_enc[:, freed] = model.W_enc[:, kept]
+    active = model.select_above(model.pre_acts(x), threshold)
+    held = HeldRows(x=x, residual=0.01 * residual, weight=np.ones(len(x)), active=active, total=1.0)
+    groups, _ = find_groups(model, Judging.of(model, held, held, threshold))
+    merged = replace(model, groups, held, threshold, seed=0, step=1)
+    return merged == ([kept], [freed]) and _cosine(model.W_dec.detach()) < 0.9
 
 
 def _planted(settings: Settings, rows: int) -> tuple[Transcoder, StepOutput, dict[str, slice]]:

@@ -35,6 +35,7 @@ from train.run.cadences import Cadences
 from train.run.determinism import arithmetic, require_same
 from train.run.latent_counters import Counters
 from train.run.load_run import build_transcoder, rows_of
+from train.run.merging import Merging
 from train.run.metrics import LOWER_LR, Window, diverged, logged_steps
 from train.run.optimizer import Optimizer
 from train.run.process import OwnProcess
@@ -76,8 +77,8 @@ class Trainer:
         store = store.excluding(config.exclusion)
         self._store, self._config, self._path, self._rows = store, config, path, rows_of(config, store)
         self._settings, self._process = config.settings, process or OwnProcess()
-        prove(self._settings)
         use_threads(self._settings.threads)
+        prove(self._settings)
         self._graph = graph_of(self._settings)
         device = torch.device(self._settings.device)
         blocks = config.training_blocks
@@ -112,6 +113,7 @@ class Trainer:
         self._counters = Counters(self._transcoder.d_sae, dead_after, device)
         apart = self._reader.has_outliers
         self._window = Window(strata, self._transcoder.prefixes, config.d_out, weights, outliers=apart)
+        self._merging = Merging(config)
         self._usage = Usage(path, self._settings, self._reader.slices())
         self._parts = (
             self._optimizer,
@@ -119,6 +121,7 @@ class Trainer:
             self._window,
             self._diversity,
             self._monitor,
+            self._merging,
             self._usage,
         )
         """What has state beside the weights."""
@@ -245,9 +248,8 @@ class Trainer:
         """
         stopping = self._ranks.any(bool(stop))
         last = stopping or done == self._settings.steps
-        if self._sharded and (
-            last or any(self._due(done, every) for every in self._every) or self._monitor.is_complete(done)
-        ):
+        reads = self._monitor.is_complete(done) or self._merging.due(done)
+        if self._sharded and (last or reads or any(self._due(done, every) for every in self._every)):
             self._sharded.refresh()
         return stopping, last
 
@@ -255,11 +257,22 @@ class Trainer:
         return done == self._settings.steps or (bool(every) and done % every == 0)
 
     def _report(self, done: int) -> None:
-        """Finish the monitor's report that is complete after this step, and begin the one that is due."""
+        """Finish the monitor's report that is complete after this step, begin one, and merge latents, where due."""
         self._follow(done)
         if self._monitor.due(done):
             self._monitor.begin(done, self._counters.dead())
             self._follow(done)
+        if self._merging.due(done):
+            self._merge(done)
+
+    def _merge(self, done: int) -> None:
+        changed, freed = self._merging.merge(self._transcoder, self._rows, done)
+        self._usage.call("merge", effect=freed)
+        for part in (self._optimizer, self._counters, self._diversity):
+            part.start_anew(changed)
+        if self._sharded:
+            self._sharded.take()
+        self._transcoder.low_weights()  # where a recorded step reads them
 
     def _follow(self, done: int) -> None:
         if not self._monitor.is_complete(done):
@@ -332,7 +345,8 @@ class Trainer:
         self._usage.effects(row["terms"], row["steps"])
         search = self._transcoder.guarded.figures() if self._transcoder.guarded else {}
         replayed = {"steps_replayed": float(self._graph.replayed)} if self._graph.replayed else {}
-        self._log.write(done, row, self._reader.waited, search | replayed, self._usage.publish)
+        figures = search | replayed | self._merging.timing()
+        self._log.write(done, row | self._merging.row(), self._reader.waited, figures, self._usage.publish)
 
     def _warn_if_diverged(self, done: int, row: Row) -> None:
         """Warn, once, of the first row of the log whose fvu is far above what the mean alone leaves."""

@@ -39,6 +39,7 @@ def components(settings: Settings) -> dict[str, str]:
     found = {name: term for name, on in wanted.items() if on}
     return found | {
         **({"monitor": "pairs listed in reports"} if settings.monitor.every else {}),
+        **({"merge": "latents merged into others"} if diversity.merge.at else {}),
         **({"controller": "reports that moved a weight"} if diversity.controller.on else {}),
         "evaluation": "held-out rows",
         "checkpoint": "checkpoints published",
