@@ -76,9 +76,17 @@ def test_the_direction_loss_and_its_gradient_are_the_formulas(unit: bool) -> Non
     torch.testing.assert_close(found.grad - before, expected.grad)
 
 
+def joins(pairs: int):
+    """What terms leave gradients with, those of so many pairs being 1 before."""
+    step, nothing = pytest.importorskip("train.model.kernels.triton_step"), torch.zeros(0, dtype=torch.int64)
+    active = SparseLatents.of(nothing, nothing, torch.zeros(0), torch.Size((1, F)))
+    return step.Joined(torch.zeros(1, 3), active, torch.ones(pairs, dtype=torch.float64))
+
+
 def test_tritons_loss_of_mined_pairs_is_the_direction_loss_of_those_that_live() -> None:
     """A latent in many pairs gets the rows of all others; pairs of two groups have the other margin."""
     triton_pairs = pytest.importorskip("train.model.kernels.triton_pairs", reason="triton is not installed")
+    triton_sums = pytest.importorskip("train.model.kernels.triton_sums")
     W_dec, first = unit_rows().float().requires_grad_(), torch.tensor([0, 0, 0, 3, 7])
     pairs, group, dead = Pairs(first, torch.tensor([1, 5, 8, 8, 9])), torch.arange(F) // 6, torch.arange(F) == 9
     margins = torch.where(group[pairs.first] == group[pairs.second], -0.9, -0.8).double()
@@ -86,15 +94,20 @@ def test_tritons_loss_of_mined_pairs_is_the_direction_loss_of_those_that_live() 
     expected = W_dec.detach().double().requires_grad_()
     (0.5 * direction_loss(expected, pairs, margins, 2 * alive)).backward()
     parts = triton_pairs.partners(*pairs, F)
-    loss = triton_pairs.pair_loss(W_dec, parts, group, dead, (-0.9, -0.8), 0.5)
-    W_dec.grad = torch.ones(F, O)
-    (3 * loss).backward()
+    joined = joins(0)
+    loss = triton_pairs.pair_loss(joined, W_dec, parts, group, dead, (-0.9, -0.8), 0.5)
+    nothing = SparseLatents.of(first[:0], first[:0], torch.zeros(0), torch.Size((1, F)))
+    found = torch.empty(F, O)
+    triton_sums.sums_by_latent(
+        nothing, nothing.values, torch.zeros(1, O), found, add=False, partners=joined.partners[0]
+    )
     assert expected.grad is not None
     cosines = (expected.detach() @ expected.detach().T)[pairs.first, pairs.second]
     assert float(loss.detach()) == pytest.approx(float(((cosines - margins).relu().square() * alive).sum()), rel=1e-5)
-    torch.testing.assert_close(W_dec.grad.double(), 1 + 3 * expected.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.double(), expected.grad, rtol=1e-5, atol=1e-6)
     empty = triton_pairs.partners(first[:0], first[:0], F)
-    triton_pairs.pair_loss(W_dec, empty, group, dead, (0.3, 0.7), 1.0).backward()
+    assert triton_pairs.pair_loss(joined, W_dec, empty, group, dead, (0.3, 0.7), 1.0) == 0
+    assert len(joined.partners) == 1
 
 
 def test_a_pair_counts_for_the_latents_whose_closest_it_is() -> None:
@@ -193,10 +206,9 @@ def loss_and_gradient(device: str, values: torch.Tensor, active: SparseLatents) 
     if device == "triton":
         triton_pairs = pytest.importorskip("train.model.kernels.triton_pairs", reason="triton is not installed")
         strength = STRENGTH / (len(active.starts) - 1)
-        loss = triton_pairs.co_activation(values, active, triton_pairs.together(*PAIRS, strength, F))
-        loss.backward()
-        assert values.grad is not None
-        return loss.detach(), values.grad
+        joined = joins(len(values))
+        loss = triton_pairs.co_activation(joined, values, active, triton_pairs.together(*PAIRS, strength, F))
+        return loss, joined.slopes - 1
     with pytest.MonkeyPatch.context() as patch:
         if device == "any":
             patch.setattr(_Products, "apply", _dense)

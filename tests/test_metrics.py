@@ -12,7 +12,7 @@ import torch
 from shared.files import durable
 from tests import reference
 from train.model.sparse_latents import SparseLatents
-from train.model.transcoder import StepOutput
+from train.model.step_output import StepOutput
 from train.run.latent_counters import Counters
 from train.run.metrics import Log, Window
 
@@ -28,7 +28,6 @@ def make_step(seed: int, latents: list[int] | None = None) -> tuple[StepOutput, 
     values = torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0, 0.0])  # the last is not active
     active = SparseLatents.of(rows, torch.tensor([*(latents or [1, 2, 3, 2, 6]), 5]), values, torch.Size((10, 8)))
     step = StepOutput(
-        loss=torch.tensor(3.0),
         terms={"reconstruction": torch.tensor(2.0 + seed), "auxk": torch.tensor(1.0)},
         errors=(guess - target.unsqueeze(1)).square().sum(2),
         target=target,

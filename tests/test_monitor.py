@@ -12,7 +12,8 @@ from train.evaluation.held_out import HeldOutActive
 from train.live.run_files import HELD_OUT, REPORTS
 from train.model.activations import BatchTopK
 from train.model.sparse_latents import SparseLatents
-from train.model.transcoder import Normalisation, StepOutput, Transcoder, TranscoderConfig
+from train.model.step_output import StepOutput
+from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 
 D, F, B = 8, 32, 40
 STRATA = {"000-001": slice(0, 4), "001-004": slice(4, B)}
@@ -43,7 +44,6 @@ def make_step(seed: int) -> StepOutput:
     active = SparseLatents.of(rows, latents, dense[rows, latents], dense.shape)
     nothing = torch.zeros(())
     return StepOutput(
-        loss=nothing,
         terms={},
         errors=torch.zeros(B, 2),
         target=torch.zeros(B, D),

@@ -106,8 +106,8 @@ def test_loss_and_gradients_equal_dense_autograd(
 
 def test_sums_of_many_pairs_are_shared_and_equal_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """By Triton's kernels, written over what is there or added to it; latents without a pair keep what is added to."""
-    kernels = pytest.importorskip("train.model.kernels.triton_kernels")
-    monkeypatch.setattr(kernels, "_LONG", 4)
+    kernels = pytest.importorskip("train.model.kernels.triton_sums")
+    monkeypatch.setattr(kernels, "LONG", 4)
     active, table, weights = select(draw(B, F, seed=4), 4 * B), draw(B, O, seed=5), draw(4 * B, seed=6)
     sums, counts = torch.zeros(F, O).double(), torch.zeros(F).double()
     for row, latent, weight in zip(active.rows, active.latents, weights, strict=True):

@@ -24,7 +24,8 @@ from train.duplicates.monitor import CorrelationMonitor, MonitorConfig
 from train.model.activations import BatchTopK
 from train.model.blas import faster_here
 from train.model.sparse_latents import SparseLatents
-from train.model.transcoder import Normalisation, StepOutput, Transcoder, TranscoderConfig
+from train.model.step_output import StepOutput
+from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 
 REPORTS = sized({4096: (32, 128, 1), 18432: (48, 2304, 1), 131072: (64, 4096, 8)}, {128: (4, 16, 1)})
 """By d_sae: active latents per row, d_out, and of which part of the latents all decoder rows are scanned: one in n."""
@@ -141,7 +142,6 @@ def step_of(active: SparseLatents, model: Transcoder) -> StepOutput:
     """What the monitor reads of a step."""
     nothing = torch.zeros(())
     return StepOutput(
-        loss=nothing,
         terms={},
         errors=nothing,
         target=nothing,

@@ -84,6 +84,8 @@ def groups(store: Store, device: str) -> Iterator[tuple[str, Callable[[], Iterat
 def _of_pairs(device: str) -> Iterator[Check]:
     """Check the loss of close decoder rows, one of them in many pairs, and its gradient."""
     from train.model.kernels.triton_pairs import pair_loss, partners
+    from train.model.kernels.triton_step import Joined
+    from train.model.kernels.triton_sums import sums_by_latent
 
     F, O = WIDTHS[0][2], WIDTHS[0][1]
     generator = torch.Generator().manual_seed(0)
@@ -93,14 +95,17 @@ def _of_pairs(device: str) -> Iterator[Check]:
     second = torch.cat([torch.arange(1, F), torch.arange(2, F)]).to(device)
     group, dead = torch.arange(F, device=device) // (F // 4), torch.arange(F, device=device) % 5 == 4
     W_dec, leaf = nn.Parameter(rows.clone()), rows.double().requires_grad_()
-    loss = pair_loss(W_dec, partners(first, second, F), group, dead, (-0.5, 0.0), 0.25)
-    loss.backward()
+    nothing = torch.zeros(0, dtype=torch.int64, device=device)
+    active = SparseLatents.of(nothing, nothing, rows.new_zeros(0), torch.Size((1, F)))
+    joined, gradient = Joined(rows.new_zeros(1, 3), active, active.values), torch.empty_like(rows)
+    loss = pair_loss(joined, W_dec, partners(first, second, F), group, dead, (-0.5, 0.0), 0.25)
+    sums_by_latent(active, active.values, rows.new_zeros(1, O), gradient, add=False, partners=joined.partners[0])
     margins = torch.where(group[first] == group[second], -0.5, 0.0)
     excess = ((leaf[first] * leaf[second]).sum(1) - margins).relu().where(~(dead[first] | dead[second]), 0.0)
     expected = 0.5 * excess.square().sum()
     expected.backward()
     yield Check("loss", _error(loss, expected), SUMS)
-    yield Check("gradient of W_dec", _error(_given(W_dec.grad), _given(leaf.grad)), SUMS)
+    yield Check("gradient of W_dec", _error(gradient, _given(leaf.grad)), SUMS)
 
 
 def _of_graph(store: Store, device: str) -> Iterator[Check]:

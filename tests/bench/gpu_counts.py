@@ -5,13 +5,13 @@
 `steps` runs two steps of the trainer at the shape of Gemma 2 2B and counts the second: a step in the middle of a run,
 without reports and checkpoints, with as many mined and correlated pairs as there can be, and no dead latent. Bytes
 are what every operation moves at least: its inputs and outputs, each once, and the rows of a table that it indexes
-(tests/gpu/kernel_bytes.py for Triton's kernels); beside them stand the bytes that no step can do without. Where the
-step can be a CUDA graph, what the host then asks for is counted apart: a replay is one of these operations. From both
+(tests/gpu/kernel_bytes.py for Triton's kernels); beside them stand the bytes that no step can do without. From both
 follow times on four cards: ESTIMATES, from rates that such cards usually reach and 3 us for each launch. Operations
 of torch that are known to be several kernels count as so many launches, which is an estimate, too; and memory is that
-of tensors, without any operation's own scratch memory. `memory` has what wider shapes hold throughout a run.
-`compiled` records registers, spills and shared memory of every kernel, by the compiler
-that a GPU would get it from (`python -m tests.gpu.compile`).
+of tensors, without any operation's own scratch memory. Where the step can be a CUDA graph, what the host then asks for
+is counted apart, a replay being one of these operations, and what is inside the graph, part by part.
+`memory` has what wider shapes hold throughout a run. `compiled` records registers, spills and shared memory of every
+kernel, by the compiler that a GPU would get it from (`python -m tests.gpu.compile`).
 """
 
 import gc
@@ -36,6 +36,7 @@ from tests.bench.gpu_setup import BATCHES, GIB, SHAPES, WIDTHS, D, Shape, settin
 from tests.bench.record import ROOT, named, record, sized
 from tests.gpu.device_log import DeviceLog, Op
 from tests.gpu.fake_device import fake_cuda
+from train.data.batches import BatchReader
 from train.duplicates.diversity import Diversity
 from train.model.transcoder import Transcoder
 from train.run.optimizer import Optimizer
@@ -52,11 +53,12 @@ LAUNCHES = {
 PER_LAUNCH = 3e-6
 """Seconds that a launch takes at least."""
 PARTS: dict[str, tuple[tuple[type, str], ...]] = {
-    "forward": ((Transcoder, "step"),),
+    "rows": ((BatchReader, "rows_of"), (Trainer, "_prepared"), (Transcoder, "normalised")),
+    "forward": ((Transcoder, "step_of"),),
     "terms against duplicates": ((Diversity, "value_terms"), (Diversity, "direction_terms")),
     "backward and update": ((Optimizer, "update"),),
 }
-REST = "rows, counting and logging"
+REST = "counting and logging"
 
 
 class Card(NamedTuple):
@@ -91,8 +93,8 @@ class Counted:
     """Most bytes of tensors at once"""
     launched: int | None = None
     """What the host asks for where the same step is a graph; none: it cannot be one"""
-    inside: int = 0
-    """Operations inside that graph"""
+    inside: Sequence[tuple[str, Op]] = ()
+    """The operations inside that graph, as `ops`; what is done once after a report or a scan is not among them"""
 
     def of(self, part: str) -> list[Op]:
         """Return the operations of a part."""
@@ -155,12 +157,15 @@ def counted(store: Store, shape: Shape, kernels: str, folder: Path) -> Counted:
             found.peak = torch.cuda.max_memory_allocated() - before
             found.syncs, found.copies = list(log.syncs), list(log.copies)
             if trainer._graph.number is not None:
-                trainer._step(3)  # recorded, and replayed
+                with noting_parts(log) as recorded:
+                    trainer._step(3)  # and replayed
                 log.clear()
                 trainer._step(4)
                 assert log.syncs == []
                 graph: Any = trainer._graph._graph
-                found.launched, found.inside = len(log.ops), len(graph.kernels)
+                within = set(map(id, graph.kernels))
+                found.launched = len(log.ops)
+                found.inside = [(part, op) for part, op in recorded.ops if id(op) in within]
         assert log.faults == []
     return found
 
@@ -221,7 +226,13 @@ def figures_of(shape: Shape, found: Counted) -> Figures:
     figures["copies to the device"] = (len(found.copies), "copies")
     if found.launched is not None:
         figures["as a CUDA graph: operations that the host asks for"] = (found.launched, "operations")
-        figures["as a CUDA graph: operations inside"] = (found.inside, "operations")
+        figures["as a CUDA graph: operations inside"] = (len(found.inside), "operations")
+        for part in (*PARTS, REST):
+            ops = [op for name, op in found.inside if name == part]
+            figures[f"as a CUDA graph, {part}: operations inside"] = (len(ops), "operations")
+            figures[f"as a CUDA graph, {part}: bytes"] = (sum(op.bytes for op in ops) / 1e9, "GB")
+        moved = sum(op.bytes for _, op in found.inside)
+        figures["as a CUDA graph: bytes over those that are necessary"] = (moved / sum(least.values()), "times")
     for name, card in CARDS.items():
         figures[f"ESTIMATE of a step on {name}"] = (1e3 * found.seconds(card), "ms, estimated")
         figures[f"ESTIMATE of the floor on {name}"] = (

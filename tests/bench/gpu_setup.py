@@ -20,7 +20,8 @@ from shared.store.store import Store
 from tests.bench.record import sized
 from tests.stores import SIDES, make_store
 from train.model.losses import AuxKConfig
-from train.model.transcoder import StepOutput, Transcoder
+from train.model.step_output import StepOutput
+from train.model.transcoder import Transcoder
 from train.run.load_run import build_transcoder
 from train.run.optimizer import Optimizer
 from train.run.settings import RunConfig, load_settings, resolve

@@ -79,11 +79,13 @@ def launch_all() -> None:
     for width in WIDTHS:
         for prefixes in PREFIXES:
             _launch_sums(width, prefixes)
+            _launch_step(width, prefixes)
     for dtype in (torch.float32, torch.bfloat16):
         _launch_selection(dtype)
     for width in WIDTHS:
         _launch_adam(width)
-        _launch_pairs(width)
+        _launch_rows(width)
+    _launch_counts()
 
 
 def _launch_selection(dtype: torch.dtype) -> None:
@@ -117,29 +119,73 @@ def _launch_sums(width: int, prefixes: int) -> None:
 
 
 def _launch_adam(width: int) -> None:
-    from train.model.kernels import triton_adam
+    from train.model.kernels.triton_adam import Moved, adam, clip, noted_squares, row_squares, rows_of
+    from train.model.kernels.triton_sums import norm_parts
 
     scalars, powers = torch.zeros(5), torch.zeros(4, dtype=torch.float64)
     for shape, unit in (((4, width), True), ((4, width), False), ((width,), False)):
         rows, grad, low = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape, dtype=torch.bfloat16)
-        along, squares = torch.zeros(2, triton_adam.rows_of(rows))
-        triton_adam.row_squares(grad, rows, unit, along, squares)
-        for shadow in (None, low):
-            rest = {"unit": unit, "times": 1.0, "betas": (0.9, 0.999), "eps": 1e-8}
-            triton_adam.adam(rows, grad, (rows.clone(), rows.clone()), along, shadow, scalars, **rest)  # type: ignore[arg-type]
-        triton_adam.clip(squares, 1.0, powers, scalars)
+        squares, bias = torch.zeros(rows_of(rows)), torch.zeros(rows_of(rows))
+        row_squares(grad, rows, unit, squares)
+        for shadow, bias_low in ((None, None), (low, bias.bfloat16())):
+            moved = Moved(rows, grad, rows.clone(), rows.clone(), shadow)
+            for other in (None, Moved(bias, bias, bias, bias, bias_low)):
+                adam(moved, other, scalars, unit=unit, times=1.0, betas=(0.9, 0.999), eps=1e-8)
+        clip(squares, bias, bias, 1.0, powers, torch.zeros(()), scalars)
+        if unit:
+            first, second = (norm_parts(grad, rows), squares), (norm_parts(grad, None), squares)
+            for noted in ([first, second], [first], [second]):
+                noted_squares(noted)
 
 
-def _launch_pairs(width: int) -> None:
+def _launch_step(width: int, prefixes: int) -> None:
+    """A step with terms that join its loss; of pairs so many that a latent may have a long sum."""
+    from train.model.kernels.sparse_ops import Groups
     from train.model.kernels.triton_pairs import co_activation, pair_loss, partners, together
+    from train.model.kernels.triton_step import AuxK, Noted, Plan, pairs_loss
+    from train.model.kernels.triton_sums import Every
     from train.model.sparse_latents import SparseLatents
 
-    first = torch.arange(600) % 60
-    rows, group = torch.zeros(64, width, requires_grad=True), torch.zeros(64, dtype=torch.int64)
-    pairs = partners(first, first + 1, 64)
-    pair_loss(rows, pairs, group, group.bool(), (0.3, 0.7), 1.0).backward()
-    active = SparseLatents.of(torch.arange(64), group, torch.ones(64), torch.Size((64, 64)))
-    co_activation(active.values, active, together(first, first + 1, torch.ones(600), 64))
+    F, rows, each = 64, 1024, 2
+    of_row, latents = torch.arange(rows * each) // each, torch.arange(rows * each) % F
+    first, group = torch.arange(600) % 60, torch.zeros(F, dtype=torch.int64)
+    x, dead, weight = torch.zeros(rows, width), group.bool(), torch.ones(prefixes)
+    every = Every(4, torch.zeros((), dtype=torch.int64))
+    bias = torch.zeros(1, width)
+    W_enc, b_enc = torch.zeros(F, width).T.requires_grad_(), torch.zeros(F, requires_grad=True)
+    W_dec, norms = torch.zeros(F, width, requires_grad=True), dict[str, Noted]()
+    active = SparseLatents.of(of_row, latents, torch.ones(len(of_row)), torch.Size((rows, F)))
+    auxk = AuxK(dead, every, 1.0, torch.ones(()))
+    plan = Plan(Groups(group, prefixes, weight), True, norms, unit=True, auxk=auxk)
+    loss, values, left, joined = pairs_loss(x, W_enc, b_enc, W_dec, bias, x, active, plan)
+    pair_loss(joined, W_dec, partners(first, first + 1, F), group, dead, (0.3, 0.7), 1.0)
+    co_activation(joined, values, active, together(first, first + 1, torch.ones(600), F))
+    loss.backward()
+    kept = of_row < rows // 4
+    active = SparseLatents.of(of_row[kept], latents[kept], torch.ones(int(kept.sum())), torch.Size((rows // 4, F)))
+    plan = Plan(Groups(group, 1, auxk.weight), True, norms, unit=True, among=dead, every=every)
+    pairs_loss(x, W_enc, b_enc, W_dec, bias[:1], left, active, plan)[0].backward()
+
+
+def _launch_rows(width: int) -> None:
+    from train.model.kernels.triton_rows import prepared
+
+    mean, scale, longest = torch.zeros(width), torch.ones(()), torch.ones(4, dtype=torch.float64)
+    bad, number, places = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), torch.arange(4)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for found, eps in ((None, None), (places, 1e-6)):
+            prepared(torch.zeros(4, width, dtype=dtype), found, mean, scale, longest, bad, number, eps)
+
+
+def _launch_counts() -> None:
+    from train.model.kernels.triton_counts import add_batch, count_fired
+    from train.model.sparse_latents import SparseLatents
+
+    bad, number = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    active = SparseLatents.of(torch.arange(64), torch.arange(64) % 8, torch.ones(64), torch.Size((64, 64)))
+    count_fired(active, torch.zeros(64, dtype=torch.int64), torch.ones(()), torch.ones(()), 0.99)
+    sums = torch.zeros(3 * (100 + 5 + 2) + 18, dtype=torch.float64)
+    add_batch(sums, torch.ones(3, 100), torch.ones(3, 7), torch.ones(()), torch.ones(4), bad, number)
 
 
 class _Absent:

@@ -38,6 +38,12 @@ def _latents(given: Given, name: str) -> int:
     return min(len(pairs), _few.get(pairs.data_ptr(), len(pairs)))
 
 
+def _every(given: Given, name: str, step: str = "step") -> int:
+    """Bytes of a table whose every so many-th row is read, or all of it."""
+    size: int = given[name].nbytes
+    return size // given[step] if given["EVERY"] else size
+
+
 def _row_topk(given: Given) -> int:
     """Where no latent is `among`, only that is read, and the first k are named by every row."""
     found, searched = ("rows", "latents", "values", "starts"), True
@@ -47,7 +53,7 @@ def _row_topk(given: Given) -> int:
         _few.pop(given[name].data_ptr(), None)
         if not searched:
             _few[given[name].data_ptr()] = given["k"]
-    return _sum(given, "among", *found, *(["pre_acts"] if searched else []))
+    return _sum(given, "among", *found) + (_every(given, "pre_acts", "every") if searched else 0)
 
 
 def _kept(given: Given) -> int:
@@ -56,13 +62,30 @@ def _kept(given: Given) -> int:
 
 def _sums(given: Given) -> int:
     table, out = given["table"], given["out"]
-    written = 2 * _rows(out, _latents(given, "rows")) if given["ADD"] else out.nbytes
-    return _sum(given, "order", "starts", "weights", "rows") + _rows(table, len(given["order"])) + written
+    latents = _latents(given, "rows") if given["ADD"] else len(out)
+    others = _rows(given["matrix"], latents) if given["NORMS"] > 1 else 0
+    if given["PARTNERS"]:
+        others += _sum(given, "partner_order", "partner_starts", "slopes", "partners")
+        others += _rows(given["matrix"], len(given["slopes"])) if given["NORMS"] < 2 else 0  # else they are read above
+    return (
+        _sum(given, "order", "starts", "weights", "rows")
+        + _rows(table, len(given["order"]))
+        + (1 + given["ADD"]) * _rows(out, latents)
+        + others
+        + (given["NORMS"] * _rows(given["squares"].t(), latents) if given["NORMS"] else 0)
+    )
 
 
 def _adam(given: Given) -> int:
-    both = 2 * _sum(given, "rows", "first", "second")
-    return both + _sum(given, "grad", *(["shadow"] if given["SHADOW"] else []))
+    names = ["rows", "first", "second", *(["bias", "bias_first", "bias_second"] if given["BIAS"] else [])]
+    once = ["grad", *(["bias_grad"] if given["BIAS"] else []), *(["shadow"] if given["SHADOW"] else [])]
+    return 2 * _sum(given, *names) + _sum(given, *once)
+
+
+def _prepare(given: Given) -> int:
+    """Of the table the rows that are asked for."""
+    found = _sum(given, "places") if given["FOUND"] else 0
+    return _rows(given["table"], len(given["out"])) + _sum(given, "mean", "longest", "out") + found
 
 
 _PARTLY: dict[str, Callable[[Given], int]] = {
@@ -71,18 +94,29 @@ _PARTLY: dict[str, Callable[[Given], int]] = {
     "_count": lambda one: _kept(one) // 2 + _sum(one, "more", "equal"),
     "_compact": lambda one: _kept(one) + _sum(one, "more", "equal", "rows", "latents", "kept_values", "starts"),
     "_products": lambda one: (
-        _sum(one, "rows", "latents", "left", "out") + _rows(one["right"], _latents(one, "latents"))
+        _sum(one, "rows", "latents", "out") + _every(one, "left") + _rows(one["right"], _latents(one, "latents"))
     ),
     "_prefix_loss": lambda one: (
-        _sum(one, "values", "latents", "starts", "base", "y", "meet", "errors", "left", "grad")
+        _sum(one, "values", "latents", "starts", "base", "meet", "errors", "left", "grad")
+        + _every(one, "y")
         + _rows(one["W_dec"], _latents(one, "latents"))
     ),
     "_sums_by_latent": _sums,
     "_long_sums": lambda one: _sum(one, "shares", "sums"),  # its pairs are none of those that were summed before
     "_add_long_sums": lambda one: _sum(one, "shares", "sums") + 2 * _rows(one["out"], len(one["shares"])),
-    "_row_squares": lambda one: _sum(one, "grad", "squares", *(["rows", "along"] if one["UNIT"] else [])),
+    "_row_squares": lambda one: _sum(one, "grad", "squares", *(["rows"] if one["UNIT"] else [])),
+    "_noted_squares": lambda one: _sum(
+        one,
+        *("parts", "squares", "other_parts", "other_squares"),
+        *(["along"] if one["FIRST"] else []),
+        *(["other_along"] if one["SECOND"] else []),
+    ),
+    "_weigh": lambda one: _sum(one, "figures", "weights", "out", *(["dead"] if one["AUXK"] else [])),
     "_adam": _adam,
+    "_prepare": _prepare,
+    "_count_fired": lambda one: _sum(one, "order", "starts", "values", "since", "since"),
+    "_add_batch": lambda one: _sum(one, "sums", "sums", "target", "figures", "terms"),
     "_spread": lambda one: _sum(one, "rows", "latents") + 2 * one["values"].nbytes,
-    "_collect": lambda one: _sum(one, "rows", "latents", "slopes", "terms") + 2 * one["values"].nbytes,
+    "_collect": lambda one: _sum(one, "rows", "latents", "slopes", "slopes", "terms") + 2 * one["values"].nbytes,
     "_excess": lambda one: _sum(one, "latents", "terms", "slopes") + _rows(one["rows"], len(one["latents"])),
 }

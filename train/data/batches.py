@@ -16,7 +16,7 @@ from shared.store.reader import AHEAD, RowReader, RowsConfig
 from shared.store.store import Store
 from train.data.read_ahead import Extent, RowChecks, read_ahead
 from train.data.resident import ResidentRows
-from train.data.staging import Stage, sent, staging, to_float
+from train.data.staging import Stage, sent, staging, to_float, typed
 
 Side = Literal["source", "target"]
 _MOST_ASKED = 8
@@ -119,6 +119,15 @@ class BatchReader(RowReader):
         stored = self._resident.gather(found[0]) if self._resident else found
         rows = [to_float(one, self._device) for one in stored]
         return Batch(rows[0], rows[-1], self.slices())
+
+    def stored(self, found: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Return where the rows that `fetch` has found lie, as stored: a table of each side, and their places there.
+
+        Without places, all rows of the tables are meant.
+        """
+        if self._resident:
+            return self._resident.tables, found[0]
+        return [typed(one) for one in found], None
 
     def _buffers(self, rows: int) -> list[Tensor]:
         """Return room for what a batch needs from the host: its rows, or where they lie among the resident ones."""

@@ -44,8 +44,8 @@ class ResidentRows:
                 self._shifts[stratum.stratum.name] = self.rows - first
                 self._parts += self._chunks(stratum, first, stop)
                 self.rows += stop - first
-        self._tables: list[Tensor] = []
-        """[R, d] of each side"""
+        self.tables: list[Tensor] = []
+        """[R, d] of each side, once they are loaded"""
 
     def _chunks(self, stratum: StratumRows, first: int, stop: int) -> Iterable[_Part]:
         for number, side in enumerate(self._sides):
@@ -62,7 +62,7 @@ class ResidentRows:
     def load(self, pool: Executor) -> None:
         """Copy all rows to the device. Raises what reading them raises, and `torch.OutOfMemoryError`."""
         arrays = {part.side: part.array for part in self._parts}
-        self._tables = [
+        self.tables = [
             torch.empty(self.rows, array.spec.width or 1, dtype=type_of(array), device=self._device)
             for _, array in sorted(arrays.items())
         ]
@@ -74,7 +74,7 @@ class ResidentRows:
 
     def drop(self) -> None:
         """Give the memory back."""
-        self._tables = []
+        self.tables = []
 
     def _copy(self, part: _Part) -> int:
         """Copy neighbouring rows through memory that is pinned for CUDA; returns their bytes."""
@@ -82,7 +82,7 @@ class ResidentRows:
         part.array.will_need([(part.first, part.stop)])
         part.array.read(part.first, part.stop, rows.numpy())
         place = slice(part.place, part.place + len(rows))
-        self._tables[part.side][place].copy_(typed(rows), non_blocking=True)
+        self.tables[part.side][place].copy_(typed(rows), non_blocking=True)
         return rows.nbytes
 
     def find(self, runs: Iterable[tuple[StratumRows, int, int, int]], out: NDArray[Any]) -> None:
@@ -93,4 +93,4 @@ class ResidentRows:
 
     def gather(self, places: Tensor) -> list[Tensor]:
         """Return the rows, as they are read, at `places` [B] on the device: [B, d] of each side."""
-        return [table.index_select(0, places) for table in self._tables]
+        return [table.index_select(0, places) for table in self.tables]

@@ -20,10 +20,12 @@ from train.duplicates.scans import Scans
 from train.model.losses import at_most
 from train.model.saved_tensors import fitting, numbers
 from train.model.sparse_latents import SparseLatents
-from train.model.transcoder import StepOutput, Transcoder
+from train.model.step_output import StepOutput
+from train.model.transcoder import Transcoder
 
 if TYPE_CHECKING:
     from train.model.kernels.triton_pairs import Together
+    from train.model.kernels.triton_step import Joined
 
 _DECAY = 0.99
 
@@ -174,7 +176,10 @@ class Diversity:
         """Moving averages of every latent's activation: at position 0, and everywhere."""
 
     def value_terms(self, output: StepOutput) -> dict[str, Tensor]:
-        """Return terms whose gradient reaches the latents' values; they belong in one backward with the step's loss."""
+        """Return terms whose gradient reaches the latents' values; they belong in one backward with the step's loss.
+
+        One that is joined to that loss has no gradient of its own.
+        """
         together, position, terms = self._config.co_activation, self._config.position, {}
         if together.weight:
             terms["co_activation"] = self._co_activation_loss(output, together.weight * self.scales["co_activation"])
@@ -188,13 +193,13 @@ class Diversity:
 
     def _co_activation_loss(self, output: StepOutput, weight: float) -> Tensor:
         model = self._transcoder
-        if model.kernels == "triton":
+        if output.joined:
             from train.model.kernels import triton_pairs  # not there without CUDA
 
             if self._together is None:
                 strength = self._strength * (weight / (len(output.target) * model.d_sae))
                 self._together = triton_pairs.together(*self.correlated, strength, model.d_sae)
-            return triton_pairs.co_activation(output.values, output.active, self._together)
+            return triton_pairs.co_activation(output.joined, output.values, output.active, self._together)
         loss = co_activation_loss(output.values, output.active, self.correlated, self._strength)
         return weight * loss / model.d_sae
 
@@ -204,8 +209,11 @@ class Diversity:
             return torch.arange(self._transcoder.d_sae, device=self._transcoder.W_dec.device)
         return torch.cat(self.mined).unique()
 
-    def direction_terms(self, dead: Tensor, step: int) -> dict[str, Tensor]:
-        """Return terms of decoder rows alone, at `step`; of latents that are not `dead` [F]."""
+    def direction_terms(self, dead: Tensor, step: int, joined: "Joined | None" = None) -> dict[str, Tensor]:
+        """Return terms of decoder rows alone, at `step`; of latents that are not `dead` [F].
+
+        Those that can be are `joined` to the step's loss, and have no gradient of their own.
+        """
         config, terms = self._config, {}
         scale = self.scales["direction"]
         if self._draws_at(step):
@@ -214,18 +222,18 @@ class Diversity:
             if self._scans_at(step):
                 self.mined = self._closest((~dead).nonzero().squeeze(1), step)
                 self._partners, self.changes = None, self.changes + 1
-            terms["mined"] = self._mined_loss(dead, scale * config.mined.weight)
+            terms["mined"] = self._mined_loss(dead, scale * config.mined.weight, joined)
         return terms
 
-    def _mined_loss(self, dead: Tensor, weight: float) -> Tensor:
+    def _mined_loss(self, dead: Tensor, weight: float, joined: "Joined | None") -> Tensor:
         config, model = self._config, self._transcoder
-        if model.kernels == "triton" and model.has_unit_decoder:
+        if joined and model.has_unit_decoder:
             from train.model.kernels import triton_pairs  # not there without CUDA
 
             if self._partners is None:
                 self._partners = triton_pairs.partners(*self.mined, model.d_sae)
             margins, factor = (config.margin, config.cross_margin), weight / model.d_sae
-            return triton_pairs.pair_loss(model.W_dec, self._partners, model.group, dead, margins, factor)
+            return triton_pairs.pair_loss(joined, model.W_dec, self._partners, model.group, dead, margins, factor)
         alive = ~(dead[self.mined.first] | dead[self.mined.second])
         loss = direction_loss(model.W_dec, self.mined, self._margins(self.mined), 2.0 * alive, model.has_unit_decoder)
         return weight * loss / model.d_sae

@@ -39,7 +39,8 @@ from train.live.run_files import HELD_OUT, REPORTS
 from train.model import blas
 from train.model.saved_tensors import fitting, numbers
 from train.model.sparse_latents import SparseLatents, countable, offsets
-from train.model.transcoder import StepOutput, Transcoder
+from train.model.step_output import StepOutput
+from train.model.transcoder import Transcoder
 
 LEVELS = (0.5, 0.7, 0.8, 0.9)
 _PARTNERS = 8

@@ -7,9 +7,8 @@
 Legend: B rows, D d_in, O d_out, F d_sae, P prefixes, N pairs.
 """
 
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self, overload
 
 import torch
 from pydantic import ConfigDict, Field
@@ -23,12 +22,17 @@ from shared.keyed import key_bits
 from train.live.run_files import CONFIG
 from train.model import blas, checkpoint
 from train.model.activations import Activation
+from train.model.joined_step import joined_losses
 from train.model.kernels import guarded, plain
 from train.model.kernels.sparse_ops import Groups, Kernels, SparseOps, sparse_ops
 from train.model.losses import AuxKConfig, auxk_weight, matryoshka_weight
 from train.model.sizes import check_prefixes, multiple
 from train.model.sparse_latents import SparseLatents
+from train.model.step_output import StepOutput
 from train.model.unit_rows import drop_parallel_part, normalise_rows
+
+if TYPE_CHECKING:
+    from train.model.kernels.triton_step import Noted
 
 
 class TranscoderConfig(Config):
@@ -84,38 +88,6 @@ class Normalisation(NamedTuple):
     target_scale: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepOutput:
-    """What one step computed: the loss with its terms, and what the metrics count."""
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    """Weighted terms; they add up to the loss."""
-    errors: Tensor
-    """[B, P] squared error of every row and prefix, detached"""
-    target: Tensor
-    """[B, O] normalised"""
-    active: SparseLatents
-    """Selected pairs with their latents' values, detached"""
-    values: Tensor
-    """The same values with their gradient"""
-    threshold: Tensor
-    """Smallest pre-activation of the batch that is selected and positive."""
-    pre_acts: Tensor | None
-    """[B, F] without gradient; none from a guarded search, unless they were wanted"""
-    losses: tuple[Tensor, ...] = ()
-    """What the loss is the sum of, each with a graph of its own. The first reaches every latent: its backward should
-    come first, so that it writes gradients, and that of aux-k adds to the rows of dead latents alone."""
-
-    def with_terms(self, terms: dict[str, Tensor]) -> "StepOutput":
-        """Return the same with further terms beside those of the loss."""
-        return replace(self, terms=self.terms | {name: term.detach() for name, term in terms.items()})
-
-    def detached(self) -> "StepOutput":
-        """Return the same without what a backward needs."""
-        return replace(self, loss=self.loss.detach(), values=self.values.detach(), losses=())
-
-
 class TranscoderOutput(NamedTuple):
     """What a trained transcoder makes of source rows."""
 
@@ -169,10 +141,15 @@ class Transcoder(nn.Module):
         """[F] Calibrated: a latent is active above it. Of a checkpoint, once that is loaded."""
         self._zeros = nn.Buffer(torch.zeros(self.d_sae), persistent=False)
         self._guess = nn.Buffer(torch.zeros(()), persistent=False)
+        self.nothing = nn.Buffer(torch.zeros(1, d_out), persistent=False)
+        """[1, O] a reconstruction that starts from 0"""
         self.low_follows = False
         """Whether the optimizer writes what a product in a lower type reads, beside the weights."""
         self._low: tuple[Tensor, Tensor] | None = None
         self._low_of = (-1, -1)
+        self._kept_weight: tuple[int, Tensor] | None = None
+        self.gradient_norms: dict[str, Noted] = {}
+        """What kernels have noted of gradients' norms since the gradients were new."""
 
     @classmethod
     def load(cls, path: Path | str, step: int | None = None, device: str | torch.device = "cpu") -> Self:
@@ -327,14 +304,37 @@ class Transcoder(nn.Module):
         `whole`: a guarded search gives `pre_acts` as well, which costs it time and changes nothing else. `number`: the
         step once more, on the device, for work that is recorded once and done at many steps.
         """
-        x, y = self.normalised(source, target)
+        return self.step_of(*self.normalised(source, target), dead, auxk, step, whole, number)
+
+    def step_of(
+        self,
+        x: Tensor,
+        y: Tensor,
+        dead: Tensor,
+        auxk: AuxKConfig,
+        step: int,
+        whole: bool = False,
+        number: Tensor | None = None,
+    ) -> StepOutput:
+        """As `step`, of rows [B, D] and [B, O] that are normalised."""
         pre_acts, active, smallest = self._selected(x, step, whole)
+        groups = Groups(self.group, len(self.prefixes), self._weight(len(y), y), self.prefixes)
+        if self.joins:
+            assert pre_acts is not None, "a guarded search is for the CPU"
+            found = joined_losses(self, x, y, pre_acts, active, groups, dead, auxk, step, number)
+            return StepOutput(
+                losses=tuple(found.terms.values()),
+                terms={name: term.detach() for name, term in found.terms.items()},
+                errors=found.joined.figures[:, :-2],
+                target=y,
+                active=found.joined.active,
+                values=found.values,
+                threshold=smallest,
+                pre_acts=pre_acts,
+                joined=found.joined,
+            )
         gathered = self._ops.encode(x, self.W_enc, self.b_enc, active, again=self.tf32)
         values = self.activation.values(gathered, self.thresholds(), active)
-        weight: Tensor | float = matryoshka_weight(len(y), len(self.prefixes), y.shape[1])
-        if not self._evenly:
-            weight = weight * self.prefix_shares
-        groups = Groups(self.group, len(self.prefixes), weight, self.prefixes)
         loss, errors, residual = self._ops.prefix_loss(values, self.W_dec, self.linear_part(x), y, active, groups)
         penalty = self.activation.penalty(gathered, values, self.thresholds(), active, len(x), step)
         terms = {"reconstruction": loss} | penalty
@@ -345,7 +345,6 @@ class Transcoder(nn.Module):
         first: Tensor = sum((term for name, term in terms.items() if name in penalty), loss)
         losses = (first, terms["auxk"]) if "auxk" in terms else (first,)
         return StepOutput(
-            loss=sum(losses[1:], first),
             losses=losses,
             terms={name: term.detach() for name, term in terms.items()},
             errors=errors,
@@ -356,18 +355,28 @@ class Transcoder(nn.Module):
             pre_acts=pre_acts,
         )
 
+    def _weight(self, rows: int, like: Tensor) -> Tensor | float:
+        """Return what a squared error weighs in the loss of so many rows; kept on the device where terms join it."""
+        weight = matryoshka_weight(rows, len(self.prefixes), like.shape[1])
+        if not self.joins:
+            return weight if self._evenly else weight * self.prefix_shares
+        if self._kept_weight is None or self._kept_weight[0] != rows or self._kept_weight[1].device != like.device:
+            self._kept_weight = rows, (weight * self.prefix_shares).to(like)
+        return self._kept_weight[1]
+
     def select(self, pre_acts: Tensor, step: int) -> tuple[SparseLatents, Tensor]:
         """Select the pairs that take part in the training step `step`.
 
         Returns them, and the smallest of their positive pre-activations.
         """
         active, smallest = self.activation.select(self._ops, pre_acts, self.thresholds(), step, self._guess)
-        self._guess.copy_(0.95 * smallest)  # in its place, where a recorded step reads it
+        if not self._ops.keeps_guess:
+            self._guess.copy_(0.95 * smallest)  # in its place, where a recorded step reads it
         return active, smallest
 
     def select_final(self, pre_acts: Tensor) -> SparseLatents:
         """Select the pairs that the training rule activates after all warm-ups; changes nothing."""
-        return self.activation.select_final(self._ops, pre_acts, self.thresholds(), self._guess)
+        return self.activation.select_final(self._ops, pre_acts, self.thresholds(), self._guess.clone())
 
     def select_above(self, pre_acts: Tensor, thresholds: Tensor) -> SparseLatents:
         """Select the pairs above `thresholds` [F]: the rule of inference."""
@@ -386,6 +395,11 @@ class Transcoder(nn.Module):
     def linear_part(self, x: Tensor) -> Tensor:
         """Return what every prefix's reconstruction starts from: [1, O], or [B, O] with a skip connection."""
         return self.b_dec.unsqueeze(0) if self.W_skip is None else x @ self.W_skip + self.b_dec
+
+    @property
+    def joins(self) -> bool:
+        """Whether terms can leave gradients that go with those of a step's first loss."""
+        return self.kernels == "triton" and self.activation.expected_l0 is not None
 
     @property
     def _ops(self) -> SparseOps:

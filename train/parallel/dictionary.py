@@ -18,7 +18,8 @@ from train.model.kernels.sparse_ops import Groups, has_gradient, sparse_ops, wei
 from train.model.losses import AuxKConfig, auxk_weight, matryoshka_weight
 from train.model.shards import latents_of, part, woven
 from train.model.sparse_latents import SparseLatents
-from train.model.transcoder import StepOutput, Transcoder
+from train.model.step_output import StepOutput
+from train.model.transcoder import Transcoder
 from train.parallel.ranks import Ranks
 from train.parallel.select import largest_of_rows, nth_largest
 
@@ -155,7 +156,6 @@ class ShardedTranscoder:
             terms["auxk"] = self._auxk(x[rows].contiguous(), some, residual[rows].contiguous(), dead, auxk)
             losses.append(terms["auxk"])
         return StepOutput(
-            loss=sum(losses[1:], losses[0]),
             losses=tuple(losses),
             terms={name: term.detach() for name, term in terms.items()},
             errors=errors,

@@ -12,7 +12,8 @@ from shared.errors import UserError, warn
 from train.model.activations import Activation
 from train.model.kernels.sparse_ops import Kernels
 from train.model.losses import AuxKConfig
-from train.model.transcoder import Normalisation, StepOutput, Transcoder, TranscoderConfig
+from train.model.step_output import StepOutput
+from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 from train.run.optimizer import Optimizer, OptimizerConfig
 from train.run.step_graph import Choice, StepGraph, why_no_graph
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from train.model.saved_tensors import fitting
-from train.model.transcoder import StepOutput
+from train.model.step_output import StepOutput
 
 _THRESHOLD_DECAY = 0.99
 
@@ -20,6 +20,12 @@ class Counters:
 
     def update(self, step: StepOutput) -> None:
         """Count one step."""
+        if step.joined:
+            from train.model.kernels import triton_counts  # not there without CUDA
+
+            active, threshold = step.active, self.threshold
+            triton_counts.count_fired(active, self.rows_since_fired, step.threshold, threshold, _THRESHOLD_DECAY)
+            return
         self.rows_since_fired += len(step.target)
         since = torch.where(step.active.values > 0, 0, torch.iinfo(torch.int64).max)
         self.rows_since_fired.scatter_reduce_(0, step.active.latents, since, "amin")

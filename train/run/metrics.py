@@ -19,7 +19,7 @@ from train.evaluation.evaluate import CONSTANT_SHARE, Evaluation, ratio
 from train.live.log_rows import checked_row
 from train.live.run_files import Row, model_of
 from train.model.saved_tensors import fitting
-from train.model.transcoder import StepOutput
+from train.model.step_output import StepOutput
 
 _ROUNDING = 2e-8
 """Times the rows that one float32 sum is over: what such a sum of one row repeated makes of its variance, at most a
@@ -27,6 +27,8 @@ fourth of that, as a share of its square."""
 OUTLIERS = "outliers"
 """Their name among the strata."""
 _NAMED = 5
+_MOST_TERMS = 16
+"""Terms of the loss that there is room for; there are eight."""
 DIVERGED = 10.0
 """Fvu above which training has diverged; the mean of the targets leaves 1."""
 LOWER_LR = "lower optimizer.lr"
@@ -57,27 +59,56 @@ class Window:
         """[S, B] which stratum a row of a batch is of"""
         for i, part in enumerate(strata.values()):
             self._member[i, part] = 1
+        p = len(prefixes)
+        sizes = {"target": s * d_out, "errors": s * p, "active": s, "squares": s, "steps": 1, "grad_norm": 1}
+        self._all = torch.zeros(sum(sizes.values()) + _MOST_TERMS, dtype=torch.float64, device=device)
+        """All that a step adds to, side by side, as `triton_counts.add_batch` knows it"""
+        parts = dict(zip(sizes, self._all.split([*sizes.values(), _MOST_TERMS]), strict=False))
         self._sums = {
-            "steps": torch.zeros((), dtype=torch.float64, device=device),
-            "errors": torch.zeros(s, len(prefixes), dtype=torch.float64, device=device),
-            "target": torch.zeros(s, d_out, dtype=torch.float64, device=device),
-            "squares": torch.zeros(s, dtype=torch.float64, device=device),
-            "active": torch.zeros(s, dtype=torch.float64, device=device),
+            "steps": parts["steps"].squeeze(0),
+            "errors": parts["errors"].view(s, p),
+            "target": parts["target"].view(s, d_out),
+            "squares": parts["squares"],
+            "active": parts["active"],
             **({"rows": torch.zeros(s, dtype=torch.float64, device=device)} if outliers else {}),
-            "grad_norm": torch.zeros((), dtype=torch.float64, device=device),
+            "grad_norm": parts["grad_norm"].squeeze(0),
         }
         self._terms: dict[str, Tensor] = {}
+        """The last part of them, as far as there are terms"""
+        self._no_term = torch.zeros((), device=device)
         self._open: set[str] = set()
         """Terms of the steps in the window; those of steps before keep their place, which a recorded step adds to."""
 
-    def add(self, step: StepOutput, grad_norm: Tensor, outliers: Tensor | None = None) -> None:
-        """Add one step; `outliers` [B] bool, if there can be some."""
+    def add(
+        self,
+        step: StepOutput,
+        grad_norm: Tensor,
+        outliers: Tensor | None = None,
+        bad: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Add one step; `outliers` [B] bool, if there can be some.
+
+        `bad`: on the device, the first step whose loss was not finite, and the number of this one. A step whose terms
+        are joined needs it, and notes there whether its own is.
+        """
         member = self._member
         if outliers is not None:
             out = outliers.to(member)
             member = member * (1 - out)
             member[-1] = out
             self._sums["rows"] += member.sum(1)
+        for name in step.terms:
+            if name not in self._terms:
+                self._terms[name] = self._new_term()
+        self.note(step)
+        if step.joined:
+            from train.model.kernels import triton_counts  # not there without CUDA
+
+            assert bad is not None
+            terms = torch.stack([step.terms.get(name, self._no_term) for name in self._terms])
+            sums = member @ step.target, member @ step.joined.figures  # in float32 within a batch
+            triton_counts.add_batch(self._all, *sums, grad_norm, terms, *bad)
+            return
         active = (step.active.values > 0).to(torch.float32)
         counts = torch.zeros_like(self._member[0]).index_add_(0, step.active.rows, active)
         for name, rows in (
@@ -90,10 +121,11 @@ class Window:
         self._sums["steps"] += 1
         self._sums["grad_norm"] += grad_norm
         for name, term in step.terms.items():
-            if name not in self._terms:
-                self._terms[name] = torch.zeros_like(term, dtype=torch.float64)
             self._terms[name] += term
-        self.note(step)
+
+    def _new_term(self) -> Tensor:
+        """Return the place of a term more, which holds 0."""
+        return self._all[len(self._all) - _MOST_TERMS + len(self._terms)]
 
     def note(self, step: StepOutput) -> None:
         """Note which terms a step has that was added on the device, without the host."""
@@ -160,11 +192,12 @@ class Window:
         for name in self._sums:
             self._sums[name].copy_(fitting(tensors, f"window.{name}", self._sums[name]))
         start, steps = "window.terms.", self._sums["steps"]
-        self._terms = {
-            name.removeprefix(start): fitting(tensors, name, steps).to(steps.device)
-            for name in tensors
-            if name.startswith(start)
-        }
+        self._all[len(self._all) - _MOST_TERMS :] = 0
+        self._terms = {}
+        for name in tensors:
+            if name.startswith(start):
+                place = self._new_term()
+                self._terms[name.removeprefix(start)] = place.copy_(fitting(tensors, name, steps))
         self._open = set(self._terms)
 
 

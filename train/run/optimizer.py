@@ -19,6 +19,8 @@ from train.model.transcoder import Transcoder
 from train.model.unit_rows import drop_parallel_part, normalise_rows
 from train.parallel.dictionary import Common, Shard, ShardedTranscoder
 
+_VECTORS = ("b_enc", "b_dec")
+"""Parameters whose gradients the kernel that clips squares itself"""
 _LR, _LR_WIDTH, _DECODER_RATE = 4e-3, 576, 4.0
 
 
@@ -80,6 +82,8 @@ class Optimizer:
     ) -> None:
         """Set up the optimizer. `length_at`: how many steps the run has, by the step that is trained."""
         self._transcoder, self._config, self._length_at = transcoder, config, length_at
+        self._one: Tensor | None = None
+        """What each backward starts from, made once"""
         self._adam: CompiledAdam | ShardedAdam | TritonAdam | TorchAdam
         if isinstance(transcoder, ShardedTranscoder):
             self._adam = ShardedAdam(transcoder, config)
@@ -109,8 +113,10 @@ class Optimizer:
         The first loss should be the one that reaches every latent: it writes gradients, and those after it add to them.
         """
         self._transcoder.zero_grad(set_to_none=True)
+        if self._one is None:
+            self._one = torch.ones_like(losses[0])
         for loss in losses:
-            loss.backward()
+            loss.backward(self._one)
         return self._adam.update(self._config.max_grad_norm or float("inf"))
 
     @torch.no_grad()
@@ -319,7 +325,9 @@ class ShardedAdam:
 
 
 class TritonAdam:
-    """The same two passes in Triton kernels, which write the encoder's weights in bfloat16, too, where a step reads it.
+    """The same in Triton kernels: in one pass over rows, where the kernels that write gradients note their norms.
+
+    They write the encoder's weights in bfloat16, too, where a step reads it.
 
     The rate and all that depends on the step are on the device.
     """
@@ -336,7 +344,8 @@ class TritonAdam:
         self._scalars = torch.zeros(5, device=device)
         """The rate, the gradients' norm, their scale, and Adam's two corrections."""
         self._places = [0, *accumulate(triton_adam.rows_of(p) for p in self._parameters.values())]
-        self._along, self._squares = torch.zeros(2, self._places[-1], device=device)
+        self._squares = torch.zeros(self._places[-1], device=device)
+        """The squared norm of every gradient's rows"""
         transcoder.low_follows = True
 
     def set_rate(self, lr: float) -> None:
@@ -345,34 +354,38 @@ class TritonAdam:
 
     @torch.no_grad()
     def update(self, limit: float) -> Tensor:
-        """As `TorchAdam.update`."""
-        c, model, parts = self._config, self._transcoder, list(self._rows())
-        self._count += 1
-        for name, rows, grad, place in parts:
-            self._kernels.row_squares(grad, rows, self._unit(name), self._along[place], self._squares[place])
-        self._kernels.clip(self._squares, limit, self._powers, self._scalars)
+        """As `TorchAdam.update`; the norm is overwritten at the next step."""
+        c, model, kernels, parts = self._config, self._transcoder, self._kernels, dict(self._rows())
+        noted = []
+        for name, (rows, grad, place) in parts.items():
+            known = model.gradient_norms.get(name)
+            if known and known.holds_for(self._parameters[name].grad):
+                noted.append((known.parts, self._squares[place]))
+            elif name not in _VECTORS:
+                kernels.row_squares(grad, rows, self._unit(name), self._squares[place])
+        if noted:
+            kernels.noted_squares(noted)
+        model.gradient_norms.clear()
+        vectors = [parts[name][1] for name in _VECTORS]
+        kernels.clip(self._squares, *vectors, limit, self._powers, self._count, self._scalars)
         low = dict(zip(("b_enc", "W_enc"), model.low_weights() or (None, None), strict=True))
-        for name, rows, grad, place in parts:
-            self._kernels.adam(
-                rows,
-                grad,
-                self._moments[name],
-                self._along[place],
-                low.get(name),
-                self._scalars,
-                unit=self._unit(name),
-                times=c.rate_of(name),
-                betas=(c.beta1, c.beta2),
-                eps=c.eps,
+        numbers = {"betas": (c.beta1, c.beta2), "eps": c.eps}
+        for name, (rows, grad, _) in parts.items():
+            if name == "b_enc":  # goes with the rows of W_enc
+                continue
+            one = kernels.Moved(rows, grad, *self._moments[name], low.get(name))
+            bias = (
+                kernels.Moved(*parts["b_enc"][:2], *self._moments["b_enc"], low["b_enc"]) if name == "W_enc" else None
             )
-        return self._scalars[1].clone()
+            kernels.adam(one, bias, self._scalars, unit=self._unit(name), times=c.rate_of(name), **numbers)
+        return self._scalars[1]
 
-    def _rows(self) -> Iterator[tuple[str, Tensor, Tensor, slice]]:
-        """Yield name, weights, gradient and place among the rows of all parameters."""
+    def _rows(self) -> Iterator[tuple[str, tuple[Tensor, Tensor, slice]]]:
+        """Yield by name weights, gradient and place among the rows of all parameters."""
         for (name, parameter), place in zip(self._parameters.items(), pairwise(self._places), strict=True):
             grad = parameter.grad
             assert grad is not None and grad.stride() == parameter.stride(), name
-            yield name, parameter.detach(), grad, slice(*place)
+            yield name, (parameter.detach(), grad, slice(*place))
 
     def _unit(self, name: str) -> bool:
         return name == "W_dec" and self._transcoder.has_unit_decoder

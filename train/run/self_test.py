@@ -14,7 +14,8 @@ from train.duplicates.monitor import CorrelationMonitor
 from train.model.activations import BatchTopK
 from train.model.quiet import Quiet
 from train.model.sparse_latents import SparseLatents
-from train.model.transcoder import Normalisation, StepOutput, Transcoder, TranscoderConfig
+from train.model.step_output import StepOutput
+from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 from train.redundancy.groups import Judging, find_groups
 from train.redundancy.held_rows import HeldRows
 from train.redundancy.merge_latents import replace
@@ -145,7 +146,6 @@ def _planted(settings: Settings, rows: int) -> tuple[Transcoder, StepOutput, dic
     values = dense[at, latents].requires_grad_()
     active, nothing = SparseLatents.of(at, latents, values.detach(), dense.shape), torch.zeros(())
     step = StepOutput(
-        loss=nothing,
         terms={},
         errors=torch.zeros(rows, 2),
         target=torch.zeros(rows, 16),

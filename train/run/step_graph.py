@@ -17,7 +17,7 @@ from shared.console.terminal import say
 from shared.errors import ProjectError, UserError, warn
 from train.model.activations import Activation
 from train.model.losses import AuxKConfig
-from train.model.transcoder import StepOutput
+from train.model.step_output import StepOutput
 
 if TYPE_CHECKING:
     from train.run.settings import Settings

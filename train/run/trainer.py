@@ -28,7 +28,8 @@ from train.model import checkpoint
 from train.model.checkpoint import Checkpoint, HeldOut
 from train.model.kernels import numba_loops
 from train.model.quiet import Quiet
-from train.model.transcoder import StepOutput, Transcoder
+from train.model.step_output import StepOutput
+from train.model.transcoder import Transcoder
 from train.parallel.dictionary import ShardedTranscoder
 from train.parallel.ranks import Ranks
 from train.run.cadences import Cadences
@@ -88,6 +89,8 @@ class Trainer:
         self._ranks = ranks or Ranks()
         self._sharded = ShardedTranscoder(self._transcoder, shards, self._ranks) if shards > 1 else None
         """What is trained where the dictionary is cut; the transcoder then has its weights when `_agree` says so."""
+        self._joins = self._transcoder.joins and not self._sharded
+        """Whether rows, counters and figures are left to kernels that do much at once"""
         self._trained = self._sharded or self._transcoder
         self._optimizer = Optimizer(self._trained, self._settings.optimizer, config.length_at)
         strata = self._reader.slices()
@@ -305,29 +308,52 @@ class Trainer:
     def _compute(self, inputs: Sequence[Tensor], step: int) -> StepOutput:
         """Train on the rows that `inputs` stand for; a step that may be recorded reads its number on the device."""
         rows, outliers = (inputs[:-1], inputs[-1]) if self._reader.has_outliers else (inputs, None)
-        batch, dead, settings = self._reader.rows_of(rows), self._counters.dead(), self._settings
+        dead, settings = self._counters.dead(), self._settings
         logged = any(self._due(step + 1, every) for every in (self._every.log, self._every.evaluation))
         number = self._graph.number
         now = step if number is None else number
 
         # Reconstruction of every prefix, the activation's penalty, and aux-k.
-        output = self._trained.step(batch.source, batch.target, dead, settings.auxk, step, logged, number)
+        batch, bad = None, None
+        if self._joins:
+            number = torch.full((), step, device=dead.device) if number is None else number
+            bad = self._first_bad, number
+            x, y = self._prepared(rows, number)
+            output = self._transcoder.step_of(x, y, dead, settings.auxk, step, logged, number)
+        else:
+            batch = self._reader.rows_of(rows)
+            output = self._trained.step(batch.source, batch.target, dead, settings.auxk, step, logged, number)
         # Terms of the latents' values reach the encoder through the same pairs: they share the backward.
         of_values = self._diversity.value_terms(output)
         # Terms of decoder rows, and of rows that training leaves out, have a backward each.
         if self._sharded:
             self._sharded.refresh_decoder(self._diversity.rows_read(step))
-        apart = self._diversity.direction_terms(dead, step) | self._quiet.terms(now)
+        # One that is joined to the loss has none, since its gradient goes with that of the loss.
+        apart = self._diversity.direction_terms(dead, step, output.joined) | self._quiet.terms(now)
         first, *others = output.losses
-        loss = first + sum(of_values.values())
-        grad_norm = self._optimizer.update([loss, *others, *apart.values()])
+        beside = [term for term in of_values.values() if term.requires_grad]
+        loss = first + sum(beside) if beside else first
+        grad_norm = self._optimizer.update([loss, *others, *(term for term in apart.values() if term.requires_grad)])
 
         # From here on only counting: none of it waits for the device.
-        self._note_bad(output.loss + sum((of_values | apart).values()) + grad_norm, batch, now)
+        if batch:
+            self._note_bad(output.loss + sum((of_values | apart).values()) + grad_norm, batch, now)
         output = output.with_terms(of_values | apart).detached()
         self._counters.update(output)
-        self._window.add(output, grad_norm, outliers)
+        self._window.add(output, grad_norm, outliers, bad)
         return output
+
+    def _prepared(self, inputs: Sequence[Tensor], number: Tensor) -> tuple[Tensor, Tensor]:
+        """Return normalised source and target rows; bad ones are noted, as by `_note_bad`."""
+        from train.model.kernels.triton_rows import prepared  # not there without CUDA
+
+        (tables, places), model = self._reader.stored(inputs), self._transcoder
+        checks = [(longest, self._first_bad, number) for longest in self._longest]
+        source, target = (model.source_mean, model.source_scale), (model.target_mean, model.target_scale)
+        return (
+            prepared(tables[0], places, *source, *checks[0], model.source_rms_eps),
+            prepared(tables[-1], places, *target, *checks[1]),
+        )
 
     def _write_row(self, done: int, output: StepOutput, lr: float, held_out: Evaluation | None) -> None:
         """Write a row to the logs, and what every component has done."""

@@ -8,7 +8,7 @@ Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
 
 from abc import ABC, abstractmethod
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ class Groups(NamedTuple):
 
 class SparseOps(ABC):
     """The operations of a step whose cost is that of the selected pairs. They hold no state."""
+
+    keeps_guess: ClassVar[bool] = False
+    """Whether `batch_topk` leaves the guess for the next step in the place of its own"""
 
     @abstractmethod
     def batch_topk(

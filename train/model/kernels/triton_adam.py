@@ -1,44 +1,71 @@
-"""Adam in two passes over the rows of every parameter, in Triton kernels: norms, then everything else.
+"""Adam in one pass over the rows of every parameter, in Triton kernels, after the gradients' norm is known.
 
-The first pass drops the decoder's parallel part and sums squares, a kernel of one program clips, and the second pass
-moves the weights, gives decoder rows norm 1 and writes what the next product reads in bfloat16. The learning rate, the
-count of steps and the clipping stay on the device. Every sum runs in one order.
+Of gradients that `triton_sums` writes the norm is made from what is noted there; others are read for it. A kernel of
+one program clips, and the pass drops the gradient's part along decoder rows, moves the weights, gives decoder rows norm
+1 and writes what the next product reads in bfloat16. The learning rate, the count of steps and the clipping stay on the
+device. Every sum runs in one order.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from train.model.kernels.triton_launch import launch
+from train.model.kernels.triton_sums import NormParts
 
 _SUMMED = 8192
 """Squares that the one program of `_clip` sums at once."""
+_LATENTS = 128
+"""Rows that a program of `_noted_squares` looks at."""
 
 
-def row_squares(grad: Tensor, rows: Tensor, unit: bool, along: Tensor, squares: Tensor) -> None:
+class Moved(NamedTuple):
+    """A parameter as it lies in memory, with what moves it."""
+
+    rows: Tensor
+    grad: Tensor
+    first: Tensor
+    second: Tensor
+    low: Tensor | None
+    """Gets the parameter in its own type"""
+
+
+def row_squares(grad: Tensor, rows: Tensor, unit: bool, squares: Tensor) -> None:
     """Write the sum of squares of each row of `grad` to `squares`; `unit`: without its part along the row of `rows`.
 
-    That part is written to `along`. A last row may be shorter than the others: `grad` and `rows` [n] are cut at it.
+    A last row may be shorter than the others: `grad` and `rows` [n] are cut at it.
     """
     width = _width(grad)
     block = triton.next_power_of_2(width)
-    launch(_row_squares, (len(squares),), grad, rows, along, squares, width, grad.numel(), UNIT=unit, BLOCK=block)
+    launch(_row_squares, (len(squares),), grad, rows, squares, width, grad.numel(), UNIT=unit, BLOCK=block)
 
 
-def clip(squares: Tensor, limit: float, powers: Tensor, scalars: Tensor) -> None:
+def noted_squares(noted: Sequence[tuple[NormParts, Tensor]]) -> None:  # [F] each
+    """Write the same, to the second of each, from what was noted when the gradient was written; of one or two."""
+    (one, _), (other, _) = noted[0], noted[-1]
+    latents, sides = one.squares.shape[1], [(*part[:2], out, len(part.squares)) for part, out in (noted[0], noted[-1])]
+    of = {"FIRST": one.matrix is not None, "SECOND": other.matrix is not None, "BLOCK": _LATENTS}
+    launch(_noted_squares, (triton.cdiv(latents, _LATENTS), len(noted)), *sides[0], *sides[1], latents, **of)
+
+
+def clip(
+    squares: Tensor, b_enc: Tensor, b_dec: Tensor, limit: float, powers: Tensor, count: Tensor, scalars: Tensor
+) -> None:
     """Write the gradients' norm, their scale under `limit` and Adam's corrections to `scalars` [5], behind the rate.
 
-    `powers` [4] float64: the powers of both betas, of the step before and then of this one, and the betas.
+    The norm is of all `squares`, and of the gradients of `b_enc` and `b_dec`. `powers` [4] float64: the powers of both
+    betas, of the step before and then of this one, and the betas. `count` counts steps.
     """
-    launch(_clip, (1,), squares, powers, scalars, len(squares), limit, BLOCK=_SUMMED)
+    sizes = (len(squares), len(b_enc), len(b_dec))
+    launch(_clip, (1,), squares, b_enc, b_dec, powers, count, scalars, *sizes, limit, BLOCK=_SUMMED)
 
 
 def adam(
-    rows: Tensor,
-    grad: Tensor,
-    moments: tuple[Tensor, Tensor],
-    along: Tensor,
-    low: Tensor | None,
+    moved: Moved,
+    bias: Moved | None,
     scalars: Tensor,
     *,
     unit: bool,
@@ -46,13 +73,17 @@ def adam(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Move the rows of a parameter, after `clip`; `low`, where there is one, gets them in its own type."""
-    width, (beta1, beta2) = _width(grad), betas
+    """Move the rows of a parameter, after `clip`, and of each row a number of `bias` [rows]."""
+    grad, (beta1, beta2) = moved.grad, betas
+    width, other = _width(grad), bias or moved
     numbers = (times, beta1, 1 - beta1, beta2, 1 - beta2, eps)
-    block, shadow = triton.next_power_of_2(width), along if low is None else low
-    tensors = (rows, grad, *moments, along, shadow, scalars)
-    of = {"UNIT": unit, "SHADOW": low is not None, "BLOCK": block}
-    launch(_adam, (rows_of(grad),), *tensors, width, grad.numel(), *numbers, **of)
+    tensors = (*moved[:4], _low(moved), *other[:4], _low(other), scalars)
+    of = {"UNIT": unit, "SHADOW": moved.low is not None, "BIAS": bias is not None}
+    launch(_adam, (rows_of(grad),), *tensors, width, grad.numel(), *numbers, **of, BLOCK=triton.next_power_of_2(width))
+
+
+def _low(one: Moved) -> Tensor:
+    return one.rows if one.low is None else one.low
 
 
 def rows_of(tensor: Tensor) -> int:
@@ -66,22 +97,65 @@ def _width(tensor: Tensor) -> int:
 
 
 @triton.jit
-def _row_squares(grad, rows, along, squares, width, size, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+def _row_squares(grad, rows, squares, width, size, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     row, o = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     at = row * width + o
     inside = (o < width) & (at < size)
     slope = tl.load(grad + at, mask=inside, other=0.0)
     if UNIT:
         weight = tl.load(rows + at, mask=inside, other=0.0)
-        part = tl.sum(slope * weight, 0)
-        slope -= part * weight
-        tl.store(along + row, part)
+        slope -= tl.sum(slope * weight, 0) * weight
     tl.store(squares + row, tl.sum(slope * slope, 0))
 
 
 @triton.jit
-def _clip(squares, powers, scalars, count, limit, BLOCK: tl.constexpr):
+def _row_square(parts, along, squares, count, latents, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the squared norm of rows from their parts."""
+    latent = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total, part = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for one in range(count):
+        total += tl.load(parts + one * latents + latent, mask=latent < latents, other=0.0).to(tl.float64)
+        if UNIT:
+            part += tl.load(along + one * latents + latent, mask=latent < latents, other=0.0).to(tl.float64)
+    total = tl.maximum(total - part * part, 0.0)
+    tl.store(squares + latent, total.to(squares.dtype.element_ty), mask=latent < latents)
+
+
+@triton.jit
+def _noted_squares(
+    parts,
+    along,
+    squares,
+    count,
+    other_parts,
+    other_along,
+    other_squares,
+    other_count,
+    latents,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if tl.program_id(1) == 0:
+        _row_square(parts, along, squares, count, latents, FIRST, BLOCK)
+    else:
+        _row_square(other_parts, other_along, other_squares, other_count, latents, SECOND, BLOCK)
+
+
+@triton.jit
+def _squared(numbers, count, BLOCK: tl.constexpr):
+    """Return the squares of some numbers, many of them in one."""
     total = tl.zeros([BLOCK], tl.float64)
+    for low in range(0, count, BLOCK):
+        i = low + tl.arange(0, BLOCK)
+        number = tl.load(numbers + i, mask=i < count, other=0.0).to(tl.float64)
+        total += number * number
+    return total
+
+
+@triton.jit
+def _clip(squares, b_enc, b_dec, powers, steps, scalars, count, latents, width, limit, BLOCK: tl.constexpr):
+    total = _squared(b_enc, latents, BLOCK) + _squared(b_dec, width, BLOCK)
     for low in range(0, count, BLOCK):
         i = low + tl.arange(0, BLOCK)
         total += tl.load(squares + i, mask=i < count, other=0.0).to(tl.float64)
@@ -93,6 +167,19 @@ def _clip(squares, powers, scalars, count, limit, BLOCK: tl.constexpr):
     tl.store(powers + 1, second)
     tl.store(scalars + 3, (1 - first).to(tl.float32))
     tl.store(scalars + 4, (1 - second).to(tl.float32))
+    tl.store(steps, tl.load(steps) + 1)
+
+
+@triton.jit
+def _moves(slope, first, second, at, inside, scalars, times, keep1, take1, keep2, take2, eps):
+    """Bring the moments up to date, and return what is taken from the weights."""
+    slope *= tl.load(scalars + 2)
+    m = keep1 * tl.load(first + at, mask=inside, other=0.0) + take1 * slope
+    v = keep2 * tl.load(second + at, mask=inside, other=0.0) + take2 * slope * slope
+    tl.store(first + at, m, mask=inside)
+    tl.store(second + at, v, mask=inside)
+    rate = tl.load(scalars) * times / tl.load(scalars + 3)
+    return rate * m / (tl.sqrt(v / tl.load(scalars + 4)) + eps)
 
 
 @triton.jit
@@ -101,8 +188,12 @@ def _adam(
     grad,
     first,
     second,
-    along,
     shadow,
+    bias,
+    bias_grad,
+    bias_first,
+    bias_second,
+    bias_shadow,
     scalars,
     width,
     size,
@@ -114,6 +205,7 @@ def _adam(
     eps,
     UNIT: tl.constexpr,
     SHADOW: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, o = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -122,16 +214,18 @@ def _adam(
     weight = tl.load(rows + at, mask=inside, other=0.0)
     slope = tl.load(grad + at, mask=inside, other=0.0)
     if UNIT:
-        slope -= tl.load(along + row) * weight
-    slope *= tl.load(scalars + 2)
-    m = keep1 * tl.load(first + at, mask=inside, other=0.0) + take1 * slope
-    v = keep2 * tl.load(second + at, mask=inside, other=0.0) + take2 * slope * slope
-    tl.store(first + at, m, mask=inside)
-    tl.store(second + at, v, mask=inside)
-    rate = tl.load(scalars) * times / tl.load(scalars + 3)
-    weight -= rate * m / (tl.sqrt(v / tl.load(scalars + 4)) + eps)
+        slope -= tl.sum(slope * weight, 0) * weight
+    weight -= _moves(slope, first, second, at, inside, scalars, times, keep1, take1, keep2, take2, eps)
     if UNIT:  # a row of 0 has no direction, and stays
         weight /= tl.maximum(tl.sqrt(tl.sum(tl.where(inside, weight * weight, 0.0), 0)), 1.1754944e-38)
     tl.store(rows + at, weight, mask=inside)
     if SHADOW:
         tl.store(shadow + at, weight.to(shadow.dtype.element_ty), mask=inside)
+    if BIAS:
+        one = row + tl.arange(0, 1)
+        number, here = tl.load(bias + one), one >= 0
+        slope = tl.load(bias_grad + one)
+        number -= _moves(slope, bias_first, bias_second, one, here, scalars, times, keep1, take1, keep2, take2, eps)
+        tl.store(bias + one, number)
+        if SHADOW:
+            tl.store(bias_shadow + one, number.to(bias_shadow.dtype.element_ty))

@@ -5,16 +5,16 @@ latent of the step's own pairs.
 Legend: B rows, F latents, O d_out, N pairs of a row and a latent, C pairs of latents.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.model.kernels.sparse_ops import sparse_ops
-from train.model.kernels.triton_kernels import Triton
 from train.model.kernels.triton_launch import launch
+from train.model.kernels.triton_step import Joined
+from train.model.kernels.triton_sums import Partners, sums_by_latent
 from train.model.sparse_latents import SparseLatents
 
 _BLOCK = 1024
@@ -27,6 +27,7 @@ def partners(first: Tensor, second: Tensor, d_sae: int) -> SparseLatents:  # [C]
 
 
 def pair_loss(
+    joined: Joined,
     W_dec: Tensor,  # [F, O] unit rows
     pairs: SparseLatents,  # of `partners`
     group: Tensor,  # [F] int64
@@ -36,40 +37,15 @@ def pair_loss(
 ) -> Tensor:  # []
     """Sum twice `factor` times the squared excess of the cosine of every pair of living latents over its margin.
 
-    `margins`: within a group, and between two. The gradient is added to `W_dec.grad`: so it comes from `backward`.
+    `margins`: within a group, and between two. The gradient goes with that of the loss that the term is `joined` to.
     """
-    return _PairLoss.apply(W_dec, pairs, group, dead, margins, factor)
-
-
-class _PairLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        W_dec: Tensor,
-        pairs: SparseLatents,
-        group: Tensor,
-        dead: Tensor,
-        margins: tuple[float, float],
-        factor: float,
-    ) -> Tensor:
-        count, width = len(pairs.rows) // 2, W_dec.shape[1]
-        ctx.W_dec, ctx.pairs = W_dec, pairs
-        terms, slopes = W_dec.new_empty(count), W_dec.new_empty(2 * count)
-        if count:
-            tensors = (W_dec.detach(), pairs.latents, group, dead.view(torch.uint8), terms, slopes)
-            block = triton.next_power_of_2(width)
-            launch(_excess, (count,), *tensors, count, *margins, factor, width, BLOCK=block)
-        ctx.save_for_backward(slopes)
-        return terms.sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        (slopes,), (times,), W_dec = ctx.saved_tensors, grads, ctx.W_dec
-        if W_dec.grad is None:
-            W_dec.grad = torch.zeros_like(W_dec)
-        if len(slopes):
-            _ops().sums_by_latent(ctx.pairs, slopes, W_dec.detach(), W_dec.grad, add=True, times=times)
-        return (None,) * 6
+    matrix, count, width = W_dec.detach(), len(pairs.rows) // 2, W_dec.shape[1]
+    terms, slopes = matrix.new_empty(count), matrix.new_empty(2 * count)
+    if count:
+        tensors = (matrix, pairs.latents, group, dead.view(torch.uint8), terms, slopes)
+        launch(_excess, (count,), *tensors, count, *margins, factor, width, BLOCK=triton.next_power_of_2(width))
+        joined.partners.append(Partners(pairs, slopes, matrix))
+    return terms.sum()
 
 
 class Together(NamedTuple):
@@ -94,41 +70,26 @@ def together(first: Tensor, second: Tensor, strength: Tensor, d_sae: int) -> Tog
 
 
 def co_activation(
+    joined: Joined,
     values: Tensor,  # [N]
     active: SparseLatents,
     pairs: Together,
 ) -> Tensor:  # []
     """Sum over pairs of latents, by their strength, the sum over rows of the product of both latents' values.
 
-    A value that is not above 0 has no part and no gradient.
+    A value that is not above 0 has no part and no gradient. The gradient is added to that of the loss that the term is
+    `joined` to.
     """
-    return _CoActivation.apply(values, active, pairs)
-
-
-class _CoActivation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, active: SparseLatents, pairs: Together) -> Tensor:
-        count, (rows, places) = len(values), (len(active.starts) - 1, len(pairs.strength))
-        slopes, terms = torch.zeros(2, count, dtype=values.dtype, device=values.device)
-        if count and places:
-            dense, grid = values.new_zeros(places, rows), (triton.cdiv(count, _BLOCK),)
-            at = (active.rows, active.latents, pairs.column)
-            launch(_spread, grid, values, *at, dense, count, rows, BLOCK=_BLOCK)
-            sums = torch.empty_like(dense)
-            _ops().sums_by_latent(pairs.partners, pairs.strength, dense, sums, add=False)
-            launch(_collect, grid, values, *at, sums, slopes, terms, count, rows, BLOCK=_BLOCK)
-        ctx.save_for_backward(slopes)
-        return terms.sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0] * ctx.saved_tensors[0], None, None
-
-
-def _ops() -> Triton:
-    ops = sparse_ops("triton")
-    assert isinstance(ops, Triton)
-    return ops
+    values, count, (rows, places) = values.detach(), len(values), (len(active.starts) - 1, len(pairs.strength))
+    if not (count and places):
+        return values.new_zeros(())
+    dense, grid, terms = values.new_zeros(places, rows), (triton.cdiv(count, _BLOCK),), torch.empty_like(values)
+    at = (active.rows, active.latents, pairs.column)
+    launch(_spread, grid, values, *at, dense, count, rows, BLOCK=_BLOCK)
+    sums = torch.empty_like(dense)
+    sums_by_latent(pairs.partners, pairs.strength, dense, sums, add=False, most=1)  # a few at most: programs share none
+    launch(_collect, grid, values, *at, sums, joined.slopes, terms, count, rows, BLOCK=_BLOCK)
+    return terms.sum()
 
 
 @triton.jit
@@ -170,9 +131,9 @@ def _spread(values, rows, latents, columns, dense, count, width, BLOCK: tl.const
 
 @triton.jit
 def _collect(values, rows, latents, columns, sums, slopes, terms, count, width, BLOCK: tl.constexpr):
-    """Write what every value adds to the loss, half of each product, and its gradient."""
+    """Write what every value adds to the loss, half of each product, and add its gradient to the slopes."""
     i, at = _place(rows, latents, columns, count, width, BLOCK)
     value = tl.load(values + i, mask=i < count, other=0.0)
     slope = tl.load(sums + at, mask=(at >= 0) & (value > 0), other=0.0)
-    tl.store(slopes + i, slope, mask=i < count)
+    tl.store(slopes + i, tl.load(slopes + i, mask=i < count, other=0.0) + slope, mask=i < count)
     tl.store(terms + i, 0.5 * value * slope, mask=i < count)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from train.model.kernels.triton_launch import launch
+from train.model.kernels.triton_sums import Every, row_at
 
 _ROOM = 4
 """Pairs that there is room for apart, over those that are selected."""
@@ -47,23 +48,28 @@ def batch_topk(pre_acts: Tensor, n: int, guess: Tensor) -> tuple[tuple[Tensor, .
     launch(_count, (rows,), *apart, nth, *of_row, least, *sizes, BLOCK=_ROW, num_warps=4)
     starts = torch.empty(rows + 1, dtype=torch.int64, device=device)
     kept = (*torch.empty(2, n, dtype=torch.int64, device=device), pre_acts.new_empty(n), starts)
-    tensors = (*apart, nth, *of_row, least, *kept)
+    tensors = (*apart, nth, *of_row, least, *kept, guess)
     launch(_compact, (rows,), *tensors, *sizes, rows, BLOCK=_ROW, num_warps=4)
     return kept, least[1]
 
 
-def row_topk(pre_acts: Tensor, k: int, among: Tensor | None) -> tuple[Tensor, ...]:
+def row_topk(
+    pre_acts: Tensor, k: int, among: Tensor | None, every: Every | None = None, count: int | None = None
+) -> tuple[Tensor, ...]:
     """Find the `k` largest of every row of `pre_acts`, of the latents `among`: what `batch_topk` finds of a batch.
 
-    Where `among` names fewer, the first of the others follow, with values of 0.
+    Where `among` names fewer, the first of the others follow, with values of 0. `every`: of so many-th rows alone,
+    which are `count` and are numbered from 0.
     """
-    rows, width = pre_acts.shape
+    width, rows = pre_acts.shape[1], len(pre_acts) if count is None else count
     pairs = torch.empty(2, rows * k, dtype=torch.int64, device=pre_acts.device)
     starts = torch.empty(rows + 1, dtype=torch.int64, device=pre_acts.device)
     kept = (*pairs, pre_acts.new_empty(rows * k), starts)
     mask = pre_acts if among is None else among.view(torch.uint8)
     sizes = (pre_acts.stride(0), width, k)
-    launch(_row_topk, (rows,), pre_acts, mask, *kept, *sizes, AMONG=among is not None, BLOCK=_READ, num_warps=4)
+    first = (starts, 1) if every is None else (every.number, every.step)
+    kinds = {"AMONG": among is not None, "EVERY": every is not None}
+    launch(_row_topk, (rows,), pre_acts, mask, *first, *kept, *sizes, **kinds, BLOCK=_READ, num_warps=4)
     return kept
 
 
@@ -227,6 +233,7 @@ def _compact(
     latents,
     kept_values,
     starts,
+    guess,
     room,
     n,
     width,
@@ -270,7 +277,9 @@ def _compact(
     if row == 0:
         smallest = tl.load(least)
         smallest = tl.where(smallest == float("inf"), 0.0, smallest)
-        tl.store(least + 1, tl.where(bits > 0, bits.to(tl.float32, bitcast=True), smallest))
+        smallest = tl.where(bits > 0, bits.to(tl.float32, bitcast=True), smallest)
+        tl.store(least + 1, smallest)
+        tl.store(guess, (0.95 * smallest).to(guess.dtype.element_ty))
 
 
 @triton.jit
@@ -284,6 +293,8 @@ def _order(values):
 def _row_topk(
     pre_acts,
     among,
+    number,
+    every,
     rows,
     latents,
     values,
@@ -292,10 +303,12 @@ def _row_topk(
     width,
     k,
     AMONG: tl.constexpr,
+    EVERY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Find the `k` largest of a row, digit by digit, 11 bits at a time."""
     row = tl.program_id(0).to(tl.int64)
+    begin = row_at(row, number, every, EVERY) * step
     some = tl.full([], 1, tl.int32)
     if AMONG:
         some = tl.full([], 0, tl.int32)
@@ -310,7 +323,7 @@ def _row_topk(
             for low in range(0, width, BLOCK):
                 latent = low + tl.arange(0, BLOCK)
                 inside = latent < width
-                order = _order(tl.load(pre_acts + row * step + latent, mask=inside, other=0.0))
+                order = _order(tl.load(pre_acts + begin + latent, mask=inside, other=0.0))
                 if AMONG:
                     order = tl.where(tl.load(among + latent, mask=inside, other=0) > 0, order, 0)
                 counted = inside & (order >> (shift + 11) == start)
@@ -326,7 +339,7 @@ def _row_topk(
     for low in range(0, width, BLOCK):
         latent = low + tl.arange(0, BLOCK)
         inside = latent < width
-        value = tl.load(pre_acts + row * step + latent, mask=inside, other=0.0)
+        value = tl.load(pre_acts + begin + latent, mask=inside, other=0.0)
         order = _order(value)
         if AMONG:
             listed = tl.load(among + latent, mask=inside, other=0) > 0
