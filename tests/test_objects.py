@@ -68,16 +68,29 @@ def test_rows_are_those_of_the_local_store(
     ).all()
 
 
-def test_of_a_store_that_is_larger_than_the_folder_the_rows_asked_for_are_fetched_and_no_others(
-    there: str, tmp_path: Path, by_ranges: None
+def test_of_a_store_that_is_larger_than_the_folder_the_rows_asked_for_are_fetched_near_ones_together(
+    there: str,
+    bucket: Bucket,
+    pristine: SyntheticStore,
+    tmp_path: Path,
+    by_ranges: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of rows 3:9, 12:15 and 24:30, with a gap of three rows allowed, 3:15 and 24:30 are."""
     store = Store.open(there)
     assert store.objects
     records = size_of(store.objects.mirror)
     bounded = Store.open(there, Local(folder=tmp_path / "other", bytes=records + 8192))
-    array = bounded.strata["004-016"].source
-    array.gather([(3, 9), (20, 24)], np.empty((10, array.spec.width or 1), array.spec.dtype))
-    assert bounded.objects and bounded.objects.fetched == 10 * array.spec.row_bytes
+    array, expected = bounded.strata["004-016"].source, pristine.arrays["strata/004-016/source"]
+    assert bounded.objects and array.spec.rows_per_shard >= 30
+    monkeypatch.setattr(object_rows, "GAP_BYTES", 3 * array.spec.row_bytes)
+    runs, out = [(3, 9), (12, 15), (24, 30)], np.empty((15, array.spec.width or 1), array.spec.dtype)
+    before = len(bucket.proxy.requests)
+    array.will_need(runs)
+    array.gather(runs, out)
+    assert (out == np.concatenate([expected[low:high] for low, high in runs])).all()
+    assert bounded.objects.fetched == 18 * array.spec.row_bytes
+    assert len(bucket.proxy.requests) == before + 2
 
 
 def test_packed_stores_are_read_there_too(bucket: Bucket, pristine: SyntheticStore, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from shared.store.packed import LocalFolder
 Rows = NDArray[Any]
 RowRun = tuple[int, int]
 """Neighbouring rows of an array, a half-open range."""
+Span = tuple[int, int, int]
+"""A shard file, and the first row and past the last row there."""
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -69,8 +71,8 @@ class MappedArray:
                 # Not by mmap's own method: that holds the GIL while the kernel works.
                 _madvise(self._map(number)[1] + first, high * self._row_bytes - first, mmap.MADV_WILLNEED)
 
-    def _spans(self, runs: Sequence[RowRun]) -> list[tuple[int, int, int]]:
-        """List (shard, first row, past the last row) of the parts of `runs`."""
+    def _spans(self, runs: Sequence[RowRun]) -> list[Span]:
+        """List the parts of `runs`, in their order."""
         size, found = self._rows_per_shard, []
         for start, stop in runs:
             while start < stop:
