@@ -315,7 +315,7 @@ def threshold_at(transcoder: Transcoder, rows: StoreRows, l0: float, most: int |
             values.append(top)
             weights.append(torch.full_like(top, weight, dtype=torch.float64))
             total += weight * len(x)
-        cut = _weighted_cut(torch.cat(values), torch.cat(weights), l0 * total)
+        cut = _weighted_cut(values, weights, l0 * total)
         if cut >= float(hidden):
             return (learned + cut).clamp_min(0)
         slack *= 2
@@ -337,12 +337,17 @@ def _largest(found: Tensor, floor: Tensor, hidden: Tensor, room: int) -> tuple[T
     return top, torch.maximum(hidden, top.min()) if len(top) else hidden
 
 
-def _weighted_cut(values: Tensor, weights: Tensor, total: float) -> float:
-    """Return the threshold above which values weigh `total`; -inf when all of them weigh less."""
-    values, order = values.sort(descending=True)
-    running = weights[order].cpu().cumsum(0)  # CUDA's running sum of floats is not the same each time
+def _weighted_cut(values: list[Tensor], weights: list[Tensor], total: float) -> float:
+    """Return the threshold above which values weigh `total`; -inf when all weigh less. Takes both to pieces."""
+    joined, weight = torch.cat(values), torch.cat(weights)
+    values.clear()
+    weights.clear()
+    joined, order = joined.sort(descending=True)
+    running = weight[order].cpu()
+    del weight, order
+    running.cumsum_(0)  # on CPU: CUDA's running sum of floats is not the same each time
     index = int(torch.searchsorted(running, total, right=True))
-    return float(values[index]) if index < len(values) else -torch.inf
+    return float(joined[index]) if index < len(joined) else -torch.inf
 
 
 def calibration_blocks(store: Store) -> range:
