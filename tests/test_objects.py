@@ -102,6 +102,7 @@ def test_packed_stores_are_read_there_too(bucket: Bucket, pristine: SyntheticSto
         assert_same_rows(Store.open(f"{bucket.address}/packed", Local(folder=tmp_path / "new")), pristine)
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("bound", [None, 60_000])
 def test_training_gives_the_same_bytes_and_the_folder_keeps_its_bound(
     there: str,
@@ -132,6 +133,7 @@ def test_training_gives_the_same_bytes_and_the_folder_keeps_its_bound(
     assert command("evaluate", away.path).code == 0  # the run knows where its store is
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("fault", ["500", "cut", "silent"])
 def test_requests_that_fail_are_made_again(
     there: str, bucket: Bucket, pristine: SyntheticStore, quick: None, fault: Fault
@@ -141,6 +143,7 @@ def test_requests_that_fail_are_made_again(
     assert len(bucket.proxy.requests) > 40
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("fault", ["500", "silent"])
 def test_a_service_that_does_not_answer_is_an_error_that_names_it(
     there: str, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, fault: Fault
@@ -153,6 +156,7 @@ def test_a_service_that_does_not_answer_is_an_error_that_names_it(
         store.strata["004-016"].source.shard(0)
 
 
+@pytest.mark.fault(61)
 def test_damaged_objects_are_found_on_arrival(
     there: str, bucket: Bucket, command: Callable[..., Outcome], tmp_path: Path
 ) -> None:

@@ -80,7 +80,7 @@ def sweep(
     durable.make_folder(folder)
     with durable.lock(folder / LOCK, f"sweep {folder}"):
         work.publish()
-        for group in rounds(to_train):
+        for group in rounds(to_train, at_once):
             if work.train(group, lanes(group, at_once)):
                 raise Stopped(f"stopped; the same command continues the sweep in {folder}")
         record = work.publish()
