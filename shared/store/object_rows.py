@@ -93,6 +93,7 @@ class ObjectRows:
         self._packed = False
         self._lock = threading.Lock()
         self._coming: dict[str, Future[bytes]] = {}
+        self._askers = 0
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="objects")
 
     def _copy_records(self, record: bytes) -> None:
@@ -167,10 +168,17 @@ class ObjectRows:
             if piece.name not in self._coming and not self._folder.has(piece.name):
                 self._fetch(piece)
 
+    def start(self) -> None:
+        """Count one more who asks for rows ahead."""
+        with self._lock:
+            self._askers += 1
+
     def stop(self) -> None:
-        """Fetch nothing more ahead."""
-        for future in list(self._coming.values()):
-            future.cancel()
+        """Count one less; fetch nothing more ahead once there is none."""
+        with self._lock:
+            self._askers -= 1
+            if not self._askers:
+                self._coming = {name: future for name, future in self._coming.items() if not future.cancel()}
 
     def pieces(self, spec: ArraySpec, shard: int, low: int, high: int) -> list[Piece]:
         """List what must be fetched for rows `low:high` of a shard file.

@@ -435,12 +435,13 @@ def _by_training_rule(transcoder: Transcoder, rows: StoreRows, seed: int) -> dic
     store, device, P = rows.store, transcoder.W_enc.device, len(transcoder.prefixes)
     blocks = store.record.report_blocks
     batch_rows = min(rows.chunk_rows, len(blocks) * store.request.block_sequences * store.request.context_size)
-    reader = BatchReader(store, blocks, RowsConfig(batch_rows=batch_rows), seed, device, rows.source)
+    steps = -(-len(blocks) * sum(s.rows for s in store.record.plan.stored_strata) // batch_rows)
+    config = RowsConfig(batch_rows=batch_rows)
+    reader = BatchReader(store, blocks, config, seed, device, rows.source, stop=steps)
     apart = reader.has_outliers and store.exclusion is not None and store.exclusion.figures
     strata, slices, ordinary = dict[str, Sums](), reader.slices(), torch.ones(batch_rows, dtype=torch.bool)
     sizes = torch.tensor([at.stop - at.start for at in slices.values()])
     of_row = torch.arange(len(slices)).repeat_interleave(sizes)  # [B] the number of its stratum
-    steps = -(-len(blocks) * sum(s.rows for s in store.record.plan.stored_strata) // batch_rows)
     with reader:
         for step in range(steps):
             batch = reader.batch(step)

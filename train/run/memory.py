@@ -41,16 +41,19 @@ def training_bytes(config: RunConfig) -> int:
 
 
 def standing_bytes(config: RunConfig) -> int:
-    """Return how many bytes a run on CPU holds from step to step, about, with a checkpoint that is being written."""
+    """Return how many bytes a run on CPU holds from step to step, about."""
     settings = config.settings
     d_sae = config.settings.transcoder.d_sae
     assert isinstance(d_sae, int)
     sample = settings.monitor.state_bytes(settings.rows.batch_rows, settings.activation.most_active(d_sae), d_sae)
-    return _of_parameters(config) + sample + checkpoint_bytes(settings, config.d_in, config.d_out) + _THREAD
+    return _of_parameters(config) + sample + _THREAD
 
 
 def passing_bytes(config: RunConfig, store: Store) -> int:
-    """Return how many bytes a run on CPU takes for a while beside those: in a step, an evaluation, or at its end."""
+    """Return how many bytes a run on CPU takes for a while beside those: in a step, an evaluation, or at its end.
+
+    With a checkpoint that is being written.
+    """
     settings, record = config.settings, store.record
     d_sae, stored = settings.transcoder.d_sae, sum(part.rows for part in record.plan.stored_strata)
     assert isinstance(d_sae, int)
@@ -61,7 +64,8 @@ def passing_bytes(config: RunConfig, store: Store) -> int:
         _PER_REPORTED * to_report * expected if settings.monitor.every else 0,
         min(settings.samples.rows * expected, MOST_PAIRS) * _PER_SAMPLED,
     )
-    return int(max(settings.rows.batch_rows, settings.evaluation.chunk_rows) * _of_a_row(config) + max(parts))
+    step = max(settings.rows.batch_rows, settings.evaluation.chunk_rows) * _of_a_row(config)
+    return int(step + max(parts) + checkpoint_bytes(settings, config.d_in, config.d_out))
 
 
 def _of_parameters(config: RunConfig) -> int:
