@@ -253,6 +253,13 @@ def test_runs_that_do_not_fit_into_memory_together_are_trained_in_rounds(
     assert [len(group) for group in rounds(found)] == [1, 1, 1]
 
 
+def test_two_stores_of_one_name_are_refused_by_it(command: Command, pristine: SyntheticStore, tmp_path: Path) -> None:
+    file, twin = sweep_file(tmp_path, ""), tmp_path / "elsewhere" / pristine.path.name
+    done = command("sweep", file, "--store", pristine.path, "--store", twin, "--runs", tmp_path / "runs")
+    assert done.code == 2 and f"{pristine.path} and {twin} are both called {twin.name}" in done.err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_names_tell_what_differs() -> None:
     assert name_of({"activation.k": 16, "seed": 0, "optimizer.lr": 0.004}) == "k16-seed0-lr0.004"
     assert name_of({"seed": 1, "rows.seed": 2}) == "seed1-rows.seed2"

@@ -92,6 +92,7 @@ def plan(
     places = tuple(stores) or file.stores
     if not places:
         raise UserError(f"{origin} names no store; pass --store STORE, or write stores = [...] into it")
+    _require_names(places, origin)
     wanted = [(place, *one) for place in places for one in _variants(file, origin)]
     if len(wanted) > MOST_RUNS:
         raise UserError(f"{origin} asks for {len(wanted):,} runs, and a sweep has at most {MOST_RUNS:,}")
@@ -117,6 +118,17 @@ def plan(
         )
     order = list(dict.fromkeys(one.rows for one in found))
     return sorted(found, key=lambda one: order.index(one.rows))
+
+
+def _require_names(places: Sequence[Path], origin: Path) -> None:
+    """Raise `UserError` where two stores have one name: those of their runs' folders begin with it."""
+    known: dict[str, Path] = {}
+    for place in places:
+        if (before := known.setdefault(place.name, place)) is not place:
+            raise UserError(
+                f"{origin}: the stores {before} and {place} are both called {place.name}, as the folders of their runs "
+                "would be; sweep each by itself, with another --runs, or give a folder another name by a link (ln -s)"
+            )
 
 
 def memory_of(config: RunConfig, store: Store) -> dict[str, int]:
