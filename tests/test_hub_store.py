@@ -111,6 +111,7 @@ def test_the_card_says_what_the_rows_are_and_its_code_reads_them(
     assert (found["tokens"] == raw.arrays["tokens"][windows, places]).all()
 
 
+@pytest.mark.fault(63)
 @pytest.mark.parametrize("after", [2, 9])
 def test_a_push_that_is_killed_goes_on(packed: Path, hub: Hub, after: int) -> None:
     """At a request of the first commits, and while shards are sent; what is committed is not sent again."""
@@ -138,6 +139,7 @@ def test_a_push_that_is_killed_goes_on(packed: Path, hub: Hub, after: int) -> No
     assert len(sent) <= len([name for name in large if name not in before])
 
 
+@pytest.mark.fault(63)
 def test_a_pull_that_is_killed_goes_on_and_mends_what_was_damaged(packed: Path, hub: Hub, tmp_path: Path) -> None:
     """Killed once most files are there; one of them is damaged then, and fetched again with those that are missing."""
     hub.files[NAME] = contents(packed)
@@ -202,6 +204,7 @@ def test_what_a_push_cannot_do_is_one_line_and_sends_nothing(
         assert hub.files[NAME] == files
 
 
+@pytest.mark.fault(63)
 def test_a_damaged_shard_is_not_pushed(packed: Path, hub: Hub, here: Callable[..., Outcome], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(packed, tmp_path / "copy"))
     shard = next(iter(sorted(copy.glob(f"{SHARDS}/*/source/c/1/0"))))
@@ -233,6 +236,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     assert contents(path) == contents(raw.path)
 
 
+@pytest.mark.fault(63)
 def test_a_shard_that_is_not_what_the_records_say_is_refused(
     packed: Path, hub: Hub, here: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -243,6 +247,7 @@ def test_a_shard_that_is_not_what_the_records_say_is_refused(
     assert done.code == 1 and f"{shard} is not there as packed.json and store.json say" in done.err
 
 
+@pytest.mark.fault(63)
 def test_a_full_disk_ends_a_pull_that_can_go_on(packed: Path, hub: Hub, tmp_path: Path) -> None:
     hub.files[NAME] = contents(packed)
     process = begin(hub, "pull", NAME, "--cache", tmp_path, limit=("prlimit", "--fsize=3000"))

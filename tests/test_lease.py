@@ -19,6 +19,7 @@ def objects(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Objects:
     return Objects(bucket.address)
 
 
+@pytest.mark.fault(60)
 def test_a_lease_that_is_renewed_is_refused_to_others_and_given_back(bucket: Bucket, objects: Objects) -> None:
     with Lease(objects, "s.lock", "store s") as held:
         first = bucket.get("s.lock")
@@ -29,6 +30,7 @@ def test_a_lease_that_is_renewed_is_refused_to_others_and_given_back(bucket: Buc
     assert bucket.contents() == {}
 
 
+@pytest.mark.fault(60)
 def test_a_lease_that_another_took_is_lost(bucket: Bucket, objects: Objects) -> None:
     with Lease(objects, "s.lock", "store s") as held:
         bucket.put("s.lock", b"{}")
@@ -38,6 +40,7 @@ def test_a_lease_that_another_took_is_lost(bucket: Bucket, objects: Objects) -> 
     assert bucket.get("s.lock") == b"{}"  # theirs
 
 
+@pytest.mark.fault(60)
 def test_a_lease_that_could_not_be_renewed_in_time_is_lost(
     bucket: Bucket, objects: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:

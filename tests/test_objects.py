@@ -2,7 +2,9 @@
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,16 +70,29 @@ def test_rows_are_those_of_the_local_store(
     ).all()
 
 
-def test_of_a_store_that_is_larger_than_the_folder_the_rows_asked_for_are_fetched_and_no_others(
-    there: str, tmp_path: Path, by_ranges: None
+def test_of_a_store_that_is_larger_than_the_folder_the_rows_asked_for_are_fetched_near_ones_together(
+    there: str,
+    bucket: Bucket,
+    pristine: SyntheticStore,
+    tmp_path: Path,
+    by_ranges: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of rows 3:9, 12:15 and 24:30, with a gap of three rows allowed, 3:15 and 24:30 are."""
     store = Store.open(there)
     assert store.objects
     records = size_of(store.objects.mirror)
     bounded = Store.open(there, Local(folder=tmp_path / "other", bytes=records + 8192))
-    array = bounded.strata["004-016"].source
-    array.gather([(3, 9), (20, 24)], np.empty((10, array.spec.width or 1), array.spec.dtype))
-    assert bounded.objects and bounded.objects.fetched == 10 * array.spec.row_bytes
+    array, expected = bounded.strata["004-016"].source, pristine.arrays["strata/004-016/source"]
+    assert bounded.objects and array.spec.rows_per_shard >= 30
+    monkeypatch.setattr(object_rows, "GAP_BYTES", 3 * array.spec.row_bytes)
+    runs, out = [(3, 9), (12, 15), (24, 30)], np.empty((15, array.spec.width or 1), array.spec.dtype)
+    before = len(bucket.proxy.requests)
+    array.will_need(runs)
+    array.gather(runs, out)
+    assert (out == np.concatenate([expected[low:high] for low, high in runs])).all()
+    assert bounded.objects.fetched == 18 * array.spec.row_bytes
+    assert len(bucket.proxy.requests) == before + 2
 
 
 def test_packed_stores_are_read_there_too(bucket: Bucket, pristine: SyntheticStore, tmp_path: Path) -> None:
@@ -89,6 +104,7 @@ def test_packed_stores_are_read_there_too(bucket: Bucket, pristine: SyntheticSto
         assert_same_rows(Store.open(f"{bucket.address}/packed", Local(folder=tmp_path / "new")), pristine)
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("bound", [None, 60_000])
 def test_training_gives_the_same_bytes_and_the_folder_keeps_its_bound(
     there: str,
@@ -119,6 +135,7 @@ def test_training_gives_the_same_bytes_and_the_folder_keeps_its_bound(
     assert command("evaluate", away.path).code == 0  # the run knows where its store is
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("fault", ["500", "cut", "silent"])
 def test_requests_that_fail_are_made_again(
     there: str, bucket: Bucket, pristine: SyntheticStore, quick: None, fault: Fault
@@ -128,6 +145,7 @@ def test_requests_that_fail_are_made_again(
     assert len(bucket.proxy.requests) > 40
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("fault", ["500", "silent"])
 def test_a_service_that_does_not_answer_is_an_error_that_names_it(
     there: str, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, fault: Fault
@@ -140,6 +158,7 @@ def test_a_service_that_does_not_answer_is_an_error_that_names_it(
         store.strata["004-016"].source.shard(0)
 
 
+@pytest.mark.fault(61)
 def test_damaged_objects_are_found_on_arrival(
     there: str, bucket: Bucket, command: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -174,12 +193,32 @@ def test_rows_are_asked_for_ahead_and_none_after_the_last_step(
     list(found)
     before = len(bucket.proxy.requests)
     list(batches(store, 2, rows=RowsConfig(batch_rows=16)))
-    assert len(bucket.proxy.requests) == before + _checked(store)  # all rows are there; some files are checked again
+    assert len(bucket.proxy.requests) == before  # all rows are there, and files are checked once
 
 
-def _checked(store: Store) -> int:
-    blocks = store.record.training_blocks
-    return len(store._some_shards(blocks, 2**28))
+def test_what_is_asked_for_ahead_is_fetched_although_another_reader_ends(
+    there: str, by_ranges: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of an evaluation does in the middle of a training."""
+    store = Store.open(there, Local(folder=tmp_path / "two"))
+    assert store.objects
+    objects, answer = store.objects, threading.Event()
+    get = objects.objects.get_range
+    monkeypatch.setattr(objects.objects, "get_range", lambda *given: answer.wait(20) and get(*given))
+    monkeypatch.setattr(objects, "_pool", ThreadPoolExecutor(1))
+    array = store.strata["004-016"].source
+    pieces = [piece for shard in range(4) for piece in objects.pieces(array.spec, shard, 0, 8)]
+    objects.start()
+    objects.start()
+    objects.fetch_ahead(pieces)
+    objects.stop()
+    assert len(objects._coming) == len(pieces) > 1
+    objects.stop()
+    assert len(objects._coming) == 1  # the one that is on its way
+    answer.set()
+    objects.fetch_ahead(pieces)
+    objects.read([(piece, 0, memoryview(bytearray(8))) for piece in pieces])
+    assert all(objects._folder.has(piece.name) for piece in pieces)
 
 
 def test_what_cannot_be_read_is_said(

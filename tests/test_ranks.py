@@ -35,6 +35,7 @@ def launch(processes: int, line: list[object]) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.fault(62)
 @pytest.mark.slow
 def test_processes_share_a_harvest_and_others_carry_it_on(tmp_path: Path) -> None:
     model = make_gemma(tmp_path / "model")

@@ -23,7 +23,7 @@ from train.data.shared_batches import SharedBatchReader
 from train.model import checkpoint
 from train.run.process import OwnProcess
 from train.run.settings import read_config
-from train.sweeps.plan import name_of, plan, read_sweep, rounds
+from train.sweeps.plan import group_bytes, name_of, plan, read_sweep, rounds
 from train.sweeps.run_sweep import planned
 from train.sweeps.shared_process import train_side_by_side
 
@@ -243,10 +243,21 @@ def test_runs_that_do_not_fit_into_memory_together_are_trained_in_rounds(
     file = sweep_file(tmp_path, "[grid]\nactivation.k = [2, 3, 4]\n")
     found = plan(read_sweep(file), file, tmp_path / "small", [pristine.path])
     assert [len(group) for group in rounds(found)] == [3]
-    monkeypatch.setattr("train.sweeps.plan._free_bytes", lambda device: 2.6 * found[0].memory)
-    assert [[one.name for one in group] for group in rounds(found)] == [["k2", "k3"], ["k4"]]
+    two, three = group_bytes(found[:2], 1), group_bytes(found, 1)
+    standing, passing = [one.standing_bytes for one in found], max(one.passing_bytes for one in found)
+    assert three == sum(standing) + passing and group_bytes(found, 2) > three  # one computes at a time, or two
+    assert passing > 0 < min(standing)
+    monkeypatch.setattr("train.sweeps.plan._free_bytes", lambda device: (two + three) / 2 / 0.8)
+    assert [[one.name for one in group] for group in rounds(found, 1)] == [["k2", "k3"], ["k4"]]
     monkeypatch.setattr("train.sweeps.plan._free_bytes", lambda device: 0)
     assert [len(group) for group in rounds(found)] == [1, 1, 1]
+
+
+def test_two_stores_of_one_name_are_refused_by_it(command: Command, pristine: SyntheticStore, tmp_path: Path) -> None:
+    file, twin = sweep_file(tmp_path, ""), tmp_path / "elsewhere" / pristine.path.name
+    done = command("sweep", file, "--store", pristine.path, "--store", twin, "--runs", tmp_path / "runs")
+    assert done.code == 2 and f"{pristine.path} and {twin} are both called {twin.name}" in done.err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_names_tell_what_differs() -> None:

@@ -130,7 +130,7 @@ def left_out(store: Store, blocks: range) -> str:
 def resume(
     run: Path | str,
     *,
-    store: Path | str | None = None,
+    store: Store | Path | str | None = None,
     local: Local | None = None,
     fallback: Path | str | None = None,
     project: str | None = None,
@@ -150,7 +150,7 @@ def resume(
     and not only some. `process` as in `train`. Raises `UserError` when the store has other rows, or `config.json` other
     settings, than the run was trained with.
     """
-    run, store, fallback = Path(run), _path(store), _path(fallback)
+    run, fallback = Path(run), _path(fallback)
     config = read_config(run)
     if config.imported:
         raise UserError(
@@ -159,7 +159,7 @@ def resume(
     elsewhere = _fallback(run, fallback, (run / CONFIG).read_bytes())
     for place in filter(None, (run, elsewhere)):
         refuse_links_in(place)
-    opened = Store.open(place_of_store(run, config, store), local)
+    opened = store if isinstance(store, Store) else Store.open(place_of_store(run, config, _path(store)), local)
     require_own_store(run, config, opened)
     remember_store(run, config, opened)
     check_shards(opened, config.training_blocks, verify=verify)

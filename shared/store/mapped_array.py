@@ -19,6 +19,8 @@ from shared.store.packed import LocalFolder
 Rows = NDArray[Any]
 RowRun = tuple[int, int]
 """Neighbouring rows of an array, a half-open range."""
+Span = tuple[int, int, int]
+"""A shard file, and the first row and past the last row there."""
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -65,8 +67,8 @@ class RowArray:
         """Return what would be read at `row` if its `values` [d], as they were captured, were stored there."""
         return values
 
-    def _spans(self, runs: Sequence[RowRun]) -> list[tuple[int, int, int]]:
-        """List (shard, first row, past the last row) of the parts of `runs`."""
+    def _spans(self, runs: Sequence[RowRun]) -> list[Span]:
+        """List the parts of `runs`, in their order."""
         size, found = self._rows_per_shard, []
         for start, stop in runs:
             while start < stop:

@@ -22,7 +22,7 @@ from shared.store import packed
 from shared.store.arrays import ArraySpec
 from shared.store.checks import MOST_RECORD_BYTES
 from shared.store.layout import ARRAYS, STORE, FileRecord
-from shared.store.mapped_array import RowArray, RowRun, Rows
+from shared.store.mapped_array import RowArray, RowRun, Rows, Span
 from shared.store.piece_folder import PieceFolder, Wanted
 
 AHEAD_BYTES = 2**30
@@ -33,6 +33,9 @@ SMALL_BYTES = 2**17
 """The same where the folder has no room for the whole store: such a file takes no longer than a part of it."""
 CELL_BYTES = 2**20
 """Of rows fetched at once where the folder has room for the whole store, so that each is fetched once all the same."""
+GAP_BYTES = 2**14
+"""Rows of one shard file that lie no further apart are fetched together, with those between: no slower than a request
+more. So are parts of a run between which rows are left out."""
 _PREFIX = "stored-objects-"
 
 
@@ -90,6 +93,7 @@ class ObjectRows:
         self._packed = False
         self._lock = threading.Lock()
         self._coming: dict[str, Future[bytes]] = {}
+        self._askers = 0
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="objects")
 
     def _copy_records(self, record: bytes) -> None:
@@ -164,10 +168,17 @@ class ObjectRows:
             if piece.name not in self._coming and not self._folder.has(piece.name):
                 self._fetch(piece)
 
+    def start(self) -> None:
+        """Count one more who asks for rows ahead."""
+        with self._lock:
+            self._askers += 1
+
     def stop(self) -> None:
-        """Fetch nothing more ahead."""
-        for future in list(self._coming.values()):
-            future.cancel()
+        """Count one less; fetch nothing more ahead once there is none."""
+        with self._lock:
+            self._askers -= 1
+            if not self._askers:
+                self._coming = {name: future for name, future in self._coming.items() if not future.cancel()}
 
     def pieces(self, spec: ArraySpec, shard: int, low: int, high: int) -> list[Piece]:
         """List what must be fetched for rows `low:high` of a shard file.
@@ -244,18 +255,36 @@ class ObjectArray(RowArray):
         """Copy `runs` one after the other into the first rows of `out`; what is not in the folder is waited for."""
         target, at, parts = out.reshape(-1).view(np.uint8).data, 0, []
         size = self.spec.row_bytes
-        for number, low, high in self._spans(runs):
-            for piece in self._objects.pieces(self.spec, number, low, high):
-                first, last = max(low, piece.low), min(high, piece.high)
-                part = target[at : at + (last - first) * size]
-                parts.append((piece, (first - piece.low) * size, part))
-                at += len(part)
+        for spans in self._near(runs):
+            pieces = self._pieces(spans)
+            for low, high in ((low, high) for _, low, high in spans):
+                for piece in (one for one in pieces if one.low < high and low < one.high):
+                    first, last = max(low, piece.low), min(high, piece.high)
+                    part = target[at : at + (last - first) * size]
+                    parts.append((piece, (first - piece.low) * size, part))
+                    at += len(part)
         self._objects.read(parts)
 
     def will_need(self, runs: Sequence[RowRun]) -> None:
         """Begin to fetch `runs`. Raises nothing: reading does."""
-        for number, low, high in self._spans(runs):
-            self._objects.fetch_ahead(self._objects.pieces(self.spec, number, low, high))
+        for spans in self._near(runs):
+            self._objects.fetch_ahead(self._pieces(spans))
+
+    def _pieces(self, spans: list[Span]) -> list[Piece]:
+        (number, low, _), (_, _, high) = spans[0], spans[-1]
+        return self._objects.pieces(self.spec, number, low, high)
+
+    def _near(self, runs: Sequence[RowRun]) -> list[list[Span]]:
+        """List the parts of `runs`, those that follow one another in a shard file and lie near in one list."""
+        found: list[list[Span]] = []
+        most = GAP_BYTES // self.spec.row_bytes
+        for span in self._spans(runs):
+            before, _, end = found[-1][-1] if found else (-1, 0, 0)
+            if span[0] == before and 0 <= span[1] - end <= most:
+                found[-1].append(span)
+            else:
+                found.append([span])
+        return found
 
 
 def is_shard(name: str) -> bool:

@@ -11,6 +11,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,9 @@ class Store:
         self._local_given = local or Local()
         self._block_checksums: dict[int, str] = {}
         self._longest: dict[int, dict[str, float]] = {}
+        self._sound: set[tuple[object, ...]] = set()
+        """What `check_shards` was asked for, and found nothing wrong with."""
+        self._checking = Lock()
 
     @classmethod
     def open(cls, path: Path | str, local: Local | None = None) -> "Store":
@@ -401,14 +405,21 @@ class Store:
         """Read shard files of some blocks, and compare their crc32c with the record.
 
         Of each of `parts`, some blocks, as many files as have `CHECKED_BYTES`, others each time, and one at least; or
-        all of them with `everything`. Raises `CorruptData` that names the first damaged one.
+        all of them with `everything`. What was asked for and found sound is not looked at again: the runs of a sweep,
+        which share a store, check it once. Raises `CorruptData` that names the first damaged one.
         """
-        files: dict[str, FileRecord] = {}
-        for blocks in parts:
-            files |= self._some_shards(blocks, None if everything else CHECKED_BYTES)
-        for name, wrong in self._faults({f"{ARRAYS}/{name}": file for name, file in files.items()}):
-            if wrong:
-                raise CorruptData(f"{self.shown}/{name}: {wrong}; repair it with: harvest repair {self.shown}")
+        wanted = [tuple(blocks) for blocks in parts]
+        asked = (everything, *wanted)
+        with self._checking:
+            if asked in self._sound:
+                return
+            files: dict[str, FileRecord] = {}
+            for blocks in wanted:
+                files |= self._some_shards(blocks, None if everything else CHECKED_BYTES)
+            for name, wrong in self._faults({f"{ARRAYS}/{name}": file for name, file in files.items()}):
+                if wrong:
+                    raise CorruptData(f"{self.shown}/{name}: {wrong}; repair it with: harvest repair {self.shown}")
+            self._sound.add(asked)
 
     def _faults(self, files: Mapping[str, FileRecord]) -> Iterator[tuple[str, str | None]]:
         """Compare files with their records, on all cores: yields (path below the store, what is wrong or None)."""

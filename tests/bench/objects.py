@@ -2,8 +2,9 @@
 
     python -m tests.bench.objects STORE      writes docs/benchmarks.{json,md}
 
-The server of the tests and its proxy take part of this machine's time: waits are rather too long than
-too short. With a bound, the folder has room for a part of the store, and ranges of rows are fetched.
+The server is of this process and on this machine's cores: what it can answer is measured beside what it was asked, so
+that the figures show whether it was the limit. With a bound, the folder has room for a part of the store, and
+ranges of rows are fetched. A first training, of a few steps, is not counted: it compiles what is not compiled yet.
 """
 
 import argparse
@@ -12,16 +13,24 @@ import os
 import sys
 import tempfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from shared.files.disk_usage import size_of
+from shared.files.object_store import CONNECTIONS, Objects
+from shared.store.layout import STORE
 from tests.bench.record import record, run, sized
-from tests.object_server import SETTINGS, Bucket, Proxy, make_bucket, serving
+from tests.folder_server import FolderServer
+from tests.object_server import SETTINGS
 
 _SHARE = 4
-"""The folder of the second run has room for so much less than the store."""
+"""The folder of the last run has room for so much less than the store."""
+_LATE = 0.1
+_ADDRESS = "s3://bench/store"
+Figures = dict[str, tuple[float, str]]
 
 
 def main() -> None:
@@ -30,45 +39,87 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("--steps", type=int, default=sized(200, 4))
     options = parser.parse_args()
-    figures: dict[str, tuple[float, str]] = {"store": (size_of(options.store) / 2**20, "MiB")}
-    with tempfile.TemporaryDirectory() as folder, serving() as endpoint, Proxy(endpoint) as proxy:
-        make_bucket(endpoint, "bench")
-        os.environ |= {**SETTINGS, "AWS_ENDPOINT_URL": proxy.address}
-        address = Bucket("s3://bench", proxy).upload(options.store, "store")
-        proxy.late = 0.1
-        proxy.strike("late")
-        bound = size_of(options.store) // _SHARE
-        figures |= _train(options, Path(folder), "local store", options.store)
-        figures |= _train(options, Path(folder), "room for all", address)
-        figures |= _train(options, Path(folder), "room for a fourth", address, bound)
+    store = options.store.resolve()
+    figures: Figures = {"store": (size_of(store) / 2**20, "MiB")}
+    with tempfile.TemporaryDirectory() as folder:
+        bucket = Path(folder) / "bucket"
+        bucket.mkdir()
+        (bucket / "store").symlink_to(store)
+        with FolderServer(bucket) as server:
+            os.environ |= {**SETTINGS, "AWS_ENDPOINT_URL": server.address}
+            figures |= _alone()
+            server.late = _LATE
+            bound = size_of(store) // _SHARE
+            _train(server, Path(folder), "warm-up", store, sized(4, 1))
+            figures |= _train(server, Path(folder), "local store", store, options.steps)
+            figures |= _train(server, Path(folder), "room for all", _ADDRESS, options.steps)
+            figures |= _train(server, Path(folder), "room for a fourth", _ADDRESS, options.steps, bound)
     record("objects: every answer 0.1 s late", f"python -m tests.bench.objects STORE --steps {options.steps}", figures)
 
 
-def _train(options: Any, folder: Path, name: str, store: Path | str, bound: int | None = None) -> dict[str, Any]:
+def _alone() -> Figures:
+    """What the server can answer, when nothing else is to be done."""
+    objects, count = Objects(_ADDRESS), sized(2000, 50)
+    began = time.monotonic()
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        list(pool.map(lambda _: objects.get_range(STORE, 0, 64), range(count)))
+    return {"the server alone, not late": (count / (time.monotonic() - began), "answers/s")}
+
+
+def _train(
+    server: FolderServer, folder: Path, name: str, store: Path | str, steps: int, bound: int | None = None
+) -> Figures:
     """Train, and look at the folder meanwhile."""
-    sizes, ended, local = [0], threading.Event(), folder / name.replace(" ", "-")
+    local = folder / name.replace(" ", "-")
     local.mkdir()
-
-    def look() -> None:
-        while not ended.wait(0.1):
-            sizes.append(size_of(local))
-
-    looking = threading.Thread(target=look)
-    looking.start()
-    line = ["--store", store, "--runs", folder / "runs", "--name", local.name, "--steps", options.steps, "--quiet"]
+    line = ["--store", store, "--runs", folder / "runs", "--name", local.name, "--steps", steps, "--quiet"]
     away = ["--local-folder", local] if isinstance(store, str) else []
-    done = run(sys.executable, "-m", "train", "run", *line, *away, *(["--local-bytes", bound] if bound else []))
-    ended.set()
-    looking.join()
+    bounded = ["--local-bytes", bound] if bound else []
+    asked, sent = server.requests, server.sent
+    with _Looking(local) as looking:
+        done = run(sys.executable, "-m", "train", "run", *line, *away, *bounded)
     rows = [json.loads(one) for one in Path(folder, "runs", local.name, "timing.jsonl").read_text().splitlines()]
-    figures = {
-        f"{name}: whole command": (done.seconds, "s"),
-        f"{name}: data_wait of rows of the log, median": (median(row["data_wait_share"] for row in rows), "share"),
-        f"{name}: data_wait after the first row of the log": (_after_first(rows), "share"),
+    figures: Figures = {
+        "whole command": (done.seconds, "s"),
+        "whole command: CPU": (done.cpu_seconds, "s"),
+        "data_wait of rows of the log, median": (median(row["data_wait_share"] for row in rows), "share"),
+        "data_wait after the first row of the log": (_after_first(rows), "share"),
     }
     if away:
-        figures[f"{name}: most in the folder"] = (max(sizes) / 2**20, "MiB")
-    return figures | ({f"{name}: bound": (bound / 2**20, "MiB")} if bound else {})
+        figures["answers"] = (server.requests - asked, "")
+        figures["answers per second"] = ((server.requests - asked) / done.seconds, "answers/s")
+        figures["sent"] = ((server.sent - sent) / 2**20, "MiB")
+        figures |= looking.figures()
+    if bound:
+        figures["bound"] = (bound / 2**20, "MiB")
+    return {f"{name}: {what}": figure for what, figure in figures.items()}
+
+
+class _Looking:
+    """Notes how much a folder holds, twice a second."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._sizes, self._ended = folder, [0], threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> "_Looking":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(sized(0.5, 0.1)):
+            self._sizes.append(size_of(self._folder))
+
+    def figures(self) -> Figures:
+        """The most that it held, and what it held on the way."""
+        last = len(self._sizes) - 1
+        points = {f"in the folder at {part} % of the time": self._sizes[last * part // 100] for part in (25, 50, 75)}
+        found = points | {"most in the folder": max(self._sizes)}
+        return {name: (size / 2**20, "MiB") for name, size in found.items()}
 
 
 def _after_first(rows: list[dict[str, Any]]) -> float:

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -59,7 +60,9 @@ class Finished:
     cpu_seconds: float
     """Of the process and the children that it waited for."""
     peak_mib: float
-    """Largest resident set of the process or one of its children."""
+    """Largest resident set of the process or one of its children: also pages of files, once for each map of them."""
+    own_mib: float
+    """Most memory of the process's own, without pages of files, by looks five times a second."""
 
 
 def run(*command: object) -> Finished:
@@ -69,12 +72,27 @@ def run(*command: object) -> Finished:
     began = time.monotonic()
     process = subprocess.Popen(text, stdout=subprocess.PIPE, cwd=ROOT, text=True)
     assert process.stdout is not None
+    looks = [0.0]
+    threading.Thread(target=_look, args=(process, looks), daemon=True).start()
     out = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(text)} failed with exit code {process.returncode}")
-    return Finished(out, time.monotonic() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    seconds, cpu = time.monotonic() - began, usage.ru_utime + usage.ru_stime
+    return Finished(out, seconds, cpu, usage.ru_maxrss / 1024, max(looks))
+
+
+def _look(process: "subprocess.Popen[str]", found: list[float]) -> None:
+    """Note the anonymous memory of a process, in MiB, until it has ended."""
+    status = Path(f"/proc/{process.pid}/status")
+    while process.returncode is None:
+        try:
+            lines = status.read_text().splitlines()
+        except OSError:  # it has ended, or this system has no such file
+            return
+        found += [int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:")]
+        time.sleep(0.2)
 
 
 def machine() -> str:

@@ -27,8 +27,10 @@ def main() -> None:
     store = parser.parse_args().store.resolve()
     with tempfile.TemporaryDirectory() as folder:
         alone = [one_alone(store, Path(folder), k, seed) for k in GRID["activation.k"] for seed in GRID["seed"]]
-        swept = all_swept(store, Path(folder))
-        figures = figures_of(alone, swept, Path(folder))
+        swept = swept_command(store, Path(folder), "--no-compare", "-q")
+        planned = swept_command(store, Path(folder), "--dry-run", "--json").out
+        projected = max(one["round_memory_bytes"] for one in json.loads(planned)) / 2**20
+        figures = figures_of(alone, swept, projected, Path(folder))
     what = f"sweep: six runs of {STEPS:,} steps, preset tiny, {len(os.sched_getaffinity(0))} cores"
     record(what, "python -m tests.bench.sweep STORE", figures)
 
@@ -40,16 +42,16 @@ def one_alone(store: Path, folder: Path, k: int, seed: int) -> Finished:
                *(part for one in sets for part in ("--set", one)))  # fmt: skip
 
 
-def all_swept(store: Path, folder: Path) -> Finished:
-    """All of them side by side, without the comparison, which runs alone do not make."""
+def swept_command(store: Path, folder: Path, *options: str) -> Finished:
+    """All of them side by side; a comparison is not made, as runs alone make none."""
     common = "".join(f"{name} = {json.dumps(value)}\n" for name, value in SETTINGS.items())
     grid = "".join(f"{name} = {json.dumps(values)}\n" for name, values in GRID.items())
     file = folder / "six.toml"
     file.write_text(f"[set]\n{common}\n[grid]\n{grid}")
-    return run(sys.executable, "-m", "train", "sweep", file, "--store", store, "--runs", folder, "--no-compare", "-q")
+    return run(sys.executable, "-m", "train", "sweep", file, "--store", store, "--runs", folder, *options)
 
 
-def figures_of(alone: list[Finished], swept: Finished, folder: Path) -> dict[str, tuple[float, str]]:
+def figures_of(alone: list[Finished], swept: Finished, projected: float, folder: Path) -> dict[str, tuple[float, str]]:
     """Whole commands, and their steps alone by the runs' own logs."""
     seconds, cpu = sum(one.seconds for one in alone), sum(one.cpu_seconds for one in alone)
     steps = [last(path) for path in sorted((folder / "alone").glob("*/timing.jsonl"))]
@@ -69,6 +71,9 @@ def figures_of(alone: list[Finished], swept: Finished, folder: Path) -> dict[str
         "steps side by side over alone: CPU": (cpu_of_steps[1] / cpu_of_steps[0], "of the CPU time"),
         "alone: largest process": (max(one.peak_mib for one in alone), "MiB"),
         "side by side: the process": (swept.peak_mib, "MiB"),
+        "alone: memory of its own": (max(one.own_mib for one in alone), "MiB"),
+        "side by side: memory of its own": (swept.own_mib, "MiB"),
+        "side by side: projected, beside the process itself": (projected, "MiB"),
     }
 
 

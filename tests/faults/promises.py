@@ -96,4 +96,16 @@ PROMISES: dict[str, dict[int, str]] = {
         "refused before anything is written; a row that is not finite is named by file; an import that was cut off "
         "goes on and ends byte for byte the same; damage is repaired from the same files, and from no others.",
     },
+    "Object storage, several processes, the hub": {
+        60: "A harvest into object storage that is killed at any request, or whose requests fail or are answered with "
+        "an error although they were done, leaves no record of what is not there; run again, it ends byte for byte as "
+        "the local one. Two do not write one store; one that loses its lease commits nothing more.",
+        61: "A training from object storage that is killed at any request and resumed has the weights of one from the "
+        "local store; requests that fail are made again; a service that does not answer ends the run with exit code "
+        "3; the local folder keeps its bound; damaged objects are named.",
+        62: "Where processes share a training or a harvest and one is killed, the others end with an error and the "
+        "last checkpoint or block, and any number of processes goes on from there to the same bytes.",
+        63: "A push to the hub or a pull from it that is killed goes on; no damaged file is pushed, and none that came "
+        "is taken for whole; a full disk ends a pull that can go on.",
+    },
 }

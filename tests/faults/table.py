@@ -53,6 +53,12 @@ HOW = {
     "test_corpus.py": "input files",
     "test_formats.py": "files of other formats",
     "test_requests.py": "changed requests",
+    "test_object_storage.py": "kills and failures at requests",
+    "test_objects.py": "requests that fail, changed objects",
+    "test_lease.py": "changed leases",
+    "test_parallel.py": "a killed process",
+    "test_ranks.py": "killed processes",
+    "test_hub_store.py": "kills, small disks, changed files",
 }
 """How faults get in, by file of tests; `input` where a file is not here."""
 

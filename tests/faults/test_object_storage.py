@@ -85,6 +85,7 @@ def killing(forks: Forks, bucket: Bucket, tmp_path: Path) -> Killing:
     return Killing(forks, bucket, tmp_path)
 
 
+@pytest.mark.fault(60)
 def test_a_harvest_into_object_storage_is_the_local_one(small: Line, finished: Path, killing: Killing) -> None:
     """Also when requests fail on the way; it is found again, listed, planned to extend, and removed."""
     cache = Path(f"{killing.bucket.address}/cache")
@@ -107,6 +108,7 @@ def test_a_harvest_into_object_storage_is_the_local_one(small: Line, finished: P
     assert removed.code == 0 and killing.bucket.contents() == {}, removed.err
 
 
+@pytest.mark.fault(60)
 @pytest.mark.parametrize("fault", ["kill", "kill after"])
 def test_a_harvest_that_is_killed_at_a_request_ends_the_same(
     small: Line, finished: Path, killing: Killing, fault: Fault
@@ -115,6 +117,7 @@ def test_a_harvest_that_is_killed_at_a_request_ends_the_same(
     assert killing.harvest(small, finished, (12, 60, 215), fault) == []
 
 
+@pytest.mark.fault(60)
 @pytest.mark.exhaustive
 @pytest.mark.timeout(6 * 3600)
 def test_a_harvest_that_is_killed_at_any_request_ends_the_same(small: Line, finished: Path, killing: Killing) -> None:
@@ -143,10 +146,12 @@ def reading(killing: Killing, finished: Path, points: Iterable[int]) -> None:
         assert not list(killing.folder.glob("stored-objects-*"))
 
 
+@pytest.mark.fault(61)
 def test_a_training_that_is_killed_at_a_request_ends_the_same(killing: Killing, finished: Path) -> None:
     reading(killing, finished, (30,))
 
 
+@pytest.mark.fault(61)
 @pytest.mark.exhaustive
 @pytest.mark.timeout(6 * 3600)
 def test_a_training_that_is_killed_at_any_request_ends_the_same(killing: Killing, finished: Path) -> None:

@@ -80,6 +80,8 @@ class BatchReader(RowReader):
 
     def __enter__(self) -> Self:
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="rows")
+        if self.store.objects:
+            self.store.objects.start()
         if self._resident:
             self._resident.load(self._pool)
         return self

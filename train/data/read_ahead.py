@@ -52,7 +52,8 @@ def read_ahead(
         after = extents[number + 1] if number + 1 < len(extents) and extents[number + 1].stratum == stratum else None
         for side, rows in zip(sides, stage.to_fill(), strict=True):
             array: RowArray = getattr(store.strata[stratum], side)
-            array.will_need([(low, after.high if after else high)])
+            if not store.objects:  # which were asked for these very rows already
+                array.will_need([(low, after.high if after else high)])
             array.read(low, high, rows)
         return stage
 
@@ -117,7 +118,3 @@ class RowChecks:
             longest = self._store.longest_norm(block, stratum, side)
             parts.append(torch.full((count,), longest, dtype=torch.float64, device=device))
         return torch.cat(parts)
-
-
-_OBJECT_CHUNKS = 32
-"""Chunks whose rows object storage is asked for at once."""

@@ -321,7 +321,7 @@ def threshold_at(
             values.append(top)
             weights.append(torch.full_like(top, weight, dtype=torch.float64))
             total += weight * len(x)
-        cut = _weighted_cut(torch.cat(values), torch.cat(weights), l0 * total)
+        cut = _weighted_cut(values, weights, l0 * total)
         if cut >= float(hidden):
             return (learned + cut).clamp_min(0)
         slack *= 2
@@ -343,12 +343,17 @@ def _largest(found: Tensor, floor: Tensor, hidden: Tensor, room: int) -> tuple[T
     return top, torch.maximum(hidden, top.min()) if len(top) else hidden
 
 
-def _weighted_cut(values: Tensor, weights: Tensor, total: float) -> float:
-    """Return the threshold above which values weigh `total`; -inf when all of them weigh less."""
-    values, order = values.sort(descending=True)
-    running = weights[order].cpu().cumsum(0)  # CUDA's running sum of floats is not the same each time
+def _weighted_cut(values: list[Tensor], weights: list[Tensor], total: float) -> float:
+    """Return the threshold above which values weigh `total`; -inf when all weigh less. Takes both to pieces."""
+    joined, weight = torch.cat(values), torch.cat(weights)
+    values.clear()
+    weights.clear()
+    joined, order = joined.sort(descending=True)
+    running = weight[order].cpu()
+    del weight, order
+    running.cumsum_(0)  # on CPU: CUDA's running sum of floats is not the same each time
     index = int(torch.searchsorted(running, total, right=True))
-    return float(values[index]) if index < len(values) else -torch.inf
+    return float(joined[index]) if index < len(joined) else -torch.inf
 
 
 def calibration_blocks(store: Store) -> range:
@@ -436,12 +441,13 @@ def _by_training_rule(transcoder: Transcoder, rows: StoreRows, seed: int) -> dic
     store, device, P = rows.store, transcoder.W_enc.device, len(transcoder.prefixes)
     blocks = store.record.report_blocks
     batch_rows = min(rows.chunk_rows, len(blocks) * store.request.block_sequences * store.request.context_size)
-    reader = BatchReader(store, blocks, RowsConfig(batch_rows=batch_rows), seed, device, rows.source)
+    steps = -(-len(blocks) * sum(s.rows for s in store.record.plan.stored_strata) // batch_rows)
+    config = RowsConfig(batch_rows=batch_rows)
+    reader = BatchReader(store, blocks, config, seed, device, rows.source, stop=steps)
     apart = reader.has_outliers and store.exclusion is not None and store.exclusion.figures
     strata, slices, ordinary = dict[str, Sums](), reader.slices(), torch.ones(batch_rows, dtype=torch.bool)
     sizes = torch.tensor([at.stop - at.start for at in slices.values()])
     of_row = torch.arange(len(slices)).repeat_interleave(sizes)  # [B] the number of its stratum
-    steps = -(-len(blocks) * sum(s.rows for s in store.record.plan.stored_strata) // batch_rows)
     with reader:
         for step in range(steps):
             batch = reader.batch(step)

@@ -13,6 +13,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from train.model import room
 from train.model.kernels import numba_loops
 
 Blas = Literal["torch", "numpy"]
@@ -48,7 +49,8 @@ def tf32(on: bool = True) -> Iterator[None]:
 def addmm(blas: Blas, bias: Tensor, x: Tensor, W: Tensor) -> Tensor:
     """Return bias [F] + x [B, D] @ W [D, F], without gradient."""
     if blas == "torch":
-        return torch.addmm(bias, x, W)
+        out = room.matrix(x, len(x), W.shape[1])
+        return torch.addmm(bias.detach(), x.detach(), W.detach(), out=out)
     found = product(blas, x, W)
     numba_loops.add_to_rows(found.numpy(), bias.detach().numpy())
     return found
@@ -56,9 +58,9 @@ def addmm(blas: Blas, bias: Tensor, x: Tensor, W: Tensor) -> Tensor:
 
 def product(blas: Blas, x: Tensor, W: Tensor) -> Tensor:
     """Return x [B, D] @ W [D, F], without gradient; by `numpy`, on CPU, each thread takes a part of the rows."""
+    out = room.matrix(x, len(x), W.shape[1])
     if blas == "torch":
-        return x.detach() @ W.detach()
-    out = x.new_empty(len(x), W.shape[1])
+        return torch.mm(x.detach(), W.detach(), out=out)
     threads = max(1, min(torch.get_num_threads(), len(x)))
     size = -(-len(x) // threads)
     rows, columns, found = (tensor.detach().numpy() for tensor in (x, W, out))

@@ -7,8 +7,10 @@ from shared.errors import UserError
 from shared.store.reader import RowReader
 from shared.store.store import Store
 from train.data.resident import ResidentRows
-from train.run.settings import RunConfig
+from train.evaluation.evaluate import calibration_blocks
+from train.run.settings import RunConfig, checkpoint_bytes
 from train.run.step_graph import may_be_graph
+from train.samples.encode import MOST_PAIRS
 
 _PER_PARAMETER = 24
 """Bytes of a parameter: weight, gradient, two moments, and half as much again that a step makes of them."""
@@ -16,19 +18,67 @@ _PRE_ACTS = 16
 """Bytes of a row's pre-activation by one latent: itself, and what selecting among them makes."""
 _RECONSTRUCTIONS = 24
 """Bytes of a number of a row's reconstruction by one prefix."""
+_THREAD = 16 * 2**20
+"""Bytes of a run that is trained beside others, for all that is not counted."""
+_PER_CALIBRATED = 160
+"""Bytes of an active latent on a calibration row: 40 each for four times as many values that may be the threshold."""
+_PER_REPORTED = 120
+"""Bytes of an active latent on a report row: pairs of 20 bytes, their copies without position 0, and products."""
+_PER_SAMPLED = 24
+"""Bytes of an active latent on a row that samples are taken from, once by row and once by latent."""
+_UNKNOWN_L0 = 256
+"""Active latents per row that are counted on where no setting says how many there will be."""
 _MARGIN = 0.1
 """Of the device's memory: left free for what is not counted."""
 
 
 def training_bytes(config: RunConfig) -> int:
     """Return how many bytes of the device a run takes beside resident rows, about: rather too many."""
-    settings, shape = config.settings, config.settings.transcoder
-    assert isinstance(shape.d_sae, int) and shape.prefixes
+    settings = config.settings
     sizes = settings.rows.batch_rows, settings.evaluation.chunk_rows
     rows = sum(sizes) if may_be_graph(settings) else max(sizes)  # a graph holds what its step makes
-    parameters = shape.d_sae * (config.d_in + config.d_out + 2) + (config.d_in * config.d_out if shape.skip else 0)
-    per_row = _PRE_ACTS * shape.d_sae + _RECONSTRUCTIONS * (len(shape.prefixes) + 1) * (config.d_in + config.d_out)
-    return _PER_PARAMETER * parameters + rows * per_row
+    return _of_parameters(config) + rows * _of_a_row(config)
+
+
+def standing_bytes(config: RunConfig) -> int:
+    """Return how many bytes a run on CPU holds from step to step, about."""
+    settings = config.settings
+    d_sae = config.settings.transcoder.d_sae
+    assert isinstance(d_sae, int)
+    sample = settings.monitor.state_bytes(settings.rows.batch_rows, settings.activation.most_active(d_sae), d_sae)
+    return _of_parameters(config) + sample + _THREAD
+
+
+def passing_bytes(config: RunConfig, store: Store) -> int:
+    """Return how many bytes a run on CPU takes for a while beside those: in a step, an evaluation, or at its end.
+
+    With a checkpoint that is being written.
+    """
+    settings, record = config.settings, store.record
+    d_sae, stored = settings.transcoder.d_sae, sum(part.rows for part in record.plan.stored_strata)
+    assert isinstance(d_sae, int)
+    expected = settings.activation.expected_l0 or min(_UNKNOWN_L0, d_sae)
+    to_report, to_calibrate = (stored * len(found) for found in (record.report_blocks, calibration_blocks(store)))
+    parts = (
+        _PER_CALIBRATED * to_calibrate * expected,
+        _PER_REPORTED * to_report * expected if settings.monitor.every else 0,
+        min(settings.samples.rows * expected, MOST_PAIRS) * _PER_SAMPLED,
+    )
+    step = max(settings.rows.batch_rows, settings.evaluation.chunk_rows) * _of_a_row(config)
+    return int(step + max(parts) + checkpoint_bytes(settings, config.d_in, config.d_out))
+
+
+def _of_parameters(config: RunConfig) -> int:
+    shape = config.settings.transcoder
+    assert isinstance(shape.d_sae, int)
+    skip = config.d_in * config.d_out if shape.skip else 0
+    return _PER_PARAMETER * (shape.d_sae * (config.d_in + config.d_out + 2) + skip)
+
+
+def _of_a_row(config: RunConfig) -> int:
+    shape = config.settings.transcoder
+    assert isinstance(shape.d_sae, int) and shape.prefixes
+    return _PRE_ACTS * shape.d_sae + _RECONSTRUCTIONS * (len(shape.prefixes) + 1) * (config.d_in + config.d_out)
 
 
 def keeps_rows(config: RunConfig, store: Store, runs: int = 1) -> bool:

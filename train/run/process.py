@@ -29,6 +29,9 @@ class OwnProcess:
     def wait_for_turn(self, step: int) -> None:
         """Return when `step`, counted from 0, may be trained."""
 
+    def end_of_large_part(self) -> None:
+        """Be told that something has ended that takes more memory than a step, such as an evaluation."""
+
     def cpu_seconds(self) -> float:
         """Return the CPU seconds that the run has taken so far, from any start."""
         return time.process_time()

@@ -290,6 +290,8 @@ class Trainer:
         done, blocks = self._settings.steps, self._store.record.report_blocks
         rows = held_out_active(self._transcoder, self._rows, blocks, self._threshold(done))
         self._monitor.report_held_out(done, rows, self._counters.dead())
+        del rows
+        self._process.end_of_large_part()
 
     def _step(self, step: int) -> tuple[StepOutput, float]:
         """Train on one batch; returns what the step computed, and the learning rate."""
@@ -389,6 +391,7 @@ class Trainer:
         found = evaluate(self._transcoder, self._rows, self._threshold(done), self._settings.seed)
         self._held_out_fvu = found.fvu
         self._usage.call("evaluation", effect=found.rows)
+        self._process.end_of_large_part()
         return found
 
     def _threshold(self, done: int) -> Tensor:

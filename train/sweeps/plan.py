@@ -15,8 +15,8 @@ from shared.errors import UserError
 from shared.store.store import Local, Store
 from train.live.run_files import CONFIG
 from train.read_settings import PRESETS, preset_for
-from train.run.memory import training_bytes
-from train.run.settings import RunConfig, Settings, checkpoint_bytes, flat, load_settings, read_config, resolve
+from train.run.memory import passing_bytes, standing_bytes, training_bytes
+from train.run.settings import RunConfig, Settings, flat, load_settings, read_config, resolve
 from train.sweeps.shared_process import rows_digest
 
 MOST_RUNS = 1000
@@ -55,6 +55,10 @@ class PlannedRun:
     """As they are resolved; of a run that is there, its own."""
     differs: dict[str, Any]
     """What the file's grid and list say of it, and the store where there are several."""
+    standing_bytes: int
+    """Of its device, which it holds from step to step, by projection."""
+    passing_bytes: int
+    """That it takes beside those while it computes: those of its largest part."""
 
     @property
     def name(self) -> str:
@@ -68,10 +72,8 @@ class PlannedRun:
 
     @property
     def memory(self) -> int:
-        """Bytes that it takes by projection: of the device, on CPU with a checkpoint that is being written."""
-        config = self.config
-        copied = checkpoint_bytes(config.settings, config.d_in, config.d_out)
-        return training_bytes(config) + (copied if config.settings.device == "cpu" else 0)
+        """Bytes of its device that it takes by projection, alone."""
+        return self.standing_bytes + self.passing_bytes
 
 
 def read_sweep(file: Path) -> SweepFile:
@@ -90,6 +92,7 @@ def plan(
     places = tuple(stores) or file.stores
     if not places:
         raise UserError(f"{origin} names no store; pass --store STORE, or write stores = [...] into it")
+    _require_names(places, origin)
     wanted = [(place, *one) for place in places for one in _variants(file, origin)]
     if len(wanted) > MOST_RUNS:
         raise UserError(f"{origin} asks for {len(wanted):,} runs, and a sweep has at most {MOST_RUNS:,}")
@@ -103,20 +106,46 @@ def plan(
             raise UserError(f"{origin}: two runs are called {path.name}; give each of [[runs]] another name = ...")
         preset = file.preset or preset_for(opened[place].request)
         settings = _settings(file, preset, differs, f"{origin}, run {path.name}", len(wanted))
+        config = _config(path, opened[place], settings, origin)
         found.append(
             PlannedRun(
                 path=path,
                 store=place,
                 settings=settings,
-                config=_config(path, opened[place], settings, origin),
+                config=config,
                 differs=where | differs,
+                **memory_of(config, opened[place]),
             )
         )
     order = list(dict.fromkeys(one.rows for one in found))
     return sorted(found, key=lambda one: order.index(one.rows))
 
 
-def rounds(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
+def _require_names(places: Sequence[Path], origin: Path) -> None:
+    """Raise `UserError` where two stores have one name: those of their runs' folders begin with it."""
+    known: dict[str, Path] = {}
+    for place in places:
+        if (before := known.setdefault(place.name, place)) is not place:
+            raise UserError(
+                f"{origin}: the stores {before} and {place} are both called {place.name}, as the folders of their runs "
+                "would be; sweep each by itself, with another --runs, or give a folder another name by a link (ln -s)"
+            )
+
+
+def memory_of(config: RunConfig, store: Store) -> dict[str, int]:
+    """Return what a run holds of its device's memory, and what it takes beside that while it computes."""
+    if config.settings.device == "cpu":
+        return {"standing_bytes": standing_bytes(config), "passing_bytes": passing_bytes(config, store)}
+    return {"standing_bytes": training_bytes(config), "passing_bytes": 0}  # torch keeps there what a run has freed
+
+
+def group_bytes(group: Sequence[PlannedRun], at_once: int | None = None) -> int:
+    """Return what runs side by side take by projection: those that compute at a time take most."""
+    largest = sorted((one.passing_bytes for one in group), reverse=True)
+    return sum(one.standing_bytes for one in group) + sum(largest[: lanes(group, at_once)])
+
+
+def rounds(runs: Sequence[PlannedRun], at_once: int | None = None) -> list[list[PlannedRun]]:
     """Return the runs in groups that are trained side by side, one group after the other.
 
     As many are in a group as fit into memory by projection, one at least. All of a group are on one device, with one
@@ -127,7 +156,7 @@ def rounds(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
     for one in runs:
         kind = _kind(one)
         for group in found:
-            if _kind(group[0]) == kind and sum(other.memory for other in (*group, one)) <= free[kind[0]]:
+            if _kind(group[0]) == kind and group_bytes([*group, one], at_once) <= free[kind[0]]:
                 group.append(one)
                 break
         else:

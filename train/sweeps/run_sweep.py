@@ -80,7 +80,7 @@ def sweep(
     durable.make_folder(folder)
     with durable.lock(folder / LOCK, f"sweep {folder}"):
         work.publish()
-        for group in rounds(to_train):
+        for group in rounds(to_train, at_once):
             if work.train(group, lanes(group, at_once)):
                 raise Stopped(f"stopped; the same command continues the sweep in {folder}")
         record = work.publish()
@@ -95,7 +95,8 @@ class _Sweep:
     def __init__(self, file: Path, folder: Path, board: Leaderboard, local: Local | None) -> None:
         self.folder, self.board, self._file, self._local = folder, board, file, local
         self._full: list[DiskFull] = []
-        self._publishing = threading.Lock()
+        self._publishing, self._opening = threading.Lock(), threading.Lock()
+        self._stores: dict[Path, Store] = {}
 
     def train(self, group: Sequence[PlannedRun], at_once: int) -> bool:
         """Train runs side by side. Returns whether a signal has stopped them. Raises `DiskFull` if one has met it."""
@@ -104,9 +105,9 @@ class _Sweep:
         def one_run(path: Path, process: OwnProcess) -> None:
             run = by_path[path]
             if (path / CONFIG).is_file():
-                resume(path, store=run.store, local=self._local, process=process)
+                resume(path, store=self._store(run.store), process=process)
             else:
-                train(Store.open(run.store, self._local), run.settings, path, force=True, process=process)
+                train(self._store(run.store), run.settings, path, force=True, process=process)
 
         rows = {one.path: one.rows for one in group}
         orders = len(set(rows.values()))
@@ -119,6 +120,14 @@ class _Sweep:
         if self._full:
             raise self._full[0]
         return stopped
+
+    def _store(self, place: Path) -> Store:
+        """Return the store of some runs: opened once, so that its rows are mapped, fetched and decoded once for all."""
+        with self._opening:
+            if place not in self._stores:
+                store = self._stores[place] = Store.open(place, self._local)
+                _ = store.strata  # before runs take views of it, which would map it each for itself
+            return self._stores[place]
 
     def _ended(self, run: Path, raised: Exception | None) -> None:
         with self._publishing:

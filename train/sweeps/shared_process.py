@@ -13,6 +13,7 @@ import numba
 from threadpoolctl import threadpool_limits
 
 from shared.config import json_digest
+from shared.console.process import give_back_freed_memory
 from shared.console.signals import stop_signals
 from shared.console.terminal import quiet_thread
 from shared.store.store import Store
@@ -122,6 +123,10 @@ class Place(OwnProcess):
         """Return when `step` may be trained."""
         self._shared.take_lane(self._run, step)
 
+    def end_of_large_part(self) -> None:
+        """Give back freed memory: each thread has a heap of its own, of which others have no use."""
+        give_back_freed_memory()
+
     def cpu_seconds(self) -> float:
         """Return the CPU seconds of this run."""
         return self._shared.cpu_seconds(self._run)
@@ -150,6 +155,7 @@ def train_side_by_side(
         except Exception as error:  # what one run meets is no reason for the others to stop
             raised = error
         finally:
+            give_back_freed_memory()
             shared.leave(run)
         ended(run, raised)
 

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from shared.console.panel import size
 from shared.console.terminal import PlainConsole
-from train.sweeps.plan import PlannedRun, lanes, rounds
+from train.sweeps.plan import PlannedRun, group_bytes, lanes, rounds
 from train.sweeps.shared_process import rows_digest
 
 
@@ -23,9 +23,10 @@ def plan_as_json(runs: Sequence[PlannedRun], at_once: int | None) -> list[dict[s
             "rows": one.rows[:8],
             "memory_bytes": one.memory,
             "round": number,
+            "round_memory_bytes": group_bytes(group, at_once),
             "at_once": lanes(group, at_once),
         }
-        for number, group in enumerate(rounds(runs), start=1)
+        for number, group in enumerate(rounds(runs, at_once), start=1)
         for one in group
     ]
 
@@ -41,9 +42,10 @@ def print_plan(runs: Sequence[PlannedRun], at_once: int | None) -> None:
         found.add_row(one["name"], *differs, f"{one['steps']:,}", str(one["threads"]), str(number),
                       size(one["memory_bytes"]), str(one["round"]))  # fmt: skip
     found.title_justify = "left"
+    most = max(one["round_memory_bytes"] for one in planned)
     found.title = (
         f"{len(runs):,} runs in {runs[0].path.parent}, {planned[0]['at_once']} at a time; those with the same number "
-        "under rows are trained on the same batches, which are read once"
+        f"under rows are trained on the same batches, which are read once; about {size(most)} of memory"
     )
     console = PlainConsole()
     console.print(found)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.model import room
 from train.model.kernels import numba_loops
 from train.model.kernels.fused import Fused
 from train.model.kernels.sparse_ops import Groups
@@ -137,8 +138,7 @@ def parts_of(shape: torch.Size) -> tuple[Any, int]:
 def _above(pre_acts: Tensor, floors: Tensor) -> Found:
     searched = _array(_searched(pre_acts))
     counts, size = parts_of(pre_acts.shape)
-    flat = np.empty(searched.size, np.int64)  # pages that are not written to take no room
-    values = np.empty(searched.size, searched.dtype)
+    flat, values = room.array(searched.size, np.int64), room.array(searched.size, searched.dtype)
     numba_loops.find_above(searched, _array(_searched(floors)), counts, flat, values)
     return Found(pre_acts.shape, counts, flat, values, size)
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.model import blas
+from train.model import blas, room
 from train.model.kernels import compiled, numba_loops
 from train.model.sparse_latents import SparseLatents
 
@@ -174,7 +174,8 @@ class _Candidates:
         self._sides = x.detach().numpy(), W_enc.detach().T.numpy(), near.bias.numpy()
         self._shape = near.product.shape
         counts, size = compiled.parts_of(self._shape)
-        flat, middle, upper = (np.empty(near.product.numel(), kind) for kind in (np.int64, np.float32, np.float32))
+        kinds = (np.int64, np.float32, np.float32)
+        flat, middle, upper = (room.array(near.product.numel(), kind) for kind in kinds)
         how = (near.rows, near.columns, np.float32(near.relative), np.float32(floor))
         numba_loops.find_reaching(_bits(near.product), near.bias.numpy(), *how, counts, flat, middle, upper)
         found = compiled.Found(self._shape, counts, flat, middle, size)
