@@ -139,8 +139,8 @@ TRAINING = (
     ),
     Protection(
         (35,),
-        "train/run/trainer.py",
-        "        if (step := int(self._first_bad)) < _NEVER:",
+        "train/run/bad_rows.py",
+        "        if (step := int(self.first)) < _NEVER:",
         "        if (step := _NEVER) < _NEVER:",
         (f"{_CHECKPOINTS}::test_nothing_is_published_after_a_loss_that_is_not_finite",),
     ),

@@ -15,7 +15,6 @@ from shared.errors import CorruptData, DiskFull, ProjectError, Stopped, warn
 from shared.files import durable
 from shared.store.store import Store
 from shared.store.strata import POSITION_0
-from train.data.batches import Batch
 from train.data.staging import sent
 from train.duplicates.diversity import Diversity
 from train.duplicates.monitor import CorrelationMonitor
@@ -32,6 +31,7 @@ from train.model.step_output import StepOutput
 from train.model.transcoder import Transcoder
 from train.parallel.dictionary import ShardedTranscoder
 from train.parallel.ranks import Ranks
+from train.run.bad_rows import BadRows
 from train.run.cadences import Cadences
 from train.run.determinism import arithmetic, require_same
 from train.run.latent_counters import Counters
@@ -48,9 +48,6 @@ from train.run.training_log import TrainingLog
 from train.run.usage import SAMPLES, Usage
 from train.samples.make_samples import make_samples
 from train.samples.parquet import paths
-
-_NEVER = 2**62
-"""No step."""
 
 
 class Trainer:
@@ -147,10 +144,7 @@ class Trainer:
             self._settings.evaluation.every,
             self._settings.checkpoint.every,
         )
-        self._first_bad = torch.tensor(_NEVER, device=device)
-        sides = (self._settings.source, "target")
-        self._longest = [torch.from_numpy(self._reader.longest_norms(side)).to(device) for side in sides]
-        """[B] the norms that no row of the store is above, of source and target."""
+        self._bad_rows = BadRows(self._reader, self._settings.source, path, device)
         self._calibrated: tuple[int, Tensor] | None = None
         self._first = self._done = 0
         self._held_out_fvu = resumed.state.held_out.fvu if resumed and resumed.state.held_out else None
@@ -215,7 +209,7 @@ class Trainer:
                 done = self._done = step + 1
                 stopping, last = self._agree(done, stop)
                 if last or any(self._due(done, every) for every in self._every):
-                    self._refuse_nan()
+                    self._bad_rows.refuse()
                     self._require_folder()
                 self._report(done)
                 held_out = self._evaluate(done) if self._due(done, self._every.evaluation) else None
@@ -319,7 +313,7 @@ class Trainer:
         batch, bad = None, None
         if self._joins:
             number = torch.full((), step, device=dead.device) if number is None else number
-            bad = self._first_bad, number
+            bad = self._bad_rows.first, number
             x, y = self._prepared(rows, number)
             output = self._transcoder.step_of(x, y, dead, settings.auxk, step, logged, number)
         else:
@@ -339,18 +333,18 @@ class Trainer:
 
         # From here on only counting: none of it waits for the device.
         if batch:
-            self._note_bad(output.loss + sum((of_values | apart).values()) + grad_norm, batch, now)
+            self._bad_rows.note(output.loss + sum((of_values | apart).values()) + grad_norm, batch, now)
         output = output.with_terms(of_values | apart).detached()
         self._counters.update(output)
         self._window.add(output, grad_norm, outliers, bad)
         return output
 
     def _prepared(self, inputs: Sequence[Tensor], number: Tensor) -> tuple[Tensor, Tensor]:
-        """Return normalised source and target rows; bad ones are noted, as by `_note_bad`."""
+        """Return normalised source and target rows; bad ones are noted, as by `BadRows.note`."""
         from train.model.kernels.triton_rows import prepared  # not there without CUDA
 
         (tables, places), model = self._reader.stored(inputs), self._transcoder
-        checks = [(longest, self._first_bad, number) for longest in self._longest]
+        checks = [(longest, self._bad_rows.first, number) for longest in self._bad_rows.longest]
         source, target = (model.source_mean, model.source_scale), (model.target_mean, model.target_scale)
         return (
             prepared(tables[0], places, *source, *checks[0], model.source_rms_eps),
@@ -468,16 +462,6 @@ class Trainer:
         rows = [counts[s] for name, s in strata.items() if name != POSITION_0 or len(strata) == 1]
         return float(torch.cat(rows).double().mean())
 
-    def _note_bad(self, loss: Tensor, batch: Batch, step: int | Tensor) -> None:
-        """Note the first step whose loss or source is not finite, or with a row that is longer than any of the store.
-
-        Such a source need not show in the loss: no comparison selects a NaN.
-        """
-        good = torch.isfinite(loss) & torch.isfinite(batch.source.sum())
-        for rows, longest in zip((batch.source, batch.target), self._longest, strict=True):
-            good &= (torch.linalg.vector_norm(rows, dim=1) <= longest).all()
-        self._first_bad.copy_(torch.where(good, self._first_bad, self._first_bad.clamp_max(step)))
-
     def _require_folder(self) -> None:
         """Raise `ProjectError` when the run is no longer where it was: what is written there would belong to no run."""
         try:
@@ -489,25 +473,6 @@ class Trainer:
                 f"{self._path} was removed or renamed while it was trained; nothing is written there after step "
                 f"{self._done:,}; if it was renamed, continue with: python -m train resume NEW_NAME"
             )
-
-    def _refuse_nan(self) -> None:
-        """Raise `ProjectError` if any step so far had a bad row or loss. Waits for the device."""
-        if (step := int(self._first_bad)) < _NEVER:
-            raise ProjectError(
-                f"a row is damaged, or the loss is not finite at step {step + 1} of {self._path} (rows "
-                f"{self._reader.describe(step)}); nothing was published since; {self._why_bad(step)}"
-            )
-
-    def _why_bad(self, step: int) -> str:
-        """Name the damaged row of `step`; where all are sound, tell what else to do."""
-        batch = self._reader.batch(step)
-        for side, rows in ((self._settings.source, batch.source), ("target", batch.target)):
-            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().numpy()
-            try:
-                self._reader.check_norms(step, side, norms)
-            except CorruptData as error:
-                return str(error)
-        return f"all its rows are sound: {LOWER_LR}"
 
 
 def use_threads(count: int) -> None:
