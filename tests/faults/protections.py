@@ -236,9 +236,9 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (36,),
-        "train/model/activations/base.py",
-        "            if k > d_sae:\n",
-        "            if False:\n",
+        "train/model/sizes.py",
+        "        if value > d_sae:\n",
+        "        if False:\n",
         ("tests/test_train.py::test_bad_input_is_one_line_and_writes_nothing",),
     ),
     Protection(

@@ -73,9 +73,9 @@ INPUT = (
     ),
     Protection(
         (22,),
-        "train/commands.py",
-        "        refuse_links(run, but_in=(FOLDER,))\n",
-        "        pass\n",
+        "train/locked_run.py",
+        "    refuse_links(run, but_in=(FOLDER,))\n",
+        "    pass\n",
         ("tests/faults/test_run_links.py::test_nothing_is_written_through_a_link_in_a_run",),
     ),
     Protection(
