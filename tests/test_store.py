@@ -113,6 +113,22 @@ def test_reading_ahead_is_only_advice(small_shards):
                 array.will_need([(start, stop)])
 
 
+def test_the_oldest_maps_of_shard_files_go_for_new_ones(pristine, monkeypatch):
+    """Linux has a limit on maps, and a store of a billion tokens has more shard files than that."""
+    monkeypatch.setattr("shared.store.mapped_array.MOST_MAPS", 3)
+    store = Store.open(pristine.path)
+    for name in 2 * ["strata/001-004/source", "strata/004-016/source", "strata/004-016/target"]:
+        array, rows = getattr(store.strata[name.split("/")[1]], name.split("/")[2]), pristine.arrays[name]
+        array.will_need([(0, array.rows)])
+        assert read(array, 0, array.rows).tobytes() == rows.tobytes()
+        for shard in range(array.rows // array.spec.rows_per_shard):
+            assert (
+                array.shard(shard).tobytes() == np.split(rows, array.rows // array.spec.rows_per_shard)[shard].tobytes()
+            )
+            mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(pristine.path) in line]
+            assert 0 < len(mapped) <= 3
+
+
 def test_mapped_rows_cannot_be_written(pristine):
     shard = Store.open(pristine.path).strata["004-016"].source.shard(0)
     with pytest.raises(ValueError, match="read-only"):

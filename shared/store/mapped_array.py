@@ -3,10 +3,12 @@
 import ctypes
 import mmap
 import os
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import ReferenceType, ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,8 @@ RowRun = tuple[int, int]
 """Neighbouring rows of an array, a half-open range."""
 Span = tuple[int, int, int]
 """A shard file, and the first row and past the last row there."""
+MOST_MAPS = 2**15
+"""Shard files that a process maps at once, of all its stores. Linux refuses more than 65,530 maps of any kind."""
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -80,7 +84,7 @@ class RowArray:
 
 
 class MappedArray(RowArray):
-    """One array of the store as memory maps, one per shard file, opened at first use.
+    """One array of the store as memory maps, one per shard file, opened at first use; the oldest go for new ones.
 
     Maps are private and advised `MADV_RANDOM`, so that a run of rows is read and nothing beside it. Those of a packed
     store are of files in a local folder, into which rows are decoded before they are read. Several threads may read.
@@ -92,6 +96,9 @@ class MappedArray(RowArray):
         super().__init__(spec, blocks)
         self._folder, self._local = local.folder if local else root, local
         self._maps: dict[int, tuple[Rows, int]] = {}  # with their addresses
+
+    _mapped: deque[tuple["ReferenceType[MappedArray]", int]] = deque()
+    """Shards of all arrays in the order in which they were mapped"""
 
     def shard(self, number: int) -> Rows:
         """Return the rows of one shard file, a read-only view."""
@@ -140,5 +147,10 @@ class MappedArray(RowArray):
         mapped.madvise(mmap.MADV_RANDOM)
         rows = np.frombuffer(mapped, dtype=self.dtype, count=self.spec.payload_bytes // self.dtype.itemsize)
         rows = rows if self.spec.width is None else rows.reshape(-1, self.spec.width)
-        self._maps[number] = rows, rows.ctypes.data
-        return self._maps[number]
+        self._maps[number] = found = rows, rows.ctypes.data
+        self._mapped.append((ref(self), number))
+        while len(self._mapped) > MOST_MAPS:
+            array, oldest = self._mapped.popleft()
+            if there := array():
+                there._maps.pop(oldest, None)  # unmapped once nobody reads it any more
+        return found
