@@ -12,6 +12,7 @@ VALUES = {
     "activation.k_start": 6,
     "rows.batch_rows": 48,
     "threads": 1,
+    "diversity.merge.at": [],
 }
 SETS = [part for key, value in VALUES.items() for part in ("--set", f"{key}={value}")]
 SMALL = ["tiny", *SETS]

@@ -109,7 +109,7 @@ def test_a_harvest_into_object_storage_is_the_local_one(small: Line, finished: P
 
 
 @pytest.mark.fault(60)
-@pytest.mark.parametrize("fault", ["kill", "kill after"])
+@pytest.mark.parametrize("fault", [pytest.param("kill", marks=pytest.mark.exhaustive), "kill after"])
 def test_a_harvest_that_is_killed_at_a_request_ends_the_same(
     small: Line, finished: Path, killing: Killing, fault: Fault
 ) -> None:

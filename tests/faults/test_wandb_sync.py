@@ -353,6 +353,7 @@ def test_rows_that_wandb_lost_on_a_full_disk_are_noticed(
     assert err.count("warning: ") == 1 and UNAFFECTED in err
 
 
+@pytest.mark.exhaustive
 def test_a_dead_process_of_wandbs_is_started_again(
     store: SyntheticStore, plain: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
