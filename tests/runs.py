@@ -3,10 +3,11 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.model import checkpoint
 
-VALUES = {
+VALUES: dict[str, Any] = {
     "transcoder.d_sae": 64,
     "activation.k": 6,
     "activation.k_start": 6,
