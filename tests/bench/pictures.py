@@ -74,7 +74,7 @@ def _report(path: Path, dark: bool) -> None:
 def _latent(path: Path, dark: bool) -> None:
     """Picture the latent with the most contexts of `_WORDS`, the first contexts of it alone."""
     with open_page(path, width=WIDTH, height=900, dark=dark, fragment=f"#list?q={_WORDS}&in=contexts") as page:
-        page.wait_for_function("document.querySelector('#count').textContent.includes(' of ')")
+        page.locator("#count", has_text=" of ").wait_for()
         links = page.locator("#rows th a")
         page.goto(path.resolve().as_uri() + (links.first.get_attribute("href") if links.count() else "#latent-0"))
         page.locator(".context").first.wait_for()
