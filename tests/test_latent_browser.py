@@ -300,7 +300,7 @@ def test_all_of_it_can_be_reached_by_keyboard(browsed: Browsed) -> None:
         page.wait_for_selector("#all:not([hidden])")
         assert page.evaluate("document.activeElement.getAttribute('href')") == "#latent-0"
         page.keyboard.press("/")
-        page.wait_for_function("document.activeElement.id === 'query'")
+        page.wait_for_function("() => document.activeElement.id === 'query'")
         page.keyboard.type("j7")  # a letter in the field moves nowhere
         assert page.input_value("#query") == "j7" and "#list" in page.url
         page.goto(page_file.as_uri() + "#latent-3")
