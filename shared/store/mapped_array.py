@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,7 +30,7 @@ _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-class RowArray:
+class RowArray(ABC):
     """The rows of one array of the store, as they are read."""
 
     def __init__(self, spec: ArraySpec, blocks: int) -> None:
@@ -59,13 +60,13 @@ class RowArray:
         """Copy rows `start:stop` into the first rows of `out`; they may lie in several shard files."""
         self.gather([(start, stop)], out)
 
+    @abstractmethod
     def gather(self, runs: Sequence[RowRun], out: Rows) -> None:
         """Copy `runs` one after the other into the first rows of `out`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def will_need(self, runs: Sequence[RowRun]) -> None:
         """Ask for `runs` to be read ahead. Raises nothing: reading does."""
-        raise NotImplementedError
 
     def as_stored(self, row: int, values: Rows) -> Rows:
         """Return what would be read at `row` if its `values` [d], as they were captured, were stored there."""
@@ -123,8 +124,9 @@ class MappedArray(RowArray):
         with suppress(CorruptData, OSError):
             for number, low, high in self._spans(runs):
                 first = low * self._row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+                mapped = self._map(number)  # held, so that it stays mapped meanwhile
                 # Not by mmap's own method: that holds the GIL while the kernel works.
-                _madvise(self._map(number)[1] + first, high * self._row_bytes - first, mmap.MADV_WILLNEED)
+                _madvise(mapped[1] + first, high * self._row_bytes - first, mmap.MADV_WILLNEED)
 
     def _rows(self, number: int, low: int, high: int) -> Rows:
         """Return a shard of which rows `low:high` can be read."""

@@ -40,20 +40,8 @@ def rate(store: Path, runs: Path, threads: int, policy: str) -> float:
     """Steps per second of a run, start-up excluded."""
     shape = ("transcoder.d_sae=256", "activation.k=8", "rows.batch_rows=64", f"threads={threads}")
     options = [part for setting in shape for part in ("--set", setting)]
-    command = [
-        sys.executable,
-        "-m",
-        "train",
-        "run",
-        "tiny",
-        "--store",
-        store,
-        "--runs",
-        runs,
-        "--steps",
-        STEPS,
-        *options,
-    ]
+    where = ("--store", store, "--runs", runs, "--steps", STEPS)
+    command = [sys.executable, "-m", "train", "run", "tiny", *where, *options]
     environment = os.environ | {"OMP_WAIT_POLICY": policy}
     subprocess.run([str(part) for part in command], env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     last = json.loads((runs / "tiny-001" / "timing.jsonl").read_text().splitlines()[-1])
