@@ -8,6 +8,7 @@ import difflib
 import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from shared.errors import UserError
@@ -31,6 +32,15 @@ class Change(NamedTuple):
     name: str
     """Dotted."""
     value: Any
+
+
+class Unfit(UserError):
+    """Settings that cannot go together, or not with the store."""
+
+    def __init__(self, said: str, *names: str) -> None:
+        """Take what is wrong and the dotted names of the settings that have a part in it."""
+        super().__init__(said)
+        self.names = names
 
 
 class _Fault(NamedTuple):
@@ -59,6 +69,19 @@ def check_settings(
         raise UserError(f"{change.said if change else origin}: {shown}{wrong}")
 
 
+@contextmanager
+def blaming(changes: Sequence[Change]) -> Iterator[None]:
+    """Begin the message of an `Unfit` that is raised inside with those of `changes` that have a part in it."""
+    try:
+        yield
+    except Unfit as error:
+        last = [blamed(name, changes) for name in error.names]
+        said = [change.said for change in changes if change in last]
+        if not said:
+            raise
+        raise UserError(f"{' '.join(said)}: {error}") from error
+
+
 def with_defaults(schema: Schema, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return checked `settings`, with the defaults of their schema where they say nothing."""
     return _filled(schema, schema, settings)
@@ -70,6 +93,7 @@ def _filled(root: Schema, schema: Schema, value: Mapping[str, Any]) -> dict[str,
         value = {"kind": node["default"]["kind"], **value}
         node = _resolved(root, {"$ref": kinds[value["kind"]]})
     found = {}
+    value = {node.get("renamed", {}).get(name, name): one for name, one in value.items()}
     for name, inner in node["properties"].items():
         below = _resolved(root, inner)
         is_group = "properties" in below or bool(_kinds(below))

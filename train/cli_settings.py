@@ -1,15 +1,20 @@
 """The options that say which settings a run starts from, and the command that lists settings."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from shared.check_settings import Change, blaming
 from shared.command_line import STORE
+from shared.config import changes_of
 from shared.console.terminal import show_text
 from shared.errors import UserError
-from shared.store.store import Store
+from shared.store.store import Local, Store
 from train.live.run_files import CONFIG
-from train.read_settings import BASE, preset_for, read_settings
+from train.live.store_place import store_of_run
+from train.read_settings import BASE, preset_for, read_settings, settings_with_defaults
+from train.run.rules import check_before_torch
 
 config_option = click.option(
     "--config",
@@ -38,6 +43,41 @@ def usual_preset(store: Store | None, file: Path | None) -> tuple[str, str]:
     return preset, f"preset {preset}: none was named, and {why}"
 
 
+def start_of_run(
+    preset: str | None,
+    changes: Sequence[str | Change],
+    file: Path | None,
+    like: Path | None,
+    store: Path | None,
+    local: Local | None,
+) -> tuple[Store, str, str]:
+    """Open the store of a new run, and check the run's settings, without torch, whose import takes seconds.
+
+    Returns the store, the preset, and what to say of it. Raises `UserError` that names what was typed.
+    """
+    read_settings(preset or BASE, changes, file)
+    if not store and not like:
+        raise UserError("train run needs a store: --store NAME or FOLDER, or --like RUN for that of another run")
+    opened = Store.open(store, local) if store else _store_like(like, local)
+    preset, note = (preset, "") if preset else usual_preset(opened, file)
+    _check(preset, changes, file, opened)
+    return opened, preset, note
+
+
+def _store_like(like: Path | None, local: Local | None) -> Store:
+    assert like
+    try:
+        return Store.open(store_of_run(like), local)
+    except UserError as error:
+        raise UserError(f"--like {like}: {error}") from error
+
+
+def _check(preset: str, changes: Sequence[str | Change], file: Path | None, store: Store) -> None:
+    read = read_settings(preset, changes, file)
+    with blaming(read.changes):
+        check_before_torch(settings_with_defaults(read), store)
+
+
 @click.command("settings")
 @click.argument("preset", required=False)
 @click.option("--store", type=STORE, help="A store: automatic choices are shown as made for it.")
@@ -61,6 +101,8 @@ def list_all(
     read_settings(preset or BASE, assignments, file)
     opened = Store.open(store) if store else None
     preset = preset or usual_preset(opened, file)[0]
+    if opened:
+        _check(preset, assignments, file, opened)
     from shared.console.list_settings import list_settings, settings_as_json, show_settings
     from train.run.settings import load_settings, resolve
 
@@ -68,7 +110,8 @@ def list_all(
     if opened:
         from train.run.advice import advice
 
-        config = resolve(opened, settings, None)
+        with blaming(changes_of(assignments)):
+            config = resolve(opened, settings, None)
         settings, told = config.settings, advice(config, opened)
     found = list_settings(settings)
     if as_json:

@@ -27,6 +27,7 @@ from train.run.process import OwnProcess
 from train.run.saver import bring_home, require_own
 from train.run.settings import Extension, RunConfig, Settings, checkpoint_bytes, read_config, resolve
 from train.run.trainer import Trainer
+from train.run_folder import exists, require_new
 from train.samples.parquet import SamplesRecord
 from train.samples.select import SamplesConfig
 from train.wandb_sync.sync import FOLDER, REPORT, synced
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from train.interchange.export import Exported
     from train.probe.probe_record import ProbeRecord
     from train.report.report_record import Report
-
-_BEFORE_CONFIG = {LOCK, BLOCKS, *(name + durable.TEMPORARY for name in (BLOCKS, CONFIG))}
-"""What a run that was killed before its configuration was written leaves; it is started again."""
 
 
 def train(
@@ -68,9 +66,7 @@ def train(
     init_from, fallback = _path(init_from), _path(fallback)
     config = resolve(store, settings, init_from)
     check_shards(store, config.training_blocks, verify=verify)
-    exists = UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
-    if run.exists() and {path.name for path in run.iterdir()} - _BEFORE_CONFIG:
-        raise exists
+    require_new(run)
     blocks = pinned(store, config.training_blocks)
     config = config.model_copy(update={"blocks": blocks.digest})
     source = find_initial(init_from, config) if init_from else None
@@ -94,18 +90,13 @@ def train(
         new = Trainer(store, config, run, initial=load, fallback=elsewhere, ranks=ranks, process=process)
         with durable.lock(run / LOCK, f"run {run}"):
             if (run / CONFIG).exists():  # of a run that was started meanwhile
-                raise exists
+                raise exists(run)
             durable.publish_json(run / BLOCKS, blocks.model_dump(mode="json"))
             durable.publish_bytes(run / CONFIG, written)
             with synced(run, project):
                 new.train()
     ranks.leave()
     return run
-
-
-def store_like(run: Path | str) -> Path:
-    """Return where the store of `run` is. Raises `UserError` when `run` is none."""
-    return place_of_store(Path(run), read_config(Path(run)))
 
 
 def left_out(store: Store, blocks: range) -> str:

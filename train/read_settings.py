@@ -11,7 +11,7 @@ from shared.config import Changes, changes_of, load_preset, override
 from shared.errors import UserError
 from shared.files.durable import read_json
 from shared.store.layout import StoreRequest
-from train.live.run_files import CONFIG
+from train.live.run_files import CONFIG, config_file
 
 PRESETS = Path(__file__).parent / "presets"
 BASE, TINY = "base", "tiny"
@@ -81,9 +81,7 @@ def _schema() -> dict[str, Any]:
 
 def _of_run(file: Path) -> dict[str, Any]:
     """Return the settings that a run was started with: as asked for, or, in older runs, as they were resolved."""
-    if not file.is_file():
-        raise UserError(f"{file.parent} is not a run: it has no {CONFIG}")
-    data = read_json(file)
+    data = read_json(config_file(file.parent))
     settings = data.get("settings") if isinstance(data, Mapping) else None
     asked = data.get("asked") or settings if isinstance(data, Mapping) else None
     if not isinstance(settings, dict) or not isinstance(asked, dict):

@@ -271,8 +271,8 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (41,),
-        "train/run/settings.py",
-        "    if settings.rows.batch_rows > rows:",
+        "train/run/rules.py",
+        "    if rows.batch_rows > there:",
         "    if False:",
         (f"{_DATA}::test_batches_of_one_row_and_of_all_rows",),
     ),

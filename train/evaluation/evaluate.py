@@ -10,7 +10,6 @@ without position 0: strata are weighted by the rows that the model computed, and
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -19,10 +18,11 @@ from torch import Tensor
 from shared.bounds import Every
 from shared.config import Config
 from shared.errors import ProjectError
-from shared.store.reader import RowsConfig
+from shared.store.reader import OutlierFigures, RowsConfig
 from shared.store.store import Store
 from train.data.batches import BatchReader, RowChunk, StoreRows
 from train.data.staging import sent
+from train.evaluation.evaluated_blocks import calibration_blocks
 from train.model.kernels.plain import decode_prefixes
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Transcoder
@@ -42,14 +42,9 @@ class EvaluationConfig(Config):
     """Rows per forward."""
     calibration_rows: int = Field(4096, ge=1)
     """Rows that thresholds of checkpoints on the way are calibrated on; the last one, and evaluations, take all."""
-    outliers: Literal["apart", "with_others"] = "apart"
+    outliers: OutlierFigures = "apart"
     """Whether outliers (rows.outlier_ratio) are left out of means, scales, thresholds and headline figures, and have
     figures of their own. SAEDashboard leaves them out; SAELens and dictionary_learning evaluate with them."""
-
-    @property
-    def leaves_outliers_out(self) -> bool:
-        """Whether outliers are apart."""
-        return self.outliers == "apart"
 
 
 class Part(Config):
@@ -356,11 +351,6 @@ def _weighted_cut(values: list[Tensor], weights: list[Tensor], total: float) -> 
     return float(joined[index]) if index < len(joined) else -torch.inf
 
 
-def calibration_blocks(store: Store) -> range:
-    """Return the held-out blocks that thresholds are calibrated on: where there is one block alone, that one."""
-    return store.record.calibration_blocks or store.record.report_blocks
-
-
 def weighted_rows(
     rows: StoreRows, device: torch.device, most: int | None = None, blocks: range | None = None
 ) -> Iterator[tuple[RowChunk, float]]:
@@ -370,18 +360,12 @@ def weighted_rows(
     is taken, its first: rows are permuted within their block.
     """
     natural = natural_weights(rows.store)
-    blocks = calibration_blocks(rows.store) if blocks is None else blocks
+    blocks = calibration_blocks(rows.store.record) if blocks is None else blocks
     counts = {name: len(blocks) * part.stratum.rows for name, part in rows.store.strata.items() if natural[name]}
     share = min(1.0, most / sum(counts.values())) if most else 1.0
     taken = {name: math.ceil(share * count) for name, count in counts.items()}
     for chunk in rows.chunks(blocks, device, taken):
         yield chunk.ordinary, natural[chunk.stratum] * counts[chunk.stratum] / taken[chunk.stratum]
-
-
-def evaluated_rows(store: Store) -> int:
-    """Return how many rows an evaluation passes through the encoder: report rows by both rules, and to calibrate."""
-    blocks = 2 * len(store.record.report_blocks) + len(calibration_blocks(store))
-    return blocks * sum(s.rows for s in store.record.plan.stored_strata)
 
 
 def natural_weights(store: Store) -> dict[str, float]:
