@@ -132,8 +132,8 @@ EARLY = {
         ["diversity.position.weight=1", "rows.position_0=train"],
         "--set rows.batch_rows=48 --set diversity.position.weight=1 --set rows.position_0=train: diversity.position "
         "needs rows of position 0, and a batch has none: the store keeps none, training leaves them out "
-        "(rows.position_0 = train takes them in), or rows.max_position_0_batch_share = 0.003906 of 48 rows is less than "
-        "one",
+        "(rows.position_0 = train takes them in), or rows.max_position_0_batch_share = 0.003906 of 48 rows is less "
+        "than one",
     ),
     "old name": (
         ["diversity.position.weight=1", "rows.position_0=train", "rows.max_bos_batch_share=0.01"],

@@ -53,7 +53,7 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (4,),
-        "train/commands.py",
+        "train/run_folder.py",
         "    if run.exists() and {path.name for path in run.iterdir()} - _BEFORE_CONFIG:",
         "    if run.exists():",
         ("tests/faults/test_sweeps.py::test_a_training_killed_at_any_operation_resumes_to_the_same_run",),
