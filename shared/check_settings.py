@@ -6,6 +6,7 @@ does not say, such as how two settings go together, is left to the class.
 
 import difflib
 import math
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,13 +15,20 @@ from typing import Any, NamedTuple
 from shared.errors import UserError
 
 Schema = Mapping[str, Any]
-_SCALARS = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}
+_PLAIN = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "array": "a list, such as [1, 2]",
+}
 _BOUNDS = {
     "minimum": ("at least", lambda value, bound: value >= bound),
     "exclusiveMinimum": ("above", lambda value, bound: value > bound),
     "maximum": ("at most", lambda value, bound: value <= bound),
     "exclusiveMaximum": ("below", lambda value, bound: value < bound),
 }
+_SHORT = re.compile(r"\d+(\.\d+)?[kmb]", re.IGNORECASE)
 _MOST_NAME, _MOST_VALUE, _MOST_LISTED = 200, 120, 30
 
 
@@ -100,8 +108,15 @@ def _filled(root: Schema, schema: Schema, value: Mapping[str, Any]) -> dict[str,
         if is_group:
             found[name] = _filled(root, inner, value.get(name, {}))
         else:
-            found[name] = value.get(name, inner.get("default"))
+            found[name] = _as_read(below, value.get(name, inner.get("default")))
     return found
+
+
+def _as_read(node: Schema, value: object) -> object:
+    """Return a value as the class reads it: 1e4 is a whole number where one is wanted."""
+    kinds = {one.get("type") for one in node.get("anyOf", [node])}
+    is_whole = isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds
+    return int(value) if is_whole else value
 
 
 def blamed(name: str, changes: Sequence[Change]) -> Change | None:
@@ -134,6 +149,10 @@ def _faults(root: Schema, schema: Schema, value: object, path: tuple[str, ...]) 
     if not isinstance(value, Mapping) or "properties" not in node:
         if wrong := _wrong(root, node, value):
             yield _Fault(".".join(path) or "settings", value, wrong)
+        elif isinstance(value, list | tuple):
+            items = [one["items"] for one in node.get("anyOf", [node]) if "items" in one]
+            for place, one in enumerate(value if items else ()):
+                yield from _faults(root, items[0], one, (*path, str(place)))
         return
     for name, inner in value.items():
         now = node.get("renamed", {}).get(name, name)
@@ -161,25 +180,34 @@ def _wrong(root: Schema, node: Schema, value: object) -> str:
     if ("properties" in node or _kinds(node)) and (value is None or isinstance(value, str | int | float | list)):
         return "not a group of settings"
     choices = [_resolved(root, one) for one in node.get("anyOf", [node])]
-    if not all("enum" in one or "const" in one or one.get("type") in (*_SCALARS, "null") for one in choices):
+    if not all(_is_plain(one) for one in choices):
         return ""
-    found = [_wrong_scalar(one, value) for one in choices]
+    found = [_wrong_value(one, value) for one in choices]
     if not all(found):
         return ""
     bounds = [wrong for wrong in found if wrong.startswith("must")]
     if bounds:
         return bounds[0]
     expected = list(dict.fromkeys(text for one in choices if (text := _expected(one))))
-    return f"not {expected[0]}" if len(expected) == 1 else f"expected {' or '.join(expected)}"
+    said = f"not {expected[0]}" if len(expected) == 1 else f"expected {' or '.join(expected)}"
+    short = isinstance(value, str) and _SHORT.fullmatch(value) and any(one.get("type") == "integer" for one in choices)
+    return f"{said}; settings are written out, such as 10000 or 1e4" if short else said
+
+
+def _is_plain(node: Schema) -> bool:
+    """Tell whether all that a node allows is known here."""
+    return "enum" in node or "const" in node or node.get("type") in (*_PLAIN, "null")
 
 
 def _expected(node: Schema) -> str:
     if values := node.get("enum", [node["const"]] if "const" in node else None):
         return f"{'one of ' if len(values) > 1 else ''}{', '.join(map(str, values))}"
-    return _SCALARS.get(node["type"], "")
+    if node["type"] == "array" and node.get("items", {}).get("type") == "string":
+        return 'a list, such as ["a", "b"]'
+    return _PLAIN.get(node["type"], "")
 
 
-def _wrong_scalar(node: Schema, value: object) -> str:
+def _wrong_value(node: Schema, value: object) -> str:
     if values := node.get("enum", [node["const"]] if "const" in node else None):
         return "" if any(value == one and type(value) is type(one) for one in values) else "another"
     kind = node["type"]
@@ -187,6 +215,10 @@ def _wrong_scalar(node: Schema, value: object) -> str:
         return "" if value is None else "another"
     if kind == "boolean":
         return "" if isinstance(value, bool) else "another"
+    if kind == "string":  # a path may stand for it
+        return "another" if value is None or isinstance(value, int | float | list | tuple | Mapping) else ""
+    if kind == "array":
+        return "" if isinstance(value, list | tuple) else "another"
     number = _number(value)
     if isinstance(number, float) and not math.isfinite(number):
         return "must be finite"

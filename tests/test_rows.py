@@ -258,7 +258,7 @@ def test_StoreRows_are_all_rows_of_their_blocks_in_order(synthetic: SyntheticSto
 
 def test_batches_from_python_are_those_of_the_reader_from_any_step_on(synthetic: SyntheticStore) -> None:
     store, rows = Store.open(synthetic.path), RowsConfig(batch_rows=24)
-    view = store.excluding(rows.exclusion(store, "apart"))
+    view = store.excluding(rows.exclusion(store, figures=True))
     reader = BatchReader(view, rows.training_blocks(store), rows, 3, torch.device("cpu"), "target")
     found = list(batches(str(synthetic.path), 5, first=2, seed=3, rows=rows, source="target"))
     assert len(found) == 5

@@ -34,7 +34,11 @@ Command = Callable[..., Outcome]
         ("log_every=often", "expected a whole number or auto"),
         ("kernels=fast", "not one of auto, compiled, triton, matmul, plain, dense"),
         ("evaluation=3", "not a group of settings"),
-        ("transcoder.prefixes=abc", "not a list, such as [1, 2] (got 'abc')"),
+        ("transcoder.prefixes=abc", "not a list, such as [1, 2]"),
+        ("transcoder.prefixes=[1, true]", "transcoder.prefixes.1 = True: not a whole number"),
+        ("diversity.merge.at=[0.5, 1.5]", "diversity.merge.at.1 = 1.5: must be below 1"),
+        ("device=1", "not text"),
+        ("steps=10k", "not a whole number; settings are written out, such as 10000 or 1e4"),
         ("activation.K=16", "unknown option 'activation.K'; did you mean 'activation.k'?"),
         ("learning_rate=1", "unknown option 'learning_rate'; did you mean 'optimizer.lr'?"),
         ("optimizer.lr_rate=1", "unknown option 'optimizer.lr_rate'; did you mean 'optimizer.decoder_rate'?"),
@@ -224,6 +228,7 @@ def answers(pristine: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) 
         *([*sized, *(f"--set={one}" for one in settings)] for settings, _ in EARLY.values()),
         *([*given, "--name", name] for name in NAMES),
         *(["run", "--like", run, "--steps", "9"] for run in LIKE),
+        *map(list, OPTIONS),
         sized,
     ]
     done = subprocess.run(
@@ -240,10 +245,22 @@ def answers(pristine: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) 
     return found
 
 
-MISTAKES = [said for _, said in EARLY.values()] + [*NAMES.values(), *LIKE.values()]
+OPTIONS = {
+    ("run", "--lr", "1e-3"): "--lr: no such option; it is a setting: --set optimizer.lr=VALUE",
+    ("run", "--d-sae=64"): "--d-sae: no such option; it is a setting: --set transcoder.d_sae=VALUE",
+    ("run", "--tokens", "5M"): "--tokens: no such option; it is decided when the store is made: python -m harvest run",
+    ("run", "--init_from", "x"): "No such option '--init_from'. Did you mean '--init-from'? (see: train run --help)",
+    ("resume", "x", "--set", "steps=9"): "--set: no such option; a run keeps its settings; start another with: python "
+    "-m train run --like RUN --set NAME=VALUE",
+    ("run", "steps=9"): "no preset 'steps=9'; presets: base, gemma-2-2b, tiny; a setting is given with --set steps=9",
+    ("run", "--config", "runs/lost"): "--config runs/lost: it is a folder, and settings are read from a file; for the "
+    "settings of a run: --like runs/lost",
+    ("run", "--config", "runs"): "--config runs: it is a folder, and settings are read from a file; name a file in it",
+}
+MISTAKES = [said for _, said in EARLY.values()] + [*NAMES.values(), *LIKE.values(), *OPTIONS.values()]
 
 
-@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[*EARLY, *NAMES, *LIKE])
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[*EARLY, *NAMES, *LIKE, *map(" ".join, OPTIONS)])
 def test_a_mistake_is_answered_without_torch(answers: list[list[object]], number: int) -> None:
     assert answers[number] == [2, f"error: {MISTAKES[number]}\n"]
 

@@ -81,7 +81,7 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@main.command()
+@main.command(cls=cli_settings.WithSettings)
 @click.argument("preset", required=False)
 @click.option("--store", type=STORE, help="A finished store: a folder, or its name in the cache.")
 @cli_settings.config_option
@@ -146,7 +146,7 @@ def run(
     show_path(path)
 
 
-@main.command()
+@main.command(cls=cli_settings.WithSettings)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--steps", type=shared.command_line.COUNT, help="Make the run longer: so many optimiser steps in all.")

@@ -13,7 +13,7 @@ from shared.errors import UserError
 from shared.store.store import Local, Store
 from train.live.run_files import CONFIG
 from train.live.store_place import store_of_run
-from train.read_settings import BASE, preset_for, read_settings, settings_with_defaults
+from train.read_settings import BASE, preset_for, read_settings, setting_called, settings_with_defaults
 from train.run.rules import check_before_torch
 
 config_option = click.option(
@@ -31,6 +31,9 @@ def settings_file(file: Path | None, like: Path | None) -> Path | None:
     """Return the file that settings are read from in place of a preset. Raises `UserError` when there are two."""
     if file and like:
         raise UserError("--config and --like both say which settings to start from; give one of them")
+    if file and file.is_dir():
+        hint = f"for the settings of a run: --like {file}" if (file / CONFIG).is_file() else "name a file in it"
+        raise UserError(f"--config {file}: it is a folder, and settings are read from a file; {hint}")
     return like / CONFIG if like else file
 
 
@@ -41,6 +44,24 @@ def usual_preset(store: Store | None, file: Path | None) -> tuple[str, str]:
     preset = preset_for(store.request)
     why = "the store is of the embedded model" if preset != BASE else "it is for any store"
     return preset, f"preset {preset}: none was named, and {why}"
+
+
+class WithSettings(click.Command):
+    """A command that says of an option which there is not whether it is a setting."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As `click.Command.parse_args`. Raises `UserError` that names the setting."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            given = error.option_name
+            if self.name == "resume" and given == "--set":
+                kept = "a run keeps its settings; start another with: python -m train run --like RUN --set NAME=VALUE"
+                raise UserError(f"{given}: no such option; {kept}") from error
+            if not (told := setting_called(given.lstrip("-").replace("-", "_"))):
+                raise
+            meant = told if " " in told else f"it is a setting: --set {told}=VALUE"
+            raise UserError(f"{given}: no such option; {meant}") from error
 
 
 def start_of_run(

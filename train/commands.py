@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from shared.config import build, override
+from shared.config import build, changes_of, override
 from shared.console.terminal import say
 from shared.errors import DiskFull, Stopped, UserError, warn
 from shared.files import durable
@@ -440,10 +440,12 @@ def _samples_config(
     given: SamplesConfig, rows: int | None, changes: Mapping[str, object] | Sequence[str]
 ) -> SamplesConfig:
     wanted = rows or given.rows or SamplesConfig().rows
-    raw = override({"samples": given.model_dump() | {"rows": wanted}}, changes)
-    if other := sorted(set(raw) - {"samples"}):
-        raise UserError(f"--set {other[0]}: only settings of samples can be set here, such as samples.top=20")
-    settings = build(SamplesConfig, raw["samples"], "--set samples")
+    made = changes_of(changes)
+    if other := [one for one in made if not one.name.startswith("samples.")]:
+        raise UserError(f"{other[0].said}: only settings of samples can be set here, such as samples.top=20")
+    raw = override({"samples": given.model_dump() | {"rows": wanted}}, made)
+    inside = [one._replace(name=one.name.removeprefix("samples.")) for one in made]
+    settings = build(SamplesConfig, raw["samples"], "samples", inside)
     if not settings.rows:
         raise UserError("samples.rows is 0, and nothing would be sampled; leave it out, or ask for some with --rows")
     return settings

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shared.check_settings import Change, check_settings, with_defaults
+from shared.check_settings import Change, check_settings, names_in, with_defaults
 from shared.config import Changes, changes_of, load_preset, override
 from shared.errors import UserError
 from shared.files.durable import read_json
@@ -67,6 +67,15 @@ def read_settings(preset: str = BASE, changes: Changes = (), file: Path | None =
     found = Read(override(tables, made, variants=("activation",)), str(file) if file else f"preset {preset}", made)
     check_settings(_schema(), found.tables, found.origin, found.changes, ALIASES)
     return found
+
+
+def setting_called(name: str) -> str:
+    """Return the one setting that has this name, or a sentence on where it is decided; nothing for no such name."""
+    known = names_in(_schema())
+    if name in known or name in ALIASES:
+        return ALIASES.get(name, name)
+    ending = [one for one in known if one.endswith(f".{name}")]
+    return ending[0] if len(ending) == 1 else ""
 
 
 def settings_with_defaults(read: Read) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from shared.store.statistics import OUTLIER_RATIO
 from shared.store.store import Store, StratumRows
 from shared.store.strata import Stratum
 
-OutlierFigures = Literal["apart", "with_others"]
 MOST_RUN_ROWS = 64
 AHEAD = 2
 """Steps whose rows are read before they are needed; the kernel is asked for theirs as many steps earlier. What is in
@@ -66,12 +65,12 @@ class RowsConfig(RenamedConfig):
             raise Unfit(said, "rows.blocks")
         return there[: self.blocks]
 
-    def exclusion(self, store: Store, figures: OutlierFigures) -> Exclusion:
-        """Return which rows of `store` are left out. `figures`: whether outliers have figures of their own."""
+    def exclusion(self, store: Store, *, figures: bool) -> Exclusion:
+        """Return which rows of `store` are left out; `figures`: whether outliers are left out of figures, too."""
         return store.exclusion_at(
             self.outlier_ratio,
             training=self.outliers == "leave_out",
-            figures=figures == "apart",
+            figures=figures,
             position_0=self.position_0 == "leave_out" or (self.position_0 == "auto" and store.position_0_is_odd),
         )
 

@@ -188,7 +188,7 @@ def batches(
     """
     opened = store if isinstance(store, Store) else Store.open(store)
     config = (rows or RowsConfig()).resolve(opened.request.block_sequences)
-    view = opened.excluding(config.exclusion(opened, "apart"))
+    view = opened.excluding(config.exclusion(opened, figures=True))
     blocks = config.training_blocks(opened)
     opened.check_shards(blocks)
     reader = BatchReader(view, blocks, config, seed, torch.device(device), source, stop=first + steps)

@@ -89,7 +89,7 @@ class StoreDataset(IterableDataset[TaggedRows]):
             raise UserError(f"blocks are {self._blocks}, and the store has blocks 0 to {opened.record.blocks - 1}")
         if first < 0 or (steps is not None and steps < 0):
             raise UserError(f"first is {first} and steps is {steps}: neither can be negative")
-        self._exclusion = self._config.exclusion(opened, "apart")
+        self._exclusion = self._config.exclusion(opened, figures=True)
         self._seed, self._first, self._steps, self._dtype = seed, first, steps, dtype
         self._process: tuple[int, int] | None = None
         opened.check_shards(self._blocks)

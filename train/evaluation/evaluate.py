@@ -10,6 +10,7 @@ without position 0: strata are weighted by the rows that the model computed, and
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +19,7 @@ from torch import Tensor
 from shared.bounds import Every
 from shared.config import Config
 from shared.errors import ProjectError
-from shared.store.reader import OutlierFigures, RowsConfig
+from shared.store.reader import RowsConfig
 from shared.store.store import Store
 from train.data.batches import BatchReader, RowChunk, StoreRows
 from train.data.staging import sent
@@ -42,9 +43,14 @@ class EvaluationConfig(Config):
     """Rows per forward."""
     calibration_rows: int = Field(4096, ge=1)
     """Rows that thresholds of checkpoints on the way are calibrated on; the last one, and evaluations, take all."""
-    outliers: OutlierFigures = "apart"
+    outliers: Literal["apart", "with_others"] = "apart"
     """Whether outliers (rows.outlier_ratio) are left out of means, scales, thresholds and headline figures, and have
     figures of their own. SAEDashboard leaves them out; SAELens and dictionary_learning evaluate with them."""
+
+    @property
+    def leaves_outliers_out(self) -> bool:
+        """Whether outliers are apart."""
+        return self.outliers == "apart"
 
 
 class Part(Config):

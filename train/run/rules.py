@@ -123,7 +123,8 @@ def _check_rows(settings: Tables, store: Store) -> None:
             "rows.batch_rows",
             "rows.blocks",
         )
-    strata = training_strata(store.excluding(rows.exclusion(store, settings["evaluation"]["outliers"])), blocks)
+    view = store.excluding(rows.exclusion(store, figures=True))  # of training, where figures make no difference
+    strata = training_strata(view, blocks)
     counts = rows_per_stratum(strata, rows)
     at_0 = [n for s, n in zip(strata, counts, strict=True) if s.is_position_0]
     if settings["diversity"]["position"]["weight"] and not any(at_0):

@@ -326,7 +326,7 @@ def _device(wanted: str) -> str:
 
 def resolve_exclusion(store: Store, settings: Settings) -> Exclusion:
     """Return which rows of `store` a run with these settings leaves out."""
-    return settings.rows.exclusion(store, settings.evaluation.outliers)
+    return settings.rows.exclusion(store, figures=settings.evaluation.leaves_outliers_out)
 
 
 def _blas(wanted: Literal["auto", "torch", "numpy"], device: str) -> Blas:
