@@ -110,12 +110,12 @@ def left_out(store: Store, blocks: range) -> str:
         len(numbers[(numbers >= first * part.stratum.rows) & (numbers < last * part.stratum.rows)])
         for numbers, part in zip(store.outliers.values(), strata, strict=True)
     )
-    at_0 = "left out (rows.position_0=train takes it in)" if exclusion.position_0 else "trained on"
+    at_0 = "left out (rows.position_0=train would keep them)" if exclusion.position_0 else "trained on"
     limits = " or ".join(f"{side} norm above {limit:.4g}" for side, limit in exclusion.limits.items() if limit)
     outliers = f"{odd:,} outliers ({limits})" if limits else "no row counts as an outlier (rows.outlier_ratio=0)"
-    fate = "left out (rows.outliers=train takes them in)" if exclusion.training else "trained on"
-    said = f"of {rows:,} stored training rows, {outliers}{f': {fate}' if odd else ''}"
-    return f"{said}; position 0, {zero:,} rows: {at_0}" if zero else said
+    fate = "left out (rows.outliers=train would keep them)" if exclusion.training else "trained on"
+    said = f"the store has {rows:,} training rows; {outliers}{f': {fate}' if odd else ''}"
+    return f"{said}; {zero:,} rows at position 0: {at_0}" if zero else said
 
 
 def resume(
