@@ -112,7 +112,7 @@ def _filled(root: Schema, schema: Schema, value: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _as_read(node: Schema, value: object) -> object:
+def _as_read(node: Schema, value: Any) -> Any:
     """Return a value as the class reads it: 1e4 is a whole number where one is wanted."""
     kinds = {one.get("type") for one in node.get("anyOf", [node])}
     is_whole = isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds
@@ -147,7 +147,7 @@ def _faults(root: Schema, schema: Schema, value: object, path: tuple[str, ...]) 
             return
         node = _resolved(root, {"$ref": kinds[kind]})
     if not isinstance(value, Mapping) or "properties" not in node:
-        if wrong := _wrong(root, node, value):
+        if wrong := _wrong(root, node, value, path):
             yield _Fault(".".join(path) or "settings", value, wrong)
         elif isinstance(value, list | tuple):
             items = [one["items"] for one in node.get("anyOf", [node]) if "items" in one]
@@ -175,10 +175,11 @@ def _kinds(node: Schema) -> Mapping[str, str]:
     return node.get("discriminator", {}).get("mapping", {})
 
 
-def _wrong(root: Schema, node: Schema, value: object) -> str:
+def _wrong(root: Schema, node: Schema, value: object, path: Sequence[str]) -> str:
     """Say what is wrong with a value; nothing where it may do, or where only the class can tell."""
     if ("properties" in node or _kinds(node)) and (value is None or isinstance(value, str | int | float | list)):
-        return "not a group of settings"
+        inside = "kind" if _kinds(node) else next(iter(node["properties"]))
+        return f"not a group of settings; name one in it, such as {'.'.join([*path, inside])}"
     choices = [_resolved(root, one) for one in node.get("anyOf", [node])]
     if not all(_is_plain(one) for one in choices):
         return ""

@@ -33,7 +33,8 @@ Command = Callable[..., Outcome]
         ("activation.kind=gated", "not one of batchtopk, jumprelu, relu, topk"),
         ("log_every=often", "expected a whole number or auto"),
         ("kernels=fast", "not one of auto, compiled, triton, matmul, plain, dense"),
-        ("evaluation=3", "not a group of settings"),
+        ("evaluation=3", "not a group of settings; name one in it, such as evaluation.calibration_rows"),
+        ("activation=topk", "not a group of settings; name one in it, such as activation.kind"),
         ("transcoder.prefixes=abc", "not a list, such as [1, 2]"),
         ("transcoder.prefixes=[1, true]", "transcoder.prefixes.1 = True: not a whole number"),
         ("diversity.merge.at=[0.5, 1.5]", "diversity.merge.at.1 = 1.5: must be below 1"),
@@ -159,7 +160,7 @@ EARLY = {
     "no report": (
         ["monitor.every=100", "steps=100", "monitor.delay=0"],
         f"--set monitor.every=100 --set steps=100 --set monitor.delay=0: {REPORTS}: monitor.every = 100, steps = 100; "
-        "set monitor.every between, or diversity.co_activation.weight = 0",
+        "set monitor.every above 0 and below steps, or diversity.co_activation.weight = 0",
     ),
     "delay": (
         ["monitor.every=100", "monitor.delay=100"],

@@ -182,7 +182,7 @@ def _check_reports(settings: Tables, device: str, usual: Cadences) -> None:
         off = "" if goals else ", or diversity.co_activation.weight = 0"
         raise Unfit(
             f"diversity.{name} after the monitor's reports, and none would come before the last step: monitor.every = "
-            f"{every}, steps = {steps}{late}; set monitor.every between{off}",
+            f"{every}, steps = {steps}{late}; set monitor.every above 0 and below steps{off}",
             "monitor.every",
             "monitor.delay",
             "steps",
