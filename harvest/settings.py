@@ -58,9 +58,10 @@ class ModelSettings(Config):
 class TextSettings(Config):
     """Which text is read."""
 
-    name: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_more)] = Field(
-        default=(EMBEDDED,), min_length=1
-    )
+    name: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        BeforeValidator(_one_or_more, json_schema_input_type=str | tuple[str, ...]),
+    ] = Field(default=(EMBEDDED,), min_length=1)
     """`embedded`, a data set on the hub, or local files or folders of them: .jsonl and .txt (a row per line), .json,
     .csv, .tsv, .parquet, .arrow; those of text also compressed (.gz, .zst, .bz2)."""
     subset: str | None = None

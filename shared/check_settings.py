@@ -6,20 +6,29 @@ does not say, such as how two settings go together, is left to the class.
 
 import difflib
 import math
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from shared.errors import UserError
 
 Schema = Mapping[str, Any]
-_SCALARS = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}
+_PLAIN = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "array": "a list, such as [1, 2]",
+}
 _BOUNDS = {
     "minimum": ("at least", lambda value, bound: value >= bound),
     "exclusiveMinimum": ("above", lambda value, bound: value > bound),
     "maximum": ("at most", lambda value, bound: value <= bound),
     "exclusiveMaximum": ("below", lambda value, bound: value < bound),
 }
+_SHORT = re.compile(r"\d+(\.\d+)?[kmb]", re.IGNORECASE)
 _MOST_NAME, _MOST_VALUE, _MOST_LISTED = 200, 120, 30
 
 
@@ -31,6 +40,15 @@ class Change(NamedTuple):
     name: str
     """Dotted."""
     value: Any
+
+
+class Unfit(UserError):
+    """Settings that cannot go together, or not with the store."""
+
+    def __init__(self, said: str, *names: str) -> None:
+        """Take what is wrong and the dotted names of the settings that have a part in it."""
+        super().__init__(said)
+        self.names = names
 
 
 class _Fault(NamedTuple):
@@ -59,6 +77,19 @@ def check_settings(
         raise UserError(f"{change.said if change else origin}: {shown}{wrong}")
 
 
+@contextmanager
+def blaming(changes: Sequence[Change]) -> Iterator[None]:
+    """Begin the message of an `Unfit` that is raised inside with those of `changes` that have a part in it."""
+    try:
+        yield
+    except Unfit as error:
+        last = [blamed(name, changes) for name in error.names]
+        said = [change.said for change in changes if change in last]
+        if not said:
+            raise
+        raise UserError(f"{' '.join(said)}: {error}") from error
+
+
 def with_defaults(schema: Schema, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return checked `settings`, with the defaults of their schema where they say nothing."""
     return _filled(schema, schema, settings)
@@ -70,14 +101,22 @@ def _filled(root: Schema, schema: Schema, value: Mapping[str, Any]) -> dict[str,
         value = {"kind": node["default"]["kind"], **value}
         node = _resolved(root, {"$ref": kinds[value["kind"]]})
     found = {}
+    value = {node.get("renamed", {}).get(name, name): one for name, one in value.items()}
     for name, inner in node["properties"].items():
         below = _resolved(root, inner)
         is_group = "properties" in below or bool(_kinds(below))
         if is_group:
             found[name] = _filled(root, inner, value.get(name, {}))
         else:
-            found[name] = value.get(name, inner.get("default"))
+            found[name] = _as_read(below, value.get(name, inner.get("default")))
     return found
+
+
+def _as_read(node: Schema, value: Any) -> Any:
+    """Return a value as the class reads it: 1e4 is a whole number where one is wanted."""
+    kinds = {one.get("type") for one in node.get("anyOf", [node])}
+    is_whole = isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds
+    return int(value) if is_whole else value
 
 
 def blamed(name: str, changes: Sequence[Change]) -> Change | None:
@@ -108,8 +147,12 @@ def _faults(root: Schema, schema: Schema, value: object, path: tuple[str, ...]) 
             return
         node = _resolved(root, {"$ref": kinds[kind]})
     if not isinstance(value, Mapping) or "properties" not in node:
-        if wrong := _wrong(root, node, value):
+        if wrong := _wrong(root, node, value, path):
             yield _Fault(".".join(path) or "settings", value, wrong)
+        elif isinstance(value, list | tuple):
+            items = [one["items"] for one in node.get("anyOf", [node]) if "items" in one]
+            for place, one in enumerate(value if items else ()):
+                yield from _faults(root, items[0], one, (*path, str(place)))
         return
     for name, inner in value.items():
         now = node.get("renamed", {}).get(name, name)
@@ -132,30 +175,40 @@ def _kinds(node: Schema) -> Mapping[str, str]:
     return node.get("discriminator", {}).get("mapping", {})
 
 
-def _wrong(root: Schema, node: Schema, value: object) -> str:
+def _wrong(root: Schema, node: Schema, value: object, path: Sequence[str]) -> str:
     """Say what is wrong with a value; nothing where it may do, or where only the class can tell."""
     if ("properties" in node or _kinds(node)) and (value is None or isinstance(value, str | int | float | list)):
-        return "not a group of settings"
+        inside = "kind" if _kinds(node) else next(iter(node["properties"]))
+        return f"not a group of settings; name one in it, such as {'.'.join([*path, inside])}"
     choices = [_resolved(root, one) for one in node.get("anyOf", [node])]
-    if not all("enum" in one or "const" in one or one.get("type") in (*_SCALARS, "null") for one in choices):
+    if not all(_is_plain(one) for one in choices):
         return ""
-    found = [_wrong_scalar(one, value) for one in choices]
+    found = [_wrong_value(one, value) for one in choices]
     if not all(found):
         return ""
     bounds = [wrong for wrong in found if wrong.startswith("must")]
     if bounds:
         return bounds[0]
     expected = list(dict.fromkeys(text for one in choices if (text := _expected(one))))
-    return f"not {expected[0]}" if len(expected) == 1 else f"expected {' or '.join(expected)}"
+    said = f"not {expected[0]}" if len(expected) == 1 else f"expected {' or '.join(expected)}"
+    short = isinstance(value, str) and _SHORT.fullmatch(value) and any(one.get("type") == "integer" for one in choices)
+    return f"{said}; settings are written out, such as 10000 or 1e4" if short else said
+
+
+def _is_plain(node: Schema) -> bool:
+    """Tell whether all that a node allows is known here."""
+    return "enum" in node or "const" in node or node.get("type") in (*_PLAIN, "null")
 
 
 def _expected(node: Schema) -> str:
     if values := node.get("enum", [node["const"]] if "const" in node else None):
         return f"{'one of ' if len(values) > 1 else ''}{', '.join(map(str, values))}"
-    return _SCALARS.get(node["type"], "")
+    if node["type"] == "array" and node.get("items", {}).get("type") == "string":
+        return 'a list, such as ["a", "b"]'
+    return _PLAIN.get(node["type"], "")
 
 
-def _wrong_scalar(node: Schema, value: object) -> str:
+def _wrong_value(node: Schema, value: object) -> str:
     if values := node.get("enum", [node["const"]] if "const" in node else None):
         return "" if any(value == one and type(value) is type(one) for one in values) else "another"
     kind = node["type"]
@@ -163,6 +216,10 @@ def _wrong_scalar(node: Schema, value: object) -> str:
         return "" if value is None else "another"
     if kind == "boolean":
         return "" if isinstance(value, bool) else "another"
+    if kind == "string":  # a path may stand for it
+        return "another" if value is None or isinstance(value, int | float | list | tuple | Mapping) else ""
+    if kind == "array":
+        return "" if isinstance(value, list | tuple) else "another"
     number = _number(value)
     if isinstance(number, float) and not math.isfinite(number):
         return "must be finite"

@@ -153,7 +153,8 @@ def load_preset(presets: Path, name: str, file: Path | None) -> dict[str, Any]:
     """Return the settings of a preset (`presets/NAME.toml`), or of `file`, which replaces it."""
     known = sorted(path.stem for path in presets.glob("*.toml"))
     if file is None and name not in known:
-        raise UserError(f"no preset {name!r}; presets: {', '.join(known)}{_nearest(name, known)}")
+        meant = f"; a setting is given with --set {name}" if "=" in name else _nearest(name, known)
+        raise UserError(f"no preset {name!r}; presets: {', '.join(known)}{meant}")
     path = file or presets / f"{name}.toml"
     try:
         return _toml(read_file(path, MOST_CONFIG_BYTES, follow=True).decode("utf-8-sig"))
@@ -268,7 +269,9 @@ def _place(cls: type[BaseModel], detail: ErrorDetails) -> str:
 def _said(detail: ErrorDetails) -> str:
     """Say in plain words what is wrong with a value."""
     kind, message = detail["type"], _one_line(detail["msg"].removeprefix("Value error, "))
-    if kind in ("missing", "value_error"):
+    if kind == "missing":
+        return "it is missing"
+    if kind == "value_error":
         return message
     if kind == "string_pattern_mismatch":
         message = f"must have the form {detail['ctx']['pattern']}"

@@ -8,7 +8,7 @@ from shared.errors import UserError
 from shared.store.store import Store
 from tests.gpu.fake_device import fake_cuda
 from tests.stores import make_store
-from train.evaluation.evaluate import evaluated_rows
+from train.evaluation.evaluated_blocks import evaluated_rows
 from train.run.cadences import ON_CPU, Cadences, chosen
 from train.run.settings import load_settings, resolve
 
@@ -31,7 +31,8 @@ def test_on_cuda_they_are_longer_the_less_a_step_costs() -> None:
 
 def test_a_run_records_them_and_given_ones_stay(tmp_path: Path) -> None:
     store = Store.open(make_store(tmp_path / "store").path)
-    assert evaluated_rows(store) == 3 * sum(s.rows for s in store.record.plan.stored_strata)  # 1 block reported, 1 not
+    rows = sum(s.rows for s in store.record.plan.stored_strata)
+    assert evaluated_rows(store.record) == 3 * rows  # 1 block reported, 1 not
     given = [
         "steps=900",
         "evaluation.every=7",

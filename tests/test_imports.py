@@ -25,9 +25,9 @@ LAYERS = {
         "cli",
     ),
     "train": (
-        ("data", "live"), "read_settings", "model", "parallel", "evaluation", ("duplicates", "samples"),
+        ("data", "live"), ("read_settings", "run_folder"), "model", "parallel", "evaluation", ("duplicates", "samples"),
         "redundancy", ("run", "wandb_sync"), "locked_run", "probe", ("compare", "interchange"), "explain", "report",
-        ("commands", "tables", "run_folder"), "sweeps", ("cli_formats", "cli_runs", "cli_settings"), "cli",
+        ("commands", "tables"), "sweeps", ("cli_formats", "cli_runs", "cli_settings"), "cli",
     ),
 }  # fmt: skip
 """Each package's folders and modules from the bottom up: what stands in a line imports only from lines before it."""

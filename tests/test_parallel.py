@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared.check_settings import Unfit
 from tests.runs import SMALL, assert_same_run, rows
 from tests.stores import SyntheticStore
 from train.model import checkpoint
@@ -171,23 +172,21 @@ ASKED = {"threads": 0, "kernels": "auto", "product_dtype": "auto"}
 
 
 def test_what_cannot_be_cut_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.model.activations import TopK
-
-    assert required(1, ASKED, TopK(), 30, "cpu") == {}
-    assert required(8, ASKED, BatchTopK(), 64, "cpu")["threads"] == 1
-    for asked, activation, d_sae, words in (
-        ({"threads": 4}, BatchTopK(), 64, "needs threads = 1, got 4"),
-        ({"kernels": "dense"}, BatchTopK(), 64, "needs kernels = compiled, got dense"),
-        ({"product_dtype": "bfloat16"}, BatchTopK(), 64, "product_dtype"),
-        ({}, TopK(), 64, "batchtopk, got topk"),
-        ({}, BatchTopK(), 60, "d_sae = 60 is no multiple"),
+    assert required(1, ASKED, "topk", 30, "cpu") == {}
+    assert required(8, ASKED, "batchtopk", 64, "cpu")["threads"] == 1
+    for asked, kind, d_sae, words in (
+        ({"threads": 4}, "batchtopk", 64, "needs threads = 1, got 4"),
+        ({"kernels": "dense"}, "batchtopk", 64, "needs kernels = compiled, got dense"),
+        ({"product_dtype": "bfloat16"}, "batchtopk", 64, "product_dtype"),
+        ({}, "topk", 64, "batchtopk, got topk"),
+        ({}, "batchtopk", 60, "d_sae = 60 is no multiple"),
     ):
-        with pytest.raises(Exception, match=re.escape(words)):
-            required(8, ASKED | asked, activation, d_sae, "cpu")
+        with pytest.raises(Unfit, match=re.escape(words)):
+            required(8, ASKED | asked, kind, d_sae, "cpu")
     monkeypatch.setenv("WORLD_SIZE", "3")
     for shards, words in ((1, "parallel.shards = 1 leaves them nothing"), (8, "3 processes cannot share")):
-        with pytest.raises(Exception, match=words):
-            required(shards, ASKED, BatchTopK(), 64, "cpu")
+        with pytest.raises(Unfit, match=words):
+            Ranks().mine(shards)
 
 
 def test_torchrun_without_shards_or_with_another_command_is_one_clear_error(

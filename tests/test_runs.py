@@ -33,8 +33,13 @@ Command = Callable[..., Outcome]
         ("activation.kind=gated", "not one of batchtopk, jumprelu, relu, topk"),
         ("log_every=often", "expected a whole number or auto"),
         ("kernels=fast", "not one of auto, compiled, triton, matmul, plain, dense"),
-        ("evaluation=3", "not a group of settings"),
-        ("transcoder.prefixes=abc", "not a list, such as [1, 2] (got 'abc')"),
+        ("evaluation=3", "not a group of settings; name one in it, such as evaluation.calibration_rows"),
+        ("activation=topk", "not a group of settings; name one in it, such as activation.kind"),
+        ("transcoder.prefixes=abc", "not a list, such as [1, 2]"),
+        ("transcoder.prefixes=[1, true]", "transcoder.prefixes.1 = True: not a whole number"),
+        ("diversity.merge.at=[0.5, 1.5]", "diversity.merge.at.1 = 1.5: must be below 1"),
+        ("device=1", "not text"),
+        ("steps=10k", "not a whole number; settings are written out, such as 10000 or 1e4"),
         ("activation.K=16", "unknown option 'activation.K'; did you mean 'activation.k'?"),
         ("learning_rate=1", "unknown option 'learning_rate'; did you mean 'optimizer.lr'?"),
         ("optimizer.lr_rate=1", "unknown option 'optimizer.lr_rate'; did you mean 'optimizer.decoder_rate'?"),
@@ -63,35 +68,206 @@ def test_every_other_name_leads_to_a_setting_or_says_where_it_is_decided() -> No
         assert " " in told or told in names_in(Settings.model_json_schema())
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("k=1", "unknown option 'k'; did you mean 'activation.k'?"),
-        ("activation.k=5000", "activation.k = 5000 is more than d_sae = 256; lower it or raise transcoder.d_sae"),
-        ("transcoder.d_sae=8X", "transcoder.d_sae must be a positive number or a multiple such as 8x, got 8X"),
-        ("transcoder.prefixes=[64, 128]", "transcoder.prefixes must end at d_sae = 256, got [64, 128]"),
-        ("activation.k_warmup_share=0", "activation.k_start = 3x, and no warm-up leads from it to k = 32: every step "
-         "would have k; set activation.k_warmup_share above 0, or leave out k_start"),
-    ],
-)  # fmt: skip
-def test_a_mistake_is_answered_without_torch(synthetic: SyntheticStore, tmp_path: Path, line: str, said: str) -> None:
-    code = f"""
-import sys
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
 sys.modules["torch"] = None
 import train.cli
 from shared.command_line import run
-sys.argv = ["train", "run", "--store", {str(synthetic.path)!r}, "--set", "transcoder.d_sae=256", "--set", {line!r}]
-run(train.cli.main)
+found = []
+for line in json.load(sys.stdin):
+    sys.argv, said = ["train", *line], io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            run(train.cli.main)
+        except SystemExit as stop:
+            found.append([stop.code, said.getvalue()])
+        except ImportError as error:
+            found.append([None, str(error)])
+json.dump(found, sys.stdout)
 """
+"""Runs commands where importing torch is an error; they come in, and exit codes and errors go out, as JSON."""
+REPORTS = (
+    "diversity.co_activation takes its pairs after the monitor's reports, and none would come before the last step"
+)
+EARLY = {
+    "alias": (["k=1"], "--set k=1: unknown option 'k'; did you mean 'activation.k'?"),
+    "k": (
+        ["activation.k=5000"],
+        "--set transcoder.d_sae=256 --set activation.k=5000: activation.k = 5000 is more than d_sae = 256; lower it or "
+        "raise transcoder.d_sae",
+    ),
+    "d_sae": (
+        ["transcoder.d_sae=8X"],
+        "--set transcoder.d_sae=8X: transcoder.d_sae must be a positive number or a multiple such as 8x, got 8X",
+    ),
+    "prefixes": (
+        ["transcoder.prefixes=[64, 128]"],
+        "--set transcoder.d_sae=256 --set transcoder.prefixes=[64, 128]: transcoder.prefixes must end at d_sae = 256, "
+        "got [64, 128]",
+    ),
+    "k has no warm-up": (
+        ["activation.k_warmup_share=0"],
+        "--set activation.k_warmup_share=0: activation.k_start = 3x, and no warm-up leads from it to k = 32: every "
+        "step would have k; set activation.k_warmup_share above 0, or leave out k_start",
+    ),
+    "warm-up of k": (
+        ["activation.k_warmup_steps=40", "steps=40"],
+        "--set activation.k_warmup_steps=40 --set steps=40: activation.k_warmup_steps = 40, and the run has 40 steps, "
+        "so it would end before the warm-up or with it; lower it, or use activation.k_warmup_share",
+    ),
+    "warm-up of the optimizer": (
+        ["optimizer.warmup_share=1"],
+        "--set optimizer.warmup_share=1: optimizer.warmup_share = 1, and the run has 5,000 steps, so it would end "
+        "before the warm-up or with it; lower it",
+    ),
+    "warm-up of a penalty": (
+        ["activation.kind=jumprelu", "activation.penalty_warmup_steps=5000"],
+        "--set activation.penalty_warmup_steps=5000: activation.penalty_warmup_steps = 5,000, and the run has 5,000 "
+        "steps, so it would end before the warm-up or with it; lower it, or use activation.penalty_warmup_share",
+    ),
+    "batch": (
+        ["rows.batch_rows=2000"],
+        "--set rows.batch_rows=2000: rows.batch_rows = 2,000 is more than the store's 1,536 training rows; lower it",
+    ),
+    "blocks": (
+        ["rows.blocks=4"],
+        "--set rows.blocks=4: rows.blocks = 4, and the store has 3 blocks to train on; lower it",
+    ),
+    "position 0": (
+        ["diversity.position.weight=1", "rows.position_0=train"],
+        "--set rows.batch_rows=48 --set diversity.position.weight=1 --set rows.position_0=train: diversity.position "
+        "needs rows of position 0, and a batch has none: the store keeps none, training leaves them out "
+        "(rows.position_0 = train takes them in), or rows.max_position_0_batch_share = 0.003906 of 48 rows is less "
+        "than one",
+    ),
+    "old name": (
+        ["diversity.position.weight=1", "rows.position_0=train", "rows.max_bos_batch_share=0.01"],
+        "--set rows.batch_rows=48 --set diversity.position.weight=1 --set rows.position_0=train: diversity.position "
+        "needs rows of position 0, and a batch has none: the store keeps none, training leaves them out "
+        "(rows.position_0 = train takes them in), or rows.max_position_0_batch_share = 0.01 of 48 rows is less than "
+        "one",
+    ),
+    "skip": (
+        ["source=target"],
+        "--set source=target: transcoder.skip is on and source = target: a linear map from the targets to themselves "
+        "copies them, and nothing is left for the latents; use --set transcoder.skip=false",
+    ),
+    "goal": (
+        ["diversity.controller.max_pairs_above_0_8=3", "diversity.co_activation.weight=0"],
+        "--set diversity.controller.max_pairs_above_0_8=3 --set diversity.co_activation.weight=0: "
+        "diversity.controller.max_pairs_above_0_8 has no weight to move: set diversity.co_activation.weight above 0",
+    ),
+    "no report": (
+        ["monitor.every=100", "steps=100", "monitor.delay=0"],
+        f"--set monitor.every=100 --set steps=100 --set monitor.delay=0: {REPORTS}: monitor.every = 100, steps = 100; "
+        "set monitor.every above 0 and below steps, or diversity.co_activation.weight = 0",
+    ),
+    "delay": (
+        ["monitor.every=100", "monitor.delay=100"],
+        "--set monitor.every=100 --set monitor.delay=100: monitor.delay = 100 is not below monitor.every = 100: a "
+        "report must be complete before the next begins; use --set monitor.delay=auto",
+    ),
+    "delay on a device": (
+        ["device=cpu", "monitor.delay=100"],
+        "--set monitor.delay=100: monitor.delay = 100 is not below monitor.every = 100: a report must be complete "
+        "before the next begins; use --set monitor.delay=auto",
+    ),
+    "together": (
+        ["monitor.least_together=9999"],
+        "--set monitor.least_together=9999: monitor.least_together = 9999 is more than the 8,192 rows of a sample "
+        "(monitor.rows), so no pair could be listed; lower it",
+    ),
+    "kept by step": (
+        ["checkpoint.every=300", "checkpoint.keep_every=1700"],
+        "--set checkpoint.every=300 --set checkpoint.keep_every=1700: checkpoint.keep_every = 1700 would keep none but "
+        "the last: checkpoint.every = 300, evaluation.every = 2000, steps = 5000; make the cadences meet earlier",
+    ),
+    "kept by fvu": (
+        ["checkpoint.every=300", "checkpoint.keep_best=1", "evaluation.every=1700"],
+        "--set checkpoint.every=300 --set checkpoint.keep_best=1 --set evaluation.every=1700: checkpoint.keep_best = 1 "
+        "would keep none but the last: checkpoint.every = 300, evaluation.every = 1700, steps = 5000; make the "
+        "cadences meet earlier",
+    ),
+    "shards": (["parallel.shards=3"], "--set parallel.shards=3: not one of 1, 2, 4, 8, 16, 32, 64"),
+    "shards of another kind": (
+        ["parallel.shards=8", "activation.kind=topk"],
+        "--set parallel.shards=8 --set activation.kind=topk: parallel.shards = 8 is for activation.kind = batchtopk, "
+        "got topk; use parallel.shards=1",
+    ),
+    "device": (["device=tpu"], "--set device=tpu: device must be auto, cpu, cuda, or cuda:NUMBER, got tpu"),
+}
+
+
+NAMES = {
+    "a/b": "--name 'a/b': expected the name of one folder in --runs, without / and control characters; say with --runs "
+    "where that folder lies",
+    "there": "runs/there exists; continue it with: python -m train resume runs/there, or choose another --name",
+    "file": "runs/file is a file, and a run is a folder; choose another --name",
+}
+LIKE = {
+    "runs/lost": "--like runs/lost: no store at /nowhere: no such folder; harvest one first, or pass --store FOLDER",
+    "runs/moved": "--like runs/moved: no store at /moved: no such folder; harvest one first, or pass --store FOLDER",
+    "runs/none": "runs/none is not a run: there is no such folder; the runs in runs: lost, moved",
+    "lost": "lost is not a run: there is no such folder; did you mean runs/lost?",
+}
+
+
+@pytest.fixture(scope="module")
+def answers(pristine: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) -> list[list[object]]:
+    """The exit codes and errors of all mistakes above, by one process: its imports take a second."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    config = {"settings": {}, "asked": {}, "store": "/nowhere"}
+    for name in ("lost", "moved"):
+        (folder / "runs" / name).mkdir(parents=True)
+        (folder / "runs" / name / "config.json").write_text(json.dumps(config))
+    (folder / "runs/moved/store_place.json").write_text('{"store": "/moved"}')
+    (folder / "runs/there/checkpoints").mkdir(parents=True)
+    (folder / "runs/file").touch()
+    given = ["run", "--store", str(pristine.path)]
+    sized = [*given, "--set=transcoder.d_sae=256", "--set=rows.batch_rows=48"]
+    lines = [
+        *([*sized, *(f"--set={one}" for one in settings)] for settings, _ in EARLY.values()),
+        *([*given, "--name", name] for name in NAMES),
+        *(["run", "--like", run, "--steps", "9"] for run in LIKE),
+        *map(list, OPTIONS),
+        sized,
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", WITHOUT_TORCH],
+        input=json.dumps(lines),
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=120,
     )
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(said), done.stderr
+    assert done.returncode == 0, done.stderr
+    found: list[list[object]] = json.loads(done.stdout)
+    return found
+
+
+OPTIONS = {
+    ("run", "--lr", "1e-3"): "--lr: no such option; it is a setting: --set optimizer.lr=VALUE",
+    ("run", "--d-sae=64"): "--d-sae: no such option; it is a setting: --set transcoder.d_sae=VALUE",
+    ("run", "--tokens", "5M"): "--tokens: no such option; it is decided when the store is made: python -m harvest run",
+    ("run", "--init_from", "x"): "No such option '--init_from'. Did you mean '--init-from'? (see: train run --help)",
+    ("resume", "x", "--set", "steps=9"): "--set: no such option; a run keeps its settings; start another with: python "
+    "-m train run --like RUN --set NAME=VALUE",
+    ("run", "steps=9"): "no preset 'steps=9'; presets: base, gemma-2-2b, tiny; a setting is given with --set steps=9",
+    ("run", "--config", "runs/lost"): "--config runs/lost: it is a folder, and settings are read from a file; for the "
+    "settings of a run: --like runs/lost",
+    ("run", "--config", "runs"): "--config runs: it is a folder, and settings are read from a file; name a file in it",
+}
+MISTAKES = [said for _, said in EARLY.values()] + [*NAMES.values(), *LIKE.values(), *OPTIONS.values()]
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[*EARLY, *NAMES, *LIKE, *map(" ".join, OPTIONS)])
+def test_a_mistake_is_answered_without_torch(answers: list[list[object]], number: int) -> None:
+    assert answers[number] == [2, f"error: {MISTAKES[number]}\n"]
+
+
+def test_torch_is_imported_where_there_is_no_mistake(answers: list[list[object]]) -> None:
+    assert answers[-1] == [None, "import of torch halted; None in sys.modules"]
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "topk", "jumprelu", "relu"])

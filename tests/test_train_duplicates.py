@@ -92,9 +92,9 @@ def test_a_run_without_the_monitor_writes_no_reports(command, store: SyntheticSt
     assert done.code == 0 and not (done.path / REPORTS).exists()
     assert "monitor" not in json.loads((done.path / "usage.json").read_text())["components"]
     for options, remedy in (([], "diversity.co_activation.weight = 0"),
-                            (["--set", "diversity.controller.max_share_above_0_7=0"], "between\n")):  # fmt: skip
+                            (["--set", "diversity.controller.max_share_above_0_7=0"], "below steps\n")):  # fmt: skip
         refused = command(*common, *options)
-        assert refused.code == 2 and "set monitor.every between" in refused.err and remedy in refused.err
+        assert refused.code == 2 and "set monitor.every above 0" in refused.err and remedy in refused.err
 
 
 def test_a_finished_run_that_lost_its_last_report_makes_it_again(

@@ -155,9 +155,9 @@ def test_a_status_names_what_had_no_effect_yet(tmp_path: Path) -> None:
     counts.effects({"reconstruction": 0.5}, 3)
     counts.call("monitor", effect=4)
     counts.call("evaluation", effect=0)
-    assert used() == "used 2/4 (not yet evaluation, checkpoint)"
+    assert used() == "2 of 4 components have acted (not yet: evaluation, checkpoint)"
     counts.call("evaluation", "checkpoint", effect=1)
-    assert used() == "used 4/4"
+    assert used() == "4 of 4 components have acted"
 
 
 def test_a_monitor_that_is_off_is_no_component(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,31 @@
-"""Parts of the sync: rows from files that grow, what is read back, and when it is offline."""
+"""Parts of the sync: rows from files that grow, what is read back, when it is offline, and how its process is started.
 
+tests/faults/test_wandb_sync.py has what befalls that process.
+"""
+
+import ast
 import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests.runs import SMALL, Outcome
+from tests.stores import SyntheticStore
+from tests.wandb_syncs import ROOT, UNAFFECTED
 from train.live.run_files import REPORTS
+from train.samples import parquet
 from train.wandb_sync import read_back, worker
-from train.wandb_sync.log_records import Records, flatten
+from train.wandb_sync import sync as process
+from train.wandb_sync.log_records import LATENTS, Records, flatten
+from train.wandb_sync.sync import FOLDER, SECONDS
+
+Command = Callable[..., Outcome]
 
 
 @pytest.fixture
@@ -82,6 +99,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for step in range(200):
                 run.log({"x": step, "long": "x" * (40_000 if step == 150 else 700)}, step=3 * step)
             path = Path(run.dir).parent / f"run-{run.id}.wandb"
+        wandb.teardown()  # waits for its process, which writes its last rows on the way out
     return path
 
 
@@ -136,3 +154,93 @@ def test_what_the_version_before_called_the_mirror_is_carried_on(tmp_path: Path)
     child._folder, child._project = tmp_path, "mine"
     child._open_state()
     assert child._state == before and json.loads((tmp_path / worker.STATE).read_text()) == before
+
+
+@pytest.mark.slow
+@pytest.mark.fault(13)
+def test_off_starts_no_process(
+    command: Command, pristine: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(process, "_start")
+    common = ("run", "--store", pristine.path, "--runs", tmp_path, "--steps", 2, *SMALL)
+    assert command(*common).code == 0
+    with pytest.raises(NameError):
+        command(*common, "--wandb")
+
+
+@pytest.mark.fault(13)
+def test_only_the_childs_modules_import_wandb_and_the_trainer_imports_none_of_them() -> None:
+    importing = {name: set[Path]() for name in ("wandb", "train.wandb_sync.worker", "train.wandb_sync.read_back")}
+    for path in sorted((ROOT / "train").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+                "import_module",
+                "__import__",
+            ):
+                names = [str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)]
+            for name in names:
+                for module, found in importing.items():
+                    if name == module or name.startswith(module + "."):
+                        found.add(path.relative_to(ROOT / "train/wandb_sync"))
+    assert importing == {
+        "wandb": {Path("worker.py"), Path("read_back.py")},
+        "train.wandb_sync.worker": set(),
+        "train.wandb_sync.read_back": {Path("worker.py")},
+    }
+
+
+@pytest.mark.fault(13)
+def test_the_name_of_the_samples_is_the_trainers() -> None:
+    assert Path("run", LATENTS.format(7)) == parquet.paths(Path("run"), 7)[1]
+
+
+@pytest.mark.fault(13)
+def test_a_folder_called_wandb_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """wandb itself makes one where it is used."""
+    monkeypatch.setattr(process, "find_spec", lambda name: type("Namespace", (), {"origin": None}))
+    assert process._start(tmp_path, "project") is None
+    assert "is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.fault(13)
+def test_a_folder_that_cannot_be_written_to_costs_the_sync(
+    command: Command, pristine: SyntheticStore, tmp_path: Path
+) -> None:
+    done = command("run", "--store", pristine.path, "--runs", tmp_path, "--steps", 2, *SMALL)
+    (done.path / FOLDER).write_text("no folder")
+    again = command("resume", done.path, "--wandb")
+    assert again.code == 0 and again.err.count("warning: ") == 1
+    assert f"warning: the run is not synced to W&B: {done.path / FOLDER}: File exists" in again.err
+
+
+@pytest.mark.fault(13)
+def test_the_trainer_waits_for_ten_seconds_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert SECONDS == 10
+    monkeypatch.setattr(process, "SECONDS", 0.25)
+    waited, wait = [], subprocess.Popen.wait
+
+    def noted(self: subprocess.Popen, timeout: float | None = None) -> int:
+        waited.append(timeout)
+        return wait(self, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", shutil.which("sleep"))
+        start = subprocess.Popen
+        patch.setattr(subprocess, "Popen", lambda command, **given: start([command[0], "600"], **given))
+        started = process._start(tmp_path, "project")
+    assert started
+    monkeypatch.setattr(subprocess.Popen, "wait", noted)
+    process._end(started, tmp_path, complete=True)
+    assert waited == [0.25, 1]
+    assert started.returncode == -signal.SIGKILL
+    assert UNAFFECTED in capsys.readouterr().err

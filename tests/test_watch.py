@@ -147,10 +147,10 @@ def test_a_starting_run_has_no_figures_yet(command, finished: Path) -> None:
 
 @pytest.mark.parametrize("options", [[], ["--once"], ["--json"]])
 def test_a_folder_that_is_no_run_is_the_users_error(command, tmp_path: Path, options: list[str]) -> None:
-    for path in (tmp_path, tmp_path / "nowhere"):
+    for path, wrong in ((tmp_path, "it has no config.json"), (tmp_path / "nowhere", "there is no such folder")):
         done = command("watch", path, *options)
         assert (done.code, done.out) == (2, "")
-        assert done.err == f"error: {path} is not a run: it has no config.json\n"
+        assert done.err == f"error: {path} is not a run: {wrong}\n"
 
 
 def test_settings_that_are_none_are_told(command, finished: Path) -> None:

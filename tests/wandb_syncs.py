@@ -14,6 +14,7 @@ from train.wandb_sync.read_back import records
 from train.wandb_sync.sync import FOLDER, marked
 
 ROOT = Path(__file__).parent.parent
+UNAFFECTED = "warning: the sync with W&B did not finish"
 TRAINER = """
 import runpy, sys
 from train.wandb_sync import sync as process

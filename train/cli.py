@@ -11,17 +11,17 @@ from typing import Any
 import click
 
 import shared.command_line
-from shared.check_settings import Change
+from shared.check_settings import Change, blaming
 from shared.command_line import STORE
+from shared.config import changes_of
 from shared.console.terminal import Verbosity, show_path, verbosity
 from shared.errors import UserError
 from shared.files import durable
-from shared.store.store import Local, Store
+from shared.store.store import Local
 from train import cli_formats, cli_runs, cli_settings
 from train.explain.command import explain
-from train.model.sizes import check_sizes
-from train.read_settings import BASE, options, read_settings, settings_with_defaults
-from train.run_folder import new_run_folder
+from train.read_settings import options
+from train.run_folder import check_name, new_run_folder
 from train.sweeps.command import sweep
 
 _fallback_option = click.option(
@@ -81,7 +81,7 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@main.command()
+@main.command(cls=cli_settings.WithSettings)
 @click.argument("preset", required=False)
 @click.option("--store", type=STORE, help="A finished store: a folder, or its name in the cache.")
 @cli_settings.config_option
@@ -123,22 +123,14 @@ def run(
     """
     file = cli_settings.settings_file(file, like)
     changes: list[str | Change] = [*assignments, *options(steps=steps, seed=seed)]
-    # What can be found wrong without torch is: its import takes seconds.
-    read_settings(preset or BASE, changes, file)
-    if not store and not like:
-        raise UserError("train run needs a store: --store NAME or FOLDER, or --like RUN for that of another run")
-    opened = Store.open(store, local) if store else None
-    preset, note = (preset, "") if preset else cli_settings.usual_preset(opened, file)
-    if opened:
-        check_sizes(settings_with_defaults(read_settings(preset, changes, file)), opened.record)
-    from train.commands import store_like, train
+    check_name(runs, name)  # what can be found wrong before torch is imported is, since that takes seconds
+    opened, preset, note = cli_settings.start_of_run(preset, changes, file, like, store, local)
+    from train.commands import train
     from train.run.settings import load_settings
 
     settings = load_settings(preset, changes, file=file)
-    if not opened:
-        assert like
-        opened = Store.open(store_like(like), local)
-    with new_run_folder(runs, name, like.resolve().name if like else file.stem if file else preset) as path:
+    stem = like.resolve().name if like else file.stem if file else preset
+    with new_run_folder(runs, name, stem) as path, blaming(changes_of(changes)):
         train(
             opened,
             settings,
@@ -154,7 +146,7 @@ def run(
     show_path(path)
 
 
-@main.command()
+@main.command(cls=cli_settings.WithSettings)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--steps", type=shared.command_line.COUNT, help="Make the run longer: so many optimiser steps in all.")

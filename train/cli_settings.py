@@ -1,15 +1,20 @@
 """The options that say which settings a run starts from, and the command that lists settings."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from shared.check_settings import Change, blaming
 from shared.command_line import STORE
+from shared.config import changes_of
 from shared.console.terminal import show_text
 from shared.errors import UserError
-from shared.store.store import Store
+from shared.store.store import Local, Store
 from train.live.run_files import CONFIG
-from train.read_settings import BASE, preset_for, read_settings
+from train.live.store_place import store_of_run
+from train.read_settings import BASE, preset_for, read_settings, setting_called, settings_with_defaults
+from train.run.rules import check_before_torch
 
 config_option = click.option(
     "--config",
@@ -26,6 +31,9 @@ def settings_file(file: Path | None, like: Path | None) -> Path | None:
     """Return the file that settings are read from in place of a preset. Raises `UserError` when there are two."""
     if file and like:
         raise UserError("--config and --like both say which settings to start from; give one of them")
+    if file and file.is_dir():
+        hint = f"for the settings of a run: --like {file}" if (file / CONFIG).is_file() else "name a file in it"
+        raise UserError(f"--config {file}: it is a folder, and settings are read from a file; {hint}")
     return like / CONFIG if like else file
 
 
@@ -36,6 +44,59 @@ def usual_preset(store: Store | None, file: Path | None) -> tuple[str, str]:
     preset = preset_for(store.request)
     why = "the store is of the embedded model" if preset != BASE else "it is for any store"
     return preset, f"preset {preset}: none was named, and {why}"
+
+
+class WithSettings(click.Command):
+    """A command that says of an option which there is not whether it is a setting."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As `click.Command.parse_args`. Raises `UserError` that names the setting."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            given = error.option_name
+            if self.name == "resume" and given == "--set":
+                kept = "a run keeps its settings; start another with: python -m train run --like RUN --set NAME=VALUE"
+                raise UserError(f"{given}: no such option; {kept}") from error
+            if not (told := setting_called(given.lstrip("-").replace("-", "_"))):
+                raise
+            meant = told if " " in told else f"it is a setting: --set {told}=VALUE"
+            raise UserError(f"{given}: no such option; {meant}") from error
+
+
+def start_of_run(
+    preset: str | None,
+    changes: Sequence[str | Change],
+    file: Path | None,
+    like: Path | None,
+    store: Path | None,
+    local: Local | None,
+) -> tuple[Store, str, str]:
+    """Open the store of a new run, and check the run's settings, without torch, whose import takes seconds.
+
+    Returns the store, the preset, and what to say of it. Raises `UserError` that names what was typed.
+    """
+    read_settings(preset or BASE, changes, file)
+    if not store and not like:
+        raise UserError("train run needs a store: --store NAME or FOLDER, or --like RUN for that of another run")
+    opened = Store.open(store, local) if store else _store_like(like, local)
+    preset, note = (preset, "") if preset else usual_preset(opened, file)
+    _check(preset, changes, file, opened)
+    return opened, preset, note
+
+
+def _store_like(like: Path | None, local: Local | None) -> Store:
+    assert like
+    try:
+        return Store.open(store_of_run(like), local)
+    except UserError as error:
+        raise UserError(f"--like {like}: {error}") from error
+
+
+def _check(preset: str, changes: Sequence[str | Change], file: Path | None, store: Store) -> None:
+    read = read_settings(preset, changes, file)
+    with blaming(read.changes):
+        check_before_torch(settings_with_defaults(read), store)
 
 
 @click.command("settings")
@@ -61,6 +122,8 @@ def list_all(
     read_settings(preset or BASE, assignments, file)
     opened = Store.open(store) if store else None
     preset = preset or usual_preset(opened, file)[0]
+    if opened:
+        _check(preset, assignments, file, opened)
     from shared.console.list_settings import list_settings, settings_as_json, show_settings
     from train.run.settings import load_settings, resolve
 
@@ -68,7 +131,8 @@ def list_all(
     if opened:
         from train.run.advice import advice
 
-        config = resolve(opened, settings, None)
+        with blaming(changes_of(assignments)):
+            config = resolve(opened, settings, None)
         settings, told = config.settings, advice(config, opened)
     found = list_settings(settings)
     if as_json:

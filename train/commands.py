@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from shared.config import build, override
+from shared.config import build, changes_of, override
 from shared.console.terminal import say
 from shared.errors import DiskFull, Stopped, UserError, warn
 from shared.files import durable
@@ -27,6 +27,7 @@ from train.run.process import OwnProcess
 from train.run.saver import bring_home, require_own
 from train.run.settings import Extension, RunConfig, Settings, checkpoint_bytes, read_config, resolve
 from train.run.trainer import Trainer
+from train.run_folder import exists, require_new
 from train.samples.parquet import SamplesRecord
 from train.samples.select import SamplesConfig
 from train.wandb_sync.sync import FOLDER, REPORT, synced
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from train.interchange.export import Exported
     from train.probe.probe_record import ProbeRecord
     from train.report.report_record import Report
-
-_BEFORE_CONFIG = {LOCK, BLOCKS, *(name + durable.TEMPORARY for name in (BLOCKS, CONFIG))}
-"""What a run that was killed before its configuration was written leaves; it is started again."""
 
 
 def train(
@@ -68,9 +66,7 @@ def train(
     init_from, fallback = _path(init_from), _path(fallback)
     config = resolve(store, settings, init_from)
     check_shards(store, config.training_blocks, verify=verify)
-    exists = UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
-    if run.exists() and {path.name for path in run.iterdir()} - _BEFORE_CONFIG:
-        raise exists
+    require_new(run)
     blocks = pinned(store, config.training_blocks)
     config = config.model_copy(update={"blocks": blocks.digest})
     source = find_initial(init_from, config) if init_from else None
@@ -94,18 +90,13 @@ def train(
         new = Trainer(store, config, run, initial=load, fallback=elsewhere, ranks=ranks, process=process)
         with durable.lock(run / LOCK, f"run {run}"):
             if (run / CONFIG).exists():  # of a run that was started meanwhile
-                raise exists
+                raise exists(run)
             durable.publish_json(run / BLOCKS, blocks.model_dump(mode="json"))
             durable.publish_bytes(run / CONFIG, written)
             with synced(run, project):
                 new.train()
     ranks.leave()
     return run
-
-
-def store_like(run: Path | str) -> Path:
-    """Return where the store of `run` is. Raises `UserError` when `run` is none."""
-    return place_of_store(Path(run), read_config(Path(run)))
 
 
 def left_out(store: Store, blocks: range) -> str:
@@ -119,12 +110,12 @@ def left_out(store: Store, blocks: range) -> str:
         len(numbers[(numbers >= first * part.stratum.rows) & (numbers < last * part.stratum.rows)])
         for numbers, part in zip(store.outliers.values(), strata, strict=True)
     )
-    at_0 = "left out (rows.position_0=train takes it in)" if exclusion.position_0 else "trained on"
+    at_0 = "left out (rows.position_0=train would keep them)" if exclusion.position_0 else "trained on"
     limits = " or ".join(f"{side} norm above {limit:.4g}" for side, limit in exclusion.limits.items() if limit)
     outliers = f"{odd:,} outliers ({limits})" if limits else "no row counts as an outlier (rows.outlier_ratio=0)"
-    fate = "left out (rows.outliers=train takes them in)" if exclusion.training else "trained on"
-    said = f"of {rows:,} stored training rows, {outliers}{f': {fate}' if odd else ''}"
-    return f"{said}; position 0, {zero:,} rows: {at_0}" if zero else said
+    fate = "left out (rows.outliers=train would keep them)" if exclusion.training else "trained on"
+    said = f"the store has {rows:,} training rows; {outliers}{f': {fate}' if odd else ''}"
+    return f"{said}; {zero:,} rows at position 0: {at_0}" if zero else said
 
 
 def resume(
@@ -449,10 +440,12 @@ def _samples_config(
     given: SamplesConfig, rows: int | None, changes: Mapping[str, object] | Sequence[str]
 ) -> SamplesConfig:
     wanted = rows or given.rows or SamplesConfig().rows
-    raw = override({"samples": given.model_dump() | {"rows": wanted}}, changes)
-    if other := sorted(set(raw) - {"samples"}):
-        raise UserError(f"--set {other[0]}: only settings of samples can be set here, such as samples.top=20")
-    settings = build(SamplesConfig, raw["samples"], "--set samples")
+    made = changes_of(changes)
+    if other := [one for one in made if not one.name.startswith("samples.")]:
+        raise UserError(f"{other[0].said}: only settings of samples can be set here, such as samples.top=20")
+    raw = override({"samples": given.model_dump() | {"rows": wanted}}, made)
+    inside = [one._replace(name=one.name.removeprefix("samples.")) for one in made]
+    settings = build(SamplesConfig, raw["samples"], "samples", inside)
     if not settings.rows:
         raise UserError("samples.rows is 0, and nothing would be sampled; leave it out, or ask for some with --rows")
     return settings

@@ -6,12 +6,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shared.check_settings import Change, check_settings, with_defaults
+from shared.check_settings import Change, check_settings, names_in, with_defaults
 from shared.config import Changes, changes_of, load_preset, override
 from shared.errors import UserError
 from shared.files.durable import read_json
 from shared.store.layout import StoreRequest
-from train.live.run_files import CONFIG
+from train.live.run_files import CONFIG, config_file
 
 PRESETS = Path(__file__).parent / "presets"
 BASE, TINY = "base", "tiny"
@@ -69,6 +69,15 @@ def read_settings(preset: str = BASE, changes: Changes = (), file: Path | None =
     return found
 
 
+def setting_called(name: str) -> str:
+    """Return the one setting that has this name, or a sentence on where it is decided; nothing for no such name."""
+    known = names_in(_schema())
+    if name in known or name in ALIASES:
+        return ALIASES.get(name, name)
+    ending = [one for one in known if one.endswith(f".{name}")]
+    return ending[0] if len(ending) == 1 else ""
+
+
 def settings_with_defaults(read: Read) -> dict[str, Any]:
     """Return all settings as tables: those that were read, and the defaults of the others."""
     return with_defaults(_schema(), read.tables)
@@ -81,9 +90,7 @@ def _schema() -> dict[str, Any]:
 
 def _of_run(file: Path) -> dict[str, Any]:
     """Return the settings that a run was started with: as asked for, or, in older runs, as they were resolved."""
-    if not file.is_file():
-        raise UserError(f"{file.parent} is not a run: it has no {CONFIG}")
-    data = read_json(file)
+    data = read_json(config_file(file.parent))
     settings = data.get("settings") if isinstance(data, Mapping) else None
     asked = data.get("asked") or settings if isinstance(data, Mapping) else None
     if not isinstance(settings, dict) or not isinstance(asked, dict):

@@ -7,6 +7,29 @@ from pathlib import Path
 
 from shared.errors import UserError
 from shared.files import durable
+from train.live.run_files import BLOCKS, CONFIG, LOCK
+
+_BEFORE_CONFIG = {LOCK, BLOCKS, *(name + durable.TEMPORARY for name in (BLOCKS, CONFIG))}
+"""What a run that was killed before its configuration was written leaves; it is started again."""
+
+
+def exists(run: Path) -> UserError:
+    """Return what is said of a run that is there already."""
+    return UserError(f"{run} exists; continue it with: python -m train resume {run}, or choose another --name")
+
+
+def require_new(run: Path) -> None:
+    """Raise `UserError` when something is in the folder of a run that is to be started."""
+    if run.is_file():
+        raise UserError(f"{run} is a file, and a run is a folder; choose another --name")
+    if run.exists() and {path.name for path in run.iterdir()} - _BEFORE_CONFIG:
+        raise exists(run)
+
+
+def check_name(runs: Path, name: str | None) -> None:
+    """Raise `UserError` when a new run cannot have that name in `runs`; without a name it gets a free one."""
+    if name is not None:
+        require_new(runs / _one_folder(name))
 
 
 @contextmanager

@@ -165,7 +165,7 @@ def _prefixes(e: Evaluation) -> Table:
 
 
 def _strata(e: Evaluation) -> Table:
-    heads = ("positions", "rows", "fvu", "l0", "l0 trained", "relative error", "of all error", "of all active")
+    heads = ("positions", "rows", "fvu", "l0", "l0 trained", "relative error", "share of error", "share of active")
     table = Table(*heads)
     table.columns[0].no_wrap = True
     for name, part in e.strata.items():

@@ -8,7 +8,9 @@ A block's statistics list its long rows, so that most stores are not read for th
 lists are read where their histograms of norms have long rows, or as a whole where there is no histogram.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from shared.config import Config
+from shared.console.progress import Progress
 from shared.errors import CorruptData
 from shared.files.untrusted import read_file
 from shared.store.checks import fault, read_ledger
@@ -32,6 +35,8 @@ LISTED_ABOVE = 4.0
 """Rows over this many times their block's median norm are listed in the block's statistics."""
 _MOST_BYTES = 2**30
 _ROWS_AT_ONCE = 4096
+_SILENT = 2.0
+"""Seconds for which nothing is said of how far the search is."""
 _ROUNDING = 1e-3
 """Share by which a norm in float32 can differ from one in float64, and more."""
 
@@ -87,6 +92,26 @@ def pack_long_rows(found: Mapping[str, LongRows]) -> dict[str, Array]:
         tensors |= {f"{name}/long_rows": listed.rows, f"{name}/long_norms": listed.norms}
         tensors[f"{name}/long_above"] = np.array([listed.above])
     return tensors
+
+
+def store_outliers(
+    path: Path, blocks: int, strata: Mapping[str, int], limits: Limits, read: Callable[[int, str, str], Array]
+) -> dict[str, NDArray[np.int64]]:
+    """Find the outliers of a store at `path`, by stratum, counted over all of its blocks, rising.
+
+    As `block_outliers`; `read` is told the block, too. Says how far it is where that takes more than two seconds: most
+    stores list their long rows.
+    """
+    found: dict[str, list[NDArray[np.int64]]] = {name: [np.zeros(0, np.int64)] for name in strata}
+    shown, began = None, time.monotonic()
+    with ExitStack() as stack:
+        for block in range(blocks if any(limits.values()) else 0):
+            for name, rows in block_outliers(path, block, strata, limits, partial(read, block)).items():
+                found[name].append(rows + block * strata[name])
+            if time.monotonic() > began + _SILENT:
+                shown = shown or stack.enter_context(Progress("finding outlier rows", blocks, "blocks"))
+                shown.update(block + 1)
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def block_outliers(

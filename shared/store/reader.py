@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from shared.check_settings import Unfit
 from shared.config import RenamedConfig
-from shared.errors import UserError
 from shared.keyed import permutation
 from shared.store.mapped_array import RowRun
 from shared.store.outliers import Exclusion
@@ -58,10 +58,11 @@ class RowsConfig(RenamedConfig):
     blocks hold fewer than 252 windows, so that a run's rows still come from enough of them."""
 
     def training_blocks(self, store: Store) -> range:
-        """Return the blocks that are trained on. Raises `UserError` when the store has fewer than asked for."""
+        """Return the blocks that are trained on. Raises `Unfit` when the store has fewer than asked for."""
         there = store.record.training_blocks
         if self.blocks and self.blocks > len(there):
-            raise UserError(f"rows.blocks = {self.blocks:,}, and the store has {len(there):,} blocks to train on")
+            said = f"rows.blocks = {self.blocks:,}, and the store has {len(there):,} blocks to train on; lower it"
+            raise Unfit(said, "rows.blocks")
         return there[: self.blocks]
 
     def exclusion(self, store: Store, *, figures: bool) -> Exclusion:
@@ -88,18 +89,20 @@ def rows_per_stratum(strata: Sequence[Stratum], config: RowsConfig) -> list[int]
 
     Proportional to natural_rows^alpha by largest remainder, none for a stratum without natural rows; the stratum that
     is position 0 alone is capped first.
-    Raises `UserError` when the cap leaves no stratum to fill the batch.
+    Raises `Unfit` when the cap leaves no stratum to fill the batch.
     """
     weights = np.array([float(s.natural_rows) ** config.alpha if s.natural_rows else 0.0 for s in strata])
     if not weights.any():
-        raise UserError("every row of the store is left out of training; set rows.outliers or rows.position_0 to train")
+        said = "every row of the store is left out of training; set rows.outliers or rows.position_0 to train"
+        raise Unfit(said, "rows.outliers", "rows.position_0", "rows.outlier_ratio")
     counts = _largest_remainder(weights, config.batch_rows)
     at_0 = next((i for i, s in enumerate(strata) if s.is_position_0), None)
     cap = int(config.max_position_0_batch_share * config.batch_rows)
     if at_0 is None or counts[at_0] <= cap:
         return counts
     if len(strata) == 1 and cap < config.batch_rows:
-        raise UserError("the store holds position 0 only; raise rows.max_position_0_batch_share to 1 to train on it")
+        said = "the store holds position 0 only; raise rows.max_position_0_batch_share to 1 to train on it"
+        raise Unfit(said, "rows.max_position_0_batch_share")
     weights[at_0] = 0
     counts = _largest_remainder(weights, config.batch_rows - cap)
     counts[at_0] = cap

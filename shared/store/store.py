@@ -3,13 +3,12 @@
 import math
 import os
 import random
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.config import json_digest
-from shared.console.progress import Progress
 from shared.errors import CorruptData, UserError
 from shared.files.disk_usage import size_of
 from shared.files.durable import lock
@@ -59,7 +57,7 @@ from shared.store.layout import (
 )
 from shared.store.mapped_array import MappedArray, RowArray, Rows
 from shared.store.object_rows import ObjectArray, ObjectRows
-from shared.store.outliers import Exclusion, block_outliers, longest_norms
+from shared.store.outliers import Exclusion, longest_norms, store_outliers
 from shared.store.packed import LOCAL_BYTES, LocalFolder, packed_metadata
 from shared.store.row_arrays import BLOCK_UNITS, ROW_SCALE, SIDES
 from shared.store.scaled_array import ScaledArray
@@ -124,6 +122,7 @@ class Store:
         self.path, self.record, self.request = path, record, record.request
         self.exclusion: Exclusion | None = None
         """Which rows are left out by what reads the store; none: all rows count."""
+        self._outliers: dict[Exclusion | None, dict[str, NDArray[np.int64]]] = {}
         self.packed = read_packed(path, self.arrays(), record.blocks) if is_packed(path) else None
         """The packed shard files, of a packed store."""
         self._local_given = local or Local()
@@ -202,7 +201,6 @@ class Store:
     def excluding(self, exclusion: Exclusion | None) -> "Store":
         """Return the same store as a run sees it that leaves out what `exclusion` says."""
         view = copy(self)
-        view.__dict__.pop("outliers", None)
         view.exclusion = exclusion
         return view
 
@@ -224,27 +222,21 @@ class Store:
         long = any(a.norm_quantiles["0.5"] > OUTLIER_RATIO * b.norm_quantiles["0.5"] for a, b in sides)
         return long or first.source.mean_to_deviation > CONSTANT
 
-    @cached_property
+    @property
     def outliers(self) -> dict[str, NDArray[np.int64]]:
         """By stratum, the rows of all blocks that `exclusion` calls outliers, rising; of position 0 none if it is out.
 
-        Raises `CorruptData` when a block's statistics are damaged.
+        They are found once for all views of the store. Raises `CorruptData` when a block's statistics are damaged.
         """
-        found: dict[str, list[NDArray[np.int64]]] = {name: [np.zeros(0, np.int64)] for name in self.strata}
-        if self.exclusion and any(self.exclusion.limits.values()):
-            rows = {name: part.stratum.rows for name, part in self.strata.items()}
-            if self.exclusion.position_0:
-                rows = {name: count for name, count in rows.items() if not self.strata[name].stratum.is_position_0}
-            began = time.monotonic()
-            with Progress("finding outlier rows", self.record.blocks, "blocks") as progress:
-                for block in range(self.record.blocks):
-                    read = partial(self._block_rows, block)
-                    listed = block_outliers(self.path, block, rows, self.exclusion.limits, read)
-                    for name, numbers in listed.items():
-                        found[name].append(numbers + block * rows[name])
-                    if time.monotonic() > began + 2:  # most stores list theirs
-                        progress.update(block + 1)
-        return {name: np.concatenate(parts) for name, parts in found.items()}
+        if self.exclusion not in self._outliers:
+            limits, is_left_out = {}, False
+            if self.exclusion:
+                limits, is_left_out = self.exclusion.limits, self.exclusion.position_0
+            rows = {name: part.stratum.rows for name, part in self.strata.items()
+                    if not (is_left_out and part.stratum.is_position_0)}  # fmt: skip
+            found = store_outliers(self.path, self.record.blocks, rows, limits, self._block_rows)
+            self._outliers[self.exclusion] = {name: np.zeros(0, np.int64) for name in self.strata} | found
+        return self._outliers[self.exclusion]
 
     def _block_rows(self, block: int, stratum: str, side: str) -> Rows:
         """Return the stored rows of a block's stratum."""

@@ -10,8 +10,10 @@ Each but the panel is there for light and for dark. Nothing may be cut at an edg
 import io
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.terminal_theme import MONOKAI
 
@@ -44,11 +46,18 @@ def _place(name: str, dark: bool) -> Path:
     return PICTURES / f"{name}{'-dark' if dark else ''}.png"
 
 
-def _report(path: Path, dark: bool) -> None:
-    """Picture the headline figures and four plots, without what stands between them."""
+@contextmanager
+def _drawn(path: Path, dark: bool) -> Iterator[Any]:
+    """Open a page of plots, and draw all of them."""
     with open_page(path, width=WIDTH, height=900, dark=dark) as page:
         page.wait_for_selector("html[data-drawn]")
         page.evaluate("drawAll()")
+        yield page
+
+
+def _report(path: Path, dark: bool) -> None:
+    """Picture the headline figures and four plots, without what stands between them."""
+    with _drawn(path, dark) as page:
         page.evaluate(
             """(names) => {
                 const plots = document.createElement("div");
@@ -97,9 +106,7 @@ def _latent(path: Path, dark: bool) -> None:
 
 def _comparison(path: Path, dark: bool) -> None:
     """Picture the trade-off of a comparison, and its runs while they trained."""
-    with open_page(path, width=WIDTH, height=900, dark=dark) as page:
-        page.wait_for_selector("html[data-drawn]")
-        page.evaluate("drawAll()")
+    with _drawn(path, dark) as page:
         page.evaluate(
             """() => {
                 const plots = document.createElement("div");

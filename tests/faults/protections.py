@@ -53,7 +53,7 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (4,),
-        "train/commands.py",
+        "train/run_folder.py",
         "    if run.exists() and {path.name for path in run.iterdir()} - _BEFORE_CONFIG:",
         "    if run.exists():",
         ("tests/faults/test_sweeps.py::test_a_training_killed_at_any_operation_resumes_to_the_same_run",),
@@ -271,8 +271,8 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         (41,),
-        "train/run/settings.py",
-        "    if settings.rows.batch_rows > rows:",
+        "train/run/rules.py",
+        "    if rows.batch_rows > there:",
         "    if False:",
         (f"{_DATA}::test_batches_of_one_row_and_of_all_rows",),
     ),

@@ -12,7 +12,7 @@ from tests.faults.targets_of_runs import _tables
 from tests.runs import SMALL, Outcome
 from tests.stores import SyntheticStore, flip
 from train.live.run_files import CONFIG, METRICS, TIMING, USAGE
-from train.run.load_run import PLACE
+from train.live.store_place import PLACE
 from train.run.metrics import Log, logged_steps
 from train.samples.parquet import RECORD, parquet, read_contexts, read_latents
 

@@ -4,7 +4,6 @@ The commands run as processes. A trainer is stopped (SIGSTOP) while a fault is i
 however fast the training is; the sync of a stopped trainer works on.
 """
 
-import ast
 import json
 import os
 import shutil
@@ -17,17 +16,15 @@ from pathlib import Path
 import pytest
 
 from tests import wandb_syncs as syncs
-from tests.runs import SMALL, Outcome, assert_same_run, rows
+from tests.runs import SMALL, assert_same_run, rows
 from tests.stores import SyntheticStore, make_store
 from tests.wandb_server import Server
-from tests.wandb_syncs import ROOT, core, files, histories, summaries, trainer, wait_for
+from tests.wandb_syncs import UNAFFECTED, core, files, histories, summaries, trainer, wait_for
 from train.live.run_files import CONFIG, HELD_OUT, REPORTS
-from train.samples import parquet
 from train.wandb_sync import log_records, read_back, worker
 from train.wandb_sync import sync as process
-from train.wandb_sync.sync import FOLDER, LOG, SECONDS, marked, unsent
+from train.wandb_sync.sync import FOLDER, LOG, marked, unsent
 
-Command = Callable[..., Outcome]
 SmallDisk = Callable[[str, int], tuple["subprocess.Popen[str]", Path]]
 pytestmark = [pytest.mark.slow, pytest.mark.fault(13)]
 
@@ -38,7 +35,6 @@ AMPLE, SHORT = 200.0, 2.0
 """Seconds that a trainer waits: for a sync that has to finish, and for one that cannot."""
 KILLED = pytest.mark.parametrize("also", [pytest.param("the trainer", marks=pytest.mark.exhaustive), "the sync, too"])
 """What a kill ends"""
-UNAFFECTED = "warning: the sync with W&B did not finish"
 
 
 @pytest.fixture(scope="module")
@@ -117,41 +113,6 @@ def test_off_is_off(plain: Path) -> None:
         ".lock", "anti_duplication_logs", "blocks.json", "checkpoints", "config.json", "metrics.jsonl", "samples",
         "timing.jsonl", "usage.json",
     ]  # fmt: skip
-
-
-def test_off_starts_no_process(
-    command: Command, store: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(process, "_start")
-    common = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 2, *SMALL)
-    assert command(*common).code == 0
-    with pytest.raises(NameError):
-        command(*common, "--wandb")
-
-
-def test_only_the_childs_modules_import_wandb_and_the_trainer_imports_none_of_them() -> None:
-    importing = {name: set[Path]() for name in ("wandb", "train.wandb_sync.worker", "train.wandb_sync.read_back")}
-    for path in sorted((ROOT / "train").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
-                "import_module",
-                "__import__",
-            ):
-                names = [str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)]
-            for name in names:
-                for module, found in importing.items():
-                    if name == module or name.startswith(module + "."):
-                        found.add(path.relative_to(ROOT / "train/wandb_sync"))
-    assert importing == {
-        "wandb": {Path("worker.py"), Path("read_back.py")},
-        "train.wandb_sync.worker": set(),
-        "train.wandb_sync.read_back": {Path("worker.py")},
-    }
 
 
 def test_the_sync_holds_what_the_files_do(synced: Path, plain: Path) -> None:
@@ -262,10 +223,6 @@ def test_a_killed_run_goes_on_at_the_server(
     assert steps == sorted(set(steps)) and steps[: len(before)] == before
     assert_same_run(plain, run)
     assert_holds_metrics(sent, run)
-
-
-def test_the_name_of_the_samples_is_the_trainers() -> None:
-    assert Path("run", log_records.LATENTS.format(7)) == parquet.paths(Path("run"), 7)[1]
 
 
 @pytest.mark.fault(4)
@@ -461,46 +418,3 @@ def test_wandb_is_not_installed(store: SyntheticStore, plain: Path, tmp_path: Pa
     assert err.count("warning: ") == 1
     assert "warning: wandb is not installed, and the run is not synced: pip install 'transcoder-cache[wandb]'" in err
     assert not (run / FOLDER).exists()
-
-
-def test_a_folder_called_wandb_is_no_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """wandb itself makes one where it is used."""
-    monkeypatch.setattr(process, "find_spec", lambda name: type("Namespace", (), {"origin": None}))
-    assert process._start(tmp_path, "project") is None
-    assert "is not installed" in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_written_to_costs_the_sync(
-    command: Command, store: SyntheticStore, tmp_path: Path
-) -> None:
-    done = command("run", "--store", store.path, "--runs", tmp_path, "--steps", 2, *SMALL)
-    (done.path / FOLDER).write_text("no folder")
-    again = command("resume", done.path, "--wandb")
-    assert again.code == 0 and again.err.count("warning: ") == 1
-    assert f"warning: the run is not synced to W&B: {done.path / FOLDER}: File exists" in again.err
-
-
-def test_the_trainer_waits_for_ten_seconds_at_most(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert SECONDS == 10
-    monkeypatch.setattr(process, "SECONDS", 0.25)
-    waited, wait = [], subprocess.Popen.wait
-
-    def noted(self: subprocess.Popen, timeout: float | None = None) -> int:
-        waited.append(timeout)
-        return wait(self, timeout)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "executable", shutil.which("sleep"))
-        start = subprocess.Popen
-        patch.setattr(subprocess, "Popen", lambda command, **given: start([command[0], "600"], **given))
-        started = process._start(tmp_path, "project")
-    assert started
-    monkeypatch.setattr(subprocess.Popen, "wait", noted)
-    process._end(started, tmp_path, complete=True)
-    assert waited == [0.25, 1]
-    assert started.returncode == -signal.SIGKILL
-    assert UNAFFECTED in capsys.readouterr().err

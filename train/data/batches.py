@@ -23,11 +23,6 @@ _MOST_ASKED = 8
 """Steps whose rows are asked for at once, so that the first one is not kept waiting."""
 
 
-def source_width(store: Store, source: Side) -> int:
-    """Return `d_in` of a transcoder that reads this side of the store's pairs."""
-    return store.record.d_in if source == "source" else store.record.d_out
-
-
 class Batch(NamedTuple):
     """Rows of a step, those of one stratum side by side."""
 

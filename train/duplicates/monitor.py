@@ -38,6 +38,7 @@ from train.evaluation.held_out import HeldOutActive
 from train.live.run_files import HELD_OUT, REPORTS
 from train.model import blas
 from train.model.saved_tensors import fitting, numbers
+from train.model.schedule import monitor_cadence
 from train.model.sparse_latents import SparseLatents, countable, offsets
 from train.model.step_output import StepOutput
 from train.model.transcoder import Transcoder
@@ -77,9 +78,8 @@ class MonitorConfig(Config):
 
         `usual`: steps between reports there, where the run is long enough.
         """
-        every = max(1, min(usual, steps // 4)) if self.every == "auto" else self.every
-        on_device = 0 if device == "cpu" else every // 2
-        return self.model_copy(update={"every": every, "delay": on_device if self.delay == "auto" else self.delay})
+        every, delay = monitor_cadence(self.every, self.delay, steps, device, usual)
+        return self.model_copy(update={"every": every, "delay": delay})
 
     def state_bytes(self, batch_rows: int, per_row: int, d_sae: int) -> int:
         """Return the most bytes of its state, with so many rows in a batch and active latents on a row."""

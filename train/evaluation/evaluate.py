@@ -23,6 +23,7 @@ from shared.store.reader import RowsConfig
 from shared.store.store import Store
 from train.data.batches import BatchReader, RowChunk, StoreRows
 from train.data.staging import sent
+from train.evaluation.evaluated_blocks import calibration_blocks
 from train.model.kernels.plain import decode_prefixes
 from train.model.sparse_latents import SparseLatents
 from train.model.transcoder import Transcoder
@@ -356,11 +357,6 @@ def _weighted_cut(values: list[Tensor], weights: list[Tensor], total: float) -> 
     return float(joined[index]) if index < len(joined) else -torch.inf
 
 
-def calibration_blocks(store: Store) -> range:
-    """Return the held-out blocks that thresholds are calibrated on: where there is one block alone, that one."""
-    return store.record.calibration_blocks or store.record.report_blocks
-
-
 def weighted_rows(
     rows: StoreRows, device: torch.device, most: int | None = None, blocks: range | None = None
 ) -> Iterator[tuple[RowChunk, float]]:
@@ -370,18 +366,12 @@ def weighted_rows(
     is taken, its first: rows are permuted within their block.
     """
     natural = natural_weights(rows.store)
-    blocks = calibration_blocks(rows.store) if blocks is None else blocks
+    blocks = calibration_blocks(rows.store.record) if blocks is None else blocks
     counts = {name: len(blocks) * part.stratum.rows for name, part in rows.store.strata.items() if natural[name]}
     share = min(1.0, most / sum(counts.values())) if most else 1.0
     taken = {name: math.ceil(share * count) for name, count in counts.items()}
     for chunk in rows.chunks(blocks, device, taken):
         yield chunk.ordinary, natural[chunk.stratum] * counts[chunk.stratum] / taken[chunk.stratum]
-
-
-def evaluated_rows(store: Store) -> int:
-    """Return how many rows an evaluation passes through the encoder: report rows by both rules, and to calibrate."""
-    blocks = 2 * len(store.record.report_blocks) + len(calibration_blocks(store))
-    return blocks * sum(s.rows for s in store.record.plan.stored_strata)
 
 
 def natural_weights(store: Store) -> dict[str, float]:

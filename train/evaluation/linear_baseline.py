@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from train.data.batches import StoreRows, source_width
+from train.data.batches import StoreRows
 from train.evaluation.evaluate import natural_weights, ratio
+from train.model.sizes import source_width
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ class _Moments:
 
 def _moments(rows: StoreRows, blocks: range, device: torch.device) -> _Moments:
     weights = natural_weights(rows.store)
-    moments = _Moments(source_width(rows.store, rows.source), rows.store.record.d_out, device)
+    moments = _Moments(source_width(rows.store.record, rows.source), rows.store.record.d_out, device)
     for chunk in rows.chunks(blocks, device):
         if weights[chunk.stratum]:
             moments.add(chunk.ordinary.source, chunk.ordinary.target, weights[chunk.stratum])

@@ -13,7 +13,7 @@ from shared.files import durable
 from shared.store.layout import UNEMBEDDING
 from shared.store.store import Store
 from shared.store.unembedding import Unembedding
-from train.data.batches import Side, source_width
+from train.data.batches import Side
 from train.duplicates.monitor import CorrelationMonitor
 from train.evaluation.evaluate import Evaluation, calibrate, evaluate
 from train.evaluation.held_out import held_out_active
@@ -24,6 +24,7 @@ from train.live.log_rows import Component, UsageRecord
 from train.live.run_files import BLOCKS, CONFIG, USAGE
 from train.model import checkpoint
 from train.model.checkpoint import HeldOut
+from train.model.sizes import source_width
 from train.model.transcoder import Transcoder
 from train.run.bindings import pinned
 from train.run.determinism import arithmetic
@@ -231,7 +232,7 @@ def _norm_eps(store: Store, path: Path) -> float:
 def _require_widths(path: Path, plain: PlainTranscoder, store: Store, source: Side) -> None:
     """Raise `UserError` with both pairs of widths when they differ."""
     theirs = (len(plain.W_enc), len(plain.b_dec))
-    ours = (source_width(store, source), store.record.d_out)
+    ours = (source_width(store.record, source), store.record.d_out)
     if theirs != ours:
         kind = " (an autoencoder of the targets)" if source == "target" else ""
         raise UserError(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import read_record, sealed
-from shared.errors import CorruptData, warn
-from shared.files.durable import read_json
+from shared.errors import CorruptData, UserError, warn
+from shared.files.durable import TEMPORARY, read_json
 from shared.files.untrusted import regular_or_link
 from train.live.log_rows import AnyRow, MetricsRow, TimingRow, UsageRecord, checked_row
 
@@ -20,11 +20,40 @@ BLOCKS = "blocks.json"
 """Checksums of the blocks of the store that the run reads."""
 REPORTS, HELD_OUT = "anti_duplication_logs", "correlation-held-out.json"
 """The folder of the correlation monitor's reports, and the one on held-out rows."""
+RUNS = Path("runs")
+"""The folder of runs where no other is named."""
+_MOST_LISTED = 20
 EXPORTS = "exports"
 """The folder of transcoders in other libraries' formats."""
 
 Row = dict[str, Any]
 _MODELS: dict[str, type[AnyRow]] = {METRICS: MetricsRow, TIMING: TimingRow}
+
+
+def config_file(run: Path) -> Path:
+    """Return the path of the `config.json` of `run`. Raises `UserError` when `run` is none, with what may be meant."""
+    if (run / CONFIG).is_file():
+        return run / CONFIG
+    wrong = f"it has no {CONFIG}" if run.is_dir() else "it is a file" if run.exists() else "there is no such folder"
+    raise UserError(f"{run} is not a run: {wrong}{_meant(run)}")
+
+
+def _meant(run: Path) -> str:
+    """Say which run may be meant by a path that is none, of the runs beside it, in it, or in `runs`; else nothing."""
+    if (RUNS / run / CONFIG).is_file():
+        return f"; did you mean {RUNS / run}?"
+    folder = run if run.is_dir() else run.parent
+    if not (near := runs_in(folder) or runs_in(folder := RUNS)):
+        return ""
+    more = f" and {len(near) - _MOST_LISTED} more" if len(near) > _MOST_LISTED else ""
+    return f"; the runs in {folder}: {', '.join(near[-_MOST_LISTED:])}{more}"
+
+
+def runs_in(folder: Path) -> list[str]:
+    """List the names of the runs in a folder, but for what is being removed."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.suffix != TEMPORARY and (path / CONFIG).is_file())
 
 
 def model_of(log: Path) -> type[AnyRow]:

@@ -12,7 +12,7 @@ from shared.console.terminal import PlainConsole
 from shared.errors import ProjectError, UserError
 from shared.files import durable
 from shared.files.disk_usage import size_of
-from train.live.run_files import CONFIG, LOCK
+from train.live.run_files import CONFIG, LOCK, config_file, runs_in
 from train.live.watch import Watched
 
 
@@ -44,10 +44,7 @@ def list_runs(runs: Path) -> list[ListedRun]:
         raise UserError(f"{runs} is a run; pass the folder that it is in: --runs {runs.parent}")
     if runs.exists() and not runs.is_dir():
         raise UserError(f"{runs} is a file, and runs lie in a folder; pass that with --runs")
-    if not runs.is_dir():
-        return []
-    found = sorted(path for path in runs.iterdir() if path.suffix != durable.TEMPORARY and (path / CONFIG).is_file())
-    return [_listed(path) for path in found]
+    return [_listed(runs / name) for name in runs_in(runs)]
 
 
 def _listed(path: Path) -> ListedRun:
@@ -103,8 +100,7 @@ def _text(value: float | None, form: str) -> str:
 
 def check_removable_run(run: Path) -> int:
     """Return the size of `run` in bytes. Raises `UserError` when it is none, a link, or is trained or written."""
-    if not (run / CONFIG).is_file():
-        raise UserError(f"{run} is not a run: it has no {CONFIG}")
+    config_file(run)
     if run.is_symlink():
         raise UserError(f"{run} is a symbolic link to {run.resolve()}; remove that, or the link with rm")
     if who := durable.holders(run / LOCK):

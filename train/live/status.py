@@ -103,7 +103,8 @@ class Status:
     def used(self) -> str:
         """Tell how many components that are on had an effect so far, and which had none."""
         idle, count = self.idle, len(self.components)
-        return f"used {count - len(idle)}/{count}" + (f" (not yet {', '.join(idle)})" if idle else "")
+        told = f"{count - len(idle)} of {count} components have acted"
+        return told + (f" (not yet: {', '.join(idle)})" if idle else "")
 
     def detail(self) -> str:
         """Return all figures, for the end of a plain line."""

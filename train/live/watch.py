@@ -12,10 +12,10 @@ from rich.console import RenderableType
 from shared.config import read_record
 from shared.console.panel import duration
 from shared.console.terminal import PlainConsole, Verbosity, panel_shown, show_text, shows_panels, verbosity
-from shared.errors import CorruptData, UserError, warn
+from shared.errors import CorruptData, warn
 from shared.files import durable
 from train.live.log_rows import WatchedConfig
-from train.live.run_files import CONFIG, LOCK, METRICS, TIMING, Lines, Row, read_usage
+from train.live.run_files import LOCK, METRICS, TIMING, Lines, Row, config_file, read_usage
 from train.live.status import Status
 from train.live.training_panel import RunPanel
 
@@ -160,9 +160,7 @@ def watch(run: Path, *, once: bool, as_json: bool) -> None:
 
 def _config(run: Path) -> WatchedConfig:
     """Read what is watched of a run's settings. Raises `UserError` when `run` is none."""
-    path = run / CONFIG
-    if not path.is_file():
-        raise UserError(f"{run} is not a run: it has no {CONFIG}")
+    path = config_file(run)
     data = durable.read_json(path)
     try:
         return read_record(WatchedConfig, data, path)

@@ -5,9 +5,9 @@ Legend: F latents, V shards, D d_in, O d_out.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 
 from shared.config import Config
@@ -19,17 +19,10 @@ PER_LATENT = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
 class ParallelConfig(Config):
     """How training is shared by processes."""
 
-    shards: int = Field(1, ge=1, le=64)
-    """Virtual shards of the dictionary, a power of two that divides d_sae; 1: not cut. More let `torchrun` share the
+    shards: Literal[1, 2, 4, 8, 16, 32, 64] = 1
+    """Virtual shards of the dictionary, whose number divides d_sae; 1: not cut. More let `torchrun` share the
     run between as many processes as divide this number, each with one thread. All sums over latents are made by shard
     and added in one order, so that any number of processes trains the same weights, bit for bit."""
-
-    @field_validator("shards")
-    @classmethod
-    def _power_of_two(cls, shards: int) -> int:
-        if shards & (shards - 1):
-            raise ValueError(f"must be a power of two, such as 8, got {shards}")
-        return shards
 
 
 def latents_of(shard: int, shards: int, d_sae: int) -> Tensor:

@@ -15,8 +15,8 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from shared.bounds import Width
+from shared.check_settings import Unfit
 from shared.config import Config, read_record
-from shared.errors import UserError
 from shared.files import durable
 from shared.keyed import key_bits
 from train.live.run_files import CONFIG
@@ -66,9 +66,11 @@ class TranscoderConfig(Config):
         check_prefixes(prefixes, d_sae)
         activation.check(d_sae)
         if self.decoder_norm == "free" and activation.needs_unit_decoder:
-            raise UserError(
+            raise Unfit(
                 f"transcoder.decoder_norm = free and activation.kind = {activation.kind}: its penalty is on latent "
-                "values, which would shrink while decoder rows grow; use transcoder.decoder_norm=unit"
+                "values, which would shrink while decoder rows grow; use transcoder.decoder_norm=unit",
+                "transcoder.decoder_norm",
+                "activation.kind",
             )
         norm = self.decoder_norm
         if norm == "auto":

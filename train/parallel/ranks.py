@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import ProjectError, UserError
+from train.parallel.required import mine
 
 _PATIENCE = timedelta(days=1)  # the first evaluates while the others wait, and a dead process is noticed at once
 
@@ -44,19 +45,8 @@ class Ranks:
             dist.destroy_process_group()
 
     def mine(self, shards: int) -> range:
-        """Return the shards of this process. Raises `UserError` where the processes cannot share them evenly."""
-        if shards == 1 and self.size > 1:
-            raise UserError(
-                f"torchrun started {self.size} processes, and parallel.shards = 1 leaves them nothing to share; start "
-                "a new run with --set parallel.shards=8, or one process with: python -m train"
-            )
-        if shards % self.size:
-            raise UserError(
-                f"{self.size} processes cannot share parallel.shards = {shards} evenly; start as many as divide it: "
-                "torchrun --nproc-per-node=N"
-            )
-        each = shards // self.size
-        return range(self.rank * each, (self.rank + 1) * each)
+        """Return the shards of this process. Raises `Unfit` where the processes cannot share them evenly."""
+        return mine(shards, self.rank, self.size)
 
     def total(self, counts: Tensor) -> Tensor:
         """Return the sum of integers over all processes."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from train.data.batches import StoreRows
-from train.evaluation.evaluate import Part, calibration_blocks, evaluate_whole, threshold_at
+from train.evaluation.evaluate import Part, evaluate_whole, threshold_at
+from train.evaluation.evaluated_blocks import calibration_blocks
 from train.model.transcoder import Transcoder
 from train.redundancy.candidates import Candidates
 from train.redundancy.groups import (
@@ -59,7 +60,8 @@ def measure_redundancy(
 
 def _held(transcoder: Transcoder, rows: StoreRows, threshold: Tensor) -> Judging:
     """Return what latents are judged by on held-out rows."""
-    blocks, most = (calibration_blocks(rows.store), rows.store.record.report_blocks), rows_in_memory(transcoder)
+    record, most = rows.store.record, rows_in_memory(transcoder)
+    blocks = calibration_blocks(record), record.report_blocks
     report = held_rows(transcoder, rows, blocks[1], threshold, most)
     fit = report if blocks[0] == blocks[1] else held_rows(transcoder, rows, blocks[0], threshold, most)
     return Judging.of(transcoder, fit, report, threshold)

@@ -6,26 +6,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shared.config import Config, read_record
 from shared.console.terminal import say
 from shared.errors import DiskFull, ProjectError, UserError
-from shared.files import durable
 from shared.files.object_store import place
 from shared.store.checks import read_store_record
 from shared.store.store import Local, Store
-from train.data.batches import StoreRows, source_width
+from train.data.batches import StoreRows
+from train.live.store_place import keep_store_place, moved_store
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint
 from train.model.kernels import guarded
 from train.model.normalisation import normalisation
+from train.model.sizes import source_width
 from train.model.transcoder import Transcoder
 from train.run.bindings import foreign_block, require_own_config, require_own_store
 from train.run.settings import RunConfig, default_kernels, read_config, resolve_exclusion
 from train.samples.make_samples import make_samples
 from train.samples.parquet import Samples
 from train.samples.select import SamplesConfig
-
-PLACE = "store_place.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +91,7 @@ def open_store(
     store = Store.open(place_of_store(run, config, store_path), local)
     if store_path is None:
         require_own_store(run, config, store)
-    d_in, d_out = source_width(store, config.settings.source), store.record.d_out
+    d_in, d_out = source_width(store.record, config.settings.source), store.record.d_out
     if (d_in, d_out) != (config.d_in, config.d_out):
         raise UserError(
             f"{store.path} has d_in {d_in} and d_out {d_out}, "
@@ -107,21 +105,12 @@ def open_store(
     return store.excluding(config.exclusion if same else fresh)
 
 
-class StorePlace(Config):
-    """`store_place.json` of a run: where its store is, after it was moved."""
-
-    store: Path
-
-
 def place_of_store(run: Path, config: RunConfig, given: Path | None = None) -> Path:
     """Return where the store of `run` is: as `given`, else as it was given last, else where it was when it started.
 
     Raises `CorruptData` when the record of that is damaged.
     """
-    path = run / PLACE
-    if given or not path.is_file():
-        return given or config.store
-    return read_record(StorePlace, durable.read_json(path), path).store
+    return given or moved_store(run) or config.store
 
 
 def remember_store(run: Path, config: RunConfig, store: Store) -> None:
@@ -130,7 +119,7 @@ def remember_store(run: Path, config: RunConfig, store: Store) -> None:
     if place(known) == store.place or _is_at(known, config.request):
         return
     try:
-        durable.publish_json(run / PLACE, StorePlace(store=store.place).model_dump(mode="json"))
+        keep_store_place(run, store.place)
     except (DiskFull, OSError) as error:
         say(f"note: where the store of {run} is now cannot be kept ({error}); give --store the next time, too")
 

@@ -7,7 +7,7 @@ from shared.errors import UserError
 from shared.store.reader import RowReader
 from shared.store.store import Store
 from train.data.resident import ResidentRows
-from train.evaluation.evaluate import calibration_blocks
+from train.evaluation.evaluated_blocks import calibration_blocks
 from train.run.settings import RunConfig, checkpoint_bytes
 from train.run.step_graph import may_be_graph
 from train.samples.encode import MOST_PAIRS
@@ -58,7 +58,7 @@ def passing_bytes(config: RunConfig, store: Store) -> int:
     d_sae, stored = settings.transcoder.d_sae, sum(part.rows for part in record.plan.stored_strata)
     assert isinstance(d_sae, int)
     expected = settings.activation.expected_l0 or min(_UNKNOWN_L0, d_sae)
-    to_report, to_calibrate = (stored * len(found) for found in (record.report_blocks, calibration_blocks(store)))
+    to_report, to_calibrate = (stored * len(found) for found in (record.report_blocks, calibration_blocks(record)))
     parts = (
         _PER_CALIBRATED * to_calibrate * expected,
         _PER_REPORTED * to_report * expected if settings.monitor.every else 0,

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from shared.bounds import Every
+from shared.check_settings import Unfit
 from shared.config import Config
 from shared.errors import DiskFull, ProjectError, UserError, cause, warn
 from shared.files import durable
@@ -71,23 +72,11 @@ class CheckpointConfig(Config):
         kept = min(many, -(-steps // self.every)) * size
         return (min(kept, max(self.max_bytes, size)) if self.max_bytes else kept) + size * (1 + self.reserve)
 
-    def check(self, steps: int, evaluated_every: int, size: int) -> None:
-        """Raise `UserError` when a rule could never keep anything."""
-        assert isinstance(self.every, int), "resolve the configuration first"
-        meet = math.lcm(self.every, evaluated_every) if evaluated_every else steps
-        for name, wanted, first in (
-            ("keep_every", self.keep_every, math.lcm(self.every, self.keep_every or 1)),
-            ("keep_best", self.keep_best, meet),
-        ):
-            if wanted and first >= steps:
-                raise UserError(
-                    f"checkpoint.{name} = {wanted} would keep none but the last: checkpoint.every = {self.every}, "
-                    f"evaluation.every = {evaluated_every}, steps = {steps}; make the cadences meet earlier"
-                )
+    def check(self, size: int) -> None:
+        """Raise `Unfit` when not even one checkpoint of `size` bytes may be kept."""
         if self.max_bytes and self.max_bytes < size:
-            raise UserError(
-                f"checkpoint.max_bytes = {self.max_bytes:,} is less than one checkpoint, about {size:,} bytes"
-            )
+            said = f"checkpoint.max_bytes = {self.max_bytes:,} is less than one checkpoint, about {size:,} bytes"
+            raise Unfit(f"{said}; raise it, or set it to 0 for no bound", "checkpoint.max_bytes", "transcoder.d_sae")
 
 
 class _Job(NamedTuple):

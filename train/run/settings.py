@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import dropwhile, pairwise
@@ -15,29 +14,32 @@ import torch
 from pydantic import Field, model_validator
 
 from shared.bounds import Blocks, Digest, Every, Name, Text, Width
+from shared.check_settings import Unfit
 from shared.config import Changes, Config, build, json_digest, read_record
-from shared.errors import UserError
 from shared.files import durable
 from shared.store.outliers import Exclusion
-from shared.store.reader import RowsConfig, rows_per_stratum, training_strata
+from shared.store.reader import RowsConfig
 from shared.store.store import Store
-from train.data.batches import Side, source_width
+from train.data.batches import Side
 from train.duplicates.diversity import DiversityConfig
 from train.duplicates.monitor import MonitorConfig
-from train.evaluation.evaluate import EvaluationConfig, evaluated_rows
-from train.live.run_files import CONFIG
+from train.evaluation.evaluate import EvaluationConfig
+from train.evaluation.evaluated_blocks import evaluated_rows
+from train.live.run_files import config_file
 from train.model.activations import Activation, BatchTopK
 from train.model.blas import Blas, bfloat16_units, faster_here
 from train.model.kernels.sparse_ops import Kernels
 from train.model.losses import AuxKConfig
 from train.model.quiet import QuietConfig
 from train.model.shards import ParallelConfig
+from train.model.sizes import source_width
 from train.model.transcoder import TranscoderConfig
 from train.parallel.required import required
 from train.read_settings import ALIASES, BASE, read_settings
 from train.run.cadences import chosen
 from train.run.choose_kernels import Shape, fastest
 from train.run.optimizer import OptimizerConfig
+from train.run.rules import check_device_name, check_run
 from train.run.saver import CheckpointConfig
 from train.run.step_graph import Choice
 from train.samples.select import SamplesConfig
@@ -208,9 +210,8 @@ def load_settings(preset: str = BASE, changes: Changes = (), *, file: Path | str
 
 def read_config(run: Path) -> RunConfig:
     """Read `config.json` of a run. Raises `UserError` when `run` is none."""
-    if not (run / CONFIG).is_file():
-        raise UserError(f"{run} is not a run: it has no {CONFIG}")
-    return parse_config(durable.read_json(run / CONFIG), run / CONFIG)
+    path = config_file(run)
+    return parse_config(durable.read_json(path), path)
 
 
 def parse_config(data: Any, path: Path) -> RunConfig:
@@ -241,39 +242,23 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     record, exclusion = store.record, resolve_exclusion(store, settings)
     device = _device(settings.device)
     if settings.resident_rows == "on" and device == "cpu":
-        raise UserError("resident_rows = on is for CUDA, and the device is cpu; use --set resident_rows=auto")
-    d_in = source_width(store, settings.source)
+        said = "resident_rows = on is for CUDA, and the device is cpu; use --set resident_rows=auto"
+        raise Unfit(said, "resident_rows", "device")
+    check_run(settings.model_dump(mode="json"), store, device)
+    d_in = source_width(record, settings.source)
     activation = settings.activation.resolve(settings.steps)
     shape = settings.transcoder.resolve(d_in, activation)
-    if settings.source == "target" and shape.skip:
-        raise UserError(
-            "transcoder.skip is on and source = target: a linear map from the targets to themselves copies them, and "
-            "nothing is left for the latents; use --set transcoder.skip=false"
-        )
-    if not record.report_blocks:
-        raise UserError(
-            f"{store.path} holds no held-out blocks to evaluate on; harvest with store.held_out_blocks >= 2"
-        )
-    blocks = settings.rows.training_blocks(store)
-    rows = len(blocks) * sum(s.rows for s in store.record.plan.stored_strata)
-    if settings.rows.batch_rows > rows:
-        raise UserError(
-            f"rows.batch_rows = {settings.rows.batch_rows:,} is more than the store's {rows:,} training rows"
-        )
-    view = store.excluding(exclusion)
-    _check_position(view, settings, blocks)
-    _check_goals(settings.diversity)
+    blocks, view = settings.rows.training_blocks(store), store.excluding(exclusion)
     assert isinstance(shape.d_sae, int)
-    fixed = required(settings.parallel.shards, dict(settings), activation, shape.d_sae, device)
+    fixed = required(settings.parallel.shards, dict(settings), activation.kind, shape.d_sae, device)
     settings = settings.model_copy(update=fixed)
-    usual = chosen(device, settings.steps, settings.rows.batch_rows, d_in, shape.d_sae, evaluated_rows(store))
+    usual = chosen(device, settings.steps, settings.rows.batch_rows, d_in, shape.d_sae, evaluated_rows(record))
     monitor = settings.monitor.resolve(settings.steps, device, usual.monitor)
     evaluation, saving = settings.evaluation, settings.checkpoint
     evaluation_every = usual.evaluation if evaluation.every == "auto" else evaluation.every
     saving = saving.model_copy(update={"every": usual.checkpoint if saving.every == "auto" else saving.every})
     shaped = settings.model_copy(update={"transcoder": shape, "activation": activation, "monitor": monitor})
-    saving.check(settings.steps, evaluation_every, checkpoint_bytes(shaped, d_in, record.d_out))
-    _check_reports(settings, monitor)
+    saving.check(checkpoint_bytes(shaped, d_in, record.d_out))
     auxk = settings.auxk.resolve(shape.d_sae, settings.steps * settings.rows.batch_rows)
     kernels, times = _kernels(settings.kernels, device), None
     if settings.kernels == "auto" and device != "cpu":
@@ -325,68 +310,18 @@ def _rows(settings: Settings, store: Store) -> RowsConfig:
 
 
 def _device(wanted: str) -> str:
-    """Return the device that `wanted` means here. Raises `UserError` where there is none such."""
+    """Return the device that `wanted` means here. Raises `Unfit` where there is none such."""
+    check_device_name(wanted)
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", wanted):
-        raise UserError(f"device must be auto, cpu, cuda, or cuda:NUMBER, got {wanted}")
     if wanted != "cpu":
         if not torch.cuda.is_available():
-            raise UserError(f"device is {wanted}, and torch finds no CUDA device; use device=cpu")
+            raise Unfit(f"device is {wanted}, and torch finds no CUDA device; use device=cpu", "device")
         count, number = torch.cuda.device_count(), torch.device(wanted).index or 0
         if number >= count:
-            raise UserError(f"device is {wanted}, and the last of torch's {count} CUDA devices is cuda:{count - 1}")
+            said = f"device is {wanted}, and the last of torch's {count} CUDA devices is cuda:{count - 1}"
+            raise Unfit(said, "device")
     return wanted
-
-
-def _check_position(view: Store, settings: Settings, blocks: range) -> None:
-    """Raise `UserError` when the penalty on position 0 would see no row of it."""
-    strata = training_strata(view, blocks)
-    counts = rows_per_stratum(strata, settings.rows)
-    at_0 = [n for s, n in zip(strata, counts, strict=True) if s.is_position_0]
-    if settings.diversity.position.weight and not any(at_0):
-        raise UserError(
-            "diversity.position needs rows of position 0, and a batch has none: the store keeps none, training leaves "
-            "them out (rows.position_0 = train takes them in), or "
-            f"rows.max_position_0_batch_share = {settings.rows.max_position_0_batch_share:.4g} of "
-            f"{settings.rows.batch_rows} rows is less than one"
-        )
-
-
-def _check_goals(diversity: DiversityConfig) -> None:
-    """Raise `UserError` when the controller has a goal and no weight to move toward it."""
-    goals = diversity.controller
-    for name, goal, weights in (
-        ("max_share_above_0_7", goals.max_share_above_0_7, (diversity.orthogonality.weight, diversity.mined.weight)),
-        ("max_pairs_above_0_8", goals.max_pairs_above_0_8, (diversity.co_activation.weight,)),
-    ):
-        if goal is not None and not any(weights):
-            raise UserError(f"diversity.controller.{name} has no weight to move: set one of the terms' weights above 0")
-
-
-def _check_reports(settings: Settings, monitor: MonitorConfig) -> None:
-    """Raise `UserError` when what acts on the monitor's reports would get none, or one that could list no pair."""
-    diversity, goals = settings.diversity, settings.diversity.controller
-    assert isinstance(monitor.every, int) and isinstance(monitor.delay, int)
-    complete = monitor.every and monitor.every + monitor.delay
-    if (diversity.co_activation.weight or goals.on) and not 0 < complete < max(settings.steps, 2):
-        name = "controller acts" if goals.on else "co_activation takes its pairs"
-        late = f", monitor.delay = {monitor.delay}" if monitor.delay else ""
-        off = "" if goals.on else ", or diversity.co_activation.weight = 0"
-        raise UserError(
-            f"diversity.{name} after the monitor's reports, and none would come before the last step: monitor.every = "
-            f"{monitor.every}, steps = {settings.steps}{late}; set monitor.every between{off}"
-        )
-    if monitor.delay >= max(monitor.every, 1):
-        raise UserError(
-            f"monitor.delay = {monitor.delay} is not below monitor.every = {monitor.every}: a report must be complete "
-            "before the next begins; use --set monitor.delay=auto"
-        )
-    if monitor.every and monitor.least_together > (sampled := max(monitor.rows, settings.rows.batch_rows)):
-        raise UserError(
-            f"monitor.least_together = {monitor.least_together} is more than the {sampled:,} rows of a sample "
-            "(monitor.rows), so no pair could be listed"
-        )
 
 
 def resolve_exclusion(store: Store, settings: Settings) -> Exclusion:
@@ -396,7 +331,7 @@ def resolve_exclusion(store: Store, settings: Settings) -> Exclusion:
 
 def _blas(wanted: Literal["auto", "torch", "numpy"], device: str) -> Blas:
     if wanted == "numpy" and device != "cpu":
-        raise UserError(f"blas = numpy is for the CPU, and the device is {device}; use blas=torch")
+        raise Unfit(f"blas = numpy is for the CPU, and the device is {device}; use blas=torch", "blas", "device")
     if wanted == "auto":
         return faster_here() if device == "cpu" else "torch"
     return wanted
@@ -409,12 +344,15 @@ def default_kernels(device: str) -> Kernels:
 
 def _kernels(wanted: Literal["auto", Kernels], device: str) -> Kernels:
     if wanted == "compiled" and device != "cpu":
-        raise UserError(f"kernels = compiled is for the CPU, and the device is {device}; use kernels=plain")
+        said = f"kernels = compiled is for the CPU, and the device is {device}; use kernels=plain"
+        raise Unfit(said, "kernels", "device")
     if wanted == "triton":
         if device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
-            raise UserError(f"kernels = triton is for CUDA, and the device is {device}; use kernels=auto")
+            said = f"kernels = triton is for CUDA, and the device is {device}; use kernels=auto"
+            raise Unfit(said, "kernels", "device")
         if find_spec("triton") is None:
-            raise UserError("kernels = triton needs the package triton: pip install triton, or use kernels=plain")
+            said = "kernels = triton needs the package triton: pip install triton, or use kernels=plain"
+            raise Unfit(said, "kernels")
     return default_kernels(device) if wanted == "auto" else wanted
 
 
@@ -423,12 +361,16 @@ def _product_dtype(
 ) -> ProductDtype:
     can = kernels == "compiled" and activation.pairs_of_step(0, 1) is not None
     if wanted == "guarded-bfloat16" and not can:
-        raise UserError(
+        raise Unfit(
             "product_dtype = guarded-bfloat16 is for activation.kind = batchtopk on kernels = compiled, got "
-            f"{activation.kind} on {kernels}; use product_dtype=float32"
+            f"{activation.kind} on {kernels}; use product_dtype=float32",
+            "product_dtype",
+            "activation.kind",
+            "kernels",
         )
     if wanted == "tf32" and device == "cpu":
-        raise UserError("product_dtype = tf32 is for CUDA, and the device is cpu; use product_dtype=float32")
+        said = "product_dtype = tf32 is for CUDA, and the device is cpu; use product_dtype=float32"
+        raise Unfit(said, "product_dtype", "device")
     if wanted == "auto" and device != "cpu":
         return "tf32"
     if wanted == "auto":
