@@ -17,7 +17,7 @@ from shared.store.store import Store
 from shared.store.strata import POSITION_0
 from train.data.staging import sent
 from train.duplicates.diversity import Diversity
-from train.duplicates.monitor import CorrelationMonitor
+from train.duplicates.monitor import LEVELS, CorrelationMonitor
 from train.duplicates.scans import Scans
 from train.evaluation.evaluate import Evaluation, calibrate, evaluate
 from train.evaluation.held_out import held_out_active
@@ -108,6 +108,7 @@ class Trainer:
             strata,
             self._settings.steps,
             scans,
+            min(LEVELS[0], self._settings.diversity.co_activation.margin),
         )
         dead_after = self._settings.auxk.dead_after(config.lengths[0] * self._settings.rows.batch_rows)
         self._counters = Counters(self._transcoder.d_sae, dead_after, device)
@@ -265,7 +266,7 @@ class Trainer:
     def _merge(self, done: int) -> None:
         changed, freed = self._merging.merge(self._transcoder, self._rows, done)
         self._usage.call("merge", effect=freed)
-        for part in (self._optimizer, self._counters, self._diversity):
+        for part in (self._optimizer, self._counters, self._diversity, self._monitor):
             part.start_anew(changed)
         if self._sharded:
             self._sharded.take()
