@@ -151,4 +151,4 @@ def test_the_second_report_lists_pairs_by_all_rows_since_the_first(tmp_path: Pat
     dense = torch.cat(since)
     assert second.pairs[0].rows_together == pytest.approx(int((dense[:, 3] > 0).sum()), abs=1)
     assert second.change is not None and second.change.pairs_above_0_8 == 0
-    assert torch.equal(monitor.correlated.pairs.first, torch.tensor([3]))
+    assert monitor.correlated.pairs.first[0] == 3 and len(monitor.correlated.correlation) > 1  # those of the sample

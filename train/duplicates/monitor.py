@@ -3,8 +3,8 @@
 Exact on a stated sample: the rows of the last steps before each report. Correlation is between latents over rows, never
 along them, and from active pairs alone; without position 0, where latents of that position correlate by construction,
 and with it. A sample proposes pairs, which are tracked over later rows without position 0: on CPU those of every step,
-elsewhere those of later samples. Every report but the first lists these, and the diversity loss takes its pairs from
-there.
+elsewhere those of later samples. Every report but the first lists and counts these. The diversity loss takes its pairs
+from the sample (decisions/007).
 Legend: R rows, F latents.
 """
 
@@ -128,12 +128,8 @@ class CorrelationMonitor:
         strata: dict[str, slice],
         steps: int,
         scans: Scans | None = None,
-        track_above: float = LEVELS[0],
     ) -> None:
-        """Set up the monitor of a run; without a `run` its reports act on the training, and are not written.
-
-        `track_above`: the correlation above which pairs of a sample are tracked.
-        """
+        """Set up the monitor of a run; without a `run` its reports act on the training, and are not written."""
         self._folder, self._config = run / REPORTS if run else None, config
         self._transcoder, self._steps = transcoder, steps
         assert isinstance(config.every, int), "resolve the configuration first"
@@ -153,11 +149,11 @@ class CorrelationMonitor:
         on_cuda = transcoder.W_dec.device.type == "cuda"
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="monitor") if self._delay and on_cuda else None
         self._last: CorrelationReport | None = None
-        self._tracked = TrackedPairs(transcoder.d_sae, track_above)
+        self._tracked = TrackedPairs(transcoder.d_sae, LEVELS[0])
         self._left_out = strata.get(POSITION_0, NO_ROWS) if len(strata) > 1 else NO_ROWS
         self.lost_reports = 0
         self.correlated = Correlated.none()
-        """The pairs of the last report on training steps by falling correlation, those not listed included."""
+        """The pairs of the last sample by falling correlation, which the diversity loss acts on."""
 
     @property
     def _on_cpu(self) -> bool:
@@ -353,8 +349,8 @@ class CorrelationMonitor:
         correlated, without = _correlations(rest, config)
         whole = _correlations(every, config)[1] if len(rest.starts) < len(every.starts) else without
         tracked = tracking.follow(rest, config.least_together, _PARTNERS, new=not self._on_cpu) if tracking else None
-        found = tracked.correlated if tracked else correlated
-        listed = Pairs(*(side[: config.listed] for side in found.pairs))
+        shown = tracked.correlated if tracked else correlated
+        listed = Pairs(*(side[: config.listed] for side in shown.pairs))
         if tracked:
             inner, over = Measures(*(of[: config.listed] for of in tracked.measures)), tracked.rows
         else:
@@ -380,7 +376,7 @@ class CorrelationMonitor:
             persisting_pairs=sum(pair.key in known for pair in pairs),
             change=None,
         )
-        return report.model_copy(update={"change": change_of(report, before)}), found
+        return report.model_copy(update={"change": change_of(report, before)}), correlated
 
     def _listed(
         self,

@@ -18,8 +18,8 @@ from train.duplicates.directions import Pairs
 from train.model.saved_tensors import fitting, numbers
 from train.model.sparse_latents import SparseLatents
 
-MOST = 4096
-"""Pairs that are tracked at once."""
+MOST = 2048
+"""Pairs that are tracked at once: half a millisecond of a step of 1,024 rows with 32 active latents each."""
 MOST_BYTES = MOST * 8 * (2 + 9)
 """Of the state."""
 _HALF_LIFE = 131_072

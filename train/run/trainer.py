@@ -17,7 +17,7 @@ from shared.store.store import Store
 from shared.store.strata import POSITION_0
 from train.data.staging import sent
 from train.duplicates.diversity import Diversity
-from train.duplicates.monitor import LEVELS, CorrelationMonitor
+from train.duplicates.monitor import CorrelationMonitor
 from train.duplicates.scans import Scans
 from train.evaluation.evaluate import Evaluation, calibrate, evaluate
 from train.evaluation.held_out import held_out_active
@@ -108,7 +108,6 @@ class Trainer:
             strata,
             self._settings.steps,
             scans,
-            min(LEVELS[0], self._settings.diversity.co_activation.margin),
         )
         dead_after = self._settings.auxk.dead_after(config.lengths[0] * self._settings.rows.batch_rows)
         self._counters = Counters(self._transcoder.d_sae, dead_after, device)
