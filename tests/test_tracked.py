@@ -66,7 +66,8 @@ def test_sums_are_those_of_a_dense_reference_whose_old_rows_fade(monkeypatch: py
 
 def test_a_rare_pair_is_found_over_many_rows_where_samples_miss_it() -> None:
     """Of ten samples none has it on four rows, which a sample needs to list it."""
-    pairs, kept, seen, listed = TrackedPairs(F, 0.5), [], [], set()
+    pairs, seen, listed = TrackedPairs(F, 0.5), [], set()
+    kept: list[SparseLatents] = []
     for step in range(400):
         dense = dense_batch(1000 + step)
         active = sparse(dense)

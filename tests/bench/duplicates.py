@@ -185,7 +185,7 @@ def of_samples(path: Path) -> dict[str, tuple[float, str]]:
         inputs = [run.transcoder.normalised(batch.source, batch.target)[0] for batch in batches]
         active = [run.transcoder.select_above(run.transcoder.pre_acts(x), run.threshold) for x in inputs]
         samples.append(SparseLatents.joined([one.positive().of_rows(rest) for one in active]))
-    whole, figures = SparseLatents.joined(samples), {}
+    whole, figures = SparseLatents.joined(samples), dict[str, tuple[float, str]]()
     for level in (0.8, 0.6):
         truly, listed = above(whole, level), [above(sample, level) for sample in samples]
         rare = {pair for pair, together in truly.items() if together < RARE * SAMPLES}

@@ -107,8 +107,8 @@ class TrackedPairs:
 
         Those of `pairs` that met on more rows of the sample, `together` [C], come first; else those before others.
         """
-        alike = self.found(_LEAST_MET).correlated
-        alike = self._keys(alike.pairs.kept(alike.correlation > self.level))
+        found = self.found(_LEAST_MET).correlated
+        alike = self._keys(found.pairs.kept(found.correlation > self.level))
         known = self._keys(self.pairs)
         kept = (self._sums[:, 0] < _TRIAL) | torch.isin(known, alike)
         fresh = ~torch.isin(self._keys(pairs), known)
