@@ -41,7 +41,7 @@ COMMANDS: dict[str, list[str]] = {
         "narrow --arms baseline full --seeds 2 --jobs 1",
         "given --store STORE --arms full --seeds 1 --jobs 1",
     ],
-    "duplicates": ["report", "terms"],
+    "duplicates": ["report", "terms", "samples RUN"],
     "gpu": ["kernels", "step dense peers profile", "run", "harvest"],
     "gpu_counts": ["steps memory"],
     "harvest": ["speed", "writing", "packing", "memory"],

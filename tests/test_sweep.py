@@ -95,7 +95,9 @@ def test_every_run_is_the_run_alone_and_rows_are_read_once(
         assert found[name]["state"] == "finished" and found[name]["step"] == STEPS
         assert (found[name]["fvu"], found[name]["l0"]) == (held_out["fvu"], held_out["l0"])
         report = json.loads((folder / name / "anti_duplication_logs" / f"correlation-{STEPS:06d}.json").read_text())
-        assert found[name]["pairs_above_0_8"] == report["without_position_0"]["pairs_above"]["0.8"]
+        assert (
+            found[name]["pairs_above_0_8"] == (report["tracked"] or report["without_position_0"])["pairs_above"]["0.8"]
+        )
         assert f"{held_out['fvu']:.4f}" in done.out and found[name]["cpu_seconds"] > 0
     assert list(found) == sorted(names, key=lambda name: found[name]["fvu"])
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"}

@@ -2,6 +2,7 @@
 
 python -m tests.bench.duplicates report [F ...]          a report's time and memory; widths 4096, 18432 and 131072
 python -m tests.bench.duplicates terms [S] [M] [L]       every component as a share of a step of `tests.bench.step`
+python -m tests.bench.duplicates samples RUN ...         pairs that correlate in one sample and in many rows of training
 """
 
 import json
@@ -19,13 +20,18 @@ import torch
 from shared.store.strata import POSITION_0
 from tests.bench.record import record, run, sized
 from tests.bench.step import AUXK, SHAPES, B, Setup, one_thread, setup
+from train.data.batches import BatchReader
+from train.duplicates.co_activation import correlated_pairs, measure
+from train.duplicates.directions import Pairs
 from train.duplicates.diversity import Diversity, DiversityConfig
 from train.duplicates.monitor import CorrelationMonitor, MonitorConfig
+from train.duplicates.tracked import MOST, TrackedPairs
 from train.model.activations import BatchTopK
 from train.model.blas import faster_here
 from train.model.sparse_latents import SparseLatents
 from train.model.step_output import StepOutput
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
+from train.run.load_run import load_run
 
 REPORTS = sized({4096: (32, 128, 1), 18432: (48, 2304, 1), 131072: (64, 4096, 8)}, {128: (4, 16, 1)})
 """By d_sae: active latents per row, d_out, and of which part of the latents all decoder rows are scanned: one in n."""
@@ -42,6 +48,12 @@ MONITORED, EVERY = sized(8192, 512), 100
 TERMS = ("orthogonality", "mined", "co_activation", "position")
 EXACT = "MALLOC_MMAP_THRESHOLD_=65536"
 """Freed memory goes back at once, so that a peak is what was needed, and not what was there."""
+SAMPLES = sized(16, 2)
+"""Of `MONITORED` training rows each, which together are the many rows."""
+SEED = 123
+"""Of the order in which rows are read: no run's."""
+RARE = 4
+"""Rows in common that a sample needs to list a pair: pairs that are rarer than that in the mean are rare."""
 LINE = "python -m tests.bench.duplicates"
 
 
@@ -68,6 +80,13 @@ def main() -> None:
                 figures = term_costs(shape)
                 show(title, figures)
                 record(title, f"{LINE} terms {shape}", figures)
+        case ["samples", first, *others]:
+            one_thread()
+            for path in map(Path, (first, *others)):
+                figures = of_samples(path)
+                title = f"samples of a run: {path.name}, {SAMPLES * MONITORED:,} rows"
+                show(title, figures)
+                record(title, f"{LINE} samples {path.name}", figures)
         case _:
             sys.exit(__doc__)
 
@@ -153,6 +172,44 @@ def step_of(active: SparseLatents, model: Transcoder) -> StepOutput:
 
 
 @torch.no_grad()
+def of_samples(path: Path) -> dict[str, tuple[float, str]]:
+    """Pairs above 0.8 and 0.6 on many rows of training, and what samples of them list; all at the last weights."""
+    run = load_run(path)
+    settings = run.config.settings
+    reader = BatchReader(run.rows.store, run.training_blocks, settings.rows, SEED, torch.device("cpu"))
+    at_0 = reader.slices().get(POSITION_0, slice(0, 0))
+    rest, samples = torch.arange(settings.rows.batch_rows) >= at_0.stop, []
+    each = max(1, MONITORED // settings.rows.batch_rows)
+    for i in range(SAMPLES):
+        batches = [reader.batch(step) for step in range(i * each, (i + 1) * each)]
+        inputs = [run.transcoder.normalised(batch.source, batch.target)[0] for batch in batches]
+        active = [run.transcoder.select_above(run.transcoder.pre_acts(x), run.threshold) for x in inputs]
+        samples.append(SparseLatents.joined([one.positive().of_rows(rest) for one in active]))
+    whole, figures = SparseLatents.joined(samples), dict[str, tuple[float, str]]()
+    for level in (0.8, 0.6):
+        truly, listed = above(whole, level), [above(sample, level) for sample in samples]
+        rare = {pair for pair, together in truly.items() if together < RARE * SAMPLES}
+        counts = {
+            "on all rows": len(truly),
+            "on all rows, rare": len(rare),
+            "listed by one sample": statistics.mean(map(len, listed)),
+            "listed by one sample, and so on all rows": statistics.mean(len(truly.keys() & one) for one in listed),
+            "rare, and listed by one sample": statistics.mean(len(rare & one.keys()) for one in listed),
+        }
+        figures |= {f"pairs above {level}: {name}": (float(count), "pairs") for name, count in counts.items()}
+    return figures
+
+
+def above(active: SparseLatents, level: float) -> dict[tuple[int, int], int]:
+    """Pairs that correlate above a level, and on how many rows both are active."""
+    found, _ = correlated_pairs(active, RARE, 64)
+    pairs = found.pairs.kept(found.correlation > level)
+    return dict(
+        zip(zip(*(side.tolist() for side in pairs), strict=True), measure(active, pairs).rows.tolist(), strict=True)
+    )
+
+
+@torch.no_grad()
 def group_decoder_rows(model: Transcoder) -> None:
     """Give the decoder neighbours: neighbouring latents share a centre."""
     d_sae, d_out = model.W_dec.shape
@@ -217,7 +274,8 @@ def term_costs(shape: str) -> dict[str, tuple[float, str]]:
         "co_activation": extra["co_activation"],
         "position": extra["position"],
         "monitor": (looks * watching["batch of the sample"] + watching["counting"]) / EVERY
-        + watching["scan"] / scan_steps,
+        + watching["scan"] / scan_steps
+        + watching["a step of as many tracked pairs as there may be"],
     }
     figures |= {f"share of a step: {name}": (100 * seconds / whole, "%") for name, seconds in share.items()}
     figures["share of a step: all together"] = (100 * sum(share.values()) / whole, "%")
@@ -243,8 +301,14 @@ def monitor_costs(made: Setup, config: MonitorConfig) -> dict[str, float]:
                 for i, one in enumerate(steps):
                     timed("batch of the sample", partial(monitor.add, one, EVERY - len(steps) + 1 + i))
                 timed(name, partial(monitor.report, EVERY, dead))
+    tracking, tracked = TrackedPairs(made.model.d_sae, 0.0), "a step of as many tracked pairs as there may be"
+    first = torch.randint(made.model.d_sae - 1, (MOST,), generator=torch.Generator().manual_seed(0))
+    tracking.propose(Pairs(first, first + 1), torch.ones(MOST))
+    taken[tracked] = []
+    for one in steps * 3:
+        timed(tracked, partial(tracking.add, one.active))
     found = {name: statistics.median(seconds) for name, seconds in taken.items()}
-    return {name: found[name] for name in ("batch of the sample", "counting")} | {
+    return {name: found[name] for name in ("batch of the sample", "counting", tracked)} | {
         "scan": found["report"] - found["counting"]
     }
 

@@ -24,12 +24,16 @@ class CorrelatedPair(Config):
     cosine: float
     """Of their decoder rows."""
     correlation: float
-    """Pearson's over the sample without position 0."""
+    """Pearson's over `rows`, without position 0."""
     correlation_with_position_0: float
-    """The same with it."""
+    """The same over the report's sample, with it."""
     jaccard: float
     """Rows on which both are active by rows on which either is, without position 0."""
     rows_together: int
+    """Of `rows`, those on which both are active."""
+    rows: int | None = None
+    """Over which the pair was counted: those of the sample, or all since it is tracked, of which old ones count less.
+    None: a report from before pairs were tracked, which has those of the sample."""
     within_segment: bool
     """Both enter with the same prefix."""
     reports: int
@@ -96,6 +100,10 @@ class CorrelationReport(Config):
     without_position_0: Correlations
     """With it, if the store's first stratum holds more than position 0."""
     with_position_0: Correlations
+    tracked: Correlations | None = None
+    """Of pairs that earlier samples proposed, over all rows since, without position 0: the listed pairs are these. Old
+    rows count less, and `rows` is how many the oldest pair has. None: in the first report, on held-out rows, and in
+    reports from before pairs were tracked."""
     strata: dict[str, Correlations] | None
     """The same over the rows of each; none: of training steps, whose strata are small."""
     directions: Directions
@@ -109,13 +117,18 @@ class CorrelationReport(Config):
     """None: this is the first report."""
 
 
+def counted(report: CorrelationReport) -> Correlations:
+    """Return how pairs correlate without position 0 over the most rows that the report has: tracked, or its sample."""
+    return report.tracked or report.without_position_0
+
+
 def change_of(now: CorrelationReport, before: CorrelationReport | None) -> Trend | None:
     """Return what changed since the report before; none: there is none."""
     if not before:
         return None
     return Trend(
         since_step=before.step,
-        pairs_above_0_8=now.without_position_0.pairs_above["0.8"] - before.without_position_0.pairs_above["0.8"],
+        pairs_above_0_8=counted(now).pairs_above["0.8"] - counted(before).pairs_above["0.8"],
         share_above_0_7=now.directions.share_with_neighbour_above["0.7"]
         - before.directions.share_with_neighbour_above["0.7"],
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from shared.config import Config, RenamedConfig
 from shared.keyed import key_bits
 from train.duplicates.co_activation import Correlated, co_activation_loss, mass, position_loss
-from train.duplicates.correlation_report import CorrelationReport
+from train.duplicates.correlation_report import CorrelationReport, counted
 from train.duplicates.directions import Pairs, chunk, close_pairs, direction_loss, nearest
 from train.duplicates.scans import Scans
 from train.model.losses import at_most
@@ -255,7 +255,7 @@ class Diversity:
         goals, before = self._config.controller, dict(self.scales)
         share = report.directions.share_with_neighbour_above["0.7"]
         goal = goals.max_share_above_0_7 if report.directions.step == report.step else None  # once per scan
-        pairs = report.without_position_0.pairs_above["0.8"]
+        pairs = counted(report).pairs_above["0.8"]
         self.scales = {
             "direction": goals.moved(before["direction"], share, goal),
             "co_activation": goals.moved(before["co_activation"], pairs, goals.max_pairs_above_0_8),

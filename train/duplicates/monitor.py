@@ -2,7 +2,9 @@
 
 Exact on a stated sample: the rows of the last steps before each report. Correlation is between latents over rows, never
 along them, and from active pairs alone; without position 0, where latents of that position correlate by construction,
-and with it.
+and with it. A sample proposes pairs, which are tracked over later rows without position 0: on CPU those of every step,
+elsewhere those of later samples. Every report but the first lists and counts these. The diversity loss takes its pairs
+from the sample (decisions/007).
 Legend: R rows, F latents.
 """
 
@@ -22,7 +24,7 @@ from shared.config import Config
 from shared.errors import DiskFull, warn
 from shared.files import durable
 from shared.store.strata import POSITION_0
-from train.duplicates.co_activation import Correlated, correlated_pairs, measure
+from train.duplicates.co_activation import Correlated, Measures, correlated_pairs, measure
 from train.duplicates.correlation_report import (
     CorrelatedPair,
     CorrelationReport,
@@ -34,6 +36,7 @@ from train.duplicates.correlation_report import (
 )
 from train.duplicates.directions import Pairs, connected, effective_number
 from train.duplicates.scans import Scans
+from train.duplicates.tracked import MOST_BYTES, NO_ROWS, TrackedPairs
 from train.evaluation.held_out import HeldOutActive
 from train.live.run_files import HELD_OUT, REPORTS
 from train.model import blas
@@ -85,7 +88,8 @@ class MonitorConfig(Config):
         """Return the most bytes of its state, with so many rows in a batch and active latents on a row."""
         rows = -(-self.rows // batch_rows) * batch_rows if self.every else 0
         pending = 32 * _PARTNERS * d_sae if self.delay else 0
-        return 20 * min(rows * per_row, math.isqrt(2 * _MOST_MEETINGS * rows)) + 24 * rows + pending
+        tracked = MOST_BYTES if self.every else 0
+        return tracked + 20 * min(rows * per_row, math.isqrt(2 * _MOST_MEETINGS * rows)) + 24 * rows + pending
 
 
 class _Scan(NamedTuple):
@@ -145,9 +149,16 @@ class CorrelationMonitor:
         on_cuda = transcoder.W_dec.device.type == "cuda"
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="monitor") if self._delay and on_cuda else None
         self._last: CorrelationReport | None = None
+        self._tracked = TrackedPairs(transcoder.d_sae, LEVELS[0])
+        self._left_out = strata.get(POSITION_0, NO_ROWS) if len(strata) > 1 else NO_ROWS
         self.lost_reports = 0
         self.correlated = Correlated.none()
-        """The pairs of the last report on training steps by falling correlation, those not listed included."""
+        """The pairs of the last sample by falling correlation, which the diversity loss acts on."""
+
+    @property
+    def _on_cpu(self) -> bool:
+        """Whether the rows of every step are there to be counted."""
+        return self._transcoder.W_dec.device.type == "cpu"
 
     def due(self, done: int) -> bool:
         """Tell whether a report begins after step `done`, counted from 1."""
@@ -160,9 +171,13 @@ class CorrelationMonitor:
     def add(self, step: StepOutput, done: int) -> None:
         """Keep the pairs of step `done`, if a report will look at them; no device is waited for.
 
+        On CPU its rows are counted for tracked pairs first.
+
         Counting costs the square of a row's active latents: where these are so many that a report would take more than
         `_MOST_MEETINGS`, every n-th row is kept.
         """
+        if self._every and self._on_cpu:
+            self._tracked.add(step.active, self._left_out)
         if self._every and self._report_after(done) - done < self._window:
             fetched = step.active.fetch()
 
@@ -193,7 +208,7 @@ class CorrelationMonitor:
             strata = _rows_of_each(self._strata, stratum)
             first = done - len(kept) + 1
             sample = Sample(rows_of="training steps", first_step=first, last_step=done, strata=strata)
-            return self._counted(sample, every, stratum, scan, before)
+            return self._counted(sample, every, stratum, scan, before, self._tracked)
 
         if self._pool:
             self._pending = done, self._pool.submit(count).result
@@ -222,7 +237,7 @@ class CorrelationMonitor:
         sample = Sample(
             rows_of="held-out blocks", first_step=done, last_step=done, strata=_rows_of_each(held_out.strata, stratum)
         )
-        counted, _ = self._counted(sample, every, stratum, self._scan(done, dead, None), None)
+        counted, _ = self._counted(sample, every, stratum, self._scan(done, dead, None), None, None)
         report = self._with_cosines(counted)
         parts = {name: every.of_rows(stratum == i) for i, name in enumerate(held_out.strata)}
         strata = {name: _correlations(part, self._config)[1] for name, part in parts.items()}
@@ -265,7 +280,7 @@ class CorrelationMonitor:
         }
         found = sample | {"monitor.report": torch.tensor(list(report), dtype=torch.uint8)}
         if self._pending:
-            counted, (pairs, correlation, scale) = self._pending[1]()
+            counted, (pairs, correlation, scale) = self._pending[1]()  # after which `tracked` is that of this step
             found |= {
                 "monitor.pending": torch.tensor(list(counted.model_dump_json().encode()), dtype=torch.uint8),
                 "monitor.pending.first": pairs.first,
@@ -273,7 +288,7 @@ class CorrelationMonitor:
                 "monitor.pending.correlation": correlation,
                 "monitor.pending.scale": scale,
             }
-        return found
+        return found | (self._tracked.state() if self._every else {})
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a saved state."""
@@ -284,6 +299,14 @@ class CorrelationMonitor:
             self._pending = counted.step, lambda: found
         count = sum(name.startswith("monitor.") and name.endswith(".rows") for name in tensors)
         self._kept = [_known(self._loaded_batch(tensors, f"monitor.{i:04d}")) for i in range(count)]
+        if self._every:
+            self._tracked.load(tensors)
+
+    def start_anew(self, latents: Tensor) -> None:
+        """Track no pairs of `latents` [n] int64 any more, which have become others."""
+        if self._pending:
+            self._pending[1]()  # a thread may be counting
+        self._tracked.start_anew(latents)
 
     def _loaded_correlated(self, tensors: dict[str, Tensor], name: str) -> Correlated:
         first = numbers(tensors, f"{name}.first", self._transcoder.d_sae)
@@ -313,16 +336,26 @@ class CorrelationMonitor:
         stratum: Tensor,
         scan: _Scan | None,
         before: CorrelationReport | None,
+        tracking: TrackedPairs | None,
     ) -> Counted:
-        """Return a report whose pairs have no cosines yet; without a `scan` it has the directions of that `before`."""
+        """Return a report whose pairs have no cosines yet; without a `scan` it has the directions of that `before`.
+
+        It lists pairs of `tracking`, once there are some, and proposes new ones there.
+        """
         config, done = self._config, sample.last_step
         strata = list(sample.strata)
         position_0 = strata.index(POSITION_0) if POSITION_0 in strata and len(strata) > 1 else -1
         rest = every.of_rows(stratum != position_0)
         correlated, without = _correlations(rest, config)
-        _, whole = _correlations(every, config)
-        listed = Pairs(*(side[: config.listed] for side in correlated.pairs))
-        pairs = self._listed(listed, every, rest, stratum, strata, before)
+        whole = _correlations(every, config)[1] if len(rest.starts) < len(every.starts) else without
+        tracked = tracking.follow(rest, config.least_together, _PARTNERS, new=not self._on_cpu) if tracking else None
+        shown = tracked.correlated if tracked else correlated
+        listed = Pairs(*(side[: config.listed] for side in shown.pairs))
+        if tracked:
+            inner, over = Measures(*(of[: config.listed] for of in tracked.measures)), tracked.rows
+        else:
+            inner, over = measure(rest, listed), torch.full((config.listed,), without.rows)
+        pairs = self._listed(listed, inner, over, every, stratum, strata, before)
         known = {pair.key for pair in before.pairs} if before else set()
         if scan:
             directions, clusters = self._directions(done, every, scan)
@@ -335,6 +368,7 @@ class CorrelationMonitor:
             least_together=config.least_together,
             without_position_0=without,
             with_position_0=whole,
+            tracked=tracked.figures(LEVELS) if tracked else None,
             strata=None,
             directions=directions,
             pairs=pairs,
@@ -347,13 +381,14 @@ class CorrelationMonitor:
     def _listed(
         self,
         pairs: Pairs,
+        inner: Measures,
+        over: Tensor,  # [C or more] int64 rows
         every: SparseLatents,
-        rest: SparseLatents,
         stratum: Tensor,
         strata: list[str],
         before: CorrelationReport | None,
     ) -> list[CorrelatedPair]:
-        model, (inner, outer) = self._transcoder, (measure(rest, pairs), measure(every, pairs))
+        model, outer = self._transcoder, measure(every, pairs)
         fires = torch.bincount(every.latents * len(strata) + stratum[every.rows],
                                minlength=model.d_sae * len(strata)).view(model.d_sae, -1)  # fmt: skip
         shares = fires / torch.bincount(stratum, minlength=len(strata)).clamp_min(1)
@@ -375,6 +410,7 @@ class CorrelationMonitor:
                 correlation_with_position_0=float(outer.correlation[i]),
                 jaccard=float(inner.jaccard[i]),
                 rows_together=int(inner.rows[i]),
+                rows=int(over[i]),
                 within_segment=bool(group[first] == group[second]),
                 reports=streaks.get((first, second), 0) + 1,
             )

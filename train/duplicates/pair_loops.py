@@ -122,6 +122,59 @@ def meetings(
         together[pair], products[pair] = count, total
 
 
+@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def add_to_sums(
+    first: Ints,
+    second: Ints,
+    rows: Ints,
+    values: Floats,
+    order: Ints,
+    by_latent: Ints,
+    low: int,
+    high: int,
+    total: int,
+    fade: float,
+    sums: Floats,
+) -> None:
+    """Add, for each pair of latents [C], `total` rows to `sums` [C, 9], which `fade` multiplies first.
+
+    These are: rows; those on which both are above 0, and the products of their values there; of the first latent the
+    rows on which it is above 0, its values and their squares; the same of the second. Rows from `low` up to `high` do
+    not count.
+    """
+    for pair in prange(len(first)):
+        one, other = sums[pair, 3:6], sums[pair, 6:9]
+        for i in range(9):
+            sums[pair, i] *= fade
+        sums[pair, 0] += total
+        _add_moments(rows, values, order, by_latent[first[pair]], by_latent[first[pair] + 1], low, high, one)
+        _add_moments(rows, values, order, by_latent[second[pair]], by_latent[second[pair] + 1], low, high, other)
+        i, j = by_latent[first[pair]], by_latent[second[pair]]
+        while i < by_latent[first[pair] + 1] and j < by_latent[second[pair] + 1]:
+            row, with_it = rows[order[i]], rows[order[j]]
+            if row < with_it or not values[order[i]] > 0 or low <= row < high:
+                i += 1
+            elif with_it < row or not values[order[j]] > 0:
+                j += 1
+            else:
+                sums[pair, 1] += 1
+                sums[pair, 2] += np.float64(values[order[i]]) * values[order[j]]
+                i += 1
+                j += 1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _add_moments(
+    rows: Ints, values: Floats, order: Ints, begin: int, end: int, low: int, high: int, sums: Floats
+) -> None:
+    for i in range(begin, end):
+        value = np.float64(values[order[i]])
+        if value > 0 and not low <= rows[order[i]] < high:
+            sums[0] += 1
+            sums[1] += value
+            sums[2] += value * value
+
+
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath=_SUMS)
 def dots(W_dec: Floats, first: Ints, second: Ints, found: Floats) -> None:
     """Compute the dot product of the rows [F, O] of each pair of latents."""

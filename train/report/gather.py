@@ -19,7 +19,7 @@ from shared.config import read_record
 from shared.errors import CorruptData
 from shared.files import durable
 from shared.store.store import Store
-from train.duplicates.correlation_report import CorrelationReport
+from train.duplicates.correlation_report import CorrelationReport, counted
 from train.live.run_files import HELD_OUT, REPORTS, TIMING, Row
 from train.report.report_record import (
     Cluster,
@@ -85,8 +85,8 @@ def monitor_curves(run: Path, step: int) -> Curves:
             found.append(
                 {
                     "step": report.step,
-                    "pairs_above_0_8": report.without_position_0.pairs_above["0.8"],
-                    "largest_correlation": report.without_position_0.largest,
+                    "pairs_above_0_8": counted(report).pairs_above["0.8"],
+                    "largest_correlation": counted(report).largest,
                     "share_with_neighbour_above_0_7": report.directions.share_with_neighbour_above["0.7"],
                     "effective_share": report.directions.effective_number / max(report.directions.live, 1),
                 }
@@ -111,7 +111,7 @@ def read_correlations(path: Path) -> CorrelationReport:
 def _levels(report: CorrelationReport) -> bool:
     """Tell whether a report has the counts that are shown."""
     neighbours = report.directions.share_with_neighbour_above
-    return "0.8" in report.without_position_0.pairs_above and {"0.7", "0.8"} <= set(neighbours)
+    return "0.8" in counted(report).pairs_above and {"0.7", "0.8"} <= set(neighbours)
 
 
 def duplicates(run: Path, step: int, d_sae: int) -> Duplicates | None:
@@ -131,9 +131,9 @@ def duplicates(run: Path, step: int, d_sae: int) -> Duplicates | None:
         raise CorruptData(f"{path}: names latent {odd[0]}, and the run has {d_sae:,}; {_REMOVE}")
     return Duplicates(
         source=str(path.relative_to(run)),
-        rows=report.without_position_0.rows,
-        largest_correlation=report.without_position_0.largest,
-        pairs_above=report.without_position_0.pairs_above,
+        rows=counted(report).rows,
+        largest_correlation=counted(report).largest,
+        pairs_above=counted(report).pairs_above,
         directions=report.directions,
         pairs=report.pairs,
         clusters=[Cluster(latents=latents) for latents in report.clusters],

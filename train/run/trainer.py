@@ -265,7 +265,7 @@ class Trainer:
     def _merge(self, done: int) -> None:
         changed, freed = self._merging.merge(self._transcoder, self._rows, done)
         self._usage.call("merge", effect=freed)
-        for part in (self._optimizer, self._counters, self._diversity):
+        for part in (self._optimizer, self._counters, self._diversity, self._monitor):
             part.start_anew(changed)
         if self._sharded:
             self._sharded.take()

@@ -135,8 +135,9 @@ def _pairs(run: Path) -> int | None:
     steps = [step for step in reports if step.isdecimal()]
     if not steps:
         return None
-    with suppress(OSError, CorruptData, KeyError, TypeError, ValueError):
-        return int(read_json(reports[max(steps, key=int)])["without_position_0"]["pairs_above"]["0.8"])
+    with suppress(OSError, CorruptData, AttributeError, KeyError, TypeError, ValueError):
+        last = read_json(reports[max(steps, key=int)])
+        return int((last.get("tracked") or last["without_position_0"])["pairs_above"]["0.8"])
     return None
 
 
