@@ -119,19 +119,23 @@ def _launch_sums(width: int, prefixes: int) -> None:
 
 
 def _launch_adam(width: int) -> None:
-    from train.model.kernels.triton_adam import Moved, adam, clip, noted_squares, row_squares, rows_of
+    from train.model.kernels.triton_adam import Moved, adam, adam_of_all, clip, noted_squares, row_squares, rows_of
     from train.model.kernels.triton_sums import norm_parts
 
-    scalars, powers = torch.zeros(5), torch.zeros(4, dtype=torch.float64)
+    scalars, powers, numbers = torch.zeros(5), torch.zeros(4, dtype=torch.float64), {"betas": (0.9, 0.999), "eps": 1e-8}
     for shape, unit in (((4, width), True), ((4, width), False), ((width,), False)):
-        rows, grad, low = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape, dtype=torch.bfloat16)
+        rows, grad = torch.zeros(shape), torch.zeros(shape)
         squares, bias = torch.zeros(rows_of(rows)), torch.zeros(rows_of(rows))
         row_squares(grad, rows, unit, squares)
-        for shadow, bias_low in ((None, None), (low, bias.bfloat16())):
-            moved = Moved(rows, grad, rows.clone(), rows.clone(), shadow)
-            for other in (None, Moved(bias, bias, bias, bias, bias_low)):
-                adam(moved, other, scalars, unit=unit, times=1.0, betas=(0.9, 0.999), eps=1e-8)
         clip(squares, bias, bias, 1.0, powers, torch.zeros(()), scalars)
+        adam(Moved(rows, grad, rows, rows, None), scalars, times=1.0, **numbers)
+        if len(shape) == 1:
+            continue
+        vector, one = Moved(*[torch.zeros(width)] * 4, None), Moved(*[bias] * 4, None)
+        for low, bias_low in ((None, None), (rows.bfloat16(), bias.bfloat16())):
+            matrix = Moved(rows, grad, rows, rows, None)
+            sides = (matrix, vector, matrix._replace(low=low), one._replace(low=bias_low))
+            adam_of_all(*sides, scalars, unit=unit, times=1.0, **numbers)
         if unit:
             first, second = (norm_parts(grad, rows), squares), (norm_parts(grad, None), squares)
             for noted in ([first, second], [first], [second]):
@@ -151,7 +155,7 @@ def _launch_step(width: int, prefixes: int) -> None:
     first, group = torch.arange(600) % 60, torch.zeros(F, dtype=torch.int64)
     x, dead, weight = torch.zeros(rows, width), group.bool(), torch.ones(prefixes)
     every = Every(4, torch.zeros((), dtype=torch.int64))
-    bias = torch.zeros(1, width)
+    bias = torch.zeros(1, width, requires_grad=True)
     W_enc, b_enc = torch.zeros(F, width).T.requires_grad_(), torch.zeros(F, requires_grad=True)
     W_dec, norms = torch.zeros(F, width, requires_grad=True), dict[str, Noted]()
     active = SparseLatents.of(of_row, latents, torch.ones(len(of_row)), torch.Size((rows, F)))

@@ -61,25 +61,46 @@ def _kept(given: Given) -> int:
 
 
 def _sums(given: Given) -> int:
-    table, out = given["table"], given["out"]
-    latents = _latents(given, "rows") if given["ADD"] else len(out)
-    others = _rows(given["matrix"], latents) if given["NORMS"] > 1 else 0
-    if given["PARTNERS"]:
+    both = _sums_of(given, "", given["PARTNERS"]) + (_sums_of(given, "other_", False) if given["SIDES"] == 2 else 0)
+    return _sum(given, "order", "starts", "rows") + both
+
+
+def _sums_of(given: Given, start: str, partners: bool) -> int:
+    table, out, norms = given[f"{start}table"], given[f"{start}out"], given[f"{start.upper()}NORMS"]
+    add = given[f"{start.upper()}ADD"]
+    latents = _latents(given, "rows") if add else len(out)
+    others = _rows(given["matrix"], latents) if norms > 1 else 0
+    if partners:
         others += _sum(given, "partner_order", "partner_starts", "slopes", "partners")
-        others += _rows(given["matrix"], len(given["slopes"])) if given["NORMS"] < 2 else 0  # else they are read above
+        others += _rows(given["matrix"], len(given["slopes"])) if norms < 2 else 0  # else they are read above
     return (
-        _sum(given, "order", "starts", "weights", "rows")
+        _sum(given, f"{start}weights")
         + _rows(table, len(given["order"]))
-        + (1 + given["ADD"]) * _rows(out, latents)
+        + (1 + add) * _rows(out, latents)
         + others
-        + (given["NORMS"] * _rows(given["squares"].t(), latents) if given["NORMS"] else 0)
+        + (norms * _rows(given[f"{start}squares"].t(), latents) if norms else 0)
     )
 
 
+def _shares(given: Given) -> int:
+    """Parts of sums; the pairs are none of those that were summed before, and the table's rows were not summed so."""
+    sides = ("", "other_")[: given["SIDES"]]
+    summed = _rows(given["table"], given["height"]) if given["ROWS"] else 0
+    return sum(_sum(given, f"{side}shares", f"{side}sums") for side in sides) + summed
+
+
+def _added(given: Given) -> int:
+    """Parts, and the rows that are made of them and what these are added to."""
+    sides, slots = ("", "other_")[: given["SIDES"]], given["slots"]
+    total = given["every_row"].nbytes if given["ROWS"] else 0
+    parts = sum(_sum(given, f"{side}shares", f"{side}sums") for side in sides)
+    return parts + total + sum(2 * _rows(given[f"{side}out"], slots) for side in sides)
+
+
 def _adam(given: Given) -> int:
-    names = ["rows", "first", "second", *(["bias", "bias_first", "bias_second"] if given["BIAS"] else [])]
-    once = ["grad", *(["bias_grad"] if given["BIAS"] else []), *(["shadow"] if given["SHADOW"] else [])]
-    return 2 * _sum(given, *names) + _sum(given, *once)
+    sides = ("", "other_", "bias_", "last_") if given["ALL"] else ("",)
+    size = sum(3 * 2 * given[f"{side}first"].nbytes + given[f"{side}grad"].nbytes for side in sides)
+    return size + (_sum(given, "other_shadow", "bias_shadow") if given["SHADOW"] else 0)
 
 
 def _prepare(given: Given) -> int:
@@ -102,8 +123,8 @@ _PARTLY: dict[str, Callable[[Given], int]] = {
         + _rows(one["W_dec"], _latents(one, "latents"))
     ),
     "_sums_by_latent": _sums,
-    "_long_sums": lambda one: _sum(one, "shares", "sums"),  # its pairs are none of those that were summed before
-    "_add_long_sums": lambda one: _sum(one, "shares", "sums") + 2 * _rows(one["out"], len(one["shares"])),
+    "_long_sums": _shares,
+    "_add_long_sums": _added,
     "_row_squares": lambda one: _sum(one, "grad", "squares", *(["rows"] if one["UNIT"] else [])),
     "_noted_squares": lambda one: _sum(
         one,

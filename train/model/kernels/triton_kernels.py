@@ -72,16 +72,9 @@ class Triton(Fused):
         times: Tensor | None = None,
     ) -> None:
         """As `Fused.sums_by_latent`."""
-        triton_sums.sums_by_latent(
-            active,
-            weights,
-            table,
-            out,
-            add=add,
-            alone=None if alone is None else (alone, True),
-            groups=None if groups is None else (groups.of_latent, groups.prefixes),
-            times=times,
-        )
+        by = None if groups is None else (groups.of_latent, groups.prefixes)
+        added = None if alone is None else (alone, True)
+        triton_sums.sums_by_latent(active, triton_sums.Sums(weights, table, out, add, added, by, times))
 
 
 def on_device(groups: Groups, like: Tensor) -> Groups:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from train.model.kernels.triton_launch import launch
 from train.model.kernels.triton_step import Joined
-from train.model.kernels.triton_sums import Partners, sums_by_latent
+from train.model.kernels.triton_sums import Partners, Sums, sums_by_latent
 from train.model.sparse_latents import SparseLatents
 
 _BLOCK = 1024
@@ -87,7 +87,7 @@ def co_activation(
     at = (active.rows, active.latents, pairs.column)
     launch(_spread, grid, values, *at, dense, count, rows, BLOCK=_BLOCK)
     sums = torch.empty_like(dense)
-    sums_by_latent(pairs.partners, pairs.strength, dense, sums, add=False, most=1)  # a few at most: programs share none
+    sums_by_latent(pairs.partners, Sums(pairs.strength, dense, sums, False), most=1)  # a few: programs share none
     launch(_collect, grid, values, *at, sums, joined.slopes, terms, count, rows, BLOCK=_BLOCK)
     return terms.sum()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from train.model.kernels.sparse_ops import Groups, has_gradient
 from train.model.kernels.triton_kernels import errors_and_gradients, on_device, products
 from train.model.kernels.triton_launch import launch
-from train.model.kernels.triton_sums import Every, NormParts, Partners, norm_parts, sums_by_latent
+from train.model.kernels.triton_sums import Every, NormParts, Partners, Sums, norm_parts, sums_by_latent
 from train.model.sparse_latents import SparseLatents
 
 _SUMMED = 8192
@@ -154,35 +154,39 @@ class _PairsLoss(torch.autograd.Function):
         slopes = joined.slopes
         if by_values is not None:  # of terms that autograd has brought here
             slopes, of_slopes = slopes * times + by_values.where(values != 0, 0.0), None
-        add, rows, groups = has_gradient(W_dec), len(active.starts) - 1, plan.groups
-        sums_by_latent(
-            active,
+        add, groups = has_gradient(W_dec), plan.groups
+        decoder = Sums(
             values,
             meet.flatten(0, 1),
             W_dec.grad,
-            add=add,
+            add,
             groups=(groups.of_latent, groups.prefixes) if groups.prefixes > 1 else None,
             times=times,
-            partners=joined.partners[0] if joined.partners else None,
             norms=_noted(plan.norms, "W_dec", W_dec.grad, W_dec.grad, W_dec.detach() if plan.unit else None, add),
-            most=rows,
         )
         add, add_bias = has_gradient(W_enc), has_gradient(b_enc)
-        sums_by_latent(
-            active,
+        encoder = Sums(
             slopes,
             x,
             W_enc.grad.T,
-            add=add,
+            add,
             alone=(b_enc.grad, add_bias),
             groups=plan.every,
             times=of_slopes,
             norms=_noted(plan.norms, "W_enc", W_enc.grad, W_enc.grad.T, None, add),
-            most=rows,
         )
-        grad_base = None
-        if ctx.needs_input_grad[4]:
-            grad_base = times * (meet[:, 0] if ctx.every_row else meet[:, 0].sum(0, keepdim=True))
+        wanted = ctx.needs_input_grad[4]
+        grad_base = meet.new_empty(1, meet.shape[2]) if wanted and not ctx.every_row else None
+        sums_by_latent(
+            active,
+            decoder,
+            encoder,
+            partners=joined.partners[0] if joined.partners else None,
+            every_row=grad_base,
+            most=len(active.starts) - 1,
+        )
+        if wanted and ctx.every_row:
+            grad_base = times * meet[:, 0]
         return *(None,) * 4, grad_base, *(None,) * 4
 
 
