@@ -137,7 +137,9 @@ _PARTLY: dict[str, Callable[[Given], int]] = {
     "_prepare": _prepare,
     "_count_fired": lambda one: _sum(one, "order", "starts", "values", "since", "since"),
     "_add_batch": lambda one: _sum(one, "sums", "sums", "target", "figures", "terms"),
-    "_spread": lambda one: _sum(one, "rows", "latents") + 2 * one["values"].nbytes,
-    "_collect": lambda one: _sum(one, "rows", "latents", "slopes", "slopes", "terms") + 2 * one["values"].nbytes,
+    "_meet": lambda one: (
+        _sum(one, "values", "rows", "latents", "starts", "slopes", "slopes", "terms")
+        + _sum(one, "order", "pair_starts", "partners", "strength")
+    ),
     "_excess": lambda one: _sum(one, "latents", "terms", "slopes") + _rows(one["rows"], len(one["latents"])),
 }
