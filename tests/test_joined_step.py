@@ -1,6 +1,7 @@
 """A step of Triton's kernels with the terms that join its loss, against dense autograd in float64."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -137,6 +138,7 @@ def test_counters_and_metrics_are_those_of_a_step_whose_terms_do_not_join() -> N
     (mine, my_counters, bad), (theirs, their_counters, _) = found
     assert int(bad) == 2
     assert torch.equal(my_counters.rows_since_fired, their_counters.rows_since_fired)
+    assert torch.equal(my_counters.dead(), their_counters.dead()) and my_counters.dead().any()
     assert int(my_counters.rows_since_fired.max()) > 0 == int(my_counters.rows_since_fired.min())
     torch.testing.assert_close(my_counters.threshold, their_counters.threshold)
     expected = theirs.state()
@@ -147,21 +149,33 @@ def test_counters_and_metrics_are_those_of_a_step_whose_terms_do_not_join() -> N
 
 def test_rows_are_found_checked_and_normalised() -> None:
     """From bfloat16 as from float32; a row that is too long or not finite is noted with the first such step."""
-    prepared = pytest.importorskip("train.model.kernels.triton_rows").prepared
-    table, mean, scale = 3 * draw(12, D, seed=1), draw(D, seed=2).float(), torch.tensor(1.7)
-    places, longest = torch.tensor([11, 0, 5, 5]), torch.full((4,), 100.0).double()
+    rows = pytest.importorskip("train.model.kernels.triton_rows")
+    tables, means = (
+        (3 * draw(12, D, seed=1), 2 * draw(12, O, seed=3)),
+        (draw(D, seed=2).float(), draw(O, seed=4).float()),
+    )
+    scales = torch.tensor(1.7), torch.tensor(0.6)
+    places, longest, number = torch.tensor([11, 0, 5, 5]), torch.full((4,), 100.0).double(), torch.tensor(7)
+
+    def sides(stored):
+        return [rows.Stored(*side, longest) for side in zip(stored, means, scales, strict=True)]
+
     for dtype in (torch.float32, torch.bfloat16):
-        stored, bad = table.to(dtype), torch.tensor(99)
-        rows = stored.float().double()[places]
-        found = prepared(stored, places, mean, scale, longest, bad, torch.tensor(7))
-        torch.testing.assert_close(found.double(), (rows - mean) / scale, rtol=1e-6, atol=1e-6)
-        over = rows / (rows.square().mean(1, keepdim=True) + 0.1).sqrt()
-        found = prepared(stored[places], None, mean, scale, longest, bad, torch.tensor(7), 0.1)
-        torch.testing.assert_close(found.double(), (over - mean) / scale, rtol=1e-6, atol=1e-6)
+        stored, bad = [table.to(dtype) for table in tables], torch.tensor(99)
+        read = [table.float().double()[places] for table in stored]
+        over = read[0] / (read[0].square().mean(1, keepdim=True) + 0.1).sqrt()
+        here = [table[places] for table in stored]
+        for found, source in (
+            (rows.prepared(*sides(stored), places, bad, number), read[0]),
+            (rows.prepared(*sides(here), None, bad, number, 0.1), over),
+        ):
+            for mine, theirs, mean, scale in zip(found, (source, read[1]), means, scales, strict=True):
+                torch.testing.assert_close(mine.double(), (theirs - mean) / scale, rtol=1e-6, atol=1e-6)
         assert int(bad) == 99
-        for wrong in (torch.nan, torch.inf, 1e3):
-            stored[5, 2] = wrong
-            for number, expected in ((7, 7), (9, 7), (3, 3)):
-                prepared(stored, places, mean, scale, longest, bad, torch.tensor(number))
+        for side, wrong in itertools.product((0, 1), (torch.nan, torch.inf, 1e3)):
+            damaged = [table.clone() for table in stored]
+            damaged[side][5, 2] = wrong
+            for step_number, expected in ((7, 7), (9, 7), (3, 3)):
+                rows.prepared(*sides(damaged), places, bad, torch.tensor(step_number))
                 assert int(bad) == expected
             bad.fill_(99)

@@ -172,13 +172,14 @@ def _launch_step(width: int, prefixes: int) -> None:
 
 
 def _launch_rows(width: int) -> None:
-    from train.model.kernels.triton_rows import prepared
+    from train.model.kernels.triton_rows import Stored, prepared
 
     mean, scale, longest = torch.zeros(width), torch.ones(()), torch.ones(4, dtype=torch.float64)
     bad, number, places = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), torch.arange(4)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for found, eps in ((None, None), (places, 1e-6)):
-            prepared(torch.zeros(4, width, dtype=dtype), found, mean, scale, longest, bad, number, eps)
+            side = Stored(torch.zeros(4, width, dtype=dtype), mean, scale, longest)
+            prepared(side, side, found, bad, number, eps)
 
 
 def _launch_counts() -> None:
@@ -187,9 +188,10 @@ def _launch_counts() -> None:
 
     bad, number = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     active = SparseLatents.of(torch.arange(64), torch.arange(64) % 8, torch.ones(64), torch.Size((64, 64)))
-    count_fired(active, torch.zeros(64, dtype=torch.int64), torch.ones(()), torch.ones(()), 0.99)
+    since = torch.zeros(64, dtype=torch.int64)
+    count_fired(active, since, since.bool(), 5, torch.ones(()), torch.ones(()), 0.99)
     sums = torch.zeros(3 * (100 + 5 + 2) + 18, dtype=torch.float64)
-    add_batch(sums, torch.ones(3, 100), torch.ones(3, 7), torch.ones(()), torch.ones(4), bad, number)
+    add_batch(sums, torch.ones(3, 100), torch.ones(3, 7), torch.ones(()), [torch.ones(())] * 4, bad, number)
 
 
 class _Absent:

@@ -104,9 +104,13 @@ def _adam(given: Given) -> int:
 
 
 def _prepare(given: Given) -> int:
-    """Of the table the rows that are asked for."""
+    """Of the tables the rows that are asked for."""
     found = _sum(given, "places") if given["FOUND"] else 0
-    return _rows(given["table"], len(given["out"])) + _sum(given, "mean", "longest", "out") + found
+    sides = ("", "other_")
+    return found + sum(
+        _rows(given[f"{side}table"], len(given["out"])) + _sum(given, f"{side}mean", f"{side}longest", f"{side}out")
+        for side in sides
+    )
 
 
 _PARTLY: dict[str, Callable[[Given], int]] = {
@@ -135,8 +139,8 @@ _PARTLY: dict[str, Callable[[Given], int]] = {
     "_weigh": lambda one: _sum(one, "figures", "weights", "out", *(["dead"] if one["AUXK"] else [])),
     "_adam": _adam,
     "_prepare": _prepare,
-    "_count_fired": lambda one: _sum(one, "order", "starts", "values", "since", "since"),
-    "_add_batch": lambda one: _sum(one, "sums", "sums", "target", "figures", "terms"),
+    "_count_fired": lambda one: _sum(one, "order", "starts", "values", "since", "since", "dead"),
+    "_add_batch": lambda one: _sum(one, "sums", "sums", "target", "figures"),
     "_meet": lambda one: (
         _sum(one, "values", "rows", "latents", "starts", "slopes", "slopes", "terms")
         + _sum(one, "order", "pair_starts", "partners", "strength")

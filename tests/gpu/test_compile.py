@@ -20,7 +20,7 @@ KERNELS = {
 }  # fmt: skip
 HELPERS = {"_key", "_view", "_load", "_pick", "_digits", "_order", "row_at", "rows_of_pairs", "_weighted_sum", "_group",
            "_write_sum", "_long_latent", "_value_of", "_row_square", "_squared", "_moves",
-           "_move_row", "_share", "_sum_of_shares", "_sum_of_weights"}  # fmt: skip
+           "_move_row", "_normalise", "_nth", "_share", "_sum_of_shares", "_sum_of_weights"}  # fmt: skip
 """What kernels call."""
 
 

@@ -341,15 +341,13 @@ class Trainer:
 
     def _prepared(self, inputs: Sequence[Tensor], number: Tensor) -> tuple[Tensor, Tensor]:
         """Return normalised source and target rows; bad ones are noted, as by `BadRows.note`."""
-        from train.model.kernels.triton_rows import prepared  # not there without CUDA
+        from train.model.kernels.triton_rows import Stored, prepared  # not there without CUDA
 
         (tables, places), model = self._reader.stored(inputs), self._transcoder
-        checks = [(longest, self._bad_rows.first, number) for longest in self._bad_rows.longest]
         source, target = (model.source_mean, model.source_scale), (model.target_mean, model.target_scale)
-        return (
-            prepared(tables[0], places, *source, *checks[0], model.source_rms_eps),
-            prepared(tables[-1], places, *target, *checks[1]),
-        )
+        longest, bad = self._bad_rows.longest, (self._bad_rows.first, number)
+        sides = Stored(tables[0], *source, longest[0]), Stored(tables[-1], *target, longest[1])
+        return prepared(*sides, places, *bad, model.source_rms_eps)
 
     def _write_row(self, done: int, output: StepOutput, lr: float, held_out: Evaluation | None) -> None:
         """Write a row to the logs, and what every component has done."""
