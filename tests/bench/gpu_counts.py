@@ -40,6 +40,7 @@ from train.data.batches import BatchReader
 from train.duplicates.diversity import Diversity
 from train.model.transcoder import Transcoder
 from train.run.optimizer import Optimizer
+from train.run.settings import RunConfig
 from train.run.trainer import Trainer
 
 LINE = "python -m tests.bench.gpu_counts"
@@ -122,7 +123,8 @@ def steps() -> None:
         for kernels in KERNELS:
             for rows in sized(BATCHES, BATCHES[:1]):
                 shape = Shape(rows, WIDTHS[0])
-                figures = figures_of(shape, counted(store, shape, kernels, Path(folder)))
+                config = counted_settings(store, shape, [f"kernels={kernels}"])
+                figures = figures_of(shape, counted(store, config, Path(folder) / f"{kernels}-{rows}"))
                 for name, (value, unit) in figures.items():
                     print(f"{kernels:6} {shape}  {name:50} {value:12,.5g} {unit}", flush=True)
                 record(f"gpu counts, kernels {kernels}: {shape}", f"{LINE} steps", figures, on="a fake device")
@@ -138,18 +140,24 @@ def memory() -> None:
     record(f"gpu memory: d {D:,}", f"{LINE} memory", figures, on="arithmetic")
 
 
-def counted(store: Store, shape: Shape, kernels: str, folder: Path) -> Counted:
-    """Return what the second step of a run asks of the device."""
+def counted_settings(store: Store, shape: Shape, changes: Sequence[str]) -> RunConfig:
+    """Settings of a run whose first steps are like those in the middle of one. Raises `UserError`."""
     rarely = [f"{name}=1000" for name in ("log_every", "evaluation.every", "checkpoint.every", "monitor.every")]
-    rarely += ["threads=1", "steps=4000", f"kernels={kernels}", f"monitor.rows={shape.rows}"]
+    rarely += ["threads=1", "steps=4000", f"monitor.rows={shape.rows}"]
+    with fake_cuda():
+        return settings_of(store, shape, "cuda", [*rarely, *changes])
+
+
+def counted(store: Store, config: RunConfig, run: Path) -> Counted:
+    """Return what the second step of a run in the folder `run` asks of the device."""
+    kernels, d_sae = config.settings.kernels, config.settings.transcoder.d_sae
     gc.collect()  # a trainer is not freed by itself: what it refers to refers to it
     with fake_cuda() as log:
         log.runs_kernels, before = kernels == "plain", log.live
-        config = settings_of(store, shape, "cuda", rarely)
-        trainer = Trainer(store, config, folder / f"{kernels}-{shape.rows}")
+        trainer = Trainer(store, config, run)
         with trainer._reader:
             trainer._step(1)  # not 0, which scans all decoder rows for close pairs
-            plant(trainer._diversity, shape.d_sae)
+            plant(trainer._diversity, int(d_sae))
             log.clear()
             torch.cuda.reset_peak_memory_stats()
             with noting_parts(log) as found:
