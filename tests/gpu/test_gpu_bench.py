@@ -96,8 +96,8 @@ def test_a_captured_step_has_no_more_operations_than_it_had(
     found = counted(narrow, counted_settings(narrow, shape, ["kernels=triton", *few]), tmp_path / "run")
     listed = "\n".join(f"{i:3} {part}: {op.name} @ {op.where}" for i, (part, op) in enumerate(found.inside, 1))
     assert len(found.inside) <= most, (
-        f"a step of {rows:,} rows is recorded as {len(found.inside)} operations, and it was {most}: each costs a launch\n"
-        "at every step. Take away what was added, or, if it is worth that, raise MOST_INSIDE and record\n"
+        f"a step of {rows:,} rows is recorded as {len(found.inside)} operations, and it was {most}: each costs a\n"
+        "launch at every step. Take away what was added, or, if it is worth that, raise MOST_INSIDE and record\n"
         f"`python -m tests.bench.gpu_counts steps`. They are\n{listed}"
     )
     assert found.launched is not None and found.launched <= MOST_OF_HOST, (
