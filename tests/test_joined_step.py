@@ -17,11 +17,14 @@ from train.run.metrics import Window
 from train.run.optimizer import Optimizer, OptimizerConfig
 
 triton_pairs = pytest.importorskip("train.model.kernels.triton_pairs", reason="triton is not installed")
+triton_quiet = pytest.importorskip("train.model.kernels.triton_quiet")
 triton_sums = pytest.importorskip("train.model.kernels.triton_sums")
 B, D, O, F, K = 9, 7, 5, 24, 3
 PREFIXES = (6, 12, 24)
 PAIRS = Pairs(torch.tensor([0, 0, 3, 7, 11]), torch.tensor([1, 5, 8, 8, 9]))
 CORRELATED, STRENGTH = Pairs(torch.tensor([2, 2, 4]), torch.tensor([3, 4, 20])), torch.tensor([0.5, 1.0, 2.0]).double()
+SILENT, TIMES = torch.tensor([1, 5, 2, 8]), torch.tensor([[1.0], [0.25], [0.5], [1.0]])
+"""Rows of the batch on which latents are to be silent, and what the bias counts there; three are looked at"""
 AUXK = AuxKConfig(coefficient=0.5, k=2, row_stride=3)
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 FIELDS = tuple(one.name for one in dataclasses.fields(StepOutput))
@@ -45,28 +48,28 @@ def make(kernels: str) -> Transcoder:
 
 
 def step(model: Transcoder, dead: torch.Tensor, number: torch.Tensor | None = None):
-    """One step with both terms of pairs, as a run has them; returns its losses and all terms."""
+    """One step with the terms that join its loss, as a run has them; returns its losses and all terms."""
     source, target, strength = (one.to(model.W_dec) for one in (draw(B, D, seed=3), draw(B, O, seed=4), STRENGTH))
     output = model.step(source, target, dead, AUXK, 4, number=number)
+    silent, times = 2 * source[SILENT], TIMES.to(source)
     group, margins, factor = model.group, (-0.9, -0.8), 0.05
     if output.joined:
         pairs = triton_pairs.partners(*PAIRS, F)
         mined = triton_pairs.pair_loss(output.joined, model.W_dec, pairs, group, dead, margins, factor)
         pairs = triton_pairs.together(*CORRELATED, strength, F)
-        return (
-            output.losses,
-            output,
-            mined,
-            triton_pairs.co_activation(output.joined, output.values, output.active, pairs),
-        )
+        together = triton_pairs.co_activation(output.joined, output.values, output.active, pairs)
+        sides = output.joined, model.W_enc, model.b_enc, silent, times
+        return output.losses, output, mined, together, triton_quiet.quiet_loss(*sides, torch.tensor(5), 3, 0.125)
     limit = torch.where(group[PAIRS.first] == group[PAIRS.second], *margins)
     alive = ~(dead[PAIRS.first] | dead[PAIRS.second])
     cosines = (model.W_dec[PAIRS.first] * model.W_dec[PAIRS.second]).sum(1)
     mined = (2 * factor * alive * (cosines - limit).relu().square()).sum()
     dense = output.values.new_zeros(B, F).index_put((output.active.rows, output.active.latents), output.values)
     together = (strength * (dense[:, CORRELATED.first] * dense[:, CORRELATED.second]).sum(0)).sum()
+    looked_at = [3, 0, 1]  # from 5 * 3 on, modulo 4
+    quiet = 0.125 * model.positive_sum(silent[looked_at], times[looked_at])
     first, *others = output.losses
-    return (first + together + mined, *others), output, mined, together
+    return (first + together + mined + quiet, *others), output, mined, together, quiet
 
 
 @pytest.fixture(params=["some dead", "none dead", "long sums", "number on the device"])
@@ -126,7 +129,7 @@ def test_counters_and_metrics_are_those_of_a_step_whose_terms_do_not_join() -> N
         model, counters, bad = make("triton").float(), Counters(F, 12, torch.device("cpu")), torch.tensor(99)
         window = Window(strata, PREFIXES, O, weights, outliers=True)
         for number in range(3):
-            _, output, mined, _ = step(model, counters.dead(), torch.tensor(number))
+            _, output, mined, *_ = step(model, counters.dead(), torch.tensor(number))
             output = output.with_terms({"mined": mined} if number else {}).detached()
             if not joins:
                 output = StepOutput(**{name: getattr(output, name) for name in FIELDS if name != "joined"})

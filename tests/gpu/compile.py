@@ -146,6 +146,7 @@ def _launch_step(width: int, prefixes: int) -> None:
     """A step with terms that join its loss; of pairs so many that a latent may have a long sum."""
     from train.model.kernels.sparse_ops import Groups
     from train.model.kernels.triton_pairs import co_activation, pair_loss, partners, together
+    from train.model.kernels.triton_quiet import quiet_loss
     from train.model.kernels.triton_step import AuxK, Noted, Plan, pairs_loss
     from train.model.kernels.triton_sums import Every
     from train.model.sparse_latents import SparseLatents
@@ -164,6 +165,7 @@ def _launch_step(width: int, prefixes: int) -> None:
     loss, values, left, joined = pairs_loss(x, W_enc, b_enc, W_dec, bias, x, active, plan)
     pair_loss(joined, W_dec, partners(first, first + 1, F), group, dead, (0.3, 0.7), 1.0)
     co_activation(joined, values, active, together(first, first + 1, torch.ones(600), F))
+    quiet_loss(joined, W_enc, b_enc, x[:4], x[:4, :1], every.number, 4, 0.1)
     loss.backward()
     kept = of_row < rows // 4
     active = SparseLatents.of(of_row[kept], latents[kept], torch.ones(int(kept.sum())), torch.Size((rows // 4, F)))

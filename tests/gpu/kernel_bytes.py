@@ -62,7 +62,7 @@ def _kept(given: Given) -> int:
 
 def _sums(given: Given) -> int:
     both = _sums_of(given, "", given["PARTNERS"]) + (_sums_of(given, "other_", False) if given["SIDES"] == 2 else 0)
-    return _sum(given, "order", "starts", "rows") + both
+    return _sum(given, "order", "starts", "rows", *(["extra_slopes", "extra_rows"] if given["EXTRA"] else [])) + both
 
 
 def _sums_of(given: Given, start: str, partners: bool) -> int:
@@ -145,5 +145,6 @@ _PARTLY: dict[str, Callable[[Given], int]] = {
         _sum(one, "values", "rows", "latents", "starts", "slopes", "slopes", "terms")
         + _sum(one, "order", "pair_starts", "partners", "strength")
     ),
+    "_quiet": lambda one: _sum(one, "rows", "W_enc", "b_enc", "slopes", "terms"),
     "_excess": lambda one: _sum(one, "latents", "terms", "slopes") + _rows(one["rows"], len(one["latents"])),
 }

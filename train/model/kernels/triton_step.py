@@ -17,7 +17,7 @@ from torch import Tensor
 from train.model.kernels.sparse_ops import Groups, has_gradient
 from train.model.kernels.triton_kernels import errors_and_gradients, on_device, products
 from train.model.kernels.triton_launch import launch
-from train.model.kernels.triton_sums import Every, NormParts, Partners, Sums, norm_parts, sums_by_latent
+from train.model.kernels.triton_sums import Every, Extra, NormParts, Partners, Sums, norm_parts, sums_by_latent
 from train.model.sparse_latents import SparseLatents
 
 _SUMMED = 8192
@@ -49,6 +49,8 @@ class Joined:
     """[N] the loss's gradient by values, to which other terms may add theirs before its backward"""
     partners: list[Partners] = field(default_factory=list)
     """At most one: rows that are added to the decoder's gradient"""
+    extra: list[Extra] = field(default_factory=list)
+    """At most one: rows that are added to the encoder's gradient"""
 
 
 class AuxK(NamedTuple):
@@ -182,6 +184,7 @@ class _PairsLoss(torch.autograd.Function):
             decoder,
             encoder,
             partners=joined.partners[0] if joined.partners else None,
+            extra=joined.extra[0] if joined.extra else None,
             every_row=grad_base,
             most=len(active.starts) - 1,
         )

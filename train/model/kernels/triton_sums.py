@@ -43,6 +43,19 @@ class Partners(NamedTuple):
     """[F, d]"""
 
 
+class Extra(NamedTuple):
+    """Rows of which every latent gets its own share: `n` of them, from row `number * n` on, modulo all."""
+
+    slopes: Tensor
+    """[F, n] how much of each"""
+    rows: Tensor
+    """[R, d]"""
+    times: Tensor
+    """[R, 1] what a share of 1 adds to the sum of weights"""
+    number: Tensor
+    """[] int64"""
+
+
 class NormParts(NamedTuple):
     """What the norm of a gradient [F, d] is made from: of each of its rows, by parts of the columns."""
 
@@ -127,14 +140,15 @@ def sums_by_latent(
     second: Sums | None = None,
     *,
     partners: Partners | None = None,
+    extra: Extra | None = None,
     every_row: Tensor | None = None,  # [d]
     most: int | None = None,
 ) -> None:
     """Write one or two matrices of sums over the same pairs.
 
-    Rows of `partners` are added to the first; norms of the second have no matrix. `every_row` gets the sum of the first
-    table's rows, of each row's first group, `times` as well. `most`: pairs of a latent, if that is known; others have a
-    value of 0.
+    Rows of `partners` are added to the first, and `extra` ones to the second, whose norms have no matrix. `every_row`
+    gets the sum of the first table's rows, of each row's first group, `times` as well. `most`: pairs of a latent, if
+    that is known; others have a value of 0.
     """
     order, starts = grouped(active)
     other, sides = second or first, 1 + (second is not None)
@@ -146,9 +160,10 @@ def sums_by_latent(
     noted = first.norms if first.norms and first.norms.matrix is not None else None
     matrix = partners.matrix if partners else noted.matrix if noted else first.table
     along = noted.along if noted else first.table
-    tensors = (*pairs, *first.tensors, matrix, along, *joined, *other.tensors)
-    sizes = (first.rows_each, other.rows_each, *widths, len(first.out))
-    kinds = {"SIDES": sides, "PARTNERS": partners is not None, **first.kinds()}
+    tensors = (*pairs, *first.tensors, matrix, along, *joined, *other.tensors, *(extra or [order] * 4))
+    sizes = (first.rows_each, other.rows_each, *widths, len(first.out), len(extra.rows) if extra else 1)
+    kinds = {"SIDES": sides, "PARTNERS": partners is not None, "EXTRA": extra.slopes.shape[1] if extra else 0}
+    kinds |= first.kinds()
     kinds |= {f"OTHER_{name}": kind if second else 0 for name, kind in other.kinds().items()}
     cut = {"LONG": LONG, "PAIRS": _PAIRS, "BLOCK": block, "num_warps": 4}
     shared = len(order) > LONG and (most is None or most > LONG)
@@ -156,14 +171,14 @@ def sums_by_latent(
     launch(_sums_by_latent, grid, *tensors, *sizes, SHARED=shared, **kinds, **cut)
     if not shared and every_row is None:
         return
-    slots, extra = triton.cdiv(len(order), LONG) if shared else 0, every_row is not None
-    room = [first.out.new_empty(slots + extra, _PARTS, width) for width in widths[:sides]]
-    weights = [first.out.new_empty(slots + extra, _PARTS) for _ in room]
+    slots, of_rows = triton.cdiv(len(order), LONG) if shared else 0, every_row is not None
+    room = [first.out.new_empty(slots + of_rows, _PARTS, width) for width in widths[:sides]]
+    weights = [first.out.new_empty(slots + of_rows, _PARTS) for _ in room]
     shares = (room[0], weights[0], room[-1], weights[-1], first.out if every_row is None else every_row)
-    sizes, kinds = (*sizes, slots, len(active.starts) - 1, parts), {**kinds, "ROWS": extra, "PARTS": _PARTS}
-    grid = (slots + extra, _PARTS, parts * sides)
+    sizes, kinds = (*sizes, slots, len(active.starts) - 1, parts), {**kinds, "ROWS": of_rows, "PARTS": _PARTS}
+    grid = (slots + of_rows, _PARTS, parts * sides)
     launch(_long_sums, grid, active.latents, *tensors, *shares, *sizes, **kinds, **cut)
-    launch(_add_long_sums, (slots + extra, parts, sides), active.latents, *tensors, *shares, *sizes, **kinds, **cut)
+    launch(_add_long_sums, (slots + of_rows, parts, sides), active.latents, *tensors, *shares, *sizes, **kinds, **cut)
 
 
 @triton.jit
@@ -236,17 +251,36 @@ def _group(by, latent, rows_each, BY: tl.constexpr):
 
 
 @triton.jit
-def _write_sum(
-    total, weight, latent, o, out, alone, times, squares, matrix, along,
-    partner_order, partner_starts, slopes, partners,
-    latents, width,
-    ADD: tl.constexpr, ALONE: tl.constexpr, TIMES: tl.constexpr, PARTNERS: tl.constexpr, NORMS: tl.constexpr,
-    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write a latent's sum, or add it to what is there; with the rows of its partners, and what its norm is made of."""
+def _so_often(total, weight, times, TIMES: tl.constexpr):
+    """Return both sums, a number of times."""
     if TIMES:
         total *= tl.load(times)
         weight *= tl.load(times)
+    return total, weight
+
+
+@triton.jit
+def _with_extra(
+    total, weight, latent, o, slopes, rows, times, number, count, width, EXTRA: tl.constexpr
+):  # fmt: skip
+    """Return both sums with a latent's share of `EXTRA` of `count` rows."""
+    for n in range(EXTRA):
+        place = (tl.load(number) * EXTRA + n) % count
+        slope = tl.load(slopes + latent * EXTRA + n)
+        total += slope * tl.load(rows + place * width + o, mask=o < width, other=0.0)
+        weight += slope * tl.load(times + place)
+    return total, weight
+
+
+@triton.jit
+def _write_sum(
+    total, weight, latent, o, out, alone, squares, matrix, along,
+    partner_order, partner_starts, slopes, partners,
+    latents, width,
+    ADD: tl.constexpr, ALONE: tl.constexpr, PARTNERS: tl.constexpr, NORMS: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write a latent's sum, or add it to what is there; with the rows of its partners, and what its norm is made of."""
     if PARTNERS:
         begin, end = tl.load(partner_starts + latent), tl.load(partner_starts + latent + 1)
         more, _ = _weighted_sum(partner_order, slopes, partners, matrix, 0, 1, begin, end, o, width, PAIRS, BLOCK)
@@ -272,8 +306,9 @@ def _sums_by_latent(
     weights, by, table, out, alone, times, squares, matrix, along,
     partner_order, partner_starts, slopes, partners,
     other_weights, other_by, other_table, other_out, other_alone, other_times, other_squares,
-    rows_each, other_rows_each, width, other_width, latents,
-    SIDES: tl.constexpr, SHARED: tl.constexpr, PARTNERS: tl.constexpr,
+    extra_slopes, extra_rows, extra_times, number,
+    rows_each, other_rows_each, width, other_width, latents, extras,
+    SIDES: tl.constexpr, SHARED: tl.constexpr, PARTNERS: tl.constexpr, EXTRA: tl.constexpr,
     ADD: tl.constexpr, ALONE: tl.constexpr, TIMES: tl.constexpr, NORMS: tl.constexpr, BY: tl.constexpr,
     OTHER_ADD: tl.constexpr, OTHER_ALONE: tl.constexpr, OTHER_TIMES: tl.constexpr, OTHER_NORMS: tl.constexpr,
     OTHER_BY: tl.constexpr,
@@ -289,16 +324,20 @@ def _sums_by_latent(
     if (tl.program_id(2) == 0) & short & ((ADD == 0) | PARTNERS | (end > begin)):
         group = _group(by, latent, rows_each, BY)
         total, weight = _weighted_sum(order, weights, rows, table, group, rows_each, begin, end, o, width, PAIRS, BLOCK)
-        _write_sum(total, weight, latent, o, out, alone, times, squares, matrix, along, partner_order, partner_starts,
-                   slopes, partners, latents, width, ADD, ALONE, TIMES, PARTNERS, NORMS, PAIRS, BLOCK)  # fmt: skip
+        total, weight = _so_often(total, weight, times, TIMES)
+        _write_sum(total, weight, latent, o, out, alone, squares, matrix, along, partner_order, partner_starts, slopes,
+                   partners, latents, width, ADD, ALONE, PARTNERS, NORMS, PAIRS, BLOCK)  # fmt: skip
     if SIDES == 2:  # noqa: SIM102 - alone, it leaves out what follows
-        if (tl.program_id(2) == 1) & short & ((OTHER_ADD == 0) | (end > begin)):
+        if (tl.program_id(2) == 1) & short & ((OTHER_ADD == 0) | (EXTRA > 0) | (end > begin)):
             group = _group(other_by, latent, other_rows_each, OTHER_BY)
             total, weight = _weighted_sum(order, other_weights, rows, other_table, group, other_rows_each, begin, end,
                                           o, other_width, PAIRS, BLOCK)  # fmt: skip
-            _write_sum(total, weight, latent, o, other_out, other_alone, other_times, other_squares, matrix, along,
-                       partner_order, partner_starts, slopes, partners, latents, other_width, OTHER_ADD, OTHER_ALONE,
-                       OTHER_TIMES, False, OTHER_NORMS, PAIRS, BLOCK)  # fmt: skip
+            total, weight = _so_often(total, weight, other_times, OTHER_TIMES)
+            total, weight = _with_extra(total, weight, latent, o, extra_slopes, extra_rows, extra_times, number, extras,
+                                        other_width, EXTRA)  # fmt: skip
+            _write_sum(total, weight, latent, o, other_out, other_alone, other_squares, matrix, along, partner_order,
+                       partner_starts, slopes, partners, latents, other_width, OTHER_ADD, OTHER_ALONE, False,
+                       OTHER_NORMS, PAIRS, BLOCK)  # fmt: skip
 
 
 @triton.jit
@@ -336,9 +375,10 @@ def _long_sums(
     weights, by, table, out, alone, times, squares, matrix, along,
     partner_order, partner_starts, slopes, partners,
     other_weights, other_by, other_table, other_out, other_alone, other_times, other_squares,
+    extra_slopes, extra_rows, extra_times, number,
     shares, sums, other_shares, other_sums, every_row,
-    rows_each, other_rows_each, width, other_width, latents, slots, height, parts,
-    SIDES: tl.constexpr, PARTNERS: tl.constexpr,
+    rows_each, other_rows_each, width, other_width, latents, extras, slots, height, parts,
+    SIDES: tl.constexpr, PARTNERS: tl.constexpr, EXTRA: tl.constexpr,
     ADD: tl.constexpr, ALONE: tl.constexpr, TIMES: tl.constexpr, NORMS: tl.constexpr, BY: tl.constexpr,
     OTHER_ADD: tl.constexpr, OTHER_ALONE: tl.constexpr, OTHER_TIMES: tl.constexpr, OTHER_NORMS: tl.constexpr,
     OTHER_BY: tl.constexpr,
@@ -389,9 +429,10 @@ def _add_long_sums(
     weights, by, table, out, alone, times, squares, matrix, along,
     partner_order, partner_starts, slopes, partners,
     other_weights, other_by, other_table, other_out, other_alone, other_times, other_squares,
+    extra_slopes, extra_rows, extra_times, number,
     shares, sums, other_shares, other_sums, every_row,
-    rows_each, other_rows_each, width, other_width, latents, slots, height, parts,
-    SIDES: tl.constexpr, PARTNERS: tl.constexpr,
+    rows_each, other_rows_each, width, other_width, latents, extras, slots, height, parts,
+    SIDES: tl.constexpr, PARTNERS: tl.constexpr, EXTRA: tl.constexpr,
     ADD: tl.constexpr, ALONE: tl.constexpr, TIMES: tl.constexpr, NORMS: tl.constexpr, BY: tl.constexpr,
     OTHER_ADD: tl.constexpr, OTHER_ALONE: tl.constexpr, OTHER_TIMES: tl.constexpr, OTHER_NORMS: tl.constexpr,
     OTHER_BY: tl.constexpr,
@@ -403,16 +444,19 @@ def _add_long_sums(
         latent, _, _, is_long = _long_latent(latent_of, order, starts, slot, LONG)
         if is_long & (tl.program_id(2) == 0):
             total, weight = _sum_of_shares(shares, slot, o, width, PARTS, BLOCK), _sum_of_weights(sums, slot, PARTS)
-            _write_sum(total, weight, latent, o, out, alone, times, squares, matrix, along, partner_order,
-                       partner_starts, slopes, partners, latents, width, ADD, ALONE, TIMES, PARTNERS, NORMS, PAIRS,
-                       BLOCK)  # fmt: skip
+            total, weight = _so_often(total, weight, times, TIMES)
+            _write_sum(total, weight, latent, o, out, alone, squares, matrix, along, partner_order, partner_starts,
+                       slopes, partners, latents, width, ADD, ALONE, PARTNERS, NORMS, PAIRS, BLOCK)  # fmt: skip
         if SIDES == 2:  # noqa: SIM102 - alone, it leaves out what follows
             if is_long & (tl.program_id(2) == 1):
                 total = _sum_of_shares(other_shares, slot, o, other_width, PARTS, BLOCK)
                 weight = _sum_of_weights(other_sums, slot, PARTS)
-                _write_sum(total, weight, latent, o, other_out, other_alone, other_times, other_squares, matrix, along,
+                total, weight = _so_often(total, weight, other_times, OTHER_TIMES)
+                total, weight = _with_extra(total, weight, latent, o, extra_slopes, extra_rows, extra_times, number,
+                                            extras, other_width, EXTRA)  # fmt: skip
+                _write_sum(total, weight, latent, o, other_out, other_alone, other_squares, matrix, along,
                            partner_order, partner_starts, slopes, partners, latents, other_width, OTHER_ADD,
-                           OTHER_ALONE, OTHER_TIMES, False, OTHER_NORMS, PAIRS, BLOCK)  # fmt: skip
+                           OTHER_ALONE, False, OTHER_NORMS, PAIRS, BLOCK)  # fmt: skip
     if ROWS:  # noqa: SIM102 - alone, it leaves out what follows
         if (slot == slots) & (tl.program_id(2) == 0):
             total = _sum_of_shares(shares, slot, o, width, PARTS, BLOCK)
