@@ -119,12 +119,13 @@ _PARTLY: dict[str, Callable[[Given], int]] = {
     "_count": lambda one: _kept(one) // 2 + _sum(one, "more", "equal"),
     "_compact": lambda one: _kept(one) + _sum(one, "more", "equal", "rows", "latents", "kept_values", "starts"),
     "_products": lambda one: (
-        _sum(one, "rows", "latents", "out") + _every(one, "left") + _rows(one["right"], _latents(one, "latents"))
+        _sum(one, "rows", "latents", "out", "left") + _rows(one["right"], _latents(one, "latents"))
     ),
     "_prefix_loss": lambda one: (
         _sum(one, "values", "latents", "starts", "base", "meet", "errors", "left", "grad")
         + _every(one, "y")
         + _rows(one["W_dec"], _latents(one, "latents"))
+        + (_every(one, "x") + _rows(one["right"], _latents(one, "latents")) if one["ENCODE"] else 0)
     ),
     "_sums_by_latent": _sums,
     "_long_sums": _shares,

@@ -19,8 +19,8 @@ KERNELS = {
     "_prepare", "_count_fired", "_add_batch",
 }  # fmt: skip
 HELPERS = {"_key", "_view", "_load", "_pick", "_digits", "_order", "row_at", "rows_of_pairs", "_weighted_sum", "_group",
-           "_write_sum", "_long_latent", "_value_of", "_row_square", "_squared", "_moves", "_move_row", "_normalise",
-           "_nth", "_share", "_so_often", "_with_extra", "_sum_of_shares", "_sum_of_weights"}  # fmt: skip
+           "_write_sum", "_long_latent", "_value_of", "_encode", "_row_square", "_squared", "_moves", "_move_row",
+           "_normalise", "_nth", "_share", "_so_often", "_with_extra", "_sum_of_shares", "_sum_of_weights"}  # fmt: skip
 """What kernels call."""
 
 

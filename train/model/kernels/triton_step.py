@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from train.model.kernels.sparse_ops import Groups, has_gradient
-from train.model.kernels.triton_kernels import errors_and_gradients, on_device, products
+from train.model.kernels.triton_kernels import Encoder, errors_and_gradients, on_device
 from train.model.kernels.triton_launch import launch
 from train.model.kernels.triton_sums import Every, Extra, NormParts, Partners, Sums, norm_parts, sums_by_latent
 from train.model.sparse_latents import SparseLatents
@@ -131,12 +131,16 @@ class _PairsLoss(torch.autograd.Function):
         plan: Plan,
         joined: list[Joined],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        values = _values(x, W_enc, b_enc, active, plan)
+        values, encoder = active.values, None
+        if plan.again or values.dtype != x.dtype:
+            values, encoder = x.new_empty(len(active.rows)), Encoder(x, W_enc.T, b_enc, plan.among)
+        else:
+            values = values.relu() if plan.among is None else values.where(plan.among[active.latents], 0.0)
         groups, weight = plan.groups, plan.groups.weight
         assert isinstance(weight, Tensor)
         figures = y.new_empty(len(active.starts) - 1, groups.prefixes + 2)
         _, left, meet, slopes = errors_and_gradients(
-            values, W_dec, base, y, active, groups, figures=figures, masked=True, every=plan.every
+            values, W_dec, base, y, active, groups, figures=figures, masked=True, every=plan.every, encoder=encoder
         )
         joined.append(Joined(figures, active.with_values(values.detach()), slopes))
         ctx.save_for_backward(x, values, meet)
@@ -191,15 +195,6 @@ class _PairsLoss(torch.autograd.Function):
         if wanted and ctx.every_row:
             grad_base = times * meet[:, 0]
         return *(None,) * 4, grad_base, *(None,) * 4
-
-
-def _values(x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents, plan: Plan) -> Tensor:
-    """Return the values of pairs."""
-    if plan.again or active.values.dtype != x.dtype:
-        return products(active, x, W_enc.T, b_enc, positive=plan.among is None, among=plan.among, every=plan.every)
-    if plan.among is None:
-        return active.values.relu()
-    return active.values.where(plan.among[active.latents], 0.0)
 
 
 def _noted(
