@@ -15,6 +15,7 @@ kernel, by the compiler that a GPU would get it from (`python -m tests.gpu.compi
 """
 
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -38,6 +39,7 @@ from tests.gpu.device_log import DeviceLog, Op
 from tests.gpu.fake_device import fake_cuda
 from train.data.batches import BatchReader
 from train.duplicates.diversity import Diversity
+from train.model.quiet import Quiet
 from train.model.transcoder import Transcoder
 from train.run.optimizer import Optimizer
 from train.run.settings import RunConfig
@@ -57,6 +59,7 @@ PARTS: dict[str, tuple[tuple[type, str], ...]] = {
     "rows": ((BatchReader, "rows_of"), (Trainer, "_prepared"), (Transcoder, "normalised")),
     "forward": ((Transcoder, "step_of"),),
     "terms against duplicates": ((Diversity, "value_terms"), (Diversity, "direction_terms")),
+    "silent rows": ((Quiet, "terms"),),
     "backward and update": ((Optimizer, "update"),),
 }
 REST = "counting and logging"
@@ -117,17 +120,18 @@ def main() -> None:
 
 
 def steps() -> None:
-    """Count a step by each kind of kernels."""
+    """Count a step by each kind of kernels; by Triton's also where rows are left out, on which latents are silent."""
     with tempfile.TemporaryDirectory() as folder:
-        store = small_store(Path(folder))
-        for kernels in KERNELS:
-            for rows in sized(BATCHES, BATCHES[:1]):
-                shape = Shape(rows, WIDTHS[0])
-                config = counted_settings(store, shape, [f"kernels={kernels}"])
-                figures = figures_of(shape, counted(store, config, Path(folder) / f"{kernels}-{rows}"))
-                for name, (value, unit) in figures.items():
-                    print(f"{kernels:6} {shape}  {name:50} {value:12,.5g} {unit}", flush=True)
-                record(f"gpu counts, kernels {kernels}: {shape}", f"{LINE} steps", figures, on="a fake device")
+        stores = {"": small_store(Path(folder)), ", position 0 left out": small_store(Path(folder), 20.0)}
+        forms = [(kernels, store) for kernels in KERNELS for store in list(stores)[: 1 + (kernels == "triton")]]
+        for (kernels, name), rows in itertools.product(forms, sized(BATCHES, BATCHES[:1])):
+            shape, title = Shape(rows, WIDTHS[0]), f"kernels {kernels}{name}"
+            config = counted_settings(stores[name], shape, [f"kernels={kernels}"])
+            assert bool(config.settings.quiet.weight) == bool(name)
+            figures = figures_of(shape, counted(stores[name], config, Path(folder) / f"{title}-{rows}"))
+            for figure, (value, unit) in figures.items():
+                print(f"{title:36} {shape}  {figure:50} {value:12,.5g} {unit}", flush=True)
+            record(f"gpu counts, {title}: {shape}", f"{LINE} steps", figures, on="a fake device")
 
 
 def memory() -> None:
