@@ -122,20 +122,20 @@ def _launch_adam(width: int) -> None:
     from train.model.kernels.triton_adam import Moved, adam, adam_of_all, clip, noted_squares, row_squares, rows_of
     from train.model.kernels.triton_sums import norm_parts
 
-    scalars, powers, numbers = torch.zeros(5), torch.zeros(4, dtype=torch.float64), {"betas": (0.9, 0.999), "eps": 1e-8}
+    scalars, powers, betas = torch.zeros(5), torch.zeros(4, dtype=torch.float64), (0.9, 0.999)
     for shape, unit in (((4, width), True), ((4, width), False), ((width,), False)):
         rows, grad = torch.zeros(shape), torch.zeros(shape)
         squares, bias = torch.zeros(rows_of(rows)), torch.zeros(rows_of(rows))
         row_squares(grad, rows, unit, squares)
         clip(squares, bias, bias, 1.0, powers, torch.zeros(()), scalars)
-        adam(Moved(rows, grad, rows, rows, None), scalars, times=1.0, **numbers)
+        matrix, one = Moved(rows, grad, rows, rows, None), Moved(bias, bias, bias, bias, None)
+        adam(matrix, scalars, times=1.0, betas=betas, eps=1e-8)
         if len(shape) == 1:
             continue
-        vector, one = Moved(*[torch.zeros(width)] * 4, None), Moved(*[bias] * 4, None)
+        vector = Moved(rows[0], rows[0], rows[0], rows[0], None)
         for low, bias_low in ((None, None), (rows.bfloat16(), bias.bfloat16())):
-            matrix = Moved(rows, grad, rows, rows, None)
-            sides = (matrix, vector, matrix._replace(low=low), one._replace(low=bias_low))
-            adam_of_all(*sides, scalars, unit=unit, times=1.0, **numbers)
+            encoder = matrix._replace(low=low), one._replace(low=bias_low)
+            adam_of_all(matrix, vector, *encoder, scalars, unit=unit, times=1.0, betas=betas, eps=1e-8)
         if unit:
             first, second = (norm_parts(grad, rows), squares), (norm_parts(grad, None), squares)
             for noted in ([first, second], [first], [second]):

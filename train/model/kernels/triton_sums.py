@@ -175,10 +175,10 @@ def sums_by_latent(
     room = [first.out.new_empty(slots + of_rows, _PARTS, width) for width in widths[:sides]]
     weights = [first.out.new_empty(slots + of_rows, _PARTS) for _ in room]
     shares = (room[0], weights[0], room[-1], weights[-1], first.out if every_row is None else every_row)
-    sizes, kinds = (*sizes, slots, len(active.starts) - 1, parts), {**kinds, "ROWS": of_rows, "PARTS": _PARTS}
+    more, kinds = (*sizes, slots, len(active.starts) - 1, parts), {**kinds, "ROWS": of_rows, "PARTS": _PARTS}
     grid = (slots + of_rows, _PARTS, parts * sides)
-    launch(_long_sums, grid, active.latents, *tensors, *shares, *sizes, **kinds, **cut)
-    launch(_add_long_sums, (slots + of_rows, parts, sides), active.latents, *tensors, *shares, *sizes, **kinds, **cut)
+    launch(_long_sums, grid, active.latents, *tensors, *shares, *more, **kinds, **cut)
+    launch(_add_long_sums, (slots + of_rows, parts, sides), active.latents, *tensors, *shares, *more, **kinds, **cut)
 
 
 @triton.jit
