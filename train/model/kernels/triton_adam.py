@@ -18,6 +18,8 @@ from train.model.kernels.triton_sums import NormParts
 
 _SUMMED = 8192
 """Squares that the one program of `_clip` sums at once."""
+_PER_WARP = 256
+"""Numbers of a row for each warp of `_adam` that moves all: with more, registers spill."""
 _LATENTS = 128
 """Rows that a program of `_noted_squares` looks at."""
 
@@ -89,7 +91,8 @@ def adam_of_all(
     sizes, numbers = (width, other_width, latents, W_dec.grad.numel()), _numbers(times, betas, eps)
     of = {"ALL": True, "UNIT": unit, "SHADOW": W_enc.low is not None}
     block = triton.next_power_of_2(max(width, other_width))
-    launch(_adam, (latents + 1, 2), *tensors, scalars, *sizes, *numbers, **of, BLOCK=block)
+    warps = max(1, min(16, block // _PER_WARP))
+    launch(_adam, (latents + 1, 2), *tensors, scalars, *sizes, *numbers, **of, BLOCK=block, num_warps=warps)
 
 
 def _numbers(times: float, betas: tuple[float, float], eps: float) -> tuple[float, ...]:

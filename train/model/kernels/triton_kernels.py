@@ -20,8 +20,9 @@ from train.model.kernels.triton_launch import launch
 from train.model.kernels.triton_sums import Every, row_at, rows_of_pairs
 from train.model.sparse_latents import SparseLatents
 
-_PAIRS, _ON_THE_WAY = 8, 8192
-"""Pairs whose rows of a matrix a program reads at once, at most, and the numbers that fit into registers."""
+_PAIRS, _ON_THE_WAY, _INNER = 8, 8192, 4096
+"""Pairs whose rows of a matrix a program reads at once, at most; the numbers that fit into registers; and the columns
+of the encoder's rows that are read at once."""
 
 
 class Triton(Fused):
@@ -132,9 +133,10 @@ def errors_and_gradients(
     sides = (values, active.latents, active.starts, groups.of_latent, W_dec, base.contiguous(), y, groups.weight)
     found = (*_rows_of(every, active.starts), bounds, meet, errors, left, grad)
     steps = (width if len(base) > 1 else 0, groups.weight.dim(), errors.shape[1])
-    block, inner_block = triton.next_power_of_2(width), triton.next_power_of_2(x.shape[1])
+    block, inner_block = triton.next_power_of_2(width), min(_INNER, triton.next_power_of_2(x.shape[1]))
     constants = {"PREFIXES": prefixes, "PAIRS": _at_once(block), "BLOCK": block}
     constants |= {"INNER_PAIRS": _at_once(inner_block), "INNER_BLOCK": inner_block}
+    constants["INNER_WHOLE"] = inner_block >= x.shape[1]
     kinds = {"FIGURES": figures is not None, "MASKED": masked, "EVERY": every is not None}
     kinds |= {"ENCODE": encoder is not None, "AMONG": among is not None}
     launch(_prefix_loss, (rows,), *sides, *inner, *found, *steps, width, x.shape[1], **kinds, **constants)
@@ -163,15 +165,23 @@ def _products(rows, latents, left, right, bias, out, width, BLOCK: tl.constexpr)
 @triton.jit
 def _encode(
     row, begin, end, values, latents, x, right, bias, among, width,
-    AMONG: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    AMONG: tl.constexpr, WHOLE: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the values of a row's pairs."""
+    """Write the values of a row's pairs; `WHOLE`: rows are read at once."""
     d = tl.arange(0, BLOCK)
-    one = tl.load(x + row * width + d, mask=d < width, other=0.0)
+    if WHOLE:
+        one = tl.load(x + row * width + d, mask=d < width, other=0.0)
     for low in range(begin, end, PAIRS):
         i = low + tl.arange(0, PAIRS)
         latent = tl.load(latents + i, mask=i < end, other=0)
-        value = tl.sum(rows_of_pairs(right, latent, i < end, d, d < width, width) * one[None, :], 1)
+        if WHOLE:
+            value = tl.sum(rows_of_pairs(right, latent, i < end, d, d < width, width) * one[None, :], 1)
+        else:
+            value = tl.zeros([PAIRS], x.dtype.element_ty)
+            for start in range(0, width, BLOCK):
+                o = start + d
+                part = tl.load(x + row * width + o, mask=o < width, other=0.0)
+                value += tl.sum(rows_of_pairs(right, latent, i < end, o, o < width, width) * part[None, :], 1)
         value += tl.load(bias + latent, mask=i < end, other=0.0)
         if AMONG:
             value = tl.where(tl.load(among + latent, mask=i < end, other=0) > 0, value, 0.0)
@@ -214,6 +224,7 @@ def _prefix_loss(
     PREFIXES: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
+    INNER_WHOLE: tl.constexpr,
     INNER_PAIRS: tl.constexpr,
     INNER_BLOCK: tl.constexpr,
 ):
@@ -225,7 +236,7 @@ def _prefix_loss(
     tl.store(bounds + PREFIXES, end)
     if ENCODE:
         _encode(row_at(row, number, step, EVERY), begin, end, values, latents, x, right, bias, among, inner_width,
-                AMONG, INNER_PAIRS, INNER_BLOCK)  # fmt: skip
+                AMONG, INNER_WHOLE, INNER_PAIRS, INNER_BLOCK)  # fmt: skip
         tl.debug_barrier()  # values that other threads have written are read below
     for p in range(PREFIXES - 1):
         count = tl.zeros([128], tl.int32)
