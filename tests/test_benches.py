@@ -144,7 +144,8 @@ def test_a_bench_runs(
     assert all(math.isfinite(figure["value"]) for figure in figures), figures
     assert any(figure["value"] > 0 for figure in figures), figures
     measured = [figure for figure in figures if figure["unit"] in POSITIVE or "fvu" in figure["name"].split()]
-    assert all(figure["value"] > 0 for figure in measured), measured
+    # Of a step without rows that are left out, none are for those.
+    assert all(figure["value"] > 0 for figure in measured if "silent rows" not in figure["name"]), measured
     assert all(figure["command"].startswith(f"python -m tests.bench.{name}") for figure in figures)
     page = (tmp_path / "figures" / "benchmarks.md").read_text()
     assert all(figure["name"] in page for figure in figures)

@@ -98,9 +98,8 @@ def test_tritons_loss_of_mined_pairs_is_the_direction_loss_of_those_that_live() 
     loss = triton_pairs.pair_loss(joined, W_dec, parts, group, dead, (-0.9, -0.8), 0.5)
     nothing = SparseLatents.of(first[:0], first[:0], torch.zeros(0), torch.Size((1, F)))
     found = torch.empty(F, O)
-    triton_sums.sums_by_latent(
-        nothing, nothing.values, torch.zeros(1, O), found, add=False, partners=joined.partners[0]
-    )
+    sums = triton_sums.Sums(nothing.values, torch.zeros(1, O), found, add=False)
+    triton_sums.sums_by_latent(nothing, sums, partners=joined.partners[0])
     assert expected.grad is not None
     cosines = (expected.detach() @ expected.detach().T)[pairs.first, pairs.second]
     assert float(loss.detach()) == pytest.approx(float(((cosines - margins).relu().square() * alive).sum()), rel=1e-5)

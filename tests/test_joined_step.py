@@ -1,6 +1,7 @@
 """A step of Triton's kernels with the terms that join its loss, against dense autograd in float64."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -16,11 +17,15 @@ from train.run.metrics import Window
 from train.run.optimizer import Optimizer, OptimizerConfig
 
 triton_pairs = pytest.importorskip("train.model.kernels.triton_pairs", reason="triton is not installed")
+triton_kernels = pytest.importorskip("train.model.kernels.triton_kernels")
+triton_quiet = pytest.importorskip("train.model.kernels.triton_quiet")
 triton_sums = pytest.importorskip("train.model.kernels.triton_sums")
 B, D, O, F, K = 9, 7, 5, 24, 3
 PREFIXES = (6, 12, 24)
 PAIRS = Pairs(torch.tensor([0, 0, 3, 7, 11]), torch.tensor([1, 5, 8, 8, 9]))
 CORRELATED, STRENGTH = Pairs(torch.tensor([2, 2, 4]), torch.tensor([3, 4, 20])), torch.tensor([0.5, 1.0, 2.0]).double()
+SILENT, TIMES = torch.tensor([1, 5, 2, 8]), torch.tensor([[1.0], [0.25], [0.5], [1.0]])
+"""Rows of the batch on which latents are to be silent, and what the bias counts there; three are looked at"""
 AUXK = AuxKConfig(coefficient=0.5, k=2, row_stride=3)
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 FIELDS = tuple(one.name for one in dataclasses.fields(StepOutput))
@@ -44,39 +49,42 @@ def make(kernels: str) -> Transcoder:
 
 
 def step(model: Transcoder, dead: torch.Tensor, number: torch.Tensor | None = None):
-    """One step with both terms of pairs, as a run has them; returns its losses and all terms."""
+    """One step with the terms that join its loss, as a run has them; returns its losses and all terms."""
     source, target, strength = (one.to(model.W_dec) for one in (draw(B, D, seed=3), draw(B, O, seed=4), STRENGTH))
     output = model.step(source, target, dead, AUXK, 4, number=number)
+    silent, times = 2 * source[SILENT], TIMES.to(source)
     group, margins, factor = model.group, (-0.9, -0.8), 0.05
     if output.joined:
         pairs = triton_pairs.partners(*PAIRS, F)
         mined = triton_pairs.pair_loss(output.joined, model.W_dec, pairs, group, dead, margins, factor)
         pairs = triton_pairs.together(*CORRELATED, strength, F)
-        return (
-            output.losses,
-            output,
-            mined,
-            triton_pairs.co_activation(output.joined, output.values, output.active, pairs),
-        )
+        together = triton_pairs.co_activation(output.joined, output.values, output.active, pairs)
+        sides = output.joined, model.W_enc, model.b_enc, silent, times
+        return output.losses, output, mined, together, triton_quiet.quiet_loss(*sides, torch.tensor(5), 3, 0.125)
     limit = torch.where(group[PAIRS.first] == group[PAIRS.second], *margins)
     alive = ~(dead[PAIRS.first] | dead[PAIRS.second])
     cosines = (model.W_dec[PAIRS.first] * model.W_dec[PAIRS.second]).sum(1)
     mined = (2 * factor * alive * (cosines - limit).relu().square()).sum()
     dense = output.values.new_zeros(B, F).index_put((output.active.rows, output.active.latents), output.values)
     together = (strength * (dense[:, CORRELATED.first] * dense[:, CORRELATED.second]).sum(0)).sum()
+    looked_at = [3, 0, 1]  # from 5 * 3 on, modulo 4
+    quiet = 0.125 * model.positive_sum(silent[looked_at], times[looked_at])
     first, *others = output.losses
-    return (first + together + mined, *others), output, mined, together
+    return (first + together + mined + quiet, *others), output, mined, together, quiet
 
 
-@pytest.fixture(params=["some dead", "none dead", "long sums", "number on the device"])
+@pytest.fixture(params=["some dead", "none dead", "long sums"])
 def dead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.Tensor]:
     if request.param == "long sums":
         monkeypatch.setattr(triton_sums, "LONG", 2)
+        monkeypatch.setattr(triton_kernels, "_INNER", 4)  # rows of the encoder are read in parts
     yield torch.arange(F) % 5 == (9 if request.param == "none dead" else 1)
 
 
-def test_gradients_with_terms_that_join_are_those_of_the_sum_of_all_terms(dead: torch.Tensor) -> None:
+@pytest.mark.parametrize("again", [True, False], ids=["values again", "values as selected"])
+def test_gradients_with_terms_that_join_are_those_of_the_sum_of_all_terms(dead: torch.Tensor, again: bool) -> None:
     mine, theirs = make("triton"), make("dense")
+    mine.tf32 = again  # on CPU that alone comes of it
     found, expected = step(mine, dead, torch.tensor(4)), step(theirs, dead)
     for one, other in zip(found[2:], expected[2:], strict=True):
         assert float(other.detach()) > 0
@@ -125,7 +133,7 @@ def test_counters_and_metrics_are_those_of_a_step_whose_terms_do_not_join() -> N
         model, counters, bad = make("triton").float(), Counters(F, 12, torch.device("cpu")), torch.tensor(99)
         window = Window(strata, PREFIXES, O, weights, outliers=True)
         for number in range(3):
-            _, output, mined, _ = step(model, counters.dead(), torch.tensor(number))
+            _, output, mined, *_ = step(model, counters.dead(), torch.tensor(number))
             output = output.with_terms({"mined": mined} if number else {}).detached()
             if not joins:
                 output = StepOutput(**{name: getattr(output, name) for name in FIELDS if name != "joined"})
@@ -137,6 +145,7 @@ def test_counters_and_metrics_are_those_of_a_step_whose_terms_do_not_join() -> N
     (mine, my_counters, bad), (theirs, their_counters, _) = found
     assert int(bad) == 2
     assert torch.equal(my_counters.rows_since_fired, their_counters.rows_since_fired)
+    assert torch.equal(my_counters.dead(), their_counters.dead()) and my_counters.dead().any()
     assert int(my_counters.rows_since_fired.max()) > 0 == int(my_counters.rows_since_fired.min())
     torch.testing.assert_close(my_counters.threshold, their_counters.threshold)
     expected = theirs.state()
@@ -147,21 +156,33 @@ def test_counters_and_metrics_are_those_of_a_step_whose_terms_do_not_join() -> N
 
 def test_rows_are_found_checked_and_normalised() -> None:
     """From bfloat16 as from float32; a row that is too long or not finite is noted with the first such step."""
-    prepared = pytest.importorskip("train.model.kernels.triton_rows").prepared
-    table, mean, scale = 3 * draw(12, D, seed=1), draw(D, seed=2).float(), torch.tensor(1.7)
-    places, longest = torch.tensor([11, 0, 5, 5]), torch.full((4,), 100.0).double()
+    rows = pytest.importorskip("train.model.kernels.triton_rows")
+    tables, means = (
+        (3 * draw(12, D, seed=1), 2 * draw(12, O, seed=3)),
+        (draw(D, seed=2).float(), draw(O, seed=4).float()),
+    )
+    scales = torch.tensor(1.7), torch.tensor(0.6)
+    places, longest, number = torch.tensor([11, 0, 5, 5]), torch.full((4,), 100.0).double(), torch.tensor(7)
+
+    def sides(stored):
+        return [rows.Stored(*side, longest) for side in zip(stored, means, scales, strict=True)]
+
     for dtype in (torch.float32, torch.bfloat16):
-        stored, bad = table.to(dtype), torch.tensor(99)
-        rows = stored.float().double()[places]
-        found = prepared(stored, places, mean, scale, longest, bad, torch.tensor(7))
-        torch.testing.assert_close(found.double(), (rows - mean) / scale, rtol=1e-6, atol=1e-6)
-        over = rows / (rows.square().mean(1, keepdim=True) + 0.1).sqrt()
-        found = prepared(stored[places], None, mean, scale, longest, bad, torch.tensor(7), 0.1)
-        torch.testing.assert_close(found.double(), (over - mean) / scale, rtol=1e-6, atol=1e-6)
+        stored, bad = [table.to(dtype) for table in tables], torch.tensor(99)
+        read = [table.float().double()[places] for table in stored]
+        over = read[0] / (read[0].square().mean(1, keepdim=True) + 0.1).sqrt()
+        here = [table[places] for table in stored]
+        for found, source in (
+            (rows.prepared(*sides(stored), places, bad, number), read[0]),
+            (rows.prepared(*sides(here), None, bad, number, 0.1), over),
+        ):
+            for mine, theirs, mean, scale in zip(found, (source, read[1]), means, scales, strict=True):
+                torch.testing.assert_close(mine.double(), (theirs - mean) / scale, rtol=1e-6, atol=1e-6)
         assert int(bad) == 99
-        for wrong in (torch.nan, torch.inf, 1e3):
-            stored[5, 2] = wrong
-            for number, expected in ((7, 7), (9, 7), (3, 3)):
-                prepared(stored, places, mean, scale, longest, bad, torch.tensor(number))
+        for side, wrong in itertools.product((0, 1), (torch.nan, torch.inf, 1e3)):
+            damaged = [table.clone() for table in stored]
+            damaged[side][5, 2] = wrong
+            for step_number, expected in ((7, 7), (9, 7), (3, 3)):
+                rows.prepared(*sides(damaged), places, bad, torch.tensor(step_number))
                 assert int(bad) == expected
             bad.fill_(99)

@@ -85,7 +85,7 @@ def _of_pairs(device: str) -> Iterator[Check]:
     """Check the loss of close decoder rows, one of them in many pairs, and its gradient."""
     from train.model.kernels.triton_pairs import pair_loss, partners
     from train.model.kernels.triton_step import Joined
-    from train.model.kernels.triton_sums import sums_by_latent
+    from train.model.kernels.triton_sums import Sums, sums_by_latent
 
     F, O = WIDTHS[0][2], WIDTHS[0][1]
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +99,8 @@ def _of_pairs(device: str) -> Iterator[Check]:
     active = SparseLatents.of(nothing, nothing, rows.new_zeros(0), torch.Size((1, F)))
     joined, gradient = Joined(rows.new_zeros(1, 3), active, active.values), torch.empty_like(rows)
     loss = pair_loss(joined, W_dec, partners(first, second, F), group, dead, (-0.5, 0.0), 0.25)
-    sums_by_latent(active, active.values, rows.new_zeros(1, O), gradient, add=False, partners=joined.partners[0])
+    no_pairs = Sums(active.values, rows.new_zeros(1, O), gradient, False)
+    sums_by_latent(active, no_pairs, partners=joined.partners[0])
     margins = torch.where(group[first] == group[second], -0.5, 0.0)
     excess = ((leaf[first] * leaf[second]).sum(1) - margins).relu().where(~(dead[first] | dead[second]), 0.0)
     expected = 0.5 * excess.square().sum()

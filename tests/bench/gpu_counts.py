@@ -15,6 +15,7 @@ kernel, by the compiler that a GPU would get it from (`python -m tests.gpu.compi
 """
 
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -38,8 +39,10 @@ from tests.gpu.device_log import DeviceLog, Op
 from tests.gpu.fake_device import fake_cuda
 from train.data.batches import BatchReader
 from train.duplicates.diversity import Diversity
+from train.model.quiet import Quiet
 from train.model.transcoder import Transcoder
 from train.run.optimizer import Optimizer
+from train.run.settings import RunConfig
 from train.run.trainer import Trainer
 
 LINE = "python -m tests.bench.gpu_counts"
@@ -56,6 +59,7 @@ PARTS: dict[str, tuple[tuple[type, str], ...]] = {
     "rows": ((BatchReader, "rows_of"), (Trainer, "_prepared"), (Transcoder, "normalised")),
     "forward": ((Transcoder, "step_of"),),
     "terms against duplicates": ((Diversity, "value_terms"), (Diversity, "direction_terms")),
+    "silent rows": ((Quiet, "terms"),),
     "backward and update": ((Optimizer, "update"),),
 }
 REST = "counting and logging"
@@ -116,16 +120,18 @@ def main() -> None:
 
 
 def steps() -> None:
-    """Count a step by each kind of kernels."""
+    """Count a step by each kind of kernels; by Triton's also where rows are left out, on which latents are silent."""
     with tempfile.TemporaryDirectory() as folder:
-        store = small_store(Path(folder))
-        for kernels in KERNELS:
-            for rows in sized(BATCHES, BATCHES[:1]):
-                shape = Shape(rows, WIDTHS[0])
-                figures = figures_of(shape, counted(store, shape, kernels, Path(folder)))
-                for name, (value, unit) in figures.items():
-                    print(f"{kernels:6} {shape}  {name:50} {value:12,.5g} {unit}", flush=True)
-                record(f"gpu counts, kernels {kernels}: {shape}", f"{LINE} steps", figures, on="a fake device")
+        stores = {"": small_store(Path(folder)), ", position 0 left out": small_store(Path(folder), 20.0)}
+        forms = [(kernels, store) for kernels in KERNELS for store in list(stores)[: 1 + (kernels == "triton")]]
+        for (kernels, name), rows in itertools.product(forms, sized(BATCHES, BATCHES[:1])):
+            shape, title = Shape(rows, WIDTHS[0]), f"kernels {kernels}{name}"
+            config = counted_settings(stores[name], shape, [f"kernels={kernels}"])
+            assert bool(config.settings.quiet.weight) == bool(name)
+            figures = figures_of(shape, counted(stores[name], config, Path(folder) / f"{title}-{rows}"))
+            for figure, (value, unit) in figures.items():
+                print(f"{title:36} {shape}  {figure:50} {value:12,.5g} {unit}", flush=True)
+            record(f"gpu counts, {title}: {shape}", f"{LINE} steps", figures, on="a fake device")
 
 
 def memory() -> None:
@@ -138,18 +144,24 @@ def memory() -> None:
     record(f"gpu memory: d {D:,}", f"{LINE} memory", figures, on="arithmetic")
 
 
-def counted(store: Store, shape: Shape, kernels: str, folder: Path) -> Counted:
-    """Return what the second step of a run asks of the device."""
+def counted_settings(store: Store, shape: Shape, changes: Sequence[str]) -> RunConfig:
+    """Settings of a run whose first steps are like those in the middle of one. Raises `UserError`."""
     rarely = [f"{name}=1000" for name in ("log_every", "evaluation.every", "checkpoint.every", "monitor.every")]
-    rarely += ["threads=1", "steps=4000", f"kernels={kernels}", f"monitor.rows={shape.rows}"]
+    rarely += ["threads=1", "steps=4000", f"monitor.rows={shape.rows}"]
+    with fake_cuda():
+        return settings_of(store, shape, "cuda", [*rarely, *changes])
+
+
+def counted(store: Store, config: RunConfig, run: Path) -> Counted:
+    """Return what the second step of a run in the folder `run` asks of the device."""
+    kernels, d_sae = config.settings.kernels, config.settings.transcoder.d_sae
     gc.collect()  # a trainer is not freed by itself: what it refers to refers to it
     with fake_cuda() as log:
         log.runs_kernels, before = kernels == "plain", log.live
-        config = settings_of(store, shape, "cuda", rarely)
-        trainer = Trainer(store, config, folder / f"{kernels}-{shape.rows}")
+        trainer = Trainer(store, config, run)
         with trainer._reader:
             trainer._step(1)  # not 0, which scans all decoder rows for close pairs
-            plant(trainer._diversity, shape.d_sae)
+            plant(trainer._diversity, int(d_sae))
             log.clear()
             torch.cuda.reset_peak_memory_stats()
             with noting_parts(log) as found:

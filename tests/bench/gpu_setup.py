@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,19 +78,23 @@ MAIN = SHAPES[0]
 """The one that the preset `gemma-2-2b` trains."""
 
 
-def small_store(folder: Path) -> Store:
-    """A store as wide as the shapes, with rows enough for one batch, whose means and scales a step needs."""
+def small_store(folder: Path, long_first: float = 1.0) -> Store:
+    """A store as wide as the shapes, with rows enough for one batch, whose means and scales a step needs.
+
+    `long_first`: how many times as long as others rows of position 0 are; training leaves them out where they are much
+    longer.
+    """
     made = make_store(
-        folder / "small-store", d_in=D, d_out=D, training_blocks=sized(1, 3), context_size=sized(128, 32),
-        block_sequences=sized(48, 16), edges=(0, 1, 16), tokenizer=True, draw=_noise,
-        histograms=True,
+        folder / f"small-store-{long_first:g}", d_in=D, d_out=D, training_blocks=sized(1, 3),
+        context_size=sized(128, 32), block_sequences=sized(48, 16), edges=(0, 1, 16), tokenizer=True,
+        draw=partial(_noise, long_first), histograms=True,
     )  # fmt: skip
     return Store.open(made.path)
 
 
-def _noise(tokens: NDArray[Any], position: NDArray[Any], shared: object) -> dict[str, NDArray[Any]]:
-    rng = np.random.default_rng(int(tokens.sum()))
-    return {side: rng.standard_normal((len(tokens), D), np.float32) for side in SIDES}
+def _noise(long_first: float, tokens: NDArray[Any], position: NDArray[Any], shared: object) -> dict[str, NDArray[Any]]:
+    rng, length = np.random.default_rng(int(tokens.sum())), np.where(position == 0, np.float32(long_first), 1)
+    return {side: length[:, None] * rng.standard_normal((len(tokens), D), np.float32) for side in SIDES}
 
 
 @dataclass

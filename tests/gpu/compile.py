@@ -119,19 +119,23 @@ def _launch_sums(width: int, prefixes: int) -> None:
 
 
 def _launch_adam(width: int) -> None:
-    from train.model.kernels.triton_adam import Moved, adam, clip, noted_squares, row_squares, rows_of
+    from train.model.kernels.triton_adam import Moved, adam, adam_of_all, clip, noted_squares, row_squares, rows_of
     from train.model.kernels.triton_sums import norm_parts
 
-    scalars, powers = torch.zeros(5), torch.zeros(4, dtype=torch.float64)
+    scalars, powers, betas = torch.zeros(5), torch.zeros(4, dtype=torch.float64), (0.9, 0.999)
     for shape, unit in (((4, width), True), ((4, width), False), ((width,), False)):
-        rows, grad, low = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape, dtype=torch.bfloat16)
+        rows, grad = torch.zeros(shape), torch.zeros(shape)
         squares, bias = torch.zeros(rows_of(rows)), torch.zeros(rows_of(rows))
         row_squares(grad, rows, unit, squares)
-        for shadow, bias_low in ((None, None), (low, bias.bfloat16())):
-            moved = Moved(rows, grad, rows.clone(), rows.clone(), shadow)
-            for other in (None, Moved(bias, bias, bias, bias, bias_low)):
-                adam(moved, other, scalars, unit=unit, times=1.0, betas=(0.9, 0.999), eps=1e-8)
         clip(squares, bias, bias, 1.0, powers, torch.zeros(()), scalars)
+        matrix, one = Moved(rows, grad, rows, rows, None), Moved(bias, bias, bias, bias, None)
+        adam(matrix, scalars, times=1.0, betas=betas, eps=1e-8)
+        if len(shape) == 1:
+            continue
+        vector = Moved(rows[0], rows[0], rows[0], rows[0], None)
+        for low, bias_low in ((None, None), (rows.bfloat16(), bias.bfloat16())):
+            encoder = matrix._replace(low=low), one._replace(low=bias_low)
+            adam_of_all(matrix, vector, *encoder, scalars, unit=unit, times=1.0, betas=betas, eps=1e-8)
         if unit:
             first, second = (norm_parts(grad, rows), squares), (norm_parts(grad, None), squares)
             for noted in ([first, second], [first], [second]):
@@ -142,6 +146,7 @@ def _launch_step(width: int, prefixes: int) -> None:
     """A step with terms that join its loss; of pairs so many that a latent may have a long sum."""
     from train.model.kernels.sparse_ops import Groups
     from train.model.kernels.triton_pairs import co_activation, pair_loss, partners, together
+    from train.model.kernels.triton_quiet import quiet_loss
     from train.model.kernels.triton_step import AuxK, Noted, Plan, pairs_loss
     from train.model.kernels.triton_sums import Every
     from train.model.sparse_latents import SparseLatents
@@ -151,7 +156,7 @@ def _launch_step(width: int, prefixes: int) -> None:
     first, group = torch.arange(600) % 60, torch.zeros(F, dtype=torch.int64)
     x, dead, weight = torch.zeros(rows, width), group.bool(), torch.ones(prefixes)
     every = Every(4, torch.zeros((), dtype=torch.int64))
-    bias = torch.zeros(1, width)
+    bias = torch.zeros(1, width, requires_grad=True)
     W_enc, b_enc = torch.zeros(F, width).T.requires_grad_(), torch.zeros(F, requires_grad=True)
     W_dec, norms = torch.zeros(F, width, requires_grad=True), dict[str, Noted]()
     active = SparseLatents.of(of_row, latents, torch.ones(len(of_row)), torch.Size((rows, F)))
@@ -160,6 +165,7 @@ def _launch_step(width: int, prefixes: int) -> None:
     loss, values, left, joined = pairs_loss(x, W_enc, b_enc, W_dec, bias, x, active, plan)
     pair_loss(joined, W_dec, partners(first, first + 1, F), group, dead, (0.3, 0.7), 1.0)
     co_activation(joined, values, active, together(first, first + 1, torch.ones(600), F))
+    quiet_loss(joined, W_enc, b_enc, x[:4], x[:4, :1], every.number, 4, 0.1)
     loss.backward()
     kept = of_row < rows // 4
     active = SparseLatents.of(of_row[kept], latents[kept], torch.ones(int(kept.sum())), torch.Size((rows // 4, F)))
@@ -168,13 +174,14 @@ def _launch_step(width: int, prefixes: int) -> None:
 
 
 def _launch_rows(width: int) -> None:
-    from train.model.kernels.triton_rows import prepared
+    from train.model.kernels.triton_rows import Stored, prepared
 
     mean, scale, longest = torch.zeros(width), torch.ones(()), torch.ones(4, dtype=torch.float64)
     bad, number, places = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), torch.arange(4)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for found, eps in ((None, None), (places, 1e-6)):
-            prepared(torch.zeros(4, width, dtype=dtype), found, mean, scale, longest, bad, number, eps)
+            side = Stored(torch.zeros(4, width, dtype=dtype), mean, scale, longest)
+            prepared(side, side, found, bad, number, eps)
 
 
 def _launch_counts() -> None:
@@ -183,9 +190,10 @@ def _launch_counts() -> None:
 
     bad, number = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     active = SparseLatents.of(torch.arange(64), torch.arange(64) % 8, torch.ones(64), torch.Size((64, 64)))
-    count_fired(active, torch.zeros(64, dtype=torch.int64), torch.ones(()), torch.ones(()), 0.99)
+    since = torch.zeros(64, dtype=torch.int64)
+    count_fired(active, since, since.bool(), 5, torch.ones(()), torch.ones(()), 0.99)
     sums = torch.zeros(3 * (100 + 5 + 2) + 18, dtype=torch.float64)
-    add_batch(sums, torch.ones(3, 100), torch.ones(3, 7), torch.ones(()), torch.ones(4), bad, number)
+    add_batch(sums, torch.ones(3, 100), torch.ones(3, 7), torch.ones(()), [torch.ones(())] * 4, bad, number)
 
 
 class _Absent:

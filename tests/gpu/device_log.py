@@ -9,6 +9,8 @@ from typing import Any
 from tests.gpu.recording import Recording
 
 PACKAGES = ("/train/", "/harvest/", "/shared/")
+BETWEEN = "/triton_launch.py"
+"""Every kernel is launched there: who asked for it is told instead."""
 
 
 class DeviceFault(RuntimeError):
@@ -132,7 +134,7 @@ def caller() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame:
         name = frame.f_code.co_filename
-        if "/site-packages/" not in name and any(part in name for part in PACKAGES):
+        if not ("/site-packages/" in name or name.endswith(BETWEEN)) and any(part in name for part in PACKAGES):
             return f"{'/'.join(name.split('/')[-3:])}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "autograd"

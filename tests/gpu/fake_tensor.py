@@ -114,7 +114,7 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             recording.calls.append(repeat(made, lambda: func(*of_memory[0], **of_memory[1])))
     if name in EMPTY and not log.runs_kernels:
         out.zero_()  # nothing will be written there, and it may be an index
-    _note(func, name, args, tensors, out)
+    _note(func, name, args, kwargs, tensors, out)
 
     def wrap(one: Any) -> Any:
         if not isinstance(one, Tensor):
@@ -169,7 +169,7 @@ def _check_index(name: str, args: tuple[Any, ...]) -> None:
             log.copy(pinned=False)
 
 
-def _note(func: Any, name: str, args: tuple[Any, ...], tensors: list[Tensor], out: Any) -> None:
+def _note(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], out: Any) -> None:
     on_host = [not isinstance(one, FakeTensor) for one in tensors]
     if name in COPIES and any(on_host) and not all(on_host):
         at_once = name == "copy_" and not (len(args) > 2 and args[2])  # its third argument is `non_blocking`
@@ -180,7 +180,11 @@ def _note(func: Any, name: str, args: tuple[Any, ...], tensors: list[Tensor], ou
         log.sync(name)
     if not _is_view(func, name):
         made = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
-        size = _bytes(name, [memory_of(one).nbytes for one in tensors], sum(one.nbytes for one in made))
+        written = [memory_of(one) for one in made]  # an `out` that an operation is given is not read
+        read = [memory_of(one) for one in tensors]
+        if "out" in kwargs:
+            read = [one for one in read if not any(one is other for other in written)]
+        size = _bytes(name, [one.nbytes for one in read], sum(one.nbytes for one in made))
         flops = _flops(name, args)
         log.op(name, size, flops, _precision(args[-1]) if flops else "")
 

@@ -61,31 +61,56 @@ def _kept(given: Given) -> int:
 
 
 def _sums(given: Given) -> int:
-    table, out = given["table"], given["out"]
-    latents = _latents(given, "rows") if given["ADD"] else len(out)
-    others = _rows(given["matrix"], latents) if given["NORMS"] > 1 else 0
-    if given["PARTNERS"]:
+    both = _sums_of(given, "", given["PARTNERS"]) + (_sums_of(given, "other_", False) if given["SIDES"] == 2 else 0)
+    return _sum(given, "order", "starts", "rows", *(["extra_slopes", "extra_rows"] if given["EXTRA"] else [])) + both
+
+
+def _sums_of(given: Given, start: str, partners: bool) -> int:
+    table, out, norms = given[f"{start}table"], given[f"{start}out"], given[f"{start.upper()}NORMS"]
+    add = given[f"{start.upper()}ADD"]
+    latents = _latents(given, "rows") if add else len(out)
+    others = _rows(given["matrix"], latents) if norms > 1 else 0
+    if partners:
         others += _sum(given, "partner_order", "partner_starts", "slopes", "partners")
-        others += _rows(given["matrix"], len(given["slopes"])) if given["NORMS"] < 2 else 0  # else they are read above
+        others += _rows(given["matrix"], len(given["slopes"])) if norms < 2 else 0  # else they are read above
     return (
-        _sum(given, "order", "starts", "weights", "rows")
+        _sum(given, f"{start}weights")
         + _rows(table, len(given["order"]))
-        + (1 + given["ADD"]) * _rows(out, latents)
+        + (1 + add) * _rows(out, latents)
         + others
-        + (given["NORMS"] * _rows(given["squares"].t(), latents) if given["NORMS"] else 0)
+        + (norms * _rows(given[f"{start}squares"].t(), latents) if norms else 0)
     )
 
 
+def _shares(given: Given) -> int:
+    """Parts of sums; the pairs are none of those that were summed before, and the table's rows were not summed so."""
+    sides = ("", "other_")[: given["SIDES"]]
+    summed = _rows(given["table"], given["height"]) if given["ROWS"] else 0
+    return sum(_sum(given, f"{side}shares", f"{side}sums") for side in sides) + summed
+
+
+def _added(given: Given) -> int:
+    """Parts, and the rows that are made of them and what these are added to."""
+    sides, slots = ("", "other_")[: given["SIDES"]], given["slots"]
+    total = given["every_row"].nbytes if given["ROWS"] else 0
+    parts = sum(_sum(given, f"{side}shares", f"{side}sums") for side in sides)
+    return parts + total + sum(2 * _rows(given[f"{side}out"], slots) for side in sides)
+
+
 def _adam(given: Given) -> int:
-    names = ["rows", "first", "second", *(["bias", "bias_first", "bias_second"] if given["BIAS"] else [])]
-    once = ["grad", *(["bias_grad"] if given["BIAS"] else []), *(["shadow"] if given["SHADOW"] else [])]
-    return 2 * _sum(given, *names) + _sum(given, *once)
+    sides = ("", "other_", "bias_", "last_") if given["ALL"] else ("",)
+    size = sum(3 * 2 * given[f"{side}first"].nbytes + given[f"{side}grad"].nbytes for side in sides)
+    return size + (_sum(given, "other_shadow", "bias_shadow") if given["SHADOW"] else 0)
 
 
 def _prepare(given: Given) -> int:
-    """Of the table the rows that are asked for."""
+    """Of the tables the rows that are asked for."""
     found = _sum(given, "places") if given["FOUND"] else 0
-    return _rows(given["table"], len(given["out"])) + _sum(given, "mean", "longest", "out") + found
+    sides = ("", "other_")
+    return found + sum(
+        _rows(given[f"{side}table"], len(given["out"])) + _sum(given, f"{side}mean", f"{side}longest", f"{side}out")
+        for side in sides
+    )
 
 
 _PARTLY: dict[str, Callable[[Given], int]] = {
@@ -94,16 +119,17 @@ _PARTLY: dict[str, Callable[[Given], int]] = {
     "_count": lambda one: _kept(one) // 2 + _sum(one, "more", "equal"),
     "_compact": lambda one: _kept(one) + _sum(one, "more", "equal", "rows", "latents", "kept_values", "starts"),
     "_products": lambda one: (
-        _sum(one, "rows", "latents", "out") + _every(one, "left") + _rows(one["right"], _latents(one, "latents"))
+        _sum(one, "rows", "latents", "out", "left") + _rows(one["right"], _latents(one, "latents"))
     ),
     "_prefix_loss": lambda one: (
         _sum(one, "values", "latents", "starts", "base", "meet", "errors", "left", "grad")
         + _every(one, "y")
         + _rows(one["W_dec"], _latents(one, "latents"))
+        + (_every(one, "x") + _rows(one["right"], _latents(one, "latents")) if one["ENCODE"] else 0)
     ),
     "_sums_by_latent": _sums,
-    "_long_sums": lambda one: _sum(one, "shares", "sums"),  # its pairs are none of those that were summed before
-    "_add_long_sums": lambda one: _sum(one, "shares", "sums") + 2 * _rows(one["out"], len(one["shares"])),
+    "_long_sums": _shares,
+    "_add_long_sums": _added,
     "_row_squares": lambda one: _sum(one, "grad", "squares", *(["rows"] if one["UNIT"] else [])),
     "_noted_squares": lambda one: _sum(
         one,
@@ -114,9 +140,12 @@ _PARTLY: dict[str, Callable[[Given], int]] = {
     "_weigh": lambda one: _sum(one, "figures", "weights", "out", *(["dead"] if one["AUXK"] else [])),
     "_adam": _adam,
     "_prepare": _prepare,
-    "_count_fired": lambda one: _sum(one, "order", "starts", "values", "since", "since"),
-    "_add_batch": lambda one: _sum(one, "sums", "sums", "target", "figures", "terms"),
-    "_spread": lambda one: _sum(one, "rows", "latents") + 2 * one["values"].nbytes,
-    "_collect": lambda one: _sum(one, "rows", "latents", "slopes", "slopes", "terms") + 2 * one["values"].nbytes,
+    "_count_fired": lambda one: _sum(one, "order", "starts", "values", "since", "since", "dead"),
+    "_add_batch": lambda one: _sum(one, "sums", "sums", "target", "figures"),
+    "_meet": lambda one: (
+        _sum(one, "values", "rows", "latents", "starts", "slopes", "slopes", "terms")
+        + _sum(one, "order", "pair_starts", "partners", "strength")
+    ),
+    "_quiet": lambda one: _sum(one, "rows", "W_enc", "b_enc", "slopes", "terms"),
     "_excess": lambda one: _sum(one, "latents", "terms", "slopes") + _rows(one["rows"], len(one["latents"])),
 }

@@ -15,11 +15,12 @@ ROOT = Path(__file__).parents[2]
 KERNELS = {
     "_keep", "_histogram", "_find", "_count", "_compact", "_row_topk",
     "_products", "_prefix_loss", "_starts", "_sums_by_latent", "_long_sums", "_add_long_sums", "_weigh",
-    "_row_squares", "_noted_squares", "_clip", "_adam", "_excess", "_spread", "_collect",
+    "_row_squares", "_noted_squares", "_clip", "_adam", "_excess", "_meet", "_quiet",
     "_prepare", "_count_fired", "_add_batch",
 }  # fmt: skip
 HELPERS = {"_key", "_view", "_load", "_pick", "_digits", "_order", "row_at", "rows_of_pairs", "_weighted_sum", "_group",
-           "_write_sum", "_long_latent", "_place", "_row_square", "_squared", "_moves"}  # fmt: skip
+           "_write_sum", "_long_latent", "_value_of", "_encode", "_row_square", "_squared", "_moves", "_move_row",
+           "_normalise", "_nth", "_share", "_so_often", "_with_extra", "_sum_of_shares", "_sum_of_weights"}  # fmt: skip
 """What kernels call."""
 
 

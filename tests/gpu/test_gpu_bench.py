@@ -10,17 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.store.store import Store
 from tests.bench import gpu
 from tests.bench.gpu import Report
 from tests.bench.gpu_checks import _of_ops, cases
-from tests.bench.gpu_counts import CARDS, noting_parts
+from tests.bench.gpu_counts import CARDS, counted, counted_settings, noting_parts
 from tests.bench.gpu_dense import DenseTrainer
 from tests.bench.gpu_setup import Shape
 from tests.gpu.fake_device import fake_cuda
+from tests.stores import make_store
 from train.model.activations import BatchTopK
 from train.model.kernels.plain import Plain
 from train.model.losses import AuxKConfig
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
+
+MOST_INSIDE = {(1024, True): 36, (1024, False): 34, (4096, True): 38, (4096, False): 36}
+"""Operations of a captured step, by the rows of a batch, and whether rows are left out, which latents are silent on"""
+MOST_OF_HOST = 4
+"""What the host asks for where it is replayed"""
 
 
 class Wrong(Plain):
@@ -71,6 +78,35 @@ def test_counts_are_of_the_operations_of_each_part_and_estimates_follow_from_the
     assert (op.name, op.flops, op.bytes, op.precision) == ("mm", 2 * 8 * 4 * 8, 4 * (32 + 32 + 64), "float32")
     assert found.of(part) == [one for _, one in found.ops]
     assert found.seconds(CARDS["H200"]) == 3e-6  # of one launch
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store with rows enough for one large batch."""
+    pytest.importorskip("triton", reason="triton is not installed: there is none for this platform")
+    sizes = {"d_in": 16, "d_out": 16, "context_size": 128, "block_sequences": 48, "edges": (0, 1, 16)}
+    made = make_store(tmp_path_factory.mktemp("narrow") / "store", training_blocks=1, tokenizer=True, **sizes)  # type: ignore[arg-type]
+    return Store.open(made.path)
+
+
+@pytest.mark.parametrize(("rows", "silent"), MOST_INSIDE)
+def test_a_captured_step_has_no_more_operations_than_it_had(
+    narrow: Store, rows: int, silent: bool, tmp_path: Path
+) -> None:
+    """As at the width of Gemma 2 2B: with terms of all pairs, and latents on so many rows that sums are shared."""
+    shape, few, most = Shape(rows, 64), ["activation.k=4", "auxk.k=4"], MOST_INSIDE[rows, silent]
+    few += [] if silent else ["quiet.weight=0"]
+    found = counted(narrow, counted_settings(narrow, shape, ["kernels=triton", *few]), tmp_path / "run")
+    listed = "\n".join(f"{i:3} {part}: {op.name} @ {op.where}" for i, (part, op) in enumerate(found.inside, 1))
+    assert len(found.inside) <= most, (
+        f"a step of {rows:,} rows is recorded as {len(found.inside)} operations, and it was {most}: each costs a\n"
+        "launch at every step. Take away what was added, or, if it is worth that, raise MOST_INSIDE and record\n"
+        f"`python -m tests.bench.gpu_counts steps`. They are\n{listed}"
+    )
+    assert found.launched is not None and found.launched <= MOST_OF_HOST, (
+        f"the host asks for {found.launched} operations where a step is replayed, and it asked for {MOST_OF_HOST}:\n"
+        "look for what a step does outside of StepGraph.run, or for an input more"
+    )
 
 
 def test_the_fake_device_knows_how_much_memory_is_held() -> None:

@@ -8,6 +8,7 @@ Legend: n rows, D d_in, F d_sae.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from shared.store.store import Store
 from train.data.batches import Side
 from train.model.normalisation import read_rows_at
 from train.model.transcoder import Transcoder
+
+if TYPE_CHECKING:
+    from train.model.kernels.triton_step import Joined
 
 PositiveSum = Callable[[Tensor, Tensor], Tensor]
 """As `Transcoder.positive_sum`."""
@@ -77,7 +81,8 @@ class Quiet:
 
         `positive_sum`: that of what is trained, where the transcoder itself is not.
         """
-        self._config, self._positive_sum = config, positive_sum or transcoder.positive_sum
+        self._transcoder, self._config = transcoder, config
+        self._positive_sum = positive_sum or transcoder.positive_sum
         size = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) / rows.shape[1] ** 0.5).clamp_min(1.0)
         self._rows, self._times = rows / size, 1 / size
         self._unit = 2.0 / (batch_rows * transcoder.W_dec.shape[1])
@@ -102,13 +107,21 @@ class Quiet:
         rows = torch.from_numpy(np.concatenate(parts)).float().to(device)
         return cls(transcoder, config, transcoder.normalised_source(rows), batch_rows, positive_sum)
 
-    def terms(self, step: int | Tensor) -> dict[str, Tensor]:
+    def terms(self, step: int | Tensor, joined: "Joined | None" = None) -> dict[str, Tensor]:
         """Return the term at `step`: positive pre-activations on some rows, scaled to the length of an ordinary row.
 
-        `step` may be a number on the device.
+        `step` may be a number on the device. One that is `joined` to the step's loss has no gradient of its own; `step`
+        is on the device then.
         """
         if not self._config.weight or not len(self._rows):
             return {}
+        if joined:
+            from train.model.kernels import triton_quiet  # not there without CUDA
+
+            assert isinstance(step, Tensor)
+            model, factor = self._transcoder, self._config.weight * self._unit
+            rows = (self._rows, self._times, step, self._config.rows)
+            return {"quiet": triton_quiet.quiet_loss(joined, model.W_enc, model.b_enc, *rows, factor)}
         wanted = (torch.arange(self._config.rows, device=self._rows.device) + step * self._config.rows) % len(
             self._rows
         )

@@ -105,7 +105,7 @@ class Window:
             from train.model.kernels import triton_counts  # not there without CUDA
 
             assert bad is not None
-            terms = torch.stack([step.terms.get(name, self._no_term) for name in self._terms])
+            terms = [step.terms.get(name, self._no_term) for name in self._terms]
             sums = member @ step.target, member @ step.joined.figures  # in float32 within a batch
             triton_counts.add_batch(self._all, *sums, grad_norm, terms, *bad)
             return

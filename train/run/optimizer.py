@@ -21,6 +21,8 @@ from train.parallel.dictionary import Common, Shard, ShardedTranscoder
 
 _VECTORS = ("b_enc", "b_dec")
 """Parameters whose gradients the kernel that clips squares itself"""
+_OF_ALL = ("W_dec", "b_dec", "W_enc", "b_enc")
+"""Parameters of every transcoder, which one kernel moves"""
 _LR, _LR_WIDTH, _DECODER_RATE = 4e-3, 576, 4.0
 
 
@@ -369,15 +371,12 @@ class TritonAdam:
         vectors = [parts[name][1] for name in _VECTORS]
         kernels.clip(self._squares, *vectors, limit, self._powers, self._count, self._scalars)
         low = dict(zip(("b_enc", "W_enc"), model.low_weights() or (None, None), strict=True))
+        moved = {name: kernels.Moved(*part[:2], *self._moments[name], low.get(name)) for name, part in parts.items()}
         numbers = {"betas": (c.beta1, c.beta2), "eps": c.eps}
-        for name, (rows, grad, _) in parts.items():
-            if name == "b_enc":  # goes with the rows of W_enc
-                continue
-            one = kernels.Moved(rows, grad, *self._moments[name], low.get(name))
-            bias = (
-                kernels.Moved(*parts["b_enc"][:2], *self._moments["b_enc"], low["b_enc"]) if name == "W_enc" else None
-            )
-            kernels.adam(one, bias, self._scalars, unit=self._unit(name), times=c.rate_of(name), **numbers)
+        of_all, unit = [moved.pop(name) for name in _OF_ALL], self._unit("W_dec")
+        kernels.adam_of_all(*of_all, self._scalars, unit=unit, times=c.rate_of("W_dec"), **numbers)
+        for name, one in moved.items():
+            kernels.adam(one, self._scalars, times=c.rate_of(name), **numbers)
         return self._scalars[1]
 
     def _rows(self) -> Iterator[tuple[str, tuple[Tensor, Tensor, slice]]]:

@@ -307,13 +307,13 @@ class Trainer:
         dead, settings = self._counters.dead(), self._settings
         logged = any(self._due(step + 1, every) for every in (self._every.log, self._every.evaluation))
         number = self._graph.number
-        now = step if number is None else number
+        now: int | Tensor = step if number is None else number
 
         # Reconstruction of every prefix, the activation's penalty, and aux-k.
         batch, bad = None, None
         if self._joins:
             number = torch.full((), step, device=dead.device) if number is None else number
-            bad = self._bad_rows.first, number
+            now, bad = number, (self._bad_rows.first, number)
             x, y = self._prepared(rows, number)
             output = self._transcoder.step_of(x, y, dead, settings.auxk, step, logged, number)
         else:
@@ -325,7 +325,7 @@ class Trainer:
         if self._sharded:
             self._sharded.refresh_decoder(self._diversity.rows_read(step))
         # One that is joined to the loss has none, since its gradient goes with that of the loss.
-        apart = self._diversity.direction_terms(dead, step, output.joined) | self._quiet.terms(now)
+        apart = self._diversity.direction_terms(dead, step, output.joined) | self._quiet.terms(now, output.joined)
         first, *others = output.losses
         beside = [term for term in of_values.values() if term.requires_grad]
         loss = first + sum(beside) if beside else first
@@ -341,15 +341,13 @@ class Trainer:
 
     def _prepared(self, inputs: Sequence[Tensor], number: Tensor) -> tuple[Tensor, Tensor]:
         """Return normalised source and target rows; bad ones are noted, as by `BadRows.note`."""
-        from train.model.kernels.triton_rows import prepared  # not there without CUDA
+        from train.model.kernels.triton_rows import Stored, prepared  # not there without CUDA
 
         (tables, places), model = self._reader.stored(inputs), self._transcoder
-        checks = [(longest, self._bad_rows.first, number) for longest in self._bad_rows.longest]
         source, target = (model.source_mean, model.source_scale), (model.target_mean, model.target_scale)
-        return (
-            prepared(tables[0], places, *source, *checks[0], model.source_rms_eps),
-            prepared(tables[-1], places, *target, *checks[1]),
-        )
+        longest, bad = self._bad_rows.longest, (self._bad_rows.first, number)
+        sides = Stored(tables[0], *source, longest[0]), Stored(tables[-1], *target, longest[1])
+        return prepared(*sides, places, *bad, model.source_rms_eps)
 
     def _write_row(self, done: int, output: StepOutput, lr: float, held_out: Evaluation | None) -> None:
         """Write a row to the logs, and what every component has done."""

@@ -18,6 +18,8 @@ from train.model.kernels.triton_sums import NormParts
 
 _SUMMED = 8192
 """Squares that the one program of `_clip` sums at once."""
+_PER_WARP = 256
+"""Numbers of a row for each warp of `_adam` that moves all: with more, registers spill."""
 _LATENTS = 128
 """Rows that a program of `_noted_squares` looks at."""
 
@@ -63,9 +65,19 @@ def clip(
     launch(_clip, (1,), squares, b_enc, b_dec, powers, count, scalars, *sizes, limit, BLOCK=_SUMMED)
 
 
-def adam(
-    moved: Moved,
-    bias: Moved | None,
+def adam(moved: Moved, scalars: Tensor, *, times: float, betas: tuple[float, float], eps: float) -> None:
+    """Move a parameter, after `clip`; `times`: its rate over that of `scalars`."""
+    width, rows = _width(moved.grad), rows_of(moved.grad)
+    tensors, numbers = (*moved[:4], *_with_low(moved), *_with_low(moved), *moved[:4]), _numbers(times, betas, eps)
+    of = {"ALL": False, "UNIT": False, "SHADOW": False, "BLOCK": triton.next_power_of_2(width)}
+    launch(_adam, (rows, 1), *tensors, scalars, width, width, rows, moved.grad.numel(), *numbers, **of)
+
+
+def adam_of_all(
+    W_dec: Moved,
+    b_dec: Moved,
+    W_enc: Moved,
+    b_enc: Moved,
     scalars: Tensor,
     *,
     unit: bool,
@@ -73,17 +85,22 @@ def adam(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Move the rows of a parameter, after `clip`, and of each row a number of `bias` [rows]."""
-    grad, (beta1, beta2) = moved.grad, betas
-    width, other = _width(grad), bias or moved
-    numbers = (times, beta1, 1 - beta1, beta2, 1 - beta2, eps)
-    tensors = (*moved[:4], _low(moved), *other[:4], _low(other), scalars)
-    of = {"UNIT": unit, "SHADOW": moved.low is not None, "BIAS": bias is not None}
-    launch(_adam, (rows_of(grad),), *tensors, width, grad.numel(), *numbers, **of, BLOCK=triton.next_power_of_2(width))
+    """Move all of a transcoder, in one launch; `unit` and `times` are of `W_dec`, and the encoder alone has a `low`."""
+    width, other_width, latents = _width(W_dec.grad), _width(W_enc.grad), rows_of(W_dec.grad)
+    tensors = (*W_dec[:4], *_with_low(W_enc), *_with_low(b_enc), *b_dec[:4])
+    sizes, numbers = (width, other_width, latents, W_dec.grad.numel()), _numbers(times, betas, eps)
+    of = {"ALL": True, "UNIT": unit, "SHADOW": W_enc.low is not None}
+    block = triton.next_power_of_2(max(width, other_width))
+    warps = max(1, min(16, block // _PER_WARP))
+    launch(_adam, (latents + 1, 2), *tensors, scalars, *sizes, *numbers, **of, BLOCK=block, num_warps=warps)
 
 
-def _low(one: Moved) -> Tensor:
-    return one.rows if one.low is None else one.low
+def _numbers(times: float, betas: tuple[float, float], eps: float) -> tuple[float, ...]:
+    return times, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps
+
+
+def _with_low(one: Moved) -> tuple[Tensor, ...]:
+    return *one[:4], one.rows if one.low is None else one.low
 
 
 def rows_of(tensor: Tensor) -> int:
@@ -183,49 +200,54 @@ def _moves(slope, first, second, at, inside, scalars, times, keep1, take1, keep2
 
 
 @triton.jit
-def _adam(
-    rows,
-    grad,
-    first,
-    second,
-    shadow,
-    bias,
-    bias_grad,
-    bias_first,
-    bias_second,
-    bias_shadow,
-    scalars,
-    width,
-    size,
-    times,
-    keep1,
-    take1,
-    keep2,
-    take2,
-    eps,
-    UNIT: tl.constexpr,
-    SHADOW: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _move_row(
+    weight, slope, rows, first, second, at, inside, scalars, times, keep1, take1, keep2, take2, eps, UNIT: tl.constexpr
 ):
-    row, o = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    at = row * width + o
-    inside = (o < width) & (at < size)
-    weight = tl.load(rows + at, mask=inside, other=0.0)
-    slope = tl.load(grad + at, mask=inside, other=0.0)
+    """Move a row, give it norm 1 where it is to have that, and return it."""
     if UNIT:
         slope -= tl.sum(slope * weight, 0) * weight
     weight -= _moves(slope, first, second, at, inside, scalars, times, keep1, take1, keep2, take2, eps)
     if UNIT:  # a row of 0 has no direction, and stays
         weight /= tl.maximum(tl.sqrt(tl.sum(tl.where(inside, weight * weight, 0.0), 0)), 1.1754944e-38)
     tl.store(rows + at, weight, mask=inside)
-    if SHADOW:
-        tl.store(shadow + at, weight.to(shadow.dtype.element_ty), mask=inside)
-    if BIAS:
-        one = row + tl.arange(0, 1)
-        number, here = tl.load(bias + one), one >= 0
-        slope = tl.load(bias_grad + one)
-        number -= _moves(slope, bias_first, bias_second, one, here, scalars, times, keep1, take1, keep2, take2, eps)
-        tl.store(bias + one, number)
-        if SHADOW:
-            tl.store(bias_shadow + one, number.to(bias_shadow.dtype.element_ty))
+    return weight
+
+
+@triton.jit
+def _adam(
+    rows, grad, first, second,
+    other, other_grad, other_first, other_second, other_shadow,
+    bias, bias_grad, bias_first, bias_second, bias_shadow,
+    last, last_grad, last_first, last_second,
+    scalars, width, other_width, count, size, times, keep1, take1, keep2, take2, eps,
+    ALL: tl.constexpr, UNIT: tl.constexpr, SHADOW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Move a row of a parameter; of `ALL`, a row of another one with its bias, or, behind the rows, the last one."""
+    row, o = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    if (tl.program_id(1) == 0) & (row < count):
+        at = row * width + o
+        inside = (o < width) & (at < size)
+        weight = tl.load(rows + at, mask=inside, other=0.0)
+        slope = tl.load(grad + at, mask=inside, other=0.0)
+        _move_row(weight, slope, rows, first, second, at, inside, scalars, times, keep1, take1, keep2, take2, eps, UNIT)
+    if ALL:
+        if (tl.program_id(1) == 0) & (row == count):
+            inside = o < width
+            weight = tl.load(last + o, mask=inside, other=0.0)
+            slope = tl.load(last_grad + o, mask=inside, other=0.0)
+            _move_row(weight, slope, last, last_first, last_second, o, inside, scalars, 1.0, keep1, take1, keep2, take2,
+                      eps, False)  # fmt: skip
+        if (tl.program_id(1) == 1) & (row < count):
+            at, inside = row * other_width + o, o < other_width
+            weight = tl.load(other + at, mask=inside, other=0.0)
+            slope = tl.load(other_grad + at, mask=inside, other=0.0)
+            weight = _move_row(weight, slope, other, other_first, other_second, at, inside, scalars, 1.0, keep1, take1,
+                               keep2, take2, eps, False)  # fmt: skip
+            one = row + tl.arange(0, 1)
+            number, slope = tl.load(bias + one), tl.load(bias_grad + one)
+            number -= _moves(slope, bias_first, bias_second, one, one >= 0, scalars, 1.0, keep1, take1, keep2, take2,
+                             eps)  # fmt: skip
+            tl.store(bias + one, number)
+            if SHADOW:
+                tl.store(other_shadow + at, weight.to(other_shadow.dtype.element_ty), mask=inside)
+                tl.store(bias_shadow + one, number.to(bias_shadow.dtype.element_ty))

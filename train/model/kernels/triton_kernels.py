@@ -6,6 +6,8 @@ as names inside the kernel, and knows no other.
 Legend: B rows, D d_in, O d_out, F latents, P prefixes, N pairs.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +20,9 @@ from train.model.kernels.triton_launch import launch
 from train.model.kernels.triton_sums import Every, row_at, rows_of_pairs
 from train.model.sparse_latents import SparseLatents
 
-_PAIRS, _ON_THE_WAY = 8, 8192
-"""Pairs whose rows of a matrix a program reads at once, at most, and the numbers that fit into registers."""
+_PAIRS, _ON_THE_WAY, _INNER = 8, 8192, 4096
+"""Pairs whose rows of a matrix a program reads at once, at most; the numbers that fit into registers; and the columns
+of the encoder's rows that are read at once."""
 
 
 class Triton(Fused):
@@ -51,7 +54,11 @@ class Triton(Fused):
 
     def products(self, active: SparseLatents, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
         """As `Fused.products`."""
-        return products(active, left, right, bias)
+        out, width = left.new_empty(len(active.rows)), left.shape[1]
+        if len(out):
+            sides = (active.rows, active.latents, left, right, bias, out)
+            launch(_products, (len(out),), *sides, width, BLOCK=triton.next_power_of_2(width))
+        return out
 
     def errors_and_gradients(
         self, values: Tensor, W_dec: Tensor, base: Tensor, y: Tensor, active: SparseLatents, groups: Groups
@@ -72,16 +79,9 @@ class Triton(Fused):
         times: Tensor | None = None,
     ) -> None:
         """As `Fused.sums_by_latent`."""
-        triton_sums.sums_by_latent(
-            active,
-            weights,
-            table,
-            out,
-            add=add,
-            alone=None if alone is None else (alone, True),
-            groups=None if groups is None else (groups.of_latent, groups.prefixes),
-            times=times,
-        )
+        by = None if groups is None else (groups.of_latent, groups.prefixes)
+        added = None if alone is None else (alone, True)
+        triton_sums.sums_by_latent(active, triton_sums.Sums(weights, table, out, add, added, by, times))
 
 
 def on_device(groups: Groups, like: Tensor) -> Groups:
@@ -91,24 +91,17 @@ def on_device(groups: Groups, like: Tensor) -> Groups:
     return groups._replace(weight=torch.full((), groups.weight, dtype=like.dtype, device=like.device))
 
 
-def products(
-    active: SparseLatents,
-    left: Tensor,  # [B, D], or every so many-th of these rows are those of pairs
-    right: Tensor,  # [F, D]
-    bias: Tensor,  # [F]
-    *,
-    positive: bool = False,
-    among: Tensor | None = None,  # [F] bool
-    every: Every | None = None,
-) -> Tensor:  # [N]
-    """As `Fused.products`; `positive`: 0 in place of what is below; `among`: 0 for pairs of other latents."""
-    out, width = left.new_empty(len(active.rows)), left.shape[1]
-    if len(out):
-        named = active.latents if among is None else among.view(torch.uint8)
-        sides = (active.rows, active.latents, left, right, bias, named, *_rows_of(every, active.rows), out)
-        kinds = {"POSITIVE": positive, "AMONG": among is not None, "EVERY": every is not None}
-        launch(_products, (len(out),), *sides, width, **kinds, BLOCK=triton.next_power_of_2(width))
-    return out
+class Encoder(NamedTuple):
+    """What the values of pairs are computed from."""
+
+    x: Tensor
+    """[B, D], or every so many-th of these rows are those of the pairs"""
+    rows: Tensor
+    """[F, D]"""
+    bias: Tensor
+    """[F]"""
+    among: Tensor | None
+    """[F] bool: pairs of other latents are 0, and those of these may be negative; none: values below 0 are 0"""
 
 
 def errors_and_gradients(
@@ -122,10 +115,12 @@ def errors_and_gradients(
     figures: Tensor | None = None,  # [B, P + 2]
     masked: bool = False,
     every: Every | None = None,
+    encoder: Encoder | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `Fused.errors_and_gradients`.
 
-    `figures` get the errors, and then the number of a row's values above 0 and the squared norm of its row of `y`.
+    `encoder`: `values` are not known yet, and get what they are. `figures` get the errors, and then the number of a
+    row's values above 0 and the squared norm of its row of `y`.
     `masked`: values that are 0 have a gradient of 0. `every`: so many-th row of `y` is one of the pairs' rows.
     """
     rows, width, prefixes = len(active.starts) - 1, y.shape[1], groups.prefixes
@@ -133,14 +128,24 @@ def errors_and_gradients(
     meet, left = y.new_empty(rows, prefixes, width), y.new_empty(rows, width)
     grad, bounds = torch.empty_like(values), torch.empty(rows, prefixes + 1, dtype=torch.int64, device=y.device)
     assert isinstance(groups.weight, Tensor)
+    x, right, bias, among = encoder or (y, W_dec, values, None)
+    inner = (x, right, bias, active.latents if among is None else among.view(torch.uint8))
     sides = (values, active.latents, active.starts, groups.of_latent, W_dec, base.contiguous(), y, groups.weight)
     found = (*_rows_of(every, active.starts), bounds, meet, errors, left, grad)
     steps = (width if len(base) > 1 else 0, groups.weight.dim(), errors.shape[1])
-    block = triton.next_power_of_2(width)
-    constants = {"PREFIXES": prefixes, "PAIRS": max(1, min(_PAIRS, _ON_THE_WAY // block)), "BLOCK": block}
+    block, inner_block = triton.next_power_of_2(width), min(_INNER, triton.next_power_of_2(x.shape[1]))
+    constants = {"PREFIXES": prefixes, "PAIRS": _at_once(block), "BLOCK": block}
+    constants |= {"INNER_PAIRS": _at_once(inner_block), "INNER_BLOCK": inner_block}
+    constants["INNER_WHOLE"] = inner_block >= x.shape[1]
     kinds = {"FIGURES": figures is not None, "MASKED": masked, "EVERY": every is not None}
-    launch(_prefix_loss, (rows,), *sides, *found, *steps, width, **kinds, **constants)
+    kinds |= {"ENCODE": encoder is not None, "AMONG": among is not None}
+    launch(_prefix_loss, (rows,), *sides, *inner, *found, *steps, width, x.shape[1], **kinds, **constants)
     return errors[:, :prefixes], left, meet, grad
+
+
+def _at_once(block: int) -> int:
+    """Return how many pairs' rows of a matrix a program reads at once."""
+    return max(1, min(_PAIRS, _ON_THE_WAY // block))
 
 
 def _rows_of(every: Every | None, numbers: Tensor) -> tuple[Tensor, int]:
@@ -149,32 +154,40 @@ def _rows_of(every: Every | None, numbers: Tensor) -> tuple[Tensor, int]:
 
 
 @triton.jit
-def _products(
-    rows,
-    latents,
-    left,
-    right,
-    bias,
-    among,
-    number,
-    step,
-    out,
-    width,
-    POSITIVE: tl.constexpr,
-    AMONG: tl.constexpr,
-    EVERY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _products(rows, latents, left, right, bias, out, width, BLOCK: tl.constexpr):
     i, d = tl.program_id(0), tl.arange(0, BLOCK)
-    row, latent = row_at(tl.load(rows + i), number, step, EVERY), tl.load(latents + i)
+    row, latent = tl.load(rows + i), tl.load(latents + i)
     one = tl.load(left + row * width + d, mask=d < width, other=0.0)
     other = tl.load(right + latent * width + d, mask=d < width, other=0.0)
-    value = tl.sum(one * other, 0) + tl.load(bias + latent)
-    if POSITIVE:
-        value = tl.where(value > 0, value, 0.0)
-    if AMONG:
-        value = tl.where(tl.load(among + latent) > 0, value, 0.0)
-    tl.store(out + i, value)
+    tl.store(out + i, tl.sum(one * other, 0) + tl.load(bias + latent))
+
+
+@triton.jit
+def _encode(
+    row, begin, end, values, latents, x, right, bias, among, width,
+    AMONG: tl.constexpr, WHOLE: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the values of a row's pairs; `WHOLE`: rows are read at once."""
+    d = tl.arange(0, BLOCK)
+    if WHOLE:
+        one = tl.load(x + row * width + d, mask=d < width, other=0.0)
+    for low in range(begin, end, PAIRS):
+        i = low + tl.arange(0, PAIRS)
+        latent = tl.load(latents + i, mask=i < end, other=0)
+        if WHOLE:
+            value = tl.sum(rows_of_pairs(right, latent, i < end, d, d < width, width) * one[None, :], 1)
+        else:
+            value = tl.zeros([PAIRS], x.dtype.element_ty)
+            for start in range(0, width, BLOCK):
+                o = start + d
+                part = tl.load(x + row * width + o, mask=o < width, other=0.0)
+                value += tl.sum(rows_of_pairs(right, latent, i < end, o, o < width, width) * part[None, :], 1)
+        value += tl.load(bias + latent, mask=i < end, other=0.0)
+        if AMONG:
+            value = tl.where(tl.load(among + latent, mask=i < end, other=0) > 0, value, 0.0)
+        else:
+            value = tl.where(value > 0, value, 0.0)
+        tl.store(values + i, value, mask=i < end)
 
 
 @triton.jit
@@ -187,6 +200,10 @@ def _prefix_loss(
     base,
     y,
     weights,
+    x,
+    right,
+    bias,
+    among,
     number,
     step,
     bounds,
@@ -198,12 +215,18 @@ def _prefix_loss(
     weight_step,
     error_step,
     width,
+    inner_width,
     FIGURES: tl.constexpr,
     MASKED: tl.constexpr,
     EVERY: tl.constexpr,
+    ENCODE: tl.constexpr,
+    AMONG: tl.constexpr,
     PREFIXES: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
+    INNER_WHOLE: tl.constexpr,
+    INNER_PAIRS: tl.constexpr,
+    INNER_BLOCK: tl.constexpr,
 ):
     """As `errors_and_gradients`, one row; `bounds` [B, P + 1] are where each of its groups begins."""
     row, o, pair = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), tl.arange(0, PAIRS)
@@ -211,6 +234,10 @@ def _prefix_loss(
     begin, end, bounds = tl.load(starts + row), tl.load(starts + row + 1), bounds + row * (PREFIXES + 1)
     tl.store(bounds, begin)
     tl.store(bounds + PREFIXES, end)
+    if ENCODE:
+        _encode(row_at(row, number, step, EVERY), begin, end, values, latents, x, right, bias, among, inner_width,
+                AMONG, INNER_WHOLE, INNER_PAIRS, INNER_BLOCK)  # fmt: skip
+        tl.debug_barrier()  # values that other threads have written are read below
     for p in range(PREFIXES - 1):
         count = tl.zeros([128], tl.int32)
         for low in range(begin, end, 128):

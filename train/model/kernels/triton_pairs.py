@@ -1,7 +1,6 @@
 """The losses of pairs of latents in Triton kernels: decoder rows that point the same way, and values on the same rows.
 
-The pairs stay between two scans or reports, so that their order by latent is found once; sums over them are the sums by
-latent of the step's own pairs.
+The pairs stay between two scans or reports, so that their order by latent is found once.
 Legend: B rows, F latents, O d_out, N pairs of a row and a latent, C pairs of latents.
 """
 
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from train.model.kernels.triton_launch import launch
 from train.model.kernels.triton_step import Joined
-from train.model.kernels.triton_sums import Partners, sums_by_latent
+from train.model.kernels.triton_sums import Partners, grouped
 from train.model.sparse_latents import SparseLatents
 
-_BLOCK = 1024
-"""Pairs of a row and a latent that a program looks at."""
+_VALUES, _PARTNERS = 32, 8
+"""Pairs of a row and a latent that a program looks at, and how many partners of each at once."""
 
 
 def partners(first: Tensor, second: Tensor, d_sae: int) -> SparseLatents:  # [C] int64 each
@@ -51,22 +50,15 @@ def pair_loss(
 class Together(NamedTuple):
     """Pairs of latents whose values are not to be large on the same rows."""
 
-    column: Tensor
-    """[F] int64: the place of a latent among those of pairs, or -1"""
     partners: SparseLatents
-    """As of `partners`, by their places"""
+    """As of `partners`"""
     strength: Tensor
     """[2 C] of each of these"""
 
 
 def together(first: Tensor, second: Tensor, strength: Tensor, d_sae: int) -> Together:  # [C] each
     """Prepare pairs for `co_activation`."""
-    latents = torch.cat([first, second])
-    places = torch.arange(len(latents), device=latents.device)
-    column = torch.full((d_sae,), -1, device=latents.device)
-    column[latents] = places  # any of those that a latent has
-    pairs = partners(column[first], column[second], len(latents))
-    return Together(column, pairs, strength.repeat(2))
+    return Together(partners(first, second, d_sae), strength.repeat(2))
 
 
 def co_activation(
@@ -80,15 +72,13 @@ def co_activation(
     A value that is not above 0 has no part and no gradient. The gradient is added to that of the loss that the term is
     `joined` to.
     """
-    values, count, (rows, places) = values.detach(), len(values), (len(active.starts) - 1, len(pairs.strength))
-    if not (count and places):
+    values, count = values.detach(), len(values)
+    if not (count and len(pairs.strength)):
         return values.new_zeros(())
-    dense, grid, terms = values.new_zeros(places, rows), (triton.cdiv(count, _BLOCK),), torch.empty_like(values)
-    at = (active.rows, active.latents, pairs.column)
-    launch(_spread, grid, values, *at, dense, count, rows, BLOCK=_BLOCK)
-    sums = torch.empty_like(dense)
-    sums_by_latent(pairs.partners, pairs.strength, dense, sums, add=False, most=1)  # a few at most: programs share none
-    launch(_collect, grid, values, *at, sums, joined.slopes, terms, count, rows, BLOCK=_BLOCK)
+    terms, others = torch.empty_like(values), (*grouped(pairs.partners), pairs.partners.rows, pairs.strength)
+    tensors = (values, active.rows, active.latents, active.starts, *others, joined.slopes, terms)
+    sizes = {"PARTNERS": _PARTNERS, "BLOCK": _VALUES, "num_warps": 4}
+    launch(_meet, (triton.cdiv(count, _VALUES),), *tensors, count, **sizes)
     return terms.sum()
 
 
@@ -112,28 +102,54 @@ def _excess(
 
 
 @triton.jit
-def _place(rows, latents, columns, count, width, BLOCK: tl.constexpr):
-    """Return the numbers of pairs of a row and a latent, and where in a table of columns by rows they are, or -1."""
+def _value_of(values, latents, at, last, wanted):
+    """Return the value at a place among the pairs of a row where that is of the latent wanted, and above 0; else 0."""
+    here = (at < last) & (tl.load(latents + at, mask=at < last, other=-1) == wanted)
+    return tl.maximum(tl.load(values + at, mask=here, other=0.0), 0.0)
+
+
+@triton.jit
+def _meet(
+    values,
+    rows,
+    latents,
+    starts,
+    order,
+    pair_starts,
+    partners,
+    strength,
+    slopes,
+    terms,
+    count,
+    PARTNERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write what every value adds to the loss, half of each product, and add its gradient to the slopes.
+
+    Partners of its latent are searched for among the pairs of its row, whose latents rise.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    latent = tl.load(latents + i, mask=i < count, other=0)
-    column = tl.load(columns + latent, mask=i < count, other=-1)
-    row = tl.load(rows + i, mask=i < count, other=0)
-    return i, tl.where(column < 0, -1, column * width + row)
-
-
-@triton.jit
-def _spread(values, rows, latents, columns, dense, count, width, BLOCK: tl.constexpr):
-    """Write the values of latents that are in pairs into a table; no place is written twice."""
-    i, at = _place(rows, latents, columns, count, width, BLOCK)
     value = tl.load(values + i, mask=i < count, other=0.0)
-    tl.store(dense + at, value, mask=(at >= 0) & (value > 0))
-
-
-@triton.jit
-def _collect(values, rows, latents, columns, sums, slopes, terms, count, width, BLOCK: tl.constexpr):
-    """Write what every value adds to the loss, half of each product, and add its gradient to the slopes."""
-    i, at = _place(rows, latents, columns, count, width, BLOCK)
-    value = tl.load(values + i, mask=i < count, other=0.0)
-    slope = tl.load(sums + at, mask=(at >= 0) & (value > 0), other=0.0)
+    latent, row = tl.load(latents + i, mask=value > 0, other=0), tl.load(rows + i, mask=value > 0, other=0)
+    begin = tl.load(pair_starts + latent, mask=value > 0, other=0).to(tl.int32)
+    end = tl.load(pair_starts + latent + 1, mask=value > 0, other=0).to(tl.int32)
+    first, last = tl.load(starts + row).to(tl.int32), tl.load(starts + row + 1).to(tl.int32)
+    slope = tl.zeros([BLOCK], values.dtype.element_ty)
+    for n in range(0, tl.max(end - begin, 0), PARTNERS):
+        at = begin[:, None] + n + tl.arange(0, PARTNERS)[None, :]
+        open_ = at < end[:, None]
+        pair = tl.load(order + at, mask=open_, other=0)
+        partner = tl.load(partners + pair, mask=open_, other=-1)
+        low, high = tl.zeros_like(at) + first[:, None], tl.where(open_, last[:, None], first[:, None])
+        left = tl.max(last - first, 0)
+        while left > 0:  # a search by halves, the same steps for all
+            middle = (low + high) // 2
+            before = tl.load(latents + middle, mask=low < high, other=0) < partner
+            low, high = tl.where((low < high) & before, middle + 1, low), tl.where(before, high, middle)
+            left = left // 2
+        # A pair that fills up may stand before the one that is active.
+        other = tl.maximum(_value_of(values, latents, low, last[:, None], partner),
+                           _value_of(values, latents, low + 1, last[:, None], partner))  # fmt: skip
+        slope += tl.sum(tl.load(strength + pair, mask=open_, other=0.0) * other, 1)
     tl.store(slopes + i, tl.load(slopes + i, mask=i < count, other=0.0) + slope, mask=i < count)
     tl.store(terms + i, 0.5 * value * slope, mask=i < count)

@@ -4,6 +4,8 @@ Parameters of kernels have no annotation but `tl.constexpr`, as in `triton_kerne
 Legend: R rows of a table, B rows of a batch, d width of a side.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,48 +14,42 @@ from torch import Tensor
 from train.model.kernels.triton_launch import launch
 
 
+class Stored(NamedTuple):
+    """Rows of one side as they are stored, and what is done with them."""
+
+    table: Tensor
+    """[R, d]"""
+    mean: Tensor
+    """[d]"""
+    scale: Tensor
+    """[]"""
+    longest: Tensor
+    """[B] float64, the norms that no row is above"""
+
+
 def prepared(
-    table: Tensor,  # [R, d] as stored
+    source: Stored,
+    target: Stored,
     places: Tensor | None,  # [B] int64
-    mean: Tensor,  # [d]
-    scale: Tensor,  # []
-    longest: Tensor,  # [B] float64
     first_bad: Tensor,  # [] int64
     number: Tensor,  # [] int64
     rms_eps: float | None = None,
-) -> Tensor:  # [B, d] float32
-    """Return the table's rows at `places`, or all of them, shifted and scaled; as `Transcoder.normalised_source`.
+) -> tuple[Tensor, Tensor]:  # [B, D], [B, O] float32
+    """Return the rows of both tables at `places`, or all of them, shifted and scaled; as `Transcoder.normalised`.
 
     `first_bad` becomes the smaller of itself and `number` where a row is longer than `longest`, or not finite.
     """
-    rows, width = len(table) if places is None else len(places), table.shape[1]
-    out = torch.empty(rows, width, dtype=torch.float32, device=table.device)
-    where = (out if places is None else places, mean, scale, longest, first_bad, number)
-    of = {"FOUND": places is not None, "RMS": rms_eps is not None, "BLOCK": triton.next_power_of_2(width)}
-    launch(_prepare, (rows,), table, *where, out, width, rms_eps or 0.0, **of)
-    return out
+    rows = len(source.table) if places is None else len(places)
+    widths = source.table.shape[1], target.table.shape[1]
+    out, other_out = (torch.empty(rows, d, dtype=torch.float32, device=source.table.device) for d in widths)
+    tensors = (out if places is None else places, first_bad, number, *source, out, *target, other_out)
+    of = {"FOUND": places is not None, "RMS": rms_eps is not None, "BLOCK": triton.next_power_of_2(max(widths))}
+    launch(_prepare, (rows, 2), *tensors, *widths, rms_eps or 0.0, **of)
+    return out, other_out
 
 
 @triton.jit
-def _prepare(
-    table,
-    places,
-    mean,
-    scale,
-    longest,
-    first_bad,
-    number,
-    out,
-    width,
-    eps,
-    FOUND: tl.constexpr,
-    RMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row, o = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    place = row
-    if FOUND:
-        place = tl.load(places + row)
+def _normalise(row, place, o, table, mean, scale, longest, out, first_bad, number, width, eps, RMS: tl.constexpr):
     value = tl.load(table + place * width + o, mask=o < width, other=0.0).to(tl.float32)
     square = tl.sum(value * value, 0)
     if tl.sqrt(square) <= tl.load(longest + row):
@@ -64,3 +60,23 @@ def _prepare(
         value /= tl.sqrt(square / width + eps)
     value = (value - tl.load(mean + o, mask=o < width, other=0.0)) / tl.load(scale)
     tl.store(out + row * width + o, value, mask=o < width)
+
+
+@triton.jit
+def _prepare(
+    places, first_bad, number,
+    table, mean, scale, longest, out,
+    other_table, other_mean, other_scale, other_longest, other_out,
+    width, other_width, eps,
+    FOUND: tl.constexpr, RMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Prepare a row of one side; `RMS` is the source's alone."""
+    row, o = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    place = row
+    if FOUND:
+        place = tl.load(places + row)
+    if tl.program_id(1) == 0:
+        _normalise(row, place, o, table, mean, scale, longest, out, first_bad, number, width, eps, RMS)
+    else:
+        _normalise(row, place, o, other_table, other_mean, other_scale, other_longest, other_out, first_bad, number,
+                   other_width, eps, False)  # fmt: skip

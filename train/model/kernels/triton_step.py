@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from train.model.kernels.sparse_ops import Groups, has_gradient
-from train.model.kernels.triton_kernels import errors_and_gradients, on_device, products
+from train.model.kernels.triton_kernels import Encoder, errors_and_gradients, on_device
 from train.model.kernels.triton_launch import launch
-from train.model.kernels.triton_sums import Every, NormParts, Partners, norm_parts, sums_by_latent
+from train.model.kernels.triton_sums import Every, Extra, NormParts, Partners, Sums, norm_parts, sums_by_latent
 from train.model.sparse_latents import SparseLatents
 
 _SUMMED = 8192
@@ -49,6 +49,8 @@ class Joined:
     """[N] the loss's gradient by values, to which other terms may add theirs before its backward"""
     partners: list[Partners] = field(default_factory=list)
     """At most one: rows that are added to the decoder's gradient"""
+    extra: list[Extra] = field(default_factory=list)
+    """At most one: rows that are added to the encoder's gradient"""
 
 
 class AuxK(NamedTuple):
@@ -129,12 +131,16 @@ class _PairsLoss(torch.autograd.Function):
         plan: Plan,
         joined: list[Joined],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        values = _values(x, W_enc, b_enc, active, plan)
+        values, encoder = active.values, None
+        if plan.again or values.dtype != x.dtype:
+            values, encoder = x.new_empty(len(active.rows)), Encoder(x, W_enc.T, b_enc, plan.among)
+        else:
+            values = values.relu() if plan.among is None else values.where(plan.among[active.latents], 0.0)
         groups, weight = plan.groups, plan.groups.weight
         assert isinstance(weight, Tensor)
         figures = y.new_empty(len(active.starts) - 1, groups.prefixes + 2)
         _, left, meet, slopes = errors_and_gradients(
-            values, W_dec, base, y, active, groups, figures=figures, masked=True, every=plan.every
+            values, W_dec, base, y, active, groups, figures=figures, masked=True, every=plan.every, encoder=encoder
         )
         joined.append(Joined(figures, active.with_values(values.detach()), slopes))
         ctx.save_for_backward(x, values, meet)
@@ -154,45 +160,41 @@ class _PairsLoss(torch.autograd.Function):
         slopes = joined.slopes
         if by_values is not None:  # of terms that autograd has brought here
             slopes, of_slopes = slopes * times + by_values.where(values != 0, 0.0), None
-        add, rows, groups = has_gradient(W_dec), len(active.starts) - 1, plan.groups
-        sums_by_latent(
-            active,
+        add, groups = has_gradient(W_dec), plan.groups
+        decoder = Sums(
             values,
             meet.flatten(0, 1),
             W_dec.grad,
-            add=add,
+            add,
             groups=(groups.of_latent, groups.prefixes) if groups.prefixes > 1 else None,
             times=times,
-            partners=joined.partners[0] if joined.partners else None,
             norms=_noted(plan.norms, "W_dec", W_dec.grad, W_dec.grad, W_dec.detach() if plan.unit else None, add),
-            most=rows,
         )
         add, add_bias = has_gradient(W_enc), has_gradient(b_enc)
-        sums_by_latent(
-            active,
+        encoder = Sums(
             slopes,
             x,
             W_enc.grad.T,
-            add=add,
+            add,
             alone=(b_enc.grad, add_bias),
             groups=plan.every,
             times=of_slopes,
             norms=_noted(plan.norms, "W_enc", W_enc.grad, W_enc.grad.T, None, add),
-            most=rows,
         )
-        grad_base = None
-        if ctx.needs_input_grad[4]:
-            grad_base = times * (meet[:, 0] if ctx.every_row else meet[:, 0].sum(0, keepdim=True))
+        wanted = ctx.needs_input_grad[4]
+        grad_base = meet.new_empty(1, meet.shape[2]) if wanted and not ctx.every_row else None
+        sums_by_latent(
+            active,
+            decoder,
+            encoder,
+            partners=joined.partners[0] if joined.partners else None,
+            extra=joined.extra[0] if joined.extra else None,
+            every_row=grad_base,
+            most=len(active.starts) - 1,
+        )
+        if wanted and ctx.every_row:
+            grad_base = times * meet[:, 0]
         return *(None,) * 4, grad_base, *(None,) * 4
-
-
-def _values(x: Tensor, W_enc: Tensor, b_enc: Tensor, active: SparseLatents, plan: Plan) -> Tensor:
-    """Return the values of pairs."""
-    if plan.again or active.values.dtype != x.dtype:
-        return products(active, x, W_enc.T, b_enc, positive=plan.among is None, among=plan.among, every=plan.every)
-    if plan.among is None:
-        return active.values.relu()
-    return active.values.where(plan.among[active.latents], 0.0)
 
 
 def _noted(

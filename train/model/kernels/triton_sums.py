@@ -1,8 +1,9 @@
 """Sums of a table's rows over the pairs of every latent, in Triton kernels: what all gradients of matrices are.
 
-A program sums one latent's pairs, by a part of the columns. Those of a latent with many pairs are shared by programs,
-whose parts are added in order. What is written may have the rows of partners added, of pairs of latents, and leaves
-what the gradients' norm is made from, so that nothing reads a gradient for its norm again.
+A program sums one latent's pairs, by a part of the columns of one matrix; a launch writes the sums of two matrices.
+Those of a latent with many pairs are shared by programs, whose parts are added in order. What is written may have the
+rows of partners added, of pairs of latents, and leaves what the gradients' norm is made from, so that nothing reads a
+gradient for its norm again.
 Parameters of kernels have no annotation but `tl.constexpr`, as in `triton_kernels`.
 Legend: B rows, F latents, N pairs, d columns, C pairs of latents, K parts of the columns.
 """
@@ -42,6 +43,19 @@ class Partners(NamedTuple):
     """[F, d]"""
 
 
+class Extra(NamedTuple):
+    """Rows of which every latent gets its own share: `n` of them, from row `number * n` on, modulo all."""
+
+    slopes: Tensor
+    """[F, n] how much of each"""
+    rows: Tensor
+    """[R, d]"""
+    times: Tensor
+    """[R, 1] what a share of 1 adds to the sum of weights"""
+    number: Tensor
+    """[] int64"""
+
+
 class NormParts(NamedTuple):
     """What the norm of a gradient [F, d] is made from: of each of its rows, by parts of the columns."""
 
@@ -76,57 +90,95 @@ def grouped(active: SparseLatents) -> tuple[Tensor, Tensor]:  # [N], [F + 1]
     return active.by_latent
 
 
+class Sums(NamedTuple):
+    """A matrix of sums: of every latent, the weighted sum of a table's rows over its pairs."""
+
+    weights: Tensor
+    """[N] of the pairs"""
+    table: Tensor
+    """[B, d], or [B * P, d]"""
+    out: Tensor
+    """[F, d] which gets the sums"""
+    add: bool
+    """Whether they are added to what it holds, which is else written over"""
+    alone: tuple[Tensor, bool] | None = None
+    """[F] which gets the sums of weights, and whether they are added"""
+    groups: tuple[Tensor, int] | Every | None = None
+    """The group [F] of each latent, and how many rows the table has for each of the pairs' rows, one for each group; or
+    `Every` so many-th row of the table is one of the pairs' rows"""
+    times: Tensor | None = None
+    """[] which all weights count"""
+    norms: NormParts | None = None
+    """Written for each row of `out` that is"""
+
+    @property
+    def rows_each(self) -> int:
+        """Rows of the table for each of the pairs' rows, or from one of these to the next."""
+        return 1 if self.groups is None else self.groups.step if isinstance(self.groups, Every) else self.groups[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a kernel reads and writes; `weights` stand for what there is not."""
+        by = self.groups.number if isinstance(self.groups, Every) else (self.groups or (self.weights,))[0]
+        alone, times = self.alone[0] if self.alone else self.weights, self.weights if self.times is None else self.times
+        return self.weights, by, self.table, self.out, alone, times, self.norms.squares if self.norms else self.weights
+
+    def kinds(self) -> dict[str, int]:
+        """Return what a kernel is asked for."""
+        return {
+            "ADD": self.add,
+            "ALONE": 0 if self.alone is None else 1 + self.alone[1],
+            "TIMES": self.times is not None,
+            "NORMS": 0 if self.norms is None else 1 + (self.norms.matrix is not None),
+            "BY": 0 if self.groups is None else 2 if isinstance(self.groups, Every) else 1,
+        }
+
+
 def sums_by_latent(
     active: SparseLatents,
-    weights: Tensor,  # [N]
-    table: Tensor,  # [B, d], or [B * P, d]
-    out: Tensor,  # [F, d]
+    first: Sums,
+    second: Sums | None = None,
     *,
-    add: bool,
-    alone: tuple[Tensor, bool] | None = None,  # [F]
-    groups: tuple[Tensor, int] | Every | None = None,  # [F]
-    times: Tensor | None = None,  # scalar
     partners: Partners | None = None,
-    norms: NormParts | None = None,
+    extra: Extra | None = None,
+    every_row: Tensor | None = None,  # [d]
     most: int | None = None,
 ) -> None:
-    """Write, for every latent, the weighted sum of the table's rows over its pairs, or `add` it to what `out` holds.
+    """Write one or two matrices of sums over the same pairs.
 
-    `alone` gets the sums of weights, which are added to what it holds, or not. `groups`: the group of each latent, and
-    how many rows the table has for each of the pairs' rows, one for each group; or `Every` so many-th row of the table
-    is one of the pairs' rows. All weights count `times`. `partners`: rows that are added as well. `norms` are written
-    for each row of `out` that is. `most`: pairs of a latent, if that is known; others have a value of 0.
+    Rows of `partners` are added to the first, and `extra` ones to the second, whose norms have no matrix. `every_row`
+    gets the sum of the first table's rows, of each row's first group, `times` as well. `most`: pairs of a latent, if
+    that is known; others have a value of 0.
     """
-    assert out.is_contiguous() and table.is_contiguous()
-    (latents, width), (order, starts) = out.shape, grouped(active)
-    block, parts = column_parts(width)
-    by = groups.number if isinstance(groups, Every) else weights if groups is None else groups[0]
-    rows_each = 1 if groups is None else groups.step if isinstance(groups, Every) else groups[1]
-    sides = (order, starts, weights, active.rows, by, table)
-    others = (*grouped(partners.pairs), partners.slopes, partners.pairs.rows) if partners else sides[:4]
-    matrix = partners.matrix if partners else table if norms is None or norms.matrix is None else norms.matrix
-    noted = (matrix, *((weights, weights) if norms is None else norms[:2]))
-    total = (out, weights if alone is None else alone[0], weights if times is None else times, *others, *noted)
-    kind = 0 if groups is None else 2 if isinstance(groups, Every) else 1
-    sums = {"BY": kind, "PAIRS": _PAIRS, "BLOCK": block, "num_warps": 4}
-    asked = {
-        "ADD": add,
-        "ALONE": 0 if alone is None else 1 + alone[1],
-        "TIMES": times is not None,
-        "PARTNERS": partners is not None,
-        "NORMS": 0 if norms is None else 1 + (norms.matrix is not None),
-        "LONG": LONG,
-    }
+    order, starts = grouped(active)
+    other, sides = second or first, 1 + (second is not None)
+    assert all(one.out.is_contiguous() and one.table.is_contiguous() for one in (first, other))
+    widths = first.out.shape[1], other.out.shape[1]
+    block, parts = column_parts(max(widths))
+    pairs = (order, starts, active.rows)
+    joined = (*grouped(partners.pairs), partners.slopes, partners.pairs.rows) if partners else (*pairs, order)
+    noted = first.norms if first.norms and first.norms.matrix is not None else None
+    matrix = partners.matrix if partners else noted.matrix if noted else first.table
+    along = noted.along if noted else first.table
+    tensors = (*pairs, *first.tensors, matrix, along, *joined, *other.tensors, *(extra or [order] * 4))
+    sizes = (first.rows_each, other.rows_each, *widths, len(first.out), len(extra.rows) if extra else 1)
+    kinds = {"SIDES": sides, "PARTNERS": partners is not None, "EXTRA": extra.slopes.shape[1] if extra else 0}
+    kinds |= first.kinds()
+    kinds |= {f"OTHER_{name}": kind if second else 0 for name, kind in other.kinds().items()}
+    cut = {"LONG": LONG, "PAIRS": _PAIRS, "BLOCK": block, "num_warps": 4}
     shared = len(order) > LONG and (most is None or most > LONG)
-    launch(_sums_by_latent, (latents, parts), *sides, *total, rows_each, latents, width, SHARED=shared, **asked, **sums)
-    if shared:
-        slots, places = triton.cdiv(len(order), LONG), (active.latents, *sides)
-        shares = (out.new_empty(slots, _PARTS, width), out.new_empty(slots, _PARTS))
-        cut = {"LONG": LONG, "PARTS": _PARTS}
-        launch(_long_sums, (slots, _PARTS, parts), *places, *shares, rows_each, width, **cut, **sums)
-        ends = {"PARTS": _PARTS, "PAIRS": _PAIRS, "BLOCK": block, "num_warps": 4}
-        found = (active.latents, order, starts, *shares)
-        launch(_add_long_sums, (slots, parts), *found, *total, latents, width, **asked, **ends)
+    grid = (len(first.out), parts, sides)
+    launch(_sums_by_latent, grid, *tensors, *sizes, SHARED=shared, **kinds, **cut)
+    if not shared and every_row is None:
+        return
+    slots, of_rows = triton.cdiv(len(order), LONG) if shared else 0, every_row is not None
+    room = [first.out.new_empty(slots + of_rows, _PARTS, width) for width in widths[:sides]]
+    weights = [first.out.new_empty(slots + of_rows, _PARTS) for _ in room]
+    shares = (room[0], weights[0], room[-1], weights[-1], first.out if every_row is None else every_row)
+    more, kinds = (*sizes, slots, len(active.starts) - 1, parts), {**kinds, "ROWS": of_rows, "PARTS": _PARTS}
+    grid = (slots + of_rows, _PARTS, parts * sides)
+    launch(_long_sums, grid, active.latents, *tensors, *shares, *more, **kinds, **cut)
+    launch(_add_long_sums, (slots + of_rows, parts, sides), active.latents, *tensors, *shares, *more, **kinds, **cut)
 
 
 @triton.jit
@@ -199,35 +251,36 @@ def _group(by, latent, rows_each, BY: tl.constexpr):
 
 
 @triton.jit
-def _write_sum(
-    total,
-    weight,
-    latent,
-    o,
-    out,
-    alone,
-    times,
-    partner_order,
-    partner_starts,
-    slopes,
-    partners,
-    matrix,
-    squares,
-    along,
-    latents,
-    width,
-    ADD: tl.constexpr,
-    ALONE: tl.constexpr,
-    TIMES: tl.constexpr,
-    PARTNERS: tl.constexpr,
-    NORMS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write a latent's sum, or add it to what is there; with the rows of its partners, and what its norm is made of."""
+def _so_often(total, weight, times, TIMES: tl.constexpr):
+    """Return both sums, a number of times."""
     if TIMES:
         total *= tl.load(times)
         weight *= tl.load(times)
+    return total, weight
+
+
+@triton.jit
+def _with_extra(
+    total, weight, latent, o, slopes, rows, times, number, count, width, EXTRA: tl.constexpr
+):  # fmt: skip
+    """Return both sums with a latent's share of `EXTRA` of `count` rows."""
+    for n in range(EXTRA):
+        place = (tl.load(number) * EXTRA + n) % count
+        slope = tl.load(slopes + latent * EXTRA + n)
+        total += slope * tl.load(rows + place * width + o, mask=o < width, other=0.0)
+        weight += slope * tl.load(times + place)
+    return total, weight
+
+
+@triton.jit
+def _write_sum(
+    total, weight, latent, o, out, alone, squares, matrix, along,
+    partner_order, partner_starts, slopes, partners,
+    latents, width,
+    ADD: tl.constexpr, ALONE: tl.constexpr, PARTNERS: tl.constexpr, NORMS: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write a latent's sum, or add it to what is there; with the rows of its partners, and what its norm is made of."""
     if PARTNERS:
         begin, end = tl.load(partner_starts + latent), tl.load(partner_starts + latent + 1)
         more, _ = _weighted_sum(partner_order, slopes, partners, matrix, 0, 1, begin, end, o, width, PAIRS, BLOCK)
@@ -239,57 +292,52 @@ def _write_sum(
         tl.store(alone + latent, weight, mask=tl.program_id(1) == 0)
     if ALONE == 2:
         tl.store(alone + latent, tl.load(alone + latent) + weight, mask=tl.program_id(1) == 0)
-    place = tl.program_id(1) * latents + latent
+    place, here = tl.program_id(1) * latents + latent, tl.program_id(1) * BLOCK < width
     if NORMS > 0:
-        tl.store(squares + place, tl.sum(total * total, 0))
+        tl.store(squares + place, tl.sum(total * total, 0), mask=here)
     if NORMS > 1:
         direction = tl.load(matrix + latent * width + o, mask=o < width, other=0.0)
-        tl.store(along + place, tl.sum(total * direction, 0))
+        tl.store(along + place, tl.sum(total * direction, 0), mask=here)
 
 
 @triton.jit
 def _sums_by_latent(
-    order,
-    starts,
-    weights,
-    rows,
-    by,
-    table,
-    out,
-    alone,
-    times,
-    partner_order,
-    partner_starts,
-    slopes,
-    partners,
-    matrix,
-    squares,
-    along,
-    rows_each,
-    latents,
-    width,
-    SHARED: tl.constexpr,
-    ADD: tl.constexpr,
-    ALONE: tl.constexpr,
-    TIMES: tl.constexpr,
-    PARTNERS: tl.constexpr,
-    NORMS: tl.constexpr,
-    LONG: tl.constexpr,
-    BY: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """As `sums_by_latent`, one latent of at most `LONG` pairs and a part of its columns."""
+    order, starts, rows,
+    weights, by, table, out, alone, times, squares, matrix, along,
+    partner_order, partner_starts, slopes, partners,
+    other_weights, other_by, other_table, other_out, other_alone, other_times, other_squares,
+    extra_slopes, extra_rows, extra_times, number,
+    rows_each, other_rows_each, width, other_width, latents, extras,
+    SIDES: tl.constexpr, SHARED: tl.constexpr, PARTNERS: tl.constexpr, EXTRA: tl.constexpr,
+    ADD: tl.constexpr, ALONE: tl.constexpr, TIMES: tl.constexpr, NORMS: tl.constexpr, BY: tl.constexpr,
+    OTHER_ADD: tl.constexpr, OTHER_ALONE: tl.constexpr, OTHER_TIMES: tl.constexpr, OTHER_NORMS: tl.constexpr,
+    OTHER_BY: tl.constexpr,
+    LONG: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `sums_by_latent`, one latent of at most `LONG` pairs and a part of its columns, of one of the matrices."""
     latent, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
     short = end >= begin
     if SHARED:
         short = end - begin <= LONG
-    if short & ((ADD == 0) | PARTNERS | (end > begin)):  # nothing to add leaves the row as it is
+    # Nothing to add leaves a row as it is.
+    if (tl.program_id(2) == 0) & short & ((ADD == 0) | PARTNERS | (end > begin)):
         group = _group(by, latent, rows_each, BY)
         total, weight = _weighted_sum(order, weights, rows, table, group, rows_each, begin, end, o, width, PAIRS, BLOCK)
-        _write_sum(total, weight, latent, o, out, alone, times, partner_order, partner_starts, slopes, partners, matrix,
-                   squares, along, latents, width, ADD, ALONE, TIMES, PARTNERS, NORMS, PAIRS, BLOCK)  # fmt: skip
+        total, weight = _so_often(total, weight, times, TIMES)
+        _write_sum(total, weight, latent, o, out, alone, squares, matrix, along, partner_order, partner_starts, slopes,
+                   partners, latents, width, ADD, ALONE, PARTNERS, NORMS, PAIRS, BLOCK)  # fmt: skip
+    if SIDES == 2:  # noqa: SIM102 - alone, it leaves out what follows
+        if (tl.program_id(2) == 1) & short & ((OTHER_ADD == 0) | (EXTRA > 0) | (end > begin)):
+            group = _group(other_by, latent, other_rows_each, OTHER_BY)
+            total, weight = _weighted_sum(order, other_weights, rows, other_table, group, other_rows_each, begin, end,
+                                          o, other_width, PAIRS, BLOCK)  # fmt: skip
+            total, weight = _so_often(total, weight, other_times, OTHER_TIMES)
+            total, weight = _with_extra(total, weight, latent, o, extra_slopes, extra_rows, extra_times, number, extras,
+                                        other_width, EXTRA)  # fmt: skip
+            _write_sum(total, weight, latent, o, other_out, other_alone, other_squares, matrix, along, partner_order,
+                       partner_starts, slopes, partners, latents, other_width, OTHER_ADD, OTHER_ALONE, False,
+                       OTHER_NORMS, PAIRS, BLOCK)  # fmt: skip
 
 
 @triton.jit
@@ -304,27 +352,12 @@ def _long_latent(latent_of, order, starts, slot, LONG: tl.constexpr):
 
 
 @triton.jit
-def _long_sums(
-    latent_of,
-    order,
-    starts,
-    weights,
-    rows,
-    by,
-    table,
-    shares,
-    sums,
-    rows_each,
-    width,
-    LONG: tl.constexpr,
-    PARTS: tl.constexpr,
-    BY: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _share(
+    latent_of, order, starts, rows, weights, by, table, shares, sums, rows_each, width, o,
+    LONG: tl.constexpr, PARTS: tl.constexpr, BY: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Sum one of `PARTS` parts of a latent's pairs, where these are more than `LONG`."""
     slot, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     latent, first, last, is_long = _long_latent(latent_of, order, starts, slot, LONG)
     if is_long:
         size = tl.cdiv(last - first, PARTS)
@@ -333,46 +366,100 @@ def _long_sums(
         group = _group(by, latent, rows_each, BY)
         total, weight = _weighted_sum(order, weights, rows, table, group, rows_each, begin, end, o, width, PAIRS, BLOCK)
         tl.store(shares + (slot * PARTS + part) * width + o, total, mask=o < width)
-        if tl.program_id(2) == 0:
-            tl.store(sums + slot * PARTS + part, weight)
+        tl.store(sums + slot * PARTS + part, weight)  # the same as the programs of other columns
+
+
+@triton.jit
+def _long_sums(
+    latent_of, order, starts, rows,
+    weights, by, table, out, alone, times, squares, matrix, along,
+    partner_order, partner_starts, slopes, partners,
+    other_weights, other_by, other_table, other_out, other_alone, other_times, other_squares,
+    extra_slopes, extra_rows, extra_times, number,
+    shares, sums, other_shares, other_sums, every_row,
+    rows_each, other_rows_each, width, other_width, latents, extras, slots, height, parts,
+    SIDES: tl.constexpr, PARTNERS: tl.constexpr, EXTRA: tl.constexpr,
+    ADD: tl.constexpr, ALONE: tl.constexpr, TIMES: tl.constexpr, NORMS: tl.constexpr, BY: tl.constexpr,
+    OTHER_ADD: tl.constexpr, OTHER_ALONE: tl.constexpr, OTHER_TIMES: tl.constexpr, OTHER_NORMS: tl.constexpr,
+    OTHER_BY: tl.constexpr,
+    ROWS: tl.constexpr, LONG: tl.constexpr, PARTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum a part of a latent's pairs, where these are many; or, in the slot behind, of the first table's rows."""
+    slot, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o = (tl.program_id(2) % parts) * BLOCK + tl.arange(0, BLOCK)
+    if slot < slots:
+        if tl.program_id(2) < parts:
+            _share(latent_of, order, starts, rows, weights, by, table, shares, sums, rows_each, width, o,
+                   LONG, PARTS, BY, PAIRS, BLOCK)  # fmt: skip
+        if SIDES == 2:  # noqa: SIM102 - alone, it leaves out what follows
+            if tl.program_id(2) >= parts:
+                _share(latent_of, order, starts, rows, other_weights, other_by, other_table, other_shares, other_sums,
+                       other_rows_each, other_width, o, LONG, PARTS, OTHER_BY, PAIRS, BLOCK)  # fmt: skip
+    if ROWS:  # noqa: SIM102 - alone, it leaves out what follows
+        if (slot == slots) & (tl.program_id(2) < parts):
+            size = tl.cdiv(height, PARTS)
+            last, total = tl.minimum((part + 1) * size, height), tl.zeros([BLOCK], table.dtype.element_ty)
+            for low in range(part * size, last, PAIRS):
+                row = low + tl.arange(0, PAIRS)
+                total += tl.sum(rows_of_pairs(table, row.to(tl.int64) * rows_each, row < last, o, o < width, width), 0)
+            tl.store(shares + (slot * PARTS + part) * width + o, total, mask=o < width)
+
+
+@triton.jit
+def _sum_of_shares(shares, slot, o, width, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the parts of a sum, in their order."""
+    total = tl.zeros([BLOCK], shares.dtype.element_ty)
+    for part in range(PARTS):
+        total += tl.load(shares + (slot * PARTS + part) * width + o, mask=o < width, other=0.0)
+    return total
+
+
+@triton.jit
+def _sum_of_weights(sums, slot, PARTS: tl.constexpr):
+    """Add the parts of a sum of weights, in their order."""
+    weight = tl.full([], 0.0, sums.dtype.element_ty)
+    for part in range(PARTS):
+        weight += tl.load(sums + slot * PARTS + part)
+    return weight
 
 
 @triton.jit
 def _add_long_sums(
-    latent_of,
-    order,
-    starts,
-    shares,
-    sums,
-    out,
-    alone,
-    times,
-    partner_order,
-    partner_starts,
-    slopes,
-    partners,
-    matrix,
-    squares,
-    along,
-    latents,
-    width,
-    ADD: tl.constexpr,
-    ALONE: tl.constexpr,
-    TIMES: tl.constexpr,
-    PARTNERS: tl.constexpr,
-    NORMS: tl.constexpr,
-    LONG: tl.constexpr,
-    PARTS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Add the parts of a latent, in their order."""
+    latent_of, order, starts, rows,
+    weights, by, table, out, alone, times, squares, matrix, along,
+    partner_order, partner_starts, slopes, partners,
+    other_weights, other_by, other_table, other_out, other_alone, other_times, other_squares,
+    extra_slopes, extra_rows, extra_times, number,
+    shares, sums, other_shares, other_sums, every_row,
+    rows_each, other_rows_each, width, other_width, latents, extras, slots, height, parts,
+    SIDES: tl.constexpr, PARTNERS: tl.constexpr, EXTRA: tl.constexpr,
+    ADD: tl.constexpr, ALONE: tl.constexpr, TIMES: tl.constexpr, NORMS: tl.constexpr, BY: tl.constexpr,
+    OTHER_ADD: tl.constexpr, OTHER_ALONE: tl.constexpr, OTHER_TIMES: tl.constexpr, OTHER_NORMS: tl.constexpr,
+    OTHER_BY: tl.constexpr,
+    ROWS: tl.constexpr, LONG: tl.constexpr, PARTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the sums whose parts `_long_sums` has left."""
     slot, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    latent, _, _, is_long = _long_latent(latent_of, order, starts, slot, LONG)
-    if is_long:
-        total, weight = tl.zeros([BLOCK], out.dtype.element_ty), tl.full([], 0.0, out.dtype.element_ty)
-        for part in range(PARTS):
-            total += tl.load(shares + (slot * PARTS + part) * width + o, mask=o < width, other=0.0)
-            weight += tl.load(sums + slot * PARTS + part)
-        _write_sum(total, weight, latent, o, out, alone, times, partner_order, partner_starts, slopes, partners, matrix,
-                   squares, along, latents, width, ADD, ALONE, TIMES, PARTNERS, NORMS, PAIRS, BLOCK)  # fmt: skip
+    if slot < slots:
+        latent, _, _, is_long = _long_latent(latent_of, order, starts, slot, LONG)
+        if is_long & (tl.program_id(2) == 0):
+            total, weight = _sum_of_shares(shares, slot, o, width, PARTS, BLOCK), _sum_of_weights(sums, slot, PARTS)
+            total, weight = _so_often(total, weight, times, TIMES)
+            _write_sum(total, weight, latent, o, out, alone, squares, matrix, along, partner_order, partner_starts,
+                       slopes, partners, latents, width, ADD, ALONE, PARTNERS, NORMS, PAIRS, BLOCK)  # fmt: skip
+        if SIDES == 2:  # noqa: SIM102 - alone, it leaves out what follows
+            if is_long & (tl.program_id(2) == 1):
+                total = _sum_of_shares(other_shares, slot, o, other_width, PARTS, BLOCK)
+                weight = _sum_of_weights(other_sums, slot, PARTS)
+                total, weight = _so_often(total, weight, other_times, OTHER_TIMES)
+                total, weight = _with_extra(total, weight, latent, o, extra_slopes, extra_rows, extra_times, number,
+                                            extras, other_width, EXTRA)  # fmt: skip
+                _write_sum(total, weight, latent, o, other_out, other_alone, other_squares, matrix, along,
+                           partner_order, partner_starts, slopes, partners, latents, other_width, OTHER_ADD,
+                           OTHER_ALONE, False, OTHER_NORMS, PAIRS, BLOCK)  # fmt: skip
+    if ROWS:  # noqa: SIM102 - alone, it leaves out what follows
+        if (slot == slots) & (tl.program_id(2) == 0):
+            total = _sum_of_shares(shares, slot, o, width, PARTS, BLOCK)
+            if TIMES:
+                total *= tl.load(times)
+            tl.store(every_row + o, total, mask=o < width)
