@@ -6,6 +6,7 @@ does not say, such as how two settings go together, is left to the class.
 
 import difflib
 import math
+import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ _BOUNDS = {
     "maximum": ("at most", lambda value, bound: value <= bound),
     "exclusiveMaximum": ("below", lambda value, bound: value < bound),
 }
-_SHORT = re.compile(r"\d+(\.\d+)?[kmb]", re.IGNORECASE)
+_SHORT = re.compile(r"\d+(\.\d+)?[kmbgt]i?b?", re.IGNORECASE)
 _MOST_NAME, _MOST_VALUE, _MOST_LISTED = 200, 120, 30
 
 
@@ -217,7 +218,7 @@ def _wrong_value(node: Schema, value: object) -> str:
     if kind == "boolean":
         return "" if isinstance(value, bool) else "another"
     if kind == "string":  # a path may stand for it
-        return "another" if value is None or isinstance(value, int | float | list | tuple | Mapping) else ""
+        return "" if isinstance(value, str | os.PathLike) else "another"
     if kind == "array":
         return "" if isinstance(value, list | tuple) else "another"
     number = _number(value)

@@ -253,6 +253,9 @@ OPTIONS = {
     ("run", "--init_from", "x"): "No such option '--init_from'. Did you mean '--init-from'? (see: train run --help)",
     ("resume", "x", "--set", "steps=9"): "--set: no such option; a run keeps its settings; start another with: python "
     "-m train run --like RUN --set NAME=VALUE",
+    ("resume", "x", "--lr", "1e-3"): "--lr: no such option; a run keeps its settings; start another with: python "
+    "-m train run --like RUN --set NAME=VALUE",
+    ("run", "--set", "device=2024-01-01"): "--set device=2024-01-01: not text",
     ("run", "steps=9"): "no preset 'steps=9'; presets: base, gemma-2-2b, tiny; a setting is given with --set steps=9",
     ("run", "--config", "runs/lost"): "--config runs/lost: it is a folder, and settings are read from a file; for the "
     "settings of a run: --like runs/lost",

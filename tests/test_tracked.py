@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tests.test_monitor import ALIVE, dense_of, make_monitor, make_step
 from train.duplicates import tracked
 from train.duplicates.co_activation import correlated_pairs
+from train.duplicates.correlation_report import change_of
 from train.duplicates.directions import Pairs
 from train.duplicates.tracked import TrackedPairs
 from train.model.sparse_latents import SparseLatents
@@ -106,9 +107,10 @@ def test_a_pair_that_rows_decide_against_is_dropped_and_others_stay(monkeypatch:
 def test_where_there_is_no_room_for_all_those_that_met_most_are_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracked, "MOST", 3)
     pairs = TrackedPairs(F, 0.5)
-    pairs.propose(Pairs(torch.tensor([0, 1, 2, 3]), torch.tensor([9, 9, 9, 9])), torch.tensor([1, 4, 1, 2]))
+    proposed = Pairs(torch.tensor([0, 1, 2, 3]), torch.tensor([9, 9, 9, 9]))
+    assert pairs.propose(proposed, torch.tensor([1, 4, 1, 2])) == 1
     assert pairs.pairs.first.tolist() == [1, 3, 0]
-    pairs.propose(Pairs(torch.tensor([7]), torch.tensor([9])), torch.tensor([8]))
+    assert pairs.propose(Pairs(torch.tensor([7]), torch.tensor([9])), torch.tensor([8])) == 1
     assert pairs.pairs.first.tolist() == [1, 3, 0]  # on trial
 
 
@@ -119,18 +121,18 @@ def test_tracking_continues_from_its_state_and_of_an_old_checkpoint_begins_anew(
     whole.propose(EVERYTHING, torch.ones(len(EVERYTHING.first)))
     whole.add(sparse(dense_batch(1)))
     state = {name: tensor.clone() for name, tensor in whole.state().items()}
-    resumed.load(state)
+    resumed.load(state, begun=True)
     for one in (whole, resumed):
         one.add(sparse(dense_batch(2)))
     for name, tensor in whole.state().items():
         assert torch.equal(tensor, resumed.state()[name])
     assert sum(tensor.nbytes for tensor in state.values()) * tracked.MOST == tracked.MOST_BYTES * len(EVERYTHING.first)
     with pytest.raises(ValueError, match="'tracked.second' holds"):
-        resumed.load(state | {"tracked.second": torch.full_like(state["tracked.second"], F)})
+        resumed.load(state | {"tracked.second": torch.full_like(state["tracked.second"], F)}, begun=True)
     with pytest.raises(ValueError, match="'tracked.sums' is"):
-        resumed.load(state | {"tracked.sums": state["tracked.sums"][1:]})
+        resumed.load(state | {"tracked.sums": state["tracked.sums"][1:]}, begun=True)
     old = TrackedPairs(F, 0.0)
-    old.load({})
+    old.load({}, begun=True)
     assert len(old.pairs.first) == 0 and capsys.readouterr().err.count("before correlated pairs were tracked") == 1
 
 
@@ -152,4 +154,21 @@ def test_the_second_report_lists_pairs_by_all_rows_since_the_first(tmp_path: Pat
     dense = torch.cat(since)
     assert second.pairs[0].rows_together == pytest.approx(int((dense[:, 3] > 0).sum()), abs=1)
     assert second.change is not None and second.change.pairs_above_0_8 == 0
+    assert second.tracked.rows != second.without_position_0.rows
+    by_chance = first.without_position_0.model_copy(update={"pairs_above": {"0.8": 8}})
+    change = change_of(second, first.model_copy(update={"without_position_0": by_chance}))  # of samples, both
+    assert change is not None and change.pairs_above_0_8 == second.without_position_0.pairs_above["0.8"] - 8
+    more = second.tracked.model_copy(update={"pairs_above": {"0.8": 5}})
+    change = change_of(second.model_copy(update={"tracked": more}), second)
+    assert change is not None and change.pairs_above_0_8 == 4
     assert monitor.correlated.pairs.first[0] == 3 and len(monitor.correlated.correlation) > 1  # those of the sample
+
+
+def test_where_a_first_sample_proposes_nothing_the_next_reports_count_none_and_not_the_samples_pairs() -> None:
+    pairs, nothing = TrackedPairs(F, 0.5), sparse(np.zeros((B, F)))
+    assert pairs.follow(nothing, 3, 8, new=False) is None
+    found = pairs.follow(sparse(dense_batch(3)), 3, 8, new=False)
+    assert found and found.figures((0.5, 0.8)).pairs_above == {"0.5": 0, "0.8": 0} and found.without_room == 0
+    resumed = TrackedPairs(F, 0.5)
+    resumed.load(pairs.state(), begun=True)
+    assert resumed.follow(nothing, 3, 8, new=False) is not None

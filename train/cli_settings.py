@@ -55,10 +55,11 @@ class WithSettings(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             given = error.option_name
-            if self.name == "resume" and given == "--set":
+            told = setting_called(given.lstrip("-").replace("-", "_"))
+            if self.name == "resume" and (told or given == "--set"):
                 kept = "a run keeps its settings; start another with: python -m train run --like RUN --set NAME=VALUE"
                 raise UserError(f"{given}: no such option; {kept}") from error
-            if not (told := setting_called(given.lstrip("-").replace("-", "_"))):
+            if not told:
                 raise
             meant = told if " " in told else f"it is a setting: --set {told}=VALUE"
             raise UserError(f"{given}: no such option; {meant}") from error

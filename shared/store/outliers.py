@@ -109,7 +109,7 @@ def store_outliers(
             for name, rows in block_outliers(path, block, strata, limits, partial(read, block)).items():
                 found[name].append(rows + block * strata[name])
             if time.monotonic() > began + _SILENT:
-                shown = shown or stack.enter_context(Progress("finding outlier rows", blocks, "blocks"))
+                shown = shown or stack.enter_context(Progress("finding outlier rows", blocks, "blocks", block))
                 shown.update(block + 1)
     return {name: np.concatenate(parts) for name, parts in found.items()}
 

@@ -122,7 +122,7 @@ class Store:
         self.path, self.record, self.request = path, record, record.request
         self.exclusion: Exclusion | None = None
         """Which rows are left out by what reads the store; none: all rows count."""
-        self._outliers: dict[Exclusion | None, dict[str, NDArray[np.int64]]] = {}
+        self._outliers: dict[tuple[object, ...], dict[str, NDArray[np.int64]]] = {}
         self.packed = read_packed(path, self.arrays(), record.blocks) if is_packed(path) else None
         """The packed shard files, of a packed store."""
         self._local_given = local or Local()
@@ -228,15 +228,14 @@ class Store:
 
         They are found once for all views of the store. Raises `CorruptData` when a block's statistics are damaged.
         """
-        if self.exclusion not in self._outliers:
-            limits, is_left_out = {}, False
-            if self.exclusion:
-                limits, is_left_out = self.exclusion.limits, self.exclusion.position_0
+        limits, is_left_out = (self.exclusion.limits, self.exclusion.position_0) if self.exclusion else ({}, False)
+        key = (*limits.items(), is_left_out)
+        if key not in self._outliers:
             rows = {name: part.stratum.rows for name, part in self.strata.items()
                     if not (is_left_out and part.stratum.is_position_0)}  # fmt: skip
             found = store_outliers(self.path, self.record.blocks, rows, limits, self._block_rows)
-            self._outliers[self.exclusion] = {name: np.zeros(0, np.int64) for name in self.strata} | found
-        return self._outliers[self.exclusion]
+            self._outliers[key] = {name: np.zeros(0, np.int64) for name in self.strata} | found
+        return self._outliers[key]
 
     def _block_rows(self, block: int, stratum: str, side: str) -> Rows:
         """Return the stored rows of a block's stratum."""

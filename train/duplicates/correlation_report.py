@@ -32,7 +32,7 @@ class CorrelatedPair(Config):
     rows_together: int
     """Of `rows`, those on which both are active."""
     rows: int | None = None
-    """Over which the pair was counted: those of the sample, or all since it is tracked, of which old ones count less.
+    """Over which the pair was counted: those of the sample, or those since it is tracked, of which old ones count less.
     None: a report from before pairs were tracked, which has those of the sample."""
     within_segment: bool
     """Both enter with the same prefix."""
@@ -101,9 +101,11 @@ class CorrelationReport(Config):
     """With it, if the store's first stratum holds more than position 0."""
     with_position_0: Correlations
     tracked: Correlations | None = None
-    """Of pairs that earlier samples proposed, over all rows since, without position 0: the listed pairs are these. Old
-    rows count less, and `rows` is how many the oldest pair has. None: in the first report, on held-out rows, and in
-    reports from before pairs were tracked."""
+    """Of pairs that earlier samples proposed, without position 0, over the rows since: all on CPU, on CUDA those of
+    later samples. The listed pairs are these. Old rows count less, and `rows` is how many the oldest pair has. None:
+    in the first report, on held-out rows, and in reports from before pairs were tracked."""
+    pairs_without_room: int | None = None
+    """How many of this report's sample cannot be tracked, since so many others are. None: as above."""
     strata: dict[str, Correlations] | None
     """The same over the rows of each; none: of training steps, whose strata are small."""
     directions: Directions
@@ -118,7 +120,7 @@ class CorrelationReport(Config):
 
 
 def counted(report: CorrelationReport) -> Correlations:
-    """Return how pairs correlate without position 0 over the most rows that the report has: tracked, or its sample."""
+    """Return how pairs correlate without position 0: those that are tracked, or else those of the sample."""
     return report.tracked or report.without_position_0
 
 
@@ -126,9 +128,11 @@ def change_of(now: CorrelationReport, before: CorrelationReport | None) -> Trend
     """Return what changed since the report before; none: there is none."""
     if not before:
         return None
+    alike = (now.tracked, before.tracked) if now.tracked and before.tracked else None
+    pairs, then = alike or (now.without_position_0, before.without_position_0)
     return Trend(
         since_step=before.step,
-        pairs_above_0_8=counted(now).pairs_above["0.8"] - counted(before).pairs_above["0.8"],
+        pairs_above_0_8=pairs.pairs_above["0.8"] - then.pairs_above["0.8"],
         share_above_0_7=now.directions.share_with_neighbour_above["0.7"]
         - before.directions.share_with_neighbour_above["0.7"],
     )

@@ -81,7 +81,7 @@ class ControllerConfig(Config):
 
     max_share_above_0_7: float | None = Field(None, ge=0, le=1)
     """Live latents that may have a neighbour with a cosine above 0.7, as a share; none: decoder weights stay."""
-    max_pairs_above_0_8: int | None = Field(None, ge=0)
+    max_pairs_above_0_8: int | None = Field(None, ge=0, le=1000)
     """Pairs that may correlate above 0.8; none: the weight of co-activation stays."""
     gain: float = Field(1.5, gt=1)
     """What a weight is multiplied or divided by."""

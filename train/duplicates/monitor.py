@@ -300,7 +300,7 @@ class CorrelationMonitor:
         count = sum(name.startswith("monitor.") and name.endswith(".rows") for name in tensors)
         self._kept = [_known(self._loaded_batch(tensors, f"monitor.{i:04d}")) for i in range(count)]
         if self._every:
-            self._tracked.load(tensors)
+            self._tracked.load(tensors, begun=bool(self._last or self._pending))
 
     def start_anew(self, latents: Tensor) -> None:
         """Track no pairs of `latents` [n] int64 any more, which have become others."""
@@ -369,6 +369,7 @@ class CorrelationMonitor:
             without_position_0=without,
             with_position_0=whole,
             tracked=tracked.figures(LEVELS) if tracked else None,
+            pairs_without_room=tracked.without_room if tracked else None,
             strata=None,
             directions=directions,
             pairs=pairs,

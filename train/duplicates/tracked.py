@@ -41,6 +41,8 @@ class Tracked(NamedTuple):
     """Counts of rows are whole numbers: older rows count less"""
     rows: Tensor
     """[C] int64, how many each was tracked on, counted in the same way"""
+    without_room: int
+    """How many that the last sample proposed are not tracked, since so many others are"""
 
     def figures(self, levels: tuple[float, ...]) -> Correlations:
         """Return how many pairs are above each level."""
@@ -61,6 +63,7 @@ class TrackedPairs:
         nothing = torch.zeros(0, dtype=torch.int64)
         self.pairs = Pairs(nothing, nothing)
         self._sums = torch.zeros(0, _SUMS, dtype=torch.float64)
+        self._begun = False
 
     def add(self, active: SparseLatents, left_out: slice = NO_ROWS) -> None:
         """Count the rows of a batch, all on CPU, but those `left_out`."""
@@ -86,26 +89,29 @@ class TrackedPairs:
             Correlated(self.pairs.kept(listed), r[listed], scale[listed]),
             Measures(together[listed].round().long(), r[listed], jaccard[listed]),
             rows[listed].round().long(),
+            0,
         )
 
     def follow(self, sample: SparseLatents, least_together: int, partners: int, *, new: bool) -> Tracked | None:
-        """Return what rows say of the pairs that are tracked, none where there are no such, and track new ones.
+        """Return what rows say of the pairs that are tracked, none where no sample was seen before, and track new ones.
 
         New ones are those of a `sample` without position 0 above the level, of each latent the `partners` largest; one
         row in common will do. The rows of a `new` sample are counted first; of another, they were counted step by step.
         """
         if new:
             self.add(sample)
-        found = self.found(least_together) if len(self.pairs.first) else None
+        found = self.found(least_together) if self._begun else None
+        self._begun = True
         proposed, _ = correlated_pairs(sample, 1, partners, ())
         pairs = proposed.pairs.kept(proposed.correlation > self.level)
-        self.propose(pairs, measure(sample, pairs).rows)
-        return found
+        without_room = self.propose(pairs, measure(sample, pairs).rows)
+        return found and found._replace(without_room=without_room)
 
-    def propose(self, pairs: Pairs, together: Tensor) -> None:
+    def propose(self, pairs: Pairs, together: Tensor) -> int:
         """Drop the pairs that rows have decided against, and track `pairs` from here on, where there is room.
 
         Those of `pairs` that met on more rows of the sample, `together` [C], come first; else those before others.
+        Returns how many found no room.
         """
         found = self.found(_LEAST_MET).correlated
         alike = self._keys(found.pairs.kept(found.correlation > self.level))
@@ -114,9 +120,11 @@ class TrackedPairs:
         fresh = ~torch.isin(self._keys(pairs), known)
         room = MOST - int(kept.sum())
         chosen = fresh.nonzero().squeeze(1)
+        without_room = max(len(chosen) - room, 0)
         chosen = chosen[together[chosen].argsort(descending=True, stable=True)][:room]
         self.pairs = self.pairs.kept(kept).joined(pairs.kept(chosen))
         self._sums = torch.cat([self._sums[kept], self._sums.new_zeros(len(chosen), _SUMS)])
+        return without_room
 
     def start_anew(self, latents: Tensor) -> None:
         """Drop the pairs of `latents` [n] int64, which have become others."""
@@ -129,11 +137,15 @@ class TrackedPairs:
             "tracked.sums": self._sums.clone()
         }
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over a saved state; of a checkpoint from before pairs were tracked there is none, which is said."""
+    def load(self, tensors: dict[str, Tensor], *, begun: bool) -> None:
+        """Take over a saved state; `begun`: after a first sample.
+
+        A checkpoint from before pairs were tracked has none, which is said.
+        """
         if "tracked.sums" not in tensors:
-            say("the checkpoint is from before correlated pairs were tracked: that begins with the next report")
+            say("the checkpoint is from before correlated pairs were tracked: tracking starts at the next report")
             return
+        self._begun = begun
         first = numbers(tensors, "tracked.first", self._d_sae)
         self.pairs = Pairs(first, numbers(tensors, "tracked.second", self._d_sae, len(first)))
         self._sums = fitting(tensors, "tracked.sums", torch.empty(len(first), _SUMS, dtype=torch.float64)).clone()

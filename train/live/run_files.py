@@ -40,7 +40,7 @@ def config_file(run: Path) -> Path:
 
 def _meant(run: Path) -> str:
     """Say which run may be meant by a path that is none, of the runs beside it, in it, or in `runs`; else nothing."""
-    if (RUNS / run / CONFIG).is_file():
+    if _is_there(RUNS / run / CONFIG):
         return f"; did you mean {RUNS / run}?"
     folder = run if run.is_dir() else run.parent
     if not (near := runs_in(folder) or runs_in(folder := RUNS)):
@@ -50,10 +50,18 @@ def _meant(run: Path) -> str:
 
 
 def runs_in(folder: Path) -> list[str]:
-    """List the names of the runs in a folder, but for what is being removed."""
-    if not folder.is_dir():
+    """List the names of the runs in a folder, but for what is being removed, and for what may not be looked at."""
+    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         return []
-    return sorted(path.name for path in folder.iterdir() if path.suffix != TEMPORARY and (path / CONFIG).is_file())
+    return sorted(path.name for path in folder.iterdir() if path.suffix != TEMPORARY and _is_there(path / CONFIG))
+
+
+def _is_there(path: Path) -> bool:
+    """Tell whether a file is there and may be looked at: folders of others on a shared disk may be closed."""
+    try:
+        return path.is_file()
+    except PermissionError:
+        return False
 
 
 def model_of(log: Path) -> type[AnyRow]:

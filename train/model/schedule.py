@@ -8,9 +8,11 @@ from shared.check_settings import Unfit
 def warmup_steps(name: str, given: int | None, share: float, steps: int) -> int:
     """Return the steps of a warm-up: those `given`, or else a share of the run's.
 
-    Raises `Unfit` when no step would come after the warm-up.
+    However few steps a run has, one comes after a share of them below 1. Raises `Unfit` when none would come.
     """
-    found = round(share * steps) if given is None else given
+    found = given
+    if found is None:
+        found = min(round(share * steps), max(steps - 1, 0)) if share < 1 else steps
     if found and found >= steps:
         setting, remedy = f"{name}_share = {share:g}", "lower it"
         if given is not None:

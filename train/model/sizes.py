@@ -1,5 +1,6 @@
 """Rules about widths, d_sae, prefixes and k. No torch here: they are checked before it is imported."""
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
@@ -43,7 +44,7 @@ def multiple(name: str, value: int | str, unit: int, example: str) -> int:
     """Return a number that is given as such, or as a multiple of `unit`. Raises `Unfit` when it is neither."""
     text = str(value)
     number = text.removesuffix("x")
-    if not number.isdigit() or int(number) < 1:
+    if not re.fullmatch("[0-9]{1,18}", number) or int(number) < 1:
         raise Unfit(f"{name} must be a positive number or a multiple such as {example}, got {text}", name)
     return int(number) * (unit if text.endswith("x") else 1)
 

@@ -78,15 +78,16 @@ def trained(run: Path, step: int) -> tuple[int, float] | None:
 
 def monitor_curves(run: Path, step: int) -> Curves:
     """Return the trend over reports of the correlation monitor."""
-    found = []
-    for path in _monitor_reports(run):
-        report = read_correlations(path)
+    found, reports = [], [read_correlations(path) for path in _monitor_reports(run)]
+    is_tracked = any(report.tracked for report in reports)
+    for report in reports:
         if report.step <= step:
+            pairs = None if is_tracked and not report.tracked else counted(report)  # one curve, one way to count
             found.append(
                 {
                     "step": report.step,
-                    "pairs_above_0_8": counted(report).pairs_above["0.8"],
-                    "largest_correlation": counted(report).largest,
+                    "pairs_above_0_8": pairs and pairs.pairs_above["0.8"],
+                    "largest_correlation": pairs and pairs.largest,
                     "share_with_neighbour_above_0_7": report.directions.share_with_neighbour_above["0.7"],
                     "effective_share": report.directions.effective_number / max(report.directions.live, 1),
                 }

@@ -23,6 +23,7 @@ from train.probe.probe_record import EXPLAINED, probe_of
 FILE = "labels.json"
 """In the run's folder."""
 _MOST_BYTES = 2**26
+_DIGITS = 12
 _COLUMNS = ("latent", "label", "note", "star")
 
 
@@ -142,4 +143,13 @@ def _rows(lines: Iterable[list[str]], file: Path) -> list[dict[str, Any]]:
     if uneven := [number for number, row in enumerate(rows, 1) if len(row) != len(head)]:
         raise UserError(f"{file}: row {uneven[0]} does not have the {len(head)} columns of the first line")
     found: list[dict[str, Any]] = [dict(zip(head, row, strict=True)) for row in rows]
-    return [row | {"star": row.get("star", "").strip().lower() in ("1", "true", "yes")} for row in found]
+    return [
+        row
+        | {
+            "latent": int(text)
+            if (text := row["latent"].strip()).isdecimal() and len(text) < _DIGITS
+            else row["latent"]
+        }
+        | {"star": row.get("star", "").strip().lower() in ("1", "true", "yes")}
+        for row in found
+    ]

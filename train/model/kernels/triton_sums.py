@@ -165,7 +165,7 @@ def sums_by_latent(
     kinds = {"SIDES": sides, "PARTNERS": partners is not None, "EXTRA": extra.slopes.shape[1] if extra else 0}
     kinds |= first.kinds()
     kinds |= {f"OTHER_{name}": kind if second else 0 for name, kind in other.kinds().items()}
-    cut = {"LONG": LONG, "PAIRS": _PAIRS, "BLOCK": block, "num_warps": 4}
+    cut = {"LONG": LONG, "PAIRS": _PAIRS, "BLOCK": block, "num_warps": min(4, max(1, block // 64))}
     shared = len(order) > LONG and (most is None or most > LONG)
     grid = (len(first.out), parts, sides)
     launch(_sums_by_latent, grid, *tensors, *sizes, SHARED=shared, **kinds, **cut)
