@@ -165,9 +165,9 @@ def _prefixes(e: Evaluation) -> Table:
 
 
 def _strata(e: Evaluation) -> Table:
-    heads = ("positions", "rows", "fvu", "l0", "l0 trained", "relative error", "share of error", "share of active")
+    heads = ("positions", "rows", "fvu", "l0", "l0 trained", "relative\nerror", "error share", "active share")
     table = Table(*heads)
-    table.columns[0].no_wrap = True
+    table.columns[0].no_wrap = table.columns[5].no_wrap = True
     for name, part in e.strata.items():
         drawn = "-" if part.l0_training_rule is None else f"{part.l0_training_rule:.2f}"
         fvu = "-" if part.fvu is None else f"{part.fvu:.4f}"
@@ -180,8 +180,9 @@ def _strata(e: Evaluation) -> Table:
 
 def _weight(part: Weight) -> list[str]:
     """Return the cells of how much some rows weigh among all."""
-    error = "-" if part.relative_error is None else f"{part.relative_error:.4g}"
-    return [error, *("-" if share is None else f"{share:.2%}" for share in (part.error_share, part.active_share))]
+    error = part.relative_error
+    said = "-" if error is None else f"{error:,.0f}" if error >= 1000 else f"{error:.4g}"
+    return [said, *("-" if share is None else f"{share:.2%}" for share in (part.error_share, part.active_share))]
 
 
 def _right(table: Table) -> None:
