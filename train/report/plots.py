@@ -95,7 +95,7 @@ def _lines(
         )
     if not traces:
         return None
-    return figure(traces, "step", axis, y=log_axis(traces) if log else {"tickformat": ".1%"} if percent else {})
+    return figure(traces, "step", axis, y=log_axis(traces) if log else {"tickformat": ".3~%"} if percent else {})
 
 
 def log_axis(traces: Sequence[go.Scatter]) -> dict[str, Any]:
