@@ -1,4 +1,4 @@
-"""What very large stores cost to make, keep and train on, and what is busy first: docs/scale.md, which this writes.
+"""What very large stores cost to make, keep and train on, and what the bottleneck is: docs/scale.md, which this writes.
 
     python -m tests.bench.scale
 
@@ -172,7 +172,7 @@ marked ESTIMATE follows from the inputs below.
 
 {table}
 
-## What is busy first
+## What the bottleneck is
 
 - **A harvest of all layers waits for storage**, not for the GPUs: compare its two lines of hours. One or two GPUs keep
   the storage of a node busy, so more of them change nothing. A faster file system does, and so does writing less: half
