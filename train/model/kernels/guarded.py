@@ -82,7 +82,6 @@ class Guarded:
             pre_acts = near.product.add_(b_enc.detach()) if whole else None
         active, smallest = found.largest(n)
         self._selected, self._computed = self._selected + len(active.rows), self._computed + found.computed
-        self._guess = 0.95 * float(smallest)
         return active, smallest, pre_acts
 
     def figures(self) -> dict[str, float]:
@@ -96,8 +95,8 @@ class Guarded:
     def _search(self, near: Near, x: Tensor, W_enc: Tensor, n: int) -> "_Candidates":
         """Return candidates that hold the values of all pairs that can be among the `n` largest.
 
-        Bounds are compared with a guess first, somewhat below the smallest selected of the step before, and once more
-        when that was too high.
+        Bounds are compared with a guess first, somewhat below the least value that the step before searched down to, and
+        once more when that was too high.
         """
         floor = self._guess
         found = _Candidates(near, x, W_enc, floor)
@@ -107,6 +106,7 @@ class Guarded:
             floor = max(least, 0.0)
             found = _Candidates(near, x, W_enc, floor)
             least = found.least(n)
+        self._guess = 0.95 * max(least, 0.0)
         found.compute(~(found.upper < max(least, floor)))
         return found
 
