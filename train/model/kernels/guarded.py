@@ -95,8 +95,8 @@ class Guarded:
     def _search(self, near: Near, x: Tensor, W_enc: Tensor, n: int) -> "_Candidates":
         """Return candidates that hold the values of all pairs that can be among the `n` largest.
 
-        Bounds are compared with a guess first, somewhat below the least value that the step before searched down to, and
-        once more when that was too high.
+        Bounds are compared with a guess first, somewhat below the least value that the step before searched down to,
+        and once more when that was too high.
         """
         floor = self._guess
         found = _Candidates(near, x, W_enc, floor)
