@@ -103,6 +103,7 @@ def test_triton_kernels_train_on_the_second_device(command, small_store, tmp_pat
     assert (done.code, log.faults) == (0, []), done.err
     launched = {op.name for op in log.ops if op.name.startswith("triton")}
     never = {"_long_sums", "_add_long_sums"}  # too few pairs
+    never |= {"_products"}  # a step's values are computed where its errors are
     assert launched == {f"triton {name}" for name in KERNELS - never}
 
 
