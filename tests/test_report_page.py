@@ -162,7 +162,7 @@ def test_it_is_reached_by_keyboard(page) -> None:
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     page.keyboard.press("Enter")
-    assert page.url.endswith("#verdict")
+    page.wait_for_url("**/report.html#verdict")  # at once, unless the machine is busy
     summary = page.locator("figure summary").first
     summary.focus()
     page.keyboard.press("Enter")
