@@ -94,6 +94,30 @@ def partners(
                 correlation[f, place], found[f, place] = r, other
 
 
+@njit(cache=True, nogil=True, error_model="numpy")
+def _met(
+    rows: Ints, values: Floats, order: Ints, of: tuple[int, int, int, int], low: int, high: int
+) -> tuple[int, float]:
+    """Count the rows on which two latents are above 0, and sum their products there, but for rows from `low` to `high`.
+
+    `of`: where the values of the first begin and end in `order`, and those of the second.
+    """
+    i, end, j, other_end = of
+    count, total = 0, 0.0
+    while i < end and j < other_end:
+        one, other = rows[order[i]], rows[order[j]]
+        if one < other or not values[order[i]] > 0 or low <= one < high:
+            i += 1
+        elif other < one or not values[order[j]] > 0:
+            j += 1
+        else:
+            count += 1
+            total += np.float64(values[order[i]]) * values[order[j]]
+            i += 1
+            j += 1
+    return count, total
+
+
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def meetings(
     first: Ints,
@@ -107,19 +131,8 @@ def meetings(
 ) -> None:
     """Count, for each pair of latents [C], the rows on which both are above 0, and sum their products there."""
     for pair in prange(len(first)):
-        i, j, count, total = by_latent[first[pair]], by_latent[second[pair]], 0, 0.0
-        while i < by_latent[first[pair] + 1] and j < by_latent[second[pair] + 1]:
-            one, other = rows[order[i]], rows[order[j]]
-            if one < other or not values[order[i]] > 0:
-                i += 1
-            elif other < one or not values[order[j]] > 0:
-                j += 1
-            else:
-                count += 1
-                total += np.float64(values[order[i]]) * values[order[j]]
-                i += 1
-                j += 1
-        together[pair], products[pair] = count, total
+        of = by_latent[first[pair]], by_latent[first[pair] + 1], by_latent[second[pair]], by_latent[second[pair] + 1]
+        together[pair], products[pair] = _met(rows, values, order, of, 0, 0)
 
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
@@ -149,18 +162,10 @@ def add_to_sums(
         sums[pair, 0] += total
         _add_moments(rows, values, order, by_latent[first[pair]], by_latent[first[pair] + 1], low, high, one)
         _add_moments(rows, values, order, by_latent[second[pair]], by_latent[second[pair] + 1], low, high, other)
-        i, j = by_latent[first[pair]], by_latent[second[pair]]
-        while i < by_latent[first[pair] + 1] and j < by_latent[second[pair] + 1]:
-            row, with_it = rows[order[i]], rows[order[j]]
-            if row < with_it or not values[order[i]] > 0 or low <= row < high:
-                i += 1
-            elif with_it < row or not values[order[j]] > 0:
-                j += 1
-            else:
-                sums[pair, 1] += 1
-                sums[pair, 2] += np.float64(values[order[i]]) * values[order[j]]
-                i += 1
-                j += 1
+        of = by_latent[first[pair]], by_latent[first[pair] + 1], by_latent[second[pair]], by_latent[second[pair] + 1]
+        count, product = _met(rows, values, order, of, low, high)
+        sums[pair, 1] += count
+        sums[pair, 2] += product
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
