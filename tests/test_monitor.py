@@ -182,6 +182,21 @@ def test_an_open_sample_continues_from_its_state(tmp_path: Path) -> None:
     assert whole.report(4, ALIVE) == resumed.report(4, ALIVE)
 
 
+def test_a_report_begun_before_a_merge_hands_on_no_pair_of_the_merged_latents(tmp_path: Path) -> None:
+    monitor = make_monitor(tmp_path, delay=2)
+    for i in range(4):
+        monitor.add(make_step(i), i + 1)
+    monitor.begin(4, torch.zeros(F, dtype=torch.bool))
+    monitor.start_anew(torch.tensor([20]))
+    resumed = make_monitor(tmp_path, delay=2)
+    resumed.load(monitor.state())
+    for one in (monitor, resumed):
+        assert one.finish().pairs[0].key == (3, 20)  # as it was when it was counted
+        first, second = one.correlated.pairs
+        assert len(first) > 0
+        assert not bool(((first == 20) | (second == 20)).any())
+
+
 def test_a_full_disk_costs_reports_and_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

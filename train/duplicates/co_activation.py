@@ -41,6 +41,11 @@ class Correlated(NamedTuple):
         latents, numbers = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
         return cls(Pairs(latents, latents), numbers, numbers)
 
+    def without(self, latents: Tensor) -> "Correlated":
+        """Return the pairs that hold none of `latents` [n] int64."""
+        kept = self.pairs.free_of(latents.cpu())
+        return Correlated(self.pairs.kept(kept), self.correlation[kept], self.scale[kept])
+
 
 def correlated_pairs(
     active: SparseLatents,

@@ -30,6 +30,10 @@ class Pairs(NamedTuple):
         """Return the pairs that `wanted` [N] names, as bools or by their numbers."""
         return Pairs(self.first[wanted], self.second[wanted])
 
+    def free_of(self, latents: Tensor) -> Tensor:  # [N] bool
+        """Tell which pairs hold none of `latents` [n] int64."""
+        return ~torch.isin(torch.stack(list(self)), latents).any(0)
+
     def joined(self, other: "Pairs") -> "Pairs":
         """Return these pairs, and those of `other` behind them."""
         return Pairs(torch.cat([self.first, other.first]), torch.cat([self.second, other.second]))

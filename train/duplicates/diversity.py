@@ -264,9 +264,9 @@ class Diversity:
 
     def start_anew(self, latents: Tensor) -> None:
         """Drop the pairs of `latents` [n] int64, which have become others."""
-        kept = ~torch.isin(torch.stack(list(self.correlated)), latents).any(0)
+        kept = self.correlated.free_of(latents)
         self.correlated, self._strength = self.correlated.kept(kept), self._strength[kept]
-        self.mined = self.mined.kept(~torch.isin(torch.stack(list(self.mined)), latents).any(0))
+        self.mined = self.mined.kept(self.mined.free_of(latents))
         self._mass[:, latents] = 0
         self._partners, self._together, self.changes = None, None, self.changes + 1
 

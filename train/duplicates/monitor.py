@@ -303,9 +303,15 @@ class CorrelationMonitor:
             self._tracked.load(tensors, begun=bool(self._last or self._pending))
 
     def start_anew(self, latents: Tensor) -> None:
-        """Track no pairs of `latents` [n] int64 any more, which have become others."""
+        """Drop the pairs of `latents` [n] int64, which have become others.
+
+        They are no longer tracked, and a report that began before does not hand them to the diversity loss. The report
+        lists them as it counted them.
+        """
         if self._pending:
-            self._pending[1]()  # a thread may be counting
+            done, (counted, correlated) = self._pending[0], self._pending[1]()  # a thread may be counting
+            found = counted, correlated.without(latents)
+            self._pending = done, lambda: found
         self._tracked.start_anew(latents)
 
     def _loaded_correlated(self, tensors: dict[str, Tensor], name: str) -> Correlated:

@@ -128,7 +128,7 @@ class TrackedPairs:
 
     def start_anew(self, latents: Tensor) -> None:
         """Drop the pairs of `latents` [n] int64, which have become others."""
-        kept = ~torch.isin(torch.stack(list(self.pairs)), latents.cpu()).any(0)
+        kept = self.pairs.free_of(latents.cpu())
         self.pairs, self._sums = self.pairs.kept(kept), self._sums[kept]
 
     def state(self) -> dict[str, Tensor]:
