@@ -40,7 +40,8 @@ os.environ |= {
 import pytest  # noqa: E402
 
 from tests.stores import SyntheticStore, make_store  # noqa: E402
-from train.model.kernels.sparse_ops import SparseOps, sparse_ops  # noqa: E402
+from train.model.kernels.base import SparseOps  # noqa: E402
+from train.model.kernels.sparse_ops import sparse_ops  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

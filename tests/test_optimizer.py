@@ -8,7 +8,7 @@ import torch
 from shared.errors import UserError
 from train.duplicates.diversity import DiversityConfig
 from train.model.activations import BatchTopK, JumpReLU, ReLU, TopK
-from train.model.kernels.sparse_ops import Kernels
+from train.model.kernels.base import Kernels
 from train.model.losses import AuxKConfig
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 from train.run.optimizer import CompiledAdam, Optimizer, OptimizerConfig, TorchAdam, TritonAdam

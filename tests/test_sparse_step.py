@@ -11,8 +11,9 @@ import torch
 
 from tests import reference
 from train.model.kernels import numba_loops, plain
+from train.model.kernels.base import Groups, SparseOps
 from train.model.kernels.matmul import Matmul
-from train.model.kernels.sparse_ops import Groups, SparseOps, sparse_ops
+from train.model.kernels.sparse_ops import sparse_ops
 from train.model.sparse_latents import SparseLatents
 
 ROOT = Path(__file__).parents[1]

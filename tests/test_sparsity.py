@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests import reference
-from train.model.kernels.sparse_ops import SparseOps, sparse_ops
+from train.model.kernels.base import SparseOps
+from train.model.kernels.sparse_ops import sparse_ops
 from train.model.sparse_latents import SparseLatents, offsets
 
 COMPILED = sparse_ops("compiled")

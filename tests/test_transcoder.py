@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from shared.errors import UserError
 from tests import reference
 from train.model.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from train.model.kernels.sparse_ops import Kernels
+from train.model.kernels.base import Kernels
 from train.model.losses import AuxKConfig
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 from train.run.latent_counters import Counters

@@ -15,8 +15,9 @@ from shared.store.store import Store
 from tests import reference
 from tests.bench.gpu_setup import Shape, Step, make_step
 from tests.bench.record import SMOKE, sized
+from train.model.kernels.base import Groups, Kernels, SparseOps
 from train.model.kernels.matmul import Matmul
-from train.model.kernels.sparse_ops import Groups, Kernels, SparseOps, sparse_ops
+from train.model.kernels.sparse_ops import sparse_ops
 from train.model.sparse_latents import SparseLatents
 
 FORMS: tuple[Kernels, ...] = tuple(form for form in get_args(Kernels) if form != "compiled")

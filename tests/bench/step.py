@@ -21,7 +21,8 @@ from tests.bench.record import record, run, sized
 from train.model.activations import BatchTopK
 from train.model.blas import addmm, faster_here, product
 from train.model.kernels import guarded
-from train.model.kernels.sparse_ops import Groups, sparse_ops
+from train.model.kernels.base import Groups
+from train.model.kernels.sparse_ops import sparse_ops
 from train.model.losses import AuxKConfig
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 from train.run.latent_counters import Counters

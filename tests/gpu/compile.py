@@ -99,7 +99,7 @@ def _launch_selection(dtype: torch.dtype) -> None:
 
 
 def _launch_sums(width: int, prefixes: int) -> None:
-    from train.model.kernels.sparse_ops import Groups
+    from train.model.kernels.base import Groups
     from train.model.kernels.triton_kernels import Triton
     from train.model.sparse_latents import SparseLatents
 
@@ -144,7 +144,7 @@ def _launch_adam(width: int) -> None:
 
 def _launch_step(width: int, prefixes: int) -> None:
     """A step with terms that join its loss; of pairs so many that a latent may have a long sum."""
-    from train.model.kernels.sparse_ops import Groups
+    from train.model.kernels.base import Groups
     from train.model.kernels.triton_pairs import co_activation, pair_loss, partners, together
     from train.model.kernels.triton_quiet import quiet_loss
     from train.model.kernels.triton_step import AuxK, Noted, Plan, pairs_loss

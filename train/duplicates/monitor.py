@@ -305,8 +305,7 @@ class CorrelationMonitor:
     def start_anew(self, latents: Tensor) -> None:
         """Drop the pairs of `latents` [n] int64, which have become others.
 
-        They are no longer tracked, and a report that began before does not hand them to the diversity loss. The report
-        lists them as it counted them.
+        They are no longer tracked, and a report that began before lists them but hands none to the diversity loss.
         """
         if self._pending:
             done, (counted, correlated) = self._pending[0], self._pending[1]()  # a thread may be counting

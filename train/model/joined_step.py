@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from train.model.kernels.sparse_ops import Groups
+from train.model.kernels.base import Groups
 from train.model.losses import AuxKConfig
 from train.model.sparse_latents import SparseLatents
 

@@ -24,7 +24,8 @@ from train.model import blas, checkpoint
 from train.model.activations import Activation
 from train.model.joined_step import joined_losses
 from train.model.kernels import guarded, plain
-from train.model.kernels.sparse_ops import Groups, Kernels, SparseOps, sparse_ops
+from train.model.kernels.base import Groups, Kernels, SparseOps
+from train.model.kernels.sparse_ops import sparse_ops
 from train.model.losses import AuxKConfig, auxk_weight, matryoshka_weight
 from train.model.sizes import check_prefixes, multiple
 from train.model.sparse_latents import SparseLatents

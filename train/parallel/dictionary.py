@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from train.model import blas
+from train.model.kernels.base import Groups, has_gradient, weighted
 from train.model.kernels.fused import Fused
-from train.model.kernels.sparse_ops import Groups, has_gradient, sparse_ops, weighted
+from train.model.kernels.sparse_ops import sparse_ops
 from train.model.losses import AuxKConfig, auxk_weight, matryoshka_weight
 from train.model.shards import latents_of, part, woven
 from train.model.sparse_latents import SparseLatents

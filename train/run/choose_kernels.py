@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared.errors import UserError, warn
 from train.model.activations import Activation
-from train.model.kernels.sparse_ops import Kernels
+from train.model.kernels.base import Kernels
 from train.model.losses import AuxKConfig
 from train.model.step_output import StepOutput
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig

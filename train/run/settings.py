@@ -28,7 +28,7 @@ from train.evaluation.evaluated_blocks import evaluated_rows
 from train.live.run_files import config_file
 from train.model.activations import Activation, BatchTopK
 from train.model.blas import Blas, bfloat16_units, faster_here
-from train.model.kernels.sparse_ops import Kernels
+from train.model.kernels.base import Kernels
 from train.model.losses import AuxKConfig
 from train.model.quiet import QuietConfig
 from train.model.shards import ParallelConfig

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from shared.config import Config
+from train.model.kernels.base import SparseOps
 from train.model.kernels.plain import smallest_positive
-from train.model.kernels.sparse_ops import SparseOps
 from train.model.schedule import warmup_steps
 from train.model.sizes import check_k, k_at_start
 from train.model.sparse_latents import SparseLatents

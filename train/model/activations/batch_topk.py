@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from train.model.activations.base import FixedK
-from train.model.kernels.sparse_ops import SparseOps
+from train.model.kernels.base import SparseOps
 from train.model.sparse_latents import SparseLatents
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from train.model.activations.base import Penalised, with_smallest
-from train.model.kernels.sparse_ops import SparseOps
+from train.model.kernels.base import SparseOps
 from train.model.sparse_latents import SparseLatents
 
 

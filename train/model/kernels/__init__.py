@@ -1,1 +1,1 @@
-"""The sparse half of a step, in several forms; `sparse_ops` says what each can do, and gives them by name."""
+"""The sparse half of a step, in several forms: `base` says what each can do, and `sparse_ops` gives them by name."""

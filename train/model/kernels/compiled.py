@@ -12,8 +12,8 @@ from torch import Tensor
 
 from train.model import room
 from train.model.kernels import numba_loops
+from train.model.kernels.base import Groups
 from train.model.kernels.fused import Fused
-from train.model.kernels.sparse_ops import Groups
 from train.model.sparse_latents import SparseLatents
 
 _PARTS = 64

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from train.model.kernels.base import Groups, weighted
 from train.model.kernels.plain import Plain
-from train.model.kernels.sparse_ops import Groups, weighted
 from train.model.sparse_latents import SparseLatents
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.model.kernels.base import Groups, has_gradient, weighted
 from train.model.kernels.plain import Plain
-from train.model.kernels.sparse_ops import Groups, has_gradient, weighted
 from train.model.sparse_latents import SparseLatents
 
 

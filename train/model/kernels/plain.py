@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from train.model.kernels.sparse_ops import Groups, SparseOps, weighted
+from train.model.kernels.base import Groups, SparseOps, weighted
 from train.model.sparse_latents import SparseLatents, offsets
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")

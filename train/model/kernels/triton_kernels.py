@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from train.model.kernels import triton_select, triton_sums
+from train.model.kernels.base import Groups
 from train.model.kernels.fused import Fused
-from train.model.kernels.sparse_ops import Groups
 from train.model.kernels.triton_launch import launch
 from train.model.kernels.triton_sums import Every, row_at, rows_of_pairs
 from train.model.sparse_latents import SparseLatents

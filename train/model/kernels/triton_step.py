@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.model.kernels.sparse_ops import Groups, has_gradient
+from train.model.kernels.base import Groups, has_gradient
 from train.model.kernels.triton_kernels import Encoder, errors_and_gradients, on_device
 from train.model.kernels.triton_launch import launch
 from train.model.kernels.triton_sums import Every, Extra, NormParts, Partners, Sums, norm_parts, sums_by_latent
