@@ -247,39 +247,46 @@ def repair(
 
 @group.command()
 @click.argument("store", type=STORE)
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
-def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
-    """Write STORE compressed to FOLDER, for archives and uploads; prints the folder last."""
+def pack(store: Path, target: Path, force: bool, as_json: bool) -> None:
+    """Write STORE compressed to TARGET, for archives and uploads; prints TARGET last.
+
+    TARGET is a new folder, or a new address such as s3://bucket/packed.
+    """
     from harvest.commands.archive import pack as write
 
-    folder = require_folder(folder, "pack")
-    size, packed = write(require_folder(store, "pack"), folder, force=force)
+    target = local_folder(target)
+    size, packed = write(local_folder(store), target, force=force)
     if as_json:
-        print(json.dumps({"path": str(folder), "shard_bytes": size, "packed_shard_bytes": packed}, indent=2))
+        facts = {"path": address(target), "shard_bytes": size, "packed_shard_bytes": packed}
+        show_text(json.dumps(facts, indent=2))
     else:
         say(f"{size:,} bytes of rows packed into {packed:,}: {size / packed:.2f} to 1")
-        show_path(folder)
+        show_path(target)
 
 
 @group.command()
 @click.argument("packed", type=STORE)
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
-def unpack(packed: Path, folder: Path, force: bool, as_json: bool) -> None:
-    """Write the packed store PACKED to FOLDER as it was before, byte for byte; prints the folder last."""
+def unpack(packed: Path, target: Path, force: bool, as_json: bool) -> None:
+    """Write the packed store PACKED to TARGET as it was before, byte for byte; prints TARGET last.
+
+    TARGET is a new folder, or a new address such as s3://bucket/store.
+    """
     from harvest.commands.archive import unpack as write
 
-    folder = require_folder(folder, "unpack")
-    size = write(require_folder(packed, "unpack"), folder, force=force)
+    target = local_folder(target)
+    size = write(local_folder(packed), target, force=force)
     if as_json:
-        print(json.dumps({"path": str(folder), "shard_bytes": size}, indent=2))
+        show_text(json.dumps({"path": address(target), "shard_bytes": size}, indent=2))
     else:
-        show_path(folder)
+        show_path(target)
 
 
 @group.command()
