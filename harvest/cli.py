@@ -241,7 +241,7 @@ def repair(
     """Verify STORE and write again what is damaged: those blocks and no others."""
     from harvest.commands.repair import repair as mend
 
-    damage = mend(require_folder(store, "repair"), model, text, workers, imported_from, inexact=inexact)
+    damage = mend(store, model, text, workers, imported_from, inexact=inexact)
     show_text(json.dumps(asdict(damage), indent=2) if as_json else damage.text())
 
 

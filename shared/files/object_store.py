@@ -190,7 +190,7 @@ class Objects:
             ) from error
 
 
-_COPY = "copy the store there again, or repair a local copy of it: harvest repair"
+_COPY = "copy the store there again, or repair it: harvest repair"
 _CREDENTIALS = "the credentials and the endpoint (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)"
 
 

@@ -313,4 +313,4 @@ def _host_folder(parent: Path, name: str) -> Path:
     return folder
 
 
-_REMEDY = "copy the store there again, or repair a local copy of it: harvest repair"
+_REMEDY = "copy the store there again, or repair it: harvest repair"

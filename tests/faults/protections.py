@@ -298,6 +298,13 @@ PROTECTIONS: tuple[Protection, ...] = (
         ("tests/test_object_archive.py::test_what_cannot_be_written_is_said",),
     ),
     Protection(
+        (64,),
+        "harvest/run/object_cache.py",
+        "        def one(file: Path) -> None:\n            lease.require()\n",
+        "        def one(file: Path) -> None:\n",
+        ("tests/test_object_repair.py::test_a_repair_that_loses_its_lease_commits_nothing_more_and_another_finishes",),
+    ),
+    Protection(
         (61,),
         "shared/store/object_rows.py",
         "            if wrong := _wrong(data, self._record(spec, piece.shard)):\n",
