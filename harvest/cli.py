@@ -207,7 +207,7 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
     if rows and not wrong:
         from harvest.commands.recompute import against_model
 
-        found = against_model(require_folder(store, "--against-model"), rows, model, seed, local)
+        found = against_model(store, rows, model, seed, local)
         facts["against_model"], lines, wrong = asdict(found), [*lines, found.text()], bool(found.wrong)
     show_text(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
     if wrong:

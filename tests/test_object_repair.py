@@ -130,3 +130,14 @@ def test_an_imported_store_is_repaired_from_its_files(bucket: Bucket, tmp_path: 
     assert refused.code == 2 and f"harvest repair {address} --from PATH" in refused.err
     assert command("repair", address, "--from", folder).code == 0
     assert at(bucket) == contents(before)
+
+
+def test_rows_are_compared_with_the_models(there: str, model: Path, finished: Path, tmp_path: Path) -> None:
+    """The same rows as of the local store, and of it packed."""
+    assert command("pack", finished, tmp_path / "packed").code == 0
+    said = []
+    for place in (finished, there, tmp_path / "packed"):
+        done = command("verify", place, "--against-model", 20, "--model", model, "--json")
+        assert done.code == 0, done.err
+        said.append(json.loads(done.out)["against_model"])
+    assert said[0]["rows"] == said[0]["equal"] == 20 and said[0] == said[1] == said[2]
