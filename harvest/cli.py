@@ -290,7 +290,7 @@ def unpack(packed: Path, target: Path, force: bool, as_json: bool) -> None:
 
 
 @group.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=STORE)
 @click.argument("repository")
 @click.option("--public", is_flag=True, help="Make a new repository public.  [default: private]")
 @click.option("--license", "licence", help="The hub's name of a licence, such as cc-by-4.0, for the card.")
@@ -299,7 +299,8 @@ def unpack(packed: Path, target: Path, force: bool, as_json: bool) -> None:
 def push(store: Path, repository: str, public: bool, licence: str | None, as_json: bool) -> None:
     """Upload the packed store STORE to the Hugging Face hub as the data set REPOSITORY, OWNER/NAME, with a card.
 
-    Prints its address last. A push that was stopped goes on when it is run again.
+    STORE may be in object storage. Prints the data set's address last. A push that was stopped goes on when it is run
+    again.
     """
     from harvest.commands.hub_store import push as upload
 
@@ -321,7 +322,7 @@ def pull(repository: str, cache: Path, revision: str | None, force: bool, as_jso
     """
     from harvest.commands.hub_store import pull as download
 
-    path = download(repository, cache, revision=revision, force=force)
+    path = download(repository, require_folder(cache, "pull"), revision=revision, force=force)
     if as_json:
         print(json.dumps({"path": str(path)}, indent=2))
     else:

@@ -43,7 +43,7 @@ def pack(path: Path, target: Path, *, force: bool = False) -> tuple[int, int]:
         def one(shard: Shard) -> int:
             name, spec = shard
             remedy = f"repair it with: harvest repair {store.shown}"
-            packed = pack_shard(spec, _fetch(store, name, raw[name], remedy))
+            packed = pack_shard(spec, fetch_shard(store, name, raw[name], remedy))
             out.put(f"{ARRAYS}/{name}", packed)
             files[name] = buffers_record([packed])
             return spec.shard_bytes
@@ -72,7 +72,7 @@ def unpack(path: Path, target: Path, *, force: bool = False) -> int:
             name, spec = shard
             source = Path(f"{store.shown}/{ARRAYS}/{name}")
             remedy = "pack the store again, or take another copy"
-            data = unpack_shard(spec, _fetch(store, name, records[name], remedy), source)
+            data = unpack_shard(spec, fetch_shard(store, name, records[name], remedy), source)
             if buffers_record([data]) != raw[name]:
                 raise CorruptData(
                     f"{address(source)}: it does not unpack to what the store's records say; take another copy"
@@ -86,7 +86,7 @@ def unpack(path: Path, target: Path, *, force: bool = False) -> int:
     return size
 
 
-def _fetch(store: Store, name: str, record: FileRecord, remedy: str) -> bytes:
+def fetch_shard(store: Store, name: str, record: FileRecord, remedy: str) -> bytes:
     """Return a shard file, by its path below the Zarr root. Raises `CorruptData` when it is not as its record says."""
     if store.objects:
         data, wrong = store.objects.get_whole(f"{ARRAYS}/{name}", record)
