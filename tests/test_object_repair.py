@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -109,8 +110,8 @@ def test_a_repair_that_loses_its_lease_commits_nothing_more_and_another_finishes
     monkeypatch.setattr(lease, "SECONDS", 3.0)
     remove(bucket, SHARD, "ledger/000003.json")
     with monkeypatch.context() as patch:
-        held = [True] * 2
-        patch.setattr(Lease, "_is_ours", lambda self: bool(held and held.pop()))
+        asked = count()
+        patch.setattr(Lease, "_is_ours", lambda self: next(asked) < 2)
         done = command(*line)
     assert done.code == 3 and "its lease was lost" in done.err
     assert "ledger/000003.json" not in at(bucket) and STORE in at(bucket)

@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TypeVar
 
-from harvest.commands.archive_target import Target, writing
+from harvest.commands.archive_target import AT_ONCE, Target, writing
 from harvest.commands.describe import open_records
 from shared.console.progress import Progress
 from shared.errors import CorruptData, UserError
@@ -114,8 +114,8 @@ def _writing(store: Store, place: Path, force: bool) -> Iterator[tuple[Target, d
         return store.shard_bytes + sum((store.path / name).stat().st_size for name in copied)
 
     with writing(store, place, what, None if force else needed) as target:
-        for name in copied:
-            target.copy(name, store.path / name)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(target.copy, copied, [store.path / name for name in copied]))
         yield target, {record_path(block): (store.path / record_path(block)).read_bytes() for block in blocks}
 
 

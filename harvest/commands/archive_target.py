@@ -6,7 +6,8 @@ a kill leaves is no store, and the same command knows it as its own.
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from shared.files.object_store import Objects, Taken, address, is_address, local
 from shared.store.layout import STORE
 from shared.store.store import Store
 
+AT_ONCE = 8
+"""Files that are copied at once, and records that are written."""
 _MARKER = "unfinished.json"
 
 
@@ -58,17 +61,20 @@ class ObjectTarget:
         self._objects.put(name, source)
 
     def commit(self, files: Mapping[str, bytes]) -> None:
-        """Write records one by one, each only if it is still what it was. Raises as `put` does, and `ProjectError`."""
-        for name, data in files.items():
-            self._lease.require()
+        """Write records, each only if it is still what it was. Raises as `put` does, and `ProjectError`."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(self._commit, files, files.values()))
+
+    def _commit(self, name: str, data: bytes) -> None:
+        self._lease.require()
+        with suppress(Taken):
+            self._objects.create(name, data)
+            return
+        try:
             found = self._objects.get_tagged(name)
-            try:
-                if found is None:
-                    self._objects.create(name, data)
-                elif found[0] != data:
-                    self._objects.replace(name, data, found[1])
-            except Taken as error:
-                raise ProjectError(f"{error}; nothing was written over it: run the same command again") from error
+            self._objects.replace(name, data, found[1] if found else "")
+        except Taken as error:
+            raise ProjectError(f"{error}; nothing was written over it: run the same command again") from error
 
 
 Target = FolderTarget | ObjectTarget

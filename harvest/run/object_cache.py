@@ -1,4 +1,4 @@
-"""A harvest into object storage: made in a local folder by the writer that all harvests have, sent block by block.
+"""A harvest into object storage, or a repair there: made in a local folder by the one writer, sent block by block.
 
 Shard files are sent first and never change; the record that says they exist comes after them, by a conditional put:
 that is the commit. Once a block's record is there, its shard files here give their room back.
