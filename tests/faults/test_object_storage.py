@@ -162,13 +162,16 @@ def test_a_training_that_is_killed_at_any_request_ends_the_same(killing: Killing
     reading(killing, finished, range(killing.requests()))
 
 
+_FAULTS: tuple[Fault, Fault] = ("kill", "kill after")
+
+
 def archiving(killing: Killing, source: Path, expected: dict[str, bytes], kind: str, every: bool = False) -> list[str]:
     """Kill `pack` or `unpack` into object storage at requests, and finish it; returns what was wrong."""
     found: list[str] = []
     assert killing.run("harvest", kind, source, f"{killing.bucket.address}/counted").code == 0
     count = killing.requests()
     for point in range(count) if every else (count // 2, count - 4, count - 1):
-        name, fault = f"{kind}-{point}", ("kill", "kill after")[point % 2]
+        name, fault = f"{kind}-{point}", _FAULTS[point % 2]
         line = ("harvest", kind, source, f"{killing.bucket.address}/{name}")
         killed = killing.run(*line, at=point, fault=fault)
         if killed.code != -9:
