@@ -207,7 +207,7 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
     if rows and not wrong:
         from harvest.commands.recompute import against_model
 
-        found = against_model(require_folder(store, "--against-model"), rows, model, seed, local)
+        found = against_model(store, rows, model, seed, local)
         facts["against_model"], lines, wrong = asdict(found), [*lines, found.text()], bool(found.wrong)
     show_text(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
     if wrong:
@@ -241,49 +241,56 @@ def repair(
     """Verify STORE and write again what is damaged: those blocks and no others."""
     from harvest.commands.repair import repair as mend
 
-    damage = mend(require_folder(store, "repair"), model, text, workers, imported_from, inexact=inexact)
+    damage = mend(store, model, text, workers, imported_from, inexact=inexact)
     show_text(json.dumps(asdict(damage), indent=2) if as_json else damage.text())
 
 
 @group.command()
 @click.argument("store", type=STORE)
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
-def pack(store: Path, folder: Path, force: bool, as_json: bool) -> None:
-    """Write STORE compressed to FOLDER, for archives and uploads; prints the folder last."""
+def pack(store: Path, target: Path, force: bool, as_json: bool) -> None:
+    """Write STORE compressed to TARGET, for archives and uploads; prints TARGET last.
+
+    TARGET is a new folder, or a new address such as s3://bucket/packed.
+    """
     from harvest.commands.archive import pack as write
 
-    folder = require_folder(folder, "pack")
-    size, packed = write(require_folder(store, "pack"), folder, force=force)
+    target = local_folder(target)
+    size, packed = write(local_folder(store), target, force=force)
     if as_json:
-        print(json.dumps({"path": str(folder), "shard_bytes": size, "packed_shard_bytes": packed}, indent=2))
+        facts = {"path": address(target), "shard_bytes": size, "packed_shard_bytes": packed}
+        show_text(json.dumps(facts, indent=2))
     else:
         say(f"{size:,} bytes of rows packed into {packed:,}: {size / packed:.2f} to 1")
-        show_path(folder)
+        show_path(target)
 
 
 @group.command()
 @click.argument("packed", type=STORE)
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
-def unpack(packed: Path, folder: Path, force: bool, as_json: bool) -> None:
-    """Write the packed store PACKED to FOLDER as it was before, byte for byte; prints the folder last."""
+def unpack(packed: Path, target: Path, force: bool, as_json: bool) -> None:
+    """Write the packed store PACKED to TARGET as it was before, byte for byte; prints TARGET last.
+
+    TARGET is a new folder, or a new address such as s3://bucket/store.
+    """
     from harvest.commands.archive import unpack as write
 
-    folder = require_folder(folder, "unpack")
-    size = write(require_folder(packed, "unpack"), folder, force=force)
+    target = local_folder(target)
+    size = write(local_folder(packed), target, force=force)
     if as_json:
-        print(json.dumps({"path": str(folder), "shard_bytes": size}, indent=2))
+        show_text(json.dumps({"path": address(target), "shard_bytes": size}, indent=2))
     else:
-        show_path(folder)
+        show_path(target)
 
 
 @group.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=STORE)
 @click.argument("repository")
 @click.option("--public", is_flag=True, help="Make a new repository public.  [default: private]")
 @click.option("--license", "licence", help="The hub's name of a licence, such as cc-by-4.0, for the card.")
@@ -292,7 +299,8 @@ def unpack(packed: Path, folder: Path, force: bool, as_json: bool) -> None:
 def push(store: Path, repository: str, public: bool, licence: str | None, as_json: bool) -> None:
     """Upload the packed store STORE to the Hugging Face hub as the data set REPOSITORY, OWNER/NAME, with a card.
 
-    Prints its address last. A push that was stopped goes on when it is run again.
+    STORE may be in object storage. Prints the data set's address last. A push that was stopped goes on when it is run
+    again.
     """
     from harvest.commands.hub_store import push as upload
 
@@ -314,7 +322,7 @@ def pull(repository: str, cache: Path, revision: str | None, force: bool, as_jso
     """
     from harvest.commands.hub_store import pull as download
 
-    path = download(repository, cache, revision=revision, force=force)
+    path = download(repository, require_folder(cache, "pull"), revision=revision, force=force)
     if as_json:
         print(json.dumps({"path": str(path)}, indent=2))
     else:

@@ -15,6 +15,7 @@ import yaml
 
 from tests.hub_server import TOKEN, Hub
 from tests.llms import ROOT, Outcome, command, contents
+from tests.object_server import Bucket
 from tests.stores import SyntheticStore, make_store, stock_rows
 
 NAME = "someone/rows"
@@ -84,6 +85,28 @@ def test_a_pull_gives_what_was_pushed_and_a_stranger_can_open_it(
     assert contents(path) == there
     for name, rows in raw.arrays.items():
         assert (stock_rows(path, name) == rows).all()
+
+
+@pytest.mark.fault(63)
+def test_a_store_in_object_storage_is_pushed_as_the_local_one(
+    packed: Path, hub: Hub, here: Callable[..., Outcome], bucket: Bucket, tmp_path: Path
+) -> None:
+    """File by file: damage is met before the file is sent, and what is there is not sent again."""
+    address, damaged = bucket.upload(packed, "packed"), f"{SHARDS}/004-016/source/c/1/0"
+    whole = bucket.get(f"packed/{damaged}")
+    bucket.put(f"packed/{damaged}", whole[:-1] + bytes([whole[-1] ^ 1]))
+    done = here("push", address, NAME)
+    assert done.code == 1 and f"{address}/{damaged}: crc32c" in done.err
+    assert damaged not in hub.files[NAME] and "store.json" not in hub.files[NAME]
+    bucket.put(f"packed/{damaged}", whole)
+    assert here("push", address, NAME).code == 0
+    assert {name: data for name, data in hub.files[NAME].items() if name != "README.md"} == contents(packed)
+    asked: list[str] = []
+    hub.asked = lambda method, path: asked.append(path)
+    assert here("push", address, NAME).code == 0 and asked and not [one for one in asked if "/commit/" in one]
+    assert not list(tmp_path.glob("pushed-objects-*"))
+    refused = here("pull", NAME, "--cache", bucket.address)
+    assert refused.code == 2 and "aws s3 sync" in refused.err
 
 
 def test_the_card_says_what_the_rows_are_and_its_code_reads_them(

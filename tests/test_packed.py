@@ -283,7 +283,7 @@ def test_what_another_command_left_is_not_written_over(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("harvest.commands.archive.shutil.copyfile", killed)
+        patch.setattr("harvest.commands.archive_target.shutil.copyfile", killed)
         assert command("pack", pair[0], tmp_path / "out").code == 3
     before = contents(tmp_path / "out")
     (other / STORE).rename(tmp_path / "kept")

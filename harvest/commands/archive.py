@@ -1,20 +1,19 @@
 """`pack` and `unpack`: a store with compressed chunks, and back, bit for bit."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TypeVar
 
-from harvest.run.pipeline import lock_store
+from harvest.commands.archive_target import AT_ONCE, Target, writing
+from harvest.commands.describe import open_records
 from shared.console.progress import Progress
 from shared.errors import CorruptData, UserError
 from shared.files import durable
-from shared.files.disk_usage import size_of
+from shared.files.object_store import address
 from shared.store.arrays import ArraySpec, group_metadata
 from shared.store.checks import buffers_record, fault, read_ledger
 from shared.store.layout import ARRAYS, PACKED, PLAN, REQUEST, STORE, FileRecord, moments_path, record_path
@@ -23,7 +22,6 @@ from shared.store.store import Store
 
 Shard = tuple[str, ArraySpec]
 Item = TypeVar("Item")
-_MARKER = "unfinished.json"
 _MOST_WORKERS = 8
 """A worker holds a shard of up to 128 MiB a few times over."""
 
@@ -31,23 +29,22 @@ _MOST_WORKERS = 8
 def pack(path: Path, target: Path, *, force: bool = False) -> tuple[int, int]:
     """Write the store at `path` as a packed one at `target`; returns the bytes of shard files before and after.
 
-    Raises `UserError` when `target` holds something else, and `CorruptData` on a shard that is not what was written.
-    A rerun after a kill finishes.
+    Each is a folder or an address of objects; shard files go from one to the other through memory, a few at once.
+    Raises `UserError` when `target` holds something else, `CorruptData` on a shard that is not what was written, and of
+    objects what `Objects` raises. A rerun after a kill finishes.
     """
-    store = Store.open(path)
+    store = open_records(path)
     if store.packed:
-        raise UserError(f"{path} is packed already")
+        raise UserError(f"{store.shown} is packed already")
     raw, size = _raw_records(store), store.shard_bytes
-    with store.reading(), _target(store, target, force):
+    with store.reading(), _writing(store, target, force) as (out, ledger):
         files: dict[str, FileRecord] = {}
 
         def one(shard: Shard) -> int:
             name, spec = shard
-            source = path / ARRAYS / name
-            if wrong := fault(source, raw[name]):
-                raise CorruptData(f"{source}: {wrong}; repair it with: harvest repair {path}")
-            packed = pack_shard(spec, source.read_bytes())
-            durable.publish_bytes(target / ARRAYS / name, packed)
+            remedy = f"repair it with: harvest repair {store.shown}"
+            packed = pack_shard(spec, fetch_shard(store, name, raw[name], remedy))
+            out.put(f"{ARRAYS}/{name}", packed)
             files[name] = buffers_record([packed])
             return spec.shard_bytes
 
@@ -55,87 +52,85 @@ def pack(path: Path, target: Path, *, force: bool = False) -> tuple[int, int]:
         blocks = store.record.blocks
         metadata = {spec.path: packed_metadata(spec, blocks) for spec in store.arrays()}
         record = PackedRecord(files=dict(sorted(files.items())), unpacked_bytes=size)
-        _finish(store, target, metadata, {PACKED: durable.json_bytes(record.model_dump(mode="json"))})
+        more = {PACKED: durable.json_bytes(record.model_dump(mode="json"))}
+        _finish(store, out, metadata, ledger | more)
     return size, sum(file.bytes for file in files.values())
 
 
 def unpack(path: Path, target: Path, *, force: bool = False) -> int:
     """Write the packed store at `path` as it was before at `target`; returns its shard files' bytes.
 
-    Raises as `pack` does.
+    Takes and raises what `pack` does.
     """
-    store = Store.open(path)
+    store = open_records(path)
     if not store.packed:
-        raise UserError(f"{path} is not packed: it has no {PACKED}")
+        raise UserError(f"{store.shown} is not packed: it has no {PACKED}")
     records, raw, size = store.packed.files, _raw_records(store), store.shard_bytes
-    with store.reading(), _target(store, target, force):
+    with store.reading(), _writing(store, target, force) as (out, ledger):
 
         def one(shard: Shard) -> int:
             name, spec = shard
-            source = path / ARRAYS / name
-            if wrong := fault(source, records[name]):
-                raise CorruptData(f"{source}: {wrong}; pack the store again, or take another copy")
-            data = unpack_shard(spec, source.read_bytes(), source)
+            source = Path(f"{store.shown}/{ARRAYS}/{name}")
+            remedy = "pack the store again, or take another copy"
+            data = unpack_shard(spec, fetch_shard(store, name, records[name], remedy), source)
             if buffers_record([data]) != raw[name]:
-                raise CorruptData(f"{source}: it does not unpack to what the store's records say; take another copy")
-            durable.publish_bytes(target / ARRAYS / name, data)
+                raise CorruptData(
+                    f"{address(source)}: it does not unpack to what the store's records say; take another copy"
+                )
+            out.put(f"{ARRAYS}/{name}", data)
             return spec.shard_bytes
 
         for_each("unpack", _shards(store), size, one)
         metadata = {spec.path: spec.metadata(store.record.blocks) for spec in store.arrays()}
-        _finish(store, target, metadata, {})
+        _finish(store, out, metadata, ledger)
     return size
 
 
+def fetch_shard(store: Store, name: str, record: FileRecord, remedy: str) -> bytes:
+    """Return a shard file, by its path below the Zarr root. Raises `CorruptData` when it is not as its record says."""
+    if store.objects:
+        data, wrong = store.objects.get_whole(f"{ARRAYS}/{name}", record)
+    else:
+        file = store.path / ARRAYS / name
+        wrong = fault(file, record)
+        data = b"" if wrong else file.read_bytes()
+    if wrong:
+        raise CorruptData(f"{store.shown}/{ARRAYS}/{name}: {wrong}; {remedy}")
+    return data
+
+
 @contextmanager
-def _target(store: Store, target: Path, force: bool) -> Iterator[None]:
-    """Hold the lock of a folder that is new, or was left by a kill of the same command; it has room for a raw store.
+def _writing(store: Store, place: Path, force: bool) -> Iterator[tuple[Target, dict[str, bytes]]]:
+    """Hold the place that is written, with the files that are the same in both forms of a store.
 
-    A marker, there from the first file to the last, says what is being written.
+    They come first: an extension that finishes meanwhile removes the statistics. Also gives the ledger's records, as
+    they were at that time: those are written last.
     """
-    if store.path.resolve() in target.resolve().parents:
-        raise UserError(f"{target} lies inside the store; choose another folder")
-    what = {"packed": not store.packed, "store": store.record.model_dump(mode="json")}
-    marker, data = target / _MARKER, durable.json_bytes(what)
-    with lock_store(target):
-        ours = marker.is_file() and marker.read_bytes() == data
-        if not ours and target.exists() and any(target.iterdir()):
-            left = ", left unfinished by another store, or by this one before it was extended" * marker.is_file()
-            raise UserError(f"{target} exists{left}; choose another folder, or remove it")
-        if not force:
-            needed = store.shard_bytes + sum((store.path / name).stat().st_size for name in _copied(store))
-            there = size_of(target) if ours else 0
-            durable.require_space(target.parent, max(0, needed - there), "the store (--force to try all the same)")
-        if ours:
-            durable.sweep(target)
-            (target / STORE).unlink(missing_ok=True)
-        durable.publish_bytes(marker, data)
-        for name in _copied(store):  # first: an extension that finishes meanwhile removes the statistics
-            durable.publish_file(target / name, partial(shutil.copyfile, store.path / name))
-        yield
-        marker.unlink()
+    blocks, record = range(store.record.blocks), store.record
+    copied = sorted([*record.files, *(moments_path(block) for block in blocks)])
+    what = durable.json_bytes({"packed": not store.packed, "store": record.model_dump(mode="json")})
+
+    def needed() -> int:
+        return store.shard_bytes + sum((store.path / name).stat().st_size for name in copied)
+
+    with writing(store, place, what, None if force else needed) as target:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(target.copy, copied, [store.path / name for name in copied]))
+        yield target, {record_path(block): (store.path / record_path(block)).read_bytes() for block in blocks}
 
 
-def _finish(store: Store, target: Path, metadata: Mapping[str, object], more: Mapping[str, bytes]) -> None:
-    """Write the records that differ between the two forms, `store.json` last: without it there is no store.
+def _finish(store: Store, target: Target, metadata: Mapping[str, object], more: Mapping[str, bytes]) -> None:
+    """Write the records, and those that differ between the two forms; `store.json` last: without it there is no store.
 
     Only what the record that was opened names: the store may be extended meanwhile.
     """
-    record, root = store.record, target / ARRAYS
+    record = store.record
     groups = ["", "strata", *(f"strata/{stratum.name}" for stratum in record.plan.stored_strata)]
-    values: dict[Path, object] = {root / group / "zarr.json": group_metadata() for group in groups}
-    values |= {root / array / "zarr.json": value for array, value in metadata.items()}
-    values |= {target / REQUEST: record.request.model_dump(mode="json")}
-    values |= {target / PLAN: record.plan.model_dump(mode="json")}
-    files = {path: durable.json_bytes(value) for path, value in values.items()}
-    durable.publish_files(files | {target / name: data for name, data in more.items()})
-    durable.publish_json(target / STORE, record.model_dump(mode="json"))
-
-
-def _copied(store: Store) -> list[str]:
-    """List the files that are the same in both forms of a store, by path below it."""
-    ledger = [path(block) for block in range(store.record.blocks) for path in (record_path, moments_path)]
-    return sorted([*store.record.files, *ledger])
+    values: dict[str, object] = {f"{ARRAYS}/{group}/zarr.json".replace("//", "/"): group_metadata() for group in groups}
+    values |= {f"{ARRAYS}/{array}/zarr.json": value for array, value in metadata.items()}
+    values |= {REQUEST: record.request.model_dump(mode="json"), PLAN: record.plan.model_dump(mode="json")}
+    target.commit({name: durable.json_bytes(value) for name, value in values.items()} | dict(more))
+    target.commit({STORE: durable.json_bytes(record.model_dump(mode="json"))})
 
 
 def for_each(name: str, items: Sequence[Item], size: int, one: Callable[[Item], int]) -> None:

@@ -1,8 +1,11 @@
 """What a finished store holds, in words and as JSON, and whether its files are what was written."""
 
 import time
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.table import Table
@@ -15,6 +18,7 @@ from shared.errors import CorruptData
 from shared.files.object_store import is_address, local_folder
 from shared.store.checks import read_store_record
 from shared.store.layout import StratumSummary
+from shared.store.object_rows import ObjectRows
 from shared.store.row_arrays import SIDES
 from shared.store.store import Local, Store
 
@@ -180,33 +184,52 @@ class Verification:
         return f"{self.path}: {self.files:,} files, {self.bytes:,} bytes intact, {rate:,.0f} MB/s"
 
 
-def verify(path: Path) -> Verification:
+def verify(path: Path, blocks: Container[int] | None = None) -> Verification:
     """Check the records, and every file's size and checksum; all faults are found, not only the first.
 
-    A store in object storage must open: what is wrong with its records is raised.
+    Of shard files of rows, only those of `blocks`, if they are given.
     """
-    if is_address(path):
-        return _verify(Store.open(path))
     path = local_folder(path)
-    record = read_store_record(path)
-    found = _verify(Store(path, record))
-    changed = found.faults and read_store_record(path) != record
-    return verify(path) if changed else found  # extended meanwhile: statistics of the shorter store are gone
+    with _unchecked(path) as store:
+        found = _verify(store, blocks)
+    if found.faults:
+        with _unchecked(path) as now:
+            changed = now.record != store.record  # extended meanwhile: statistics of the shorter store are gone
+        if changed:
+            return verify(path, blocks)
+    return found
 
 
-def _verify(store: Store) -> Verification:
+@contextmanager
+def _unchecked(path: Path) -> Iterator[Store]:
+    """Give the store at `path`, of which only `store.json` must be whole; one of objects with records of its own."""
+    if not is_address(path):
+        yield Store(path, read_store_record(path))
+        return
+    with TemporaryDirectory(prefix="verified-objects-") as folder:  # others' copies may be of before some damage
+        objects = ObjectRows(path, Path(folder), 0)
+        with objects.naming():
+            yield Store(objects.mirror, read_store_record(objects.mirror), None, objects)
+
+
+def open_records(path: Path) -> Store:
+    """Open a store whose rows are not read through it: nothing of them is kept or decoded."""
+    return Store.open(path, Local(bytes=0) if is_address(path) else None)
+
+
+def _verify(store: Store, blocks: Container[int] | None) -> Verification:
     faults = {}
     began, files, size = time.monotonic(), 0, 0
     with Progress("verify", store.bytes, "bytes") as bar:
-        for name, wrong in store.verify():
+        for name, wrong in store.verify(blocks):
             files += 1
             size += store.bytes_of(name)
             bar.update(size)
             if wrong:
-                faults[name] = wrong
+                faults[name] = wrong.replace(str(store.path), store.shown)
     if not faults:
         try:
-            Store.open(store.place)
+            open_records(store.place)
         except CorruptData as error:
             faults["."] = str(error)
     seconds = time.monotonic() - began

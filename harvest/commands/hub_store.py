@@ -6,13 +6,15 @@ the hub's own: SHA-256 of large files, git's SHA-1 of small ones.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from harvest.commands.archive import for_each
+from harvest.commands.archive import fetch_shard, for_each
+from harvest.commands.describe import open_records
 from harvest.commands.store_card import store_card
 from harvest.run.pipeline import lock_store
 from shared.console.terminal import say
@@ -31,6 +33,7 @@ from shared.store.layout import (
     record_path,
     store_specs,
 )
+from shared.store.object_rows import is_shard
 from shared.store.packed import PackedRecord
 from shared.store.store import Store
 
@@ -43,6 +46,9 @@ COMMIT_BYTES, COMMIT_FILES = 2**31, 100
 """At most of one commit: a push that is killed sends at most that much again."""
 _DOWNLOADS = "pull"
 """Below a store that is being pulled: what was not checked yet."""
+_AT_ONCE = 8
+"""Shard files in memory while they are fetched."""
+_REMEDY = "pack the store again, or take another copy"
 _RECORDS = (REQUEST, PLAN, PACKED, STORE)
 Fetch = Callable[[str], Path]
 """Has a file of the repository, by its path there, below a folder of its own."""
@@ -51,6 +57,7 @@ Fetch = Callable[[str], Path]
 def push(path: Path, name: str, *, public: bool = False, licence: str | None = None) -> str:
     """Upload the packed store at `path` as the data set `name`, OWNER/NAME; returns its address.
 
+    `path` is a folder or an address of objects, whose files are fetched for one commit at a time.
     One that is made is private, unless `public`. Rows come first and the records in one last commit, so that the
     repository holds a whole store at any time, or none. `licence`: the hub's name of one, for the card.
 
@@ -61,18 +68,20 @@ def push(path: Path, name: str, *, public: bool = False, licence: str | None = N
     require_name("push", name)
     require_token("push")
     check_licence(licence)
-    store = Store.open(path)
+    store = open_records(path)
     if not store.packed:
-        raise UserError(f"{path} is not packed; pack it first, and push the folder: harvest pack {path} FOLDER")
+        raise UserError(
+            f"{store.shown} is not packed; pack it first, and push the folder: harvest pack {store.shown} FOLDER"
+        )
     files = _files(store.record, store.packed)
     with store.reading(), _one_line(f"push {name}", path):
         api = _api()
         url = api.create_repo(name, repo_type="dataset", private=not public, exist_ok=True)
         there = _listing(api, name, "main")
         _refuse_another(store, name, there)
-        send = partial(_send, api, name, path)
+        send = partial(_send, api, name)
         if REQUEST not in there:
-            send([REQUEST], f"Begin {store.request.folder}")
+            send(store.path, [REQUEST], f"Begin {store.request.folder}")
         last = [file for file in files if file in _RECORDS or file.endswith("/zarr.json")]
         rows = [file for file in files if file not in last]
         missing = _not_there(store, rows, there)
@@ -80,10 +89,11 @@ def push(path: Path, name: str, *, public: bool = False, licence: str | None = N
         for number, part in enumerate(parts, 1):
             size = sum(files[file] or 0 for file in part)
             say(f"part {number} of {len(parts)}: {len(part)} files, {size:,} bytes")
-            send(part, f"Rows, part {number} of {len(parts)}")
-        last = [file for file in last if not _same(path / file, there.get(file))]
+            with _here(store, part) as root:
+                send(root, part, f"Rows, part {number} of {len(parts)}")
+        last = [file for file in last if not _same(store.path / file, there.get(file))]
         if last:
-            send(last, f"Finish {store.request.folder}", store_card(store, name, licence))
+            send(store.path, last, f"Finish {store.request.folder}", store_card(store, name, licence))
     return str(url)
 
 
@@ -158,20 +168,52 @@ def _files(record: StoreRecord, packed: PackedRecord) -> dict[str, int | None]:
 
 
 def _not_there(store: Store, files: Sequence[str], there: "Mapping[str, RepoFile]") -> list[str]:
-    """List the files that the repository lacks; raise `CorruptData` on one of them that is damaged."""
+    """List the files that the repository lacks; raise `CorruptData` on one of them that is damaged.
+
+    Objects that it lacks are not looked at: they are checked when they are fetched to be sent.
+    """
     assert store.packed is not None
     records = {f"{ARRAYS}/{name}": file for name, file in store.packed.files.items()} | dict(store.record.files)
     missing: list[str] = []
 
     def check(file: str) -> int:
-        if not _same(store.path / file, there.get(file)):
-            if file in records and (wrong := fault(store.path / file, records[file])):
-                raise CorruptData(f"{store.path / file}: {wrong}; pack the store again, or take another copy")
+        if store.objects and file not in there:
             missing.append(file)
-        return (store.path / file).stat().st_size
+            return store.bytes_of(file)
+        with _here(store, [file]) as root:
+            if not _same(root / file, there.get(file)):
+                if file in records and (wrong := fault(root / file, records[file])):
+                    raise CorruptData(f"{store.shown}/{file}: {wrong}; {_REMEDY}")
+                missing.append(file)
+        return store.bytes_of(file)
 
-    for_each("check", files, sum((store.path / file).stat().st_size for file in files), check)
+    for_each("check", files, sum(store.bytes_of(file) for file in files), check)
     return sorted(missing)
+
+
+@contextmanager
+def _here(store: Store, files: Sequence[str]) -> Iterator[Path]:
+    """Give a folder that has some files of a store: its own, or of objects one with those that are fetched.
+
+    Raises `CorruptData` when a shard file that is fetched is not as its record says.
+    """
+    if not store.objects:
+        yield store.path
+        return
+    assert store.packed is not None
+    records = store.packed.files
+    with TemporaryDirectory(prefix="pushed-objects-") as folder:
+
+        def bring(file: str) -> None:
+            if is_shard(file):
+                name = file.removeprefix(f"{ARRAYS}/")
+                durable.publish_bytes(Path(folder, file), fetch_shard(store, name, records[name], _REMEDY))
+            else:
+                durable.publish_link(Path(folder, file), store.path / file)
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(bring, files))
+        yield Path(folder)
 
 
 def _commits(missing: Sequence[str], files: Mapping[str, int | None]) -> Iterator[list[str]]:

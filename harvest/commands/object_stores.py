@@ -42,7 +42,7 @@ def _entry(objects: Objects, name: str, sizes: dict[str, int]) -> Entry:
 def _holder(data: bytes) -> str:
     try:
         lease = json.loads(data)
-        return f"process {int(lease['process'])} on {lease['host']}, harvesting (or killed)"
+        return f"process {int(lease['process'])} on {lease['host']}, writing (or killed)"
     except (ValueError, KeyError, TypeError):
         return "another process"
 

@@ -1,9 +1,10 @@
 """Stored rows beside those that the model gives now."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,6 @@ from harvest.llm.model import load_model
 from harvest.run.capture import Capture, open_capture
 from harvest.run.ranks import Ranks
 from harvest.text.packing import Windows, model_positions
-from harvest.writer.target import Target, read_block
 from shared.console.progress import Progress
 from shared.keyed import hash_integers
 from shared.store.checks import read_ledger
@@ -26,8 +26,7 @@ ROUNDING = 0.02
 """The relative difference of a row that rounding explains: five units in the last place of bfloat16."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Place(NamedTuple):
     """A stored row."""
 
     stratum: str
@@ -57,16 +56,18 @@ class Comparison:
 def against_model(path: Path, count: int, model: str | None, seed: int, local: Local | None) -> Comparison:
     """Recompute `count` random rows of the store at `path`, in passes of the shape that they were made with.
 
+    `path` is a folder or an address of objects; `local` as `Store.open` takes it.
     Software and processor of another kind may round differently; more than that is an error in the store.
     """
     store = Store.open(path, local)
     request, files = store.request, own_model(store.request, model)
-    batch = read_ledger(path, 0).batch_sequences
+    batch = read_ledger(store.path, 0).batch_sequences
     by_pass: dict[int, list[Place]] = defaultdict(list)
-    for place in random_places(store, count, seed):
+    places = random_places(store, count, seed)
+    _ask_for(store, places, "source", "target")
+    for place in places:
         block, sequence = divmod(place.sequence, request.block_sequences)
         by_pass[block * request.block_sequences + sequence // batch * batch].append(place)
-    target = Target(path=path, request=request, plan=store.record.plan)
     hooks, identity = [request.source_hook, request.target_hook], request.model
     network = load_model(files.folder, identity.dtype, identity.device, hooks, attention=identity.attention)
     differences: dict[Place, float] = {}
@@ -76,7 +77,7 @@ def against_model(path: Path, count: int, model: str | None, seed: int, local: L
         Progress("recompute", len(by_pass), "passes") as bar,
     ):
         for done, (first, places) in enumerate(sorted(by_pass.items()), 1):
-            differences |= _compare(store, capture, _windows(target, first, batch), first, places)
+            differences |= _compare(store, capture, _windows(store, first, batch), first, places)
             bar.update(done)
     wrong = tuple(
         f"strata/{p.stratum} row {p.row} (sequence {p.sequence}, offset {p.offset}): differs by {value:.2g}"
@@ -93,25 +94,35 @@ def random_places(store: Store, count: int, seed: int) -> list[Place]:
     edges = np.cumsum([0, *(s.source.rows for s in strata)])
     order = hash_integers(np.arange(8 * count), "rows to recompute", seed) % np.uint64(edges[-1])
     chosen = np.arange(edges[-1]) if count >= edges[-1] else np.array(list(dict.fromkeys(order.tolist()))[:count])
-    places = []
-    for number in chosen.astype(np.int64).tolist():
-        at = int(np.searchsorted(edges, number, side="right")) - 1
-        row = number - int(edges[at])
-        places.append(
-            Place(
-                stratum=strata[at].stratum.name,
-                row=row,
-                sequence=int(_row(strata[at].sequence, row)),
-                offset=int(_row(strata[at].offset, row)),
-            )
-        )
-    return places
+    numbers = chosen.astype(np.int64)
+    at = np.searchsorted(edges, numbers, side="right") - 1
+    rows = [(strata[i].stratum.name, row) for i, row in zip(at.tolist(), (numbers - edges[at]).tolist(), strict=True)]
+    _ask_for(store, rows, "sequence", "offset")
+    return [
+        Place(name, row, int(_row(store.strata[name].sequence, row)), int(_row(store.strata[name].offset, row)))
+        for name, row in rows
+    ]
 
 
-def _windows(target: Target, first: int, batch: int) -> Windows:
+def _ask_for(store: Store, places: Sequence[tuple[Any, ...]], *arrays: str) -> None:
+    """Have the rows of places read together: from object storage, one after the other would take minutes."""
+    by_stratum: dict[str, list[int]] = defaultdict(list)
+    for stratum, row, *_ in places:
+        by_stratum[stratum].append(row)
+    for stratum, rows in by_stratum.items():
+        for array in arrays:
+            getattr(store.strata[stratum], array).will_need([(row, row + 1) for row in sorted(rows)])
+
+
+def _windows(store: Store, first: int, batch: int) -> Windows:
     """Return the windows of the pass that starts with sequence `first`; a block's last pass may be shorter."""
-    block, start = divmod(first, target.request.block_sequences)
-    return Windows(*(part[start : start + batch] for part in read_block(target, block)))
+    size = store.request.block_sequences
+    stop = min(first + batch, (first // size + 1) * size)
+    found = []
+    for array in (store.tokens, store.documents):
+        found.append(array.room(stop - first))
+        array.read(first, stop, found[-1])
+    return Windows(*found)
 
 
 def _compare(store: Store, capture: Capture, windows: Windows, first: int, places: list[Place]) -> dict[Place, float]:

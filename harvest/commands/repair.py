@@ -1,13 +1,14 @@
 """Finds what is damaged in a store, and makes exactly that again."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from harvest.commands.describe import verify
 from harvest.digests import known_folder
 from harvest.llm.model_files import ModelFiles, find_model, read_shape
+from harvest.run import object_cache
 from harvest.run.pipeline import lock_store
 from harvest.run.ranks import Ranks
 from harvest.settings import EMBEDDED, MOST_REFUSED, ModelSettings, TextSettings
@@ -18,6 +19,7 @@ from harvest.writer.target import Target, publish_records
 from harvest.writer.tokens import lay_out_again, restore
 from shared.errors import CorruptData, UserError
 from shared.files import durable
+from shared.files.object_store import address, is_address, local_folder, naming
 from shared.files.untrusted import refuse_links
 from shared.store.checks import read_store_record
 from shared.store.import_origin import UNKNOWN
@@ -31,6 +33,8 @@ from shared.store.layout import (
     StoreRequest,
     row_specs,
 )
+
+Push = Callable[[Path], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,33 +52,35 @@ class Damage:
         """Tell whether anything is wrong."""
         return bool(self.blocks or self.token_files or self.others)
 
+    def names(self) -> str:
+        """Name the damaged parts."""
+        blocks = f"blocks {', '.join(map(str, self.blocks))}" if self.blocks else ""
+        return "; ".join(part for part in (blocks, *self.token_files, *self.others) if part)
+
     def text(self) -> str:
         """Say what was made again, in one line."""
-        blocks = f"blocks {', '.join(map(str, self.blocks))}" if self.blocks else ""
-        parts = [part for part in (blocks, *self.token_files, *self.others) if part]
-        return f"made again: {'; '.join(parts)}" if parts else "nothing is damaged"
+        return f"made again: {self.names()}" if self else "nothing is damaged"
 
 
-def find_damage(path: Path) -> Damage:
-    """Read every file of the store at `path`. Raises `UserError` when there is no store."""
-    record = read_store_record(path)
+def find_damage(path: Path, record: StoreRecord, blocks: Container[int] | None = None) -> Damage:
+    """Read every file of the store at `path`, whose `store.json` is `record`; of rows only those of `blocks`."""
     block_of = {
         f"{ARRAYS}/{spec.shard_path(shard)}": block
         for spec in row_specs(record.request, record.plan.stored_strata, record.d_in, record.d_out)
         for block in range(record.blocks)
         for shard in spec.block_shards(block)
     }
-    blocks, token_files, others = set(), [], []
-    for name in verify(path).faults:
+    damaged, token_files, others = set(), [], []
+    for name in verify(path, blocks).faults:
         if name in block_of:
-            blocks.add(block_of[name])
+            damaged.add(block_of[name])
         elif name.startswith(f"{LEDGER}/"):
-            blocks.add(int(name.split("/")[1].split(".")[0]))
+            damaged.add(int(name.split("/")[1].split(".")[0]))
         elif name.startswith((f"{ARRAYS}/{TOKENS}/c/", f"{ARRAYS}/{DOCUMENTS}/c/")):
             token_files.append(name.removeprefix(f"{ARRAYS}/"))
         else:
             others.append(name)
-    return Damage(blocks=tuple(sorted(blocks)), token_files=tuple(token_files), others=tuple(others))
+    return Damage(blocks=tuple(sorted(damaged)), token_files=tuple(token_files), others=tuple(others))
 
 
 def repair(
@@ -88,39 +94,65 @@ def repair(
 ) -> Damage:
     """Make again what is damaged, and nothing else; returns what it was.
 
-    `model` and `text` say where they lie, if that is not what the store names, and `imported_from` the files that an
-    imported store was made from; `inexact` lets a GPU of another kind compute what is damaged. Raises `UserError` when
-    they are not the store's own, and `CorruptData` when the store is still damaged at the end.
+    `path` is a folder or an address of objects. `model` and `text` say where they lie, if that is not what the store
+    names, and `imported_from` the files that an imported store was made from; `inexact` lets a GPU of another kind
+    compute what is damaged. Raises `UserError` when they are not the store's own, `CorruptData` when the store is still
+    damaged at the end, and of objects what `Objects` and `Lease` raise.
     """
+    path = local_folder(path)
+    mend = partial(_mend, model=model, text=text, workers=workers, imported_from=imported_from, inexact=inexact)
+    if is_address(path):
+        return _repair_objects(path, mend)
     refuse_packed(path)
-    with ExitStack() as stack:
-        stack.enter_context(lock_store(path))
+    with lock_store(path):
         refuse_links(path)
         durable.sweep(path)
-        damage = find_damage(path)
-        if not damage:
-            return damage
         record = read_store_record(path)
-        target = Target(path=path, request=record.request, plan=record.plan)
-        if record.request.imported:
-            _import_again(target, damage, imported_from, model)
-        else:
-            _harvest_again(target, record, damage, own_model(record.request, model), text, workers, inexact=inexact)
-        if left := find_damage(path):
-            raise CorruptData(f"{path} is still damaged: {left}; remove it and harvest it again")
+        if damage := find_damage(path, record):
+            mend(path, record, damage)
+            if left := find_damage(path, read_store_record(path)):
+                raise _still_damaged(str(path), left)
     return damage
 
 
-def _harvest_again(
-    target: Target,
+def _repair_objects(path: Path, mend: Callable[..., None]) -> Damage:
+    """Repair a store in object storage: in a local folder with its records and tokens, sent block by block."""
+    with object_cache.writing(path.parent, [path.name], stand_ins=False) as cache:
+        here, shown = cache.folder / path.name, address(path)
+        with naming(here, shown):
+            refuse_packed(here)
+            record = read_store_record(here)
+            if damage := find_damage(path, record):
+                mend(here, record, damage, push=cache.push)
+                cache.push(here)
+                # Of rows, what was just made: reading all of them once more can take hours.
+                if left := find_damage(path, read_store_record(here), damage.blocks):
+                    raise _still_damaged(shown, left)
+    return damage
+
+
+def _still_damaged(shown: str, left: Damage) -> CorruptData:
+    return CorruptData(f"{shown} is still damaged: {left.names()}; remove it and harvest it again")
+
+
+def _mend(
+    path: Path,
     record: StoreRecord,
     damage: Damage,
-    files: ModelFiles,
+    *,
+    model: str | None,
     text: Sequence[str],
     workers: int,
-    *,
+    imported_from: Sequence[Path],
     inexact: bool,
+    push: Push = lambda path: None,
 ) -> None:
+    """Make damaged parts again in the folder `path`; `push` hears of it when a block is committed."""
+    target = Target(path=path, request=record.request, plan=record.plan)
+    if record.request.imported:
+        _import_again(target, damage, imported_from, model, push)
+        return
+    files = own_model(record.request, model)
     if damage.token_files:
         _restore(target, damage.token_files, files, text)
     finish.drop_damaged(target)
@@ -128,14 +160,16 @@ def _harvest_again(
 
     widths = {record.request.source_hook: record.d_in, record.request.target_hook: record.d_out}
     ranks = Ranks()
-    runner = Runner(folder=files.folder, widths=widths, workers=workers or ranks.cores, ranks=ranks, inexact=inexact)
+    runner = Runner(
+        folder=files.folder, widths=widths, workers=workers or ranks.cores, ranks=ranks, inexact=inexact, push=push
+    )
     runner.capture([target], {target.path: set(damage.blocks)})
     publish_records(target)
     ledger.grow_arrays(target, range(target.blocks))
     finish.finish(target, files)
 
 
-def _import_again(target: Target, damage: Damage, imported_from: Sequence[Path], model: str | None) -> None:
+def _import_again(target: Target, damage: Damage, imported_from: Sequence[Path], model: str | None, push: Push) -> None:
     if not imported_from:
         raise UserError(
             f"{target.path} was imported, and is repaired from the same files: harvest repair {target.path} --from PATH"
@@ -145,7 +179,7 @@ def _import_again(target: Target, damage: Damage, imported_from: Sequence[Path],
     inputs = repair_from(target.path, target.request, imported_from, model)
     publish_records(target)
     lay_out_again(target, damage.token_files, inputs.windows)
-    write_blocks(target, inputs, damage.blocks)
+    write_blocks(target, inputs, damage.blocks, push)
 
 
 def own_model(request: StoreRequest, name: str | None) -> ModelFiles:

@@ -1,7 +1,7 @@
 """Activation pairs from elsewhere become a store like a harvest's, by the same writer."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -177,8 +177,10 @@ def _digest(file: ImportedFile | None) -> str:
     return f"{file.name} of {file.bytes:,} bytes with SHA-256 {file.sha256[:12]}" if file else "no further file"
 
 
-def write_blocks(target: Target, inputs: Inputs, blocks: Sequence[int]) -> None:
-    """Commit `blocks` of a planned store, and finish it."""
+def write_blocks(
+    target: Target, inputs: Inputs, blocks: Sequence[int], push: Callable[[Path], None] = lambda path: None
+) -> None:
+    """Commit `blocks` of a planned store, and finish it; `push` hears of the store when a block is committed."""
     size, there = target.request.block_tokens, target.blocks - len(blocks)
     warned = there > target.request.held_out_blocks
     missing = set(blocks)
@@ -189,6 +191,7 @@ def write_blocks(target: Target, inputs: Inputs, blocks: Sequence[int]) -> None:
             moments = ledger.commit(target, block, layout, _buffers(target.request, inputs, windows, layout), 1)
             missing.discard(block)
             ledger.grow_arrays(target, set(range(target.blocks)) - missing)
+            push(target.path)
             bar.update(done * size)
             if not warned and block >= target.request.held_out_blocks:
                 warned = True

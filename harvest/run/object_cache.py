@@ -1,4 +1,4 @@
-"""A harvest into object storage: made in a local folder by the writer that all harvests have, sent block by block.
+"""A harvest into object storage, or a repair there: made in a local folder by the one writer, sent block by block.
 
 Shard files are sent first and never change; the record that says they exist comes after them, by a conditional put:
 that is the commit. Once a block's record is there, its shard files here give their room back.
@@ -38,10 +38,11 @@ _ROWS = f"{ARRAYS}/strata/"
 
 
 @contextmanager
-def writing(cache: Path, requests: Sequence[StoreRequest]) -> Iterator["ObjectCache"]:
-    """Hold the leases of the stores of `requests`, and give a local folder with what is there of them.
+def writing(cache: Path, names: Sequence[str], *, stand_ins: bool = True) -> Iterator["ObjectCache"]:
+    """Hold the leases of the stores of these names, and give a local folder with what is there of them.
 
-    Raises `UserError` when another process writes one, or several processes share this harvest.
+    `stand_ins` as in `ObjectCache.pull`. Raises `UserError` when another process writes one, or several processes share
+    this harvest.
     """
     if Ranks().size > 1:
         raise UserError(
@@ -58,21 +59,21 @@ def writing(cache: Path, requests: Sequence[StoreRequest]) -> Iterator["ObjectCa
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         folder.mkdir()
         objects, leases = Objects(cache), {}
-        for name in sorted({request.folder for request in requests}):
+        for name in sorted(set(names)):
             leases[name] = stack.enter_context(Lease(objects, f"{name}.lock", f"store {address(cache)}/{name}"))
-        found = ObjectCache(cache, folder, requests, leases)
-        for request in requests:
-            found.pull(request.folder)
+        found = ObjectCache(cache, folder, names, leases)
+        for name in names:
+            found.pull(name, stand_ins=stand_ins)
         yield found
 
 
 @contextmanager
-def looking(cache: Path, requests: Sequence[StoreRequest]) -> Iterator[Path]:
-    """Give a local folder with the records of the stores of `requests`, as far as there are some; nothing is held."""
+def looking(cache: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Give a local folder with the records of the stores of these names, as far as there are some; nothing is held."""
     with tempfile.TemporaryDirectory(prefix="planned-objects-") as folder:
-        found = ObjectCache(cache, Path(folder), requests, {})
-        for request in requests:
-            found.pull(request.folder, tokens=False)
+        found = ObjectCache(cache, Path(folder), names, {})
+        for name in names:
+            found.pull(name, tokens=False)
         yield Path(folder)
 
 
@@ -89,16 +90,19 @@ def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool
 class ObjectCache:
     """The stores that are being made, in `folder`, and their objects."""
 
-    def __init__(self, cache: Path, folder: Path, requests: Sequence[StoreRequest], leases: dict[str, Lease]) -> None:
+    def __init__(self, cache: Path, folder: Path, names: Sequence[str], leases: dict[str, Lease]) -> None:
         self.folder, self._leases = folder, leases
-        self._objects = {one.folder: Objects(f"{address(cache)}/{one.folder}") for one in requests}
+        self._objects = {name: Objects(f"{address(cache)}/{name}") for name in names}
         self._tags: dict[Path, str] = {}
         """Of records that are there, by their path here."""
         self._sent: dict[Path, tuple[int, int]] = {}
         """When files that are there were changed here, and their sizes."""
 
-    def pull(self, name: str, *, tokens: bool = True) -> None:
-        """Bring what there is of a store: its records and `tokens`; rows of its blocks by name and size alone."""
+    def pull(self, name: str, *, tokens: bool = True, stand_ins: bool = True) -> None:
+        """Bring what there is of a store: its records and `tokens`; rows of its blocks by name and size alone.
+
+        Without `stand_ins`, there is nothing of rows: for blocks that are made again whatever is there of them.
+        """
         objects, path = self._objects[name], self.folder / name
         sizes = objects.sizes()
         wanted = [one for one in sizes if not is_shard(one) or (tokens and not one.startswith(_ROWS))]
@@ -111,7 +115,7 @@ class ObjectCache:
                     raise CorruptData(f"{objects.address}: {one!r} is no name of a store's file; remove it")
                 durable.publish_bytes(target, found[0])
                 self._note(target, found[1])
-        if (path / PLAN).is_file() and (path / REQUEST).is_file():
+        if stand_ins and (path / PLAN).is_file() and (path / REQUEST).is_file():
             self._stand_in(path, sizes)
 
     def push(self, path: Path) -> None:

@@ -67,9 +67,8 @@ def harvest(settings: Settings, cache: Path | str, *, force: bool = False, inexa
     paths = [cache / request.folder for request in inputs.requests]
     wanted = zip(paths, inputs.requests, strict=True)
     if not all(object_cache.is_finished(path, request, inputs.training_blocks) for path, request in wanted):
-        with object_cache.writing(
-            cache, inputs.requests
-        ) as objects:  # rows do not stay here: no room for all is needed
+        with object_cache.writing(cache, [path.name for path in paths]) as objects:
+            # Rows do not stay here: no room for all is needed.
             for path in _harvest(inputs, settings, objects.folder, force=True, inexact=inexact, push=objects.push):
                 objects.push(path)
     return paths
@@ -120,7 +119,8 @@ def estimates(settings: Settings, cache: Path | str) -> list[Estimate]:
 def _located(settings: Settings, cache: Path | str) -> Iterator[tuple[Inputs, list[Path]]]:
     """Give the inputs, and the folders of their stores; of those in object storage, folders with their records."""
     inputs, cache = identify(settings), local_folder(cache)
-    with object_cache.looking(cache, inputs.requests) if is_address(cache) else nullcontext(cache) as folder:
+    names = [request.folder for request in inputs.requests]
+    with object_cache.looking(cache, names) if is_address(cache) else nullcontext(cache) as folder:
         yield locate(inputs, folder)
 
 

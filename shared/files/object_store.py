@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import CorruptData, Stopped, UserError, cause
+from shared.errors import CorruptData, ProjectError, Stopped, UserError, cause
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -62,6 +62,15 @@ def require_folder(path: Path | str, what: str) -> Path:
             "(aws s3 sync, gsutil rsync, azcopy; objects and files have the same names)"
         )
     return local_folder(path)
+
+
+@contextmanager
+def naming(folder: Path, shown: str) -> Iterator[None]:
+    """Have errors name the address `shown`, and not the local folder that stands for it."""
+    try:
+        yield
+    except ProjectError as error:
+        raise type(error)(str(error).replace(str(folder), shown)) from error
 
 
 class Taken(Exception):
@@ -181,7 +190,7 @@ class Objects:
             ) from error
 
 
-_COPY = "copy the store there again, or repair a local copy of it: harvest repair"
+_COPY = "copy the store there again, or repair it: harvest repair"
 _CREDENTIALS = "the credentials and the endpoint (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)"
 
 

@@ -6,7 +6,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -14,10 +14,10 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import CorruptData, ProjectError, UserError
+from shared.errors import CorruptData, UserError
 from shared.files import durable
 from shared.files.disk_usage import size_of
-from shared.files.object_store import CONNECTIONS, Objects
+from shared.files.object_store import CONNECTIONS, Objects, naming
 from shared.store import packed
 from shared.store.arrays import ArraySpec
 from shared.store.checks import MOST_RECORD_BYTES
@@ -67,7 +67,8 @@ class ObjectRows:
     Raises what `Objects` raises, and `UserError` where there is no finished store, or no room for the folder.
     """
 
-    def __init__(self, path: Path, parent: Path | None, most: int) -> None:
+    def __init__(self, path: Path, parent: Path | None, most: int, *, again: bool = False) -> None:
+        """Copy the records that are not there yet, or all of them `again`: they may be of before a repair."""
         self.objects = Objects(path)
         self.address = self.objects.address
         self.sizes = self.objects.sizes()
@@ -80,7 +81,8 @@ class ObjectRows:
         folder = _host_folder(parent, f"{_PREFIX}{key}")
         self.mirror = folder / "records" / PurePosixPath(self.address).name
         with durable.lock(folder / "filling", f"folder {folder}", wait=True):
-            self._copy_records(record)
+            if again or not (self.mirror / STORE).is_file():
+                self._copy_records(record)
         self.most = most - size_of(self.mirror)
         self._folder = PieceFolder(folder / "rows", self.most)
         self.folder = folder
@@ -97,9 +99,7 @@ class ObjectRows:
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="objects")
 
     def _copy_records(self, record: bytes) -> None:
-        """Copy everything but shard files, `store.json` last; nothing where that was done already."""
-        if (self.mirror / STORE).is_file():
-            return
+        """Copy everything but shard files, `store.json` last."""
         names = [name for name in self.sizes if not is_shard(name) and name != STORE]
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             for name, data in zip(names, pool.map(lambda n: self.objects.get(n, self.sizes[n]), names), strict=True):
@@ -127,16 +127,20 @@ class ObjectRows:
 
     def fault(self, name: str, record: FileRecord) -> str | None:
         """Tell what is wrong with an object, by size and crc32c, or return None; it is fetched again."""
-        found = self.sizes.get(name)
-        if found is None:
-            return "missing"
-        if found != record.bytes:
-            return f"{found:,} bytes, ledger says {record.bytes:,}"
-        data = self.objects.get(name, found)
-        wrong = _wrong(data, record)
-        if not wrong and is_shard(name) and found <= WHOLE_BYTES and not self._packed:
+        data, wrong = self.get_whole(name, record)
+        if not wrong and is_shard(name) and len(data) <= WHOLE_BYTES and not self._packed:
             self._folder.add(_flat(name.removeprefix(f"{ARRAYS}/")), data)
         return wrong
+
+    def get_whole(self, name: str, record: FileRecord) -> tuple[bytes, str | None]:
+        """Fetch an object, and tell what is wrong with it, by size and crc32c; one of another size is not fetched."""
+        found = self.sizes.get(name)
+        if found is None:
+            return b"", "missing"
+        if found != record.bytes:
+            return b"", f"{found:,} bytes, ledger says {record.bytes:,}"
+        data = self.objects.get(name, found)
+        return data, _wrong(data, record)
 
     def faults(self, files: Mapping[str, FileRecord]) -> Iterator[tuple[str, str | None]]:
         """Yield each of `files`, by path below the store, with what is wrong or None; a few are in memory at once.
@@ -146,13 +150,9 @@ class ObjectRows:
         with ThreadPoolExecutor(8) as pool:
             yield from zip(files, pool.map(lambda item: self.fault(*item), files.items()), strict=True)
 
-    @contextmanager
-    def naming(self) -> Iterator[None]:
+    def naming(self) -> AbstractContextManager[None]:
         """Have errors name the store's address, and not where its records were copied to."""
-        try:
-            yield
-        except ProjectError as error:
-            raise type(error)(str(error).replace(str(self.mirror), self.address)) from error
+        return naming(self.mirror, self.address)
 
     def read(self, parts: list[tuple[Piece, int, memoryview]]) -> None:
         """Fill (piece, bytes into it, place): from the folder, else with what is fetched at once."""
@@ -313,4 +313,4 @@ def _host_folder(parent: Path, name: str) -> Path:
     return folder
 
 
-_REMEDY = "copy the store there again, or repair a local copy of it: harvest repair"
+_REMEDY = "copy the store there again, or repair it: harvest repair"

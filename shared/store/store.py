@@ -3,7 +3,7 @@
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
@@ -160,7 +160,7 @@ class Store:
         given = local or Local()
         for last in (False, True):
             try:
-                objects = ObjectRows(path, given.folder, given.bytes)
+                objects = ObjectRows(path, given.folder, given.bytes, again=last)
                 with objects.naming():
                     return cls._checked(objects.mirror, read_store_record(objects.mirror), local, objects)
             except (CorruptData, FileNotFoundError):
@@ -465,8 +465,8 @@ class Store:
         ends = np.cumsum([files[name].bytes for name in names])
         return {name: files[name] for name in names[: max(1, int(np.searchsorted(ends, most, side="right")))]}
 
-    def verify(self) -> Iterator[tuple[str, str | None]]:
-        """Read every file once, on all cores, and compare its crc32c with the record.
+    def verify(self, blocks: Container[int] | None = None) -> Iterator[tuple[str, str | None]]:
+        """Read every file once, on all cores, and compare its crc32c with the record; of rows only those of `blocks`.
 
         Yields (path below the store, what is wrong or None) for each.
         """
@@ -482,7 +482,8 @@ class Store:
                 continue
             if not belongs(record, self.request, self.record.plan) or widths != (record.d_in, record.d_out):
                 yield record_path(block), "the block is of another plan: of other tokens, or other numbers of rows"
-            ledger |= {f"{ARRAYS}/{name}": file for name, file in record.files.items()}
+            if blocks is None or block in blocks:
+                ledger |= {f"{ARRAYS}/{name}": file for name, file in record.files.items()}
             ledger[moments_path(block)] = record.moments
         if self.packed:
             ledger |= {f"{ARRAYS}/{name}": file for name, file in self.packed.files.items()}

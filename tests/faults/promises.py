@@ -107,5 +107,8 @@ PROMISES: dict[str, dict[int, str]] = {
         "last checkpoint or block, and any number of processes goes on from there to the same bytes.",
         63: "A push to the hub or a pull from it that is killed goes on; no damaged file is pushed, and none that came "
         "is taken for whole; a full disk ends a pull that can go on.",
+        64: "Packing, unpacking and repairing in object storage, killed at any request, leave no record of what is not "
+        "there; the same command ends byte for byte as on local folders. They refuse what another process writes, and "
+        "stop when they lose their lease.",
     },
 }

@@ -284,6 +284,27 @@ PROTECTIONS: tuple[Protection, ...] = (
         ("tests/faults/test_object_storage.py::test_a_harvest_that_is_killed_at_a_request_ends_the_same",),
     ),
     Protection(
+        (64,),
+        "harvest/commands/archive_target.py",
+        "        self._lease.require()\n        self._objects.put(name, data)\n",
+        "        self._objects.put(name, data)\n",
+        ("tests/test_object_archive.py::test_a_pack_that_loses_its_lease_writes_nothing_more",),
+    ),
+    Protection(
+        (64,),
+        "harvest/commands/archive_target.py",
+        "        if not ours and objects.sizes():\n",
+        "        if False:\n",
+        ("tests/test_object_archive.py::test_what_cannot_be_written_is_said",),
+    ),
+    Protection(
+        (64,),
+        "harvest/run/object_cache.py",
+        "        def one(file: Path) -> None:\n            lease.require()\n",
+        "        def one(file: Path) -> None:\n",
+        ("tests/test_object_repair.py::test_a_repair_that_loses_its_lease_commits_nothing_more_and_another_finishes",),
+    ),
+    Protection(
         (61,),
         "shared/store/object_rows.py",
         "            if wrong := _wrong(data, self._record(spec, piece.shard)):\n",

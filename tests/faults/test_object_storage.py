@@ -29,9 +29,10 @@ class Killing:
         self.forks, self.bucket, self.folder = forks, bucket, folder
         bucket.proxy.parent = forks._process.pid
 
-    def run(self, *arguments: object, at: int | None = None, fault: Fault = "kill") -> Ended:
-        """Run to the end, or to the request `at`."""
-        self.bucket.proxy.strike(fault, [] if at is None else [at])
+    def run(self, *arguments: object, at: int | str | None = None, fault: Fault = "kill") -> Ended:
+        """Run to the end, or to the request `at`, by its number or a part of its text."""
+        numbers = None if isinstance(at, str) else [] if at is None else [at]
+        self.bucket.proxy.strike(fault, numbers, at if isinstance(at, str) else "")
         env = {**SETTINGS, "AWS_ENDPOINT_URL": self.bucket.proxy.address, "TMPDIR": str(self.folder)}
         return self.forks.run(*arguments, scratch=self.folder / "said", env={**os.environ, **env})
 
@@ -159,3 +160,94 @@ def test_a_training_that_is_killed_at_any_request_ends_the_same(killing: Killing
     line = ("train", "run", "--runs", killing.folder / "counted", "--steps", 6, *SMALL, "--store", address)
     assert killing.run(*line).code == 0
     reading(killing, finished, range(killing.requests()))
+
+
+_FAULTS: tuple[Fault, Fault] = ("kill", "kill after")
+
+
+def archiving(killing: Killing, source: Path, expected: dict[str, bytes], kind: str, every: bool = False) -> list[str]:
+    """Kill `pack` or `unpack` into object storage at requests, and finish it; returns what was wrong."""
+    found: list[str] = []
+    assert killing.run("harvest", kind, source, f"{killing.bucket.address}/counted").code == 0
+    count = killing.requests()
+    for point in range(count) if every else (count // 2, count - 4, count - 1):
+        name, fault = f"{kind}-{point}", _FAULTS[point % 2]
+        line = ("harvest", kind, source, f"{killing.bucket.address}/{name}")
+        killed = killing.run(*line, at=point, fault=fault)
+        if killed.code != -9:
+            found.append(f"{point}: ended with {killed.code} {killed.err}")
+        left = killing.bucket.contents(name)
+        begun = left.pop(f"{name}/unfinished.json", None)
+        whole = {f"{name}/{one}": data for one, data in expected.items()}
+        found += [f"{point}: {one}" for one in invalid(left, whole)]
+        if not begun and left == whole:  # its last request of all gave the lease back
+            continue
+        resumed = killing.run(*line)
+        left = {one.removeprefix(f"{name}/"): data for one, data in killing.bucket.contents(name).items()}
+        if resumed.code or left != expected:
+            found.append(f"{point}: resumed to {resumed.code} {resumed.err} {sorted(left.keys() ^ expected.keys())}")
+    return found
+
+
+def repairing(killing: Killing, small: Line, finished: Path, points: Iterable[int | str]) -> list[str]:
+    """Kill a repair in object storage at requests, and finish it; returns what was wrong."""
+    found: list[str] = []
+    address = f"{killing.bucket.address}/cache/store"
+    line = ("harvest", "repair", address, "--model", small.model)
+
+    for point in points:
+        damage(killing, finished)
+        killed = killing.run(*line, at=point)
+        if killed.code != -9:
+            found.append(f"{point}: ended with {killed.code} {killed.err}")
+        resumed = killing.run(*line)
+        left = {one.removeprefix("cache/store/"): data for one, data in killing.bucket.contents("cache/store").items()}
+        if resumed.code or left != contents(finished):
+            found.append(f"{point}: resumed to {resumed.code} {resumed.err}")
+    return found
+
+
+SHARD = "activations.zarr/strata/004-016/source/c/3/0"
+
+
+def damage(killing: Killing, finished: Path) -> None:
+    """Put the store there, with a shard file and a record that are not whole."""
+    killing.bucket.upload(finished, "cache/store")
+    killing.bucket.put(f"cache/store/{SHARD}", b"")
+    killing.bucket.put("cache/store/ledger/000001.json", b"{")
+
+
+@pytest.fixture(scope="module")
+def packed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store packed locally."""
+    target = tmp_path_factory.mktemp("packed") / "packed"
+    assert command("pack", finished, target).code == 0
+    return target
+
+
+@pytest.mark.fault(64)
+@pytest.mark.parametrize("kind", ["pack", pytest.param("unpack", marks=pytest.mark.exhaustive)])
+def test_a_pack_into_object_storage_that_is_killed_ends_the_same(
+    killing: Killing, finished: Path, packed: Path, kind: str
+) -> None:
+    source, other = (finished, packed) if kind == "pack" else (packed, finished)
+    assert archiving(killing, source, contents(other), kind) == []
+
+
+@pytest.mark.fault(64)
+def test_a_repair_in_object_storage_that_is_killed_ends_the_same(killing: Killing, small: Line, finished: Path) -> None:
+    """When one block is made again, and of the other some shard files are sent."""
+    put = f"PUT /{killing.bucket.address.removeprefix('s3://')}/cache/store/{SHARD}"
+    assert repairing(killing, small, finished, [put]) == []
+
+
+@pytest.mark.fault(64)
+@pytest.mark.exhaustive
+@pytest.mark.timeout(6 * 3600)
+def test_packs_and_repairs_that_are_killed_at_any_request_end_the_same(
+    killing: Killing, small: Line, finished: Path, packed: Path
+) -> None:
+    assert archiving(killing, finished, contents(packed), "pack", every=True) == []
+    damage(killing, finished)
+    assert killing.run("harvest", "repair", f"{killing.bucket.address}/cache/store", "--model", small.model).code == 0
+    assert repairing(killing, small, finished, range(killing.requests())) == []
