@@ -2,7 +2,7 @@
 
     python -m tests.bench.pipeline [trained] [random] [pictures]      writes docs/benchmarks.json and docs/benchmarks.md
 
-`pictures` go with `trained`: docs/images gets the pictures of the documents, of the same run and of one with twice the k.
+`pictures` go with `trained`: docs/images gets the pictures of the same run, and of one with twice the k.
 
 Beside it stand the best linear map on the same rows, and the same transcoder on a model of the same shape with random
 weights: what a figure is worth shows against what structureless activations give.
