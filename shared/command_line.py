@@ -220,7 +220,7 @@ def _speaking(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
         if quiet and verbose:
-            raise UserError("--quiet and --verbose contradict each other; give one of them")
+            raise UserError("--quiet and --verbose cannot be combined; give one of them")
         with with_verbosity(Verbosity.QUIET if quiet else Verbosity.VERBOSE if verbose else Verbosity.NORMAL):
             command(**given)
 

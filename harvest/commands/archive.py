@@ -105,7 +105,7 @@ def _target(store: Store, target: Path, force: bool) -> Iterator[None]:
         if not force:
             needed = store.shard_bytes + sum((store.path / name).stat().st_size for name in _copied(store))
             there = size_of(target) if ours else 0
-            durable.require_space(target.parent, max(0, needed - there), "the store (--force to try all the same)")
+            durable.require_space(target.parent, max(0, needed - there), "the store (--force tries anyway)")
         if ours:
             durable.sweep(target)
             (target / STORE).unlink(missing_ok=True)
