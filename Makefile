@@ -75,7 +75,7 @@ ifneq ($(filter train,$(MAKECMDGOALS)),)
 report: train
 endif
 
-bench: $(DEV) ## Measure kernels, a step and reading; rewrites docs/benchmarks.md (README names the longer benches)
+bench: $(DEV) ## Measure kernels, a step and reading; rewrites docs/benchmarks.md (docs/code.md names the longer benches)
 	@$(BIN)/python -m tests.bench.kernels
 	@$(BIN)/python -m tests.bench.step S M
 	@$(BIN)/python -m tests.bench.step threads S M

@@ -23,7 +23,7 @@ from shared.store.store import Local
 
 @click.group(cls=shared.command_line.Commands)
 def group() -> None:
-    """Run an LLM once and keep its activations in a store that any number of trainings read: stage 1."""
+    """Stage 1: run an LLM once and keep its activations in a store, for any number of training runs."""
 
 
 cache_option = click.option(
@@ -33,12 +33,12 @@ cache_option = click.option(
     show_default=True,
     envvar=CACHE_VARIABLE,
     show_envvar=True,
-    help="The folder that stores are made in, or an address such as s3://bucket/cache.",
+    help="The folder of all stores, or an address such as s3://bucket/cache.",
 )
 
 
 inexact_option = click.option(
-    "--inexact", is_flag=True, help="Continue on another kind of GPU or with another torch; the last bits may differ."
+    "--inexact", is_flag=True, help="Allow another kind of GPU or another torch version; the last bits may differ."
 )
 
 
@@ -53,7 +53,9 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
             multiple=True,
             help="`embedded`, a data set on the hub, or a .jsonl, .parquet or .txt file (repeatable).",
         ),
-        click.option("--layer", "layers", type=int, multiple=True, help="A layer, from 0 (repeatable: a store each)."),
+        click.option(
+            "--layer", "layers", type=int, multiple=True, help="A layer, from 0 (repeatable: one store per layer)."
+        ),
         click.option("--tokens", type=COUNT, help="Tokens to train on, such as 5M; rounded up to whole blocks."),
         click.option("--name", help="Start of the store's name.  [default: the model's name, or the preset's]"),
         cache_option,
@@ -73,11 +75,11 @@ def _settings(preset: str, config: Path | None, assignments: tuple[str, ...], **
 
 @group.command()
 @request_options
-@click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
+@click.option("--force", is_flag=True, help="Continue even if the disk looks too small.")
 @inexact_option
 @shared.command_line.verbosity_options
 def run(cache: Path, force: bool, inexact: bool, **given: Any) -> None:
-    """Make the store of PRESET, or continue, extend or find it; prints its path last (a line per layer)."""
+    """Write the store of PRESET, or continue, extend or find it; prints its path last (one line per layer)."""
     settings = _settings(**given)
     from harvest.run.pipeline import harvest
 
@@ -88,10 +90,10 @@ def run(cache: Path, force: bool, inexact: bool, **given: Any) -> None:
 @group.command()
 @request_options
 @click.option("--eta", is_flag=True, help="Also load the model and time a few batches.")
-@click.option("--force", is_flag=True, help="Say what is needed, but accept a disk that looks too small.")
+@click.option("--force", is_flag=True, help="Show what is needed, and accept a disk that looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> None:
-    """Say what `run` would write: rows, bytes, free disk, and what the hooks mean. Refuses what does not fit."""
+    """Show what `run` would write: rows, bytes, free disk, and what the hooks mean. Fails if it does not fit."""
     settings = _settings(**given)
     from harvest.run import estimate, pipeline
 
@@ -114,24 +116,24 @@ def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> No
 @click.option(
     "--format", "kind", type=click.Choice(get_args(ImportFormat)), required=True, help="Format of the files at PATH."
 )
-@click.option("--source", help="What the sources are called: a tensor, a column, or the start of a .npy file's name.")
-@click.option("--target", help="What the targets are called, likewise.")
-@click.option("--tokens", help="What the token ids are called, likewise.")
-@click.option("--context-size", type=int, help="Tokens of a sequence; with `vllm` those taken of each request.")
-@click.option("--layer", type=int, help="The layer that rows are of; with `clt-forge` the one to import.")
+@click.option("--source", help="Name of the sources: a tensor, a column, or the start of a .npy file's name.")
+@click.option("--target", help="Name of the targets, in the same way.")
+@click.option("--tokens", help="Name of the token ids, in the same way.")
+@click.option("--context-size", type=int, help="Tokens per sequence; with `vllm`, tokens taken from each request.")
+@click.option("--layer", type=int, help="The layer of the rows; with `clt-forge`, the one to import.")
 @click.option("--model", help="The model that computed the rows: a Hugging Face folder, or a name on the hub.")
 @cache_option
 @click.option("--name", help="Start of the store's name.  [default: imported]")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
-@click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
+@click.option("--force", is_flag=True, help="Continue even if the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: the store as `info --json` describes it.")
 @shared.command_line.verbosity_options
 def import_(
     path: tuple[Path, ...], cache: Path, kind: str, name: str, force: bool, as_json: bool, **given: Any
 ) -> None:
-    """Make a store of the activation pairs at PATH, which other software wrote; prints its path last.
+    """Make a store from activation pairs at PATH that other software wrote; prints its path last.
 
-    With `saelens`, PATH is a folder of cached activations; where each hook has its own, pass the source's and then the
+    With `saelens`, PATH is a folder of cached activations; if each hook has its own, pass the source's and then the
     target's.
     """
     from harvest.commands.describe import describe
@@ -162,9 +164,9 @@ def list_all(cache: Path, as_json: bool, **given: Any) -> None:
 @group.command()
 @click.argument("store", type=STORE)
 @click.option(
-    "--shuffle", is_flag=True, help="Also measure how well rows are shuffled, on batches as training reads them."
+    "--shuffle", is_flag=True, help="Also measure how well rows are shuffled, on batches like those of training."
 )
-@click.option("--run-rows", type=click.IntRange(1), help="With --shuffle: as rows.run_rows of training.")
+@click.option("--run-rows", type=click.IntRange(1), help="With --shuffle: the setting rows.run_rows of training.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.local_options
 def info(store: Path, shuffle: bool, run_rows: int | None, as_json: bool, local: Local | None) -> None:
@@ -189,10 +191,10 @@ def info(store: Path, shuffle: bool, run_rows: int | None, as_json: bool, local:
     "rows",
     type=click.IntRange(1),
     metavar="N",
-    help="Also compute N random rows again with the model, and compare.",
+    help="Also recompute N random rows with the model, and compare.",
 )
-@click.option("--model", help="The store's model, if it is no longer where it was: a Hugging Face folder.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the choice of those rows.")
+@click.option("--model", help="The store's model, if it has moved: a Hugging Face folder.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed for choosing those rows.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 @shared.command_line.local_options
@@ -216,8 +218,8 @@ def verify(store: Path, rows: int | None, model: str | None, seed: int, as_json:
 
 @group.command()
 @click.argument("store", type=STORE)
-@click.option("--model", help="The store's model, if it is no longer where it was: a Hugging Face folder.")
-@click.option("--text", multiple=True, help="The store's text, which is needed if its tokens are damaged; repeatable.")
+@click.option("--model", help="The store's model, if it has moved: a Hugging Face folder.")
+@click.option("--text", multiple=True, help="The store's text, needed if its tokens are damaged; repeatable.")
 @click.option(
     "--from",
     "imported_from",
@@ -238,7 +240,7 @@ def repair(
     inexact: bool,
     as_json: bool,
 ) -> None:
-    """Verify STORE and write again what is damaged: those blocks and no others."""
+    """Verify STORE and rewrite the damaged blocks, and no others."""
     from harvest.commands.repair import repair as mend
 
     damage = mend(store, model, text, workers, imported_from, inexact=inexact)
@@ -248,7 +250,7 @@ def repair(
 @group.command()
 @click.argument("store", type=STORE)
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
+@click.option("--force", is_flag=True, help="Continue even if the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 def pack(store: Path, target: Path, force: bool, as_json: bool) -> None:
@@ -271,11 +273,11 @@ def pack(store: Path, target: Path, force: bool, as_json: bool) -> None:
 @group.command()
 @click.argument("packed", type=STORE)
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
+@click.option("--force", is_flag=True, help="Continue even if the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 def unpack(packed: Path, target: Path, force: bool, as_json: bool) -> None:
-    """Write the packed store PACKED to TARGET as it was before, byte for byte; prints TARGET last.
+    """Write the packed store PACKED to TARGET as it was before packing, byte for byte; prints TARGET last.
 
     TARGET is a new folder, or a new address such as s3://bucket/store.
     """
@@ -293,14 +295,13 @@ def unpack(packed: Path, target: Path, force: bool, as_json: bool) -> None:
 @click.argument("store", type=STORE)
 @click.argument("repository")
 @click.option("--public", is_flag=True, help="Make a new repository public.  [default: private]")
-@click.option("--license", "licence", help="The hub's name of a licence, such as cc-by-4.0, for the card.")
+@click.option("--license", "licence", help="The hub's name for a licence, such as cc-by-4.0, for the card.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 def push(store: Path, repository: str, public: bool, licence: str | None, as_json: bool) -> None:
-    """Upload the packed store STORE to the Hugging Face hub as the data set REPOSITORY, OWNER/NAME, with a card.
+    """Upload the packed STORE to the Hugging Face hub as the data set REPOSITORY (OWNER/NAME), with a card.
 
-    STORE may be in object storage. Prints the data set's address last. A push that was stopped goes on when it is run
-    again.
+    STORE may be in object storage. Prints the data set's address last. Run it again to continue a push that was stopped.
     """
     from harvest.commands.hub_store import push as upload
 
@@ -312,13 +313,13 @@ def push(store: Path, repository: str, public: bool, licence: str | None, as_jso
 @click.argument("repository")
 @cache_option
 @click.option("--revision", help="A branch, a tag or a commit.")
-@click.option("--force", is_flag=True, help="Go on although the disk looks too small.")
+@click.option("--force", is_flag=True, help="Continue even if the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 def pull(repository: str, cache: Path, revision: str | None, force: bool, as_json: bool) -> None:
-    """Download the packed store that REPOSITORY, OWNER/NAME, holds on the Hugging Face hub; prints its path last.
+    """Download the packed store in REPOSITORY (OWNER/NAME) on the Hugging Face hub; prints its path last.
 
-    Checks what is there already, and fetches the rest.
+    Checks the files that are already there, and fetches the rest.
     """
     from harvest.commands.hub_store import pull as download
 
@@ -334,16 +335,16 @@ def pull(repository: str, cache: Path, revision: str | None, force: bool, as_jso
 @click.option(
     "--transcoder",
     type=click.Path(path_type=Path),
-    help="A transcoder to use in place of RUN's: for the same hooks, of any library.",
+    help="Another transcoder to use, from any library, for the same hooks.",
 )
 @click.option("--step", type=click.IntRange(1), help="A checkpoint's step; default: the newest valid one.")
 @click.option("--tokens", type=click.IntRange(1), default=65_536, show_default=True, help="Held-out tokens to run.")
-@click.option("--linear", is_flag=True, help="Also put the best linear map in the MLP's place; it is fitted first.")
-@click.option("--model", help="The store's model, if it is no longer where it was: a Hugging Face folder.")
+@click.option("--linear", is_flag=True, help="Also put the best linear map, fitted first, in the MLP's place.")
+@click.option("--model", help="The store's model, if it has moved: a Hugging Face folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.verbosity_options
 def splice(run: Path, as_json: bool, **given: Any) -> None:
-    """Put RUN's transcoder in the place of the LLM's MLP, and measure what the LLM loses: CE recovered, and KL."""
+    """Put RUN's transcoder in place of the LLM's MLP, and measure the effect: CE recovered and KL."""
     if given["transcoder"] and given["step"]:
         raise UserError("--step names a checkpoint of RUN, and --transcoder another transcoder; leave one out")
     from harvest.splice.measure import SpliceOptions, splice
@@ -362,10 +363,12 @@ def splice(run: Path, as_json: bool, **given: Any) -> None:
 @click.option(
     "--transcoder",
     type=click.Path(path_type=Path),
-    help="A transcoder to use in place of RUN's: for the same hooks, of any library.",
+    help="Another transcoder to use, from any library, for the same hooks.",
 )
 @click.option("--step", type=click.IntRange(1), help="A checkpoint's step; default: the newest valid one.")
-@click.option("--top", type=click.IntRange(1), default=8, show_default=True, help="Latents per token, the strongest.")
+@click.option(
+    "--top", type=click.IntRange(1), default=8, show_default=True, help="Number of strongest latents to show per token."
+)
 @click.option(
     "--ablate",
     type=shared.command_line.Numbers(),
@@ -381,9 +384,9 @@ def splice(run: Path, as_json: bool, **given: Any) -> None:
     help="A latent to set to VALUE on every token; repeatable.",
 )
 @click.option(
-    "--html", type=click.Path(path_type=Path), help="Also write a page; it shows the strongest latents ablated."
+    "--html", type=click.Path(path_type=Path), help="Also write a page; by default the strongest latents are ablated."
 )
-@click.option("--model", help="The store's model, if it is no longer where it was: a Hugging Face folder.")
+@click.option("--model", help="The store's model, if it has moved: a Hugging Face folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 def encode(
@@ -394,7 +397,7 @@ def encode(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """List the latents of RUN's transcoder that are active on each token of a prompt, and show what changing them does.
+    """List the latents of RUN's transcoder that are active on each token of a prompt, and the effect of changing them.
 
     --ablate and --steer change one latent at a time, and compare the probabilities of the next token.
     """

@@ -1,4 +1,4 @@
-"""What a harvest can be told: one model per component. Every field is read; sizes carry their unit."""
+"""Settings of a harvest: one model per component. Every field is read; sizes carry their unit."""
 
 import re
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ ALIASES = {
     **dict.fromkeys(("text_column", "column_name"), "text.column"),
     **dict.fromkeys(("d_sae", "k", "lr", "learning_rate", "steps", "expansion_factor", "activation"), _AT_TRAINING),
 }
-"""What others call a setting, with our name or a sentence."""
+"""Names of settings in other libraries, with our name or a sentence."""
 _OF_A_NAME = ("revision", "subset", "split", "column", "kind")
 
 
@@ -49,14 +49,14 @@ class ModelSettings(Config):
     dtype: FloatType = "float32"
     """The type of the forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` is cuda where there is one."""
+    """`auto` is cuda if there is a GPU."""
     attention: Attention = "eager"
-    """How attention is computed, as transformers names it. Others than `eager` can be faster on a GPU, and round
-    otherwise; which of them there are depends on the model's family."""
+    """How attention is computed, by transformers' name. Values other than `eager` can be faster on a GPU, and round
+    differently; which are available depends on the model's family."""
 
 
 class TextSettings(Config):
-    """Which text is read."""
+    """The text."""
 
     name: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
@@ -73,12 +73,12 @@ class TextSettings(Config):
     column: str | None = None
     """Column to read; if not given `text`, or else the only one that holds text, chat messages or token ids."""
     kind: Literal["auto", "text", "messages", "input_ids"] = "auto"
-    """What the column holds; `auto` looks at its first row that holds anything."""
+    """Kind of content in the column; `auto` decides by the first row that is not empty."""
     streaming: bool = False
     """Read rows in their own order, without downloading, decompressing or converting all of them first."""
     max_refused: int = Field(default=0, ge=0, le=MOST_REFUSED)
-    """Most rows to leave out, and count, because they are no document: no such column, no text, bad JSON, a chat that
-    the template refuses."""
+    """Most rows to skip, and count, because they are not documents: no such column, no text, bad JSON, a chat that the
+    template refuses."""
 
 
 class WindowSettings(Config):
@@ -87,24 +87,24 @@ class WindowSettings(Config):
     context_size: int = Field(default=256, ge=2, le=MAX_CONTEXT)
     """Tokens per window, BOS included."""
     bos: bool | Literal["auto"] = "auto"
-    """Put the tokenizer's BOS first; `auto` where it has one."""
+    """Start every window with the tokenizer's BOS; `auto`: if it has one."""
     separator: bool | Literal["auto"] = "auto"
-    """Put the tokenizer's EOS after every document, also one that is its BOS; `auto` where it has one."""
+    """Put the tokenizer's EOS after every document, even if it is also the BOS; `auto`: if it has one."""
     documents: Documents = "joined"
     """`apart`: positions restart at every document, and attention does not cross from one to the next."""
 
 
 class CaptureSettings(Config):
-    """What is recorded in a forward pass."""
+    """What to record in a forward pass."""
 
     layers: Annotated[tuple[int, ...], Field(min_length=1)] = (8,)
     """Layers, from 0; one store each, all from one pass."""
     source: str = "hook_resid_mid"
     """The transcoder's input: a hook of the layer's block, or a full name such as `blocks.7.hook_out`."""
     target: str = "hook_mlp_out"
-    """The transcoder's target, named likewise."""
+    """The transcoder's target, named in the same way."""
     batch_sequences: Sequences | Literal["auto"] = "auto"
-    """Windows per forward pass; `auto` is some thousand tokens, fewer for wide models on CPU."""
+    """Windows per forward pass; `auto` gives a few thousand tokens, fewer for wide models on CPU."""
 
     @field_validator("layers")
     @classmethod
@@ -122,27 +122,28 @@ class CaptureSettings(Config):
 
 
 class StoreSettings(Config):
-    """What is written."""
+    """What to store."""
 
     edges: Edges = (0, 1, 4, 16, 64, 256, 1024, 4096)
-    """First positions of the strata; those past the context are left out."""
+    """First position of each stratum; those beyond the context are ignored."""
     keep: dict[Position, float] = Field(default={}, max_length=MAX_STRATA)
-    """Share of a stratum's rows to store, by its first position; 1 where not named."""
+    """Share of a stratum's rows to store, by its first position; 1 if not given."""
     cap: dict[Position, Count] = Field(default={}, max_length=MAX_STRATA)
-    """Most rows of a stratum to store from a block, by its first position; no limit where not named."""
+    """Most rows of a stratum to store per block, by its first position; no limit if not given."""
     exclude_special: bool = False
     """Leave out the rows at special tokens (BOS and EOS among them)."""
     max_norm_quantile: float = Field(default=1.0, gt=0, le=1)
     """Leave out the rows of a stratum whose source norm is above this quantile of its block; 1 leaves out none."""
     storage: StorageType = "bfloat16"
     """The type of stored activations. `int8` takes half the disk of bfloat16: each row and each dimension has a scale,
-    and the harvest measures what that loses."""
+    and the harvest measures the error."""
     block_sequences: Sequences = 256
     """Windows per block, the unit that is committed, resumed and repaired."""
     max_block_bytes: int = Field(default=4 * 2**30, ge=1)
-    """Most bytes of a block's rows over all layers; `block_sequences` is halved until they fit. Two are in memory."""
+    """Most bytes for a block's rows over all layers; `block_sequences` is halved until they fit. Two blocks are in
+    memory."""
     held_out_blocks: int = Field(default=2, ge=0, le=MAX_BLOCKS)
-    """Blocks of the first documents, kept from training, on top of `tokens`."""
+    """Blocks of the first documents that are held out of training, in addition to `tokens`."""
     unembedding: bool = True
     """Keep the unembedding and the final norm, for the tokens that each latent promotes."""
 

@@ -172,12 +172,12 @@ def local_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--local-folder",
         type=click.Path(path_type=Path),
-        help="Folder in which a packed store is decoded, or objects are kept.",
+        help="Folder for the rows of a packed store, or of one in object storage.",
     )
     @click.option(
         "--local-bytes",
         type=click.IntRange(1),
-        help=f"Most bytes that the store may take there.  [default: {LOCAL_BYTES}]",
+        help=f"Most bytes for the store in that folder.  [default: {LOCAL_BYTES}]",
     )
     @functools.wraps(command)
     def wrapped(*, local_folder: Path | None, local_bytes: int | None, **given: Any) -> None:
@@ -198,7 +198,7 @@ def confirm_removal(path: Path, size: int) -> bool:
 
 
 _quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print only warnings, errors and the result.")
-_verbose_option = click.option("-v", "--verbose", is_flag=True, help="Print all figures whenever there are new ones.")
+_verbose_option = click.option("-v", "--verbose", is_flag=True, help="Print all figures as they come.")
 
 
 def verbosity_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -220,7 +220,7 @@ def _speaking(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
         if quiet and verbose:
-            raise UserError("--quiet and --verbose contradict each other; give one of them")
+            raise UserError("--quiet and --verbose cannot be combined; give one of them")
         with with_verbosity(Verbosity.QUIET if quiet else Verbosity.VERBOSE if verbose else Verbosity.NORMAL):
             command(**given)
 

@@ -59,16 +59,22 @@ def test_links_lead_somewhere() -> None:
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
-def test_the_readme_lists_every_module_in_its_folder_and_in_the_order_of_imports() -> None:
-    readme = (ROOT / "README.md").read_text()
-    tree = readme[readme.index("## Code layout") :]
-    folders, listed = list[str](), list[str]()
+def entries(tree: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the folder and the names of every line of a listing."""
+    folders = list[str]()
     for indent, entry in re.findall(r"^    ( *)((?:[\w./]+, )*[\w./]+)", tree, re.M):
         depth = len(indent) // 2
         if entry.endswith("/"):
             folders[depth:] = [entry]
+            yield "".join(folders), []
         else:
-            listed += ["".join(folders[:depth]) + name for name in entry.split(", ")]
+            yield "".join(folders[:depth]), entry.split(", ")
+
+
+def test_every_module_is_listed_in_its_folder_and_in_the_order_of_imports() -> None:
+    text = (ROOT / "docs" / "code.md").read_text()
+    tree = text[text.index("## Modules") : text.index("## Make targets")]
+    listed = [folder + name for folder, names in entries(tree) for name in names]
     own = [path for package in ("shared", "harvest", "train") for path in (ROOT / package).rglob("*.py")]
     there = {path.relative_to(ROOT).as_posix() for path in own if not path.name.startswith("__")}
     assert {name for name in listed if name.endswith(".py")} == {
@@ -79,6 +85,16 @@ def test_the_readme_lists_every_module_in_its_folder_and_in_the_order_of_imports
         floors = {name: floor for floor, names in enumerate(layers)
                   for name in ([names] if isinstance(names, str) else names)}  # fmt: skip
         assert [floors[name] for name in order] == sorted(floors[name] for name in order)
+
+
+def test_the_readme_lists_the_folders_of_the_code_page() -> None:
+    """All of the two top levels, in the same order."""
+    readme, text = (ROOT / "README.md").read_text(), (ROOT / "docs" / "code.md").read_text()
+    short = readme[readme.index("## Code layout") :]
+    tree = text[text.index("## Modules") : text.index("## Make targets")]
+    ours = ("shared/", "harvest/", "train/")
+    expected = [name for name, rest in entries(tree) if not rest and name.startswith(ours) and name.count("/") < 3]
+    assert [name for name, _ in entries(short)] == expected
 
 
 def test_figures_are_those_that_were_measured() -> None:

@@ -144,7 +144,7 @@ def test_caches_of_other_tokens_are_refused(tmp_path: Path) -> None:
     a = write_saelens(tmp_path / "a", {"x": arrays["source"], "token_ids": arrays["tokens"]})
     b = write_saelens(tmp_path / "b", {"y": arrays["target"], "token_ids": other})
     done = command("import", a, b, "--format", "saelens", "--cache", tmp_path / "cache", *SIXTEEN)
-    refused(done, "other tokens from sequence 5 on", folder=tmp_path / "cache")
+    refused(done, "different tokens from sequence 5 on", folder=tmp_path / "cache")
 
 
 def write_requests(folder: Path, arrays: Arrays, short: int = 3) -> Path:

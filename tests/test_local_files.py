@@ -312,7 +312,7 @@ UNUSABLE: dict[str, tuple[str, str]] = {
     "address": ("https://example.org/a.jsonl", r"https://example\.org/a\.jsonl is an address; download it"),
     "pointer": ("a.parquet", r"a\.parquet is a pointer of Git LFS, not the file itself; download it: git lfs pull"),
     "link": ("a.txt", r"no text file at .*a\.txt; it is a link, and what it leads to is not there"),
-    "lines": ("a\nb.txt", "a store keeps the names of its text files, and this is no plain one"),
+    "lines": ("a\nb.txt", "a store records the names of its text files, and this one is not plain"),
 }
 
 

@@ -30,5 +30,5 @@ def test_hours_follow_from_bytes_and_rates() -> None:
     assert small["harvest on one node, writing, ESTIMATE"][0] == pytest.approx(1e9 * 26 * 9224 / 12.5e9 / 3600)
     one_layer = small["the pairs of one layer"][0] * 1e12
     steps, step = 1e9 / scale.BATCH, small["a step on one GPU, ESTIMATE"][0] / 1e3
-    assert small["what one GPU reads while it trains, ESTIMATE"][0] * 1e9 == pytest.approx(one_layer / (steps * step))
+    assert small["read rate of one GPU, training, ESTIMATE"][0] * 1e9 == pytest.approx(one_layer / (steps * step))
     assert small["training on one node, computing, ESTIMATE"][0] == pytest.approx(26 * steps * step / 8 / 3600)

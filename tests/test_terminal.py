@@ -156,7 +156,7 @@ def test_quiet_and_verbose_together_are_the_users_error(command, tmp_path: Path,
     given = ["run", "--store", tmp_path] if stage == "run" else ["resume", tmp_path]
     done = command(*given, "--quiet", "--verbose")
     assert (done.code, done.out) == (2, "")
-    assert done.err == "error: --quiet and --verbose contradict each other; give one of them\n"
+    assert done.err == "error: --quiet and --verbose cannot be combined; give one of them\n"
     assert terminal.verbosity() == Verbosity.NORMAL
 
 

@@ -168,12 +168,12 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "number": (
         {"messages": TURNS},
         {"messages": [{"role": "user", "content": 5}]},
-        "a message has a part that is no text: int",
+        "a message has a part that is not text: int",
     ),
     "image": (
         {"messages": TURNS},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "url": "x"}]}]},
-        "a message has a part that is no text: image_url",
+        "a message has a part that is not text: image_url",
     ),
     "ids": ({"input_ids": [7]}, {"input_ids": [7, VOCABULARY]}, f"token id {VOCABULARY} is outside"),
     "lists": ({"input_ids": [7]}, {"input_ids": [[7], [8, 9]]}, "expected a list of whole numbers"),

@@ -28,17 +28,19 @@ _fallback_option = click.option(
     "--fallback-dir",
     "fallback",
     type=click.Path(path_type=Path),
-    help="A folder on another disk for a checkpoint that has no room in the run's.",
+    help="A folder on another disk for a checkpoint that does not fit on the run's.",
 )
 _verify_option = click.option(
-    "--verify", is_flag=True, help="Read all of the store's shard files first; without it, about 512 MiB of them."
+    "--verify",
+    is_flag=True,
+    help="Read and check all of the store's shard files first; otherwise about 512 MiB of them.",
 )
 
 
 @click.group(name="python -m train", cls=shared.command_line.Commands)
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Train transcoders from a store of activations, with no LLM in memory."""
+    """Stage 2: train transcoders from a store of activations, with no LLM in memory."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         _share(context)
 
@@ -66,7 +68,7 @@ main.add_command(sweep)
 def sync_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options to sync the run to W&B, which become the argument `project`."""
 
-    @click.option("--wandb", is_flag=True, help="Sync the run to W&B, offline when there is no key.")
+    @click.option("--wandb", is_flag=True, help="Sync the run to W&B, offline if there is no key.")
     @click.option(
         "--wandb-project",
         default="transcoder-cache",
@@ -86,7 +88,7 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--store", type=STORE, help="A finished store: a folder, or its name in the cache.")
 @cli_settings.config_option
 @cli_settings.like_option
-@click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Where runs are kept.")
+@click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Folder of all runs.")
 @click.option("--name", help="The run's folder in --runs; default: the preset's name and the next free number.")
 @click.option("--steps", type=shared.command_line.COUNT, help="Optimiser steps, such as 10k.")
 @click.option("--seed", type=int, help="Seed of the initial weights and, unless rows.seed is set, the order of rows.")
@@ -94,7 +96,7 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
     "--init-from", type=click.Path(path_type=Path), help="Weights to start from: a run's, or another library's."
 )
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
-@click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
+@click.option("--force", is_flag=True, help="Start even if the checkpoints may not fit on the disk.")
 @_fallback_option
 @sync_options
 @shared.command_line.verbosity_options
@@ -149,11 +151,11 @@ def run(
 @main.command(cls=cli_settings.WithSettings)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
-@click.option("--steps", type=shared.command_line.COUNT, help="Make the run longer: so many optimiser steps in all.")
-@click.option("--threads", type=click.IntRange(1), help="Use another number of CPU threads; the last bits may differ.")
 @click.option(
-    "--inexact", is_flag=True, help="Continue on another processor or with other versions; the last bits may differ."
+    "--steps", type=shared.command_line.COUNT, help="Make the run longer: the total number of optimiser steps."
 )
+@click.option("--threads", type=click.IntRange(1), help="Use another number of CPU threads; the last bits may differ.")
+@click.option("--inexact", is_flag=True, help="Allow another processor or other versions; the last bits may differ.")
 @_fallback_option
 @sync_options
 @shared.command_line.verbosity_options
@@ -172,7 +174,7 @@ def resume(
 ) -> None:
     """Continue a run from its newest valid checkpoint; the result is that of an uninterrupted run, bit for bit.
 
-    With --steps, the run is made longer: from here on the learning rate is that of a run of so many steps.
+    With --steps, the run is made longer: from here on the learning rate follows that of a run of this many steps.
     """
     from train.commands import resume as resume_run
 
@@ -200,7 +202,7 @@ for _command in (cli_settings.list_all, cli_runs.watch, cli_runs.ls, cli_runs.rm
 @click.option("--store", type=STORE, help="Another store to evaluate on; default: the run's.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
-@click.option("--redundancy", is_flag=True, help="Also find latents in whose place one does nearly as well.")
+@click.option("--redundancy", is_flag=True, help="Also find groups of latents that one latent could replace.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_verify_option
 @shared.command_line.local_options
@@ -234,7 +236,7 @@ def evaluate(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=STORE, help="Another store to sample; default: the run's.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
-@click.option("--rows", type=click.IntRange(1), help="Most stored rows to look at.")
+@click.option("--rows", type=click.IntRange(1), help="Most stored rows to search for contexts.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override samples.*; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
@@ -270,7 +272,7 @@ def samples(
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
 @click.option(
-    "--labels", type=click.Path(path_type=Path), help="Names of latents, as the browser exports them: JSON or CSV."
+    "--labels", type=click.Path(path_type=Path), help="Labels of latents, as exported by the browser: JSON or CSV."
 )
 @click.option("--index", is_flag=True, help="RUN is a folder of runs: write a page that lists them all, index.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -290,7 +292,7 @@ def report(
     local: Local | None,
     verify: bool,
 ) -> None:
-    """Write report.html, its twins in Markdown and JSON, and a browser of all latents.
+    """Write report.html, the same in Markdown and JSON, and a browser of all latents.
 
     Prints the page's path as its last line.
     """
@@ -325,7 +327,7 @@ def report(
     default="auto",
     show_default=True,
     metavar="auto|python|english|FILE",
-    help="Labels of tokens: by the store's text, or a Parquet file of (sequence, offset, label).",
+    help="Labels of tokens: from the store's text, or a Parquet file of (sequence, offset, label).",
 )
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
@@ -344,7 +346,7 @@ def probe(
     local: Local | None,
     verify: bool,
 ) -> None:
-    """Measure what latents mean by labels of the store's tokens, with no LLM: writes probe.json into the run.
+    """Measure what latents mean by labels of the store's tokens, without an LLM; writes probe.json into the run.
 
     Prints the file's path as its last line.
     """
@@ -367,10 +369,10 @@ def probe(
 @click.option(
     "--l0",
     type=float,
-    help="Active latents per row at which to compare; default: the runs' k, or each run's own where these differ.",
+    help="Active latents per row at which to compare; default: the runs' k, or each run's own if these differ.",
 )
 @click.option(
-    "--own-l0", is_flag=True, help="Compare each run at its own l0: its k, or that of its learned thresholds."
+    "--own-l0", is_flag=True, help="Compare each run at its own l0: its k, or the l0 of its learned thresholds."
 )
 @click.option(
     "--matched-latents",
@@ -379,7 +381,7 @@ def probe(
     show_default=True,
     help="Most latents to match across seeds.",
 )
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page with plots here.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page with plots to FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_verify_option
 @shared.command_line.quiet_option
@@ -393,7 +395,7 @@ def compare(
     as_json: bool,
     verify: bool,
 ) -> None:
-    """Compare held-out figures of RUNS of one store side by side; those that differ in their seed alone are one arm."""
+    """Compare held-out figures of RUNS of one store side by side; runs that differ only in their seed are one arm."""
     from train.compare.arms import compare_runs
     from train.compare.comparison_table import print_comparison
 

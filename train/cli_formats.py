@@ -27,9 +27,9 @@ from train.run_folder import new_run_folder
 @click.option("--out", type=click.Path(path_type=Path), help="A new folder; default: RUN/exports/FORMAT.")
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
-@click.option("--prefix", type=int, help="Export only so many of the first latents: one of the Matryoshka prefixes.")
+@click.option("--prefix", type=int, help="Export only this many of the first latents: one of the Matryoshka prefixes.")
 @click.option("--layers", type=click.IntRange(1), help="Layers of the model, for circuit-tracer.")
-@click.option("--license", "licence", help="The hub's name of a licence, such as mit, for the card.")
+@click.option("--license", "licence", help="The hub's name for a licence, such as mit, for the card.")
 @click.option("--push", "repository", metavar="OWNER/NAME", help="Also upload the folder to the Hugging Face hub.")
 @click.option(
     "--private", is_flag=True, help="Make a new repository private; without it, it is public, as with hf upload."
@@ -51,7 +51,7 @@ def export(
     as_json: bool,
     local: Local | None,
 ) -> None:
-    """Write a transcoder in another library's format, and compare what was written with the run on held-out rows.
+    """Write a transcoder in another library's format, and compare it with the run on held-out rows.
 
     neuronpedia and delphi get contexts and activations instead. circuit-tracer takes RUNS of several layers, one each.
     Prints the folder's path as its last line.
@@ -82,10 +82,10 @@ def export(
 @click.command("import")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--store", required=True, type=STORE, help="A finished store: a folder, or its name in the cache.")
-@click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Where runs are kept.")
+@click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Folder of all runs.")
 @click.option("--name", help="The run's folder in --runs; default: `import` and the next free number.")
-@click.option("--source-hook", help="The hook that it reads, such as ln2.hook_normalized, where its files do not say.")
-@click.option("--accept-mismatch", is_flag=True, help="Import it although its model or hooks are not the store's.")
+@click.option("--source-hook", help="The hook that it reads, such as ln2.hook_normalized, if its files do not say.")
+@click.option("--accept-mismatch", is_flag=True, help="Import it even if its model or hooks are not the store's.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 @shared.command_line.local_options
@@ -99,7 +99,7 @@ def import_(
     as_json: bool,
     local: Local | None,
 ) -> None:
-    """Make a finished run of a transcoder that another library wrote, to evaluate, compare, sample, report or export.
+    """Turn a transcoder of another library into a finished run, to evaluate, compare, sample, report or export.
 
     PATH is a folder of SAELens or sparsify, or a file of circuit-tracer, Gemma Scope or dictionary_learning. Prints the
     run's path as its last line.

@@ -10,7 +10,7 @@ import shared.command_line
 from shared.console.terminal import show_text
 
 _runs_option = click.option(
-    "--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Where runs are kept."
+    "--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Folder of all runs."
 )
 
 

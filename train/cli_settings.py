@@ -102,7 +102,7 @@ def _check(preset: str, changes: Sequence[str | Change], file: Path | None, stor
 
 @click.command("settings")
 @click.argument("preset", required=False)
-@click.option("--store", type=STORE, help="A store: automatic choices are shown as made for it.")
+@click.option("--store", type=STORE, help="A store, for which automatic choices are shown.")
 @config_option
 @like_option
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")

@@ -77,7 +77,7 @@ def train(
     if not force:
         size = checkpoint_bytes(config.settings, config.d_in, config.d_out)
         most = config.settings.checkpoint.most(settings.steps, size)
-        durable.require_space(run.parent, most, "checkpoints (--force to go on all the same)")
+        durable.require_space(run.parent, most, "checkpoints (--force continues anyway)")
     if note:
         say(note)
     say(left_out(store.excluding(config.exclusion), config.training_blocks))

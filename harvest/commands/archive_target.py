@@ -104,7 +104,7 @@ def _folder(store: Store, path: Path, what: bytes, needed: Callable[[], int] | N
             raise _exists(str(path), "folder", begun=marker.is_file())
         if needed:
             there = size_of(path) if ours else 0
-            durable.require_space(path.parent, max(0, needed() - there), "the store (--force to try all the same)")
+            durable.require_space(path.parent, max(0, needed() - there), "the store (--force tries anyway)")
         if ours:
             durable.sweep(path)
             (path / STORE).unlink(missing_ok=True)

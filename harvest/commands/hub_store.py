@@ -142,7 +142,7 @@ def _pull_into(target: Path, there: "Mapping[str, RepoFile]", download: "Fetch",
     missing = [file for file in first if not _same(target / file, there[file])]
     needed = sum(there[file].size for file in missing)
     if not force:
-        durable.require_space(target, needed, "the store (--force to try all the same)")
+        durable.require_space(target, needed, "the store (--force tries anyway)")
 
     def fetch(file: str) -> int:
         durable.publish_link(target / file, download(file))

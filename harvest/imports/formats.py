@@ -148,14 +148,14 @@ def _check_same_tokens(a: Path, b: Path, ours: NDArray[np.int32] | None, theirs:
     if ours.shape != theirs.shape:
         raise UserError(f"{a} is of {list(ours.shape)} tokens, and {b} of {list(theirs.shape)}")
     if len(wrong := np.flatnonzero((ours != theirs).any(axis=1))):
-        raise UserError(f"{a} and {b} are of other tokens from sequence {wrong[0]} on; cache both hooks of one text")
+        raise UserError(f"{a} and {b} have different tokens from sequence {wrong[0]} on; cache both hooks on one text")
 
 
 def _read_arrow(folder: Path) -> dict[str, list[Part]]:
     """Map the columns of a folder that `datasets` saved, by name."""
     state = folder / "state.json"
     if not state.is_file():
-        raise UserError(f"{folder} is no folder that `datasets` saved: it has no state.json")
+        raise UserError(f"{folder} is not a folder saved by `datasets`: it has no state.json")
     try:
         files = [folder / Path(entry["filename"]).name for entry in read_json(state)["_data_files"]]
         assert files

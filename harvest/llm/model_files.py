@@ -101,7 +101,7 @@ def find_model(settings: ModelSettings) -> ModelFiles:
     """Locate the model: the embedded one, a local folder, or the hub. Raises `UserError`."""
     folder = Path(settings.name).expanduser()
     if settings.revision is not None and (settings.name == EMBEDDED or folder.is_dir()):
-        raise UserError(f"model.revision = {settings.revision} means nothing for a local model; leave it out")
+        raise UserError(f"model.revision = {settings.revision} has no meaning for a local model; leave it out")
     if settings.name == EMBEDDED:
         return _local(MODEL_FOLDER, EMBEDDED)
     if folder.is_dir():
@@ -119,7 +119,7 @@ def _local(folder: Path, name: str) -> ModelFiles:
             "example with peft's merge_and_unload, and pass what that saves"
         )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no Hugging Face model folder: it has no config.json")
+        raise UserError(f"{folder} is not a Hugging Face model folder: it has no config.json")
     return ModelFiles(folder=folder, name=name, revision=None)
 
 
@@ -129,7 +129,7 @@ def read_shape(folder: Path) -> ModelShape:
     _require_plain_index(folder)
     for path in (folder / name for name in _TOKENIZER_FILES):
         if os.path.lexists(path) and not path.is_file():  # it would pass for one that is not there
-            raise UserError(f"{path} is there, and is no file that can be read; download it again")
+            raise UserError(f"{path} is not a readable file; download it again")
     if not config.get("quantization_config"):
         _require_numbers(folder)
     config = config.get("text_config", config)

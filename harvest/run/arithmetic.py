@@ -44,6 +44,6 @@ def require_same(targets: Sequence[Target], now: dict[str, str], *, inexact: boo
             what = ", ".join(f"{name} {then[name]}, here {now[name]}" for name in differs)
             line = f"{target.path}: block {block} was computed with {what}: the last bits of rows can differ"
             if not inexact:
-                raise UserError(f"{line}; continue with the same, or all the same with --inexact")
+                raise UserError(f"{line}; continue with the same, or pass --inexact")
             warn(f"{line}; the ledger records what computed each block")
             return

@@ -201,7 +201,7 @@ def needed(estimates: Sequence[Estimate]) -> int:
 
 def require_space(estimates: Sequence[Estimate]) -> None:
     """Refuse a disk that is too small for the stores together. Raises `UserError`."""
-    durable.require_space(estimates[0].path.parent, needed(estimates), "the store (--force to go on all the same)")
+    durable.require_space(estimates[0].path.parent, needed(estimates), "the store (--force continues anyway)")
 
 
 def show(estimates: Sequence[Estimate], pair: Sequence[str], seconds: float | None) -> None:

@@ -69,7 +69,7 @@ class Ranks:
         if not same and not inexact:
             raise UserError(
                 f"process {self.rank} computes on {what}, and another one on something else: the last bits of rows can "
-                "differ; run it on devices of one kind, or all the same with --inexact"
+                "differ; run it on devices of one kind, or pass --inexact"
             )
 
     def wait(self) -> None:

@@ -77,7 +77,7 @@ def _refuse(settings: TextSettings, what: str, *names: str) -> None:
     """Raise `UserError` when a setting that means nothing for this text was given."""
     for name in names:
         if getattr(settings, name) != TextSettings.model_fields[name].default:
-            raise UserError(f"text.{name} = {getattr(settings, name)} means nothing for {what}; leave it out")
+            raise UserError(f"text.{name} = {getattr(settings, name)} has no meaning for {what}; leave it out")
 
 
 def _embedded(separator: str | None, seed: int) -> Corpus:
@@ -95,7 +95,7 @@ def _embedded(separator: str | None, seed: int) -> Corpus:
 def _local(settings: TextSettings, paths: list[Path], separator: str | None, seed: int) -> Corpus:
     files = find_files(paths, settings.split)
     if odd := next((file.path for file in files if not _is_plain(file.path.name)), None):
-        raise UserError(f"{odd}: a store keeps the names of its text files, and this is no plain one; rename the file")
+        raise UserError(f"{odd}: a store records the names of its text files, and this one is not plain; rename it")
     name = ", ".join(file.path.name for file in files)
     digests = [file_sha256(file.path) for file in files]
     _warn_of_copies([(file.path, digest) for file, digest in zip(files, digests, strict=True)])

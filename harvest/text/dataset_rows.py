@@ -208,7 +208,7 @@ def _is_row(file: TextFile, line: bytes) -> bool:
 def _parse(file: TextFile, number: int, line: bytes) -> Row:
     place, text, replaced = file.place(number), *_decode(line)
     if "\0" in text:
-        return Row(place, {}, refusal="holds a NUL byte, which no text has")
+        return Row(place, {}, refusal="holds a NUL byte, so it is not text")
     if number == 1:
         text = text.removeprefix("\ufeff")
     if file.format == "txt":

@@ -219,7 +219,7 @@ def _encoding(path: Path, head: bytes) -> str:
     for name in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):
         if _is_certain(head, name):
             return name
-    raise UserError(f"{path}: holds NUL bytes, so it is no text in UTF-8; convert it to UTF-8")
+    raise UserError(f"{path}: holds NUL bytes, so it is not UTF-8 text; convert it to UTF-8")
 
 
 def _is_certain(head: bytes, encoding: str) -> bool:
@@ -268,7 +268,7 @@ def _csv_rows(file: TextFile, columns: Sequence[str] | None) -> Iterator[dict[st
                     f"{file.place(number)}: expected {len(reader.fieldnames or ())} fields, as the names are"
                 )
             if any("\0" in value for value in row.values()):
-                raise UserError(f"{file.place(number)}: holds a NUL byte, which no text has")
+                raise UserError(f"{file.place(number)}: holds a NUL byte, so it is not text")
             yield {name: row[name] for name in wanted}
 
 

@@ -277,7 +277,7 @@ def _part(part: Any) -> dict[str, Any]:
     if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": clean(part["text"])}
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise _Unfit(f"a message has a part that is no text: {_short(kind)}")
+    raise _Unfit(f"a message has a part that is not text: {_short(kind)}")
 
 
 def _joined(parts: list[dict[str, Any]]) -> str:

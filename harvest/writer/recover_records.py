@@ -48,7 +48,7 @@ def check_request(path: Path, found: StoreRequest | None, request: StoreRequest)
     assert found is not None
     name, (theirs, ours) = next(iter(differences(found, request).items()))
     raise UserError(
-        f"{path / REQUEST} is of another request: {name} is {theirs} there and {ours} here; choose another "
+        f"{path / REQUEST} belongs to another request: {name} is {theirs} there and {ours} here; choose another "
         "--cache, or remove the folder"
     )
 

@@ -370,6 +370,6 @@ def _warn_of_losses(packed: Packed, name: str, first_refusal: str | None) -> Non
         warn(f"{name}: {packed.empty_documents:,} of {rows:,} rows ({packed.empty_documents / rows:.0%}) hold nothing")
     if (replaced := packed.left_out.get("replaced_characters", 0)) > _MOST_REPLACED * packed.tokens:
         warn(
-            f"{name}: {replaced:,} characters, one for every {packed.tokens // replaced:,} tokens, are no UTF-8 and "
+            f"{name}: {replaced:,} characters, one for every {packed.tokens // replaced:,} tokens, are not UTF-8 and "
             "became U+FFFD; if the text has another encoding, convert it: iconv -f ENCODING -t UTF-8, such as LATIN1"
         )

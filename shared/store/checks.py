@@ -107,7 +107,7 @@ def read_packed(path: Path, arrays: list[ArraySpec], blocks: int) -> PackedRecor
             raise CorruptData(f"{path / PACKED}: {name} is missing; pack the store again")
         known.add(name)
     if unknown := record.files.keys() - known:
-        raise CorruptData(f"{path / PACKED}: {min(unknown)} is no file of the store; pack the store again")
+        raise CorruptData(f"{path / PACKED}: {min(unknown)} is not a file of the store; pack the store again")
     return record
 
 

@@ -35,27 +35,27 @@ class RowsConfig(RenamedConfig):
     batch_rows: int = Field(1024, ge=1)
     """Rows per step."""
     alpha: float = Field(1.0, ge=0)
-    """A stratum's share of a batch is proportional to (rows the model computed)^alpha: 1 natural, 0 uniform."""
+    """A stratum's share of a batch is proportional to (rows that the model computed)^alpha: 1 is natural, 0 uniform."""
     outlier_ratio: float = Field(OUTLIER_RATIO, ge=0)
-    """A row is an outlier if its source or its target is over this many times as long as the median of later positions;
-    0: no row is. dictionary_learning and SAEDashboard take 10, SAELens and sparsify have no such limit."""
+    """A row is an outlier if the norm of its source or its target is over this many times the median of positions after
+    0; 0: no row is. dictionary_learning and SAEDashboard use 10; SAELens and sparsify have no such limit."""
     outliers: Literal["leave_out", "train"] = "leave_out"
-    """What training does with outliers. A few attention sinks can take over the loss, the gradient's norm and a tenth
-    of the latents; dictionary_learning leaves them out, too."""
+    """Whether training leaves outliers out. A few attention sinks can dominate the loss and the gradient's norm, and
+    take a tenth of the latents; dictionary_learning also leaves them out."""
     position_0: Literal["auto", "leave_out", "train"] = "auto"
-    """What training does with position 0. `auto` leaves it out where its rows are outliers, or one constant, as they
-    are where every window starts with BOS. dictionary_learning and Gemma Scope leave BOS out; SAELens can."""
+    """Whether training leaves position 0 out. `auto` does if its rows are outliers or all the same, as they are when
+    every window starts with BOS. dictionary_learning and Gemma Scope leave BOS out; SAELens can."""
     max_position_0_batch_share: float = Field(1 / 256, ge=0, le=1)
-    """Most of a batch that may come from position 0, where it is trained on."""
+    """Largest share of a batch that may come from position 0, if it is trained on."""
     blocks: int | None = Field(None, ge=1)
-    """How many of the store's training blocks are used, the first ones; none: all. Windows are shuffled over the store,
-    so fewer blocks are less of the same text."""
+    """Use only this many of the store's training blocks, from the first; none: all. Windows are shuffled over the
+    store, so fewer blocks are a smaller sample of the same text."""
     seed: int | None = Field(None, ge=0, lt=2**63)
-    """Of the order of rows; none: the run's `seed`. Runs of several seeds and one `rows.seed` are trained on the same
+    """Seed of the order of rows; none: the run's `seed`. Runs with several seeds and one `rows.seed` train on the same
     batches. Recorded in the run."""
     run_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Neighbouring rows that are read together. 64 keep a cold disk as fast as reading in order; `auto` is fewer where
-    blocks hold fewer than 252 windows, so that a run's rows still come from enough of them."""
+    """Number of neighbouring rows that are read together. With 64, reading from a cold disk is as fast as reading in
+    order. `auto` takes fewer if blocks hold fewer than 252 windows, so that the rows still come from enough windows."""
 
     def training_blocks(self, store: Store) -> range:
         """Return the blocks that are trained on. Raises `Unfit` when the store has fewer than asked for."""

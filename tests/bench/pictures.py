@@ -1,4 +1,4 @@
-"""The pictures of the README, of one run: its curves, a latent, the run beside another k, and the panel.
+"""The pictures of the README and docs/, of one run: its curves, a latent, the run beside another k, and the panel.
 
 A part of the bench `pipeline`, whose run they are of. Alone, from a run with a report, and a page of `train compare`:
 

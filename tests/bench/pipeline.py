@@ -2,7 +2,7 @@
 
     python -m tests.bench.pipeline [trained] [random] [pictures]      writes docs/benchmarks.json and docs/benchmarks.md
 
-`pictures` go with `trained`: docs/images gets the pictures of the README, of the same run and of one with twice the k.
+`pictures` go with `trained`: docs/images gets the pictures of the same run, and of one with twice the k.
 
 Beside it stand the best linear map on the same rows, and the same transcoder on a model of the same shape with random
 weights: what a figure is worth shows against what structureless activations give.
@@ -64,7 +64,7 @@ def pipeline(scratch: Path, *options: object) -> dict[str, Any]:
 
 
 def picture(path: Path) -> None:
-    """Take the pictures of the README, of a run, and of it beside the same with twice the k."""
+    """Take the pictures of the documents, of a run, and of it beside the same with twice the k."""
     k = read_config(path).settings.activation.expected_l0
     assert k
     more = ("--runs", path.parent, "--name", f"k{2 * k:.0f}", "--set", f"activation.k={2 * k:.0f}")

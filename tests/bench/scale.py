@@ -20,9 +20,9 @@ MARKS = 8
 """Bytes of a row's position, sequence and offset."""
 SCALES = 8
 """Bytes of the scales of a pair in int8; those of a block's dimensions are a ten thousandth of its rows."""
-FLOPS = "a GPU's products in bfloat16, as a forward pass reaches them"
-SHARED, DRIVES = "what a node writes to and reads from shared storage", "what a node reads from its own drives"
-CORES, KEEPING = "cores of a node that gather or unpack rows", "a TB in object storage for a month"
+FLOPS = "bfloat16 throughput of a GPU in a forward pass"
+SHARED, DRIVES = "throughput of shared storage, per node", "read rate of a node's own drives"
+CORES, KEEPING = "cores of a node that gather or unpack rows", "object storage of one TB for a month"
 INPUTS: dict[str, tuple[float, str]] = {
     "GPUs of a node": (8, "H200"),
     "a GPU's hour": (3.5, "$"),
@@ -114,23 +114,23 @@ def figures_of(model: Model, known: dict[str, float]) -> Figures:
         "the pairs of one layer": (stored / model.layers / 1e12, "TB"),
         "all pairs, packed, ESTIMATE": (packed / 1e12, "TB"),
         "all pairs as int8": (pairs * model.int8_row_bytes / 1e12, "TB"),
-        "keeping them packed for a month, ESTIMATE": (packed * 1e-12 * given[KEEPING], "$"),
+        "storing them packed for a month, ESTIMATE": (packed * 1e-12 * given[KEEPING], "$"),
         "harvest on one node, computing, ESTIMATE": (computing / 3600, "h"),
         "harvest on one node, writing, ESTIMATE": (moving / 3600, "h"),
-        "harvest, the longer of both, ESTIMATE": (max(computing, moving) / 3600 * dollars, "$"),
-        "GPUs whose harvest keeps shared storage busy, ESTIMATE": (computing * gpus / moving, "ranks"),
+        "cost of the harvest, by the longer of both, ESTIMATE": (max(computing, moving) / 3600 * dollars, "$"),
+        "GPUs that saturate shared storage, harvesting, ESTIMATE": (computing * gpus / moving, "GPUs"),
         "a step on one GPU, ESTIMATE": (step * 1e3, "ms"),
         "training on one node, computing, ESTIMATE": (training / 3600, "h"),
         "training on one node, reading, ESTIMATE": (moving / 3600, "h"),
-        "training, the longer of both, ESTIMATE": (max(training, moving) / 3600 * dollars, "$"),
-        "what one GPU reads while it trains, ESTIMATE": (wanted / 1e9, "GB/s"),
-        "GPUs whose training keeps shared storage busy, ESTIMATE": (shared / wanted, "ranks"),
-        "GPUs whose training keeps a node's drives busy, ESTIMATE": (drives / wanted, "ranks"),
-        "GPUs whose training keeps a node's cores busy, gathering, ESTIMATE": (
-            known["reading"] * (4 * COUNTED) * cores / wanted, "ranks",
+        "cost of training, by the longer of both, ESTIMATE": (max(training, moving) / 3600 * dollars, "$"),
+        "read rate of one GPU, training, ESTIMATE": (wanted / 1e9, "GB/s"),
+        "GPUs that saturate shared storage, training, ESTIMATE": (shared / wanted, "GPUs"),
+        "GPUs that saturate a node's drives, training, ESTIMATE": (drives / wanted, "GPUs"),
+        "GPUs that saturate a node's cores, gathering rows, ESTIMATE": (
+            known["reading"] * (4 * COUNTED) * cores / wanted, "GPUs",
         ),
-        "GPUs whose training keeps a node's cores busy, unpacking, ESTIMATE": (
-            known["unpacking"] * 1e6 * cores / wanted, "ranks",
+        "GPUs that saturate a node's cores, unpacking rows, ESTIMATE": (
+            known["unpacking"] * 1e6 * cores / wanted, "GPUs",
         ),
     }  # fmt: skip
 
@@ -163,34 +163,36 @@ def rounded(value: float) -> str:
 
 
 TEXT = """\
-# What large stores take
+# Large stores
 
-Written by `python -m tests.bench.scale`: do not edit it. {tokens} tokens of each layer, a pair for every token, in
-bfloat16, and a transcoder with {wide} latents per dimension for each layer, trained once over all rows in batches of
-{batch}. Gemma 2 2B is {small} wide, and Gemma 3 27B {large}. Nothing was run at this size: bytes are exact, and what is
-marked ESTIMATE follows from the inputs below.
+What a billion tokens of a large model take: bytes, hours, dollars, and which resource runs out first.
+
+Written by `python -m tests.bench.scale`: do not edit it. The table is for {tokens} tokens, with a pair for every
+token of each layer in bfloat16, and a transcoder with {wide} latents per dimension for each layer, trained once
+over all rows in batches of {batch}. Gemma 2 2B is {small} wide, and Gemma 3 27B {large}. Nothing was run at this
+size. Bytes are exact; figures marked ESTIMATE follow from the inputs below.
 
 {table}
 
 ## What the bottleneck is
 
-- **A harvest of all layers waits for storage**, not for the GPUs: compare its two lines of hours. One or two GPUs keep
-  the storage of a node busy, so more of them change nothing. A faster file system does, and so does writing less: half
-  as many bytes (`store.storage=int8`), fewer layers (`--layer`), fewer rows of some positions (`store.keep`,
-  `store.cap`), or fewer tokens at first (`--tokens`; a store can be extended later). A harvest of one layer waits for
-  the forward passes, and GPUs help (`torchrun`).
-- **A training waits for rows**, unless few GPUs share the storage. Of int8 they read half as many bytes. Copy one
-  layer's store to the node's drives and train there: they feed a few GPUs more. Let several runs share one reading,
-  keep rows that fit on the device (`resident_rows`), or take more latents (`transcoder.d_sae`): a step then takes
-  longer for the same rows. Smaller batches (`rows.batch_rows`) ask for fewer rows in a second, but make less of the
-  GPU.
-- **The cores** are not busy with gathering rows. Those of a packed store they have to decode, which is nearer to the
-  rate of the drives: unpack a store for runs that are repeated.
-- **Memory** of a harvest of many layers is two blocks: `store.max_block_bytes` bounds them, and `harvest plan` says
+- **A harvest of all layers waits for storage**, not for the GPUs: compare its two lines of hours. One or two GPUs
+  already saturate the storage of a node, so more of them change nothing. A faster file system helps, and so does
+  writing less: half as many bytes (`store.storage=int8`), fewer layers (`--layer`), fewer rows of some positions
+  (`store.keep`, `store.cap`), or fewer tokens at first (`--tokens`; a store can be extended later). A harvest of
+  one layer waits for the forward passes, and there more GPUs help (`torchrun`).
+- **Training waits for rows**, unless few GPUs share the storage. Rows of int8 have half the bytes. A node's own
+  drives can feed more GPUs: copy one layer's store there and train from it. Let several runs share one reading,
+  keep rows on the device if they fit (`resident_rows`), or take more latents (`transcoder.d_sae`), which makes a
+  step longer for the same rows. Smaller batches (`rows.batch_rows`) need fewer rows per second, but use the GPU
+  less well.
+- **The cores** have time to spare for gathering rows. Unpacking a packed store takes more of them, and comes closer
+  to the rate of the drives: unpack a store that several runs will use.
+- **Memory** of a harvest of many layers is two blocks. `store.max_block_bytes` bounds them, and `harvest plan` says
   what they take.
 
-Most of what is bought here is storage and writing, so harvest the layers that you will train on, take int8, and keep
-fewer rows before you keep fewer layers: [storing.md](storing.md) has the settings.
+Most of the cost is storage and writing. So harvest only the layers that you will train on, take int8, and drop rows
+before you drop layers: [storing.md](storing.md) has the settings.
 
 ## Where the figures come from
 
@@ -198,8 +200,9 @@ fewer rows before you keep fewer layers: [storing.md](storing.md) has the settin
 
 {taken}
 
-The step is that of 18,432 latents at width 2,304, taken in proportion to the weights for other widths. What int8
-loses is under "storage types" in [benchmarks.md](benchmarks.md). Prices differ by a factor of a few between places.
+The step is that of 18,432 latents at width 2,304, scaled by the number of weights for other widths. The error of
+int8 is under "storage types" in [benchmarks.md](benchmarks.md). Prices differ by a factor of a few between
+providers.
 """
 
 

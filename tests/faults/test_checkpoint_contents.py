@@ -57,7 +57,7 @@ def test_other_arithmetic_is_refused_unless_asked_for(command: Command, store: S
     place.write_text(json.dumps(sealed(other)))
     refused = command("resume", run)
     assert refused.code == 2 and f"numpy 9, here {state['arithmetic']['numpy']}, processor AVX1024, here" in refused.err
-    assert "continue all the same with --inexact" in refused.err and steps(run) == [10]
+    assert "continue anyway with --inexact" in refused.err and steps(run) == [10]
     assert command("resume", run, "--inexact").code == 0 and steps(run) == [10, 20]
     shutil.rmtree(checkpoint.folder(run, 20))
     place.write_text(json.dumps(state))

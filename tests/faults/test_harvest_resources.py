@@ -128,7 +128,7 @@ def test_a_store_that_would_not_fit_is_refused_before_the_model_is_loaded_and_fo
     disk, tokens = mounted(2**20), 512 * 50
     refused = disk.harvest(tokens=tokens)
     found = re.fullmatch(
-        r"error: no room for the store \(--force to go on all the same\) in /\S+: it needs ([\d,]+) bytes and ([\d,]+) "
+        r"error: no room for the store \(--force continues anyway\) in /\S+: it needs ([\d,]+) bytes and ([\d,]+) "
         "are free; free some space, choose another folder, or ask for less\n",
         refused.err,
     )

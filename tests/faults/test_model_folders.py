@@ -118,7 +118,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "adapter": (written("adapter_config.json", b"{}"), "holds an adapter (adapter_config.json), which is not applied"),
     "whole numbers": (weights(lambda _, tensor: tensor.to(torch.int8)), "is of type I8, so it is quantised"),
     "floats of 8 bits": (weights(lambda _, tensor: tensor.to(torch.float8_e4m3fn)), "is of type F8_E4M3, so it is"),
-    "link to nowhere": (dangling, "tokenizer_config.json is there, and is no file that can be read"),
+    "link to nowhere": (dangling, "tokenizer_config.json is not a readable file"),
 }
 
 

@@ -74,7 +74,7 @@ def test_a_changed_request_is_refused_by_its_field(small: Line, finished: Path, 
             refused(done, "request.json: written by format 4, this reads 3; upgrade")
         else:
             shown = {"keep": "keep.0", "cap": "cap.0", "imported": "imported.format"}.get(name, name)
-            refused(done, f"is of another request: {shown} is ", "choose another --cache")
+            refused(done, f"belongs to another request: {shown} is ", "choose another --cache")
         assert contents(copy) == before
 
 

@@ -98,7 +98,7 @@ def compare_runs(
     if l0 is not None and not 0 < l0 < math.inf:
         raise UserError(f"--l0 must be a number above 0, got {l0}")
     if own_l0 and l0 is not None:
-        raise UserError("--own-l0 and --l0 exclude each other: pass one of them")
+        raise UserError("--own-l0 and --l0 cannot be combined; pass one of them")
     configs = [read_config(run) for run in paths]
     opened = _store(paths, configs, Path(store) if store else None)
     check_shards(opened, opened.record.training_blocks, verify=verify)

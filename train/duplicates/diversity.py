@@ -31,7 +31,7 @@ _DECAY = 0.99
 
 
 class OrthogonalityConfig(Config):
-    """Random chunks of live decoder rows, every few steps (OrtSAE, arXiv 2509.22033)."""
+    """Penalty on random chunks of live decoder rows, every few steps (OrtSAE, arXiv 2509.22033)."""
 
     weight: float = Field(0.0, ge=0)
     """Weight of the term; 0 switches it off."""
@@ -40,53 +40,54 @@ class OrthogonalityConfig(Config):
     rows: int = Field(1024, ge=2)
     """Decoder rows of a chunk."""
     per_row: Literal["max", "mean"] = "max"
-    """Whether a row's largest cosine counts, or the mean of the squared excess over all of the chunk."""
+    """Whether each row's largest cosine is penalised, or the mean squared excess over the whole chunk."""
 
 
 class MinedConfig(Config):
-    """The closest pairs of all live decoder rows, found by a scan and penalised at every step until the next."""
+    """Penalty on the closest pairs of all live decoder rows, found by a scan and kept until the next scan."""
 
     weight: float = Field(1.0, ge=0)
     """Weight of the term; 0 switches it off."""
     cost_share: float = Field(0.02, gt=0, le=1)
-    """Share of a step's products that scans may take: it sets the steps between scans."""
+    """Cost of scans as a share of a step's products; it determines the steps between scans."""
     pairs: int = Field(8192, ge=1)
-    """The closest pairs above their margins, at most this many."""
+    """Number of pairs at most, the closest first, above their margins."""
 
 
 class CoActivationConfig(Config):
-    """Being active together, of pairs that the monitor found correlated."""
+    """Penalty on activity at the same time, for pairs that the monitor found correlated."""
 
     weight: float = Field(1.0, ge=0)
     """Weight of the term; 0 switches it off."""
     margin: float = Field(0.6, ge=0, lt=1)
-    """Correlation that costs nothing."""
+    """Correlation up to which there is no penalty."""
     pairs: int = Field(1024, ge=1)
-    """The most correlated pairs, at most this many."""
+    """Number of pairs at most, the most correlated first."""
 
 
 class PositionConfig(RenamedConfig):
-    """Activation at position 0 of latents that have too much of theirs there."""
+    """Penalty on the activation at position 0 of latents that have too large a share of theirs there."""
 
     renamed = {"max_bos_mass_share": "max_position_0_mass_share"}
 
     weight: float = Field(0.0, ge=0)
     """Weight of the term; 0 switches it off."""
     max_position_0_mass_share: float = Field(0.2, ge=0, lt=1)
-    """Share of a latent's activation, at natural frequencies, that may lie at position 0."""
+    """Largest share of a latent's activation, at natural frequencies, that may be at position 0 without a penalty."""
 
 
 class ControllerConfig(Config):
-    """Goals: after every report, weights rise while one is missed, and fall while it is more than met."""
+    """Goals: after every report, weights rise while a goal is missed, and fall while it is more than met."""
 
     max_share_above_0_7: float | None = Field(None, ge=0, le=1)
-    """Live latents that may have a neighbour with a cosine above 0.7, as a share; none: decoder weights stay."""
+    """Goal: at most this share of live latents have a neighbour with a cosine above 0.7; none: the weights of the
+    decoder terms are fixed."""
     max_pairs_above_0_8: int | None = Field(None, ge=0, le=1000)
-    """Pairs that may correlate above 0.8; none: the weight of co-activation stays."""
+    """Goal: at most this many pairs correlate above 0.8; none: the weight of co-activation is fixed."""
     gain: float = Field(1.5, gt=1)
-    """What a weight is multiplied or divided by."""
+    """Factor by which a weight is multiplied or divided."""
     most: float = Field(100.0, ge=1)
-    """How far a weight may move from its setting, as a factor either way."""
+    """Largest factor by which a weight may differ from its setting, up or down."""
 
     @property
     def on(self) -> bool:
@@ -101,18 +102,19 @@ class ControllerConfig(Config):
 
 
 class MergeConfig(Config):
-    """Redundant latents: one takes the place of each group, and the others start anew (docs/anti-duplication.md)."""
+    """Merging of redundant latents: one replaces each group, and the others restart (docs/anti-duplication.md)."""
 
     at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
-    """When, as shares of the run, such as [0.8, 0.9]; none: never. What starts anew late has little time to learn."""
+    """When to merge, as shares of the run, such as [0.8, 0.9]; none: never. Latents that restart late have little time
+    to learn."""
     rows: int = Field(32768, ge=1)
-    """Training rows on which the latents that take over are fitted, and as many on which they are judged. Fewer find
-    fewer rare latents."""
+    """Training rows on which replacements are fitted; as many others judge them. With fewer rows, fewer rare latents
+    are found."""
     largest_share: float = Field(0.15, gt=0, le=1)
-    """Of what all but the most useful of some latents explain, what one in their place may cost, at the upper end of
-    its 95 % interval. The measure of redundant latents counts those at 0.1; with that, some which are above it on these
-    rows are below it on held-out ones. Planted latents that are active together on nine rows of ten cost 0.156 and
-    more."""
+    """Most that replacing a group by one latent may cost, at the upper end of its 95 % interval, as a share of what all
+    but the most useful of the group explain. The measure of redundant latents has 0.1; with that limit, some groups are
+    above it on these rows and below it on held-out rows. Planted latents that are active together on nine rows of ten
+    cost 0.156 and more."""
 
     def steps(self, length: int) -> set[int]:
         """Return after how many steps latents are merged, in a run of `length` steps."""
@@ -120,12 +122,12 @@ class MergeConfig(Config):
 
 
 class DiversityConfig(Config):
-    """What is penalised, and how much; and what is merged."""
+    """Which duplicates are penalised, and how much; and which are merged."""
 
     margin: float = Field(0.3, ge=0, lt=1)
-    """Cosine that costs nothing: random directions already have about 1 / sqrt(d_out)."""
+    """Cosine up to which there is no penalty. Random directions already have about 1 / sqrt(d_out)."""
     cross_margin: float = Field(0.7, ge=0, lt=1)
-    """The same between latents of different Matryoshka groups: a parent may align with its child."""
+    """The same for latents of different Matryoshka groups, where a parent may point like its child."""
     orthogonality: OrthogonalityConfig = OrthogonalityConfig()
     mined: MinedConfig = MinedConfig()
     co_activation: CoActivationConfig = CoActivationConfig()

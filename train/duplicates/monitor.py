@@ -54,27 +54,28 @@ _MOST_MEETINGS = 2**27
 
 
 class MonitorConfig(Config):
-    """When duplicates are looked for, and on how many rows."""
+    """When to look for duplicates, and on how many rows."""
 
     every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Steps between reports; the last step always makes one. 0 switches the monitor off; `auto`: 100, on CUDA about a
-    second's, or a fourth of a run that is shorter than four times that."""
+    """Steps between reports; the last step always makes one. 0 switches the monitor off. `auto`: 100; on CUDA about as
+    many as take a second, or a fourth of a run that is shorter than four times that."""
     delay: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Steps after which a report is complete and acts on the training, below `every`. `auto`: 0 on CPU; on CUDA half
-    of `every`, in which a thread counts while training goes on. The last report waits for none."""
+    """Steps after which a report is complete and affects the training; less than `every`. `auto`: 0 on CPU; on CUDA
+    half of `every`, while a thread counts beside the training. The last report is never delayed."""
     rows: int = Field(8192, ge=1)
-    """Rows of the sample: those of the last steps before a report, whole batches; fewer where very many latents are
-    active. Reports say how many they looked at."""
+    """Rows of the sample, in whole batches from the last steps before a report; fewer if very many latents are active.
+    Each report records the number."""
     cost_share: float = Field(0.02, gt=0, le=1)
-    """Share of a step's product that scans of all decoder rows may take; reports in between repeat the last scan's."""
+    """Cost of scans of all decoder rows as a share of a step's product; reports in between repeat the last scan's
+    figures."""
     least_together: int = Field(4, ge=2)
-    """Rows on which two latents must both be active to be listed."""
+    """A pair is listed only if both latents are active on at least this many rows."""
     listed: int = Field(50, ge=1)
-    """Pairs of a report, at most."""
+    """Most pairs in a report."""
     cluster_cosine: float = Field(0.7, ge=0.5, le=1)
-    """Two latents are of one cluster when their decoder rows have at least this cosine ..."""
+    """Two latents belong to one cluster if their decoder rows have at least this cosine ..."""
     cluster_jaccard: float = Field(0.3, gt=0, le=1)
-    """... and their firing sets at least this Jaccard index."""
+    """... and the rows on which they are active have at least this Jaccard index."""
 
     def resolve(self, steps: int, device: str, usual: int) -> "MonitorConfig":
         """Return the same with numbers for `every` and `delay`, for a run of so many steps on a `device`.

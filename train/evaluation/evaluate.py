@@ -34,17 +34,17 @@ bfloat16 rounds is as much."""
 
 
 class EvaluationConfig(Config):
-    """When a run looks at held-out rows."""
+    """When a run is evaluated on held-out rows."""
 
     every: Every = "auto"
-    """Steps between evaluations; the last step always makes one. `auto`: 2,000; on CUDA as many more as it takes for
-    evaluations to have a tenth of the rows that training has, about."""
+    """Steps between evaluations; the last step is always evaluated. `auto`: 2,000; on CUDA more, so that evaluations
+    read about a tenth of the rows that training reads."""
     chunk_rows: int = Field(1024, ge=1)
-    """Rows per forward."""
+    """Rows per forward pass."""
     calibration_rows: int = Field(4096, ge=1)
-    """Rows that thresholds of checkpoints on the way are calibrated on; the last one, and evaluations, take all."""
+    """Rows that calibrate the thresholds of intermediate checkpoints; the last one, and evaluations, use all."""
     outliers: Literal["apart", "with_others"] = "apart"
-    """Whether outliers (rows.outlier_ratio) are left out of means, scales, thresholds and headline figures, and have
+    """Whether outliers (rows.outlier_ratio) are left out of means, scales, thresholds and headline figures, and get
     figures of their own. SAEDashboard leaves them out; SAELens and dictionary_learning evaluate with them."""
 
     @property

@@ -14,17 +14,19 @@ MOST_TOKENS = 2_000_000
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="The model's name, as the server has it.")
+@click.option("--model", required=True, help="The model's name on the server.")
 @click.option(
     "--latents", type=shared.command_line.Numbers(), metavar="N,N-N", help="Latents to label; default: --count of them."
 )
-@click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Latents, drawn at random.")
+@click.option(
+    "--count", type=click.IntRange(1), default=100, show_default=True, help="Number of latents, drawn at random."
+)
 @click.option(
     "--max-tokens",
     type=click.IntRange(1),
     default=MOST_TOKENS,
     show_default=True,
-    help="Tokens of questions and answers that may be used, earlier ones of this run included.",
+    help="Most tokens for questions and answers, including earlier ones for this run.",
 )
 @click.option("--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Latents at a time.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
@@ -33,7 +35,7 @@ MOST_TOKENS = 2_000_000
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Seed of the latents and contexts that are drawn.",
+    help="Seed for drawing latents and contexts.",
 )
 @click.option("--store", type=shared.command_line.STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
@@ -58,7 +60,7 @@ def explain(
     as_json: bool,
     local: Local | None,
 ) -> None:
-    """Label latents by a language model on a server, and score the labels: writes explanations.jsonl into the run.
+    """Label latents with a language model on a server, and score the labels; writes explanations.jsonl into the run.
 
     Sends contexts of the run's samples, which are parts of the text that was harvested, to OPENAI_BASE_URL, with the
     key OPENAI_API_KEY. A label is scored by detection and fuzzing, on contexts that it was not made from. Finished

@@ -121,9 +121,7 @@ def earlier(run: Path, asked: Asked) -> dict[int, Explanation]:
         told = ", ".join(
             f"{name} {theirs[name]} there, {ours[name]} now" for name in ours if theirs[name] != ours[name]
         )
-        raise UserError(
-            f"{path} holds labels that were asked for otherwise ({told}); remove or rename it to begin anew"
-        )
+        raise UserError(f"{path} holds labels made with other settings ({told}); remove or rename it to start again")
     return before[1] if before else {}
 
 

@@ -43,7 +43,7 @@ def read_transcoder(path: Path | str) -> Found:
     if path.suffix in (".pt", ".pth", ".pkl", ".bin"):
         raise UserError(
             f"{path} is a pickle, which can run any code, and is not read; save its tensors with "
-            "safetensors.torch.save_file(state_dict, PATH) where you trust it, and pass that file"
+            "safetensors.torch.save_file(state_dict, PATH) if you trust it, and pass that file"
         )
     tensors = ForeignTensors(path)
     for library, name, read in _BY_TENSOR:

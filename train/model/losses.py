@@ -17,13 +17,13 @@ class AuxKConfig(Config):
     coefficient: float = Field(1 / 32, ge=0)
     """Weight of the term in the loss; 0 switches it off."""
     k: int = Field(64, ge=1)
-    """Dead latents per row that predict the residual."""
+    """Number of dead latents per row that predict the residual."""
     row_stride: int = Field(4, ge=1)
-    """Every this-many-th row of a batch takes part; which ones changes from step to step."""
+    """The term uses one row in this many of a batch; which ones changes from step to step."""
     dead_after_tokens: int | None = Field(None, ge=1)
-    """A latent is dead when it has not fired for this many rows; none: by `dead_after_share`."""
+    """A latent is dead if it has not been active for this many rows; none: use `dead_after_share`."""
     dead_after_share: float = Field(0.05, gt=0, le=1)
-    """The same as a share of the run's rows, at most 10 million rows; read when `dead_after_tokens` is not set."""
+    """The same as a share of the run's rows, at most 10 million rows; used if `dead_after_tokens` is not set."""
 
     def dead_after(self, run_rows: int) -> int:
         """Return the rows without firing after which a latent of a run of `run_rows` rows is dead."""

@@ -32,13 +32,13 @@ _KEPT = 128
 
 
 class QuietConfig(Config):
-    """Silence on rows that training leaves out: position 0 and outliers, where they are left out."""
+    """Penalty on latents that are active on rows left out of training: outliers, and position 0 if it is left out."""
 
     weight: float = Field(0.1, ge=0)
     """Weight of the term: 1 is that of an L1 penalty of one unit of activation on a row of the batch; 0 switches it
     off."""
     rows: int = Field(4, ge=1)
-    """Rows that are looked at in a step; which ones changes from step to step."""
+    """Left-out rows used in a step; which ones changes from step to step."""
 
     def resolve(self, store: Store, blocks: range) -> "QuietConfig":
         """Return the same, switched off where no row is left out of training on `blocks`."""

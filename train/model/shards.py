@@ -17,12 +17,12 @@ PER_LATENT = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
 
 
 class ParallelConfig(Config):
-    """How training is shared by processes."""
+    """How processes share the training of one dictionary."""
 
     shards: Literal[1, 2, 4, 8, 16, 32, 64] = 1
-    """Virtual shards of the dictionary, whose number divides d_sae; 1: not cut. More let `torchrun` share the
-    run between as many processes as divide this number, each with one thread. All sums over latents are made by shard
-    and added in one order, so that any number of processes trains the same weights, bit for bit."""
+    """Number of virtual shards of the dictionary; it must divide d_sae; 1: not cut. With more, `torchrun` can share the
+    run among any number of processes that divides it, each with one thread. All sums over latents are made by shard and
+    added in a fixed order, so the weights are the same, bit for bit, for any number of processes."""
 
 
 def latents_of(shard: int, shards: int, d_sae: int) -> Tensor:

@@ -44,19 +44,19 @@ class TranscoderConfig(Config):
     prefixes: tuple[int, ...] | None = None
     """Sizes of the Matryoshka prefixes, rising to d_sae; none: n/16, n/8, n/4, n/2, n. `[d_sae]`: no Matryoshka."""
     whole_weight: float = Field(1.0, gt=0)
-    """What the error of the whole transcoder weighs in the loss, over that of each smaller prefix: more of it makes the
-    whole better and the smaller prefixes worse. The mean weight is 1."""
+    """Weight in the loss of the whole transcoder's error, relative to that of each smaller prefix. A larger value makes
+    the whole better and the smaller prefixes worse. The mean weight is 1."""
     decoder_norm: Literal["auto", "unit", "free"] = "unit"
-    """`unit`: decoder rows have norm 1 throughout. `free`: they start at 0 and have the norm that training gives them,
-    as in sparsify's transcoders; the first steps then point each row at what its latent predicts, and the error is
-    lower. `auto`: `free` where k is fixed, `unit` where a penalty decides how many latents are active."""
+    """`unit`: decoder rows always have norm 1. `free`: they start at 0, and their norm is trained, as in sparsify's
+    transcoders; the first steps then point each row at what its latent predicts, and the error is lower. `auto`: `free`
+    if k is fixed, `unit` if a penalty determines how many latents are active."""
     encoder_scale: float = Field(1.0, gt=0)
-    """Norm of the encoder's columns at the start."""
+    """Initial norm of the encoder's columns."""
     skip: bool = False
     """Add a linear map from source to target beside the latents."""
     source_rms_eps: float | None = Field(None, gt=0, le=1)
-    """Read every source row x as x / sqrt(mean(x^2) + this), as a model's RMSNorm does before its gain; it is then not
-    shifted and scaled by the store's statistics. From `hook_resid_mid` this is `ln2.hook_normalized`, which the
+    """Replace every source row x by x / sqrt(mean(x^2) + this), as a model's RMSNorm does before its gain, instead of
+    shifting and scaling it by the store's statistics. From `hook_resid_mid` this gives `ln2.hook_normalized`, which the
     transcoders of Gemma Scope read. None: off."""
 
     def resolve(self, d_in: int, activation: Activation) -> "TranscoderConfig":

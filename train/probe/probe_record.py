@@ -130,7 +130,7 @@ class ProbeRecord(Config):
     def _names_what_is_there(self) -> Self:
         numbers = (self.latents.latent, self.summary.d_sae), (self.latents.label, len(self.summary.labels))
         if any(max(given, default=-1) >= count for given, count in numbers):
-            raise ValueError("names a latent or a label that there is not")
+            raise ValueError("names a latent or a label that does not exist")
         if self.latents.latent != sorted(self.latents.latent):
             raise ValueError("latents are not in order")
         return self

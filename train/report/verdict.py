@@ -80,9 +80,8 @@ def _logged(report: Report) -> list[int]:
 
 def _reconstruction(report: Report) -> Iterator[Check]:
     fvu = report.held_out.fvu
-    said = (
-        f"Held out, {fvu:.4f} of the target's variance is unexplained (fvu), at {report.held_out.l0:.1f} latents a row"
-    )
+    l0 = report.held_out.l0
+    said = f"Held out, {fvu:.4f} of the target's variance is unexplained (fvu), at {l0:.1f} latents per row"
     if diverged(fvu):
         said = f"The training diverged; {LOWER_LR}. {said}"
     if report.linear_fvu is not None:
@@ -98,8 +97,8 @@ def _generalisation(report: Report) -> Iterator[Check]:
     if trained and trained[-1] > 0 and newest_is_there:
         ratio = report.held_out.fvu_training_rule / trained[-1]
         said = (
-            f"By the training rule, fvu is {report.held_out.fvu_training_rule:.4f} held out and {trained[-1]:.4f} "
-            f"on the last rows trained on: {ratio:.2f} times."
+            f"By the training rule, fvu is {report.held_out.fvu_training_rule:.4f} on held-out rows "
+            f"and {trained[-1]:.4f} on the last training rows, a ratio of {ratio:.2f}."
         )
         yield _check("generalisation", said, ratio, 1.25, 2.0, "curves")
 
@@ -138,13 +137,13 @@ def _l0(report: Report) -> Iterator[Check]:
     if report.k and report.k_trained not in (None, report.k):
         off = abs(report.k_trained / report.k - 1) if report.k_trained else 0.0
         said = (
-            f"Trained so far with {report.k_trained:g} latents a row, {report.k:g} were asked for: k is still warming "
-            "up, and figures are at a k that this transcoder was not trained with."
+            f"k is still warming up: trained so far with {report.k_trained:g} latents per row; "
+            f"the goal is {report.k:g}. Figures are at a k that this transcoder was not trained with."
         )
         yield _check("l0", said, off, 0.0, 0.5, "curves")
     elif report.k:
         off = abs(report.held_out.l0 / report.k - 1)
-        said = f"{report.held_out.l0:.1f} latents are active on a held-out row, {report.k:g} were asked for."
+        said = f"On average {report.held_out.l0:.1f} latents are active on a held-out row; k is {report.k:g}."
         yield _check("l0", said, off, 0.1, 0.5, "curves")
 
 
@@ -159,8 +158,8 @@ def _directions(report: Report) -> Iterator[Check]:
         found = report.duplicates.directions
         share = found.share_with_neighbour_above["0.8"]  # above what training pushes pairs to, by default 0.7
         said = (
-            f"{share:.2%} of live latents have another within a cosine of 0.8; the closest two are at "
-            f"{found.largest:.2f}, of random directions at {report.nearest.random_largest:.2f}."
+            f"{share:.2%} of live latents have another with a cosine above 0.8; the closest pair has "
+            f"{found.largest:.2f}, that of as many random directions {report.nearest.random_largest:.2f}."
         )
         yield _check("directions", said, share, 0.02, 0.2, "nearest")
 
@@ -171,7 +170,7 @@ def _correlations(report: Report) -> Iterator[Check]:
         share = pairs / max(found.directions.live, 1)
         said = (
             f"{pairs:,} {'pair' if pairs == 1 else 'pairs'} of latents correlated above 0.8 over {found.rows:,} rows, "
-            f"{share:.2%} as many as there are live latents; the largest correlation is "
+            f"{share:.2%} of the number of live latents; the largest correlation is "
             f"{found.largest_correlation:.2f}."
         )
         yield _check("correlations", said, share, 0.005, 0.05, "pairs")
@@ -216,7 +215,7 @@ def _strata(report: Report) -> Iterator[Check]:
     if len(fvus) > 1 and report.held_out.fvu > 0:
         name, fvu = max(fvus.items(), key=lambda item: item[1])
         ratio = fvu / report.held_out.fvu
-        said = f"Positions {name} are explained worst: fvu {fvu:.4f}, {ratio:.2f} times the whole's."
+        said = f"Positions {name} are explained worst: fvu {fvu:.4f}, {ratio:.2f} times that of all positions."
         yield _check("strata", said, ratio, 1.5, 4.0, "strata")
 
 

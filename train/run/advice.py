@@ -16,11 +16,11 @@ def advice(config: RunConfig, store: Store) -> list[str]:
     k, d_sae, d_in = settings.activation.expected_l0, settings.transcoder.d_sae, config.d_in
     assert isinstance(d_sae, int)
     lowest, highest = MEASURED_WIDTHS
-    known = "was best at widths of 128 and 576 (runs of 3,000 steps; at 1,000 steps 0.008 was)"
+    known = "was best at widths of 128 and 576 (3,000 steps; for 1,000 steps 0.008 was)"
     if d_in < lowest:
-        known += f"; at {d_in:,} it is not measured"
+        known += f"; {d_in:,} was not measured"
     elif d_in > highest:
-        known += f"; at {d_in:,} it is not measured, and wider rows want less: try a half and a quarter, too"
+        known += f"; {d_in:,} was not measured, and wider rows need less: also try a half and a quarter"
     passes = settings.steps * settings.rows.batch_rows / max(rows, 1)
     more = (
         "twice as much text lowered fvu by 5 % (65,000 to 720,000 rows, read 23 to 2 times)"
@@ -29,11 +29,11 @@ def advice(config: RunConfig, store: Store) -> list[str]:
     )
     lines = [
         f"optimizer.lr: {settings.optimizer.lr:g} here; 0.004 {known} (docs/decisions/010-recipe.md)",
-        f"transcoder.d_sae: {d_sae:,}, {d_sae / d_in:.3g} times the width; twice as many lowered fvu by 6 % "
+        f"transcoder.d_sae: {d_sae:,}, {d_sae / d_in:.3g} times the width; doubling it lowered fvu by 6 % "
         "(1,024 to 8,192 at width 576)",
-        f"steps: {settings.steps:,} read each of {rows:,} training rows {passes:.2g} times; {more}; twice the steps "
+        f"steps: {settings.steps:,} read each of {rows:,} training rows {passes:.2g} times; {more}; doubling the steps "
         "lowered fvu by 13 % (375 to 3,000)",
     ]
     if k:
-        lines.insert(1, f"activation.k: {k:g} active latents a row; twice as many lowered fvu by 12 % (8 to 64)")
+        lines.insert(1, f"activation.k: {k:g} active latents per row; doubling it lowered fvu by 12 % (8 to 64)")
     return [*lines, "figures: docs/training.md, `How much a longer or wider run gives`"]

@@ -30,6 +30,6 @@ def require_same(recorded: dict[str, str], now: dict[str, str], what: str) -> No
         threads = f" --threads {differs['threads']}" if "threads" in differs else ""
         raise UserError(
             f"{what} was trained with {changes}: the last bits would differ; "
-            + (f"continue with{threads}, or with " if threads else "continue all the same with ")
+            + (f"continue with{threads}, or with " if threads else "continue anyway with ")
             + "--inexact"
         )

@@ -30,12 +30,11 @@ class OptimizerConfig(Config):
     """Adam (Kingma and Ba 2015) with linear warm-up and a linear decay to zero."""
 
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = 3e-4
-    """Learning rate between warm-up and decay. `auto`: 0.004 for d_in up to 576, where it was measured, and for wider
-    ones 0.004 * sqrt(576 / d_in), which was not (decisions/010)."""
+    """Learning rate between warm-up and decay. `auto`: 0.004 for d_in up to 576, where it was measured; above that
+    0.004 * sqrt(576 / d_in), which was not measured (decisions/010)."""
     decoder_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
-    """The learning rate of `W_dec` over `lr`. Where decoder rows have norm 1, the gradient's part along each of them is
-    dropped: Adam moves them as far as the encoder's columns, and they want 4 to 8 times that (decisions/010). `auto`: 4
-    there, and 1 where the norm is free."""
+    """The learning rate of `W_dec` divided by `lr`. Decoder rows of norm 1 train best at 4 to 8 times the encoder's
+    rate (decisions/010). `auto`: 4 for norm 1, and 1 for free norms."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(0.999, ge=0, lt=1)
@@ -43,13 +42,13 @@ class OptimizerConfig(Config):
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
     warmup_steps: int | None = Field(None, ge=0)
-    """Steps over which the rate rises linearly from 0; none: by `warmup_share`."""
+    """Steps over which the rate rises linearly from 0; none: use `warmup_share`."""
     warmup_share: float = Field(0.0, ge=0, le=1)
-    """The same as a share of the run; read when `warmup_steps` is not set."""
+    """The same as a share of the run; used if `warmup_steps` is not set."""
     decay_share: float = Field(0.2, ge=0, le=1)
-    """Last share of the run, over which the rate falls linearly to 0."""
+    """Share of the run, at its end, over which the rate falls linearly to 0."""
     max_grad_norm: float | None = Field(1.0, gt=0)
-    """Gradients are scaled down to this global norm; none: never."""
+    """Gradients are clipped to this global norm; none: never."""
 
     def resolve(self, steps: int, d_in: int, unit_decoder: bool) -> "OptimizerConfig":
         """Return the same with numbers, for a run of so many steps. Raises `UserError` when they do not fit."""

@@ -30,24 +30,25 @@ Tensors = Mapping[str, Tensor]
 
 
 class CheckpointConfig(Config):
-    """When checkpoints are made, and which are kept. The newest one always is."""
+    """When checkpoints are written, and which are kept. The newest is always kept."""
 
     every: Every = "auto"
-    """Steps between checkpoints; the last step always makes one. `auto`: 500; on CUDA about a minute's."""
+    """Steps between checkpoints; the last step always writes one. `auto`: 500; on CUDA about as many as take a
+    minute."""
     keep_last: int = Field(2, ge=1)
-    """Newest checkpoints that are kept."""
+    """Keep this many of the newest checkpoints."""
     keep_every: int = Field(0, ge=0)
-    """Checkpoints of steps that this number divides are kept, too; 0: none for that."""
+    """Also keep checkpoints of steps that are multiples of this; 0: none."""
     keep_best: int = Field(0, ge=0)
-    """Checkpoints with the lowest held-out fvu, of those that were evaluated, are kept, too."""
+    """Also keep this many checkpoints with the lowest held-out fvu, of those that were evaluated."""
     max_bytes: int = Field(0, ge=0)
-    """Bytes that kept checkpoints may take: the newest one first, then the best, then `keep_every`, then older ones;
-    0: no bound."""
+    """Most bytes that kept checkpoints may take, filled in this order: the newest, the best, `keep_every`, older ones;
+    0: no limit."""
     reserve: bool = True
-    """Whether room for one checkpoint is taken when the run starts, and given up for the last one."""
+    """Whether disk space for one checkpoint is reserved when the run starts, and released for the last one."""
     background: bool = True
-    """Whether training goes on while one is written, from a copy in the host's memory; false: it waits, and needs no
-    copy."""
+    """Whether training continues while a checkpoint is written from a copy in the host's memory; false: it waits, and
+    needs no copy."""
 
     def kept(self, found: Sequence[Checkpoint]) -> set[int]:
         """Return which of `found`, oldest first, are kept, by step."""

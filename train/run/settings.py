@@ -53,38 +53,39 @@ class Settings(Config):
     steps: int = Field(4000, ge=1, le=10**9)
     """Optimiser steps."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of the initial weights, and of the order of rows where `rows.seed` is not set."""
+    """Seed of the initial weights, and of the order of rows unless `rows.seed` is set."""
     source: Side = "source"
     """Which side of the pairs the transcoder reads; `target` trains an autoencoder of the targets."""
     device: str = "auto"
-    """`cpu`, `cuda`, one of several by its number, such as `cuda:1`, or `auto`: CUDA where there is one."""
+    """`cpu`, `cuda`, one of several GPUs by number, such as `cuda:1`, or `auto`: CUDA if there is a GPU."""
     threads: int = Field(0, ge=0)
-    """CPU threads of torch; 0: one per core. Recorded in the run: another number may change the last bits."""
+    """CPU threads of torch and of compiled loops; 0: one per core. Recorded in the run, because another number may
+    change the last bits."""
     blas: Literal["auto", "torch", "numpy"] = "auto"
-    """The library of the encoder's product on CPU; `auto`: the one that is faster on this maker's processors. Recorded
-    in the run, like `threads`."""
+    """The library for the encoder's product on CPU; `auto`: the one that is faster on processors of this maker.
+    Recorded in the run, like `threads`."""
     kernels: Literal["auto", Kernels] = "auto"
     """What a step runs on: `compiled` loops on CPU, `triton` kernels on CUDA, `matmul`, products of whole matrices in
     TF32 on CUDA, `plain` torch on any device, or `dense`, the slow reference. `auto`: `compiled` on CPU; on CUDA the
-    fastest of `triton`, `matmul` and `plain` by a few steps of the run's shape. Recorded in the run, with the times."""
+    fastest of `triton`, `matmul` and `plain` in a few steps of the run's shape. Recorded in the run, with the times."""
     product_dtype: Literal["auto", ProductDtype] = "auto"
-    """Of the encoder's product in training, among whose values latents are selected. The values of those that are, and
-    all gradients and weights, are float32 in any case. `tf32` (CUDA) and `bfloat16`, which is
-    coarser, may select others than `float32` does; `guarded-bfloat16` (BatchTopK on compiled loops) selects those that
-    float32 gives, which it proves at every step. `auto`: that one where it can be and the processor has units for
-    bfloat16, `tf32` on CUDA, else `float32`. Recorded in the run."""
+    """Precision of the encoder's product in training, by whose values latents are selected. The values of selected
+    latents, and all gradients and weights, are float32 in any case. `tf32` (CUDA) and the coarser `bfloat16` may select
+    other latents than `float32` does; `guarded-bfloat16` (BatchTopK on compiled loops) selects the same as float32, and
+    proves it at every step. `auto`: guarded if possible and if the processor has units for bfloat16, `tf32` on CUDA,
+    else `float32`. Recorded in the run."""
     resident_rows: Literal["auto", "on", "off"] = "auto"
     """Whether training rows are kept in the memory of a CUDA device, where a batch is then a gather of the same rows.
-    `auto`: where they fit beside the training with a tenth of the memory to spare, and the run reads each row once at
-    least. Which of the two is said when training starts."""
+    `auto`: if they fit beside the training with a tenth of the memory to spare, and the run reads each row at least
+    once. The choice is printed when training starts."""
     step_graph: Choice = "auto"
-    """Whether a step on CUDA is recorded as one CUDA graph, which the host launches whole: the same bits. For
-    `kernels=triton` and a fixed k. `auto`: wherever it can be; where recording fails, a warning says so. Which of the
-    two is said when training starts, and timing.jsonl counts the steps that were launched so."""
+    """Whether a step on CUDA is recorded as one CUDA graph, which the host launches as a whole, with the same bits. For
+    `kernels=triton` and a fixed k. `auto`: if possible; if recording fails, a warning says so. The choice is printed
+    when training starts, and timing.jsonl counts the replayed steps."""
     log_every: Every = "auto"
-    """Steps between rows of metrics.jsonl; `auto`: 50, on CUDA about a quarter of a second's. How often a run logs,
-    reports, evaluates and saves by `auto` follows from the kind of device and from operations that are counted
-    (train/run/cadences.py), and is recorded in the run."""
+    """Steps between rows of metrics.jsonl. `auto`: 50; on CUDA about as many as take a quarter of a second. With
+    `auto`, how often a run logs, reports, evaluates and saves depends on the kind of device and on a count of
+    operations (train/run/cadences.py), and is recorded in the run."""
     transcoder: TranscoderConfig = TranscoderConfig()
     activation: Activation = BatchTopK()
     rows: RowsConfig = RowsConfig()

@@ -99,7 +99,7 @@ def graph_of(settings: "Settings") -> StepGraph:
     if why_not and settings.step_graph == "on":
         raise UserError(f"step_graph = on, and {why_not}; use --set step_graph=auto")
     if settings.device != "cpu":
-        say(f"a step is no CUDA graph: {why_not}" if why_not else "a step is one CUDA graph")
+        say(f"a step is not a CUDA graph: {why_not}" if why_not else "a step is one CUDA graph")
     return StepGraph(torch.device(settings.device), "off" if why_not else settings.step_graph)
 
 

@@ -23,23 +23,23 @@ TOP = -1
 
 
 class SamplesConfig(Config):
-    """Contexts of every latent, collected after the last step; 25 at most by default."""
+    """Contexts of every latent, collected after the last step; by default at most 25."""
 
     rows: int = Field(1_000_000, ge=0)
-    """Stored rows that are looked at, at most: those of whole sequences. 0: no samples are made."""
+    """Most stored rows to search for contexts, in whole sequences. 0: no samples are made."""
     top: int = Field(10, ge=1, le=1000)
-    """Contexts with the largest activations."""
+    """Number of contexts with the largest activations."""
     bins: int = Field(5, ge=0, le=100)
-    """Quantile bins of the other sequences in which a latent is active. Each holds as many of them as any other,
-    and so each has some to show, of a known share: bins of equal width, which some dashboards have, are empty where few
-    activations are large. The table of latents has the edges."""
+    """Number of quantile bins for the other sequences in which a latent is active. All bins hold equally many
+    sequences, so each has some to show. (Bins of equal width, as in some dashboards, are empty if few activations are
+    large.) The table of latents has the edges."""
     per_bin: int = Field(3, ge=1, le=1000)
-    """Contexts of each bin, drawn by a keyed hash."""
+    """Contexts from each bin, drawn by a keyed hash."""
     max_stratum_share: float = Field(0.6, gt=0, le=1)
-    """Most of the top, and of a bin, that may come from one position stratum, rounded up, while other strata have any.
-    1: the largest, wherever they are."""
+    """Largest share of the top contexts, and of a bin, that may come from one position stratum, rounded up, while other
+    strata have any. 1: no limit."""
     context: int = Field(32, ge=1)
-    """Tokens of a context, at most: a fourth of them after the peak."""
+    """Most tokens in a context; a fourth of them come after the peak."""
 
     def most_of(self, wanted: int) -> int:
         """Return how many of `wanted` contexts may come from one stratum."""

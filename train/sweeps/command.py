@@ -13,13 +13,13 @@ from shared.store.store import Local
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--store", "stores", multiple=True, type=shared.command_line.STORE,
-              help="A finished store, in place of those that FILE names; repeatable: each run on each.")  # fmt: skip
-@click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Where runs are kept.")
+              help="A finished store, in place of those in FILE; repeatable: every run uses each.")  # fmt: skip
+@click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Folder of all runs.")
 @click.option("--dry-run", is_flag=True, help="Show the runs, and which share their rows; train nothing.")
 @click.option(
     "--at-once", type=click.IntRange(1), help="Runs that compute at the same time; default: cores divided by threads."
 )
-@click.option("--force", is_flag=True, help="Start although the checkpoints may not fit the disk.")
+@click.option("--force", is_flag=True, help="Start even if the checkpoints may not fit on the disk.")
 @click.option("--no-compare", is_flag=True, help="Do not compare the runs at the end.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
@@ -35,7 +35,7 @@ def sweep(
     as_json: bool,
     local: Local | None,
 ) -> None:
-    """Train many runs side by side, with a grid or a list of settings in a TOML FILE, and read their rows once.
+    """Train many runs side by side, from a grid or a list of settings in a TOML FILE, and read their rows once.
 
     The same command continues a sweep that was stopped or killed, and leaves finished runs as they are. Prints the
     sweep's folder as its last line.

@@ -201,7 +201,7 @@ def _require_space(runs: Sequence[PlannedRun], folder: Path) -> None:
         settings = one.config.settings
         size = checkpoint_bytes(settings, one.config.d_in, one.config.d_out)
         most += settings.checkpoint.most(settings.steps, size)
-    durable.require_space(folder.parent, most, f"checkpoints of {len(runs):,} runs (--force to go on all the same)")
+    durable.require_space(folder.parent, most, f"checkpoints of {len(runs):,} runs (--force continues anyway)")
 
 
 def _require_success(record: SweepRecord, folder: Path) -> SweepRecord:

@@ -97,9 +97,9 @@ class FixedK(ActivationBase):
     k_start: int | str | None = None
     """Active latents per row at step 0, or a multiple of k, such as `3x`; none: `k`."""
     k_warmup_steps: int | None = Field(None, ge=0)
-    """Steps over which `k_start` moves linearly to `k`; none: by `k_warmup_share`."""
+    """Steps over which k moves linearly from `k_start` to `k`; none: use `k_warmup_share`."""
     k_warmup_share: float = Field(0.0, ge=0, le=1)
-    """The same as a share of the run; read when `k_warmup_steps` is not set."""
+    """The same as a share of the run; used if `k_warmup_steps` is not set."""
 
     def resolve(self, steps: int) -> Self:
         """As `ActivationBase.resolve`."""
@@ -136,9 +136,9 @@ class Penalised(ActivationBase):
     """An activation whose number of active latents comes of a penalty."""
 
     penalty_warmup_steps: int | None = Field(None, ge=0)
-    """Steps over which the penalty rises linearly to its weight; none: by `penalty_warmup_share`."""
+    """Steps over which the penalty rises linearly to its weight; none: use `penalty_warmup_share`."""
     penalty_warmup_share: float = Field(0.0, ge=0, le=1)
-    """The same as a share of the run; read when `penalty_warmup_steps` is not set."""
+    """The same as a share of the run; used if `penalty_warmup_steps` is not set."""
 
     def resolve(self, steps: int) -> Self:
         """As `ActivationBase.resolve`."""

@@ -10,7 +10,7 @@ from train.model.sparse_latents import SparseLatents
 
 
 class BatchTopK(FixedK):
-    """The k x B largest of a batch; a threshold at inference."""
+    """The B x k largest activations of a batch of B rows; a threshold at inference."""
 
     kind: Literal["batchtopk"] = "batchtopk"
 

@@ -11,7 +11,7 @@ from train.model.sparse_latents import SparseLatents
 
 
 class ReLU(Penalised):
-    """No threshold but 0, with an L1 penalty."""
+    """A threshold of 0, with an L1 penalty."""
 
     penalty_name, needs_unit_decoder = "l1", True
     kind: Literal["relu"] = "relu"
