@@ -301,7 +301,7 @@ def unpack(packed: Path, target: Path, force: bool, as_json: bool) -> None:
 def push(store: Path, repository: str, public: bool, licence: str | None, as_json: bool) -> None:
     """Upload the packed STORE to the Hugging Face hub as the data set REPOSITORY (OWNER/NAME), with a card.
 
-    STORE may be in object storage. Prints the data set's address last. Run it again to continue a push that was stopped.
+    STORE may be in object storage. Prints the data set's address last. Run it again to continue a stopped push.
     """
     from harvest.commands.hub_store import push as upload
 

@@ -118,8 +118,8 @@ PROMISES: dict[str, dict[int, str]] = {
         "the last checkpoint or block, and any number of processes continues from there to the same bytes.",
         63: "A push to the hub or a pull from it continues after a kill; no damaged file is pushed, and an incomplete "
         "download is never taken for complete; a full disk ends a pull in a state that can continue.",
-        64: "Packing, unpacking and repairing in object storage, killed at any request, leave no record of anything that "
-        "is not there; the same command ends byte for byte the same as on local folders. They refuse a store that "
-        "another process writes, and stop if they lose their lease.",
+        64: "Packing, unpacking and repairing in object storage, killed at any request, leave no record of anything "
+        "that is not there; the same command ends byte for byte the same as on local folders. They refuse a store "
+        "that another process writes, and stop if they lose their lease.",
     },
 }
