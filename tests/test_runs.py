@@ -210,6 +210,26 @@ LIKE = {
     "runs/none": "runs/none is not a run: there is no such folder; the runs in runs: lost, moved",
     "lost": "lost is not a run: there is no such folder; did you mean runs/lost?",
 }
+SWEEPS = {
+    "a name": ("[grid]\nactivation.K = [1]\n", "unknown option 'activation.K'; did you mean 'activation.k'?"),
+    "a list": ("[grid]\nseed = 3\n", "grid seed is 3: expected a list of values, such as [0, 1, 2]"),
+    "two names": ("[grid]\nseed = [0, 0]\n", "two runs are called seed0; give each of [[runs]] another name = ..."),
+    "a group": (
+        "[girds]\nseed = [0]\n",
+        "unknown option 'girds.seed'; there are preset, config, stores, set, grid, runs",
+    ),
+    "a value": ("[set]\nsteps = 0\n[grid]\nseed = [0, 1]\n", "steps = 0: must be at least 1"),
+    "a preset": ("preset = 'tinyy'\n", "no preset 'tinyy'; presets: base, gemma-2-2b, tiny; did you mean 'tiny'?"),
+    "the store": (
+        "[grid]\nrows.batch_rows = [48, 2000]\n",
+        "rows.batch_rows = 2,000 is more than the store's 1,536 training rows; lower it",
+    ),
+    "together": (
+        "[set]\nrows.batch_rows = 48\n[grid]\nactivation.k = [32, 5000]\n",
+        "activation.k = 5000 is more than d_sae = 128; lower it or raise transcoder.d_sae",
+    ),
+}
+"""Sweeps' files, and the end of what is said of each."""
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +250,13 @@ def answers(pristine: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) 
         *([*given, "--name", name] for name in NAMES),
         *(["run", "--like", run, "--steps", "9"] for run in LIKE),
         *map(list, OPTIONS),
+        *(["sweep", f"{number}.toml", "--store", str(pristine.path)] for number in range(len(SWEEPS))),
         sized,
+        ["sweep", "good.toml", "--store", str(pristine.path)],
     ]
+    for number, (text, _) in enumerate(SWEEPS.values()):
+        (folder / f"{number}.toml").write_text(text)
+    (folder / "good.toml").write_text("[set]\nrows.batch_rows = 48\n[grid]\nseed = [0, 1]\n")
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],
         input=json.dumps(lines),
@@ -270,7 +295,14 @@ def test_a_mistake_is_answered_without_torch(answers: list[list[object]], number
 
 
 def test_torch_is_imported_where_there_is_no_mistake(answers: list[list[object]]) -> None:
-    assert answers[-1] == [None, "import of torch halted; None in sys.modules"]
+    assert answers[-2:] == [[None, "import of torch halted; None in sys.modules"]] * 2
+
+
+@pytest.mark.parametrize("number", range(len(SWEEPS)), ids=list(SWEEPS))
+def test_a_mistake_of_a_sweep_is_answered_without_torch(answers: list[list[object]], number: int) -> None:
+    code, said = answers[len(MISTAKES) + number]
+    assert code == 2 and f"error: {number}.toml" in str(said), said
+    assert str(said).endswith(f": {list(SWEEPS.values())[number][1]}\n"), said
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "topk", "jumprelu", "relu"])

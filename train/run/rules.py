@@ -8,9 +8,11 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from shared.check_settings import Unfit
+from shared.check_settings import Unfit, blaming
+from shared.config import Changes
 from shared.errors import UserError
 from shared.store.reader import RowsConfig, rows_per_stratum, training_strata
 from shared.store.store import Store
@@ -18,12 +20,23 @@ from train.evaluation.evaluated_blocks import evaluated_rows
 from train.model.schedule import monitor_cadence, warmup_steps
 from train.model.sizes import check_k, check_prefixes, k_at_start, multiple, source_width
 from train.parallel.required import mine, required
+from train.read_settings import read_settings, settings_with_defaults
 from train.run.cadences import Cadences, chosen
 
 Tables = Mapping[str, Any]
 _GOALS = {"max_share_above_0_7": ("orthogonality", "mined"), "max_pairs_above_0_8": ("co_activation",)}
 """Goals of the controller, and the terms whose weights it moves toward them."""
 _OF_K = ("k", "k_start", "k_warmup_steps", "k_warmup_share")
+
+
+def read_and_check(preset: str, changes: Changes, file: Path | None, store: Store) -> None:
+    """Read the settings of a run on `store` as `read_settings` does, and check how they go together and with it.
+
+    Raises `UserError` that names what was typed, and `Unfit` where that is only the preset or the file.
+    """
+    read = read_settings(preset, changes, file)
+    with blaming(read.changes):
+        check_before_torch(settings_with_defaults(read), store)
 
 
 def check_before_torch(settings: Tables, store: Store) -> None:
