@@ -82,7 +82,8 @@ def start_of_run(
         raise UserError("train run needs a store: --store NAME or FOLDER, or --like RUN for that of another run")
     opened = Store.open(store, local) if store else _store_like(like, local)
     preset, note = (preset, "") if preset else usual_preset(opened, file)
-    read_and_check(preset, changes, file, opened)
+    with blaming(changes_of(changes)):
+        read_and_check(preset, changes, file, opened)
     return opened, preset, note
 
 
@@ -118,7 +119,8 @@ def list_all(
     opened = Store.open(store) if store else None
     preset = preset or usual_preset(opened, file)[0]
     if opened:
-        read_and_check(preset, assignments, file, opened)
+        with blaming(changes_of(assignments)):
+            read_and_check(preset, assignments, file, opened)
     from shared.console.list_settings import list_settings, settings_as_json, show_settings
     from train.run.settings import load_settings, resolve
 
