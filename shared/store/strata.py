@@ -38,9 +38,9 @@ def stratum_name(start: int, stop: int) -> str:
 
 
 def positions(name: str) -> str:
-    """Return the positions of the stratum that is called so, as people count them: `4–15` for `004-016`."""
+    """Return the positions of the stratum that is called so, as people count them: `4-15` for `004-016`."""
     start, stop = map(int, name.split("-"))
-    return str(start) if stop - start == 1 else f"{start}–{stop - 1}"
+    return str(start) if stop - start == 1 else f"{start}-{stop - 1}"
 
 
 def stratum_ranges(edges: Sequence[int], context_size: int) -> list[tuple[int, int]]:

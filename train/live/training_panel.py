@@ -23,6 +23,7 @@ from shared.console.panel import (
 from shared.console.terminal import Verbosity, verbosity
 from shared.files import durable
 from shared.files.disk_usage import Measured, size_of
+from shared.store.strata import positions
 from train.live.status import PENALTIES, Status
 
 Pairs = list[tuple[str, str]]
@@ -119,7 +120,7 @@ def _more(status: Status) -> RenderableType:
     strata, prefixes = status.row.get("strata", {}), status.row.get("prefixes", {})
     by_position = [
         (
-            name,
+            positions(name),
             f"{part['rows']:,}",
             "-" if part["fvu"] is None else short(part["fvu"]),
             f"{part['l0_training_rule']:.1f}",
