@@ -14,7 +14,8 @@ import torch
 from shared.store.store import Store
 from tests.runs import SMALL, Outcome
 from tests.stores import SyntheticStore, make_store
-from train.compare.arms import Comparison, _common_name, spread
+from train.compare.arms import Comparison, Spread, _common_name, spread
+from train.compare.comparison_table import _COUNT, _cell
 from train.compare.consistency import SAME, Consistency, consistency, densest
 from train.compare.measure import cost_per_step, measure_run, position_0_share_of_top
 from train.compare.merging import _refitted, alike, densest_of, merge, without
@@ -457,3 +458,9 @@ def test_a_spread_is_the_mean_and_the_sample_deviation() -> None:
     assert spread([2.0]).deviation is None
     found = spread([1.0, 2.0, 6.0])
     assert found.mean == 3.0 and found.deviation == pytest.approx(7**0.5)
+
+
+def test_counts_are_whole_for_one_seed_and_have_a_digit_more_over_several() -> None:
+    one, several = Spread(mean=13, deviation=None), Spread(mean=12.5, deviation=0.5)
+    assert _cell(one, None, _COUNT, True) == "13" and _cell(several, one, _COUNT, False) == "12.5 ± 0.5 (-3.8%)"
+    assert _cell(one.model_copy(update={"mean": -2e-5}), one, "+.5f", False) == "-0.00002"

@@ -202,8 +202,13 @@ def test_more_of_a_contexts_text_is_shown(browsed: Browsed, tmp_path: Path, monk
         shown = sample.locator(".token").evaluate_all("all => all.map((one) => Number(one.dataset.token))")
         assert shown == tokens[0, low:high].tolist() and len(shown) > 8
         assert sample.locator(".beyond").count() == len(shown) - 8
+        before, after = first - low, high - first - length
+        assert f"in grey: {before} tokens before and {after} after" in sample.get_by_role("status").inner_text()
+        lines = sample.locator(".context").evaluate("one => one.textContent")
+        assert lines.count("↵") == lines.count("↵\n") > 0
         sample.get_by_role("button", name="less text").click()
-        assert sample.locator(".token").count() == 8
+        assert sample.locator(".token").count() == 8 and not sample.get_by_role("status").inner_text()
+        assert "\n" not in sample.locator(".context").evaluate("one => one.textContent")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from train.duplicates.monitor import CorrelationMonitor, MonitorConfig
 from train.evaluation.held_out import HeldOutActive
 from train.live.run_files import HELD_OUT, REPORTS
 from train.model.activations import BatchTopK
+from train.model.schedule import monitor_cadence
 from train.model.sparse_latents import SparseLatents
 from train.model.step_output import StepOutput
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
@@ -154,7 +155,7 @@ def test_where_many_latents_are_active_every_nth_row_is_looked_at(
 ) -> None:
     step = make_step(4)
     meetings = int(step.active.starts.diff().square().sum()) * 2
-    monkeypatch.setattr("train.duplicates.monitor._MOST_MEETINGS", meetings // 2 - 1)
+    monkeypatch.setattr("train.duplicates.monitor.MOST_MEETINGS", meetings // 2 - 1)
     monitor = make_monitor(tmp_path, least_together=2)
     monitor.add(step, 4)
     report = monitor.report(4, ALIVE)
@@ -262,9 +263,8 @@ def test_a_monitor_that_is_off_reports_nothing(tmp_path: Path) -> None:
 
 
 def test_the_cadence_of_short_runs_is_a_fourth_of_their_steps() -> None:
-    found = {steps: MonitorConfig().resolve(steps, "cpu", 100).every for steps in (1, 3, 4, 41, 399, 400, 10**6)}
-    assert found == {1: 1, 3: 1, 4: 1, 41: 10, 399: 99, 400: 100, 10**6: 100}
-    assert (
-        MonitorConfig(every=7).resolve(10**6, "cpu", 100).every == 7
-        and MonitorConfig(every=0).resolve(100, "cpu", 100).every == 0
-    )
+    lengths = (1, 3, 4, 41, 399, 400, 10**6)
+    found = {steps: monitor_cadence("auto", "auto", steps, "cpu", 100) for steps in lengths}
+    assert found == {1: (1, 0), 3: (1, 0), 4: (1, 0), 41: (10, 0), 399: (99, 0), 400: (100, 0), 10**6: (100, 0)}
+    assert monitor_cadence("auto", "auto", 400, "cuda", 100) == (100, 50)
+    assert [monitor_cadence(every, 3, 10**6, "cuda", 100) for every in (7, 0)] == [(7, 3), (0, 3)]

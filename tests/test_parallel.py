@@ -22,7 +22,7 @@ from train.model.shards import deal, join
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 from train.parallel.dictionary import ShardedTranscoder
 from train.parallel.ranks import Ranks
-from train.parallel.required import required
+from train.parallel.required import mine, required
 from train.parallel.select import largest_of_rows, nth_largest
 from train.run.optimizer import Optimizer, OptimizerConfig
 
@@ -171,7 +171,7 @@ def test_shards_are_cut_and_joined() -> None:
 ASKED = {"threads": 0, "kernels": "auto", "product_dtype": "auto"}
 
 
-def test_what_cannot_be_cut_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_cut_is_refused_by_name() -> None:
     assert required(1, ASKED, "topk", 30, "cpu") == {}
     assert required(8, ASKED, "batchtopk", 64, "cpu")["threads"] == 1
     for asked, kind, d_sae, words in (
@@ -183,10 +183,9 @@ def test_what_cannot_be_cut_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
     ):
         with pytest.raises(Unfit, match=re.escape(words)):
             required(8, ASKED | asked, kind, d_sae, "cpu")
-    monkeypatch.setenv("WORLD_SIZE", "3")
     for shards, words in ((1, "parallel.shards = 1 leaves them nothing"), (8, "3 processes cannot share")):
         with pytest.raises(Unfit, match=words):
-            Ranks().mine(shards)
+            mine(shards, 0, 3)
 
 
 def test_torchrun_without_shards_or_with_another_command_is_one_clear_error(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -17,9 +18,11 @@ from tests.llms import ROOT
 from tests.runs import SETS, SMALL, Outcome
 from tests.stores import SyntheticStore
 from train.live.runs import ListedRun, list_runs, print_runs
+from train.model.activations import Activation
 from train.read_settings import ALIASES, preset_for, read_settings, settings_with_defaults
 from train.run.advice import advice
-from train.run.settings import Settings, load_settings, read_config, resolve
+from train.run.rules import NEED_UNIT_DECODER, read_and_check
+from train.run.settings import Settings, checkpoint_bytes, load_settings, read_config, resolve
 
 Command = Callable[..., Outcome]
 
@@ -194,6 +197,46 @@ EARLY = {
         "--set parallel.shards=8 --set activation.kind=topk: parallel.shards = 8 is for activation.kind = batchtopk, "
         "got topk; use parallel.shards=1",
     ),
+    "shards of other kernels": (
+        ["parallel.shards=8", "kernels=plain"],
+        "--set parallel.shards=8 --set kernels=plain: parallel.shards = 8 needs kernels = compiled, got plain; leave "
+        "it out, or use parallel.shards=1 (on the CPU; on CUDA they do not fit either)",
+    ),
+    "decoder norm": (
+        ["transcoder.decoder_norm=free", "activation.kind=relu"],
+        "--set transcoder.decoder_norm=free --set activation.kind=relu: transcoder.decoder_norm = free and "
+        "activation.kind = relu: its penalty is on latent values, which would shrink while decoder rows grow; use "
+        "transcoder.decoder_norm=unit",
+    ),
+    "bytes": (
+        ["monitor.every=0", "diversity.co_activation.weight=0", "checkpoint.max_bytes=1000000"],
+        "--set transcoder.d_sae=256 --set checkpoint.max_bytes=1000000: checkpoint.max_bytes = 1,000,000 is less than "
+        "one checkpoint, about 1,190,400 bytes; raise it, or set it to 0 for no bound",
+    ),
+    "resident": (
+        ["device=cpu", "resident_rows=on"],
+        "--set device=cpu --set resident_rows=on: resident_rows = on is for CUDA, and the device is cpu; use --set "
+        "resident_rows=auto",
+    ),
+    "blas": (
+        ["device=cuda", "blas=numpy"],
+        "--set device=cuda --set blas=numpy: blas = numpy is for the CPU, and the device is cuda; use blas=torch",
+    ),
+    "compiled": (
+        ["device=cuda:1", "kernels=compiled"],
+        "--set device=cuda:1 --set kernels=compiled: kernels = compiled is for the CPU, and the device is cuda:1; use "
+        "kernels=plain",
+    ),
+    "tf32": (
+        ["device=cpu", "product_dtype=tf32"],
+        "--set device=cpu --set product_dtype=tf32: product_dtype = tf32 is for CUDA, and the device is cpu; use "
+        "product_dtype=float32",
+    ),
+    "guarded": (
+        ["product_dtype=guarded-bfloat16", "kernels=plain"],
+        "--set product_dtype=guarded-bfloat16 --set kernels=plain: product_dtype = guarded-bfloat16 is for "
+        "activation.kind = batchtopk on kernels = compiled, got batchtopk on plain; use product_dtype=float32",
+    ),
     "device": (["device=tpu"], "--set device=tpu: device must be auto, cpu, cuda, or cuda:NUMBER, got tpu"),
 }
 
@@ -210,6 +253,26 @@ LIKE = {
     "runs/none": "runs/none is not a run: there is no such folder; the runs in runs: lost, moved",
     "lost": "lost is not a run: there is no such folder; did you mean runs/lost?",
 }
+SWEEPS = {
+    "a name": ("[grid]\nactivation.K = [1]\n", "unknown option 'activation.K'; did you mean 'activation.k'?"),
+    "a list": ("[grid]\nseed = 3\n", "grid seed is 3: expected a list of values, such as [0, 1, 2]"),
+    "two names": ("[grid]\nseed = [0, 0]\n", "two runs are called seed0; give each of [[runs]] another name = ..."),
+    "a group": (
+        "[girds]\nseed = [0]\n",
+        "unknown option 'girds.seed'; there are preset, config, stores, set, grid, runs",
+    ),
+    "a value": ("[set]\nsteps = 0\n[grid]\nseed = [0, 1]\n", "steps = 0: must be at least 1"),
+    "a preset": ("preset = 'tinyy'\n", "no preset 'tinyy'; presets: base, gemma-2-2b, tiny; did you mean 'tiny'?"),
+    "the store": (
+        "[grid]\nrows.batch_rows = [48, 2000]\n",
+        "rows.batch_rows = 2,000 is more than the store's 1,536 training rows; lower it",
+    ),
+    "together": (
+        "[set]\nrows.batch_rows = 48\n[grid]\nactivation.k = [32, 5000]\n",
+        "activation.k = 5000 is more than d_sae = 128; lower it or raise transcoder.d_sae",
+    ),
+}
+"""Sweeps' files, and the end of what is said of each."""
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +293,13 @@ def answers(pristine: SyntheticStore, tmp_path_factory: pytest.TempPathFactory) 
         *([*given, "--name", name] for name in NAMES),
         *(["run", "--like", run, "--steps", "9"] for run in LIKE),
         *map(list, OPTIONS),
+        *(["sweep", f"{number}.toml", "--store", str(pristine.path)] for number in range(len(SWEEPS))),
         sized,
+        ["sweep", "good.toml", "--store", str(pristine.path)],
     ]
+    for number, (text, _) in enumerate(SWEEPS.values()):
+        (folder / f"{number}.toml").write_text(text)
+    (folder / "good.toml").write_text("[set]\nrows.batch_rows = 48\n[grid]\nseed = [0, 1]\n")
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],
         input=json.dumps(lines),
@@ -270,13 +338,39 @@ def test_a_mistake_is_answered_without_torch(answers: list[list[object]], number
 
 
 def test_torch_is_imported_where_there_is_no_mistake(answers: list[list[object]]) -> None:
-    assert answers[-1] == [None, "import of torch halted; None in sys.modules"]
+    assert answers[-2:] == [[None, "import of torch halted; None in sys.modules"]] * 2
+
+
+@pytest.mark.parametrize("number", range(len(SWEEPS)), ids=list(SWEEPS))
+def test_a_mistake_of_a_sweep_is_answered_without_torch(answers: list[list[object]], number: int) -> None:
+    code, said = answers[len(MISTAKES) + number]
+    assert code == 2 and f"error: {number}.toml" in str(said), said
+    assert str(said).endswith(f": {list(SWEEPS.values())[number][1]}\n"), said
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "topk", "jumprelu", "relu"])
 def test_defaults_that_are_filled_in_before_torch_are_those_of_the_class(kind: str) -> None:
     read = read_settings("base", {"activation.kind": kind})
     assert settings_with_defaults(read) == Settings.model_validate(read.tables).model_dump(mode="json")
+
+
+def test_kinds_that_need_decoder_rows_of_norm_1_are_those_whose_class_says_so() -> None:
+    kinds = get_args(get_args(Activation)[0])
+    assert {kind.model_fields["kind"].default for kind in kinds if kind.needs_unit_decoder} == set(NEED_UNIT_DECODER)
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
+def test_a_bound_on_checkpoints_is_checked_before_torch_by_the_size_that_one_is_given(
+    kind: str, pristine: SyntheticStore
+) -> None:
+    store, values = Store.open(pristine.path), {"transcoder.d_sae": 128, "rows.batch_rows": 48, "activation.kind": kind}
+    config = resolve(store, load_settings("base", values), None)
+    size = checkpoint_bytes(config.settings, config.d_in, config.d_out)
+    read_and_check("base", values | {"checkpoint.max_bytes": size}, None, store)
+    with pytest.raises(UserError, match=f"{size - 1:,} is less than one checkpoint, about {size:,} bytes"):
+        resolve(store, load_settings("base", values | {"checkpoint.max_bytes": size - 1}), None)
+    with pytest.raises(UserError, match=f"{size - 1:,} is less than one checkpoint, about {size:,} bytes"):
+        read_and_check("base", values | {"checkpoint.max_bytes": size - 1}, None, store)
 
 
 def test_a_run_like_another_has_what_was_asked_for_and_the_other_store(

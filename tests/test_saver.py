@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.errors import UserError
 from shared.store.layout import FileRecord
 from tests.gpu.fake_device import fake_cuda
 from train.model import checkpoint
@@ -71,12 +70,6 @@ def test_those_that_were_not_evaluated_are_never_the_best() -> None:
 )
 def test_what_a_run_takes_at_most(rule: dict[str, int], most: float) -> None:
     assert CheckpointConfig(every=100, **rule).most(1000, 100) == most * 100
-
-
-def test_a_bound_below_one_checkpoint_is_the_users_error() -> None:
-    CheckpointConfig(max_bytes=100).check(100)
-    with pytest.raises(UserError, match=r"checkpoint.max_bytes = 99 is less than one checkpoint, about 100 bytes"):
-        CheckpointConfig(max_bytes=99).check(100)
 
 
 @pytest.mark.parametrize("background", [True, False])

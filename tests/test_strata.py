@@ -1,6 +1,6 @@
 import pytest
 
-from shared.store.strata import QUANTUM, check_strata, quota, stratum_name, stratum_ranges
+from shared.store.strata import QUANTUM, check_strata, positions, quota, stratum_name, stratum_ranges
 
 EDGES = (0, 1, 4, 16, 64, 256)
 
@@ -8,6 +8,12 @@ EDGES = (0, 1, 4, 16, 64, 256)
 def test_ranges_for_a_window_of_128():
     assert stratum_ranges(EDGES, 128) == [(0, 1), (1, 4), (4, 16), (16, 64), (64, 128)]
     assert [stratum_name(*one) for one in stratum_ranges(EDGES, 128)][-1] == "064-128"
+
+
+def test_positions_are_named_as_people_count_them():
+    assert [positions(stratum_name(*one)) for one in ((0, 1), (1, 4), (4, 16), (64, 1024))] == [
+        "0", "1-3", "4-15", "64-1023",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 4, 5, 15, 16, 17, 64, 65, 255, 256, 257, 1000])

@@ -23,9 +23,10 @@ from train.data.shared_batches import SharedBatchReader
 from train.model import checkpoint
 from train.run.process import OwnProcess
 from train.run.settings import read_config
-from train.sweeps.plan import group_bytes, name_of, plan, read_sweep, rounds
+from train.sweeps.plan import group_bytes, rounds
 from train.sweeps.run_sweep import planned
 from train.sweeps.shared_process import train_side_by_side
+from train.sweeps.wanted_runs import name_of
 
 Command = Callable[..., Outcome]
 STEPS = 20
@@ -243,7 +244,7 @@ def test_runs_that_do_not_fit_into_memory_together_are_trained_in_rounds(
     pristine: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = sweep_file(tmp_path, "[grid]\nactivation.k = [2, 3, 4]\n")
-    found = plan(read_sweep(file), file, tmp_path / "small", [pristine.path])
+    found = planned(file, [pristine.path], tmp_path)
     assert [len(group) for group in rounds(found)] == [3]
     two, three = group_bytes(found[:2], 1), group_bytes(found, 1)
     standing, passing = [one.standing_bytes for one in found], max(one.passing_bytes for one in found)

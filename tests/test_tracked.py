@@ -12,6 +12,7 @@ from train.duplicates import tracked
 from train.duplicates.co_activation import correlated_pairs
 from train.duplicates.correlation_report import change_of
 from train.duplicates.directions import Pairs
+from train.duplicates.monitor_bytes import MOST, MOST_BYTES
 from train.duplicates.tracked import TrackedPairs
 from train.model.sparse_latents import SparseLatents
 
@@ -126,7 +127,7 @@ def test_tracking_continues_from_its_state_and_of_an_old_checkpoint_begins_anew(
         one.add(sparse(dense_batch(2)))
     for name, tensor in whole.state().items():
         assert torch.equal(tensor, resumed.state()[name])
-    assert sum(tensor.nbytes for tensor in state.values()) * tracked.MOST == tracked.MOST_BYTES * len(EVERYTHING.first)
+    assert sum(tensor.nbytes for tensor in state.values()) * MOST == MOST_BYTES * len(EVERYTHING.first)
     with pytest.raises(ValueError, match="'tracked.second' holds"):
         resumed.load(state | {"tracked.second": torch.full_like(state["tracked.second"], F)}, begun=True)
     with pytest.raises(ValueError, match="'tracked.sums' is"):

@@ -146,8 +146,9 @@ def test_a_component_that_never_ran_is_a_failure_and_one_without_effect_a_note(
 
 
 def test_a_status_names_what_had_no_effect_yet(tmp_path: Path) -> None:
-    def used() -> str:
-        status = Status(tmp_path, steps=9, batch_rows=4)
+    def used(steps: int = 9) -> str:
+        status = Status(tmp_path, steps=steps, batch_rows=4)
+        status.add({"step": 3})
         status.update({}, counts.publish(3).model_dump(mode="json"))
         return status.used()
 
@@ -156,6 +157,7 @@ def test_a_status_names_what_had_no_effect_yet(tmp_path: Path) -> None:
     counts.call("monitor", effect=4)
     counts.call("evaluation", effect=0)
     assert used() == "2 of 4 components have acted (not yet: evaluation, checkpoint)"
+    assert used(steps=3) == "2 of 4 components have acted (no effect: evaluation, checkpoint)"
     counts.call("evaluation", "checkpoint", effect=1)
     assert used() == "4 of 4 components have acted"
 

@@ -49,6 +49,20 @@ def test_the_run_that_this_project_starts_from_would_have_failed(report: Report)
     assert usage.state == "look" and usage.said.endswith("had no effect: mined, monitor.")
 
 
+def test_a_merge_that_found_nothing_is_good_and_one_that_never_looked_is_not(report: Report) -> None:
+    assert report.usage
+    parts = report.usage.components
+    for calls, state in ((2, "good"), (0, "look")):
+        merge = next(iter(parts.values())).model_copy(update={"calls": calls, "effect": 0.0})
+        usage = report.usage.model_copy(update={"components": parts | {"merge": merge}})
+        found = check(report.model_copy(update={"usage": usage}), "usage")
+        assert found.state == state and found.said.endswith(
+            f"All {len(parts)} components that are on had an effect; merge looked and found nothing to do."
+            if calls
+            else f"1 of {len(parts) + 1} components that are on had no effect: merge."
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "changed", "state"),
     [

@@ -13,8 +13,8 @@ from shared.errors import UserError
 from shared.store.store import Local, Store
 from train.live.run_files import CONFIG
 from train.live.store_place import store_of_run
-from train.read_settings import BASE, preset_for, read_settings, setting_called, settings_with_defaults
-from train.run.rules import check_before_torch
+from train.read_settings import BASE, preset_for, read_settings, setting_called
+from train.run.rules import read_and_check
 
 config_option = click.option(
     "--config",
@@ -82,7 +82,8 @@ def start_of_run(
         raise UserError("train run needs a store: --store NAME or FOLDER, or --like RUN for that of another run")
     opened = Store.open(store, local) if store else _store_like(like, local)
     preset, note = (preset, "") if preset else usual_preset(opened, file)
-    _check(preset, changes, file, opened)
+    with blaming(changes_of(changes)):
+        read_and_check(preset, changes, file, opened)
     return opened, preset, note
 
 
@@ -92,12 +93,6 @@ def _store_like(like: Path | None, local: Local | None) -> Store:
         return Store.open(store_of_run(like), local)
     except UserError as error:
         raise UserError(f"--like {like}: {error}") from error
-
-
-def _check(preset: str, changes: Sequence[str | Change], file: Path | None, store: Store) -> None:
-    read = read_settings(preset, changes, file)
-    with blaming(read.changes):
-        check_before_torch(settings_with_defaults(read), store)
 
 
 @click.command("settings")
@@ -124,7 +119,8 @@ def list_all(
     opened = Store.open(store) if store else None
     preset = preset or usual_preset(opened, file)[0]
     if opened:
-        _check(preset, assignments, file, opened)
+        with blaming(changes_of(assignments)):
+            read_and_check(preset, assignments, file, opened)
     from shared.console.list_settings import list_settings, settings_as_json, show_settings
     from train.run.settings import load_settings, resolve
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from shared.console.terminal import PlainConsole
+from shared.store.strata import positions
 from train.evaluation.evaluate import Evaluation, Weight
 from train.interchange.agreement import Agreement
 from train.model.checkpoint import Listed
@@ -171,7 +172,7 @@ def _strata(e: Evaluation) -> Table:
     for name, part in e.strata.items():
         drawn = "-" if part.l0_training_rule is None else f"{part.l0_training_rule:.2f}"
         fvu = "-" if part.fvu is None else f"{part.fvu:.4f}"
-        table.add_row(name, f"{part.rows:,.0f}", fvu, f"{part.l0:.2f}", drawn, *_weight(part))
+        table.add_row(positions(name), f"{part.rows:,.0f}", fvu, f"{part.l0:.2f}", drawn, *_weight(part))
     if e.outliers:
         table.add_row("outliers", f"{e.outliers.rows:,.0f}", "-", f"{e.outliers.l0:.2f}", "-", *_weight(e.outliers))
     _right(table)

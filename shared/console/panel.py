@@ -35,10 +35,15 @@ class Pace:
         """At this rate; none while there is no rate."""
         return (self.total - self.done) / self.rate if self.rate > 0 else None
 
+    @property
+    def speed(self) -> str:
+        """The rate in words; of what takes over ten seconds, how long each takes."""
+        return f"{1 / self.rate:,.0f} s each" if 0 < self.rate < 0.1 else f"{per_second(self.rate)} {self.unit}/s"
+
     def line(self) -> str:
         """Return all of it, in words."""
         left = "?" if self.seconds_left is None else f"{self.seconds_left:,.0f}"
-        return f"{self.done:,}/{self.total:,} {self.unit}  {per_second(self.rate)} {self.unit}/s  {left} s left"
+        return f"{self.done:,}/{self.total:,} {self.unit}  {self.speed}  {left} s left"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,7 @@ def panel(title: str, pace: Pace, *parts: RenderableType, more_rates: Sequence[s
         ProgressBar(total=max(pace.total, 1), completed=pace.done if pace.total else 1),
         f"{pace.done:,}/{pace.total:,} {pace.unit}  {share:.0%}",
     )
-    speed = [f"{per_second(pace.rate)} {pace.unit}/s", *more_rates] if pace.rate else []
+    speed = [pace.speed, *more_rates] if pace.rate else []
     left = "?" if pace.seconds_left is None else duration(pace.seconds_left)
     to_go = [f"{left} left"] if pace.done < pace.total else []
     times = Text("  ".join([*speed, *to_go, f"{duration(pace.seconds)} elapsed"]))

@@ -37,6 +37,12 @@ def stratum_name(start: int, stop: int) -> str:
     return f"{start:03d}-{stop:03d}"
 
 
+def positions(name: str) -> str:
+    """Return the positions of the stratum that is called so, as people count them: `4-15` for `004-016`."""
+    start, stop = map(int, name.split("-"))
+    return str(start) if stop - start == 1 else f"{start}-{stop - 1}"
+
+
 def stratum_ranges(edges: Sequence[int], context_size: int) -> list[tuple[int, int]]:
     """Return the strata's (start, stop).
 

@@ -25,7 +25,8 @@ from train.duplicates.co_activation import correlated_pairs, measure
 from train.duplicates.directions import Pairs
 from train.duplicates.diversity import Diversity, DiversityConfig
 from train.duplicates.monitor import CorrelationMonitor, MonitorConfig
-from train.duplicates.tracked import MOST, TrackedPairs
+from train.duplicates.monitor_bytes import MOST
+from train.duplicates.tracked import TrackedPairs
 from train.model.activations import BatchTopK
 from train.model.blas import faster_here
 from train.model.sparse_latents import SparseLatents

@@ -3,8 +3,11 @@
 from rich.table import Table
 
 from shared.console.terminal import PlainConsole
+from shared.store.strata import positions
 from train.compare.arms import Comparison, Spread
 
+_COUNT = "count"
+"""The format of a count: whole where it is of one run, with a digit more where it is a mean over seeds."""
 _ROWS = {
     "fvu": ("fvu", ".4f"),
     "l0": ("l0", ".2f"),
@@ -17,20 +20,20 @@ _ROWS = {
     "nearest_of_random.p99": ("... p99 of random rows", ".3f"),
     "share_above_0_7": ("share with a neighbour > 0.7", ".2%"),
     "share_within_segment_above_0_7": ("... of its Matryoshka group", ".2%"),
-    "pairs_cosine_above_0_9": ("pairs with a cosine > 0.9", ",.1f"),
-    "pairs_correlated_above_0_5": ("pairs correlated > 0.5", ",.1f"),
-    "pairs_correlated_above_0_8": ("pairs correlated > 0.8", ",.1f"),
-    "pairs_correlated_above_0_8_with_position_0": ("... position 0 included", ",.1f"),
+    "pairs_cosine_above_0_9": ("pairs with a cosine > 0.9", _COUNT),
+    "pairs_correlated_above_0_5": ("pairs correlated > 0.5", _COUNT),
+    "pairs_correlated_above_0_8": ("pairs correlated > 0.8", _COUNT),
+    "pairs_correlated_above_0_8_with_position_0": ("... position 0 included", _COUNT),
     "largest_correlation": ("largest correlation", ".3f"),
-    "clusters": ("clusters", ",.1f"),
-    "latents_in_clusters": ("latents in clusters", ",.1f"),
-    "merged.removed": ("latents that merging removes", ",.1f"),
-    "merged.fvu_rise": ("... fvu of merging", "+.4f"),
-    "merged.fvu_rise_random": ("... of removing as many others", "+.4f"),
-    "redundant": ("redundant latents", ",.1f"),
-    "redundant_fvu_rise": ("... fvu of merging them, at equal l0", "+.4f"),
+    "clusters": ("clusters", _COUNT),
+    "latents_in_clusters": ("latents in clusters", _COUNT),
+    "merged.removed": ("latents that merging removes", _COUNT),
+    "merged.fvu_rise": ("... fvu of merging", "+.5f"),
+    "merged.fvu_rise_random": ("... of removing as many others", "+.5f"),
+    "redundant": ("redundant latents", _COUNT),
+    "redundant_fvu_rise": ("... fvu of merging them, at equal l0", "+.5f"),
     "position_0_share_of_top": ("position 0 among top activations", ".2%"),
-    "latents_at_position_0": ("latents of position 0 alone", ",.1f"),
+    "latents_at_position_0": ("latents of position 0 alone", _COUNT),
     "ce_recovered": ("CE recovered", ".2%"),
     "kl": ("KL, nats per token", ".4f"),
     "explained_share": ("latents that a label explains", ".2%"),
@@ -93,7 +96,7 @@ def _strata(comparison: Comparison) -> list[tuple[str, list[str]]]:
     names = [name for name in first.spread if name.startswith("strata.") and name.endswith(".fvu")]
     return [
         (
-            f"fvu at positions {name.split('.')[1]}",
+            f"fvu at positions {positions(name.split('.')[1])}",
             [_cell(arm.spread.get(name), first.spread[name], ".4f", arm is first) for arm in comparison.arms],
         )
         for name in names
@@ -107,9 +110,12 @@ def _l0(comparison: Comparison) -> str:
 def _cell(found: Spread | None, first: Spread | None, form: str, is_first: bool) -> str:
     if not found:
         return "-"
+    is_rise = form.startswith("+")
+    if form == _COUNT:
+        form = ",.0f" if found.deviation is None else ",.1f"
     text = format(found.mean, form)
     if found.deviation is not None:
         text += f" ± {format(found.deviation, form).lstrip('+')}"
-    if not is_first and first and first.mean and form != "+.4f":
+    if not is_first and first and first.mean and not is_rise:
         text += f" ({found.mean / first.mean - 1:+.1%})"
     return text

@@ -8,7 +8,6 @@ from the sample (decisions/007).
 Legend: R rows, F latents.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -35,22 +34,18 @@ from train.duplicates.correlation_report import (
     change_of,
 )
 from train.duplicates.directions import Pairs, connected, effective_number
+from train.duplicates.monitor_bytes import MOST_MEETINGS, PARTNERS, state_bytes
 from train.duplicates.scans import Scans
-from train.duplicates.tracked import MOST_BYTES, NO_ROWS, TrackedPairs
+from train.duplicates.tracked import NO_ROWS, TrackedPairs
 from train.evaluation.held_out import HeldOutActive
 from train.live.run_files import HELD_OUT, REPORTS
 from train.model import blas
 from train.model.saved_tensors import fitting, numbers
-from train.model.schedule import monitor_cadence
 from train.model.sparse_latents import SparseLatents, countable, offsets
 from train.model.step_output import StepOutput
 from train.model.transcoder import Transcoder
 
 LEVELS = (0.5, 0.7, 0.8, 0.9)
-_PARTNERS = 8
-"""Of each latent, with which it correlates most."""
-_MOST_MEETINGS = 2**27
-"""Of two latents on a row, each pair of them twice, in a report: about a third of a second on one core."""
 
 
 class MonitorConfig(Config):
@@ -77,20 +72,10 @@ class MonitorConfig(Config):
     cluster_jaccard: float = Field(0.3, gt=0, le=1)
     """... and the rows on which they are active have at least this Jaccard index."""
 
-    def resolve(self, steps: int, device: str, usual: int) -> "MonitorConfig":
-        """Return the same with numbers for `every` and `delay`, for a run of so many steps on a `device`.
-
-        `usual`: steps between reports there, where the run is long enough.
-        """
-        every, delay = monitor_cadence(self.every, self.delay, steps, device, usual)
-        return self.model_copy(update={"every": every, "delay": delay})
-
     def state_bytes(self, batch_rows: int, per_row: int, d_sae: int) -> int:
         """Return the most bytes of its state, with so many rows in a batch and active latents on a row."""
-        rows = -(-self.rows // batch_rows) * batch_rows if self.every else 0
-        pending = 32 * _PARTNERS * d_sae if self.delay else 0
-        tracked = MOST_BYTES if self.every else 0
-        return tracked + 20 * min(rows * per_row, math.isqrt(2 * _MOST_MEETINGS * rows)) + 24 * rows + pending
+        assert not isinstance(self.every, str) and not isinstance(self.delay, str), "resolve the settings first"
+        return state_bytes(self.every, self.delay, self.rows, batch_rows, per_row, d_sae)
 
 
 class _Scan(NamedTuple):
@@ -175,7 +160,7 @@ class CorrelationMonitor:
         On CPU its rows are counted for tracked pairs first.
 
         Counting costs the square of a row's active latents: where these are so many that a report would take more than
-        `_MOST_MEETINGS`, every n-th row is kept.
+        `MOST_MEETINGS`, every n-th row is kept.
         """
         if self._every and self._on_cpu:
             self._tracked.add(step.active, self._left_out)
@@ -185,7 +170,7 @@ class CorrelationMonitor:
             @cache
             def kept() -> Batch:
                 active = fetched().positive()
-                rows = countable(active, self._window, _MOST_MEETINGS)
+                rows = countable(active, self._window, MOST_MEETINGS)
                 return active.of_rows(rows), self._of_row[rows]
 
             if step.active.rows.device.type == "cpu":
@@ -354,7 +339,7 @@ class CorrelationMonitor:
         rest = every.of_rows(stratum != position_0)
         correlated, without = _correlations(rest, config)
         whole = _correlations(every, config)[1] if len(rest.starts) < len(every.starts) else without
-        tracked = tracking.follow(rest, config.least_together, _PARTNERS, new=not self._on_cpu) if tracking else None
+        tracked = tracking.follow(rest, config.least_together, PARTNERS, new=not self._on_cpu) if tracking else None
         shown = tracked.correlated if tracked else correlated
         listed = Pairs(*(side[: config.listed] for side in shown.pairs))
         if tracked:
@@ -477,7 +462,7 @@ def _rows_of_each(strata: Sequence[str], stratum: Tensor) -> dict[str, int]:
 
 
 def _correlations(active: SparseLatents, config: MonitorConfig) -> tuple[Correlated, Correlations]:
-    found, above = correlated_pairs(active, config.least_together, _PARTNERS, levels=LEVELS)
+    found, above = correlated_pairs(active, config.least_together, PARTNERS, levels=LEVELS)
     return found, Correlations(
         rows=len(active.starts) - 1,
         largest=float(found.correlation[:1].sum()),

@@ -15,13 +15,10 @@ from train.duplicates import pair_loops
 from train.duplicates.co_activation import Correlated, Measures, correlated_pairs, measure
 from train.duplicates.correlation_report import Correlations
 from train.duplicates.directions import Pairs
+from train.duplicates.monitor_bytes import MOST
 from train.model.saved_tensors import fitting, numbers
 from train.model.sparse_latents import SparseLatents
 
-MOST = 2048
-"""Pairs that are tracked at once: half a millisecond of a step of 1,024 rows with 32 active latents each."""
-MOST_BYTES = MOST * 8 * (2 + 9)
-"""Of the state."""
 _HALF_LIFE = 131_072
 """Rows after which a row counts half: latents change."""
 _TRIAL = 65_536

@@ -104,7 +104,8 @@ class Status:
         """Tell how many components that are on had an effect so far, and which had none."""
         idle, count = self.idle, len(self.components)
         told = f"{count - len(idle)} of {count} components have acted"
-        return told + (f" (not yet: {', '.join(idle)})" if idle else "")
+        none = "not yet" if self.step < self.steps else "no effect"
+        return told + (f" ({none}: {', '.join(idle)})" if idle else "")
 
     def detail(self) -> str:
         """Return all figures, for the end of a plain line."""

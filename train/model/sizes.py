@@ -58,6 +58,17 @@ def check_prefixes(prefixes: Sequence[int], d_sae: int) -> None:
         raise Unfit(said, "transcoder.prefixes", "transcoder.d_sae")
 
 
+def check_decoder_norm(norm: str, kind: str, *, needs_unit: bool) -> None:
+    """Raise `Unfit` when decoder rows are free, and the penalty of the activation's `kind` needs norm 1."""
+    if norm == "free" and needs_unit:
+        raise Unfit(
+            f"transcoder.decoder_norm = free and activation.kind = {kind}: its penalty is on latent values, which "
+            "would shrink while decoder rows grow; use transcoder.decoder_norm=unit",
+            "transcoder.decoder_norm",
+            "activation.kind",
+        )
+
+
 def check_k(k: int, start: int | None, d_sae: int) -> None:
     """Raise `Unfit` when k is more than there are latents."""
     for name, value in (("k", k), ("k_start", start or 0)):

@@ -15,7 +15,6 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from shared.bounds import Width
-from shared.check_settings import Unfit
 from shared.config import Config, read_record
 from shared.files import durable
 from shared.keyed import key_bits
@@ -27,7 +26,7 @@ from train.model.kernels import guarded, plain
 from train.model.kernels.base import Groups, Kernels, SparseOps
 from train.model.kernels.sparse_ops import sparse_ops
 from train.model.losses import AuxKConfig, auxk_weight, matryoshka_weight
-from train.model.sizes import check_prefixes, multiple
+from train.model.sizes import check_decoder_norm, check_prefixes, multiple
 from train.model.sparse_latents import SparseLatents
 from train.model.step_output import StepOutput
 from train.model.unit_rows import drop_parallel_part, normalise_rows
@@ -66,13 +65,7 @@ class TranscoderConfig(Config):
         prefixes = self.prefixes or default
         check_prefixes(prefixes, d_sae)
         activation.check(d_sae)
-        if self.decoder_norm == "free" and activation.needs_unit_decoder:
-            raise Unfit(
-                f"transcoder.decoder_norm = free and activation.kind = {activation.kind}: its penalty is on latent "
-                "values, which would shrink while decoder rows grow; use transcoder.decoder_norm=unit",
-                "transcoder.decoder_norm",
-                "activation.kind",
-            )
+        check_decoder_norm(self.decoder_norm, activation.kind, needs_unit=activation.needs_unit_decoder)
         norm = self.decoder_norm
         if norm == "auto":
             norm = "unit" if activation.needs_unit_decoder or activation.expected_l0 is None else "free"

@@ -22,6 +22,7 @@ from train.model.sparse_latents import SparseLatents
 from train.model.step_output import StepOutput
 from train.model.transcoder import Transcoder
 from train.parallel.ranks import Ranks
+from train.parallel.required import mine
 from train.parallel.select import largest_of_rows, nth_largest
 
 
@@ -67,7 +68,7 @@ class ShardedTranscoder:
     def __init__(self, whole: Transcoder, shards: int, ranks: Ranks) -> None:
         """Cut `whole`; its weights are taken by `take`."""
         self.whole, self.shards, self.ranks = whole, shards, ranks
-        self.parts = [Shard(whole, number, shards) for number in ranks.mine(shards)]
+        self.parts = [Shard(whole, number, shards) for number in mine(shards, ranks.rank, ranks.size)]
         self.common = Common(whole)
         ops = sparse_ops(whole.kernels)
         assert isinstance(ops, Fused), "the settings choose kernels that have the loops"

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from shared.errors import ProjectError, UserError
-from train.parallel.required import mine
 
 _PATIENCE = timedelta(days=1)  # the first evaluates while the others wait, and a dead process is noticed at once
 
@@ -43,10 +42,6 @@ class Ranks:
 
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-    def mine(self, shards: int) -> range:
-        """Return the shards of this process. Raises `Unfit` where the processes cannot share them evenly."""
-        return mine(shards, self.rank, self.size)
 
     def total(self, counts: Tensor) -> Tensor:
         """Return the sum of integers over all processes."""

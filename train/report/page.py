@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from shared.splice_record import Interval
+from shared.store.strata import positions
 from train.report.plots import figures
 from train.report.report_record import STATES, Context, Report
 
@@ -63,6 +64,7 @@ def environment() -> Environment:
         "duration": duration,
         "chip": chip,
         "count": thousands,
+        "positions": positions,
         "interval": interval,
         "tokens": tokens,
         "bytes": told_bytes,

@@ -10,6 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from shared.store.strata import positions
 from train.report.report_record import Curves, Histogram, Report
 
 _SHORT = ("1", "10", "100", "1k", "10k", "100k", "1M", "10M")
@@ -122,8 +123,8 @@ def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def _strata(report: Report) -> go.Figure | None:
     parts = report.held_out.strata
-    names = [f"positions {name}" for name in parts]
-    return figure([go.Bar(x=names, y=[part.fvu for part in parts.values()], name="fvu")], "", "fvu, held out")
+    bars = go.Bar(x=[positions(name) for name in parts], y=[part.fvu for part in parts.values()], name="fvu")
+    return figure([bars], "positions", "fvu, held out", x={"type": "category"})
 
 
 def _by_prefix(report: Report, name: str, axis: str) -> go.Figure:

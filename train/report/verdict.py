@@ -6,11 +6,13 @@ fired at position 0 alone. Each is in the report beside its figure.
 
 from collections.abc import Iterator
 
-from shared.store.strata import POSITION_0
+from shared.store.strata import POSITION_0, positions
 from train.live.run_files import METRICS, TIMING, USAGE
 from train.report.report_record import Check, Report, State
 from train.run.metrics import LOWER_LR, describe_missing, diverged, logged_steps
 
+_MAY_FIND_NOTHING = ("merge",)
+"""Components that look for something to mend: that there is nothing is good."""
 _TENTH = 0.1
 """Of the run: what fvu is averaged over."""
 
@@ -215,15 +217,20 @@ def _strata(report: Report) -> Iterator[Check]:
     if len(fvus) > 1 and report.held_out.fvu > 0:
         name, fvu = max(fvus.items(), key=lambda item: item[1])
         ratio = fvu / report.held_out.fvu
-        said = f"Positions {name} are explained worst: fvu {fvu:.4f}, {ratio:.2f} times that of all positions."
+        said = (
+            f"Positions {positions(name)} are explained worst: fvu {fvu:.4f}, {ratio:.2f} times that of all positions."
+        )
         yield _check("strata", said, ratio, 1.5, 4.0, "strata")
 
 
 def _usage(report: Report) -> Iterator[Check]:
     if report.usage:
         every = report.usage.components
-        idle = [name for name, one in every.items() if not one.effect]
-        said = f"All {len(every)} components that are on had an effect."
+        resting = [name for name in _MAY_FIND_NOTHING if name in every and every[name].calls and not every[name].effect]
+        idle = [name for name, one in every.items() if not one.effect and name not in resting]
+        said = f"All {len(every) - len(resting)} components that are on had an effect."
+        if resting:
+            said = f"{said[:-1]}; {' and '.join(resting)} looked and found nothing to do."
         if idle:
             said = f"{len(idle)} of {len(every)} components that are on had no effect: {', '.join(idle)}."
         yield _check("usage", said, len(idle) / max(len(every), 1), 0.0, 0.999, "usage")

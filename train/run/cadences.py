@@ -5,7 +5,10 @@ they suit steps of a second. A CUDA device does as many steps in moments, and wh
 the host, would take longer than they do.
 """
 
-from typing import Literal, NamedTuple, Self
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Self
+
+from train.model.schedule import monitor_cadence
 
 _OPERATIONS = 5e13
 """Of the encoder's product that a CUDA device is taken to do in a second. It is not measured: it sets an order of
@@ -57,6 +60,24 @@ def chosen(device: str, steps: int, batch_rows: int, d_in: int, d_sae: int, eval
         checkpoint=min(_round(_SAVE / seconds), steps // 4),
     )
     return Cadences(*map(max, found, ON_CPU))
+
+
+def resolved(
+    settings: Mapping[str, Any], device: str, d_in: int, d_sae: int, evaluated_rows: int
+) -> tuple[Cadences, int]:
+    """Return the cadences of a run: those that its settings say, and for `auto` those of the device.
+
+    `settings`: tables within each other, with all defaults. Also returns after how many steps a report of the monitor
+    is complete.
+    """
+    steps, monitor = settings["steps"], settings["monitor"]
+    usual = chosen(device, steps, settings["rows"]["batch_rows"], d_in, d_sae, evaluated_rows)
+    every, delay = monitor_cadence(monitor["every"], monitor["delay"], steps, device, usual.monitor)
+    asked = settings["log_every"], settings["evaluation"]["every"], settings["checkpoint"]["every"]
+    log, evaluation, checkpoint = (
+        auto if one == "auto" else one for one, auto in zip(asked, (usual.log, *usual[2:]), strict=True)
+    )
+    return Cadences(log=log, monitor=every, evaluation=evaluation, checkpoint=checkpoint), delay
 
 
 def _round(steps: float) -> int:

@@ -11,6 +11,7 @@ from shared.errors import Stopped
 from shared.store.store import Store
 from train.model.checkpoint import Checkpoint, read_state
 from train.parallel.ranks import Ranks
+from train.parallel.required import mine
 from train.run.settings import RunConfig
 from train.run.trainer import Trainer
 
@@ -36,7 +37,7 @@ def lead(
     Raises `UserError` where there are others, and they cannot share the run.
     """
     ranks = Ranks()
-    ranks.mine(config.settings.parallel.shards)
+    mine(config.settings.parallel.shards, ranks.rank, ranks.size)  # raises where they cannot share the run
     if ranks.size > 1:
         order = Order(
             run=run.resolve(),

@@ -20,7 +20,8 @@ from train.model.normalisation import normalisation
 from train.model.sizes import source_width
 from train.model.transcoder import Transcoder
 from train.run.bindings import foreign_block, require_own_config, require_own_store
-from train.run.settings import RunConfig, default_kernels, read_config, resolve_exclusion
+from train.run.device_rules import default_kernels
+from train.run.settings import RunConfig, read_config, resolve_exclusion
 from train.samples.make_samples import make_samples
 from train.samples.parquet import Samples
 from train.samples.select import SamplesConfig

@@ -8,35 +8,56 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from shared.check_settings import Unfit
+from shared.config import Changes
 from shared.errors import UserError
+from shared.store.layout import StoreRecord
 from shared.store.reader import RowsConfig, rows_per_stratum, training_strata
 from shared.store.store import Store
+from train.duplicates.monitor_bytes import state_bytes
 from train.evaluation.evaluated_blocks import evaluated_rows
-from train.model.schedule import monitor_cadence, warmup_steps
-from train.model.sizes import check_k, check_prefixes, k_at_start, multiple, source_width
+from train.model.schedule import warmup_steps
+from train.model.sizes import check_decoder_norm, check_k, check_prefixes, k_at_start, multiple, source_width
 from train.parallel.required import mine, required
-from train.run.cadences import Cadences, chosen
+from train.read_settings import read_settings, settings_with_defaults
+from train.run.cadences import Cadences, resolved
+from train.run.checkpoint_bytes import bytes_at_most
+from train.run.device_rules import check_on_device
 
 Tables = Mapping[str, Any]
 _GOALS = {"max_share_above_0_7": ("orthogonality", "mined"), "max_pairs_above_0_8": ("co_activation",)}
 """Goals of the controller, and the terms whose weights it moves toward them."""
+NEED_UNIT_DECODER = ("relu",)
+"""Kinds of activation whose class says `needs_unit_decoder`."""
 _OF_K = ("k", "k_start", "k_warmup_steps", "k_warmup_share")
+
+
+def read_and_check(preset: str, changes: Changes, file: Path | None, store: Store) -> None:
+    """Read the settings of a run on `store` as `read_settings` does, and check how they go together and with it.
+
+    Raises `UserError` that names the setting, and `Unfit` where several do not go together.
+    """
+    check_before_torch(settings_with_defaults(read_settings(preset, changes, file)), store)
 
 
 def check_before_torch(settings: Tables, store: Store) -> None:
     """Check `settings` for a run on `store` where only torch could tell which device `auto` is.
 
-    Raises `Unfit` on what is wrong on any device; what is wrong on one kind alone is left to `check_run`.
+    Raises `Unfit` on what is wrong on every device, in the words for the CPU; what is wrong on one kind alone is left
+    to `check_run`.
     """
     device = settings["device"]
     check_device_name(device)
     d_sae = _check_on_any_device(settings, store)
     errors = [_wrong_on(one, settings, store, d_sae) for one in (("cpu", "cuda") if device == "auto" else (device,))]
-    if errors[0] and len({str(error) for error in errors}) == 1:
+    if not errors[0] or not errors[-1]:
+        return
+    if str(errors[0]) == str(errors[-1]):
         raise errors[0]
+    raise Unfit(f"{errors[0]} (on the CPU; on CUDA they do not fit either)", *errors[0].names)
 
 
 def check_run(settings: Tables, store: Store, device: str) -> None:
@@ -65,12 +86,14 @@ def _check_on_any_device(settings: Tables, store: Store) -> int:
 
 def _wrong_on(device: str, settings: Tables, store: Store, d_sae: int) -> Unfit | None:
     """Return what is wrong with settings on a kind of device; none where nothing is."""
-    d_in, rows = source_width(store.record, settings["source"]), settings["rows"]["batch_rows"]
-    usual = chosen(device, settings["steps"], rows, d_in, d_sae, evaluated_rows(store.record))
+    d_in = source_width(store.record, settings["source"])
+    every, delay = resolved(settings, device, d_in, d_sae, evaluated_rows(store.record))
     try:
-        required(settings["parallel"]["shards"], settings, settings["activation"]["kind"], d_sae, device)
-        _check_kept(settings, usual)
-        _check_reports(settings, device, usual)
+        fixed = required(settings["parallel"]["shards"], settings, settings["activation"]["kind"], d_sae, device)
+        check_on_device({**settings, **fixed}, device)
+        _check_size(settings, store.record, d_sae, every.monitor, delay)
+        _check_kept(settings, every)
+        _check_reports(settings, every.monitor, delay)
     except Unfit as error:
         return error
     return None
@@ -99,6 +122,8 @@ def check_shape(settings: Tables, d_in: int) -> int:
     d_sae = multiple("transcoder.d_sae", shape["d_sae"], d_in, "8x")
     if shape["prefixes"]:
         check_prefixes(shape["prefixes"], d_sae)
+    kind = activation["kind"]
+    check_decoder_norm(shape["decoder_norm"], kind, needs_unit=kind in NEED_UNIT_DECODER)
     if "k" in activation:
         check_k(activation["k"], _k_at_start(settings), d_sae)
     return d_sae
@@ -106,6 +131,19 @@ def check_shape(settings: Tables, d_in: int) -> int:
 
 def _k_at_start(settings: Tables) -> int | None:
     return k_at_start(**{name: settings["activation"][name] for name in _OF_K}, steps=settings["steps"])[0]
+
+
+def _check_size(settings: Tables, store: StoreRecord, d_sae: int, every: int, delay: int) -> None:
+    """Raise `Unfit` when not even one checkpoint may be kept. `every`, `delay`: of the monitor."""
+    bound, activation, per_row = settings["checkpoint"]["max_bytes"], settings["activation"], d_sae
+    if "k" in activation:
+        per_row = max(activation["k"], _k_at_start(settings) or 0)
+    state = state_bytes(every, delay, settings["monitor"]["rows"], settings["rows"]["batch_rows"], per_row, d_sae)
+    widths = source_width(store, settings["source"]), store.d_out
+    size = bytes_at_most(*widths, d_sae, settings["transcoder"]["skip"], state)
+    if bound and bound < size:
+        said = f"checkpoint.max_bytes = {bound:,} is less than one checkpoint, about {size:,} bytes"
+        raise Unfit(f"{said}; raise it, or set it to 0 for no bound", "checkpoint.max_bytes", "transcoder.d_sae")
 
 
 def _check_rows(settings: Tables, store: Store) -> None:
@@ -152,17 +190,16 @@ def _check_goals(diversity: Tables) -> None:
             )
 
 
-def _check_kept(settings: Tables, usual: Cadences) -> None:
+def _check_kept(settings: Tables, every: Cadences) -> None:
     """Raise `Unfit` when a rule that keeps checkpoints could never keep one."""
-    steps, saving, evaluated = settings["steps"], settings["checkpoint"], settings["evaluation"]["every"]
-    every = usual.checkpoint if saving["every"] == "auto" else saving["every"]
-    evaluated = usual.evaluation if evaluated == "auto" else evaluated
-    for name, cadence in (("keep_every", saving["keep_every"]), ("keep_best", evaluated)):
-        first = math.lcm(every, cadence) if cadence else steps
+    steps, saving = settings["steps"], settings["checkpoint"]
+    for name, cadence in (("keep_every", saving["keep_every"]), ("keep_best", every.evaluation)):
+        first = math.lcm(every.checkpoint, cadence) if cadence else steps
         if saving[name] and first >= steps:
+            found = f"checkpoint.every = {every.checkpoint}, evaluation.every = {every.evaluation}, steps = {steps}"
             raise Unfit(
-                f"checkpoint.{name} = {saving[name]} would keep none but the last: checkpoint.every = {every}, "
-                f"evaluation.every = {evaluated}, steps = {steps}; make the cadences meet earlier",
+                f"checkpoint.{name} = {saving[name]} would keep none but the last: {found}; make the cadences meet "
+                "earlier",
                 f"checkpoint.{name}",
                 "checkpoint.every",
                 "steps",
@@ -170,10 +207,9 @@ def _check_kept(settings: Tables, usual: Cadences) -> None:
             )
 
 
-def _check_reports(settings: Tables, device: str, usual: Cadences) -> None:
+def _check_reports(settings: Tables, every: int, delay: int) -> None:
     """Raise `Unfit` when what acts on the monitor's reports would get none, or one that could list no pair."""
     steps, monitor, diversity = settings["steps"], settings["monitor"], settings["diversity"]
-    every, delay = monitor_cadence(monitor["every"], monitor["delay"], steps, device, usual.monitor)
     goals = [name for name in _GOALS if diversity["controller"][name] is not None]
     complete = every and every + delay
     if (diversity["co_activation"]["weight"] or goals) and not 0 < complete < max(steps, 2):

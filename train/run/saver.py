@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor
 
 from shared.bounds import Every
-from shared.check_settings import Unfit
 from shared.config import Config
 from shared.errors import DiskFull, ProjectError, UserError, cause, warn
 from shared.files import durable
@@ -72,12 +71,6 @@ class CheckpointConfig(Config):
         )
         kept = min(many, -(-steps // self.every)) * size
         return (min(kept, max(self.max_bytes, size)) if self.max_bytes else kept) + size * (1 + self.reserve)
-
-    def check(self, size: int) -> None:
-        """Raise `Unfit` when not even one checkpoint of `size` bytes may be kept."""
-        if self.max_bytes and self.max_bytes < size:
-            said = f"checkpoint.max_bytes = {self.max_bytes:,} is less than one checkpoint, about {size:,} bytes"
-            raise Unfit(f"{said}; raise it, or set it to 0 for no bound", "checkpoint.max_bytes", "transcoder.d_sae")
 
 
 class _Job(NamedTuple):

@@ -1,9 +1,7 @@
 """The settings of a run: one model per component, each beside its component, put together and resolved here."""
 
-import os
 import platform
 from collections.abc import Iterator
-from importlib.util import find_spec
 from itertools import dropwhile, pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -36,8 +34,10 @@ from train.model.sizes import source_width
 from train.model.transcoder import TranscoderConfig
 from train.parallel.required import required
 from train.read_settings import ALIASES, BASE, read_settings
-from train.run.cadences import chosen
+from train.run.cadences import resolved
+from train.run.checkpoint_bytes import bytes_at_most
 from train.run.choose_kernels import Shape, fastest
+from train.run.device_rules import default_kernels
 from train.run.optimizer import OptimizerConfig
 from train.run.rules import check_device_name, check_run
 from train.run.saver import CheckpointConfig
@@ -242,9 +242,6 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     asked = settings
     record, exclusion = store.record, resolve_exclusion(store, settings)
     device = _device(settings.device)
-    if settings.resident_rows == "on" and device == "cpu":
-        said = "resident_rows = on is for CUDA, and the device is cpu; use --set resident_rows=auto"
-        raise Unfit(said, "resident_rows", "device")
     check_run(settings.model_dump(mode="json"), store, device)
     d_in = source_width(record, settings.source)
     activation = settings.activation.resolve(settings.steps)
@@ -253,15 +250,11 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
     assert isinstance(shape.d_sae, int)
     fixed = required(settings.parallel.shards, dict(settings), activation.kind, shape.d_sae, device)
     settings = settings.model_copy(update=fixed)
-    usual = chosen(device, settings.steps, settings.rows.batch_rows, d_in, shape.d_sae, evaluated_rows(record))
-    monitor = settings.monitor.resolve(settings.steps, device, usual.monitor)
-    evaluation, saving = settings.evaluation, settings.checkpoint
-    evaluation_every = usual.evaluation if evaluation.every == "auto" else evaluation.every
-    saving = saving.model_copy(update={"every": usual.checkpoint if saving.every == "auto" else saving.every})
-    shaped = settings.model_copy(update={"transcoder": shape, "activation": activation, "monitor": monitor})
-    saving.check(checkpoint_bytes(shaped, d_in, record.d_out))
+    every, delay = resolved(settings.model_dump(mode="json"), device, d_in, shape.d_sae, evaluated_rows(record))
+    monitor = settings.monitor.model_copy(update={"every": every.monitor, "delay": delay})
     auxk = settings.auxk.resolve(shape.d_sae, settings.steps * settings.rows.batch_rows)
-    kernels, times = _kernels(settings.kernels, device), None
+    kernels: Kernels = default_kernels(device) if settings.kernels == "auto" else settings.kernels
+    times = None
     if settings.kernels == "auto" and device != "cpu":
         of_step = Shape(d_in, record.d_out, settings.rows.batch_rows, shape, activation, auxk, settings.step_graph)
         kernels, times = fastest(of_step, device)
@@ -281,9 +274,9 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
                 "product_dtype": _product_dtype(settings.product_dtype, kernels, activation, device),
                 "rows": _rows(settings, store),
                 "monitor": monitor,
-                "evaluation": evaluation.model_copy(update={"every": evaluation_every}),
-                "checkpoint": saving,
-                "log_every": usual.log if settings.log_every == "auto" else settings.log_every,
+                "evaluation": settings.evaluation.model_copy(update={"every": every.evaluation}),
+                "checkpoint": settings.checkpoint.model_copy(update={"every": every.checkpoint}),
+                "log_every": every.log,
             }
         ),
         store=store.place,
@@ -331,62 +324,25 @@ def resolve_exclusion(store: Store, settings: Settings) -> Exclusion:
 
 
 def _blas(wanted: Literal["auto", "torch", "numpy"], device: str) -> Blas:
-    if wanted == "numpy" and device != "cpu":
-        raise Unfit(f"blas = numpy is for the CPU, and the device is {device}; use blas=torch", "blas", "device")
     if wanted == "auto":
         return faster_here() if device == "cpu" else "torch"
     return wanted
 
 
-def default_kernels(device: str) -> Kernels:
-    """Return what `auto` takes on a device."""
-    return "compiled" if device == "cpu" else "plain"
-
-
-def _kernels(wanted: Literal["auto", Kernels], device: str) -> Kernels:
-    if wanted == "compiled" and device != "cpu":
-        said = f"kernels = compiled is for the CPU, and the device is {device}; use kernels=plain"
-        raise Unfit(said, "kernels", "device")
-    if wanted == "triton":
-        if device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
-            said = f"kernels = triton is for CUDA, and the device is {device}; use kernels=auto"
-            raise Unfit(said, "kernels", "device")
-        if find_spec("triton") is None:
-            said = "kernels = triton needs the package triton: pip install triton, or use kernels=plain"
-            raise Unfit(said, "kernels")
-    return default_kernels(device) if wanted == "auto" else wanted
-
-
 def _product_dtype(
     wanted: Literal["auto", ProductDtype], kernels: Kernels, activation: Activation, device: str
 ) -> ProductDtype:
-    can = kernels == "compiled" and activation.pairs_of_step(0, 1) is not None
-    if wanted == "guarded-bfloat16" and not can:
-        raise Unfit(
-            "product_dtype = guarded-bfloat16 is for activation.kind = batchtopk on kernels = compiled, got "
-            f"{activation.kind} on {kernels}; use product_dtype=float32",
-            "product_dtype",
-            "activation.kind",
-            "kernels",
-        )
-    if wanted == "tf32" and device == "cpu":
-        said = "product_dtype = tf32 is for CUDA, and the device is cpu; use product_dtype=float32"
-        raise Unfit(said, "product_dtype", "device")
     if wanted == "auto" and device != "cpu":
         return "tf32"
     if wanted == "auto":
+        can = kernels == "compiled" and activation.pairs_of_step(0, 1) is not None
         return "guarded-bfloat16" if can and bfloat16_units() else "float32"
     return wanted
 
 
 def checkpoint_bytes(settings: Settings, d_in: int, d_out: int) -> int:
-    """Return how many bytes one checkpoint takes at most.
-
-    Three float32 numbers per parameter, the counters, the monitor's open sample.
-    """
+    """Return how many bytes one checkpoint of a run with these settings, which are resolved, takes at most."""
     shape, activation, batch = settings.transcoder, settings.activation, settings.rows.batch_rows
     assert isinstance(shape.d_sae, int)
-    skip = d_in * d_out if shape.skip else 0
-    per_row = activation.most_active(shape.d_sae)
-    parameters = 12 * (shape.d_sae * (d_in + d_out + 2) + skip) + 32 * shape.d_sae
-    return parameters + settings.monitor.state_bytes(batch, per_row, shape.d_sae) + 2**20
+    state = settings.monitor.state_bytes(batch, activation.most_active(shape.d_sae), shape.d_sae)
+    return bytes_at_most(d_in, d_out, shape.d_sae, shape.skip, state)

@@ -8,6 +8,7 @@ import click
 import shared.command_line
 from shared.console.terminal import PlainConsole, show_path, show_text
 from shared.store.store import Local
+from train.sweeps.wanted_runs import wanted_runs
 
 
 @click.command()
@@ -40,17 +41,18 @@ def sweep(
     The same command continues a sweep that was stopped or killed, and leaves finished runs as they are. Prints the
     sweep's folder as its last line.
     """
+    wanted_runs(file, stores, runs, local)  # answers what is wrong before torch is imported, which takes seconds
     from train.sweeps.leaderboard import table
     from train.sweeps.run_sweep import planned
     from train.sweeps.run_sweep import sweep as train_all
     from train.sweeps.show import plan_as_json, print_plan
 
     if dry_run:
-        wanted = planned(file, stores, runs, local)
+        found = planned(file, stores, runs, local)
         if as_json:
-            show_text(json.dumps(plan_as_json(wanted, at_once), indent=2))
+            show_text(json.dumps(plan_as_json(found, at_once), indent=2))
         else:
-            print_plan(wanted, at_once)
+            print_plan(found, at_once)
         return
     record = train_all(
         file, stores=stores, runs=runs, local=local, at_once=at_once, force=force, compare=not no_compare

@@ -21,8 +21,9 @@ from train.live.run_files import CONFIG, LOCK
 from train.run.process import OwnProcess
 from train.run.settings import checkpoint_bytes
 from train.sweeps.leaderboard import Leaderboard, Standing, table
-from train.sweeps.plan import PlannedRun, lanes, plan, read_sweep, rounds
+from train.sweeps.plan import PlannedRun, lanes, plan, rounds
 from train.sweeps.shared_process import train_side_by_side
+from train.sweeps.wanted_runs import wanted_runs
 
 RECORD = "sweep.json"
 _SECONDS = 1.0
@@ -45,8 +46,7 @@ def planned(
     file: Path | str, stores: Sequence[Path | str] = (), runs: Path | str = "runs", local: Local | None = None
 ) -> list[PlannedRun]:
     """Return the runs that `sweep` would train, without training any. Raises `UserError`."""
-    file = Path(file)
-    return plan(read_sweep(file), file, Path(runs) / file.stem, [Path(store) for store in stores], local)
+    return plan(wanted_runs(Path(file), [Path(store) for store in stores], Path(runs), local))
 
 
 def sweep(

@@ -113,8 +113,18 @@ function around(found, context) {
   return { before: found.tokens.slice(row + low, row + first), after: found.tokens.slice(row + first + length, row + high) };
 }
 
-/** A button that shows more of the sequence around the `nth` context of a latent, and less again. */
+/** Breaks a context's lines where the text does, or no longer: only its own text, not the values beside tokens. */
+function breakLines(paragraph, broken) {
+  const walk = document.createTreeWalker(paragraph, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const plain = walk.currentNode.data.replaceAll("↵\n", "↵");
+    walk.currentNode.data = broken ? plain.replaceAll("↵", "↵\n") : plain;
+  }
+}
+
+/** A button that shows more of the sequence around the `nth` context of a latent, on its own lines, and less again. */
 function longer(id, nth, paragraph) {
+  const told = h("span", { role: "status" });
   const button = h("button", { type: "button", class: "plain", "aria-expanded": "false" }, "more text");
   const beyond = (tokens) => tokens.map((word) =>
     h("span", { class: "token beyond", "data-token": words.ids[word], title: "beyond what is kept: not known whether it is active here" }, visible(text(word), LONG.context, false)));
@@ -130,9 +140,11 @@ function longer(id, nth, paragraph) {
       extra = [...beyond(before), ...beyond(after)];
       paragraph.prepend(...extra.slice(0, before.length));
       paragraph.append(...extra.slice(before.length));
-    }
+      told.textContent = ` · in grey: ${count(before.length)} tokens before and ${count(after.length)} after; what the latent does there is not kept`;
+    } else told.textContent = "";
+    breakLines(paragraph, !open);
     button.setAttribute("aria-expanded", String(!open));
     button.textContent = open ? "more text" : "less text";
   });
-  return button;
+  return [button, told];
 }
