@@ -38,8 +38,8 @@ PARTS = {
 COMMANDS: dict[str, list[str]] = {
     "checkpoints": ["STORE", "large"],
     "diversity": [
-        "narrow --arms baseline full --seeds 2 --jobs 1",
-        "given --store STORE --arms full --seeds 1 --jobs 1",
+        "narrow --arms baseline full --seeds 1 --jobs 1",
+        "given --store STORE --arms full --seeds 2 --jobs 1",
     ],
     "duplicates": ["report", "terms", "samples RUN"],
     "gpu": ["kernels", "step dense peers profile", "run", "harvest"],
