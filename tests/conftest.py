@@ -164,6 +164,15 @@ def browsed(tmp_path_factory: pytest.TempPathFactory) -> "Browsed":
     return browse(tmp_path_factory.mktemp("browser"))
 
 
+@pytest.fixture(scope="module")
+def one_browser() -> "Iterator[None]":
+    """One browser for all pages of a module."""
+    from tests import browser
+
+    with browser.one_browser():
+        yield
+
+
 @pytest.fixture
 def report(reported: Path) -> "Report":
     from tests.reports import read

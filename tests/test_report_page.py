@@ -17,7 +17,7 @@ from tests.runs import SMALL, rows
 from tests.stores import make_store
 from train.samples.parquet import paths
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_browser")]
 STEPS = 60
 HOSTILE = [
     "<script>document.title='run'</script>",
