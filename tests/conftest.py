@@ -41,18 +41,13 @@ os.environ |= {
     "TRITON_INTERPRET": "1",
 }
 
-
-def _do_not_wait(descriptor: int) -> None:
-    """In place of `os.fsync`. A file that is closed is an error, as there."""
-    os.fstat(descriptor)
-
-
-os.fsync = _do_not_wait  # type: ignore[assignment]
-
 import pytest  # noqa: E402
 
+from tests.forks import do_not_wait  # noqa: E402
 from tests.stores import SyntheticStore, make_store  # noqa: E402
 from train.model.kernels.sparse_ops import SparseOps, sparse_ops  # noqa: E402
+
+os.fsync = do_not_wait  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
