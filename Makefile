@@ -100,7 +100,7 @@ fuzz: $(DEV) ## Fuzz what opens stores and reads records, guided by coverage, AR
 lint: $(DEV) ## Lint, format check and type check
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
-	@$(BIN)/mypy
+	@$(BIN)/mypy --num-workers 2
 
 clean: ## Remove .venv and the tools' caches; stores and runs stay
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -3,8 +3,8 @@
     with open_page(path) as page:
         page.get_by_role("button", name="max").click()
 
-The page has no network. On leaving, whatever it printed as an error, threw, was refused by its content security policy
-or failed to load fails the test.
+The page has no network, and a context of its own. On leaving, whatever it printed as an error, threw, was refused by
+its content security policy or failed to load fails the test.
 """
 
 import os
@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--
 _INSTALL = "apt-get install -y --no-install-recommends chromium"
 _SECONDS = 200
 """Of an installation; pytest-timeout ends a test after 300."""
+_kept: list[Any] = []
+"""The browser that is started already, if one is."""
 
 
 @contextmanager
@@ -35,22 +37,20 @@ def open_page(
 
     Skips the test where there is no browser. A width below 600 is a phone with a touch screen.
     """
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    executable, wrong = chromium(), list[str]()
+    wrong = list[str]()
 
     def dismissed(dialog: Any) -> None:
         wrong.append(f"dialog: {dialog.message}")
         dialog.dismiss()
 
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=executable, args=ARGS)
+    with nullcontext(_kept[0]) if _kept else _launched() as browser:
+        context = browser.new_context(
+            viewport={"width": width, "height": height},
+            color_scheme="dark" if dark else "light",
+            has_touch=width < 600,
+            offline=True,
+        )
         try:
-            context = browser.new_context(
-                viewport={"width": width, "height": height},
-                color_scheme="dark" if dark else "light",
-                has_touch=width < 600,
-                offline=True,
-            )
             page = context.new_page()
             page.set_default_timeout(20_000)
             page.on("console", lambda m: wrong.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else 0)
@@ -60,9 +60,32 @@ def open_page(
             page.goto(path.resolve().as_uri() + fragment)
             yield page
         finally:
-            browser.close()
+            context.close()
     if wrong:
         raise AssertionError("\n".join(wrong))
+
+
+@contextmanager
+def one_browser() -> Iterator[None]:
+    """Start a browser once for all pages that are opened meanwhile. Playwright's event loop runs until it is left."""
+    with _launched() as browser:
+        _kept.append(browser)
+        try:
+            yield
+        finally:
+            _kept.clear()
+
+
+@contextmanager
+def _launched() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    executable = chromium()
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=executable, args=ARGS)
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 @cache

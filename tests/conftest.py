@@ -5,6 +5,10 @@ They are environment variables, set here before numpy or torch is imported, and 
 One thread for every pool, always. Sums are then taken in one order on every machine, so figures repeat, and tests that
 start several processes keep their cores: on two busy cores a second OpenMP thread made a 64 x 16 matrix product 1,500
 times slower (it waits by spinning) and a 2,048 x 256 one 2 times.
+
+Nothing waits for the disk in the tests' own process: a small harvest forces files and folders to it 573 times, and a
+power cut would end the tests, too. That they are forced, and in which order, is tested by the calls themselves
+(`test_durable.py`); what a power cut leaves, by processes that do wait (`faults/test_power.py`).
 """
 
 import os
@@ -39,9 +43,12 @@ os.environ |= {
 
 import pytest  # noqa: E402
 
+from tests.forks import do_not_wait  # noqa: E402
 from tests.stores import SyntheticStore, make_store  # noqa: E402
 from train.model.kernels.base import SparseOps  # noqa: E402
 from train.model.kernels.sparse_ops import sparse_ops  # noqa: E402
+
+os.fsync = do_not_wait  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,8 +61,20 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: a slip shows within seconds."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """Fast tests first: a slip shows within seconds. Then slow ones: what takes longest begins first, by modules.
+
+    So the last tests are short, and no worker goes on alone for long; a module's tests stay together for its fixtures.
+    """
+    longest: dict[Path, int] = {}
+    for item in items:
+        longest[item.path] = max(longest.get(item.path, 0), _seconds(item))
+    items.sort(key=lambda item: (_seconds(item) > 0, -longest[item.path] if _seconds(item) else 0))
+
+
+def _seconds(item: pytest.Item) -> int:
+    """About how long a slow test takes; 0 of one that is not slow."""
+    mark = item.get_closest_marker("slow")
+    return 0 if mark is None else mark.args[0] if mark.args else 5
 
 
 def pytest_unconfigure() -> None:
@@ -163,6 +182,15 @@ def browsed(tmp_path_factory: pytest.TempPathFactory) -> "Browsed":
     from tests.browsed import browse
 
     return browse(tmp_path_factory.mktemp("browser"))
+
+
+@pytest.fixture(scope="module")
+def one_browser() -> "Iterator[None]":
+    """One browser for all pages of a module."""
+    from tests import browser
+
+    with browser.one_browser():
+        yield
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 `Forks("torch", ...)` starts `python -m tests.forks torch ...`, which imports, reads requests, a JSON object per line,
 and answers each with how the process ended. Whatever such a process starts with `sys.executable` begins likewise. A
-process with several threads is not forked: what it starts is a new one.
+process with several threads is not forked: what it starts is a new one. None of the forks waits for the disk.
 """
 
 import atexit
@@ -94,6 +94,11 @@ class Fork(subprocess.Popen[Any]):
         super().__init__(args, **options)
 
 
+def do_not_wait(descriptor: int) -> None:
+    """In place of `os.fsync`; a file that is closed is an error as there."""
+    os.fstat(descriptor)
+
+
 def code_of(part: Callable[[], object]) -> int:
     """The exit code of a process that does `part`; what it raises is printed."""
     try:
@@ -175,7 +180,11 @@ def _serve(modules: Sequence[str]) -> None:
     tqdm.monitor_interval = 0  # or it begins a thread
     gc.collect()
     gc.freeze()  # so that collections in forks touch, and copy, only what is theirs
-    with patch.object(subprocess, "Popen", Fork), os.fdopen(os.dup(1), "w") as answers:
+    with (
+        patch.object(subprocess, "Popen", Fork),
+        patch.object(os, "fsync", do_not_wait),
+        os.fdopen(os.dup(1), "w") as answers,
+    ):
         os.dup2(2, 1)
         for request in sys.stdin:
             print(json.dumps(_run(json.loads(request))), file=answers, flush=True)

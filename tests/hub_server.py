@@ -12,12 +12,28 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+import pytest
+
 from tests.local_server import LocalServer, answer_json
 
 TOKEN = "hf_of_the_test"
 COMMIT = "0" * 40
 _LARGE = (".safetensors", "/0")
 """Ends of the names of tensors and of shards."""
+
+
+def reach(patch: pytest.MonkeyPatch, address: str, *, token: str = TOKEN, offline: bool = False) -> None:
+    """Have the hub's library, in this process, ask `address`: it takes that from the environment when it is imported.
+
+    Large files come by Git LFS: Xet, the hub's other protocol, is left to its own library.
+    """
+    from huggingface_hub import constants
+
+    url = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    values = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": url, "HF_HUB_OFFLINE": offline}
+    for name, value in {**values, "HF_HUB_DISABLE_XET": True}.items():
+        patch.setattr(constants, name, value)
+    patch.setenv("HF_TOKEN", token)
 
 
 class Hub(LocalServer):

@@ -1,11 +1,15 @@
 """A small run with a report, for tests of reports: its settings, how it is made, and what is read of it."""
 
+import contextlib
+import io
 import json
-import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
+from shared import command_line
 from tests.runs import SMALL
+from train.cli import main
 from train.report.report_record import Check, Report
 from train.report.verdict import verdict
 
@@ -26,9 +30,17 @@ OPTIONS = [
 
 
 def train(*arguments: object) -> None:
-    """Run `python -m train ARGUMENTS`."""
-    done = subprocess.run([sys.executable, "-m", "train", *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """Run `python -m train ARGUMENTS` in this process, which has imported what it needs."""
+    said = io.StringIO()
+    with (
+        patch.object(sys, "argv", ["train", *map(str, arguments)]),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(said),
+    ):
+        try:
+            command_line.run(main)
+        except SystemExit as stop:
+            assert not stop.code, said.getvalue()
 
 
 def read(run: Path) -> Report:

@@ -38,8 +38,8 @@ PARTS = {
 COMMANDS: dict[str, list[str]] = {
     "checkpoints": ["STORE", "large"],
     "diversity": [
-        "narrow --arms baseline full --seeds 2 --jobs 1",
-        "given --store STORE --arms full --seeds 1 --jobs 1",
+        "narrow --arms baseline full --seeds 1 --jobs 1",
+        "given --store STORE --arms full --seeds 2 --jobs 1",
     ],
     "duplicates": ["report", "terms", "samples RUN"],
     "gpu": ["kernels", "step dense peers profile", "run", "harvest"],
@@ -122,7 +122,7 @@ def test_documents_are_left_alone_where_benches_only_show_that_they_run(tmp_path
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"benchmarks.json", "benchmarks.md"}
 
 
-@pytest.mark.slow  # all of them, although many take less: what they fork takes longer to begin
+@pytest.mark.slow(20)  # all of them, although many take less: what they fork takes longer to begin
 @pytest.mark.parametrize(("name", "rest"), commands())
 def test_a_bench_runs(
     name: str, rest: list[str], forks: Forks, store: Path, tmp_path: Path, request: pytest.FixtureRequest

@@ -6,7 +6,7 @@ import pytest
 
 from tests.browser import open_page
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_browser")]
 
 
 def written(folder: Path, body: str) -> Path:

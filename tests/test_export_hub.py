@@ -5,17 +5,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
 import train as api
 from shared.errors import ProjectError
-from tests.hub_server import TOKEN, Hub
-from tests.runs import VALUES
+from tests.hub_server import TOKEN, Hub, reach
+from tests.runs import VALUES, Outcome
 from tests.stores import make_store
+
+Export = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +35,15 @@ def hub() -> Iterator[Hub]:
         yield served
 
 
-def export(run: Path, hub: Hub | str, *options: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own: the library takes the hub's address when it is imported."""
-    where = hub if isinstance(hub, str) else hub.address
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    line = [sys.executable, "-m", "train", "export", run, "--quiet", *options]
-    given: Mapping[str, str] = {"HF_ENDPOINT": where, "HF_TOKEN": TOKEN, "HF_HOME": str(run / "hf")} | environment
-    return subprocess.run(
-        [str(part) for part in line], env={**kept, **given}, capture_output=True, text=True, timeout=300
-    )
+@pytest.fixture
+def export(run: Path, hub: Hub, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> Export:
+    """The command in this process."""
+
+    def done(*options: object, address: str = hub.address, **reached: Any) -> Outcome:
+        reach(monkeypatch, address, **reached)
+        return command("export", run, "--quiet", *options)
+
+    return done
 
 
 def test_the_folder_for_the_hub_is_saelens_with_a_card_of_the_hub(run: Path, tmp_path: Path) -> None:
@@ -64,81 +67,92 @@ def test_a_card_says_that_the_licence_is_not_known_and_refuses_what_is_no_name(r
 
 
 @pytest.mark.parametrize("kind", ["hf", "sparsify"])
-def test_a_push_uploads_every_file_as_it_is(run: Path, hub: Hub, tmp_path: Path, kind: str) -> None:
-    done = export(run, hub, "--format", kind, "--out", tmp_path / "out", "--push", "someone/made", "--json")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+def test_a_push_uploads_every_file_as_it_is(export: Export, hub: Hub, tmp_path: Path, kind: str) -> None:
+    done = export("--format", kind, "--out", tmp_path / "out", "--push", "someone/made", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
     assert told["url"] == f"{hub.address}/someone/made" and told["path"] == str(tmp_path / "out")
     assert hub.files["someone/made"] == {one.name: one.read_bytes() for one in (tmp_path / "out").iterdir()}
     assert (hub.made[0]["name"], hub.made[0].get("private")) == ("made", None)
 
 
+def test_the_environment_says_where_the_hub_is(run: Path, hub: Hub, tmp_path: Path) -> None:
+    """In a process of its own."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    given = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}
+    line = ("--format", "hf", "--out", tmp_path / "out", "--push", "someone/made", "--quiet")
+    command = [sys.executable, "-m", "train", "export", str(run), *map(str, line)]
+    done = subprocess.run(command, env=kept | given, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert hub.files["someone/made"] == {one.name: one.read_bytes() for one in (tmp_path / "out").iterdir()}
+
+
 @pytest.mark.parametrize("part", [0, 1000])
-def test_large_files_are_pushed_whole_or_in_parts(run: Path, hub: Hub, tmp_path: Path, part: int) -> None:
-    """By Git LFS, as the hub asks for files of tensors; Xet, its other protocol, is left to its own library."""
+def test_large_files_are_pushed_whole_or_in_parts(export: Export, hub: Hub, tmp_path: Path, part: int) -> None:
+    """By Git LFS, as the hub asks for files of tensors."""
     hub.large = part
     line = ("--format", "hf", "--out", tmp_path / "out", "--push", "someone/made")
-    done = export(run, hub, *line, HF_HUB_DISABLE_XET="1")
-    assert done.returncode == 0, done.stderr
+    done = export(*line)
+    assert done.code == 0, done.err
     assert hub.files["someone/made"] == {one.name: one.read_bytes() for one in (tmp_path / "out").iterdir()}
     weights = hashlib.sha256((tmp_path / "out" / "sae_weights.safetensors").read_bytes()).hexdigest()
     assert hub.verified == set(hub.blobs) == {weights}
 
 
-def test_a_large_file_that_is_refused_is_one_line(run: Path, hub: Hub, tmp_path: Path) -> None:
+def test_a_large_file_that_is_refused_is_one_line(export: Export, hub: Hub, tmp_path: Path) -> None:
     hub.large, hub.refusal = 0, 403
     line = ("--format", "hf", "--out", tmp_path / "out", "--push", "someone/made")
-    done = export(run, hub, *line, HF_HUB_DISABLE_XET="1")
-    assert done.returncode == 1 and "the hub answered 403: the token may not write there" in done.stderr, done.stderr
-    assert len(done.stderr.splitlines()) == 1 and "someone/made" not in hub.files
+    done = export(*line)
+    assert done.code == 1 and "the hub answered 403: the token may not write there" in done.err, done.err
+    assert len(done.err.splitlines()) == 1 and "someone/made" not in hub.files
 
 
-def test_a_repository_is_made_private_when_asked_for(run: Path, hub: Hub, tmp_path: Path) -> None:
-    done = export(run, hub, "--format", "hf", "--out", tmp_path / "out", "--push", "someone/made", "--private")
-    assert done.returncode == 0, done.stderr
+def test_a_repository_is_made_private_when_asked_for(export: Export, hub: Hub, tmp_path: Path) -> None:
+    done = export("--format", "hf", "--out", tmp_path / "out", "--push", "someone/made", "--private")
+    assert done.code == 0, done.err
     assert hub.made[0].get("private") is True or hub.made[0].get("visibility") == "private"
-    assert done.stdout.splitlines() == [f"{hub.address}/someone/made", str(tmp_path / "out")]
+    assert done.out.splitlines() == [f"{hub.address}/someone/made", str(tmp_path / "out")]
 
 
 @pytest.mark.parametrize(
-    ("options", "environment", "told"),
+    ("options", "reached", "told"),
     [
-        (("--push", "someone/made"), {"HF_TOKEN": ""}, "--push needs a token"),
+        (("--push", "someone/made"), {"token": ""}, "--push needs a token"),
         (("--push", "made"), {}, "expected OWNER/NAME"),
         (("--push", "a/b/c"), {}, "expected OWNER/NAME"),
         (("--private",), {}, "--private is for --push"),
     ],
 )
 def test_what_a_push_lacks_is_said_before_anything_is_written(
-    run: Path, hub: Hub, tmp_path: Path, options: tuple[str, ...], environment: dict[str, str], told: str
+    export: Export, hub: Hub, tmp_path: Path, options: tuple[str, ...], reached: dict[str, Any], told: str
 ) -> None:
-    done = export(run, hub, "--format", "hf", "--out", tmp_path / "out", *options, **environment)
-    assert done.returncode == 2 and told in done.stderr, done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+    done = export("--format", "hf", "--out", tmp_path / "out", *options, **reached)
+    assert done.code == 2 and told in done.err, done.err
+    assert len(done.err.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "environment", "told"),
+    ("name", "reached", "told"),
     [
-        ("someone/made", {"HF_TOKEN": "hf_wrong"}, "the hub answered 401: the token is not valid"),
+        ("someone/made", {"token": "hf_wrong"}, "the hub answered 401: the token is not valid"),
         ("nobody/made", {}, "the hub answered 404: no such owner"),
-        ("someone/made", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub is out of reach"),
-        ("someone/made", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        ("someone/made", {"address": "http://127.0.0.1:9"}, "the hub is out of reach"),
+        ("someone/made", {"offline": True}, "HF_HUB_OFFLINE is set"),
     ],
 )
 def test_a_push_that_fails_is_one_line_and_loses_nothing(
-    run: Path, hub: Hub, tmp_path: Path, name: str, environment: dict[str, str], told: str
+    export: Export, hub: Hub, tmp_path: Path, name: str, reached: dict[str, Any], told: str
 ) -> None:
     out = tmp_path / "out"
-    done = export(run, hub, "--format", "hf", "--out", out, "--push", name, **environment)
-    assert done.returncode == 1 and told in done.stderr, done.stderr
-    assert f"{out} is whole; then upload it with: hf upload {name} {out}" in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    done = export("--format", "hf", "--out", out, "--push", name, **reached)
+    assert done.code == 1 and told in done.err, done.err
+    assert f"{out} is whole; then upload it with: hf upload {name} {out}" in done.err
+    assert len(done.err.splitlines()) == 1, done.err
     assert {one.name for one in out.iterdir()} == {"README.md", "cfg.json", "sae_weights.safetensors"}
     assert not hub.files
 
 
-def test_a_commit_that_is_refused_is_one_line(run: Path, hub: Hub, tmp_path: Path) -> None:
+def test_a_commit_that_is_refused_is_one_line(export: Export, hub: Hub, tmp_path: Path) -> None:
     hub.refusal = 403
-    done = export(run, hub, "--format", "hf", "--out", tmp_path / "out", "--push", "someone/made")
-    assert done.returncode == 1 and "the hub answered 403: the token may not write there" in done.stderr, done.stderr
+    done = export("--format", "hf", "--out", tmp_path / "out", "--push", "someone/made")
+    assert done.code == 1 and "the hub answered 403: the token may not write there" in done.err, done.err

@@ -57,7 +57,7 @@ def test_a_result_that_has_no_room_is_an_error(pristine: SyntheticStore) -> None
     assert done.returncode == 1 and "No space left on device" in done.stderr
 
 
-@pytest.mark.parametrize("gone", ["stderr", "both"])
+@pytest.mark.parametrize("gone", [pytest.param("stderr", marks=pytest.mark.exhaustive), "both"])
 def test_a_pipe_that_nobody_reads(pristine: SyntheticStore, tmp_path: Path, gone: str) -> None:
     read, write = os.pipe()
     os.close(read)

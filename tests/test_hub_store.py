@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.hub_server import TOKEN, Hub
+from tests.hub_server import TOKEN, Hub, reach
 from tests.llms import ROOT, Outcome, command, contents
 from tests.object_server import Bucket
 from tests.stores import SyntheticStore, make_store, stock_rows
@@ -59,15 +59,7 @@ def begin(hub: Hub, *line: object, limit: Sequence[str] = (), **environment: str
 @pytest.fixture
 def here(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Runs the command in this process, for what needs no kill."""
-    from huggingface_hub import constants
-
-    where = {
-        "ENDPOINT": hub.address,
-        "HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
-    }
-    for name, value in (where | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}).items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    reach(monkeypatch, hub.address)
     return lambda *line: command(*line, "--quiet")
 
 

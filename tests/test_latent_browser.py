@@ -16,6 +16,8 @@ from train.report import browser
 from train.report.browser import browser_files
 from train.report.latent_labels import LatentLabel, merge_labels
 
+pytestmark = pytest.mark.usefixtures("one_browser")
+
 
 def rows_of(page) -> list[int]:
     return [int(text) for text in page.locator("#rows th a").all_inner_texts()]

@@ -241,7 +241,7 @@ def test_commands_read_a_run_in_shards_as_any_other(command, pristine: Synthetic
 
 
 @pytest.mark.fault(62)
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_processes_train_the_run_of_one_and_others_carry_it_on(
     command, pristine: SyntheticStore, tmp_path: Path
 ) -> None:

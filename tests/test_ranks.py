@@ -36,7 +36,7 @@ def launch(processes: int, line: list[object]) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.fault(62)
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_processes_share_a_harvest_and_others_carry_it_on(tmp_path: Path) -> None:
     model = make_gemma(tmp_path / "model")
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": one} for one in texts(400)])

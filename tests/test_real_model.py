@@ -70,7 +70,7 @@ def real(request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.slow(300)
 @pytest.mark.timeout(1800)
 def test_a_real_model_is_harvested_and_trained_on(real: Path, command: Callable[..., Outcome], tmp_path: Path) -> None:
     given = ["--model", real / "model", "--text", real / "text.jsonl", "--layer", 15, "--tokens", 32_768]

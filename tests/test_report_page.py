@@ -17,7 +17,7 @@ from tests.runs import SMALL, rows
 from tests.stores import make_store
 from train.samples.parquet import paths
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_browser")]
 STEPS = 60
 HOSTILE = [
     "<script>document.title='run'</script>",
@@ -192,8 +192,15 @@ def test_text_of_the_corpus_runs_nothing_and_breaks_nothing(page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-@pytest.mark.parametrize("name", ["report.html", "../compare.html"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize(
+    ("width", "name"),
+    [
+        (360, "report.html"),
+        (1280, "../compare.html"),
+        pytest.param(1280, "report.html", marks=pytest.mark.exhaustive),
+        pytest.param(360, "../compare.html", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_phone_and_the_dark(reported: Path, name: str, width: int) -> None:
     with open_page(reported / name, width=width, dark=True) as page:
         drawn(page)

@@ -82,7 +82,7 @@ def arguments(store: SyntheticStore, runs: Path, *more: object) -> list[object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("columns", [60, pytest.param(80, marks=pytest.mark.exhaustive)])
 def test_a_run_draws_one_panel_and_loses_no_warning(store: SyntheticStore, tmp_path: Path, columns: int) -> None:
     options = arguments(store, tmp_path, "--steps", 600, "--set", "checkpoint.every=200")
     code, written = on_terminal(["-c", PLANTED, *options], columns)

@@ -86,14 +86,19 @@ def test_the_cadence_of_rows_and_what_they_hold(command, store: SyntheticStore, 
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rows")]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
+@pytest.mark.parametrize("samples", [0, pytest.param(512, marks=pytest.mark.exhaustive)])
 def test_the_process_that_compiles_the_loops_gets_what_those_that_load_them_get(
-    store: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int
 ) -> None:
-    """Compiled code and what is kept of it on disk are optimized apart, so they may fuse other products with sums."""
+    """Compiled code and what is kept of it on disk are optimized apart, so they may fuse other products with sums.
+
+    Samples are taken by loops of their own, which hardly compute.
+    """
+    line = ("run", "--store", store.path, "--runs", tmp_path, "--steps", 40, *SMALL, *CADENCE)
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "loops"))
     for name in ("compiles", "loads"):
-        run = popen("run", "--store", store.path, "--runs", tmp_path, "--name", name, "--steps", 40, *SMALL, *CADENCE)
+        run = popen(*line, "--set", f"samples.rows={samples}", "--name", name)
         _, err = run.communicate(timeout=280)
         assert run.returncode == 0, err
     assert any((tmp_path / "loops").rglob("numba_loops.adam-*.nbi"))
@@ -443,7 +448,7 @@ def test_a_source_that_is_not_finite_stops_the_run_and_names_its_rows(
     assert not checkpoint.steps(tmp_path / "runs" / "tiny-001")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_the_gemma_preset_trains_at_its_full_width(command, tmp_path: Path) -> None:
     """d 2,304, d_sae 18,432, k 48, as the preset says, on three small blocks."""
     made = make_store(tmp_path / "store", d_in=2304, d_out=2304, training_blocks=1)

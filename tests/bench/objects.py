@@ -22,9 +22,10 @@ from typing import Any
 from shared.files.disk_usage import size_of
 from shared.files.object_store import CONNECTIONS, Objects
 from shared.store.layout import STORE
-from tests.bench.record import record, run, sized
+from tests.bench.record import SMOKE, record, run, sized
 from tests.folder_server import FolderServer
 from tests.object_server import SETTINGS
+from tests.runs import SETS
 
 _SHARE = 4
 """The folder of the last run has room for so much less than the store."""
@@ -50,7 +51,8 @@ def main() -> None:
             figures |= _alone()
             server.late = _LATE
             bound = size_of(store) // _SHARE
-            _train(server, Path(folder), "warm-up", store, sized(4, 1))
+            if not SMOKE:
+                _train(server, Path(folder), "warm-up", store, 4)
             figures |= _train(server, Path(folder), "local store", store, options.steps)
             figures |= _train(server, Path(folder), "room for all", _ADDRESS, options.steps)
             figures |= _train(server, Path(folder), "room for a fourth", _ADDRESS, options.steps, bound)
@@ -73,6 +75,7 @@ def _train(
     local = folder / name.replace(" ", "-")
     local.mkdir()
     line = ["--store", store, "--runs", folder / "runs", "--name", local.name, "--steps", steps, "--quiet"]
+    line += sized([], SETS)
     away = ["--local-folder", local] if isinstance(store, str) else []
     bounded = ["--local-bytes", bound] if bound else []
     asked, sent = server.requests, server.sent

@@ -72,10 +72,13 @@ def run(*command: object) -> Finished:
     began = time.monotonic()
     process = subprocess.Popen(text, stdout=subprocess.PIPE, cwd=ROOT, text=True)
     assert process.stdout is not None
-    looks = [0.0]
-    threading.Thread(target=_look, args=(process, looks), daemon=True).start()
+    looks, ended = [0.0], threading.Event()
+    looking = threading.Thread(target=_look, args=(process.pid, looks, ended), daemon=True)
+    looking.start()
     out = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
+    ended.set()
+    looking.join()  # a process with another thread is not forked, and tests would start the next one from nothing
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(text)} failed with exit code {process.returncode}")
@@ -83,16 +86,16 @@ def run(*command: object) -> Finished:
     return Finished(out, seconds, cpu, usage.ru_maxrss / 1024, max(looks))
 
 
-def _look(process: "subprocess.Popen[str]", found: list[float]) -> None:
+def _look(pid: int, found: list[float], ended: threading.Event) -> None:
     """Note the anonymous memory of a process, in MiB, until it has ended."""
-    status = Path(f"/proc/{process.pid}/status")
-    while process.returncode is None:
+    status = Path(f"/proc/{pid}/status")
+    while not ended.is_set():
         try:
             lines = status.read_text().splitlines()
         except OSError:  # it has ended, or this system has no such file
             return
         found += [int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:")]
-        time.sleep(0.2)
+        ended.wait(0.2)
 
 
 def machine() -> str:

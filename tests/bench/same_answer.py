@@ -114,7 +114,8 @@ def peers(options: argparse.Namespace) -> Figures:
             environment(name.split()[0])
     rows = SameRows(options)
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = list(pool.map(lambda name: measure(rows, name, options), options.trainers))
+        at_once = pool.map if options.jobs > 1 else map
+        found = list(at_once(lambda name: measure(rows, name, options), options.trainers))
     figures: Figures = {name: value for told, _ in found for name, value in told.items()}
     best = {name: results for name, (_, results) in zip(options.trainers, found, strict=True)}
     for own in (name for name in best if name in OURS):

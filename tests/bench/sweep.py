@@ -17,7 +17,7 @@ SETTINGS = sized(
     {"steps": STEPS, "rows.seed": 0},
     {"steps": STEPS, "rows.seed": 0, "transcoder.d_sae": 64, "rows.batch_rows": 48, "samples.rows": 500},
 )
-GRID = {"activation.k": sized([16, 32, 48], [4, 5, 6]), "seed": [0, 1]}
+GRID = {"activation.k": sized([16, 32, 48], [4, 5, 6]), "seed": sized([0, 1], [0])}
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shared.store.store import Store
-from tests.llms import BLOCK_TOKENS, Line, command, edit_json, refused, start
+from tests.llms import BLOCK_TOKENS, Line, command, edit_json, refused
 
 MODULES = ("configuration_theirs", "modeling_theirs", "tokenization_theirs")
 
@@ -46,10 +46,8 @@ def test_the_modules_would_leave_their_mark(theirs: Path, marker: Path) -> None:
 
 @pytest.mark.fault(27)
 def test_a_model_that_brings_code_is_run_without_it(small: Line, theirs: Path, tmp_path: Path, marker: Path) -> None:
-    process = start(*small(tmp_path / "cache", model=theirs, tokens=BLOCK_TOKENS))
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    assert Store.open(Path(out.splitlines()[-1])).record.blocks == 3
+    found = command(*small(tmp_path / "cache", model=theirs, tokens=BLOCK_TOKENS))
+    assert Store.open(found.store).record.blocks == 3
     assert not marker.exists()
 
 

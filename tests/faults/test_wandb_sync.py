@@ -26,7 +26,7 @@ from train.wandb_sync import sync as process
 from train.wandb_sync.sync import FOLDER, LOG, marked, unsent
 
 SmallDisk = Callable[[str, int], tuple["subprocess.Popen[str]", Path]]
-pytestmark = [pytest.mark.slow, pytest.mark.fault(13)]
+pytestmark = [pytest.mark.slow(20), pytest.mark.fault(13)]
 
 STEPS = 200
 OPTIONS = ("--steps", STEPS, *SMALL, "--set", "log_every=5", "--set", "evaluation.every=100",

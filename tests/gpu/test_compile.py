@@ -24,7 +24,7 @@ HELPERS = {"_key", "_view", "_load", "_pick", "_digits", "_order", "row_at", "ro
 """What kernels call."""
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 @pytest.mark.parametrize(
     "capabilities", [CAPABILITIES[-1:], pytest.param(CAPABILITIES[:-1], marks=pytest.mark.exhaustive)], ids=str
 )

@@ -63,7 +63,7 @@ def start(command, store: SyntheticStore, runs: Path, *assignments: str) -> Outc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.exhaustive), "cuda:1"])
 def test_every_command_runs_without_a_device_fault(command, small_store, tmp_path: Path, device: str) -> None:
     with fake_cuda() as log:
         done = start(command, small_store, tmp_path, f"device={device}")

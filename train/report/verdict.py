@@ -217,9 +217,7 @@ def _strata(report: Report) -> Iterator[Check]:
     if len(fvus) > 1 and report.held_out.fvu > 0:
         name, fvu = max(fvus.items(), key=lambda item: item[1])
         ratio = fvu / report.held_out.fvu
-        said = (
-            f"Positions {positions(name)} are explained worst: fvu {fvu:.4f}, {ratio:.2f} times that of all positions."
-        )
+        said = f"Positions {positions(name)} are explained worst: fvu {fvu:.4f}, {ratio:.2f} times the overall fvu."
         yield _check("strata", said, ratio, 1.5, 4.0, "strata")
 
 
