@@ -37,14 +37,17 @@ def prefix_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
 
 
 def auxk_term(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, residual: Tensor, dead: Tensor, k: int) -> Tensor:
-    """Dead latents' largest pre-activations, negative ones too, predict the residual, which is a constant here."""
+    """Dead latents' largest pre-activations, negative ones too, predict the residual, which is a constant here.
+
+    The term grows with the dead latents until there are `k`.
+    """
     residual = residual.detach()
     pre_acts = x @ W_enc[:, dead] + b_enc[dead]
     chosen = torch.zeros_like(pre_acts)
     for row in range(len(x)):
         chosen[row, pre_acts[row].argsort(descending=True)[:k]] = 1
     predicted = (pre_acts * chosen) @ W_dec[dead]
-    return ((predicted - residual) ** 2).sum() / (residual**2).sum()
+    return min(len(dead) / k, 1) * ((predicted - residual) ** 2).sum() / (residual**2).sum()
 
 
 def fvu(target: Tensor, reconstruction: Tensor) -> float:

@@ -148,13 +148,13 @@ def test_saved_moments_continue_bit_for_bit(kind: type) -> None:
 
 
 def test_the_learning_rate_follows_the_width_and_warm_ups_the_run() -> None:
-    for d_in, lr in ((128, 4e-3), (576, 4e-3), (2304, 2e-3)):
+    for d_in, lr in ((128, 5.6e-3), (576, 5.6e-3), (2304, 1.4e-3)):
         found = OptimizerConfig(lr="auto", warmup_share=0.02).resolve(5000, d_in, unit_decoder=True)
         assert found.lr == pytest.approx(lr, rel=1e-2) and found.warmup_steps == 100
     assert found.resolve(5000, 128, unit_decoder=True) == found  # what is resolved stays
     free = OptimizerConfig(lr="auto", decoder_rate="auto").resolve(10, 128, unit_decoder=False)
     unit = OptimizerConfig(lr="auto", decoder_rate="auto").resolve(10, 128, unit_decoder=True)
-    assert (free.lr, free.decoder_rate, unit.lr, unit.decoder_rate) == (4e-3, 1.0, 4e-3, 4.0)
+    assert (free.lr, free.decoder_rate, unit.lr, unit.decoder_rate) == (5.6e-3, 1.0, 5.6e-3, 4.0)
     given = OptimizerConfig(lr=1e-3, warmup_steps=7, warmup_share=0.5).resolve(10, 4, unit_decoder=True)
     assert (given.lr, given.warmup_steps) == (1e-3, 7)
     with pytest.raises(UserError, match="optimizer.warmup_steps = 11, and the run has 10 steps"):

@@ -457,7 +457,7 @@ def test_advice_is_of_the_runs_own_numbers(synthetic: SyntheticStore) -> None:
     config = resolve(store, load_settings("base", changes), None)
     rows = sum(part.source.rows for part in store.strata.values()) * len(config.training_blocks) // store.record.blocks
     lr, k, d_sae, steps, _ = advice(config, store)
-    assert lr.startswith("optimizer.lr: 0.004 here") and "; 16 was not measured (" in lr
+    assert lr.startswith("optimizer.lr: 0.0056 here") and "; 16 was not measured (" in lr
     assert k.startswith("activation.k: 6 ") and d_sae.startswith("transcoder.d_sae: 64, 4 times the width")
     assert f"steps: 100 read each of {rows:,} training rows {100 * 48 / rows:.2g} times" in steps
     assert ("twice as much text" in steps) == (2 * rows < 100 * 48)

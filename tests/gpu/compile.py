@@ -160,7 +160,7 @@ def _launch_step(width: int, prefixes: int) -> None:
     W_enc, b_enc = torch.zeros(F, width).T.requires_grad_(), torch.zeros(F, requires_grad=True)
     W_dec, norms = torch.zeros(F, width, requires_grad=True), dict[str, Noted]()
     active = SparseLatents.of(of_row, latents, torch.ones(len(of_row)), torch.Size((rows, F)))
-    auxk = AuxK(dead, every, 1.0, torch.ones(()))
+    auxk = AuxK(dead, every, 1.0, 64, torch.ones(()))
     plan = Plan(Groups(group, prefixes, weight), True, norms, unit=True, auxk=auxk)
     loss, values, left, joined = pairs_loss(x, W_enc, b_enc, W_dec, bias, x, active, plan)
     pair_loss(joined, W_dec, partners(first, first + 1, F), group, dead, (0.3, 0.7), 1.0)

@@ -48,7 +48,7 @@ def joined_losses(
         if number is None:
             number = torch.full((), step, dtype=torch.int64, device=x.device)
         every = triton_sums.Every(auxk.row_stride, number)
-        auxk_of = triton_step.AuxK(dead, every, auxk.coefficient, y.new_empty(()))
+        auxk_of = triton_step.AuxK(dead, every, auxk.coefficient, auxk.k, y.new_empty(()))
     plan = triton_step.Plan(groups, model.tf32, norms, model.has_unit_decoder, auxk=auxk_of)
     loss, values, left, joined = triton_step.pairs_loss(x, *weights, model.linear_part(x), y, active, plan)
     terms = {"reconstruction": loss}

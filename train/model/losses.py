@@ -17,7 +17,8 @@ class AuxKConfig(Config):
     coefficient: float = Field(1 / 32, ge=0)
     """Weight of the term in the loss; 0 switches it off."""
     k: int = Field(64, ge=1)
-    """Number of dead latents per row that predict the residual."""
+    """Number of dead latents per row that predict the residual. While fewer are dead, the term weighs less in
+    proportion."""
     row_stride: int = Field(4, ge=1)
     """The term uses one row in this many of a batch; which ones changes from step to step."""
     dead_after_tokens: int | None = Field(None, ge=1)
@@ -68,9 +69,13 @@ def matryoshka_weight(rows: int, prefixes: int, d_out: int) -> float:
 def auxk_weight(
     residual: Tensor,  # [B, O] target - reconstruction, detached
     dead: Tensor,  # [F] bool
+    k: int,
 ) -> Tensor:  # []
     """Return what a squared error of predicting the residual from dead latents weighs in the auxiliary loss.
 
-    The loss is that error relative to the residual; 0 when no latent is dead.
+    The loss is that error relative to the residual. With fewer dead latents than `k`, it is scaled down by their number
+    over `k`, as in sparsify and SAELens: a few latents cannot predict the residual, and would take large steps in vain.
+    It is 0 when no latent is dead.
     """
-    return dead.any() / residual.square().sum().clamp_min(torch.finfo(residual.dtype).tiny)
+    share = (dead.sum(dtype=residual.dtype) / k).clamp_max(1)
+    return share / residual.square().sum().clamp_min(torch.finfo(residual.dtype).tiny)

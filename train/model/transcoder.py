@@ -454,9 +454,8 @@ class Transcoder(nn.Module):
             active = self._ops.row_topk(pre_acts, config.k, dead)
         values = self._ops.encode(x, self.W_enc, self.b_enc, active, again=self.tf32).where(dead[active.latents], 0.0)
         nothing = torch.zeros_like(residual[:1])
-        groups = Groups(
-            torch.zeros_like(self.group), 1, config.coefficient * auxk_weight(residual, dead), (self.d_sae,)
-        )
+        weight = config.coefficient * auxk_weight(residual, dead, config.k)
+        groups = Groups(torch.zeros_like(self.group), 1, weight, (self.d_sae,))
         return self._ops.prefix_loss(values, self.W_dec, nothing, residual, active, groups)[0]
 
 

@@ -224,7 +224,7 @@ class ShardedTranscoder:
         counts = [len(active.values) for active in own]
         selected = Selected(own, list(torch.arange(len(flat), device=flat.device).split(counts)))
         values = _Encode.apply(self.whole.b_dec, self, x, selected, flat)
-        weight = (config.coefficient * auxk_weight(residual, dead)).view(1)
+        weight = (config.coefficient * auxk_weight(residual, dead, config.k)).view(1)
         return _PrefixLoss.apply(values, torch.zeros_like(residual[:1]), self, residual, selected, weight)[0]
 
     def decoded(self, values: Tensor, selected: Selected, prefixes: int) -> Tensor:  # [B, P, O]

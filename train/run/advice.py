@@ -3,8 +3,8 @@
 from shared.store.store import Store
 from train.run.settings import RunConfig
 
-MEASURED_WIDTHS = 128, 576
-"""Widths that the learning rate was measured at (docs/decisions/010-recipe.md)."""
+_MEASURED_WIDTH = 576
+"""Width of rows at which the learning rate was measured (docs/decisions/010-recipe.md)."""
 _READ_AGAIN = 2
 """Passes over the training rows up to which more text was worth little (docs/training.md, `How much ...`)."""
 
@@ -15,12 +15,11 @@ def advice(config: RunConfig, store: Store) -> list[str]:
     settings = config.settings
     k, d_sae, d_in = settings.activation.expected_l0, settings.transcoder.d_sae, config.d_in
     assert isinstance(d_sae, int)
-    lowest, highest = MEASURED_WIDTHS
-    known = "was best at widths of 128 and 576 (3,000 steps; for 1,000 steps 0.008 was)"
-    if d_in < lowest:
+    known = f"was best at a width of {_MEASURED_WIDTH} (3,000 steps; for 1,000 steps 0.008 was)"
+    if d_in != _MEASURED_WIDTH:
         known += f"; {d_in:,} was not measured"
-    elif d_in > highest:
-        known += f"; {d_in:,} was not measured, and wider rows need less: also try a half and a quarter"
+    if d_in > _MEASURED_WIDTH:
+        known += ", and wider rows need less: also try a half"
     passes = settings.steps * settings.rows.batch_rows / max(rows, 1)
     more = (
         "twice as much text lowered fvu by 5 % (65,000 to 720,000 rows, read 23 to 2 times)"
@@ -28,7 +27,7 @@ def advice(config: RunConfig, store: Store) -> list[str]:
         else "more text would gain little"
     )
     lines = [
-        f"optimizer.lr: {settings.optimizer.lr:g} here; 0.004 {known} (docs/decisions/010-recipe.md)",
+        f"optimizer.lr: {settings.optimizer.lr:g} here; 0.0056 {known} (docs/decisions/010-recipe.md)",
         f"transcoder.d_sae: {d_sae:,}, {d_sae / d_in:.3g} times the width; doubling it lowered fvu by 6 % "
         "(1,024 to 8,192 at width 576)",
         f"steps: {settings.steps:,} read each of {rows:,} training rows {passes:.2g} times; {more}; doubling the steps "

@@ -23,15 +23,15 @@ _VECTORS = ("b_enc", "b_dec")
 """Parameters whose gradients the kernel that clips squares itself"""
 _OF_ALL = ("W_dec", "b_dec", "W_enc", "b_enc")
 """Parameters of every transcoder, which one kernel moves"""
-_LR, _LR_WIDTH, _DECODER_RATE = 4e-3, 576, 4.0
+_LR, _LR_WIDTH, _DECODER_RATE = 5.6e-3, 576, 4.0
 
 
 class OptimizerConfig(Config):
     """Adam (Kingma and Ba 2015) with linear warm-up and a linear decay to zero."""
 
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = 3e-4
-    """Learning rate between warm-up and decay. `auto`: 0.004 for d_in up to 576, where it was measured; above that
-    0.004 * sqrt(576 / d_in), which was not measured (decisions/010)."""
+    """Learning rate between warm-up and decay. `auto`: 0.0056 for d_in up to 576, where it was measured; above that
+    0.0056 * 576 / d_in, which was not measured (decisions/010)."""
     decoder_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
     """The learning rate of `W_dec` divided by `lr`. Decoder rows of norm 1 train best at 4 to 8 times the encoder's
     rate (decisions/010). `auto`: 4 for norm 1, and 1 for free norms."""
@@ -53,7 +53,7 @@ class OptimizerConfig(Config):
     def resolve(self, steps: int, d_in: int, unit_decoder: bool) -> "OptimizerConfig":
         """Return the same with numbers, for a run of so many steps. Raises `UserError` when they do not fit."""
         warmup = warmup_steps("optimizer.warmup", self.warmup_steps, self.warmup_share, steps)
-        lr = float(f"{_LR * min(1.0, _LR_WIDTH / d_in) ** 0.5:.3g}") if self.lr == "auto" else self.lr
+        lr = float(f"{_LR * min(1.0, _LR_WIDTH / d_in):.3g}") if self.lr == "auto" else self.lr
         rate = self.decoder_rate
         if rate == "auto":
             rate = _DECODER_RATE if unit_decoder else 1.0

@@ -61,6 +61,8 @@ class AuxK(NamedTuple):
     every: Every
     """Which rows take part"""
     coefficient: float
+    k: int
+    """Dead latents of a row that take part; the term weighs less in proportion while fewer are dead."""
     weight: Tensor
     """[] where the coefficient over the squared errors of these rows under the last prefix is written; 0: none dead"""
 
@@ -108,12 +110,12 @@ def _weighed(figures: Tensor, weight: Tensor, auxk: AuxK | None) -> Tensor:
     out, prefixes, tiny = figures.new_empty(()), figures.shape[1] - 2, torch.finfo(figures.dtype).tiny
     sizes = (len(figures), prefixes, weight.dim())
     if auxk is None:
-        launch(_weigh, (1,), figures, weight, out, figures, figures, out, *sizes, 0, 1, 0.0, tiny,
+        launch(_weigh, (1,), figures, weight, out, figures, figures, out, *sizes, 0, 1, 0.0, 1, tiny,
                AUXK=False, BLOCK=_SUMMED)  # fmt: skip
         return out
     dead, every = auxk.dead.view(torch.uint8), auxk.every
     launch(_weigh, (1,), figures, weight, out, dead, every.number, auxk.weight, *sizes, len(dead), every.step,
-           auxk.coefficient, tiny, AUXK=True, BLOCK=_SUMMED)  # fmt: skip
+           auxk.coefficient, auxk.k, tiny, AUXK=True, BLOCK=_SUMMED)  # fmt: skip
     return out
 
 
@@ -220,6 +222,7 @@ def _weigh(
     latents,
     every,
     coefficient,
+    k,
     tiny,
     AUXK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -238,9 +241,9 @@ def _weigh(
             residual += tl.where((p == prefixes - 1) & (row % every == first), error, 0.0)
     tl.store(out, tl.sum(total, 0))
     if AUXK:
-        some = tl.zeros([BLOCK], tl.int32)
+        count = tl.zeros([BLOCK], tl.int32)
         for low in range(0, latents, BLOCK):
             latent = low + tl.arange(0, BLOCK)
-            some |= tl.load(dead + latent, mask=latent < latents, other=0).to(tl.int32)
+            count += tl.load(dead + latent, mask=latent < latents, other=0).to(tl.int32)
         weight = coefficient / tl.maximum(tl.sum(residual, 0), tiny)
-        tl.store(auxk_weight, tl.where(tl.max(some, 0) > 0, weight, 0.0))
+        tl.store(auxk_weight, weight * tl.minimum(tl.sum(count, 0), k) / k)
