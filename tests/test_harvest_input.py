@@ -66,7 +66,10 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[Any], parts: list
         (["--set", "text.column=body"], ["no column 'body'", "text"]),
         (["--set", "text.column=body", "--set", "text.kind=text"], ["no column 'body'", "its columns: text"]),
         (["--set", "text.split=test"], ["text.split = test has no meaning for local text files"]),
-        (["--set", "text.name=embedded", "--set", "text.kind=text"], ["text.kind", "nothing for the embedded text"]),
+        (
+            ["--set", "text.name=embedded", "--set", "text.kind=text"],
+            ["text.kind", "has no meaning for the embedded text"],
+        ),
         (["--set", "model.revision=main"], ["model.revision = main has no meaning for a local model"]),
         (["--tokens", 10**15], ["no room", "bytes", "--force"]),
         (["--set", "store.held_out_blocks=99"], ["text.jsonl", "99 held-out blocks", "tokens"]),

@@ -215,7 +215,8 @@ def test_commands_read_a_run_in_shards_as_any_other(command, pristine: Synthetic
     for expected, found in zip(rows(whole), rows(cut), strict=True):
         assert sorted(found["terms"]) == sorted(expected["terms"])
         for term, value in expected["terms"].items():
-            assert found["terms"][term] == pytest.approx(value, rel=1e-3, abs=1e-6), term
+            rel = 1e-2 if term == "auxk" else 1e-3  # which rounding can let a latent die a step later
+            assert found["terms"][term] == pytest.approx(value, rel=rel, abs=1e-6), term
         assert found["l0_threshold"] == pytest.approx(expected["l0_threshold"], rel=1e-2)
     files = {path.name for path in checkpoint.find(cut).path.iterdir()}
     assert files == {"weights.safetensors", "optimizer.safetensors", "state.json"} | {

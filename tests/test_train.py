@@ -289,7 +289,7 @@ def test_evaluate_repeats_the_last_held_out_figures_and_changes_nothing(
     assert evaluation == rows(done.path)[-1]["held_out"]
     assert files == {p: p.read_bytes() for p in done.path.rglob("*") if p.is_file()}
     table = command("evaluate", done.path)
-    assert f"{evaluation['fvu']:.4f}" in table.out and "016-032" in table.out
+    assert f"{evaluation['fvu']:.4f}" in table.out and "16-31" in table.out
 
 
 def test_init_from_starts_with_the_other_runs_weights(command, store: SyntheticStore, tmp_path: Path) -> None:

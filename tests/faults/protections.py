@@ -328,8 +328,8 @@ PROTECTIONS: tuple[Protection, ...] = (
     Protection(
         (63,),
         "harvest/commands/hub_store.py",
-        "            if file in records and (wrong := fault(store.path / file, records[file])):\n",
-        "            if wrong := None:\n",
+        "                if file in records and (wrong := fault(root / file, records[file])):\n",
+        "                if wrong := None:\n",
         ("tests/test_hub_store.py::test_a_damaged_shard_is_not_pushed",),
     ),
 )

@@ -73,9 +73,13 @@ class MonitorConfig(Config):
     """... and the rows on which they are active have at least this Jaccard index."""
 
     def state_bytes(self, batch_rows: int, per_row: int, d_sae: int) -> int:
-        """Return the most bytes of its state, with so many rows in a batch and active latents on a row."""
-        assert not isinstance(self.every, str) and not isinstance(self.delay, str), "resolve the settings first"
-        return state_bytes(self.every, self.delay, self.rows, batch_rows, per_row, d_sae)
+        """Return the most bytes of its state, with so many rows in a batch and active latents on a row.
+
+        In settings that are resolved; in those of runs from before there was a `delay`, it is 0.
+        """
+        assert isinstance(self.every, int), "resolve the settings first"
+        delay = self.delay if isinstance(self.delay, int) else 0
+        return state_bytes(self.every, delay, self.rows, batch_rows, per_row, d_sae)
 
 
 class _Scan(NamedTuple):
