@@ -9,7 +9,7 @@ import json
 import re
 import reprlib
 import tomllib
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -204,6 +204,15 @@ def _assigned(assignment: str) -> Change:
     if dotted.count(".") > MOST_NESTED:
         raise UserError(f"--set {_one_line(assignment[:80])}...: more than {MOST_NESTED} groups within each other")
     return Change(f"--set {_one_line(assignment[:_MOST_PLACE])}", dotted.strip(), _parse(text.strip(), assignment))
+
+
+def dotted(tables: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of nested tables with their dotted names, such as `("optimizer.lr", 0.004)`."""
+    for name, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{start}{name}.")
+        else:
+            yield f"{start}{name}", value
 
 
 def brief(value: Any) -> str:

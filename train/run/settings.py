@@ -1,7 +1,6 @@
 """The settings of a run: one model per component, each beside its component, put together and resolved here."""
 
 import platform
-from collections.abc import Iterator
 from itertools import dropwhile, pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,7 +12,7 @@ from pydantic import Field, model_validator
 
 from shared.bounds import Blocks, Digest, Every, Name, Text, Width
 from shared.check_settings import Unfit
-from shared.config import Changes, Config, build, json_digest, read_record
+from shared.config import Changes, Config, build, dotted, json_digest, read_record
 from shared.files import durable
 from shared.store.outliers import Exclusion
 from shared.store.reader import RowsConfig
@@ -226,15 +225,7 @@ def parse_config(data: Any, path: Path) -> RunConfig:
 
 def flat(config: Config) -> dict[str, Any]:
     """Return all settings of `config` as JSON, by dotted names."""
-
-    def parts(group: dict[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
-        for name, value in group.items():
-            if isinstance(value, dict):
-                yield from parts(value, f"{start}{name}.")
-            else:
-                yield f"{start}{name}", value
-
-    return dict(parts(config.model_dump(mode="json")))
+    return dict(dotted(config.model_dump(mode="json")))
 
 
 def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConfig:

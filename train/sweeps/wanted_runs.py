@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.config import Config, brief, build, load_preset
+from shared.config import Config, brief, build, dotted, load_preset
 from shared.errors import UserError
 from shared.store.store import Local, Store
 from train.read_settings import PRESETS, preset_for
@@ -91,7 +91,7 @@ def wanted_runs(
             place=place,
             preset=asked.preset or preset_for(opened[place].request),
             file=asked.config,
-            changes=dict(_dotted(asked.set)) | differs,
+            changes=dict(dotted(asked.set)) | differs,
             differs=where | differs,
             origin=file,
         )
@@ -124,23 +124,14 @@ def name_of(differs: Mapping[str, Any]) -> str:
     return "-".join(f"{name}{_text(value)}" for name, value in zip(short, differs.values(), strict=True)) or "run"
 
 
-def _dotted(tables: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the settings of nested tables by dotted name."""
-    for name, value in tables.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{start}{name}.")
-        else:
-            yield f"{start}{name}", value
-
-
 def _variants(file: SweepFile, origin: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield a name, empty where none is given, and what differs, for each run on one store."""
-    grid = dict(_dotted(file.grid))
+    grid = dict(dotted(file.grid))
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{origin}: grid {name} is {brief(values)}: expected a list of values, such as [0, 1, 2]")
     for given in file.runs or ({},):
-        one = dict(_dotted(given))
+        one = dict(dotted(given))
         name = one.pop("name", "")
         if both := sorted(one.keys() & grid.keys()):
             raise UserError(f"{origin}: {both[0]} is in [grid] and in [[runs]]; leave one of them out")
