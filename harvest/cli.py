@@ -437,18 +437,19 @@ def ls(cache: Path, as_json: bool) -> None:
 def rm(store: tuple[str, ...], cache: Path, yes: bool, dry_run: bool) -> None:
     """Remove stores, given by path or by name in the cache; refuses while one is trained from or written."""
     from harvest.commands import object_stores, stores
+    from shared.console.panel import size
 
     for name in store:
         path = cache / name if is_address(cache) and not is_address(name) else Path(name)
         there = is_address(path)
         path = path if there else find_store(local_folder(path), local_folder(cache))
         shown = address(path) if there else str(path)
-        size = object_stores.size_of_object_store(path) if there else stores.check_removable(path)
+        taken = object_stores.size_of_object_store(path) if there else stores.check_removable(path)
         if dry_run:
-            show_text(f"would remove {shown}: {size:,} bytes")
-        elif yes or shared.command_line.confirm_removal(path, size):
+            show_text(f"would remove {shown}: {size(taken)}")
+        elif yes or shared.command_line.confirm_removal(path, taken):
             (object_stores.remove_object_store if there else stores.remove)(path)
-            show_text(f"removed {shown}: {size:,} bytes")
+            show_text(f"removed {shown}: {size(taken)}")
     if not dry_run and not is_address(cache):
         stores.sweep(local_folder(cache))
 

@@ -190,11 +190,14 @@ def local_options(command: Callable[..., None]) -> Callable[..., None]:
 yes_option = click.option("--yes", is_flag=True, help="Remove without asking.")
 
 
-def confirm_removal(path: Path, size: int) -> bool:
-    """Ask whether `path` of `size` bytes is to be removed. Raises `UserError` where there is nobody to ask."""
+def confirm_removal(path: Path, taken: int) -> bool:
+    """Ask whether `path` of `taken` bytes is to be removed. Raises `UserError` where there is nobody to ask."""
+    from shared.console.panel import size
+
+    question = f"remove {path} ({size(taken)})?"
     if not sys.stdin.isatty():
-        raise UserError(f"remove {path} ({size:,} bytes)? There is no terminal to ask on; pass --yes to remove it")
-    return click.confirm(printable(f"remove {path} ({size:,} bytes)?"))
+        raise UserError(f"{question} There is no terminal to ask on; pass --yes to remove it")
+    return click.confirm(printable(question))
 
 
 _quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print only warnings, errors and the result.")

@@ -17,6 +17,7 @@ import pytest
 from harvest.commands import stores
 from harvest.commands.describe import describe, show
 from harvest.writer.request_differences import differences, explain_new, find_same
+from shared.console.panel import size
 from shared.errors import UserError
 from shared.files import durable
 from shared.files.disk_usage import size_of
@@ -157,14 +158,12 @@ def test_rm_refuses_a_store_in_use_and_then_removes_it(cache: Path) -> None:
         done = command("rm", cache / "whole")
         assert done.code == 2 and f"process {writer} " in done.err
     assert listed(cache)["whole"]["state"] == "complete"
-    size = listed(cache)["whole"]["bytes"]
-    assert (
-        command("rm", "whole", "--cache", cache, "--dry-run").out == f"would remove {cache / 'whole'}: {size:,} bytes\n"
-    )
+    taken = size(listed(cache)["whole"]["bytes"])
+    assert command("rm", "whole", "--cache", cache, "--dry-run").out == f"would remove {cache / 'whole'}: {taken}\n"
     unasked = command("rm", "whole", "--cache", cache)
     assert unasked.code == 2 and "pass --yes to remove it" in unasked.err and unasked.out == ""
     assert (cache / "whole" / STORE).exists()
-    assert command("rm", "whole", "--yes", "--cache", cache).out == f"removed {cache / 'whole'}: {size:,} bytes\n"
+    assert command("rm", "whole", "--yes", "--cache", cache).out == f"removed {cache / 'whole'}: {taken}\n"
     assert list(cache.iterdir()) == []
 
 

@@ -130,9 +130,9 @@ def test_numbers_as_people_read_them() -> None:
     assert [short(v) for v in (0, 7.44e-5, 0.13369, 640.15, 261_184, 1e-3)] == [
         "0", "7.44e-05", "0.1337", "640.1", "261,184", "0.001",
     ]  # fmt: skip
-    assert PACE.line() == "4,200/7,000 steps  13.2 steps/s  212 s left"
+    assert PACE.line() == "4,200/7,000 steps  13.2 steps/s  3:32 left"
     slow = Pace(done=1, total=2, unit="runs", seconds=213.0, rate=1 / 213)
-    assert slow.line() == "1/2 runs  213 s each  213 s left"
+    assert slow.line() == "1/2 runs  213 s each  3:33 left"
 
 
 def test_a_sparkline_has_the_means_of_its_parts() -> None:

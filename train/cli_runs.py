@@ -49,13 +49,14 @@ def ls(runs: Path, as_json: bool) -> None:
 @shared.command_line.yes_option
 def rm(run: tuple[Path, ...], runs: Path, yes: bool) -> None:
     """Remove runs, given by path or by name in --runs; refuses one that is being trained."""
+    from shared.console.panel import size
     from train.live.runs import check_removable_run, remove_run
 
     for path in [one if one.is_dir() else runs / one for one in run]:
-        size = check_removable_run(path)
-        if yes or shared.command_line.confirm_removal(path, size):
+        taken = check_removable_run(path)
+        if yes or shared.command_line.confirm_removal(path, taken):
             remove_run(path)
-            show_text(f"removed {path}: {size:,} bytes")
+            show_text(f"removed {path}: {size(taken)}")
 
 
 @click.command()

@@ -42,8 +42,8 @@ class Pace:
 
     def line(self) -> str:
         """Return all of it, in words."""
-        left = "?" if self.seconds_left is None else f"{self.seconds_left:,.0f}"
-        return f"{self.done:,}/{self.total:,} {self.unit}  {self.speed}  {left} s left"
+        left = "?" if self.seconds_left is None else duration(self.seconds_left)
+        return f"{self.done:,}/{self.total:,} {self.unit}  {self.speed}  {left} left"
 
 
 @dataclass(frozen=True, slots=True)
