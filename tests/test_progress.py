@@ -29,9 +29,9 @@ def test_lines_come_every_five_seconds_and_at_the_end(clock, capsys: pytest.Capt
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "train 23/40 steps  2.5 steps/s  7 s left  fvu 20",
-        "train 36/40 steps  2.5 steps/s  2 s left  fvu 30",
-        "train 40/40 steps  2.5 steps/s  0 s left  fvu 40",
+        "train 23/40 steps  2.5 steps/s  0:07 left  fvu 20",
+        "train 36/40 steps  2.5 steps/s  0:02 left  fvu 30",
+        "train 40/40 steps  2.5 steps/s  0:00 left  fvu 40",
     ]
 
 
@@ -65,4 +65,4 @@ def test_work_that_ends_before_its_total_has_no_last_line(clock, capsys: pytest.
         bar.update(3000)
         clock[0] += 1
         bar.update(4000)
-    assert capsys.readouterr().err == "pack 3,000/9,000 tokens  600 tokens/s  10 s left\n"
+    assert capsys.readouterr().err == "pack 3,000/9,000 tokens  600 tokens/s  0:10 left\n"

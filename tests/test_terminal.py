@@ -147,7 +147,7 @@ def test_a_run_that_says_neither_has_one_line_in_the_end(command, store: Synthet
     done = command(*arguments(store, tmp_path, "--steps", 20))
     [line] = [line for line in done.err.splitlines() if line.startswith("train ")]
     last = rows(done.path)[-1]
-    assert line.startswith("train 20/20 steps  ") and "steps/s  0 s left  " in line
+    assert line.startswith("train 20/20 steps  ") and "steps/s  0:00 left  " in line
     assert f"  fvu {last['fvu']:.4f}  l0 {last['l0_training_rule']:.1f}  dead {last['dead_share']:.1%}  " in line
 
 

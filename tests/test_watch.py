@@ -58,7 +58,7 @@ def test_a_finished_run_is_shown_once_and_nothing_is_written(command, finished: 
     assert (done.code, done.err) == (0, "")
     line, sentence = done.out.splitlines()
     assert sentence == f"{finished} is finished: 40 steps"
-    assert line.startswith("train 40/40 steps  ") and "  0 s left  " in line
+    assert line.startswith("train 40/40 steps  ") and "  0:00 left  " in line
     assert f"fvu {last['fvu']:.4f}  l0 {last['l0_training_rule']:.1f}  dead {last['dead_share']:.1%}" in line
     assert f"held-out fvu {last['held_out']['fvu']:.4f}  l0 {last['held_out']['l0']:.1f}" in line
     assert contents(finished) == before
@@ -139,7 +139,7 @@ def test_a_starting_run_has_no_figures_yet(command, finished: Path) -> None:
     with durable.lock(finished / LOCK, "the run"):
         done = command("watch", finished, "--once")
         assert done.out.splitlines() == [
-            "train 0/40 steps  0 steps/s  ? s left",
+            "train 0/40 steps  0 steps/s  ? left",
             f"{finished} is starting: no figures yet",
         ]
     assert "stopped at step 0; continue with" in command("watch", finished).out
