@@ -1,5 +1,6 @@
 """The loss as plainly as its formula: dense, one matrix product per prefix, gradients by autograd."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,18 +37,22 @@ def prefix_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
     return ((reconstruction - target) ** 2).mean()
 
 
-def auxk_term(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, residual: Tensor, dead: Tensor, k: int) -> Tensor:
+def auxk_term(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, residual: Tensor, dead: Tensor, k: int, dead_per_active: int
+) -> Tensor:
     """Dead latents' largest pre-activations, negative ones too, predict the residual, which is a constant here.
 
-    The term grows with the dead latents until there are `k`.
+    On each row one for every `dead_per_active` dead latents, at most `k`. The term grows with the dead latents until
+    there are `dead_per_active`.
     """
+    k = min(k, math.ceil(len(dead) / dead_per_active))
     residual = residual.detach()
     pre_acts = x @ W_enc[:, dead] + b_enc[dead]
     chosen = torch.zeros_like(pre_acts)
     for row in range(len(x)):
         chosen[row, pre_acts[row].argsort(descending=True)[:k]] = 1
     predicted = (pre_acts * chosen) @ W_dec[dead]
-    return min(len(dead) / k, 1) * ((predicted - residual) ** 2).sum() / (residual**2).sum()
+    return min(len(dead) / dead_per_active, 1) * ((predicted - residual) ** 2).sum() / (residual**2).sum()
 
 
 def fvu(target: Tensor, reconstruction: Tensor) -> float:

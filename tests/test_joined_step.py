@@ -26,7 +26,7 @@ PAIRS = Pairs(torch.tensor([0, 0, 3, 7, 11]), torch.tensor([1, 5, 8, 8, 9]))
 CORRELATED, STRENGTH = Pairs(torch.tensor([2, 2, 4]), torch.tensor([3, 4, 20])), torch.tensor([0.5, 1.0, 2.0]).double()
 SILENT, TIMES = torch.tensor([1, 5, 2, 8]), torch.tensor([[1.0], [0.25], [0.5], [1.0]])
 """Rows of the batch on which latents are to be silent, and what the bias counts there; three are looked at"""
-AUXK = AuxKConfig(coefficient=0.5, k=2, row_stride=3)
+AUXK = AuxKConfig(coefficient=0.5, k=2, row_stride=3, dead_per_active=2)
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 FIELDS = tuple(one.name for one in dataclasses.fields(StepOutput))
 

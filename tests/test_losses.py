@@ -24,10 +24,13 @@ def test_the_auxk_loss_is_relative_to_the_residual_and_defined_without_one() -> 
     predicted, residual = draw(6, 4, seed=0), draw(6, 4, seed=1)
     relative = float(((predicted - residual) ** 2).sum() / (residual**2).sum())
     for count, share in ((0, 0.0), (1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):
-        found = losses.auxk_weight(residual, torch.arange(10) < count, k=4) * (predicted - residual).square().sum()
+        found = (
+            losses.auxk_weight(residual, torch.arange(10) < count, dead_per_active=4)
+            * (predicted - residual).square().sum()
+        )
         assert float(found) == pytest.approx(share * relative, rel=1e-13), count
     dead = torch.tensor([False, True])
-    assert float(losses.auxk_weight(torch.zeros(6, 4), dead, k=1) * torch.zeros(())) == 0.0
+    assert float(losses.auxk_weight(torch.zeros(6, 4), dead, dead_per_active=1) * torch.zeros(())) == 0.0
 
 
 def test_jumprelu_gradients_are_the_papers_pseudo_derivatives() -> None:

@@ -199,14 +199,15 @@ def test_the_last_step_of_every_warm_up_that_is_taken_has_k() -> None:
 
 
 def test_numbers_above_d_sae_and_latents_that_never_die_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert AuxKConfig(k=64).resolve(32, 1000).k == 32
+    assert AuxKConfig(k=64, dead_per_active=1).resolve(32, 1000).k == 32
     assert "auxk.k = 64 is more than d_sae = 32: 32 is taken" in capsys.readouterr().err
     rows = DiversityConfig.model_validate({"orthogonality": {"weight": 1}}).resolve(32).orthogonality.rows
     assert rows == 32 and "diversity.orthogonality.rows = 1,024 is more than d_sae = 32" in capsys.readouterr().err
     AuxKConfig(dead_after_tokens=1000).resolve(64, 1000)
     assert "auxk.dead_after_tokens = 1,000 is no less than the 1,000 rows of the run" in capsys.readouterr().err
     for quiet in (AuxKConfig(), AuxKConfig(coefficient=0, k=999)):
-        assert quiet.resolve(64, 1000) == quiet
+        assert quiet.resolve(2048, 1000) == quiet
+    assert AuxKConfig().resolve(64, 1000).k == 4  # with all of them dead
     assert DiversityConfig().resolve(32) == DiversityConfig() and not capsys.readouterr().err
 
 

@@ -84,7 +84,7 @@ def test_the_step_of_shards_is_that_of_the_whole(kernels: str) -> None:
     """Loss, values, every gradient and the weights after Adam, against whole dense matrices; with dead latents."""
     generator = torch.Generator().manual_seed(4)
     source, target = (torch.randn(B, width, generator=generator) for width in (D, O))
-    dead, auxk = torch.arange(F) % 3 == 0, AuxKConfig(k=4, row_stride=2)
+    dead, auxk = torch.arange(F) % 3 == 0, AuxKConfig(k=4, row_stride=2, dead_per_active=3)
     models = [a_model("dense"), a_model(kernels)]
     sharded = ShardedTranscoder(models[1], V, Ranks())
     sharded.take()

@@ -1,5 +1,7 @@
 """Selection against sorting everything, by every kind of kernels."""
 
+import math
+
 import pytest
 import torch
 
@@ -147,6 +149,21 @@ def test_row_topk_among_fewer_than_k_takes_all_of_them(ops: SparseOps, among: li
     active = ops.row_topk(pre_acts, 3, mask)
     for row in range(5):
         assert set(among) <= set(active.latents[active.rows == row].tolist())
+
+
+@KERNELS
+@pytest.mark.parametrize("each", [1, 3, 4, 16])
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 12])
+def test_row_topk_takes_one_for_every_so_many_latents_that_it_is_among(ops: SparseOps, count: int, each: int) -> None:
+    pre_acts, mask = draw(count, 7, 20), torch.zeros(20, dtype=torch.bool)
+    mask[torch.randperm(20, generator=torch.Generator().manual_seed(each))[:count]] = True
+    active = ops.row_topk(pre_acts, 3, mask, each)
+    taken = mask[active.latents]
+    for row, largest in enumerate(pre_acts.masked_fill(~mask, -torch.inf).argsort(descending=True).tolist()):
+        found = active.latents[taken & (active.rows == row)].tolist()
+        assert found == sorted(largest[: min(3, math.ceil(count / each))])
+    assert torch.equal(active.values[taken], pre_acts[active.rows, active.latents][taken])
+    assert (active.starts.diff() == active.starts[1]).all()
 
 
 @KERNELS

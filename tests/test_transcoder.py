@@ -78,8 +78,9 @@ def reference_loss(model: Transcoder, source: torch.Tensor, target: torch.Tensor
     if dead.any():
         rows, latents = slice(0, None, auxk.row_stride), dead.nonzero().squeeze(1)
         loss = loss + auxk.coefficient * reference.auxk_term(
-            x[rows], model.W_enc, model.b_enc, model.W_dec, (y - parts[-1])[rows], latents, auxk.k
-        )
+            x[rows], model.W_enc, model.b_enc, model.W_dec, (y - parts[-1])[rows], latents, auxk.k,
+            auxk.dead_per_active,
+        )  # fmt: skip
     return loss
 
 
@@ -117,7 +118,7 @@ def test_auxk_equals_the_reference_and_reaches_dead_latents_with_negative_pre_ac
     model, dead = make(BatchTopK(k=K), kernels=kernels), mask_of(*latents)
     with torch.no_grad():
         model.b_enc[dead] = -50.0
-    auxk = AuxKConfig(coefficient=0.5, k=3, row_stride=stride)
+    auxk = AuxKConfig(coefficient=0.5, k=3, row_stride=stride, dead_per_active=2)
     source, target = draw(B, D, seed=1), draw(B, O, seed=2)
     found = model.step(source, target, dead, auxk, 0)
     expected = reference_loss(model, source, target, dead, auxk)

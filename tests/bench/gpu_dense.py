@@ -61,6 +61,9 @@ class DenseTrainer:
     def _auxk_loss(self, pre_acts: Tensor, W_dec: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """As `reference.auxk_term`."""
         values, latents = pre_acts.masked_fill(~dead, -torch.inf).topk(self._auxk.k, dim=1)
+        each = self._auxk.dead_per_active
+        active = torch.arange(self._auxk.k, device=dead.device) < (dead.sum() + each - 1) // each
+        values = values.where(active, 0.0)
         predicted = torch.zeros_like(pre_acts).scatter(1, latents, values) @ W_dec
         return (predicted.float() - residual).square().sum() / residual.square().sum()
 

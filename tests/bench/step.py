@@ -88,7 +88,7 @@ def dense_auxk(model: Transcoder, x: torch.Tensor, residual: torch.Tensor, dead:
     """As `reference.auxk_term`, with the rows' largest by topk."""
     residual = residual.detach()
     pre_acts = x @ model.W_enc[:, dead] + model.b_enc[dead]
-    chosen = torch.zeros_like(pre_acts).scatter_(1, pre_acts.detach().topk(AUXK.k, dim=1).indices, 1.0)
+    chosen = torch.zeros_like(pre_acts).scatter_(1, pre_acts.detach().topk(AUXK.active(dead), dim=1).indices, 1.0)
     return ((pre_acts * chosen) @ model.W_dec[dead] - residual).square().sum() / residual.square().sum()
 
 

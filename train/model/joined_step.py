@@ -48,14 +48,14 @@ def joined_losses(
         if number is None:
             number = torch.full((), step, dtype=torch.int64, device=x.device)
         every = triton_sums.Every(auxk.row_stride, number)
-        auxk_of = triton_step.AuxK(dead, every, auxk.coefficient, auxk.k, y.new_empty(()))
+        auxk_of = triton_step.AuxK(dead, every, auxk.coefficient, auxk.dead_per_active, y.new_empty(()))
     plan = triton_step.Plan(groups, model.tf32, norms, model.has_unit_decoder, auxk=auxk_of)
     loss, values, left, joined = triton_step.pairs_loss(x, *weights, model.linear_part(x), y, active, plan)
     terms = {"reconstruction": loss}
     if auxk_of:
         rows = len(range(step % auxk.row_stride, len(x), auxk.row_stride))
         of_row, latents, found, starts = triton_select.row_topk(
-            pre_acts, min(auxk.k, model.d_sae), dead, auxk_of.every, rows
+            pre_acts, min(auxk.k, model.d_sae), dead, auxk.dead_per_active, auxk_of.every, rows
         )
         one = Groups(model.group, 1, auxk_of.weight, (model.d_sae,))
         plan = triton_step.Plan(one, model.tf32, norms, model.has_unit_decoder, dead, auxk_of.every)

@@ -17,8 +17,10 @@ class AuxKConfig(Config):
     coefficient: float = Field(1 / 32, ge=0)
     """Weight of the term in the loss; 0 switches it off."""
     k: int = Field(64, ge=1)
-    """Number of dead latents per row that predict the residual. While fewer are dead, the term weighs less in
-    proportion."""
+    """Maximum number of dead latents that predict the residual of a row."""
+    dead_per_active: int = Field(16, ge=1)
+    """How many latents must be dead for each one that predicts the residual of a row. While fewer than this are dead,
+    one does, and the term weighs less in proportion."""
     row_stride: int = Field(4, ge=1)
     """The term uses one row in this many of a batch; which ones changes from step to step."""
     dead_after_tokens: int | None = Field(None, ge=1)
@@ -29,6 +31,10 @@ class AuxKConfig(Config):
     def dead_after(self, run_rows: int) -> int:
         """Return the rows without firing after which a latent of a run of `run_rows` rows is dead."""
         return self.dead_after_tokens or max(1, min(10_000_000, round(self.dead_after_share * run_rows)))
+
+    def active(self, dead: Tensor) -> int:
+        """Return how many of the `dead` latents [F] predict the residual of a row: 0 if none is dead."""
+        return min(self.k, -(-int(dead.sum()) // self.dead_per_active))
 
     def rows_at(self, step: int | Tensor, rows: int) -> slice | Tensor:
         """Return which rows of a batch of `rows` take part in `step`.
@@ -48,7 +54,8 @@ class AuxKConfig(Config):
                 f"auxk.dead_after_tokens = {self.dead_after(run_rows):,} is no less than the {run_rows:,} rows of the "
                 "run: no latent is ever dead, so auxk does nothing"
             )
-        return self.model_copy(update={"k": at_most("auxk.k", self.k, d_sae)})
+        most = -(-d_sae // self.dead_per_active)  # with all of them dead
+        return self.model_copy(update={"k": min(at_most("auxk.k", self.k, d_sae), most)})
 
 
 def at_most(name: str, value: int, d_sae: int) -> int:
@@ -69,13 +76,13 @@ def matryoshka_weight(rows: int, prefixes: int, d_out: int) -> float:
 def auxk_weight(
     residual: Tensor,  # [B, O] target - reconstruction, detached
     dead: Tensor,  # [F] bool
-    k: int,
+    dead_per_active: int,
 ) -> Tensor:  # []
     """Return what a squared error of predicting the residual from dead latents weighs in the auxiliary loss.
 
-    The loss is that error relative to the residual. With fewer dead latents than `k`, it is scaled down by their number
-    over `k`, as in sparsify and SAELens: a few latents cannot predict the residual, and would take large steps in vain.
-    It is 0 when no latent is dead.
+    The loss is that error relative to the residual. With fewer dead latents than `dead_per_active`, it is scaled down
+    in proportion, much as in sparsify and SAELens: a few latents cannot predict the residual, and would take large
+    steps in vain. It is 0 when no latent is dead.
     """
-    share = (dead.sum(dtype=residual.dtype) / k).clamp_max(1)
+    share = (dead.sum(dtype=residual.dtype) / dead_per_active).clamp_max(1)
     return share / residual.square().sum().clamp_min(torch.finfo(residual.dtype).tiny)

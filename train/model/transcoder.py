@@ -449,12 +449,12 @@ class Transcoder(nn.Module):
         `pre_acts`, those of the dead latents are made here.
         """
         if pre_acts is None:
-            active = guarded.row_topk(self.blas, x, self.W_enc, self.b_enc, config.k, dead)
+            active = guarded.row_topk(self.blas, x, self.W_enc, self.b_enc, config.active(dead), dead)
         else:
-            active = self._ops.row_topk(pre_acts, config.k, dead)
+            active = self._ops.row_topk(pre_acts, config.k, dead, config.dead_per_active)
         values = self._ops.encode(x, self.W_enc, self.b_enc, active, again=self.tf32).where(dead[active.latents], 0.0)
         nothing = torch.zeros_like(residual[:1])
-        weight = config.coefficient * auxk_weight(residual, dead, config.k)
+        weight = config.coefficient * auxk_weight(residual, dead, config.dead_per_active)
         groups = Groups(torch.zeros_like(self.group), 1, weight, (self.d_sae,))
         return self._ops.prefix_loss(values, self.W_dec, nothing, residual, active, groups)[0]
 

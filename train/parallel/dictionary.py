@@ -207,24 +207,22 @@ class ShardedTranscoder:
         if not bool(dead.any()):
             return residual.new_zeros(()).requires_grad_()
         with torch.no_grad():
-            found = []
+            found, k = [], config.active(dead)
             for one, some in zip(self.parts, pre_acts, strict=True):
                 among = part(dead, 0, one.number, self.shards).contiguous()
-                found.append(_kept(active := self.ops.row_topk(some, config.k, among), among[active.latents]))
-            room = residual.new_full((len(found), len(x), config.k), -torch.inf)
-            places = [active.rows * config.k + _within(active) for active in found]
+                found.append(_kept(active := self.ops.row_topk(some, k, among), among[active.latents]))
+            room = residual.new_full((len(found), len(x), k), -torch.inf)
+            places = [active.rows * k + _within(active) for active in found]
             for active, place, row in zip(found, places, room.view(len(found), -1), strict=True):
                 row[place] = active.values
             first = self.parts[0].number
-            among = largest_of_rows(self.ranks.gathered(room), config.k)[first : first + len(found)].reshape(
-                len(found), -1
-            )
+            among = largest_of_rows(self.ranks.gathered(room), k)[first : first + len(found)].reshape(len(found), -1)
             own = [_kept(active, kept[place]) for active, place, kept in zip(found, places, among, strict=True)]
         flat = torch.cat([active.values for active in own])
         counts = [len(active.values) for active in own]
         selected = Selected(own, list(torch.arange(len(flat), device=flat.device).split(counts)))
         values = _Encode.apply(self.whole.b_dec, self, x, selected, flat)
-        weight = (config.coefficient * auxk_weight(residual, dead, config.k)).view(1)
+        weight = (config.coefficient * auxk_weight(residual, dead, config.dead_per_active)).view(1)
         return _PrefixLoss.apply(values, torch.zeros_like(residual[:1]), self, residual, selected, weight)[0]
 
     def decoded(self, values: Tensor, selected: Selected, prefixes: int) -> Tensor:  # [B, P, O]

@@ -55,10 +55,12 @@ class SparseOps(ABC):
         pre_acts: Tensor,  # [B, F]
         k: int,
         among: Tensor | None = None,  # [F] bool
+        each: int = 1,
     ) -> SparseLatents:
         """Select the `k` largest of every row (Gao et al. 2024), negative ones too.
 
-        Of the latents `among`, if given; when these are fewer than `k`, others may follow.
+        Of the latents `among`, if given: one for every `each` of them, rounded up, and at most `k`. When that is less
+        than `k`, some that are not `among` them may follow.
         """
 
     @abstractmethod

@@ -37,11 +37,11 @@ class Compiled(Fused):
         active, smallest = found.largest(min(n, found.count))
         return active.with_values(active.values.to(pre_acts.dtype)), smallest
 
-    def row_topk(self, pre_acts: Tensor, k: int, among: Tensor | None = None) -> SparseLatents:
-        """As `SparseOps.row_topk`, but no others follow when the latents `among` are fewer than `k`."""
+    def row_topk(self, pre_acts: Tensor, k: int, among: Tensor | None = None, each: int = 1) -> SparseLatents:
+        """As `SparseOps.row_topk`, but no others follow."""
         width = pre_acts.shape[1]
         looked_at = torch.arange(width) if among is None else torch.from_numpy(among.numpy().nonzero()[0])
-        wanted, searched = min(k, len(looked_at)), _searched(pre_acts)
+        wanted, searched = min(k, -(-len(looked_at) // each)), _searched(pre_acts)
         latents = torch.empty(len(pre_acts), wanted, dtype=torch.int64)
         values = searched.new_empty(latents.shape)
         if wanted:

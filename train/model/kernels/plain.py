@@ -28,10 +28,17 @@ class Plain(SparseOps):
         active = _pairs(found, pre_acts)
         return active, smallest_positive(active.values)
 
-    def row_topk(self, pre_acts: Tensor, k: int, among: Tensor | None = None) -> SparseLatents:
+    def row_topk(self, pre_acts: Tensor, k: int, among: Tensor | None = None, each: int = 1) -> SparseLatents:
         """As `SparseOps.row_topk`."""
-        looked_at = pre_acts if among is None else pre_acts.masked_fill(~among, -torch.inf)
-        latents = looked_at.topk(min(k, pre_acts.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
+        k = min(k, pre_acts.shape[1])
+        if among is None:
+            found = pre_acts.topk(k, dim=1, sorted=False).indices
+        else:  # how many are among them is not waited for: those too many are replaced by the first others
+            found = pre_acts.masked_fill(~among, -torch.inf).topk(k, dim=1).indices
+            rank = torch.arange(k, device=found.device) - (among.sum() + each - 1) // each
+            others = among.sort(stable=True).indices[:k]
+            found = found.where(rank < 0, others[rank.clamp_min(0)])
+        latents = found.sort(dim=1).values
         rows = torch.arange(len(pre_acts), device=pre_acts.device).unsqueeze(1).expand_as(latents)
         return SparseLatents.of(
             rows.flatten().contiguous(), latents.flatten(), pre_acts.gather(1, latents).flatten(), pre_acts.shape

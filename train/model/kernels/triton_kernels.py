@@ -39,11 +39,11 @@ class Triton(Fused):
         (rows, latents, values, starts), smallest = triton_select.batch_topk(pre_acts, n, guess)
         return SparseLatents(rows, latents, values, starts, pre_acts.shape[1]), smallest
 
-    def row_topk(self, pre_acts: Tensor, k: int, among: Tensor | None = None) -> SparseLatents:
+    def row_topk(self, pre_acts: Tensor, k: int, among: Tensor | None = None, each: int = 1) -> SparseLatents:
         """As `SparseOps.row_topk`; others that follow have a value of 0. Where none is `among`, nothing is searched."""
         assert pre_acts.stride(1) == 1
         width = pre_acts.shape[1]
-        rows, latents, values, starts = triton_select.row_topk(pre_acts, min(k, width), among)
+        rows, latents, values, starts = triton_select.row_topk(pre_acts, min(k, width), among, each)
         return SparseLatents(rows, latents, values, starts, width)
 
     def prefix_loss(

@@ -54,19 +54,24 @@ def batch_topk(pre_acts: Tensor, n: int, guess: Tensor) -> tuple[tuple[Tensor, .
 
 
 def row_topk(
-    pre_acts: Tensor, k: int, among: Tensor | None, every: Every | None = None, count: int | None = None
+    pre_acts: Tensor,
+    k: int,
+    among: Tensor | None,
+    each: int = 1,
+    every: Every | None = None,
+    count: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Find the `k` largest of every row of `pre_acts`, of the latents `among`: what `batch_topk` finds of a batch.
+    """Find the `k` largest of every row of `pre_acts`: what `batch_topk` finds of a batch.
 
-    Where `among` names fewer, the first of the others follow, with values of 0. `every`: of so many-th rows alone,
-    which are `count` and are numbered from 0.
+    Of the latents `among`, one for every `each` of them, rounded up: the first of the others follow up to `k`, with
+    values of 0. They must be enough. `every`: of so many-th rows alone, which are `count` and are numbered from 0.
     """
     width, rows = pre_acts.shape[1], len(pre_acts) if count is None else count
     pairs = torch.empty(2, rows * k, dtype=torch.int64, device=pre_acts.device)
     starts = torch.empty(rows + 1, dtype=torch.int64, device=pre_acts.device)
     kept = (*pairs, pre_acts.new_empty(rows * k), starts)
     mask = pre_acts if among is None else among.view(torch.uint8)
-    sizes = (pre_acts.stride(0), width, k)
+    sizes = (pre_acts.stride(0), width, k, each)
     first = (starts, 1) if every is None else (every.number, every.step)
     kinds = {"AMONG": among is not None, "EVERY": every is not None}
     launch(_row_topk, (rows,), pre_acts, mask, *first, *kept, *sizes, **kinds, BLOCK=_READ, num_warps=4)
@@ -302,21 +307,23 @@ def _row_topk(
     step,
     width,
     k,
+    each,
     AMONG: tl.constexpr,
     EVERY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Find the `k` largest of a row, digit by digit, 11 bits at a time."""
+    """Find the largest of a row, digit by digit, 11 bits at a time."""
     row = tl.program_id(0).to(tl.int64)
     begin = row_at(row, number, every, EVERY) * step
-    some = tl.full([], 1, tl.int32)
+    others = tl.full([], 0, tl.int32)
     if AMONG:
         some = tl.full([], 0, tl.int32)
         for low in range(0, width, BLOCK):
             latent = low + tl.arange(0, BLOCK)
             some += tl.sum(tl.load(among + latent, mask=latent < width, other=0).to(tl.int32), 0)
-    start, wanted = tl.full([], 0, tl.int64), tl.full([], k, tl.int32)
-    if some > 0:  # else all are others: the first k follow
+        others = k - tl.minimum(k, (some + each - 1) // each)
+    start, wanted = tl.full([], 0, tl.int64), tl.full([], k, tl.int32) - others
+    if wanted > 0:
         for digit in tl.static_range(3):
             shift = 22 - 11 * digit
             total = tl.zeros([_TOP], tl.int32)
@@ -341,14 +348,16 @@ def _row_topk(
         inside = latent < width
         value = tl.load(pre_acts + begin + latent, mask=inside, other=0.0)
         order = _order(value)
+        listed = inside
         if AMONG:
             listed = tl.load(among + latent, mask=inside, other=0) > 0
-            order = tl.where(listed, order, 0)
+        tie = (listed & (order == start)).to(tl.int32)
+        kept = (listed & (order > start)) | ((tie > 0) & (tl.cumsum(tie, 0) <= wanted))
+        if AMONG:
             value = tl.where(listed, value, 0.0)
-        order = tl.where(inside, order, -1)
-        tie = (order == start).to(tl.int32)
-        kept = (order > start) | ((tie > 0) & (tl.cumsum(tie, 0) <= wanted))
-        kept = tl.where(some > 0, kept, latent < k)
+            other = (inside & ~listed).to(tl.int32)
+            kept |= (other > 0) & (tl.cumsum(other, 0) <= others)
+            others -= tl.sum(other, 0)
         one = kept.to(tl.int32)
         place = at + tl.cumsum(one, 0) - one
         tl.store(rows + place, tl.zeros([BLOCK], tl.int64) + row, mask=kept)

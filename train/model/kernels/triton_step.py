@@ -61,8 +61,8 @@ class AuxK(NamedTuple):
     every: Every
     """Which rows take part"""
     coefficient: float
-    k: int
-    """Dead latents of a row that take part; the term weighs less in proportion while fewer are dead."""
+    dead_per_active: int
+    """While fewer latents than this are dead, the term weighs less in proportion."""
     weight: Tensor
     """[] where the coefficient over the squared errors of these rows under the last prefix is written; 0: none dead"""
 
@@ -115,7 +115,7 @@ def _weighed(figures: Tensor, weight: Tensor, auxk: AuxK | None) -> Tensor:
         return out
     dead, every = auxk.dead.view(torch.uint8), auxk.every
     launch(_weigh, (1,), figures, weight, out, dead, every.number, auxk.weight, *sizes, len(dead), every.step,
-           auxk.coefficient, auxk.k, tiny, AUXK=True, BLOCK=_SUMMED)  # fmt: skip
+           auxk.coefficient, auxk.dead_per_active, tiny, AUXK=True, BLOCK=_SUMMED)  # fmt: skip
     return out
 
 
@@ -222,7 +222,7 @@ def _weigh(
     latents,
     every,
     coefficient,
-    k,
+    dead_per_active,
     tiny,
     AUXK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -246,4 +246,4 @@ def _weigh(
             latent = low + tl.arange(0, BLOCK)
             count += tl.load(dead + latent, mask=latent < latents, other=0).to(tl.int32)
         weight = coefficient / tl.maximum(tl.sum(residual, 0), tiny)
-        tl.store(auxk_weight, weight * tl.minimum(tl.sum(count, 0), k) / k)
+        tl.store(auxk_weight, weight * tl.minimum(tl.sum(count, 0), dead_per_active) / dead_per_active)
