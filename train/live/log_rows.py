@@ -95,6 +95,10 @@ class WatchedConfig(_Checked):
     imported: dict[str, Any] | None = None
 
 
+MAY_FIND_NOTHING = ("merge",)
+"""Components that look for something to mend: that there is nothing is good."""
+
+
 class Component(Config):
     """What one component has done."""
 

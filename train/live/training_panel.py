@@ -110,8 +110,7 @@ def _components(status: Status, *, units: bool) -> Table:
 def _component(status: Status, name: str) -> Sequence[str]:
     one, term = status.components[name], status.terms.get(name)
     loss = ("", "") if term is None else (short(term), _percent(status.share(name)))
-    none = "not yet" if status.step < status.steps else "none"
-    effect = short(one["effect"]) if one["effect"] else none
+    effect = short(one["effect"]) if one["effect"] else "none" if one["calls"] else "not yet"
     return name, *loss, f"{one['calls']:,}", effect, one["effect_counts"]
 
 
