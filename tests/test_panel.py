@@ -94,6 +94,15 @@ def test_a_verbose_panel_adds_strata_and_prefixes(tmp_path: Path) -> None:
     assert any("fvu, natural  0.0877" in line for line in lines)
 
 
+def test_a_verbose_panel_shows_outliers_among_the_strata(tmp_path: Path) -> None:
+    status = a_status(tmp_path)
+    parts = {"000-001": status.row["strata"]["000-001"], "outliers": {"rows": 7, "fvu": None, "l0_training_rule": 0.0}}
+    status.add(status.row | {"step": 4250, "strata": parts})
+    with with_verbosity(Verbosity.VERBOSE):
+        [line] = [line for line in drawn(RunPanel(status).draw(PACE), 60) if "outliers" in line]
+    assert line.split()[1:5] == ["outliers", "7", "-", "0.0"]
+
+
 def test_where_blocks_cannot_be_shown_none_are(tmp_path: Path) -> None:
     text = "\n".join(drawn(RunPanel(a_status(tmp_path)).draw(PACE), 80, "ascii"))
     assert text.isascii() and "0.0951" in text and "4,200/7,000" in text

@@ -24,6 +24,7 @@ from shared.console.terminal import Verbosity, verbosity
 from shared.files import durable
 from shared.files.disk_usage import Measured, size_of
 from shared.store.strata import positions
+from train.live.log_rows import OUTLIERS
 from train.live.status import PENALTIES, Status
 
 Pairs = list[tuple[str, str]]
@@ -119,7 +120,7 @@ def _more(status: Status) -> RenderableType:
     strata, prefixes = status.row.get("strata", {}), status.row.get("prefixes", {})
     by_position = [
         (
-            positions(name),
+            name if name == OUTLIERS else positions(name),
             f"{part['rows']:,}",
             "-" if part["fvu"] is None else short(part["fvu"]),
             f"{part['l0_training_rule']:.1f}",
