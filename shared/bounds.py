@@ -34,6 +34,8 @@ Edges = Annotated[tuple[Position, ...], Field(max_length=MAX_STRATA)]
 Text = Annotated[str, Field(max_length=MAX_NAME)]
 Name = Annotated[str, Field(max_length=MAX_NAME, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 """Text that is printed: without control characters, so it cannot steer a terminal."""
+Positions = Annotated[str, Field(pattern=r"^[0-9]{1,10}-[0-9]{1,10}$")]
+"""The name of a stratum, such as `004-016`."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """SHA-256."""
 Label = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]

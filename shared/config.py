@@ -180,10 +180,12 @@ def changes_of(changes: Changes) -> list[Change]:
 def override(settings: dict[str, Any], changes: Changes, *, variants: Container[str] = ()) -> dict[str, Any]:
     """Return `settings` with changes put in.
 
-    `variants` are groups whose `kind` decides which settings they have: another kind drops those of the kind before.
+    `variants` are groups whose `kind` decides which settings they have: another kind drops those of the kind before
+    from `settings`, and no change, whichever comes first.
     """
     result = _copy(settings)
-    for said, dotted, value in changes_of(changes):
+    made = sorted(changes_of(changes), key=lambda one: one.name.removesuffix(".kind") not in variants)
+    for said, dotted, value in made:
         *parents, last = dotted.split(".")
         table = result
         for parent in parents:

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,14 @@ def test_another_kind_drops_the_settings_of_the_one_before_only_where_kinds_are_
     after = override(before, lines, variants=("activation",))
     assert after == {"activation": {"kind": "relu"}, "text": {"name": "a.jsonl", "kind": "messages"}}
     assert override(before, ["activation.kind=topk"], variants=("activation",)) == before
+
+
+@pytest.mark.parametrize("kind", ["activation.kind=relu", 'activation={kind = "relu"}'])
+def test_another_kind_drops_no_setting_that_is_given_beside_it_in_any_order(kind):
+    before = {"activation": {"kind": "topk", "k": 3, "k_start": 9}, "seed": 1}
+    for lines in itertools.permutations([kind, "activation.k=5", "seed=2"]):
+        after = override(before, lines, variants=("activation",))
+        assert after == {"activation": {"kind": "relu", "k": 5}, "seed": 2}
 
 
 @pytest.mark.parametrize("assignment", ["seed", "=1", " =1", ""])

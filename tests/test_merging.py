@@ -140,3 +140,31 @@ def test_a_run_that_merges_resumes_bit_for_bit_and_says_what_it_merged(
     assert (usage["calls"], usage["effect"]) == (2, sum(merged.values()))
     timing = [json.loads(line) for line in (whole / "timing.jsonl").read_text().splitlines()]
     assert "merge_seconds" not in timing[0] and timing[-1]["merge_seconds"] > 0
+
+
+@pytest.mark.parametrize(("every", "delay"), [(9, 0), (9, 4), (8, 3), (10, 0)])
+def test_a_run_resumes_bit_for_bit_from_a_merge_that_meets_a_scan_and_a_report(
+    command: Callable[..., Outcome], pristine: SyntheticStore, tmp_path: Path, lenient: None, every: int, delay: int
+) -> None:
+    values = {
+        "diversity.merge.at": [0.45],
+        "diversity.merge.largest_share": 1,
+        "diversity.mined.cost_share": 1,
+        "monitor.cost_share": 1,
+        "monitor.every": every,
+        "monitor.delay": delay,
+        "checkpoint.every": 9,
+        "checkpoint.keep_last": 9,
+        "samples.rows": 0,
+    }
+    changes = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+    whole = command("run", "--store", pristine.path, "--runs", tmp_path, "--steps", 20, *SMALL, *changes).path
+    merged = rows(whole)[-1]["merged"]
+    assert list(merged) == ["9"] and merged["9"] > 0
+
+    shutil.copytree(whole, resumed := tmp_path / "resumed")
+    for step in (18, 20):
+        shutil.rmtree(checkpoint.folder(resumed, step))
+    assert checkpoint.find(resumed).step == 9
+    assert command("resume", resumed).code == 0
+    assert_same_run(whole, resumed)

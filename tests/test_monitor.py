@@ -198,6 +198,24 @@ def test_a_report_begun_before_a_merge_hands_on_no_pair_of_the_merged_latents(tm
         assert not bool(((first == 20) | (second == 20)).any())
 
 
+def test_rows_from_before_a_merge_say_nothing_of_the_merged_latents(tmp_path: Path) -> None:
+    monitor, resumed, after = make_monitor(tmp_path), make_monitor(tmp_path), make_step(4)
+    monitor.add(make_step(3), 3)
+    monitor.start_anew(torch.tensor([20]))
+    resumed.load({name: tensor.clone() for name, tensor in monitor.state().items()})
+    reports = []
+    for one in (monitor, resumed):
+        one.add(after, 4)
+        reports.append(one.report(4, ALIVE))
+    assert reports[0] == reports[1]
+    pair = next(pair for pair in reports[0].pairs if pair.key == (3, 20))
+    assert pair.rows_together == int((dense_of(after)[4:, 20] > 0).sum())  # without position 0, of step 4 alone
+    before = dense_of(make_step(3))
+    before[:, 20] = 0
+    rows = torch.cat([before[4:], dense_of(after)[4:]]).double()
+    assert pair.correlation == pytest.approx(float(torch.corrcoef(rows.T)[3, 20]))
+
+
 def test_a_full_disk_costs_reports_and_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

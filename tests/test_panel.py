@@ -67,6 +67,16 @@ def test_a_run_is_shown_at_every_width(tmp_path: Path, width: int) -> None:
     assert "4,096" not in text
 
 
+def test_at_the_last_row_what_comes_after_it_is_not_yet_there(tmp_path: Path) -> None:
+    status = a_status(tmp_path)
+    status.add(status.row | {"step": status.steps})
+    parts = dict(status.components) | {"merge": {"calls": 2, "effect": 0.0, "effect_counts": "latents merged"}}
+    status.update({}, {"step": status.steps, "components": parts})
+    lines = drawn(RunPanel(status).draw(PACE), 60)
+    shown = {name: next(line for line in lines if name in line).split(name)[1].split() for name in ("samples", "merge")}
+    assert shown["samples"][:3] == ["0", "not", "yet"] and shown["merge"][:2] == ["2", "none"]
+
+
 def test_a_run_that_was_not_evaluated_yet_and_one_without_figures(tmp_path: Path) -> None:
     text = "\n".join(drawn(RunPanel(a_status(tmp_path, held_out=False)).draw(PACE), 80))
     assert "held out   not yet" in text
@@ -82,6 +92,15 @@ def test_a_verbose_panel_adds_strata_and_prefixes(tmp_path: Path) -> None:
     [line] = [line for line in lines if "15,964" in line]
     assert line.split()[1:-1] == ["0", "200", "15,964", "12.1", "256", "0.2325"]
     assert any("fvu, natural  0.0877" in line for line in lines)
+
+
+def test_a_verbose_panel_shows_outliers_among_the_strata(tmp_path: Path) -> None:
+    status = a_status(tmp_path)
+    parts = {"000-001": status.row["strata"]["000-001"], "outliers": {"rows": 7, "fvu": None, "l0_training_rule": 0.0}}
+    status.add(status.row | {"step": 4250, "strata": parts})
+    with with_verbosity(Verbosity.VERBOSE):
+        [line] = [line for line in drawn(RunPanel(status).draw(PACE), 60) if "outliers" in line]
+    assert line.split()[1:5] == ["outliers", "7", "-", "0.0"]
 
 
 def test_where_blocks_cannot_be_shown_none_are(tmp_path: Path) -> None:

@@ -199,8 +199,9 @@ EARLY = {
     ),
     "shards of other kernels": (
         ["parallel.shards=8", "kernels=plain"],
-        "--set parallel.shards=8 --set kernels=plain: parallel.shards = 8 needs kernels = compiled, got plain; leave "
-        "it out, or use parallel.shards=1 (on the CPU; on CUDA they do not fit either)",
+        "--set parallel.shards=8 --set kernels=plain: on the CPU: parallel.shards = 8 needs kernels = compiled, got "
+        "plain; leave it out, or use parallel.shards=1; on CUDA: parallel.shards = 8 needs kernels = triton, got "
+        "plain; leave it out, or use parallel.shards=1",
     ),
     "decoder norm": (
         ["transcoder.decoder_norm=free", "activation.kind=relu"],
@@ -212,6 +213,26 @@ EARLY = {
         ["monitor.every=0", "diversity.co_activation.weight=0", "checkpoint.max_bytes=1000000"],
         "--set transcoder.d_sae=256 --set checkpoint.max_bytes=1000000: checkpoint.max_bytes = 1,000,000 is less than "
         "one checkpoint, about 1,190,400 bytes; raise it, or set it to 0 for no bound",
+    ),
+    "bytes on any device": (
+        ["device=auto", "checkpoint.max_bytes=1000000"],
+        "--set transcoder.d_sae=256 --set checkpoint.max_bytes=1000000: checkpoint.max_bytes = 1,000,000 is less than "
+        "one checkpoint, about 17,326,976 bytes; raise it, or set it to 0 for no bound",
+    ),
+    "graph on the CPU": (
+        ["device=cpu", "step_graph=on"],
+        "--set step_graph=on: step_graph = on, and the device is cpu; use --set step_graph=auto",
+    ),
+    "graph of other kernels": (
+        ["device=cuda", "step_graph=on", "kernels=plain"],
+        "--set step_graph=on: step_graph = on, and kernels = plain: those of triton alone keep on the device all that "
+        "changes; use --set step_graph=auto",
+    ),
+    "graph of a penalty": (
+        ["step_graph=on", "activation.kind=relu"],
+        "--set step_graph=on: on the CPU: step_graph = on, and the device is cpu; use --set step_graph=auto; on CUDA: "
+        "step_graph = on, and activation.kind = relu: how many latents are active is asked at every step; use --set "
+        "step_graph=auto",
     ),
     "resident": (
         ["device=cpu", "resident_rows=on"],

@@ -308,3 +308,25 @@ def test_planned_runs_of_python_are_those_of_the_command(pristine: SyntheticStor
         {"transcoder.d_sae": 96, "seed": 0}, {"transcoder.d_sae": 96, "seed": 1},
     ]  # fmt: skip
     assert {one.rows for one in found} == {found[0].rows}
+
+
+def test_a_grid_of_kinds_drops_none_of_the_settings_that_all_runs_have(
+    command: Command, pristine: SyntheticStore, tmp_path: Path
+) -> None:
+    file = sweep_file(tmp_path, '[grid]\nactivation.kind = ["batchtopk", "topk"]\n')
+    found = planned(file, [pristine.path], tmp_path)
+    assert [(one.settings.activation.kind, one.settings.activation.expected_l0) for one in found] == [
+        ("batchtopk", VALUES["activation.k"]), ("topk", VALUES["activation.k"])
+    ]  # fmt: skip
+    file = sweep_file(tmp_path, '[grid]\nactivation.kind = ["topk", "relu"]\n')
+    refused = command("sweep", file, "--store", pristine.path, "--runs", tmp_path)
+    assert refused.code == 2 and "run kindrelu: activation.k = 6: unknown option 'activation.k'" in refused.err
+
+
+def test_a_few_runs_of_cut_dictionaries_have_the_one_thread_that_these_need(
+    pristine: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.sweeps.plan._cores", lambda: 8)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    file = sweep_file(tmp_path, "[grid]\nparallel.shards = [1, 4]\n", threads=0)
+    assert [one.config.settings.threads for one in planned(file, [pristine.path], tmp_path)] == [8, 1]

@@ -10,6 +10,7 @@ from shared.errors import ProjectError
 from train.duplicates import diversity, monitor
 from train.duplicates.co_activation import Correlated, co_activation_loss
 from train.duplicates.directions import direction_loss
+from train.duplicates.diversity import MergeConfig
 from train.live.run_files import USAGE
 from train.live.status import Status
 from train.model.quiet import Quiet
@@ -145,21 +146,25 @@ def test_a_component_that_never_ran_is_a_failure_and_one_without_effect_a_note(
     assert "note: mined ran and found nothing to do" in capsys.readouterr().err
 
 
-def test_a_status_names_what_had_no_effect_yet(tmp_path: Path) -> None:
-    def used(steps: int = 9) -> str:
+@pytest.mark.parametrize("steps", [9, 3])
+def test_a_status_names_what_did_not_run_yet_and_what_ran_without_effect(tmp_path: Path, steps: int) -> None:
+    """The last row of a run, too, is written before its last checkpoint and its samples."""
+
+    def used() -> str:
         status = Status(tmp_path, steps=steps, batch_rows=4)
         status.add({"step": 3})
         status.update({}, counts.publish(3).model_dump(mode="json"))
         return status.used()
 
-    counts = Usage(tmp_path, OFF, STRATA)
-    counts.effects({"reconstruction": 0.5}, 3)
-    counts.call("monitor", effect=4)
+    merges = OFF.model_copy(update={"diversity": OFF.diversity.model_copy(update={"merge": MergeConfig(at=(0.5,))})})
+    counts = Usage(tmp_path, merges, STRATA)
+    counts.call("reconstruction", "monitor", effect=4)
+    assert used() == "2 of 5 components have acted (not yet: evaluation, checkpoint, merge)"
+    counts.call("merge", effect=0)  # which looked and found nothing to merge
     counts.call("evaluation", effect=0)
-    assert used() == "2 of 4 components have acted (not yet: evaluation, checkpoint)"
-    assert used(steps=3) == "2 of 4 components have acted (no effect: evaluation, checkpoint)"
+    assert used() == "3 of 5 components have acted (not yet: checkpoint; no effect: evaluation)"
     counts.call("evaluation", "checkpoint", effect=1)
-    assert used() == "4 of 4 components have acted"
+    assert used() == "5 of 5 components have acted"
 
 
 def test_a_monitor_that_is_off_is_no_component(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from shared.console.terminal import Verbosity, with_verbosity
 from shared.errors import ProjectError
+from shared.store.strata import positions
 from train.compare.measure import cost_per_step
 from train.live.run_files import CONFIG, METRICS, REPORTS, TIMING, USAGE, Lines
 from train.live.status import Status
@@ -43,7 +44,8 @@ def metrics(data: bytes) -> None:
         _shown(status)
     rows = Log(path).rows()
     gather.training_curves(rows, EVERY_STEP).model_dump_json()
-    evaluation_of(rows, path)
+    if found := evaluation_of(rows, path):
+        " ".join(positions(name) for name in found[1].strata)  # as a report's verdict and tables name them
     Log(path).cut(50)
 
 
@@ -120,7 +122,12 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 def seeds() -> Iterator[tuple[str, bytes]]:
     """(target, input) of sound files."""
-    yield "metrics", (FIXTURE / METRICS).read_bytes().splitlines(keepends=True)[0]
+    row = (FIXTURE / METRICS).read_bytes().splitlines(keepends=True)[0]
+    yield "metrics", row
+    yield (
+        "metrics",
+        row.replace(b'"strata": {', b'"strata": {"outliers": {"rows": 2, "fvu": 1.5, "l0_training_rule": 3.0}, ', 1),
+    )
     clocks = {"from_step": 0, "seconds": 2.5, "cpu_seconds": 2.0, "data_wait": 0.1, "data_wait_share": 0.04}
     lines = [{"step": step, "rows": 48 * step, **clocks, "seconds": 0.25 * step} for step in (10, 20, 30)]
     yield "timing", "".join(json.dumps(line) + "\n" for line in lines).encode()

@@ -270,6 +270,7 @@ class Diversity:
         self.correlated, self._strength = self.correlated.kept(kept), self._strength[kept]
         self.mined = self.mined.kept(self.mined.free_of(latents))
         self._mass[:, latents] = 0
+        self._scans.forget()
         self._partners, self._together, self.changes = None, None, self.changes + 1
 
     def state(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ Legend: R rows, F latents.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -101,6 +101,11 @@ Counted = tuple[CorrelationReport, Correlated]
 
 def _known(batch: Batch) -> Callable[[], Batch]:
     return lambda: batch
+
+
+def _without(kept: Callable[[], Batch], latents: Tensor) -> Batch:
+    active, stratum = kept()
+    return active.with_values(active.values.masked_fill(torch.isin(active.latents, latents), 0)).positive(), stratum
 
 
 class CorrelationMonitor:
@@ -295,8 +300,10 @@ class CorrelationMonitor:
     def start_anew(self, latents: Tensor) -> None:
         """Drop the pairs of `latents` [n] int64, which have become others.
 
-        They are no longer tracked, and a report that began before lists them but hands none to the diversity loss.
+        They are no longer tracked, the open sample no longer has them on the rows so far, and a report that began
+        before lists them but hands none to the diversity loss.
         """
+        self._kept = [partial(_without, one, latents.cpu()) for one in self._kept]
         if self._pending:
             done, (counted, correlated) = self._pending[0], self._pending[1]()  # a thread may be counting
             found = counted, correlated.without(latents)

@@ -55,6 +55,10 @@ class Scans:
         kept, self._kept = self._kept, None
         return _above(*kept[1:], floor) if kept and kept[0] == done else self._found(live, floor)
 
+    def forget(self) -> None:
+        """Drop what was found: rows have changed since, and no step was taken."""
+        self._kept = None
+
     def _found(self, live: Tensor, floor: float) -> tuple[Pairs, Tensor]:
         return close_pairs(self._transcoder.unit_decoder(), live, floor, self._transcoder.blas)
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from shared.bounds import Every
+from shared.bounds import Every, Positions
 from shared.config import Config
 from shared.errors import ProjectError
 from shared.store.reader import RowsConfig
@@ -122,7 +122,7 @@ class Evaluation(Config):
     not count."""
     rows: int
     prefixes: dict[int, Part]
-    strata: dict[str, StratumPart]
+    strata: dict[Positions, StratumPart]
     outliers: Outliers | None = None
     """None: no row is one."""
     fvu_of_skip: float | None = None

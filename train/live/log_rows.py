@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from shared.bounds import Digest
+from shared.bounds import Digest, Positions
 from shared.config import Config, read_record
 from shared.errors import CorruptData
 from shared.files.durable import parse_json
 
+OUTLIERS = "outliers"
+"""Their name among the strata of a row."""
 _LARGEST = 1e100
 Step = Annotated[int, Field(ge=1, lt=2**53)]
 Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]
@@ -62,7 +64,7 @@ class MetricsRow(AnyRow):
     running_threshold: Number = 0.0
     terms: dict[str, Number] = {}
     prefixes: dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], _Prefix] = {}
-    strata: dict[str, _Stratum] = {}
+    strata: dict[Positions | Literal["outliers"], _Stratum] = {}
     merged: dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], Annotated[int, Field(ge=0, lt=2**53)]] = {}
     """Latents that were merged into others so far, by the step after which they were."""
     held_out: _HeldOut = _HeldOut(fvu=0.0, l0=0.0)
@@ -93,6 +95,10 @@ class WatchedConfig(_Checked):
     settings: _WatchedSettings
     store: str = ""
     imported: dict[str, Any] | None = None
+
+
+MAY_FIND_NOTHING = ("merge",)
+"""Components that look for something to mend: that there is nothing is good."""
 
 
 class Component(Config):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.console.panel import Pace, short
+from train.live.log_rows import MAY_FIND_NOTHING
 from train.live.run_files import Row
 
 PENALTIES = ("orthogonality", "mined", "co_activation", "position")
@@ -84,9 +85,13 @@ class Status:
         return {name: found[name] for name in sorted(found, key=_place)}
 
     @property
-    def idle(self) -> list[str]:
-        """Components that had no effect yet."""
-        return [name for name, one in self.components.items() if not one["effect"]]
+    def idle(self) -> dict[str, list[str]]:
+        """Components that had no effect yet, by why: they did not run yet, or ran and should have had one."""
+        none = {name: one["calls"] for name, one in self.components.items() if not one["effect"]}
+        return {
+            "not yet": [name for name, calls in none.items() if not calls],
+            "no effect": [name for name, calls in none.items() if calls and name not in MAY_FIND_NOTHING],
+        }
 
     def note(self) -> str:
         """Return the headline figures, for the end of a plain line."""
@@ -101,11 +106,11 @@ class Status:
         return "  ".join([*parts, self.used()])
 
     def used(self) -> str:
-        """Tell how many components that are on had an effect so far, and which had none."""
+        """Tell how many components that are on did their part so far, and which did not."""
         idle, count = self.idle, len(self.components)
-        told = f"{count - len(idle)} of {count} components have acted"
-        none = "not yet" if self.step < self.steps else "no effect"
-        return told + (f" ({none}: {', '.join(idle)})" if idle else "")
+        told = f"{count - sum(map(len, idle.values()))} of {count} components have acted"
+        why = "; ".join(f"{said}: {', '.join(names)}" for said, names in idle.items() if names)
+        return told + (f" ({why})" if why else "")
 
     def detail(self) -> str:
         """Return all figures, for the end of a plain line."""

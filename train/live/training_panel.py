@@ -24,6 +24,7 @@ from shared.console.terminal import Verbosity, verbosity
 from shared.files import durable
 from shared.files.disk_usage import Measured, size_of
 from shared.store.strata import positions
+from train.live.log_rows import OUTLIERS
 from train.live.status import PENALTIES, Status
 
 Pairs = list[tuple[str, str]]
@@ -110,8 +111,7 @@ def _components(status: Status, *, units: bool) -> Table:
 def _component(status: Status, name: str) -> Sequence[str]:
     one, term = status.components[name], status.terms.get(name)
     loss = ("", "") if term is None else (short(term), _percent(status.share(name)))
-    none = "not yet" if status.step < status.steps else "none"
-    effect = short(one["effect"]) if one["effect"] else none
+    effect = short(one["effect"]) if one["effect"] else "none" if one["calls"] else "not yet"
     return name, *loss, f"{one['calls']:,}", effect, one["effect_counts"]
 
 
@@ -120,7 +120,7 @@ def _more(status: Status) -> RenderableType:
     strata, prefixes = status.row.get("strata", {}), status.row.get("prefixes", {})
     by_position = [
         (
-            positions(name),
+            name if name == OUTLIERS else positions(name),
             f"{part['rows']:,}",
             "-" if part["fvu"] is None else short(part["fvu"]),
             f"{part['l0_training_rule']:.1f}",

@@ -7,12 +7,11 @@ fired at position 0 alone. Each is in the report beside its figure.
 from collections.abc import Iterator
 
 from shared.store.strata import POSITION_0, positions
+from train.live.log_rows import MAY_FIND_NOTHING
 from train.live.run_files import METRICS, TIMING, USAGE
 from train.report.report_record import Check, Report, State
 from train.run.metrics import LOWER_LR, describe_missing, diverged, logged_steps
 
-_MAY_FIND_NOTHING = ("merge",)
-"""Components that look for something to mend: that there is nothing is good."""
 _TENTH = 0.1
 """Of the run: what fvu is averaged over."""
 
@@ -224,7 +223,7 @@ def _strata(report: Report) -> Iterator[Check]:
 def _usage(report: Report) -> Iterator[Check]:
     if report.usage:
         every = report.usage.components
-        resting = [name for name in _MAY_FIND_NOTHING if name in every and every[name].calls and not every[name].effect]
+        resting = [name for name in MAY_FIND_NOTHING if name in every and every[name].calls and not every[name].effect]
         idle = [name for name, one in every.items() if not one.effect and name not in resting]
         said = f"All {len(every) - len(resting)} components that are on had an effect."
         if resting:

@@ -14,8 +14,9 @@ from train.model.kernels.base import Kernels
 from train.model.losses import AuxKConfig
 from train.model.step_output import StepOutput
 from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
+from train.run.device_rules import why_no_graph
 from train.run.optimizer import Optimizer, OptimizerConfig
-from train.run.step_graph import Choice, StepGraph, why_no_graph
+from train.run.step_graph import Choice, StepGraph
 
 CANDIDATES: tuple[Kernels, ...] = ("triton", "matmul", "plain")
 _WARM, _TIMED = 3, 5
@@ -47,10 +48,11 @@ def fastest(shape: Shape, device: str) -> tuple[Kernels, dict[Kernels, float]]:
     model, rows = _random(shape, device)
     taken: dict[Kernels, float] = {}
     expected: float | None = None
+    activation, auxk = shape.activation.model_dump(), shape.auxk.model_dump()
     for kernels in reversed(CANDIDATES):  # what other libraries compute comes before what this project compiles
         model.kernels = kernels
         try:
-            why_not = why_no_graph(kernels, shape.activation, shape.auxk, shape.rows)
+            why_not = why_no_graph(kernels, activation, auxk, shape.rows)
             loss, milliseconds = _timed(model, rows, shape.auxk, "off" if why_not else shape.step_graph)
         except Exception as error:  # whatever a compiler or a driver raises
             warn(f"kernels = {kernels} does not run on this GPU and is not chosen: {_first_line(error)}")

@@ -25,6 +25,29 @@ def check_on_device(settings: Mapping[str, Any], device: str) -> None:
     if kernels == "triton" and find_spec("triton") is None:
         raise Unfit("kernels = triton needs the package triton: pip install triton, or use kernels=plain", "kernels")
     _check_product(settings["product_dtype"], kernels, settings["activation"]["kind"], device)
+    if settings["step_graph"] == "on" and (why_not := why_no_step_graph(settings, device)):
+        raise Unfit(f"step_graph = on, and {why_not}; use --set step_graph=auto", "step_graph")
+
+
+def why_no_step_graph(settings: Mapping[str, Any], device: str) -> str | None:
+    """Tell why the steps of a run on `device` cannot be graphs; none where they can, or `auto` kernels may."""
+    if device == "cpu":
+        return "the device is cpu"
+    if settings["parallel"]["shards"] > 1:
+        return f"parallel.shards = {settings['parallel']['shards']}: a step waits for other processes"
+    kernels = "triton" if settings["kernels"] == "auto" else settings["kernels"]
+    return why_no_graph(kernels, settings["activation"], settings["auxk"], settings["rows"]["batch_rows"])
+
+
+def why_no_graph(kernels: str, activation: Mapping[str, Any], auxk: Mapping[str, Any], rows: int) -> str | None:
+    """Tell why a step on batches of `rows` cannot be a graph on CUDA; none where it can."""
+    if kernels != "triton":
+        return f"kernels = {kernels}: those of triton alone keep on the device all that changes"
+    if "k" not in activation:
+        return f"activation.kind = {activation['kind']}: how many latents are active is asked at every step"
+    if auxk["coefficient"] and rows % auxk["row_stride"]:
+        return f"rows.batch_rows = {rows} is no multiple of auxk.row_stride = {auxk['row_stride']}"
+    return None
 
 
 def _check_product(wanted: str, kernels: str, kind: str, device: str) -> None:

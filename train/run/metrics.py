@@ -16,7 +16,7 @@ from shared.errors import CorruptData, ProjectError, warn
 from shared.files import durable
 from shared.store.strata import POSITION_0
 from train.evaluation.evaluate import CONSTANT_SHARE, Evaluation, ratio
-from train.live.log_rows import checked_row
+from train.live.log_rows import OUTLIERS, checked_row
 from train.live.run_files import Row, model_of
 from train.model.saved_tensors import fitting
 from train.model.step_output import StepOutput
@@ -24,8 +24,6 @@ from train.model.step_output import StepOutput
 _ROUNDING = 2e-8
 """Times the rows that one float32 sum is over: what such a sum of one row repeated makes of its variance, at most a
 fourth of that, as a share of its square."""
-OUTLIERS = "outliers"
-"""Their name among the strata."""
 _NAMED = 5
 _MOST_TERMS = 16
 """Terms of the loss that there is room for; there are eight."""

@@ -46,18 +46,18 @@ def read_and_check(preset: str, changes: Changes, file: Path | None, store: Stor
 def check_before_torch(settings: Tables, store: Store) -> None:
     """Check `settings` for a run on `store` where only torch could tell which device `auto` is.
 
-    Raises `Unfit` on what is wrong on every device, in the words for the CPU; what is wrong on one kind alone is left
-    to `check_run`.
+    Raises `Unfit` on what is wrong on every device, with both reasons where they differ in more than numbers; what is
+    wrong on one kind alone is left to `check_run`.
     """
     device = settings["device"]
     check_device_name(device)
     d_sae = _check_on_any_device(settings, store)
     errors = [_wrong_on(one, settings, store, d_sae) for one in (("cpu", "cuda") if device == "auto" else (device,))]
-    if not errors[0] or not errors[-1]:
+    if not (on_cpu := errors[0]) or not (on_cuda := errors[-1]):
         return
-    if str(errors[0]) == str(errors[-1]):
-        raise errors[0]
-    raise Unfit(f"{errors[0]} (on the CPU; on CUDA they do not fit either)", *errors[0].names)
+    if len({re.sub(r"[0-9,]+", "0", str(one)) for one in (on_cpu, on_cuda)}) == 1:
+        raise on_cpu
+    raise Unfit(f"on the CPU: {on_cpu}; on CUDA: {on_cuda}", *dict.fromkeys([*on_cpu.names, *on_cuda.names]))
 
 
 def check_run(settings: Tables, store: Store, device: str) -> None:

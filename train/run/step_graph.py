@@ -15,9 +15,8 @@ from torch import Tensor
 
 from shared.console.terminal import say
 from shared.errors import ProjectError, UserError, warn
-from train.model.activations import Activation
-from train.model.losses import AuxKConfig
 from train.model.step_output import StepOutput
+from train.run.device_rules import why_no_step_graph
 
 if TYPE_CHECKING:
     from train.run.settings import Settings
@@ -109,21 +108,5 @@ def may_be_graph(settings: "Settings") -> bool:
 
 
 def _why_not(settings: "Settings") -> str | None:
-    if settings.device == "cpu":
-        return "the device is cpu"
-    if settings.step_graph == "off":
-        return "step_graph = off"
-    if settings.parallel.shards > 1:
-        return f"parallel.shards = {settings.parallel.shards}: a step waits for other processes"
-    return why_no_graph(settings.kernels, settings.activation, settings.auxk, settings.rows.batch_rows)
-
-
-def why_no_graph(kernels: str, activation: Activation, auxk: AuxKConfig, rows: int) -> str | None:
-    """Tell why a step on batches of `rows` cannot be a graph on CUDA; none where it can."""
-    if kernels != "triton":
-        return f"kernels = {kernels}: those of triton alone keep on the device all that changes"
-    if activation.expected_l0 is None:
-        return f"activation.kind = {activation.kind}: how many latents are active is asked at every step"
-    if auxk.coefficient and rows % auxk.row_stride:
-        return f"rows.batch_rows = {rows} is no multiple of auxk.row_stride = {auxk.row_stride}"
-    return None
+    off = settings.step_graph == "off" and settings.device != "cpu"
+    return "step_graph = off" if off else why_no_step_graph(settings.model_dump(), settings.device)

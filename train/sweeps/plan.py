@@ -70,7 +70,7 @@ def plan(wanted: Sequence[WantedRun]) -> list[PlannedRun]:
 def _planned(run: WantedRun, count: int) -> PlannedRun:
     try:
         asked = load_settings(run.preset, run.changes, file=run.file)
-        settings = asked.model_copy(update={"threads": asked.threads or _threads(count)})
+        settings = asked.model_copy(update={"threads": asked.threads or _threads(asked, count)})
         config = resolve(run.store, settings, None)
     except UserError as error:
         raise UserError(f"{run.where}: {error}") from error
@@ -85,9 +85,9 @@ def _planned(run: WantedRun, count: int) -> PlannedRun:
     )
 
 
-def _threads(runs: int) -> int:
-    """Return the threads of each of so many runs, where the settings leave them to the sweep."""
-    return 1 if runs >= _cores() else torch.get_num_threads()
+def _threads(asked: Settings, runs: int) -> int:
+    """Return the threads of each of so many runs, where the settings leave them to the sweep: a cut run needs 1."""
+    return 1 if runs >= _cores() or asked.parallel.shards > 1 else torch.get_num_threads()
 
 
 def _as_started(run: WantedRun, config: RunConfig) -> RunConfig:
