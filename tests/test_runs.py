@@ -160,6 +160,18 @@ EARLY = {
         "--set diversity.controller.max_pairs_above_0_8=3 --set diversity.co_activation.weight=0: "
         "diversity.controller.max_pairs_above_0_8 has no weight to move: set diversity.co_activation.weight above 0",
     ),
+    "a merge after the last step": (
+        ["diversity.merge.at=[0.99]", "steps=30"],
+        "--set diversity.merge.at=[0.99] --set steps=30: diversity.merge.at = [0.99] merges after step 30 of 30; "
+        "each merge needs a step of its own, before the last one; raise steps, choose other shares, or use --set "
+        "diversity.merge.at=[]",
+    ),
+    "two merges after one step": (
+        ["diversity.merge.at=[0.52, 0.5]", "steps=20"],
+        "--set diversity.merge.at=[0.52, 0.5] --set steps=20: diversity.merge.at = [0.52, 0.5] merges after "
+        "steps 10 and 10 of 20; each merge needs a step of its own, before the last one; raise steps, choose other "
+        "shares, or use --set diversity.merge.at=[]",
+    ),
     "no report": (
         ["monitor.every=100", "steps=100", "monitor.delay=0"],
         f"--set monitor.every=100 --set steps=100 --set monitor.delay=0: {REPORTS}: monitor.every = 100, steps = 100; "

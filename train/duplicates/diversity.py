@@ -116,10 +116,6 @@ class MergeConfig(Config):
     above it on these rows and below it on held-out rows. Planted latents that are active together on nine rows of ten
     cost 0.156 and more."""
 
-    def steps(self, length: int) -> set[int]:
-        """Return after how many steps latents are merged, in a run of `length` steps."""
-        return {max(1, round(share * length)) for share in self.at}
-
 
 class DiversityConfig(Config):
     """Which duplicates are penalised, and how much; and which are merged."""

@@ -7,7 +7,7 @@ device is known. Settings are tables within each other, with all defaults.
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from train.model.schedule import warmup_steps
 from train.model.sizes import check_decoder_norm, check_k, check_prefixes, k_at_start, multiple, source_width
 from train.parallel.required import mine, required
 from train.read_settings import read_settings, settings_with_defaults
-from train.run.cadences import Cadences, resolved
+from train.run.cadences import Cadences, merge_steps, resolved
 from train.run.checkpoint_bytes import bytes_at_most
 from train.run.device_rules import check_on_device
 
@@ -80,6 +80,7 @@ def _check_on_any_device(settings: Tables, store: Store) -> int:
         )
     _check_rows(settings, store)
     _check_goals(settings["diversity"])
+    _check_merges(settings["diversity"]["merge"]["at"], settings["steps"])
     mine(settings["parallel"]["shards"], 0, int(os.environ.get("WORLD_SIZE", 1)))
     return d_sae
 
@@ -188,6 +189,22 @@ def _check_goals(diversity: Tables) -> None:
                 f"diversity.controller.{name}",
                 *weights,
             )
+
+
+def _check_merges(at: Sequence[float], steps: int) -> None:
+    """Raise `Unfit` when two merges are after one step, or one is after the last: its new latents would not be trained.
+
+    A run of one step, which only tries things out, may have them.
+    """
+    found = merge_steps(at, steps)
+    if steps > 1 and found and (len({*found}) < len(found) or max(found) >= steps):
+        after = f"step{'s' * (len(found) > 1)} " + " and ".join(f"{step:,}" for step in sorted(found))
+        raise Unfit(
+            f"diversity.merge.at = {list(at)} merges after {after} of {steps:,}; each merge needs a step of its own, "
+            "before the last one; raise steps, choose other shares, or use --set diversity.merge.at=[]",
+            "diversity.merge.at",
+            "steps",
+        )
 
 
 def _check_kept(settings: Tables, every: Cadences) -> None:
