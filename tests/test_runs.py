@@ -113,6 +113,12 @@ EARLY = {
         "--set activation.k_warmup_share=0: activation.k_start = 3x, and no warm-up leads from it to k = 32: every "
         "step would have k; set activation.k_warmup_share above 0, or leave out k_start",
     ),
+    "k has a warm-up of no step": (
+        ["activation.k_warmup_share=0.001", "steps=100"],
+        "--set activation.k_warmup_share=0.001 --set steps=100: activation.k_start = 3x, and no warm-up leads from it "
+        "to k = 32 (activation.k_warmup_share = 0.001 of 100 steps is less than 1): every step would have k; raise "
+        "it, or leave out k_start",
+    ),
     "warm-up of k": (
         ["activation.k_warmup_steps=40", "steps=40"],
         "--set activation.k_warmup_steps=40 --set steps=40: activation.k_warmup_steps = 40, and the run has 40 steps, "
@@ -371,11 +377,12 @@ def test_kinds_that_need_decoder_rows_of_norm_1_are_those_whose_class_says_so() 
     assert {kind.model_fields["kind"].default for kind in kinds if kind.needs_unit_decoder} == set(NEED_UNIT_DECODER)
 
 
-@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
+@pytest.mark.parametrize(("kind", "steps"), [("batchtopk", 5000), ("jumprelu", 5000), ("batchtopk", 1)])
 def test_a_bound_on_checkpoints_is_checked_before_torch_by_the_size_that_one_is_given(
-    kind: str, pristine: SyntheticStore
+    kind: str, steps: int, pristine: SyntheticStore
 ) -> None:
-    store, values = Store.open(pristine.path), {"transcoder.d_sae": 128, "rows.batch_rows": 48, "activation.kind": kind}
+    values = {"transcoder.d_sae": 128, "rows.batch_rows": 48, "activation.kind": kind, "steps": steps}
+    store = Store.open(pristine.path)
     config = resolve(store, load_settings("base", values), None)
     size = checkpoint_bytes(config.settings, config.d_in, config.d_out)
     read_and_check("base", values | {"checkpoint.max_bytes": size}, None, store)

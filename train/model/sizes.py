@@ -18,15 +18,21 @@ def source_width(store: StoreRecord, source: Literal["source", "target"]) -> int
 def k_at_start(
     k: int, k_start: int | str | None, k_warmup_steps: int | None, k_warmup_share: float, steps: int
 ) -> tuple[int | None, int]:
-    """Return the k of step 0, none where there is no warm-up, and the steps of the warm-up. Raises `Unfit`."""
+    """Return the k of step 0, none where there is no warm-up, and the steps of the warm-up.
+
+    Raises `Unfit` where `k_start` would have no effect, save in a run of one step, which has no room for a warm-up.
+    """
     warmup = warmup_steps("activation.k_warmup", k_warmup_steps, k_warmup_share, steps)
     start = None if k_start is None else multiple("activation.k_start", k_start, k, "3x")
     asked = k_warmup_share if k_warmup_steps is None else k_warmup_steps
-    if start not in (None, k) and not asked:
+    if start not in (None, k) and not warmup and not (asked and steps == 1):
+        short = f" (activation.k_warmup_share = {asked:g} of {steps:,} steps is less than 1)" if asked else ""
+        remedy = "raise it" if asked else "set activation.k_warmup_share above 0"
         raise Unfit(
-            f"activation.k_start = {k_start}, and no warm-up leads from it to k = {k}: every step would "
-            "have k; set activation.k_warmup_share above 0, or leave out k_start",
+            f"activation.k_start = {k_start}, and no warm-up leads from it to k = {k}{short}: every step would "
+            f"have k; {remedy}, or leave out k_start",
             *_OF_START,
+            *(["steps"] if asked else []),
         )
     if start is None and asked:
         raise Unfit(
@@ -34,7 +40,7 @@ def k_at_start(
             "set activation.k_start, such as 3x, or the warm-up to 0",
             *_OF_START,
         )
-    return start, warmup
+    return start if warmup else None, warmup
 
 
 _OF_START = ("activation.k_start", "activation.k_warmup_steps", "activation.k_warmup_share")
