@@ -281,6 +281,10 @@ SWEEPS = {
     ),
     "a value": ("[set]\nsteps = 0\n[grid]\nseed = [0, 1]\n", "steps = 0: must be at least 1"),
     "a preset": ("preset = 'tinyy'\n", "no preset 'tinyy'; presets: base, gemma-2-2b, tiny; did you mean 'tiny'?"),
+    "a preset and a file": (
+        "preset = 'tiny'\nconfig = 'a.toml'\n",
+        "preset and config both say which settings to start from; leave one of them out",
+    ),
     "the store": (
         "[grid]\nrows.batch_rows = [48, 2000]\n",
         "rows.batch_rows = 2,000 is more than the store's 1,536 training rows; lower it",
@@ -343,6 +347,10 @@ OPTIONS = {
     "-m train run --like RUN --set NAME=VALUE",
     ("run", "--set", "device=2024-01-01"): "--set device=2024-01-01: not text",
     ("run", "steps=9"): "no preset 'steps=9'; presets: base, gemma-2-2b, tiny; a setting is given with --set steps=9",
+    ("run", "tiny", "--config", "a.toml"): "the preset 'tiny' and --config both say which settings to start from; give "
+    "one of them",
+    ("settings", "tiny", "--like", "runs/lost"): "the preset 'tiny' and --like both say which settings to start from; "
+    "give one of them",
     ("run", "--config", "runs/lost"): "--config runs/lost: it is a folder, and settings are read from a file; for the "
     "settings of a run: --like runs/lost",
     ("run", "--config", "runs"): "--config runs: it is a folder, and settings are read from a file; name a file in it",

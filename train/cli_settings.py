@@ -27,10 +27,11 @@ like_option = click.option(
 )
 
 
-def settings_file(file: Path | None, like: Path | None) -> Path | None:
-    """Return the file that settings are read from in place of a preset. Raises `UserError` when there are two."""
-    if file and like:
-        raise UserError("--config and --like both say which settings to start from; give one of them")
+def settings_file(preset: str | None, file: Path | None, like: Path | None) -> Path | None:
+    """Return the file that settings are read from in place of a preset. Raises `UserError` when two were named."""
+    named = [f"the preset {preset!r}"] * bool(preset) + ["--config"] * bool(file) + ["--like"] * bool(like)
+    if len(named) > 1:
+        raise UserError(f"{named[0]} and {named[1]} both say which settings to start from; give one of them")
     if file and file.is_dir():
         hint = f"for the settings of a run: --like {file}" if (file / CONFIG).is_file() else "name a file in it"
         raise UserError(f"--config {file}: it is a folder, and settings are read from a file; {hint}")
@@ -114,7 +115,7 @@ def list_all(
 
     PRESET is that of `run` with the same store, and base without a store.
     """
-    file = settings_file(file, like)
+    file = settings_file(preset, file, like)
     read_settings(preset or BASE, assignments, file)
     opened = Store.open(store) if store else None
     preset = preset or usual_preset(opened, file)[0]

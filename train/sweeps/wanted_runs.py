@@ -22,7 +22,7 @@ class SweepFile(Config):
     preset: str | None = None
     """The preset of all runs; none: for each store the one that `train run` takes there."""
     config: Path | None = None
-    """A TOML file of settings that replaces the preset."""
+    """A TOML file of settings in place of a preset."""
     stores: tuple[Path, ...] = ()
     """Stores to train on, each run on each of them; `--store` replaces them."""
     set: dict[str, Any] = {}
@@ -59,7 +59,10 @@ class WantedRun:
 
 def read_sweep(file: Path) -> SweepFile:
     """Read a sweep's file. Raises `UserError` that names what is wrong with it."""
-    return build(SweepFile, load_preset(PRESETS, "", file), str(file))
+    found = build(SweepFile, load_preset(PRESETS, "", file), str(file))
+    if found.preset and found.config:
+        raise UserError(f"{file}: preset and config both say which settings to start from; leave one of them out")
+    return found
 
 
 def wanted_runs(
