@@ -108,6 +108,11 @@ EARLY = {
         "--set transcoder.d_sae=256 --set transcoder.prefixes=[64, 128]: transcoder.prefixes must end at d_sae = 256, "
         "got [64, 128]",
     ),
+    "no prefixes": (
+        ["transcoder.prefixes=[]"],
+        "--set transcoder.prefixes=[]: transcoder.prefixes is an empty list; for one group use "
+        "transcoder.prefixes=[256]",
+    ),
     "k has no warm-up": (
         ["activation.k_warmup_share=0"],
         "--set activation.k_warmup_share=0: activation.k_start = 3x, and no warm-up leads from it to k = 32: every "

@@ -56,7 +56,10 @@ def multiple(name: str, value: int | str, unit: int, example: str) -> int:
 
 
 def check_prefixes(prefixes: Sequence[int], d_sae: int) -> None:
-    """Raise `Unfit` when prefixes do not rise to `d_sae`."""
+    """Raise `Unfit` when there are no prefixes, or they do not rise to `d_sae`."""
+    if not prefixes:
+        said = f"transcoder.prefixes is an empty list; for one group use transcoder.prefixes=[{d_sae}]"
+        raise Unfit(said, "transcoder.prefixes")
     if any(a >= b for a, b in pairwise((0, *prefixes))):
         raise Unfit(f"transcoder.prefixes must rise from 1 up, got {list(prefixes)}", "transcoder.prefixes")
     if prefixes[-1] != d_sae:

@@ -121,7 +121,7 @@ def check_shape(settings: Tables, d_in: int) -> int:
     """Return d_sae. Raises `Unfit` when it is no number, or prefixes or k do not go with it."""
     shape, activation = settings["transcoder"], settings["activation"]
     d_sae = multiple("transcoder.d_sae", shape["d_sae"], d_in, "8x")
-    if shape["prefixes"]:
+    if shape["prefixes"] is not None:
         check_prefixes(shape["prefixes"], d_sae)
     kind = activation["kind"]
     check_decoder_norm(shape["decoder_norm"], kind, needs_unit=kind in NEED_UNIT_DECODER)
