@@ -490,6 +490,9 @@ def test_advice_is_of_the_runs_own_numbers(synthetic: SyntheticStore) -> None:
     rows = sum(part.source.rows for part in store.strata.values()) * len(config.training_blocks) // store.record.blocks
     lr, k, d_sae, steps, _ = advice(config, store)
     assert lr.startswith("optimizer.lr: 0.0056 here") and "; 16 was not measured (" in lr
+    narrow, wide = (advice(config.model_copy(update={"d_in": width}), store)[0] for width in (128, 576))
+    assert "; at a width of 128, 0.004 was better than 0.008 (" in narrow and "576" not in narrow
+    assert "; at a width of 576, 0.0056 was best (" in wide and not any("not measured" in one for one in (narrow, wide))
     assert k.startswith("activation.k: 6 ") and d_sae.startswith("transcoder.d_sae: 64, 4 times the width")
     assert f"steps: 100 read each of {rows:,} training rows {100 * 48 / rows:.2g} times" in steps
     assert ("twice as much text" in steps) == (2 * rows < 100 * 48)
