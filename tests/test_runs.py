@@ -188,6 +188,11 @@ EARLY = {
         f"--set monitor.every=100 --set steps=100 --set monitor.delay=0: {REPORTS}: monitor.every = 100, steps = 100; "
         "set monitor.every above 0 and below steps, or diversity.co_activation.weight = 0",
     ),
+    "co-activation without reports": (
+        ["diversity.co_activation.weight=2", "monitor.every=0"],
+        f"--set diversity.co_activation.weight=2 --set monitor.every=0: {REPORTS}: monitor.every = 0, steps = 5000; "
+        "set monitor.every above 0 and below steps, or diversity.co_activation.weight = 0",
+    ),
     "delay": (
         ["monitor.every=100", "monitor.delay=100"],
         "--set monitor.every=100 --set monitor.delay=100: monitor.delay = 100 is not below monitor.every = 100: a "
@@ -206,7 +211,7 @@ EARLY = {
     "kept by step": (
         ["checkpoint.every=300", "checkpoint.keep_every=1700"],
         "--set checkpoint.every=300 --set checkpoint.keep_every=1700: checkpoint.keep_every = 1700 would keep none but "
-        "the last: checkpoint.every = 300, evaluation.every = 2000, steps = 5000; make the cadences meet earlier",
+        "the last: checkpoint.every = 300, steps = 5000; make the cadences meet earlier",
     ),
     "kept by fvu": (
         ["checkpoint.every=300", "checkpoint.keep_best=1", "evaluation.every=1700"],

@@ -213,14 +213,15 @@ def _check_kept(settings: Tables, every: Cadences) -> None:
     for name, cadence in (("keep_every", saving["keep_every"]), ("keep_best", every.evaluation)):
         first = math.lcm(every.checkpoint, cadence) if cadence else steps
         if saving[name] and first >= steps:
-            found = f"checkpoint.every = {every.checkpoint}, evaluation.every = {every.evaluation}, steps = {steps}"
+            of_best = name == "keep_best"
+            evaluated = f"evaluation.every = {every.evaluation}, " if of_best else ""
             raise Unfit(
-                f"checkpoint.{name} = {saving[name]} would keep none but the last: {found}; make the cadences meet "
-                "earlier",
+                f"checkpoint.{name} = {saving[name]} would keep none but the last: checkpoint.every = "
+                f"{every.checkpoint}, {evaluated}steps = {steps}; make the cadences meet earlier",
                 f"checkpoint.{name}",
                 "checkpoint.every",
                 "steps",
-                *(["evaluation.every"] if name == "keep_best" else []),
+                *(["evaluation.every"] if of_best else []),
             )
 
 
@@ -240,6 +241,7 @@ def _check_reports(settings: Tables, every: int, delay: int) -> None:
             "monitor.delay",
             "steps",
             *(f"diversity.controller.{name}" for name in goals),
+            *([] if goals else ["diversity.co_activation.weight"]),
         )
     if delay >= max(every, 1):
         raise Unfit(
