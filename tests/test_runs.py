@@ -284,7 +284,11 @@ LIKE = {
 SWEEPS = {
     "a name": ("[grid]\nactivation.K = [1]\n", "unknown option 'activation.K'; did you mean 'activation.k'?"),
     "a list": ("[grid]\nseed = 3\n", "grid seed is 3: expected a list of values, such as [0, 1, 2]"),
-    "two names": ("[grid]\nseed = [0, 0]\n", "two runs are called seed0; give each of [[runs]] another name = ..."),
+    "a value twice": ("[grid]\nseed = [0, 1, 0]\n", "grid seed has 0 twice; leave one of them out"),
+    "two names": (
+        "[[runs]]\nseed = 1\n[[runs]]\nseed = 1\n",
+        "two runs are called seed1; write them as [[runs]], each with another name = ...",
+    ),
     "a group": (
         "[girds]\nseed = [0]\n",
         "unknown option 'girds.seed'; there are preset, config, stores, set, grid, runs",

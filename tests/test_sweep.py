@@ -199,7 +199,7 @@ RATES = {"good": 0.001, "nan": 1e30, "high": 30.0}
     [
         ("[grid]\nactivation.q = [1]\n", "unknown option 'activation.q'"),
         ("[grid]\nseed = 3\n", "grid seed is 3: expected a list of values"),
-        ("[grid]\nseed = [0, 0]\n", "two runs are called seed0"),
+        ("[grid]\nseed = [0, 0]\n", "grid seed has 0 twice"),
         ("[grid]\nseed = [0]\n[[runs]]\nseed = 1\n", "seed is in [grid] and in [[runs]]"),
         ("[[runs]]\nname = '../out'\n", "cannot be the name of a run's folder"),
         (

@@ -87,7 +87,8 @@ def wanted_runs(
         where = {"store": place.name} if len(opened) > 1 else {}
         path = folder / _folder_name("-".join([*where.values(), given or name_of(differs)]), file)
         if path in found:
-            raise UserError(f"{file}: two runs are called {path.name}; give each of [[runs]] another name = ...")
+            remedy = "write them as [[runs]], each with another name = ..."
+            raise UserError(f"{file}: two runs are called {path.name}; {remedy}")
         found[path] = WantedRun(
             path=path,
             store=opened[place],
@@ -133,6 +134,8 @@ def _variants(file: SweepFile, origin: Path) -> Iterator[tuple[str, dict[str, An
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{origin}: grid {name} is {brief(values)}: expected a list of values, such as [0, 1, 2]")
+        if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+            raise UserError(f"{origin}: grid {name} has {brief(twice[0])} twice; leave one of them out")
     for given in file.runs or ({},):
         one = dict(dotted(given))
         name = one.pop("name", "")
