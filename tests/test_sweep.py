@@ -23,10 +23,9 @@ from train.data.shared_batches import SharedBatchReader
 from train.model import checkpoint
 from train.run.process import OwnProcess
 from train.run.settings import read_config
-from train.sweeps.plan import group_bytes, rounds
-from train.sweeps.run_sweep import planned
+from train.sweeps.plan import group_bytes, plan, rounds
 from train.sweeps.shared_process import train_side_by_side
-from train.sweeps.wanted_runs import name_of
+from train.sweeps.wanted_runs import name_of, wanted_runs
 
 Command = Callable[..., Outcome]
 STEPS = 20
@@ -244,7 +243,7 @@ def test_runs_that_do_not_fit_into_memory_together_are_trained_in_rounds(
     pristine: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = sweep_file(tmp_path, "[grid]\nactivation.k = [2, 3, 4]\n")
-    found = planned(file, [pristine.path], tmp_path)
+    found = plan(wanted_runs(file, [pristine.path], tmp_path))
     assert [len(group) for group in rounds(found)] == [3]
     two, three = group_bytes(found[:2], 1), group_bytes(found, 1)
     standing, passing = [one.standing_bytes for one in found], max(one.passing_bytes for one in found)
@@ -300,9 +299,9 @@ def test_runs_take_turns_at_most_a_step_apart_and_share_the_cpu_time(lanes: int)
     assert 0 < sum(spent.values()) <= took
 
 
-def test_planned_runs_of_python_are_those_of_the_command(pristine: SyntheticStore, tmp_path: Path) -> None:
+def test_a_plan_says_what_differs_and_which_runs_share_rows(pristine: SyntheticStore, tmp_path: Path) -> None:
     file = sweep_file(tmp_path, GRID)
-    found = planned(file, [pristine.path], tmp_path)
+    found = plan(wanted_runs(file, [pristine.path], tmp_path))
     assert [one.differs for one in found] == [
         {"activation.k": 4, "seed": 0}, {"activation.k": 4, "seed": 1},
         {"transcoder.d_sae": 96, "seed": 0}, {"transcoder.d_sae": 96, "seed": 1},
