@@ -22,9 +22,8 @@ config_option = click.option(
     type=click.Path(path_type=Path),
     help="A TOML file or a run's config.json, in place of a preset.",
 )
-like_option = click.option(
-    "--like", metavar="RUN", type=click.Path(path_type=Path), help="Start from the settings and the store of a run."
-)
+_OF_RUN = {"metavar": "RUN", "type": click.Path(path_type=Path)}
+like_option = click.option("--like", **_OF_RUN, help="Start from the settings and the store of a run.")
 
 
 def settings_file(preset: str | None, file: Path | None, like: Path | None) -> Path | None:
@@ -100,7 +99,7 @@ def _store_like(like: Path | None, local: Local | None) -> Store:
 @click.argument("preset", required=False)
 @click.option("--store", type=STORE, help="A store, for which automatic choices are shown.")
 @config_option
-@like_option
+@click.option("--like", **_OF_RUN, help="List the settings of a run, without its store.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_all(

@@ -21,7 +21,8 @@ _EVALUATION_SHARE = 0.1
 """Rows of an evaluation by rows of the steps between two: both cost a product."""
 
 
-Resolved = int | Literal["auto"]
+Cadence = int | Literal["auto"]
+"""Of the settings: steps, or left to the device."""
 
 
 class Cadences(NamedTuple):
@@ -34,7 +35,7 @@ class Cadences(NamedTuple):
     checkpoint: int
 
     @classmethod
-    def of(cls, log: Resolved, monitor: Resolved, evaluation: Resolved, checkpoint: Resolved) -> Self:
+    def of(cls, log: Cadence, monitor: Cadence, evaluation: Cadence, checkpoint: Cadence) -> Self:
         """Return those of a run's settings, which are resolved."""
         found = (log, monitor, evaluation, checkpoint)
         assert all(isinstance(one, int) for one in found), "resolve the settings first"
