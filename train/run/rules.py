@@ -17,7 +17,7 @@ from shared.errors import UserError
 from shared.store.layout import StoreRecord
 from shared.store.reader import RowsConfig, rows_per_stratum, training_strata
 from shared.store.store import Store
-from train.duplicates.monitor_bytes import state_bytes
+from train.duplicates.monitor_limits import state_bytes
 from train.evaluation.evaluated_blocks import evaluated_rows
 from train.model.schedule import warmup_steps
 from train.model.sizes import check_decoder_norm, check_k, check_prefixes, k_at_start, multiple, source_width
