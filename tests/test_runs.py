@@ -111,7 +111,7 @@ EARLY = {
     "no prefixes": (
         ["transcoder.prefixes=[]"],
         "--set transcoder.prefixes=[]: transcoder.prefixes is an empty list; for one group use "
-        "transcoder.prefixes=[256]",
+        "--set transcoder.prefixes=[256]",
     ),
     "k has no warm-up": (
         ["activation.k_warmup_share=0"],
@@ -223,18 +223,18 @@ EARLY = {
     "shards of another kind": (
         ["parallel.shards=8", "activation.kind=topk"],
         "--set parallel.shards=8 --set activation.kind=topk: parallel.shards = 8 is for activation.kind = batchtopk, "
-        "got topk; use parallel.shards=1",
+        "got topk; use --set parallel.shards=1",
     ),
     "shards of other kernels": (
         ["parallel.shards=8", "kernels=plain"],
         "--set parallel.shards=8 --set kernels=plain: parallel.shards = 8 needs kernels = compiled, got plain; leave "
-        "it out, or use parallel.shards=1 (on the CPU; on CUDA they do not fit either)",
+        "it out, or use --set parallel.shards=1 (on the CPU; on CUDA they do not fit either)",
     ),
     "decoder norm": (
         ["transcoder.decoder_norm=free", "activation.kind=relu"],
         "--set transcoder.decoder_norm=free --set activation.kind=relu: transcoder.decoder_norm = free and "
         "activation.kind = relu: its penalty is on latent values, which would shrink while decoder rows grow; use "
-        "transcoder.decoder_norm=unit",
+        "--set transcoder.decoder_norm=unit",
     ),
     "bytes": (
         ["monitor.every=0", "diversity.co_activation.weight=0", "checkpoint.max_bytes=1000000"],
@@ -248,22 +248,22 @@ EARLY = {
     ),
     "blas": (
         ["device=cuda", "blas=numpy"],
-        "--set device=cuda --set blas=numpy: blas = numpy is for the CPU, and the device is cuda; use blas=torch",
+        "--set device=cuda --set blas=numpy: blas = numpy is for the CPU, and the device is cuda; use --set blas=torch",
     ),
     "compiled": (
         ["device=cuda:1", "kernels=compiled"],
         "--set device=cuda:1 --set kernels=compiled: kernels = compiled is for the CPU, and the device is cuda:1; use "
-        "kernels=plain",
+        "--set kernels=auto",
     ),
     "tf32": (
         ["device=cpu", "product_dtype=tf32"],
         "--set device=cpu --set product_dtype=tf32: product_dtype = tf32 is for CUDA, and the device is cpu; use "
-        "product_dtype=float32",
+        "--set product_dtype=float32",
     ),
     "guarded": (
         ["product_dtype=guarded-bfloat16", "kernels=plain"],
         "--set product_dtype=guarded-bfloat16 --set kernels=plain: product_dtype = guarded-bfloat16 is for "
-        "activation.kind = batchtopk on kernels = compiled, got batchtopk on plain; use product_dtype=float32",
+        "activation.kind = batchtopk on kernels = compiled, got batchtopk on plain; use --set product_dtype=float32",
     ),
     "device": (["device=tpu"], "--set device=tpu: device must be auto, cpu, cuda, or cuda:NUMBER, got tpu"),
 }

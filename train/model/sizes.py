@@ -58,7 +58,7 @@ def multiple(name: str, value: int | str, unit: int, example: str) -> int:
 def check_prefixes(prefixes: Sequence[int], d_sae: int) -> None:
     """Raise `Unfit` when there are no prefixes, or they do not rise to `d_sae`."""
     if not prefixes:
-        said = f"transcoder.prefixes is an empty list; for one group use transcoder.prefixes=[{d_sae}]"
+        said = f"transcoder.prefixes is an empty list; for one group use --set transcoder.prefixes=[{d_sae}]"
         raise Unfit(said, "transcoder.prefixes")
     if any(a >= b for a, b in pairwise((0, *prefixes))):
         raise Unfit(f"transcoder.prefixes must rise from 1 up, got {list(prefixes)}", "transcoder.prefixes")
@@ -72,7 +72,7 @@ def check_decoder_norm(norm: str, kind: str, *, needs_unit: bool) -> None:
     if norm == "free" and needs_unit:
         raise Unfit(
             f"transcoder.decoder_norm = free and activation.kind = {kind}: its penalty is on latent values, which "
-            "would shrink while decoder rows grow; use transcoder.decoder_norm=unit",
+            "would shrink while decoder rows grow; use --set transcoder.decoder_norm=unit",
             "transcoder.decoder_norm",
             "activation.kind",
         )

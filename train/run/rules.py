@@ -148,7 +148,7 @@ def _check_size(settings: Tables, store: StoreRecord, d_sae: int, every: int, de
 
 
 def _check_rows(settings: Tables, store: Store) -> None:
-    """Raise `Unfit` when the store has not the rows that are asked for."""
+    """Raise `Unfit` when the store does not have the rows that are asked for."""
     if not store.record.report_blocks:
         raise UserError(
             f"{store.path} holds no held-out blocks to evaluate on; harvest with store.held_out_blocks >= 2"
