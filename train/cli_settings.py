@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,7 +23,7 @@ config_option = click.option(
     type=click.Path(path_type=Path),
     help="A TOML file or a run's config.json, in place of a preset.",
 )
-_OF_RUN = {"metavar": "RUN", "type": click.Path(path_type=Path)}
+_OF_RUN: dict[str, Any] = {"metavar": "RUN", "type": click.Path(path_type=Path)}
 like_option = click.option("--like", **_OF_RUN, help="Start from the settings and the store of a run.")
 
 
