@@ -105,7 +105,7 @@ def test_a_free_norm_is_chosen_where_k_is_fixed_and_refused_under_an_l1_penalty(
     auto = TranscoderConfig(d_sae=F, decoder_norm="auto")
     found = [auto.resolve(D, kind).decoder_norm for kind in (BatchTopK(k=4), TopK(k=4), JumpReLU(), ReLU())]
     assert found == ["free", "free", "unit", "unit"]
-    with pytest.raises(UserError, match=r"decoder_norm = free and activation.kind = relu: .* use --set transcoder.decoder"):
+    with pytest.raises(UserError, match=r"decoder_norm = free and activation.kind = relu: .* use --set transcoder"):
         TranscoderConfig(d_sae=F, decoder_norm="free").resolve(D, ReLU())
 
 
