@@ -141,9 +141,9 @@ class Numbers(click.ParamType):
         for part in value.split(","):
             first, dash, last = (piece.strip() for piece in part.partition("-"))
             if not re.fullmatch("[0-9]{1,9}", first) or (dash and not re.fullmatch("[0-9]{1,9}", last)):
-                self.fail(f"{part!r} is no number and no range of them, such as 3,17,100-120", param, ctx)
+                self.fail(f"{part!r} is neither a number nor a range of them, such as 3,17,100-120", param, ctx)
             if not 0 <= int(last or first) - int(first) <= _MOST_NUMBERS:
-                self.fail(f"{part!r} is no range of at most {_MOST_NUMBERS:,} numbers, the smaller first", param, ctx)
+                self.fail(f"{part!r} is not a range of up to {_MOST_NUMBERS:,} numbers, the smaller first", param, ctx)
             found += range(int(first), int(last or first) + 1)
         return found
 

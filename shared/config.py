@@ -185,8 +185,8 @@ def override(settings: dict[str, Any], changes: Changes, *, variants: Container[
     """
     result = _copy(settings)
     made = sorted(changes_of(changes), key=lambda one: one.name.removesuffix(".kind") not in variants)
-    for said, dotted, value in made:
-        *parents, last = dotted.split(".")
+    for said, name, value in made:
+        *parents, last = name.split(".")
         table = result
         for parent in parents:
             table = table.setdefault(parent, {})
@@ -200,12 +200,12 @@ def override(settings: dict[str, Any], changes: Changes, *, variants: Container[
 
 def _assigned(assignment: str) -> Change:
     """Return the change that a line says."""
-    dotted, equals, text = assignment.partition("=")
-    if not equals or not dotted.strip():
+    name, equals, text = assignment.partition("=")
+    if not equals or not name.strip():
         raise UserError(f"--set {_one_line(assignment[:_MOST_PLACE])}: expected NAME=VALUE, for example --set seed=1")
-    if dotted.count(".") > MOST_NESTED:
+    if name.count(".") > MOST_NESTED:
         raise UserError(f"--set {_one_line(assignment[:80])}...: more than {MOST_NESTED} groups within each other")
-    return Change(f"--set {_one_line(assignment[:_MOST_PLACE])}", dotted.strip(), _parse(text.strip(), assignment))
+    return Change(f"--set {_one_line(assignment[:_MOST_PLACE])}", name.strip(), _parse(text.strip(), assignment))
 
 
 def dotted(tables: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:

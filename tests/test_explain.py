@@ -208,7 +208,7 @@ def test_a_dry_run_sends_and_writes_nothing(command: Command, run: Path, chat: C
 @pytest.mark.parametrize(
     "options, told",
     [
-        (("--latents", "3,x"), "'x' is no number"),
+        (("--latents", "3,x"), "'x' is neither a number"),
         (("--latents", "63-70"), "--latents: "),
     ],
 )

@@ -199,7 +199,12 @@ def test_more_of_a_contexts_text_is_shown(browsed: Browsed, tmp_path: Path, monk
         sample = page.locator(".sample").first
         sample.wait_for()
         assert sample.locator(".token").count() == 8
+        page.evaluate("() => { corpus = Promise.reject(new Error('it is torn')); corpus.catch(() => {}); }")
         sample.get_by_role("button", name="more text").click()
+        sample.get_by_role("status").filter(has_text="more text cannot be shown: it is torn").wait_for()
+        page.evaluate("() => { corpus = null; }")
+        button = sample.get_by_role("button", name="more text")
+        button.evaluate("one => { one.click(); one.click(); }")  # the second comes while the text is loaded
         sample.get_by_role("button", name="less text").wait_for()
         shown = sample.locator(".token").evaluate_all("all => all.map((one) => Number(one.dataset.token))")
         assert shown == tokens[0, low:high].tolist() and len(shown) > 8

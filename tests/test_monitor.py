@@ -155,7 +155,7 @@ def test_where_many_latents_are_active_every_nth_row_is_looked_at(
 ) -> None:
     step = make_step(4)
     meetings = int(step.active.starts.diff().square().sum()) * 2
-    monkeypatch.setattr("train.duplicates.monitor.MOST_MEETINGS", meetings // 2 - 1)
+    monkeypatch.setattr("train.duplicates.monitor.MOST_SAMPLED_MEETINGS", meetings // 2 - 1)
     monitor = make_monitor(tmp_path, least_together=2)
     monitor.add(step, 4)
     report = monitor.report(4, ALIVE)

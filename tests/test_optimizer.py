@@ -105,7 +105,7 @@ def test_a_free_norm_is_chosen_where_k_is_fixed_and_refused_under_an_l1_penalty(
     auto = TranscoderConfig(d_sae=F, decoder_norm="auto")
     found = [auto.resolve(D, kind).decoder_norm for kind in (BatchTopK(k=4), TopK(k=4), JumpReLU(), ReLU())]
     assert found == ["free", "free", "unit", "unit"]
-    with pytest.raises(UserError, match=r"decoder_norm = free and activation.kind = relu: .* use transcoder.decoder_n"):
+    with pytest.raises(UserError, match=r"decoder_norm = free and activation.kind = relu: .* use --set transcoder"):
         TranscoderConfig(d_sae=F, decoder_norm="free").resolve(D, ReLU())
 
 
@@ -178,6 +178,7 @@ def test_the_learning_rate_follows_the_width_and_warm_ups_the_run() -> None:
     [
         ({"k_start": 96}, "activation.k_start = 96, and no warm-up leads from it to k = 32"),
         ({"k_start": "3x", "k_warmup_steps": 0, "k_warmup_share": 0.2}, "activation.k_start = 3x, and no warm-up"),
+        ({"k_start": "3x", "k_warmup_share": 0.001}, "no warm-up .*k_warmup_share = 0.001 of 100 steps is less than 1"),
         ({"k_warmup_share": 0.2}, r"a warm-up of k \(0.2 by activation.k_warmup_share .* nothing to start from"),
         ({"k_warmup_steps": 9}, r"a warm-up of k \(9 by"),
     ],
@@ -191,11 +192,20 @@ def test_a_start_that_is_k_is_no_warm_up() -> None:
     assert BatchTopK(k=8, k_start="1x").resolve(100).k_at(0) == 8
 
 
+def test_a_run_of_one_step_has_k_and_no_start() -> None:
+    activation = BatchTopK(k=8, k_start="3x", k_warmup_share=0.85).resolve(1)
+    assert (activation.k_start, activation.k_at(0), activation.most_active(64)) == (None, 8, 8)
+
+
 def test_the_last_step_of_every_warm_up_that_is_taken_has_k() -> None:
     for steps in range(1, 60):
         for share in (0.0, 0.15, 0.5, 0.9, 0.99):
-            found = BatchTopK(k=8, k_start="3x" if share else None, k_warmup_share=share).resolve(steps)
-            assert found.k_at(steps - 1) == 8
+            asked = BatchTopK(k=8, k_start="3x" if share else None, k_warmup_share=share)
+            if share and steps > 1 and round(share * steps) == 0:
+                with pytest.raises(UserError, match="no warm-up leads from it"):
+                    asked.resolve(steps)
+            else:
+                assert asked.resolve(steps).k_at(steps - 1) == 8
 
 
 def test_numbers_above_d_sae_and_latents_that_never_die_are_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,7 +179,7 @@ def test_what_cannot_be_cut_is_refused_by_name() -> None:
         ({"kernels": "dense"}, "batchtopk", 64, "needs kernels = compiled, got dense"),
         ({"product_dtype": "bfloat16"}, "batchtopk", 64, "product_dtype"),
         ({}, "topk", 64, "batchtopk, got topk"),
-        ({}, "batchtopk", 60, "d_sae = 60 is no multiple"),
+        ({}, "batchtopk", 60, "d_sae = 60 is not a multiple"),
     ):
         with pytest.raises(Unfit, match=re.escape(words)):
             required(8, ASKED | asked, kind, d_sae, "cpu")

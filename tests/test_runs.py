@@ -108,10 +108,21 @@ EARLY = {
         "--set transcoder.d_sae=256 --set transcoder.prefixes=[64, 128]: transcoder.prefixes must end at d_sae = 256, "
         "got [64, 128]",
     ),
+    "no prefixes": (
+        ["transcoder.prefixes=[]"],
+        "--set transcoder.prefixes=[]: transcoder.prefixes is an empty list; for one group use "
+        "--set transcoder.prefixes=[256]",
+    ),
     "k has no warm-up": (
         ["activation.k_warmup_share=0"],
         "--set activation.k_warmup_share=0: activation.k_start = 3x, and no warm-up leads from it to k = 32: every "
         "step would have k; set activation.k_warmup_share above 0, or leave out k_start",
+    ),
+    "k has a warm-up of no step": (
+        ["activation.k_warmup_share=0.001", "steps=100"],
+        "--set activation.k_warmup_share=0.001 --set steps=100: activation.k_start = 3x, and no warm-up leads from it "
+        "to k = 32 (activation.k_warmup_share = 0.001 of 100 steps is less than 1): every step would have k; raise "
+        "it, or leave out k_start",
     ),
     "warm-up of k": (
         ["activation.k_warmup_steps=40", "steps=40"],
@@ -160,9 +171,26 @@ EARLY = {
         "--set diversity.controller.max_pairs_above_0_8=3 --set diversity.co_activation.weight=0: "
         "diversity.controller.max_pairs_above_0_8 has no weight to move: set diversity.co_activation.weight above 0",
     ),
+    "a merge after the last step": (
+        ["diversity.merge.at=[0.99]", "steps=30"],
+        "--set diversity.merge.at=[0.99] --set steps=30: diversity.merge.at = [0.99] merges after step 30 of 30; "
+        "each merge needs a step of its own, before the last one; raise steps, choose other shares, or use --set "
+        "diversity.merge.at=[]",
+    ),
+    "two merges after one step": (
+        ["diversity.merge.at=[0.52, 0.5]", "steps=20"],
+        "--set diversity.merge.at=[0.52, 0.5] --set steps=20: diversity.merge.at = [0.52, 0.5] merges after "
+        "steps 10 and 10 of 20; each merge needs a step of its own, before the last one; raise steps, choose other "
+        "shares, or use --set diversity.merge.at=[]",
+    ),
     "no report": (
         ["monitor.every=100", "steps=100", "monitor.delay=0"],
         f"--set monitor.every=100 --set steps=100 --set monitor.delay=0: {REPORTS}: monitor.every = 100, steps = 100; "
+        "set monitor.every above 0 and below steps, or diversity.co_activation.weight = 0",
+    ),
+    "co-activation without reports": (
+        ["diversity.co_activation.weight=2", "monitor.every=0"],
+        f"--set diversity.co_activation.weight=2 --set monitor.every=0: {REPORTS}: monitor.every = 0, steps = 5000; "
         "set monitor.every above 0 and below steps, or diversity.co_activation.weight = 0",
     ),
     "delay": (
@@ -183,7 +211,7 @@ EARLY = {
     "kept by step": (
         ["checkpoint.every=300", "checkpoint.keep_every=1700"],
         "--set checkpoint.every=300 --set checkpoint.keep_every=1700: checkpoint.keep_every = 1700 would keep none but "
-        "the last: checkpoint.every = 300, evaluation.every = 2000, steps = 5000; make the cadences meet earlier",
+        "the last: checkpoint.every = 300, steps = 5000; make the cadences meet earlier",
     ),
     "kept by fvu": (
         ["checkpoint.every=300", "checkpoint.keep_best=1", "evaluation.every=1700"],
@@ -195,19 +223,19 @@ EARLY = {
     "shards of another kind": (
         ["parallel.shards=8", "activation.kind=topk"],
         "--set parallel.shards=8 --set activation.kind=topk: parallel.shards = 8 is for activation.kind = batchtopk, "
-        "got topk; use parallel.shards=1",
+        "got topk; use --set parallel.shards=1",
     ),
     "shards of other kernels": (
         ["parallel.shards=8", "kernels=plain"],
         "--set parallel.shards=8 --set kernels=plain: on the CPU: parallel.shards = 8 needs kernels = compiled, got "
-        "plain; leave it out, or use parallel.shards=1; on CUDA: parallel.shards = 8 needs kernels = triton, got "
-        "plain; leave it out, or use parallel.shards=1",
+        "plain; leave it out, or use --set parallel.shards=1; on CUDA: parallel.shards = 8 needs kernels = triton, got "
+        "plain; leave it out, or use --set parallel.shards=1",
     ),
     "decoder norm": (
         ["transcoder.decoder_norm=free", "activation.kind=relu"],
         "--set transcoder.decoder_norm=free --set activation.kind=relu: transcoder.decoder_norm = free and "
         "activation.kind = relu: its penalty is on latent values, which would shrink while decoder rows grow; use "
-        "transcoder.decoder_norm=unit",
+        "--set transcoder.decoder_norm=unit",
     ),
     "bytes": (
         ["monitor.every=0", "diversity.co_activation.weight=0", "checkpoint.max_bytes=1000000"],
@@ -241,22 +269,22 @@ EARLY = {
     ),
     "blas": (
         ["device=cuda", "blas=numpy"],
-        "--set device=cuda --set blas=numpy: blas = numpy is for the CPU, and the device is cuda; use blas=torch",
+        "--set device=cuda --set blas=numpy: blas = numpy is for the CPU, and the device is cuda; use --set blas=torch",
     ),
     "compiled": (
         ["device=cuda:1", "kernels=compiled"],
         "--set device=cuda:1 --set kernels=compiled: kernels = compiled is for the CPU, and the device is cuda:1; use "
-        "kernels=plain",
+        "--set kernels=auto",
     ),
     "tf32": (
         ["device=cpu", "product_dtype=tf32"],
         "--set device=cpu --set product_dtype=tf32: product_dtype = tf32 is for CUDA, and the device is cpu; use "
-        "product_dtype=float32",
+        "--set product_dtype=float32",
     ),
     "guarded": (
         ["product_dtype=guarded-bfloat16", "kernels=plain"],
         "--set product_dtype=guarded-bfloat16 --set kernels=plain: product_dtype = guarded-bfloat16 is for "
-        "activation.kind = batchtopk on kernels = compiled, got batchtopk on plain; use product_dtype=float32",
+        "activation.kind = batchtopk on kernels = compiled, got batchtopk on plain; use --set product_dtype=float32",
     ),
     "device": (["device=tpu"], "--set device=tpu: device must be auto, cpu, cuda, or cuda:NUMBER, got tpu"),
 }
@@ -277,13 +305,21 @@ LIKE = {
 SWEEPS = {
     "a name": ("[grid]\nactivation.K = [1]\n", "unknown option 'activation.K'; did you mean 'activation.k'?"),
     "a list": ("[grid]\nseed = 3\n", "grid seed is 3: expected a list of values, such as [0, 1, 2]"),
-    "two names": ("[grid]\nseed = [0, 0]\n", "two runs are called seed0; give each of [[runs]] another name = ..."),
+    "a value twice": ("[grid]\nseed = [0, 1, 0]\n", "grid seed has 0 twice; leave one of them out"),
+    "two names": (
+        "[[runs]]\nseed = 1\n[[runs]]\nseed = 1\n",
+        "two runs are called seed1; write them as [[runs]], each with another name = ...",
+    ),
     "a group": (
         "[girds]\nseed = [0]\n",
         "unknown option 'girds.seed'; there are preset, config, stores, set, grid, runs",
     ),
     "a value": ("[set]\nsteps = 0\n[grid]\nseed = [0, 1]\n", "steps = 0: must be at least 1"),
     "a preset": ("preset = 'tinyy'\n", "no preset 'tinyy'; presets: base, gemma-2-2b, tiny; did you mean 'tiny'?"),
+    "a preset and a file": (
+        "preset = 'tiny'\nconfig = 'a.toml'\n",
+        "preset and config both say which settings to start from; leave one of them out",
+    ),
     "the store": (
         "[grid]\nrows.batch_rows = [48, 2000]\n",
         "rows.batch_rows = 2,000 is more than the store's 1,536 training rows; lower it",
@@ -346,6 +382,10 @@ OPTIONS = {
     "-m train run --like RUN --set NAME=VALUE",
     ("run", "--set", "device=2024-01-01"): "--set device=2024-01-01: not text",
     ("run", "steps=9"): "no preset 'steps=9'; presets: base, gemma-2-2b, tiny; a setting is given with --set steps=9",
+    ("run", "tiny", "--config", "a.toml"): "the preset 'tiny' and --config both say which settings to start from; give "
+    "one of them",
+    ("settings", "tiny", "--like", "runs/lost"): "the preset 'tiny' and --like both say which settings to start from; "
+    "give one of them",
     ("run", "--config", "runs/lost"): "--config runs/lost: it is a folder, and settings are read from a file; for the "
     "settings of a run: --like runs/lost",
     ("run", "--config", "runs"): "--config runs: it is a folder, and settings are read from a file; name a file in it",
@@ -380,11 +420,12 @@ def test_kinds_that_need_decoder_rows_of_norm_1_are_those_whose_class_says_so() 
     assert {kind.model_fields["kind"].default for kind in kinds if kind.needs_unit_decoder} == set(NEED_UNIT_DECODER)
 
 
-@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
+@pytest.mark.parametrize(("kind", "steps"), [("batchtopk", 5000), ("jumprelu", 5000), ("batchtopk", 1)])
 def test_a_bound_on_checkpoints_is_checked_before_torch_by_the_size_that_one_is_given(
-    kind: str, pristine: SyntheticStore
+    kind: str, steps: int, pristine: SyntheticStore
 ) -> None:
-    store, values = Store.open(pristine.path), {"transcoder.d_sae": 128, "rows.batch_rows": 48, "activation.kind": kind}
+    values = {"transcoder.d_sae": 128, "rows.batch_rows": 48, "activation.kind": kind, "steps": steps}
+    store = Store.open(pristine.path)
     config = resolve(store, load_settings("base", values), None)
     size = checkpoint_bytes(config.settings, config.d_in, config.d_out)
     read_and_check("base", values | {"checkpoint.max_bytes": size}, None, store)
@@ -479,6 +520,9 @@ def test_advice_is_of_the_runs_own_numbers(synthetic: SyntheticStore) -> None:
     rows = sum(part.source.rows for part in store.strata.values()) * len(config.training_blocks) // store.record.blocks
     lr, k, d_sae, steps, _ = advice(config, store)
     assert lr.startswith("optimizer.lr: 0.0056 here") and "; 16 was not measured (" in lr
+    narrow, wide = (advice(config.model_copy(update={"d_in": width}), store)[0] for width in (128, 576))
+    assert "; at a width of 128, 0.004 was better than 0.008 (" in narrow and "576" not in narrow
+    assert "; at a width of 576, 0.0056 was best (" in wide and not any("not measured" in one for one in (narrow, wide))
     assert k.startswith("activation.k: 6 ") and d_sae.startswith("transcoder.d_sae: 64, 4 times the width")
     assert f"steps: 100 read each of {rows:,} training rows {100 * 48 / rows:.2g} times" in steps
     assert ("twice as much text" in steps) == (2 * rows < 100 * 48)

@@ -23,10 +23,9 @@ from train.data.shared_batches import SharedBatchReader
 from train.model import checkpoint
 from train.run.process import OwnProcess
 from train.run.settings import read_config
-from train.sweeps.plan import group_bytes, rounds
-from train.sweeps.run_sweep import planned
+from train.sweeps.plan import group_bytes, plan, rounds
 from train.sweeps.shared_process import train_side_by_side
-from train.sweeps.wanted_runs import name_of
+from train.sweeps.wanted_runs import name_of, wanted_runs
 
 Command = Callable[..., Outcome]
 STEPS = 20
@@ -199,7 +198,7 @@ RATES = {"good": 0.001, "nan": 1e30, "high": 30.0}
     [
         ("[grid]\nactivation.q = [1]\n", "unknown option 'activation.q'"),
         ("[grid]\nseed = 3\n", "grid seed is 3: expected a list of values"),
-        ("[grid]\nseed = [0, 0]\n", "two runs are called seed0"),
+        ("[grid]\nseed = [0, 0]\n", "grid seed has 0 twice"),
         ("[grid]\nseed = [0]\n[[runs]]\nseed = 1\n", "seed is in [grid] and in [[runs]]"),
         ("[[runs]]\nname = '../out'\n", "cannot be the name of a run's folder"),
         (
@@ -244,7 +243,7 @@ def test_runs_that_do_not_fit_into_memory_together_are_trained_in_rounds(
     pristine: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = sweep_file(tmp_path, "[grid]\nactivation.k = [2, 3, 4]\n")
-    found = planned(file, [pristine.path], tmp_path)
+    found = plan(wanted_runs(file, [pristine.path], tmp_path))
     assert [len(group) for group in rounds(found)] == [3]
     two, three = group_bytes(found[:2], 1), group_bytes(found, 1)
     standing, passing = [one.standing_bytes for one in found], max(one.passing_bytes for one in found)
@@ -300,9 +299,9 @@ def test_runs_take_turns_at_most_a_step_apart_and_share_the_cpu_time(lanes: int)
     assert 0 < sum(spent.values()) <= took
 
 
-def test_planned_runs_of_python_are_those_of_the_command(pristine: SyntheticStore, tmp_path: Path) -> None:
+def test_a_plan_says_what_differs_and_which_runs_share_rows(pristine: SyntheticStore, tmp_path: Path) -> None:
     file = sweep_file(tmp_path, GRID)
-    found = planned(file, [pristine.path], tmp_path)
+    found = plan(wanted_runs(file, [pristine.path], tmp_path))
     assert [one.differs for one in found] == [
         {"activation.k": 4, "seed": 0}, {"activation.k": 4, "seed": 1},
         {"transcoder.d_sae": 96, "seed": 0}, {"transcoder.d_sae": 96, "seed": 1},
@@ -314,7 +313,7 @@ def test_a_grid_of_kinds_drops_none_of_the_settings_that_all_runs_have(
     command: Command, pristine: SyntheticStore, tmp_path: Path
 ) -> None:
     file = sweep_file(tmp_path, '[grid]\nactivation.kind = ["batchtopk", "topk"]\n')
-    found = planned(file, [pristine.path], tmp_path)
+    found = plan(wanted_runs(file, [pristine.path], tmp_path))
     assert [(one.settings.activation.kind, one.settings.activation.expected_l0) for one in found] == [
         ("batchtopk", VALUES["activation.k"]), ("topk", VALUES["activation.k"])
     ]  # fmt: skip
@@ -329,4 +328,4 @@ def test_a_few_runs_of_cut_dictionaries_have_the_one_thread_that_these_need(
     monkeypatch.setattr("train.sweeps.plan._cores", lambda: 8)
     monkeypatch.setattr("torch.get_num_threads", lambda: 8)
     file = sweep_file(tmp_path, "[grid]\nparallel.shards = [1, 4]\n", threads=0)
-    assert [one.config.settings.threads for one in planned(file, [pristine.path], tmp_path)] == [8, 1]
+    assert [one.config.settings.threads for one in plan(wanted_runs(file, [pristine.path], tmp_path))] == [8, 1]

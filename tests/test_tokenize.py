@@ -190,7 +190,7 @@ def test_a_row_that_is_no_document_is_named_and_can_be_left_out(folder: Path, tm
     with pytest.raises(UserError, match="text.max_refused=N") as caught:
         Read(folder, path)
     assert "rows.jsonl, line 3: " in str(caught.value) and message in str(caught.value)
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 5: .*2 rows are no documents, and text.max_refused is 1"):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 5: .*2 rows are not documents, and text.max_refused is 1"):
         Read(folder, path, max_refused=1)
     found = Read(folder, path, max_refused=2)
     assert found.left_out == {"refused_rows": 2}

@@ -12,7 +12,7 @@ from train.duplicates import tracked
 from train.duplicates.co_activation import correlated_pairs
 from train.duplicates.correlation_report import change_of
 from train.duplicates.directions import Pairs
-from train.duplicates.monitor_bytes import MOST, MOST_BYTES
+from train.duplicates.monitor_limits import MOST_TRACKED_PAIRS, TRACKED_PAIRS_BYTES
 from train.duplicates.tracked import TrackedPairs
 from train.model.sparse_latents import SparseLatents
 
@@ -106,7 +106,7 @@ def test_a_pair_that_rows_decide_against_is_dropped_and_others_stay(monkeypatch:
 
 
 def test_where_there_is_no_room_for_all_those_that_met_most_are_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracked, "MOST", 3)
+    monkeypatch.setattr(tracked, "MOST_TRACKED_PAIRS", 3)
     pairs = TrackedPairs(F, 0.5)
     proposed = Pairs(torch.tensor([0, 1, 2, 3]), torch.tensor([9, 9, 9, 9]))
     assert pairs.propose(proposed, torch.tensor([1, 4, 1, 2])) == 1
@@ -127,7 +127,8 @@ def test_tracking_continues_from_its_state_and_of_an_old_checkpoint_begins_anew(
         one.add(sparse(dense_batch(2)))
     for name, tensor in whole.state().items():
         assert torch.equal(tensor, resumed.state()[name])
-    assert sum(tensor.nbytes for tensor in state.values()) * MOST == MOST_BYTES * len(EVERYTHING.first)
+    size = sum(tensor.nbytes for tensor in state.values())
+    assert size * MOST_TRACKED_PAIRS == TRACKED_PAIRS_BYTES * len(EVERYTHING.first)
     with pytest.raises(ValueError, match="'tracked.second' holds"):
         resumed.load(state | {"tracked.second": torch.full_like(state["tracked.second"], F)}, begun=True)
     with pytest.raises(ValueError, match="'tracked.sums' is"):

@@ -165,7 +165,7 @@ def test_triton_kernels_are_refused_without_cuda(
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     done = command("run", "--store", store.path, "--runs", tmp_path / "runs", "--set", "kernels=triton")
-    assert done.code == 2 and "kernels = triton is for CUDA, and the device is cpu; use kernels=auto" in done.err
+    assert done.code == 2 and "kernels = triton is for CUDA, and the device is cpu; use --set kernels=auto" in done.err
     assert not (tmp_path / "runs").exists()
 
 

@@ -123,7 +123,7 @@ def run(
 
     PRESET is tiny for stores of the embedded model and base for all others, unless it is named.
     """
-    file = cli_settings.settings_file(file, like)
+    file = cli_settings.settings_file(preset, file, like)
     changes: list[str | Change] = [*assignments, *options(steps=steps, seed=seed)]
     check_name(runs, name)  # what can be found wrong before torch is imported is, since that takes seconds
     opened, preset, note = cli_settings.start_of_run(preset, changes, file, like, store, local)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,15 +23,15 @@ config_option = click.option(
     type=click.Path(path_type=Path),
     help="A TOML file or a run's config.json, in place of a preset.",
 )
-like_option = click.option(
-    "--like", metavar="RUN", type=click.Path(path_type=Path), help="Start from the settings and the store of a run."
-)
+_OF_RUN: dict[str, Any] = {"metavar": "RUN", "type": click.Path(path_type=Path)}
+like_option = click.option("--like", **_OF_RUN, help="Start from the settings and the store of a run.")
 
 
-def settings_file(file: Path | None, like: Path | None) -> Path | None:
-    """Return the file that settings are read from in place of a preset. Raises `UserError` when there are two."""
-    if file and like:
-        raise UserError("--config and --like both say which settings to start from; give one of them")
+def settings_file(preset: str | None, file: Path | None, like: Path | None) -> Path | None:
+    """Return the file that settings are read from in place of a preset. Raises `UserError` when two were named."""
+    named = [f"the preset {preset!r}"] * bool(preset) + ["--config"] * bool(file) + ["--like"] * bool(like)
+    if len(named) > 1:
+        raise UserError(f"{named[0]} and {named[1]} both say which settings to start from; give one of them")
     if file and file.is_dir():
         hint = f"for the settings of a run: --like {file}" if (file / CONFIG).is_file() else "name a file in it"
         raise UserError(f"--config {file}: it is a folder, and settings are read from a file; {hint}")
@@ -99,7 +100,7 @@ def _store_like(like: Path | None, local: Local | None) -> Store:
 @click.argument("preset", required=False)
 @click.option("--store", type=STORE, help="A store, for which automatic choices are shown.")
 @config_option
-@like_option
+@click.option("--like", **_OF_RUN, help="List the settings of a run, without its store.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_all(
@@ -114,7 +115,7 @@ def list_all(
 
     PRESET is that of `run` with the same store, and base without a store.
     """
-    file = settings_file(file, like)
+    file = settings_file(preset, file, like)
     read_settings(preset or BASE, assignments, file)
     opened = Store.open(store) if store else None
     preset = preset or usual_preset(opened, file)[0]

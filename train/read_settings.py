@@ -60,7 +60,7 @@ def read_settings(preset: str = BASE, changes: Changes = (), file: Path | None =
     """Read a preset, or in its place a TOML `file` or the `config.json` of a run, and put `changes` in.
 
     Raises `UserError` that names the option, when a setting is unknown or has a value that it cannot have. How settings
-    go together is checked by `train.run.settings.load_settings`.
+    go together, and with a store, is checked by `train.run.rules.read_and_check` and `train.run.settings.resolve`.
     """
     made = changes_of(changes)
     tables = _of_run(file) if file and file.name == CONFIG else load_preset(PRESETS, preset, file)

@@ -263,7 +263,8 @@ def _check_reached(model: Model, ids: Tensor, hooks: Sequence[str], attention: A
     with suppress(AssertionError):
         model.visit(ids, None, lambda name, _: reached.add(name))
     if missed := sorted(set(hooks) - reached):
-        raise UserError(f"hook {missed[0]} gives nothing with model.attention={attention}; use model.attention=eager")
+        said = f"hook {missed[0]} gives nothing with model.attention={attention}"
+        raise UserError(f"{said}; use --set model.attention=eager")
 
 
 def _left_over(names: Iterable[str], network: nn.Module, layers: int) -> list[str]:

@@ -112,7 +112,7 @@ class ObjectCache:
                 if found is None:
                     continue
                 if not target.resolve().is_relative_to(path.resolve()):
-                    raise CorruptData(f"{objects.address}: {one!r} is no name of a store's file; remove it")
+                    raise CorruptData(f"{objects.address}: {one!r} is not the name of a store's file; remove it")
                 durable.publish_bytes(target, found[0])
                 self._note(target, found[1])
         if stand_ins and (path / PLAN).is_file() and (path / REQUEST).is_file():

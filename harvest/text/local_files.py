@@ -332,7 +332,7 @@ def _json_line(row: Any) -> bytes:
 
 
 def _in_json(value: Any) -> Any:
-    """Return bytes that are UTF-8 as text, and for any other value that JSON has not an object that names its type."""
+    """Return bytes that are UTF-8 as text, and for any other value that JSON lacks, an object that names its type."""
     if isinstance(value, bytes):
         with suppress(UnicodeDecodeError):
             if "\0" not in (text := value.decode()):

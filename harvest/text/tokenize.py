@@ -199,7 +199,7 @@ class Encoder:
         self._refused += 1
         self.first_refusal = self.first_refusal or f"{document.place}: {why}"
         if self._refused > self._max_refused:
-            limit = f"; {self._refused} rows are no documents, and text.max_refused is {self._max_refused}"
+            limit = f"; {self._refused} rows are not documents, and text.max_refused is {self._max_refused}"
             remedy = "; mend it, or leave out up to N such rows with --set text.max_refused=N"
             raise UserError(f"{document.place}: {why}{limit if self._max_refused else remedy}")
         return {"refused_rows": 1}

@@ -105,7 +105,8 @@ class ObjectRows:
             for name, data in zip(names, pool.map(lambda n: self.objects.get(n, self.sizes[n]), names), strict=True):
                 path = self.mirror / name
                 if not path.resolve().is_relative_to(self.mirror.resolve()):
-                    raise CorruptData(f"{self.address}: {name!r} is no name of a store's file; copy the store again")
+                    said = f"{self.address}: {name!r} is not the name of a store's file"
+                    raise CorruptData(f"{said}; copy the store again")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 durable.write_whole(path, data)
         durable.write_whole(self.mirror / STORE, record)

@@ -25,7 +25,7 @@ from train.duplicates.co_activation import correlated_pairs, measure
 from train.duplicates.directions import Pairs
 from train.duplicates.diversity import Diversity, DiversityConfig
 from train.duplicates.monitor import CorrelationMonitor, MonitorConfig
-from train.duplicates.monitor_bytes import MOST
+from train.duplicates.monitor_limits import MOST_TRACKED_PAIRS
 from train.duplicates.tracked import TrackedPairs
 from train.model.activations import BatchTopK
 from train.model.blas import faster_here
@@ -303,8 +303,8 @@ def monitor_costs(made: Setup, config: MonitorConfig) -> dict[str, float]:
                     timed("batch of the sample", partial(monitor.add, one, EVERY - len(steps) + 1 + i))
                 timed(name, partial(monitor.report, EVERY, dead))
     tracking, tracked = TrackedPairs(made.model.d_sae, 0.0), "a step of as many tracked pairs as there may be"
-    first = torch.randint(made.model.d_sae - 1, (MOST,), generator=torch.Generator().manual_seed(0))
-    tracking.propose(Pairs(first, first + 1), torch.ones(MOST))
+    first = torch.randint(made.model.d_sae - 1, (MOST_TRACKED_PAIRS,), generator=torch.Generator().manual_seed(0))
+    tracking.propose(Pairs(first, first + 1), torch.ones(MOST_TRACKED_PAIRS))
     taken[tracked] = []
     for one in steps * 3:
         timed(tracked, partial(tracking.add, one.active))

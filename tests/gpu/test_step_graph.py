@@ -113,7 +113,7 @@ def test_a_step_that_cannot_be_recorded_is_said_or_refused(monkeypatch: pytest.M
     ("changes", "why"),
     [
         ({"kernels": "plain"}, "kernels = plain"),
-        ({"auxk__row_stride": 3}, "no multiple of auxk.row_stride"),
+        ({"auxk__row_stride": 3}, "not a multiple of auxk.row_stride"),
     ],
 )
 def test_what_cannot_be_a_graph_is_refused_where_it_is_asked_for(

@@ -91,7 +91,7 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
 
 def _strata(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """List fvu by position, for the strata that all arms have."""
+    """List fvu by position, for the strata that the first arm has."""
     first = comparison.arms[0]
     names = [name for name in first.spread if name.startswith("strata.") and name.endswith(".fvu")]
     return [

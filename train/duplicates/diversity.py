@@ -108,17 +108,13 @@ class MergeConfig(Config):
     """When to merge, as shares of the run, such as [0.8, 0.9]; none: never. Latents that restart late have little time
     to learn."""
     rows: int = Field(32768, ge=1)
-    """Training rows on which replacements are fitted; as many others judge them. With fewer rows, fewer rare latents
-    are found."""
+    """Training rows on which replacements are fitted; as many others judge them, or the same rows where there is one
+    training block. With fewer rows, fewer rare latents are found."""
     largest_share: float = Field(0.15, gt=0, le=1)
     """Most that replacing a group by one latent may cost, at the upper end of its 95 % interval, as a share of what all
     but the most useful of the group explain. The measure of redundant latents has 0.1; with that limit, some groups are
     above it on these rows and below it on held-out rows. Planted latents that are active together on nine rows of ten
     cost 0.156 and more."""
-
-    def steps(self, length: int) -> set[int]:
-        """Return after how many steps latents are merged, in a run of `length` steps."""
-        return {max(1, round(share * length)) for share in self.at}
 
 
 class DiversityConfig(Config):

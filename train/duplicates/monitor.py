@@ -34,7 +34,7 @@ from train.duplicates.correlation_report import (
     change_of,
 )
 from train.duplicates.directions import Pairs, connected, effective_number
-from train.duplicates.monitor_bytes import MOST_MEETINGS, PARTNERS, state_bytes
+from train.duplicates.monitor_limits import MOST_PARTNERS, MOST_SAMPLED_MEETINGS, state_bytes
 from train.duplicates.scans import Scans
 from train.duplicates.tracked import NO_ROWS, TrackedPairs
 from train.evaluation.held_out import HeldOutActive
@@ -169,7 +169,7 @@ class CorrelationMonitor:
         On CPU its rows are counted for tracked pairs first.
 
         Counting costs the square of a row's active latents: where these are so many that a report would take more than
-        `MOST_MEETINGS`, every n-th row is kept.
+        `MOST_SAMPLED_MEETINGS`, every n-th row is kept.
         """
         if self._every and self._on_cpu:
             self._tracked.add(step.active, self._left_out)
@@ -179,7 +179,7 @@ class CorrelationMonitor:
             @cache
             def kept() -> Batch:
                 active = fetched().positive()
-                rows = countable(active, self._window, MOST_MEETINGS)
+                rows = countable(active, self._window, MOST_SAMPLED_MEETINGS)
                 return active.of_rows(rows), self._of_row[rows]
 
             if step.active.rows.device.type == "cpu":
@@ -350,7 +350,9 @@ class CorrelationMonitor:
         rest = every.of_rows(stratum != position_0)
         correlated, without = _correlations(rest, config)
         whole = _correlations(every, config)[1] if len(rest.starts) < len(every.starts) else without
-        tracked = tracking.follow(rest, config.least_together, PARTNERS, new=not self._on_cpu) if tracking else None
+        tracked = (
+            tracking.follow(rest, config.least_together, MOST_PARTNERS, new=not self._on_cpu) if tracking else None
+        )
         shown = tracked.correlated if tracked else correlated
         listed = Pairs(*(side[: config.listed] for side in shown.pairs))
         if tracked:
@@ -473,7 +475,7 @@ def _rows_of_each(strata: Sequence[str], stratum: Tensor) -> dict[str, int]:
 
 
 def _correlations(active: SparseLatents, config: MonitorConfig) -> tuple[Correlated, Correlations]:
-    found, above = correlated_pairs(active, config.least_together, PARTNERS, levels=LEVELS)
+    found, above = correlated_pairs(active, config.least_together, MOST_PARTNERS, levels=LEVELS)
     return found, Correlations(
         rows=len(active.starts) - 1,
         largest=float(found.correlation[:1].sum()),

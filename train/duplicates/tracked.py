@@ -15,7 +15,7 @@ from train.duplicates import pair_loops
 from train.duplicates.co_activation import Correlated, Measures, correlated_pairs, measure
 from train.duplicates.correlation_report import Correlations
 from train.duplicates.directions import Pairs
-from train.duplicates.monitor_bytes import MOST
+from train.duplicates.monitor_limits import MOST_TRACKED_PAIRS
 from train.model.saved_tensors import fitting, numbers
 from train.model.sparse_latents import SparseLatents
 
@@ -115,7 +115,7 @@ class TrackedPairs:
         known = self._keys(self.pairs)
         kept = (self._sums[:, 0] < _TRIAL) | torch.isin(known, alike)
         fresh = ~torch.isin(self._keys(pairs), known)
-        room = MOST - int(kept.sum())
+        room = MOST_TRACKED_PAIRS - int(kept.sum())
         chosen = fresh.nonzero().squeeze(1)
         without_room = max(len(chosen) - room, 0)
         chosen = chosen[together[chosen].argsort(descending=True, stable=True)][:room]

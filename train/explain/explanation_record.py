@@ -107,7 +107,7 @@ def _parsed(line: bytes, path: Path, number: int) -> object:
     try:
         return durable.parse_json(line)
     except ValueError as error:
-        raise CorruptData(f"{path}: line {number} is no JSON; remove the file, and ask again") from error
+        raise CorruptData(f"{path}: line {number} is not JSON; remove the file, and ask again") from error
 
 
 def earlier(run: Path, asked: Asked) -> dict[int, Explanation]:

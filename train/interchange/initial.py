@@ -136,14 +136,14 @@ def _of_library(path: Path, config: RunConfig) -> Initial:
 def _free_norms(path: Path) -> UserError:
     return UserError(
         f"--init-from {path}: its decoder rows have free norms, and this run would set them to 1; use "
-        "transcoder.decoder_norm=free"
+        "--set transcoder.decoder_norm=free"
     )
 
 
 def _require_same(path: Path, theirs: dict[str, object], ours: dict[str, object]) -> None:
     for name, value in ours.items():
         if theirs[name] != value:
-            kind = "; for thresholds use activation.kind=jumprelu" if name == "use of learned thresholds" else ""
+            kind = "; for thresholds use --set activation.kind=jumprelu" if name == "use of learned thresholds" else ""
             raise UserError(
                 f"--init-from {path}: its {name} is {theirs[name]}, this run's is {value}; make them agree{kind}"
             )

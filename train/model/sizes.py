@@ -18,15 +18,21 @@ def source_width(store: StoreRecord, source: Literal["source", "target"]) -> int
 def k_at_start(
     k: int, k_start: int | str | None, k_warmup_steps: int | None, k_warmup_share: float, steps: int
 ) -> tuple[int | None, int]:
-    """Return the k of step 0, none where there is no warm-up, and the steps of the warm-up. Raises `Unfit`."""
+    """Return the k of step 0, none where there is no warm-up, and the steps of the warm-up.
+
+    Raises `Unfit` where `k_start` would have no effect, save in a run of one step, which has no room for a warm-up.
+    """
     warmup = warmup_steps("activation.k_warmup", k_warmup_steps, k_warmup_share, steps)
     start = None if k_start is None else multiple("activation.k_start", k_start, k, "3x")
     asked = k_warmup_share if k_warmup_steps is None else k_warmup_steps
-    if start not in (None, k) and not asked:
+    if start not in (None, k) and not warmup and not (asked and steps == 1):
+        short = f" (activation.k_warmup_share = {asked:g} of {steps:,} steps is less than 1)" if asked else ""
+        remedy = "raise it" if asked else "set activation.k_warmup_share above 0"
         raise Unfit(
-            f"activation.k_start = {k_start}, and no warm-up leads from it to k = {k}: every step would "
-            "have k; set activation.k_warmup_share above 0, or leave out k_start",
+            f"activation.k_start = {k_start}, and no warm-up leads from it to k = {k}{short}: every step would "
+            f"have k; {remedy}, or leave out k_start",
             *_OF_START,
+            *(["steps"] if asked else []),
         )
     if start is None and asked:
         raise Unfit(
@@ -34,7 +40,7 @@ def k_at_start(
             "set activation.k_start, such as 3x, or the warm-up to 0",
             *_OF_START,
         )
-    return start, warmup
+    return start if warmup else None, warmup
 
 
 _OF_START = ("activation.k_start", "activation.k_warmup_steps", "activation.k_warmup_share")
@@ -50,7 +56,10 @@ def multiple(name: str, value: int | str, unit: int, example: str) -> int:
 
 
 def check_prefixes(prefixes: Sequence[int], d_sae: int) -> None:
-    """Raise `Unfit` when prefixes do not rise to `d_sae`."""
+    """Raise `Unfit` when there are no prefixes, or they do not rise to `d_sae`."""
+    if not prefixes:
+        said = f"transcoder.prefixes is an empty list; for one group use --set transcoder.prefixes=[{d_sae}]"
+        raise Unfit(said, "transcoder.prefixes")
     if any(a >= b for a, b in pairwise((0, *prefixes))):
         raise Unfit(f"transcoder.prefixes must rise from 1 up, got {list(prefixes)}", "transcoder.prefixes")
     if prefixes[-1] != d_sae:
@@ -63,7 +72,7 @@ def check_decoder_norm(norm: str, kind: str, *, needs_unit: bool) -> None:
     if norm == "free" and needs_unit:
         raise Unfit(
             f"transcoder.decoder_norm = free and activation.kind = {kind}: its penalty is on latent values, which "
-            "would shrink while decoder rows grow; use transcoder.decoder_norm=unit",
+            "would shrink while decoder rows grow; use --set transcoder.decoder_norm=unit",
             "transcoder.decoder_norm",
             "activation.kind",
         )

@@ -13,13 +13,13 @@ def required(shards: int, asked: Mapping[str, object], kind: str, d_sae: int, de
     if shards == 1:
         return {}
     if d_sae % shards:
-        said = f"transcoder.d_sae = {d_sae} is no multiple of parallel.shards = {shards}; change either"
+        said = f"transcoder.d_sae = {d_sae} is not a multiple of parallel.shards = {shards}; change either"
         raise Unfit(said, "parallel.shards", "transcoder.d_sae")
     if kind != "batchtopk":
-        said = f"parallel.shards = {shards} is for activation.kind = batchtopk, got {kind}; use parallel.shards=1"
+        said = f"parallel.shards = {shards} is for activation.kind = batchtopk, got {kind}; use --set parallel.shards=1"
         raise Unfit(said, "parallel.shards", "activation.kind")
     if device.startswith("cuda:"):
-        said = f"device = {device} is one device, and each process takes its own; use device=cuda"
+        said = f"device = {device} is one device, and each process takes its own; use --set device=cuda"
         raise Unfit(said, "parallel.shards", "device")
     fixed: dict[str, object] = {
         "threads": 1,
@@ -30,7 +30,7 @@ def required(shards: int, asked: Mapping[str, object], kind: str, d_sae: int, de
         if asked[name] not in (value, "auto", 0):
             raise Unfit(
                 f"parallel.shards = {shards} needs {name} = {value}, got {asked[name]}; leave it out, or use "
-                "parallel.shards=1",
+                "--set parallel.shards=1",
                 "parallel.shards",
                 name,
             )

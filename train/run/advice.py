@@ -3,8 +3,11 @@
 from shared.store.store import Store
 from train.run.settings import RunConfig
 
-_MEASURED_WIDTH = 576
-"""Width of rows at which the learning rate was measured (docs/decisions/010-recipe.md)."""
+_RATES = {
+    128: "at a width of 128, 0.004 was better than 0.008 (decoder rows of norm 1, the embedded store)",
+    576: "at a width of 576, 0.0056 was best (3,000 steps; for 1,000 steps 0.008 was)",
+}
+"""What was measured of the learning rate, by the width of rows (docs/decisions/010-recipe.md)."""
 _READ_AGAIN = 2
 """Passes over the training rows up to which more text was worth little (docs/training.md, `How much ...`)."""
 
@@ -15,10 +18,8 @@ def advice(config: RunConfig, store: Store) -> list[str]:
     settings = config.settings
     k, d_sae, d_in = settings.activation.expected_l0, settings.transcoder.d_sae, config.d_in
     assert isinstance(d_sae, int)
-    known = f"was best at a width of {_MEASURED_WIDTH} (3,000 steps; for 1,000 steps 0.008 was)"
-    if d_in != _MEASURED_WIDTH:
-        known += f"; {d_in:,} was not measured"
-    if d_in > _MEASURED_WIDTH:
+    known = _RATES.get(d_in) or "; ".join([*_RATES.values(), f"{d_in:,} was not measured"])
+    if d_in > max(_RATES):
         known += ", and wider rows need less: also try a half"
     passes = settings.steps * settings.rows.batch_rows / max(rows, 1)
     more = (
@@ -27,7 +28,7 @@ def advice(config: RunConfig, store: Store) -> list[str]:
         else "more text would gain little"
     )
     lines = [
-        f"optimizer.lr: {settings.optimizer.lr:g} here; 0.0056 {known} (docs/decisions/010-recipe.md)",
+        f"optimizer.lr: {settings.optimizer.lr:g} here; {known} (docs/decisions/010-recipe.md)",
         f"transcoder.d_sae: {d_sae:,}, {d_sae / d_in:.3g} times the width; doubling it lowered fvu by 6 % "
         "(1,024 to 8,192 at width 576)",
         f"steps: {settings.steps:,} read each of {rows:,} training rows {passes:.2g} times; {more}; doubling the steps "

@@ -1,11 +1,11 @@
-"""How often a run logs, reports, evaluates and saves, where the settings leave that to it.
+"""How often a run logs, reports, evaluates and saves, where the settings leave that to it; and when it merges latents.
 
-By the kind of device and by operations that are counted, not timed: a function of the settings and the store. On CPU
-they suit steps of a second. A CUDA device does as many steps in moments, and what is done between them, much of it by
-the host, would take longer than they do.
+How often is chosen by the kind of device and by operations that are counted, not timed: a function of the settings and
+the store. On CPU the cadences suit steps of a second. A CUDA device does as many steps in moments, and what is done
+between them, much of it by the host, would take longer than they do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 from train.model.schedule import monitor_cadence
@@ -21,7 +21,8 @@ _EVALUATION_SHARE = 0.1
 """Rows of an evaluation by rows of the steps between two: both cost a product."""
 
 
-Resolved = int | Literal["auto"]
+Cadence = int | Literal["auto"]
+"""Of the settings: steps, or left to the device."""
 
 
 class Cadences(NamedTuple):
@@ -34,7 +35,7 @@ class Cadences(NamedTuple):
     checkpoint: int
 
     @classmethod
-    def of(cls, log: Resolved, monitor: Resolved, evaluation: Resolved, checkpoint: Resolved) -> Self:
+    def of(cls, log: Cadence, monitor: Cadence, evaluation: Cadence, checkpoint: Cadence) -> Self:
         """Return those of a run's settings, which are resolved."""
         found = (log, monitor, evaluation, checkpoint)
         assert all(isinstance(one, int) for one in found), "resolve the settings first"
@@ -78,6 +79,11 @@ def resolved(
         auto if one == "auto" else one for one, auto in zip(asked, (usual.log, *usual[2:]), strict=True)
     )
     return Cadences(log=log, monitor=every, evaluation=evaluation, checkpoint=checkpoint), delay
+
+
+def merge_steps(at: Sequence[float], steps: int) -> list[int]:
+    """Return after how many steps each of the shares `at` of a run of `steps` steps merges latents."""
+    return [max(1, round(share * steps)) for share in at]
 
 
 def _round(steps: float) -> int:

@@ -9,21 +9,22 @@ from shared.check_settings import Unfit
 
 
 def check_on_device(settings: Mapping[str, Any], device: str) -> None:
-    """Raise `Unfit` where settings ask for what a device has not."""
+    """Raise `Unfit` where settings ask for what a device does not have."""
     on_cpu, kernels = device == "cpu", settings["kernels"]
     if settings["resident_rows"] == "on" and on_cpu:
         said = "resident_rows = on is for CUDA, and the device is cpu; use --set resident_rows=auto"
         raise Unfit(said, "resident_rows", "device")
     if settings["blas"] == "numpy" and not on_cpu:
-        raise Unfit(f"blas = numpy is for the CPU, and the device is {device}; use blas=torch", "blas", "device")
+        raise Unfit(f"blas = numpy is for the CPU, and the device is {device}; use --set blas=torch", "blas", "device")
     if kernels == "compiled" and not on_cpu:
-        said = f"kernels = compiled is for the CPU, and the device is {device}; use kernels=plain"
+        said = f"kernels = compiled is for the CPU, and the device is {device}; use --set kernels=auto"
         raise Unfit(said, "kernels", "device")
     if kernels == "triton" and on_cpu and not os.environ.get("TRITON_INTERPRET"):
-        said = f"kernels = triton is for CUDA, and the device is {device}; use kernels=auto"
+        said = f"kernels = triton is for CUDA, and the device is {device}; use --set kernels=auto"
         raise Unfit(said, "kernels", "device")
     if kernels == "triton" and find_spec("triton") is None:
-        raise Unfit("kernels = triton needs the package triton: pip install triton, or use kernels=plain", "kernels")
+        said = "kernels = triton needs the package triton: pip install triton, or use --set kernels=plain"
+        raise Unfit(said, "kernels")
     _check_product(settings["product_dtype"], kernels, settings["activation"]["kind"], device)
     if settings["step_graph"] == "on" and (why_not := why_no_step_graph(settings, device)):
         raise Unfit(f"step_graph = on, and {why_not}; use --set step_graph=auto", "step_graph")
@@ -46,7 +47,7 @@ def why_no_graph(kernels: str, activation: Mapping[str, Any], auxk: Mapping[str,
     if "k" not in activation:
         return f"activation.kind = {activation['kind']}: how many latents are active is asked at every step"
     if auxk["coefficient"] and rows % auxk["row_stride"]:
-        return f"rows.batch_rows = {rows} is no multiple of auxk.row_stride = {auxk['row_stride']}"
+        return f"rows.batch_rows = {rows} is not a multiple of auxk.row_stride = {auxk['row_stride']}"
     return None
 
 
@@ -56,13 +57,13 @@ def _check_product(wanted: str, kernels: str, kind: str, device: str) -> None:
     if wanted == "guarded-bfloat16" and (kernels, kind) != ("compiled", "batchtopk"):
         raise Unfit(
             "product_dtype = guarded-bfloat16 is for activation.kind = batchtopk on kernels = compiled, got "
-            f"{kind} on {kernels}; use product_dtype=float32",
+            f"{kind} on {kernels}; use --set product_dtype=float32",
             "product_dtype",
             "activation.kind",
             "kernels",
         )
     if wanted == "tf32" and device == "cpu":
-        said = "product_dtype = tf32 is for CUDA, and the device is cpu; use product_dtype=float32"
+        said = "product_dtype = tf32 is for CUDA, and the device is cpu; use --set product_dtype=float32"
         raise Unfit(said, "product_dtype", "device")
 
 

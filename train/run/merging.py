@@ -9,6 +9,7 @@ from train.data.batches import StoreRows
 from train.model.saved_tensors import fitting
 from train.model.transcoder import Transcoder
 from train.redundancy.merge_latents import merge_latents
+from train.run.cadences import merge_steps
 from train.run.settings import RunConfig
 
 
@@ -26,7 +27,7 @@ class Merging:
 
     def due(self, done: int) -> bool:
         """Tell whether latents are merged after `done` steps: as shares of the run's length at that step."""
-        return done in self._settings.steps(self._config.length_at(done - 1))
+        return done in merge_steps(self._settings.at, self._config.length_at(done - 1))
 
     def merge(self, transcoder: Transcoder, rows: StoreRows, done: int) -> tuple[Tensor, int]:
         """Merge, in place; returns the latents that have other weights, int64 [n], and how many of them start anew."""

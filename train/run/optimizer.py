@@ -30,7 +30,7 @@ class OptimizerConfig(Config):
     """Adam (Kingma and Ba 2015) with linear warm-up and a linear decay to zero."""
 
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = 3e-4
-    """Learning rate between warm-up and decay. `auto`: 0.0056 for d_in up to 576, where it was measured; above that
+    """Learning rate between warm-up and decay. `auto`: 0.0056 for d_in up to 576, measured at 576; above that
     0.0056 * 576 / d_in, which was not measured (decisions/010)."""
     decoder_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
     """The learning rate of `W_dec` divided by `lr`. Decoder rows of norm 1 train best at 4 to 8 times the encoder's

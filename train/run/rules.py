@@ -7,7 +7,7 @@ device is known. Settings are tables within each other, with all defaults.
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from shared.errors import UserError
 from shared.store.layout import StoreRecord
 from shared.store.reader import RowsConfig, rows_per_stratum, training_strata
 from shared.store.store import Store
-from train.duplicates.monitor_bytes import state_bytes
+from train.duplicates.monitor_limits import state_bytes
 from train.evaluation.evaluated_blocks import evaluated_rows
 from train.model.schedule import warmup_steps
 from train.model.sizes import check_decoder_norm, check_k, check_prefixes, k_at_start, multiple, source_width
 from train.parallel.required import mine, required
 from train.read_settings import read_settings, settings_with_defaults
-from train.run.cadences import Cadences, resolved
+from train.run.cadences import Cadences, merge_steps, resolved
 from train.run.checkpoint_bytes import bytes_at_most
 from train.run.device_rules import check_on_device
 
@@ -32,6 +32,8 @@ _GOALS = {"max_share_above_0_7": ("orthogonality", "mined"), "max_pairs_above_0_
 """Goals of the controller, and the terms whose weights it moves toward them."""
 NEED_UNIT_DECODER = ("relu",)
 """Kinds of activation whose class says `needs_unit_decoder`."""
+_FEW_STEPS = 10
+"""From so many on, two merges of the preset `tiny` are after steps of their own."""
 _OF_K = ("k", "k_start", "k_warmup_steps", "k_warmup_share")
 
 
@@ -80,6 +82,7 @@ def _check_on_any_device(settings: Tables, store: Store) -> int:
         )
     _check_rows(settings, store)
     _check_goals(settings["diversity"])
+    _check_merges(settings["diversity"]["merge"]["at"], settings["steps"])
     mine(settings["parallel"]["shards"], 0, int(os.environ.get("WORLD_SIZE", 1)))
     return d_sae
 
@@ -120,7 +123,7 @@ def check_shape(settings: Tables, d_in: int) -> int:
     """Return d_sae. Raises `Unfit` when it is no number, or prefixes or k do not go with it."""
     shape, activation = settings["transcoder"], settings["activation"]
     d_sae = multiple("transcoder.d_sae", shape["d_sae"], d_in, "8x")
-    if shape["prefixes"]:
+    if shape["prefixes"] is not None:
         check_prefixes(shape["prefixes"], d_sae)
     kind = activation["kind"]
     check_decoder_norm(shape["decoder_norm"], kind, needs_unit=kind in NEED_UNIT_DECODER)
@@ -147,7 +150,7 @@ def _check_size(settings: Tables, store: StoreRecord, d_sae: int, every: int, de
 
 
 def _check_rows(settings: Tables, store: Store) -> None:
-    """Raise `Unfit` when the store has not the rows that are asked for."""
+    """Raise `Unfit` when the store does not have the rows that are asked for."""
     if not store.record.report_blocks:
         raise UserError(
             f"{store.path} holds no held-out blocks to evaluate on; harvest with store.held_out_blocks >= 2"
@@ -190,20 +193,37 @@ def _check_goals(diversity: Tables) -> None:
             )
 
 
+def _check_merges(at: Sequence[float], steps: int) -> None:
+    """Raise `Unfit` when two merges are after one step, or one is after the last: its new latents would not be trained.
+
+    A run of a few steps, which only tries things out, may have them.
+    """
+    found = merge_steps(at, steps)
+    if steps >= _FEW_STEPS and found and (len({*found}) < len(found) or max(found) >= steps):
+        after = f"step{'s' * (len(found) > 1)} " + " and ".join(f"{step:,}" for step in sorted(found))
+        raise Unfit(
+            f"diversity.merge.at = {list(at)} merges after {after} of {steps:,}; each merge needs a step of its own, "
+            "before the last one; raise steps, choose other shares, or use --set diversity.merge.at=[]",
+            "diversity.merge.at",
+            "steps",
+        )
+
+
 def _check_kept(settings: Tables, every: Cadences) -> None:
     """Raise `Unfit` when a rule that keeps checkpoints could never keep one."""
     steps, saving = settings["steps"], settings["checkpoint"]
     for name, cadence in (("keep_every", saving["keep_every"]), ("keep_best", every.evaluation)):
         first = math.lcm(every.checkpoint, cadence) if cadence else steps
         if saving[name] and first >= steps:
-            found = f"checkpoint.every = {every.checkpoint}, evaluation.every = {every.evaluation}, steps = {steps}"
+            of_best = name == "keep_best"
+            evaluated = f"evaluation.every = {every.evaluation}, " if of_best else ""
             raise Unfit(
-                f"checkpoint.{name} = {saving[name]} would keep none but the last: {found}; make the cadences meet "
-                "earlier",
+                f"checkpoint.{name} = {saving[name]} would keep none but the last: checkpoint.every = "
+                f"{every.checkpoint}, {evaluated}steps = {steps}; make the cadences meet earlier",
                 f"checkpoint.{name}",
                 "checkpoint.every",
                 "steps",
-                *(["evaluation.every"] if name == "keep_best" else []),
+                *(["evaluation.every"] if of_best else []),
             )
 
 
@@ -223,6 +243,7 @@ def _check_reports(settings: Tables, every: int, delay: int) -> None:
             "monitor.delay",
             "steps",
             *(f"diversity.controller.{name}" for name in goals),
+            *([] if goals else ["diversity.co_activation.weight"]),
         )
     if delay >= max(every, 1):
         raise Unfit(

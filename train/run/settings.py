@@ -301,7 +301,7 @@ def _device(wanted: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted != "cpu":
         if not torch.cuda.is_available():
-            raise Unfit(f"device is {wanted}, and torch finds no CUDA device; use device=cpu", "device")
+            raise Unfit(f"device is {wanted}, and torch finds no CUDA device; use --set device=cpu", "device")
         count, number = torch.cuda.device_count(), torch.device(wanted).index or 0
         if number >= count:
             said = f"device is {wanted}, and the last of torch's {count} CUDA devices is cuda:{count - 1}"

@@ -14,7 +14,7 @@ from train.sweeps.wanted_runs import wanted_runs
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--store", "stores", multiple=True, type=shared.command_line.STORE,
-              help="A finished store, in place of those in FILE; repeatable: every run uses each.")  # fmt: skip
+              help="A finished store, in place of those in FILE; repeatable: each run is trained on all.")  # fmt: skip
 @click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Folder of all runs.")
 @click.option("--dry-run", is_flag=True, help="Show the runs, and which share their rows; train nothing.")
 @click.option(
@@ -41,22 +41,20 @@ def sweep(
     The same command continues a sweep that was stopped or killed, and leaves finished runs as they are. Prints the
     sweep's folder as its last line.
     """
-    wanted_runs(file, stores, runs, local)  # answers what is wrong before torch is imported, which takes seconds
+    wanted = wanted_runs(file, stores, runs, local)  # says what is wrong before torch is imported, which takes seconds
     from train.sweeps.leaderboard import table
-    from train.sweeps.run_sweep import planned
-    from train.sweeps.run_sweep import sweep as train_all
+    from train.sweeps.plan import plan
+    from train.sweeps.run_sweep import train_wanted
     from train.sweeps.show import plan_as_json, print_plan
 
     if dry_run:
-        found = planned(file, stores, runs, local)
+        found = plan(wanted)
         if as_json:
             show_text(json.dumps(plan_as_json(found, at_once), indent=2))
         else:
             print_plan(found, at_once)
         return
-    record = train_all(
-        file, stores=stores, runs=runs, local=local, at_once=at_once, force=force, compare=not no_compare
-    )
+    record = train_wanted(wanted, at_once=at_once, force=force, compare=not no_compare)
     folder = runs / file.stem
     if as_json:
         click.echo(json.dumps(record.model_dump(mode="json"), indent=2))

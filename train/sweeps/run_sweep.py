@@ -23,7 +23,7 @@ from train.run.settings import checkpoint_bytes
 from train.sweeps.leaderboard import Leaderboard, Standing, table
 from train.sweeps.plan import PlannedRun, lanes, plan, rounds
 from train.sweeps.shared_process import train_side_by_side
-from train.sweeps.wanted_runs import wanted_runs
+from train.sweeps.wanted_runs import WantedRun, wanted_runs
 
 RECORD = "sweep.json"
 _SECONDS = 1.0
@@ -40,13 +40,6 @@ class SweepRecord(Config):
     """Best first."""
     pages: list[str] = []
     """Comparisons beside it: one for each store that has two finished runs."""
-
-
-def planned(
-    file: Path | str, stores: Sequence[Path | str] = (), runs: Path | str = "runs", local: Local | None = None
-) -> list[PlannedRun]:
-    """Return the runs that `sweep` would train, without training any. Raises `UserError`."""
-    return plan(wanted_runs(Path(file), [Path(store) for store in stores], Path(runs), local))
 
 
 def sweep(
@@ -70,11 +63,18 @@ def sweep(
     Raises `UserError` before anything is written when the file is wrong or settings do not fit; at the end `Stopped`
     after a signal or on a full disk, and `ProjectError` when a run has failed or diverged: the others are trained.
     """
-    wanted = planned(file, stores, runs, local)
-    folder = wanted[0].path.parent
-    board = Leaderboard(wanted)
-    work = _Sweep(Path(file), folder, board, local)
-    to_train = _unfinished(wanted, board)
+    wanted = wanted_runs(Path(file), [Path(store) for store in stores], Path(runs), local)
+    return train_wanted(wanted, at_once=at_once, force=force, compare=compare)
+
+
+def train_wanted(
+    wanted: Sequence[WantedRun], *, at_once: int | None = None, force: bool = False, compare: bool = True
+) -> SweepRecord:
+    """Train the runs that the file of a sweep asks for; as `sweep`, which reads that file."""
+    planned, folder = plan(wanted), wanted[0].path.parent
+    board = Leaderboard(planned)
+    work = _Sweep(wanted, board)
+    to_train = _unfinished(planned, board)
     if not force:
         _require_space([one for one in to_train if not (one.path / CONFIG).is_file()], folder)
     durable.make_folder(folder)
@@ -85,18 +85,18 @@ def sweep(
                 raise Stopped(f"stopped; the same command continues the sweep in {folder}")
         record = work.publish()
         if compare:
-            record = work.publish(_compare(wanted, record, again=bool(to_train)))
+            record = work.publish(_compare(planned, record, again=bool(to_train)))
     return _require_success(record, folder)
 
 
 class _Sweep:
     """A sweep while it is trained."""
 
-    def __init__(self, file: Path, folder: Path, board: Leaderboard, local: Local | None) -> None:
-        self.folder, self.board, self._file, self._local = folder, board, file, local
+    def __init__(self, wanted: Sequence[WantedRun], board: Leaderboard) -> None:
+        self.folder, self.board, self._file = wanted[0].path.parent, board, wanted[0].origin
         self._full: list[DiskFull] = []
-        self._publishing, self._opening = threading.Lock(), threading.Lock()
-        self._stores: dict[Path, Store] = {}
+        self._publishing, self._mapping = threading.Lock(), threading.Lock()
+        self._stores = {one.place: one.store for one in wanted}
 
     def train(self, group: Sequence[PlannedRun], at_once: int) -> bool:
         """Train runs side by side. Returns whether a signal has stopped them. Raises `DiskFull` if one has met it."""
@@ -122,12 +122,11 @@ class _Sweep:
         return stopped
 
     def _store(self, place: Path) -> Store:
-        """Return the store of some runs: opened once, so that its rows are mapped, fetched and decoded once for all."""
-        with self._opening:
-            if place not in self._stores:
-                store = self._stores[place] = Store.open(place, self._local)
-                _ = store.strata  # before runs take views of it, which would map it each for itself
-            return self._stores[place]
+        """Return the store of some runs: one, so that its rows are mapped, fetched and decoded once for all."""
+        store = self._stores[place]
+        with self._mapping:
+            _ = store.strata  # before runs take views of it, which would map it each for itself
+        return store
 
     def _ended(self, run: Path, raised: Exception | None) -> None:
         with self._publishing:

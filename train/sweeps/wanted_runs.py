@@ -22,7 +22,7 @@ class SweepFile(Config):
     preset: str | None = None
     """The preset of all runs; none: for each store the one that `train run` takes there."""
     config: Path | None = None
-    """A TOML file of settings that replaces the preset."""
+    """A TOML file of settings in place of a preset."""
     stores: tuple[Path, ...] = ()
     """Stores to train on, each run on each of them; `--store` replaces them."""
     set: dict[str, Any] = {}
@@ -59,7 +59,10 @@ class WantedRun:
 
 def read_sweep(file: Path) -> SweepFile:
     """Read a sweep's file. Raises `UserError` that names what is wrong with it."""
-    return build(SweepFile, load_preset(PRESETS, "", file), str(file))
+    found = build(SweepFile, load_preset(PRESETS, "", file), str(file))
+    if found.preset and found.config:
+        raise UserError(f"{file}: preset and config both say which settings to start from; leave one of them out")
+    return found
 
 
 def wanted_runs(
@@ -84,7 +87,8 @@ def wanted_runs(
         where = {"store": place.name} if len(opened) > 1 else {}
         path = folder / _folder_name("-".join([*where.values(), given or name_of(differs)]), file)
         if path in found:
-            raise UserError(f"{file}: two runs are called {path.name}; give each of [[runs]] another name = ...")
+            remedy = "write them as [[runs]], each with another name = ..."
+            raise UserError(f"{file}: two runs are called {path.name}; {remedy}")
         found[path] = WantedRun(
             path=path,
             store=opened[place],
@@ -130,6 +134,8 @@ def _variants(file: SweepFile, origin: Path) -> Iterator[tuple[str, dict[str, An
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{origin}: grid {name} is {brief(values)}: expected a list of values, such as [0, 1, 2]")
+        if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+            raise UserError(f"{origin}: grid {name} has {brief(twice[0])} twice; leave one of them out")
     for given in file.runs or ({},):
         one = dict(dotted(given))
         name = one.pop("name", "")

@@ -113,7 +113,7 @@ function around(found, context) {
   return { before: found.tokens.slice(row + low, row + first), after: found.tokens.slice(row + first + length, row + high) };
 }
 
-/** Breaks a context's lines where the text does, or no longer: only its own text, not the values beside tokens. */
+/** Breaks the lines of all text in `paragraph` after each ↵, or takes these breaks out again. */
 function breakLines(paragraph, broken) {
   const walk = document.createTreeWalker(paragraph, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
@@ -131,10 +131,23 @@ function longer(id, nth, paragraph) {
   let extra = [];
   button.addEventListener("click", async () => {
     const open = button.getAttribute("aria-expanded") === "true";
+    let found = null;
+    if (!open) {
+      button.disabled = true; // a second click would add the tokens twice
+      try {
+        found = await loadText();
+      } catch (error) {
+        told.textContent = ` · more text cannot be shown: ${error.message}`;
+        return;
+      } finally {
+        button.disabled = false;
+        button.focus(); // a disabled button loses it
+      }
+    }
     for (const one of extra) one.remove();
     extra = [];
-    if (!open) {
-      const found = await loadText(), context = found.starts[id] + nth;
+    if (found) {
+      const context = found.starts[id] + nth;
       if (found.sequence[context] < 0) { button.textContent = "its sequence is not kept here"; button.disabled = true; return; }
       const { before, after } = around(found, context);
       extra = [...beyond(before), ...beyond(after)];
