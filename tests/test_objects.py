@@ -1,6 +1,7 @@
 """A store in object storage is read as a local one: same rows, same training, whatever requests meet."""
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -233,6 +234,34 @@ def test_what_cannot_be_read_is_said(
         patch.setitem(sys.modules, "obstore.store", None)
         with pytest.raises(UserError, match=r"needs obstore: pip install 'transcoder-cache\[objects\]'"):
             Store.open(there)
+
+
+def test_what_the_environment_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_"))]:
+        monkeypatch.delenv(name)
+    refused = harvest("info", "az://container/store")
+    assert refused.code == 2 and "az://container/store cannot be reached: " in refused.err, refused.err
+    assert "Account must be specified" in refused.err and len(refused.err.splitlines()) == 1
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+    refused = harvest("info", "s3://bucket/store")
+    assert refused.code == 2 and "AWS_ENDPOINT_URL is localhost:9000, and must begin with http://" in refused.err
+
+
+@pytest.mark.fault(61)
+def test_an_object_that_was_removed_meanwhile_is_named_in_one_line(
+    there: str, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading its rows is an error that names it, and `verify` goes on to the other files."""
+    store, wanted = Store.open(there, Local(folder=tmp_path / "rows")), f"cache/store/{SHARD}"
+    listed = Objects.sizes
+    Objects(bucket.address).delete([wanted])
+    with pytest.raises(CorruptData, match=f"{there}/{SHARD} is missing; copy the store there again"):
+        store.strata["004-016"].source.shard(3)
+    monkeypatch.setattr(Objects, "sizes", lambda self: listed(self) | {SHARD: store.bytes_of(SHARD)})
+    done = harvest("verify", there)
+    assert done.code == 1 and done.out == f"{SHARD}: missing\n", done.err
+    with pytest.raises(FileNotFoundError, match="there is no such object"):
+        Objects(there).get(SHARD)
 
 
 def test_a_store_at_a_file_address_is_the_local_one(pristine: SyntheticStore) -> None:

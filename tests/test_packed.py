@@ -1,6 +1,7 @@
 """Packed stores: bit for bit both ways, read by stock zarr and by training, and what damage comes to."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,24 @@ def test_damage_is_found_and_never_unpacked(pair: tuple[Path, Path], tmp_path: P
     done = command("unpack", pair[1], tmp_path / "again")
     assert done.code == 1 and SHARD in done.err.splitlines()[-1]
     assert not (tmp_path / "again" / STORE).exists()
+
+
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("name", ["pack", "unpack"])
+def test_a_damaged_side_file_is_not_copied(pair: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    source = Path(shutil.copytree(pair[name == "unpack"], tmp_path / "source"))
+    moments = source / "ledger/000001.moments.safetensors"
+    flip(moments, -1)
+    done = command(name, source, tmp_path / "out")
+    assert done.code == 1 and f"{moments}: crc32c" in done.err
+    assert not (tmp_path / "out" / STORE).exists()
+
+
+def test_a_truncated_shard_is_never_said_to_be_mended_by_repair(pair: tuple[Path, Path]) -> None:
+    (pair[1] / SHARD).write_bytes(b"short")
+    told = [command(line, pair[1]).err.splitlines()[-1] for line in ("info", "repair")]
+    assert "expected" in told[0] and "harvest repair" not in told[0] + told[1]
+    assert all("pack the store again" in line for line in told)
 
 
 @pytest.mark.fault(18)

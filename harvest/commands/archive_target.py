@@ -7,7 +7,7 @@ a kill leaves is no store, and the same command knows it as its own.
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -67,12 +67,11 @@ class ObjectTarget:
 
     def _commit(self, name: str, data: bytes) -> None:
         self._lease.require()
-        with suppress(Taken):
-            self._objects.create(name, data)
-            return
         try:
-            found = self._objects.get_tagged(name)
-            self._objects.replace(name, data, found[1] if found else "")
+            if found := self._objects.get_tagged(name):
+                self._objects.replace(name, data, found[1])
+            else:
+                self._objects.create(name, data)
         except Taken as error:
             raise ProjectError(f"{error}; nothing was written over it: run the same command again") from error
 

@@ -17,7 +17,7 @@ from harvest.run.ranks import Ranks
 from shared.errors import CorruptData, ProjectError, UserError
 from shared.files import durable
 from shared.files.lease import Lease
-from shared.files.object_store import CONNECTIONS, Objects, Taken, address
+from shared.files.object_store import CONNECTIONS, Objects, Tag, Taken, address
 from shared.store import packed
 from shared.store.checks import read_ledger, read_plan, read_request
 from shared.store.layout import (
@@ -93,7 +93,7 @@ class ObjectCache:
     def __init__(self, cache: Path, folder: Path, names: Sequence[str], leases: dict[str, Lease]) -> None:
         self.folder, self._leases = folder, leases
         self._objects = {name: Objects(f"{address(cache)}/{name}") for name in names}
-        self._tags: dict[Path, str] = {}
+        self._tags: dict[Path, Tag] = {}
         """Of records that are there, by their path here."""
         self._sent: dict[Path, tuple[int, int]] = {}
         """When files that are there were changed here, and their sizes."""
@@ -160,7 +160,7 @@ class ObjectCache:
             except Taken as error:
                 raise ProjectError(f"{error}; nothing was written over it: run the same command again") from error
 
-    def _note(self, file: Path, tag: str | None = None) -> None:
+    def _note(self, file: Path, tag: Tag | None = None) -> None:
         status = file.stat()
         self._sent[file] = status.st_mtime_ns, status.st_size
         if tag:

@@ -56,7 +56,10 @@ def check_request(path: Path, found: StoreRequest | None, request: StoreRequest)
 def refuse_packed(path: Path) -> None:
     """Raise `UserError` for a packed store, which is only read."""
     if is_packed(path):
-        raise UserError(f"{path} is a packed store, which is only read; unpack it: harvest unpack {path} FOLDER")
+        raise UserError(
+            f"{path} is a packed store, which is only read; unpack it (harvest unpack {path} FOLDER), or, if it is "
+            "damaged, pack the store again"
+        )
 
 
 def _whole(read: Callable[[Path], R], path: Path, name: str) -> R | None:

@@ -4,11 +4,12 @@ Credentials, endpoint and region are those that obstore finds in the environment
 `AWS_ENDPOINT_URL`, ...). Requests that fail are made again, by obstore, with exponential backoff and jitter.
 """
 
+import errno
 import os
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -27,6 +28,10 @@ DEADLINE_SECONDS = 180
 """How long one request is made again and again. Below the five minutes for which the signature of one is valid."""
 CONNECTIONS = 64
 """Requests at once: at 0.1 s of latency, 300 kB each make 190 MB/s."""
+COPY_AGAIN = "copy the store there again, or repair it: harvest repair"
+"""For damage of objects that only a repair, or a copy that is whole, can make good."""
+Tag = Mapping[str, str]
+"""What tells one content of an object from another: its e-tag and its version. Google compares the latter."""
 _ADDRESS = re.compile(r"(s3|gs|az)://?(?=[^/])|(file):/+")
 """A `Path` has one of the two slashes."""
 
@@ -102,14 +107,14 @@ class Objects:
         with self._explained(name):
             found = bytes(self._store.get_range(name, start=start, end=stop))
         if len(found) != stop - start:
-            raise CorruptData(f"{self.address}/{name}: it ends before byte {stop:,}; {_COPY}")
+            raise CorruptData(f"{self.address}/{name}: it ends before byte {stop:,}; {COPY_AGAIN}")
         return found
 
-    def get_tagged(self, name: str) -> tuple[bytes, str] | None:
-        """Return an object and its e-tag, or none where there is no such object."""
+    def get_tagged(self, name: str) -> tuple[bytes, Tag] | None:
+        """Return an object and its tag, or none where there is no such object."""
         with suppress(FileNotFoundError), self._explained(name):
             found = self._store.get(name)
-            return bytes(found.bytes()), str(found.meta["e_tag"])
+            return bytes(found.bytes()), _tag(found.meta)
         return None
 
     def sizes(self, below: str = "") -> dict[str, int]:
@@ -134,8 +139,8 @@ class Objects:
         with self._explained(name):
             self._store.put(name, data, chunk_size=PART_BYTES)
 
-    def create(self, name: str, data: bytes) -> str:
-        """Write an object that is not there yet; returns its e-tag.
+    def create(self, name: str, data: bytes) -> Tag:
+        """Write an object that is not there yet; returns its tag.
 
         Raises `Taken` when another is there. One of the same bytes is this one: the answer to its first request was
         lost, or a kill came after it.
@@ -147,10 +152,10 @@ class Objects:
             raise Taken(f"{self.address}/{name} was written by another process")
         return found[1]
 
-    def replace(self, name: str, data: bytes, tag: str) -> str:
-        """Write an object over the one with the e-tag `tag`; returns its own. Raises `Taken` when another is there."""
+    def replace(self, name: str, data: bytes, tag: Tag) -> Tag:
+        """Write an object over the one with the tag `tag`; returns its own. Raises `Taken` when another is there."""
         with suppress(Taken):
-            return self._put(name, data, {"e_tag": tag})
+            return self._put(name, data, tag)
         found = self.get_tagged(name)
         if found is None or found[0] != data:
             raise Taken(f"{self.address}/{name} was changed by another process")
@@ -162,9 +167,9 @@ class Objects:
             with self._explained(""):
                 self._store.delete(list(names))
 
-    def _put(self, name: str, data: bytes, mode: Any) -> str:
+    def _put(self, name: str, data: bytes, mode: Any) -> Tag:
         with self._explained(name):
-            return str(self._store.put(name, data, mode=mode, use_multipart=False)["e_tag"])
+            return _tag(self._store.put(name, data, mode=mode, use_multipart=False))
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
@@ -180,18 +185,22 @@ class Objects:
         except (exceptions.BaseError, FileNotFoundError) as error:
             if "NoSuchBucket" in str(error):
                 raise UserError(f"{where}: there is no such bucket; make it, or correct the address") from error
-            if isinstance(error, FileNotFoundError):
-                raise
+            if isinstance(error, FileNotFoundError):  # whose text is a page
+                raise FileNotFoundError(errno.ENOENT, "there is no such object", where) from error
             if "InvalidRange" in str(error) or "416" in str(error):
-                raise CorruptData(f"{where}: it is shorter than its records say; {_COPY}") from error
+                raise CorruptData(f"{where}: it is shorter than its records say; {COPY_AGAIN}") from error
             raise Stopped(
                 f"{where}: no good answer within {DEADLINE_SECONDS} s ({_said(error)}); check the network and "
                 f"{_CREDENTIALS}, and run it again"
             ) from error
 
 
-_COPY = "copy the store there again, or repair it: harvest repair"
 _CREDENTIALS = "the credentials and the endpoint (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)"
+
+
+def _tag(found: Any) -> Tag:
+    """Return what a conditional put compares, from what is told of an object."""
+    return {name: found[name] for name in ("e_tag", "version") if found[name] is not None}
 
 
 def _said(error: BaseException) -> str:
@@ -200,6 +209,7 @@ def _said(error: BaseException) -> str:
 
 def _connect(where: str) -> "S3Store":
     try:
+        from obstore.exceptions import BaseError
         from obstore.store import from_url
     except ImportError as error:
         raise UserError(f"{where} needs obstore: pip install 'transcoder-cache[objects]'") from error
@@ -209,8 +219,14 @@ def _connect(where: str) -> "S3Store":
         "connect_timeout": timedelta(seconds=5),
         "pool_max_idle_per_host": str(CONNECTIONS),
     }
-    if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):  # who gives such an endpoint wants it
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise UserError(f"AWS_ENDPOINT_URL is {endpoint}, and must begin with http:// or https://: correct it")
+    if endpoint.startswith("http://"):  # who gives such an endpoint wants it
         client["allow_http"] = True
     retries: Any = {"max_retries": 1000, "retry_timeout": timedelta(seconds=DEADLINE_SECONDS), "backoff": backoff}
-    found: Any = from_url(where, client_options=client, retry_config=retries)
+    try:
+        found: Any = from_url(where, client_options=client, retry_config=retries)
+    except (BaseError, ValueError) as error:
+        raise UserError(f"{where} cannot be reached: {_said(error)}; see docs/object-storage.md") from error
     return found
