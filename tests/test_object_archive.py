@@ -88,6 +88,12 @@ def test_a_service_that_stops_answering_leaves_no_store_and_the_same_command_fin
     left = at(bucket, "packed")
     assert "unfinished.json" in left and PACKED not in left and STORE not in left
     assert command("info", line[2]).code == 2
+    (listed,) = json.loads(command("ls", "--cache", bucket.address, "--json").out)["stores"]
+    assert (listed["name"], listed["state"]) == ("packed", "unfinished pack")
+    copy = Path(bucket.address) / "copy"
+    for name, data in left.items():
+        bucket.put(f"copy/{name}", data)
+    assert command("rm", copy, "--yes").code == 0 and not at(bucket, "copy")
     other = command("unpack", packed, line[2])
     assert other.code == 2 and "left unfinished by another store" in other.err and at(bucket, "packed") == left
     assert command(*line).code == 0
@@ -166,6 +172,9 @@ def test_what_cannot_be_written_is_said(bucket: Bucket, there: str, packed: Path
         (("pack", there, there), "exists; choose another address"),
         (("pack", there, f"{there}/inside"), "lies inside the store"),
         (("pack", there, bucket.address), "is a whole bucket; name the store in it"),
+        (("repair", bucket.address), "is a whole bucket; name the store in it"),
+        (("rm", bucket.address, "--yes"), "is a whole bucket; name the store in it"),
+        (("pack", there, "gcs://bucket/packed"), "gcs:// is no address that is known; use s3://, gs://"),
         (("unpack", there, f"{bucket.address}/new"), "is not packed"),
         (("pack", packed, f"{bucket.address}/new"), "is packed already"),
     ):

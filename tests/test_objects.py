@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harvest.run.object_cache import is_finished
 from shared.errors import CorruptData, Stopped, UserError
 from shared.files import object_store
 from shared.files.disk_usage import size_of
@@ -20,6 +21,7 @@ from shared.store.layout import ARRAYS
 from shared.store.reader import RowsConfig
 from shared.store.store import Local, Store
 from tests.llms import command as harvest
+from tests.llms import contents
 from tests.object_server import Bucket, Fault
 from tests.runs import SMALL, Outcome, assert_same_run
 from tests.stores import SyntheticStore
@@ -262,6 +264,47 @@ def test_an_object_that_was_removed_meanwhile_is_named_in_one_line(
     assert done.code == 1 and done.out == f"{SHARD}: missing\n", done.err
     with pytest.raises(FileNotFoundError, match="there is no such object"):
         Objects(there).get(SHARD)
+
+
+def test_a_full_disk_hides_no_store_of_which_no_row_is_read(
+    there: str, bucket: Bucket, pristine: SyntheticStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A harvest knows that it is finished, and any other trouble than that it is not there is told."""
+    monkeypatch.setattr("shared.files.durable.free_bytes", lambda _: 0)
+    assert harvest("info", there).code == 0
+    request, blocks = pristine.record.request, len(pristine.record.training_blocks)
+    assert is_finished(Path(there), request, blocks)
+    assert not is_finished(Path(there), request, blocks + 1)
+    assert not is_finished(Path(f"{bucket.address}/none"), request, blocks)
+    with pytest.raises(UserError, match="there is no such bucket"):
+        is_finished(Path("s3://no-such-bucket-anywhere/store"), request, blocks)
+
+
+def test_a_name_is_looked_for_in_the_cache_in_object_storage(
+    there: str, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRANSCODER_CACHE", f"{bucket.address}/cache")
+    assert json.loads(harvest("info", "store", "--json").out)["path"] == there
+
+
+def test_large_objects_are_downloaded_in_parts_and_none_to_another_place(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "PART_BYTES", 1000)
+    files = {"folder/large": os.urandom(10_500), "small": b"a", "folder/record": os.urandom(2000)}
+    for name, data in files.items():
+        bucket.put(name, data)
+    sizes = {name: len(data) for name, data in files.items()}
+    tags = Objects(bucket.address).download(
+        {**sizes, "gone": 1}, tmp_path / "here", tagged=lambda name: name == "folder/record"
+    )
+    assert contents(tmp_path / "here") == files
+    assert sum("large" in one for one in bucket.proxy.requests) == 11
+    assert tags.keys() == {"folder/record"}
+    Objects(bucket.address).replace("folder/record", b"b", tags["folder/record"])
+    with pytest.raises(CorruptData, match="'../away' is no name of a store's file"):
+        Objects(bucket.address).download({"../away": 1}, tmp_path / "here")
 
 
 def test_a_store_at_a_file_address_is_the_local_one(pristine: SyntheticStore) -> None:

@@ -253,6 +253,7 @@ def test_what_cannot_be_packed_or_unpacked(pair: tuple[Path, Path], tmp_path: Pa
         (("unpack", pair[0], tmp_path / "x"), "is not packed"),
         (("pack", pair[0], pair[1]), "exists; choose another folder"),
         (("pack", pair[0], tmp_path / "mine"), "exists; choose another folder"),
+        (("pack", pair[0], tmp_path / "mine" / "thesis.txt"), "thesis.txt is a file; choose another folder"),
         (("pack", tmp_path / "none", tmp_path / "x"), "no such folder"),
     ):
         done = command(*line)
@@ -305,6 +306,12 @@ def test_what_another_command_left_is_not_written_over(
         patch.setattr("harvest.commands.archive_target.shutil.copyfile", killed)
         assert command("pack", pair[0], tmp_path / "out").code == 3
     before = contents(tmp_path / "out")
+    found = {
+        one["name"]: one["state"] for one in json.loads(command("ls", "--cache", tmp_path, "--json").out)["stores"]
+    }
+    assert found["out"] == "unfinished pack"
+    shutil.copytree(tmp_path / "out", tmp_path / "begun")
+    assert command("rm", tmp_path / "begun", "--yes").code == 0 and not (tmp_path / "begun").exists()
     (other / STORE).rename(tmp_path / "kept")
     begun = contents(other)
     for line in (("unpack", pair[1], tmp_path / "out"), ("pack", pair[0], other)):

@@ -13,6 +13,7 @@ from harvest.commands.describe import open_records
 from shared.console.progress import Progress
 from shared.errors import CorruptData, UserError
 from shared.files import durable
+from shared.files.object_store import is_address
 from shared.store.arrays import ArraySpec, group_metadata
 from shared.store.checks import buffers_record, fault, read_ledger
 from shared.store.layout import ARRAYS, PACKED, PLAN, REQUEST, STORE, FileRecord, moments_path, record_path
@@ -21,14 +22,12 @@ from shared.store.store import Store
 
 Shard = tuple[str, ArraySpec]
 Item = TypeVar("Item")
-_MOST_WORKERS = 8
-"""A worker holds a shard of up to 128 MiB a few times over."""
 
 
 def pack(path: Path, target: Path, *, force: bool = False) -> tuple[int, int]:
     """Write the store at `path` as a packed one at `target`; returns the bytes of shard files before and after.
 
-    Each is a folder or an address of objects; shard files go from one to the other through memory, a few at once.
+    `path` and `target` are folders or addresses of objects. Shard files go through memory, a few at once.
     Raises `UserError` when `target` holds something else, `CorruptData` on a shard that is not what was written, and of
     objects what `Objects` raises. A rerun after a kill finishes.
     """
@@ -50,7 +49,7 @@ def _pack(store: Store, target: Path, force: bool) -> tuple[int, int]:
             files[name] = buffers_record([packed])
             return spec.shard_bytes
 
-        for_each("pack", _shards(store), size, one)
+        for_each("pack", _shards(store), size, one, _workers(store, target))
         blocks = store.record.blocks
         metadata = {spec.path: packed_metadata(spec, blocks) for spec in store.arrays()}
         record = PackedRecord(files=dict(sorted(files.items())), unpacked_bytes=size)
@@ -83,7 +82,7 @@ def _unpack(store: Store, packed: Mapping[str, FileRecord], target: Path, force:
             out.put(f"{ARRAYS}/{name}", data)
             return spec.shard_bytes
 
-        for_each("unpack", _shards(store), size, one)
+        for_each("unpack", _shards(store), size, one, _workers(store, target))
         metadata = {spec.path: spec.metadata(store.record.blocks) for spec in store.arrays()}
         _finish(store, out, metadata, ledger)
     return size
@@ -154,10 +153,15 @@ def _finish(store: Store, target: Target, metadata: Mapping[str, object], more: 
     target.commit({STORE: durable.json_bytes(record.model_dump(mode="json"))})
 
 
-def for_each(name: str, items: Sequence[Item], size: int, one: Callable[[Item], int]) -> None:
-    """Call `one`, which returns the bytes it dealt with, for every item, on all cores; shows progress to `size`."""
+def for_each(
+    name: str, items: Sequence[Item], size: int, one: Callable[[Item], int], workers: int | None = None
+) -> None:
+    """Call `one`, which returns the bytes it dealt with, for every item; shows progress to `size`.
+
+    `workers`: threads, by default one for each core, but no more than `AT_ONCE`.
+    """
     lock, done = Lock(), 0
-    with ThreadPoolExecutor(min(_MOST_WORKERS, os.cpu_count() or 1)) as pool, Progress(name, size, "bytes") as bar:
+    with ThreadPoolExecutor(workers or min(AT_ONCE, os.cpu_count() or 1)) as pool, Progress(name, size, "bytes") as bar:
 
         def counted(item: Item) -> None:
             nonlocal done
@@ -172,6 +176,11 @@ def for_each(name: str, items: Sequence[Item], size: int, one: Callable[[Item], 
                 future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _workers(store: Store, target: Path) -> int | None:
+    """Return how many shard files are dealt with at once: from and to objects, more than there are cores."""
+    return AT_ONCE if store.objects or is_address(target) else None
 
 
 def _shards(store: Store) -> list[Shard]:

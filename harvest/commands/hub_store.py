@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from harvest.commands.archive import fetch_shard, for_each, require_whole, side_files
+from harvest.commands.archive_target import AT_ONCE
 from harvest.commands.describe import open_records
 from harvest.commands.store_card import store_card
 from harvest.run.pipeline import lock_store
@@ -47,8 +48,6 @@ COMMIT_BYTES, COMMIT_FILES = 2**31, 100
 """At most of one commit: a push that is killed sends at most that much again."""
 _DOWNLOADS = "pull"
 """Below a store that is being pulled: what was not checked yet."""
-_AT_ONCE = 8
-"""Shard files in memory while they are fetched."""
 _RECORDS = (REQUEST, PLAN, PACKED, STORE)
 Fetch = Callable[[str], Path]
 """Has a file of the repository, by its path there, below a folder of its own."""
@@ -195,7 +194,7 @@ def _not_there(store: Store, files: Sequence[str], there: "Mapping[str, RepoFile
                 missing.append(file)
         return store.bytes_of(file)
 
-    for_each("check", files, sum(store.bytes_of(file) for file in files), check)
+    for_each("check", files, sum(store.bytes_of(file) for file in files), check, AT_ONCE if store.objects else None)
     return sorted(missing)
 
 
@@ -219,7 +218,7 @@ def _here(store: Store, files: Sequence[str]) -> Iterator[Path]:
                 source = require_whole(store, file, records[file]) if file in records else store.path / file
                 durable.publish_link(Path(folder, file), source)
 
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(bring, files))
         yield Path(folder)
 
@@ -258,6 +257,8 @@ def _refuse_another(store: Store, name: str, there: "Mapping[str, RepoFile]") ->
 def _refuse_other_folder(target: Path, record: "RepoFile") -> None:
     """Raise `UserError` unless `target` is new, a part of a pull, or the same store packed."""
     remedy = "pull into another folder with --cache, or remove it"
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; {remedy}")
     if (target / STORE).is_file():
         if not is_packed(target):
             raise UserError(f"{target} is there already, unpacked; {remedy}")

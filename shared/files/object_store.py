@@ -9,7 +9,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import CorruptData, ProjectError, Stopped, UserError, cause
+from shared.files import durable
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -34,11 +35,17 @@ Tag = Mapping[str, str]
 """What tells one content of an object from another: its e-tag and its version. Google compares the latter."""
 _ADDRESS = re.compile(r"(s3|gs|az)://?(?=[^/])|(file):/+")
 """A `Path` has one of the two slashes."""
+_OTHER = re.compile(r"([a-z][a-z0-9]+):/(?=[^/]|/[^/])")
 
 
 def is_address(path: Path | str) -> bool:
-    """Tell whether `path` is the address of objects, not of a local folder; a `file://` one is a local folder."""
+    """Tell whether `path` is the address of objects, not of a local folder; a `file://` one is a local folder.
+
+    Raises `UserError` on one of another kind, such as `http://`.
+    """
     found = _ADDRESS.match(os.fspath(path))
+    if not found and (other := _OTHER.match(os.fspath(path))):
+        raise UserError(f"{other[1]}:// is no address that is known; use s3://, gs://, az:// or file:///, or a folder")
     return bool(found and found[1])
 
 
@@ -57,6 +64,12 @@ def place(path: Path | str) -> Path:
 def local_folder(path: Path | str) -> Path:
     """Return a `file://` address as the folder that it names, and any other path as it is."""
     return Path(_ADDRESS.sub("/", os.fspath(path), count=1)) if not is_address(path) else Path(path)
+
+
+def require_below_bucket(path: Path | str) -> None:
+    """Raise `UserError` for the address of a whole bucket: a store has a name in it."""
+    if address(path).count("/") < 3:
+        raise UserError(f"{address(path)} is a whole bucket; name the store in it: {address(path)}/NAME")
 
 
 def require_folder(path: Path | str, what: str) -> Path:
@@ -96,9 +109,8 @@ class Objects:
     def get(self, name: str, size: int | None = None) -> bytes:
         """Return an object; one of a known `size` in several requests at once, if it is large."""
         if size is not None and size > PART_BYTES:
-            parts = [(low, min(low + PART_BYTES, size)) for low in range(0, size, PART_BYTES)]
-            with ThreadPoolExecutor(min(8, len(parts))) as pool:
-                return b"".join(pool.map(lambda part: self.get_range(name, *part), parts))
+            with ThreadPoolExecutor(8) as pool:
+                return b"".join(pool.map(lambda part: self.get_range(name, *part), _parts(size)))
         with self._explained(name):
             return bytes(self._store.get(name).bytes())
 
@@ -116,6 +128,43 @@ class Objects:
             found = self._store.get(name)
             return bytes(found.bytes()), _tag(found.meta)
         return None
+
+    def download(
+        self, sizes: Mapping[str, int], folder: Path, tagged: Callable[[str], bool] = lambda name: False
+    ) -> dict[str, Tag]:
+        """Write objects of known sizes to a folder that need not outlive the machine; returns tags of those `tagged`.
+
+        Small ones and `tagged` ones are fetched side by side, and large ones in parts, a few of which are in memory at
+        once. One that is not there any more is left out. Raises `CorruptData` on a name that leads out of the folder.
+        """
+        tags: dict[str, Tag] = {}
+        for name in sizes:
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise CorruptData(f"{self.address}: {name!r} is no name of a store's file; remove it")
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+
+        def bring(name: str) -> None:
+            with suppress(FileNotFoundError):
+                if not tagged(name):
+                    durable.write_whole(folder / name, self.get(name))
+                elif found := self.get_tagged(name):
+                    durable.write_whole(folder / name, found[0])
+                    tags[name] = found[1]
+
+        large = [name for name, size in sizes.items() if size > PART_BYTES and not tagged(name)]
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            list(pool.map(bring, sizes.keys() - set(large)))
+        for name in large:
+            with suppress(FileNotFoundError):
+                self._download_parts(name, sizes[name], folder / name)
+        return tags
+
+    def _download_parts(self, name: str, size: int, path: Path) -> None:
+        temporary = path.with_name(path.name + durable.TEMPORARY)
+        durable.make_sparse(temporary, size)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda part: durable.write_at(temporary, part[0], self.get_range(name, *part)), _parts(size)))
+        durable.move(temporary, path)
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """Return the size of every object by name, of those below a folder."""
@@ -196,6 +245,11 @@ class Objects:
 
 
 _CREDENTIALS = "the credentials and the endpoint (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)"
+
+
+def _parts(size: int) -> list[tuple[int, int]]:
+    """Return first byte and end of each part of an object."""
+    return [(low, min(low + PART_BYTES, size)) for low in range(0, size, PART_BYTES)]
 
 
 def _tag(found: Any) -> Tag:

@@ -107,14 +107,9 @@ class ObjectRows:
 
     def _copy_records(self, record: bytes) -> None:
         """Copy everything but shard files, `store.json` last."""
-        names = [name for name in self.sizes if not is_shard(name) and name != STORE]
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            for name, data in zip(names, pool.map(lambda n: self.objects.get(n, self.sizes[n]), names), strict=True):
-                path = self.mirror / name
-                if not path.resolve().is_relative_to(self.mirror.resolve()):
-                    raise CorruptData(f"{self.address}: {name!r} is no name of a store's file; copy the store again")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                durable.write_whole(path, data)
+        wanted = {name: size for name, size in self.sizes.items() if not is_shard(name) and name != STORE}
+        self.mirror.mkdir(parents=True, exist_ok=True)
+        self.objects.download(wanted, self.mirror)
         durable.write_whole(self.mirror / STORE, record)
 
     @property
