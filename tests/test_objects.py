@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harvest.commands.recompute import random_places
 from harvest.run.object_cache import is_finished
 from shared.errors import CorruptData, Stopped, UserError
 from shared.files import object_store
@@ -305,6 +306,21 @@ def test_large_objects_are_downloaded_in_parts_and_none_to_another_place(
     Objects(bucket.address).replace("folder/record", b"b", tags["folder/record"])
     with pytest.raises(CorruptData, match="'../away' is no name of a store's file"):
         Objects(bucket.address).download({"../away": 1}, tmp_path / "here")
+
+
+def test_rows_to_recompute_are_read_together(
+    there: str, bucket: Bucket, pristine: SyntheticStore, tmp_path: Path, by_ranges: None
+) -> None:
+    """Not row by row, which would be thousands of requests one after the other."""
+    records = size_of(Path(Store.open(there).path))
+    store = Store.open(there, Local(folder=tmp_path / "rows", bytes=records + 8192))
+    before = len(bucket.proxy.requests)
+    places = random_places(store, 10**6, 0)
+    assert len(bucket.proxy.requests) - before < 200 < len(places)
+    for place in places[:: len(places) // 20]:
+        name = f"strata/{place.stratum}"
+        assert place.sequence == pristine.arrays[f"{name}/sequence"][place.row]
+        assert place.offset == pristine.arrays[f"{name}/offset"][place.row]
 
 
 def test_a_store_at_a_file_address_is_the_local_one(pristine: SyntheticStore) -> None:

@@ -1,6 +1,6 @@
 """Finds what is damaged in a store, and makes exactly that again."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,7 @@ def repair(
     path = local_folder(path)
     mend = partial(_mend, model=model, text=text, workers=workers, imported_from=imported_from, inexact=inexact)
     if is_address(path):
-        return _repair_objects(path, mend)
+        return _repair_objects(path, model, mend)
     refuse_packed(path)
     with lock_store(path):
         refuse_links(path)
@@ -120,7 +120,7 @@ def _check_model(request: StoreRequest, model: str | None) -> None:
         own_model(request, model)
 
 
-def _repair_objects(path: Path, mend: partial[None]) -> Damage:
+def _repair_objects(path: Path, model: str | None, mend: Callable[..., None]) -> Damage:
     """Repair a store in object storage: in a local folder with its records and tokens, sent block by block."""
     require_below_bucket(path)
     with object_cache.writing(path.parent, [path.name], stand_ins=False) as cache:
@@ -128,7 +128,7 @@ def _repair_objects(path: Path, mend: partial[None]) -> Damage:
         with naming(here, shown):
             refuse_packed(here)
             record = read_store_record(here)
-            _check_model(record.request, mend.keywords["model"])
+            _check_model(record.request, model)
             if damage := find_damage(path, record):
                 mend(here, record, damage, push=cache.push)
                 cache.push(here)

@@ -54,9 +54,9 @@ class Lease:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        if self._is_ours():
+        ours, self._lost = self._is_ours(), True
+        if ours:
             self._objects.delete([self._name])
-        self._lost = True
 
     def require(self) -> None:
         """Raise `Stopped` unless the lease is held: nothing may be committed after that."""

@@ -274,7 +274,7 @@ def _connect(where: str) -> "S3Store":
         "pool_max_idle_per_host": str(CONNECTIONS),
     }
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-    if endpoint and not endpoint.startswith(("http://", "https://")):
+    if endpoint and where.startswith("s3://") and not endpoint.startswith(("http://", "https://")):
         raise UserError(f"AWS_ENDPOINT_URL is {endpoint}, and must begin with http:// or https://: correct it")
     if endpoint.startswith("http://"):  # who gives such an endpoint wants it
         client["allow_http"] = True
