@@ -50,6 +50,7 @@ def _holder(data: bytes) -> str:
 
 def size_of_object_store(path: Path) -> int:
     """Return the bytes of the store at an address. Raises `UserError` when there is none."""
+    require_below_bucket(path)
     sizes = Objects(path).sizes()
     if not {REQUEST, STORE, UNFINISHED} & sizes.keys():
         raise UserError(f"{address(path)} is not a store: it has no {REQUEST}")
@@ -61,7 +62,6 @@ def remove_object_store(path: Path) -> None:
 
     Raises `UserError` when a process writes it. Who trains from it is not known there.
     """
-    require_below_bucket(path)
     size_of_object_store(path)
     objects = Objects(path)
     with Lease(Objects(path.parent), f"{path.name}.lock", f"store {address(path)}"):
