@@ -56,7 +56,7 @@ class ModelSettings(Config):
 
 
 class TextSettings(Config):
-    """The text."""
+    """Which text is harvested, and how it is read."""
 
     name: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],

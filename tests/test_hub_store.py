@@ -20,6 +20,7 @@ from tests.stores import SyntheticStore, make_store, stock_rows
 
 NAME = "someone/rows"
 SHARDS = "activations.zarr/strata"
+MOMENTS = "ledger/000001.moments.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +85,20 @@ def test_a_store_in_object_storage_is_pushed_as_the_local_one(
     packed: Path, hub: Hub, here: Callable[..., Outcome], bucket: Bucket, tmp_path: Path
 ) -> None:
     """File by file: damage is met before the file is sent, and what is there is not sent again."""
-    address, damaged = bucket.upload(packed, "packed"), f"{SHARDS}/004-016/source/c/1/0"
-    whole = bucket.get(f"packed/{damaged}")
-    bucket.put(f"packed/{damaged}", whole[:-1] + bytes([whole[-1] ^ 1]))
-    done = here("push", address, NAME)
-    assert done.code == 1 and f"{address}/{damaged}: crc32c" in done.err
-    assert damaged not in hub.files[NAME] and "store.json" not in hub.files[NAME]
-    bucket.put(f"packed/{damaged}", whole)
+    address = bucket.upload(packed, "packed")
+    for damaged in (f"{SHARDS}/004-016/source/c/1/0", MOMENTS, "tokenizer/tokenizer.json"):
+        whole = bucket.get(f"packed/{damaged}")
+        bucket.put(f"packed/{damaged}", whole[:-1] + bytes([whole[-1] ^ 1]))
+        done = here("push", address, NAME)
+        assert done.code == 1 and f"{address}/{damaged}: crc32c" in done.err and "pack the store again" in done.err
+        assert damaged not in hub.files[NAME] and "store.json" not in hub.files[NAME]
+        bucket.put(f"packed/{damaged}", whole)
     assert here("push", address, NAME).code == 0
     assert {name: data for name, data in hub.files[NAME].items() if name != "README.md"} == contents(packed)
     asked: list[str] = []
     hub.asked = lambda method, path: asked.append(path)
     assert here("push", address, NAME).code == 0 and asked and not [one for one in asked if "/commit/" in one]
-    assert not list(tmp_path.glob("pushed-objects-*"))
+    assert not list(tmp_path.glob("opened-objects-*"))
     refused = here("pull", NAME, "--cache", bucket.address)
     assert refused.code == 2 and "aws s3 sync" in refused.err
 
@@ -220,12 +222,15 @@ def test_what_a_push_cannot_do_is_one_line_and_sends_nothing(
 
 
 @pytest.mark.fault(63)
-def test_a_damaged_shard_is_not_pushed(packed: Path, hub: Hub, here: Callable[..., Outcome], tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [f"{SHARDS}/004-016/source/c/1/0", MOMENTS])
+def test_a_damaged_file_is_not_pushed(
+    packed: Path, hub: Hub, here: Callable[..., Outcome], tmp_path: Path, damaged: str
+) -> None:
     copy = Path(shutil.copytree(packed, tmp_path / "copy"))
-    shard = next(iter(sorted(copy.glob(f"{SHARDS}/*/source/c/1/0"))))
-    shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    file = copy / damaged
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
     done = here("push", copy, NAME)
-    assert done.code == 1 and str(shard) in done.err and "crc32c" in done.err
+    assert done.code == 1 and str(file) in done.err and "crc32c" in done.err
     assert "store.json" not in hub.files[NAME]
 
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from harvest.imports.import_pairs import repair_from
 from harvest.writer import ledger
+from shared.errors import UserError
+from shared.store.checks import read_request
 from shared.store.statistics import decode
 from shared.store.store import Store
 from tests.llms import Outcome, command, contents, refused
@@ -395,6 +398,9 @@ def test_damage_is_repaired_from_the_same_files_and_no_others(tmp_path: Path) ->
     wrong = write_npy(tmp_path / "wrong", other)
     done = command("repair", path, "--from", wrong)
     assert done.code == 2 and "was imported from other files: target-9.npy" in done.err
+    request = read_request(path)
+    with pytest.raises(UserError, match="pass the files and the --model that it was imported with"):
+        repair_from(path, request.model_copy(update={"bos": not request.bos}), [folder], None)
     assert command("repair", path, "--from", folder).code == 0
     assert contents(path) == before
     assert command("verify", path).code == 0

@@ -3,13 +3,16 @@
 import json
 import subprocess
 import time
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import pytest
 
 from shared.errors import Stopped, UserError
 from shared.files import lease
 from shared.files.lease import Lease
-from shared.files.object_store import Objects
+from shared.files.object_store import Objects, Taken
+from tests.local_server import LocalServer
 from tests.object_server import Bucket
 
 
@@ -70,3 +73,79 @@ def test_the_lease_of_a_dead_process_is_taken(
         monkeypatch.setattr(lease, "SECONDS", 6.0)
         watched = sum(request.startswith("GET") for request in bucket.proxy.requests)
         assert (watched > 2) == (holder != "dead")
+
+
+@pytest.mark.fault(60)
+def test_a_lease_that_was_given_back_is_not_held(objects: Objects) -> None:
+    with Lease(objects, "s.lock", "store s") as held:
+        held.require()
+    with pytest.raises(Stopped, match="its lease was lost"):
+        held.require()
+
+
+class Google(LocalServer):
+    """What Google's service answers to puts and gets: one that replaces an object names its generation."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, tuple[int, bytes]] = {}
+        """Generation and content by path."""
+        super().__init__(_google(self))
+
+
+def _google(service: Google) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_PUT(self) -> None:
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            generation, _ = service.objects.get(self.path, (0, b""))
+            expected = self.headers.get("x-goog-if-generation-match")
+            if expected is not None and int(expected) != generation:
+                return self._answer(412)
+            service.objects[self.path] = generation + 1, data
+            return self._answer(200)
+
+        def do_GET(self) -> None:
+            found = service.objects.get(self.path)
+            self._answer(200 if found else 404, found[1] if found else b"")
+
+        def do_DELETE(self) -> None:
+            self._answer(204 if service.objects.pop(self.path, None) else 404)
+
+        def do_POST(self) -> None:  # a batch of objects to delete
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            service.objects.clear()
+            self._answer(404)
+
+        def _answer(self, status: int, data: bytes = b"") -> None:
+            self.send_response(status)
+            generation = service.objects.get(self.path, (0, b""))[0]
+            self.send_header("ETag", f'"{generation}"')
+            self.send_header("x-goog-generation", str(generation))
+            self.send_header("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    return Handler
+
+
+def test_on_google_an_object_is_replaced_by_its_generation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """So a lease can be renewed, and a record written again."""
+    with Google() as service:
+        account = {"gcs_base_url": service.address, "disable_oauth": True, "private_key": "", "private_key_id": ""}
+        (tmp_path / "account.json").write_text(json.dumps(account | {"client_email": ""}))
+        monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", service.address)  # so that http:// is allowed
+        objects = Objects("gs://bucket")
+        first = objects.create("record", b"a")
+        second = objects.replace("record", b"b", first)
+        found = objects.get_tagged("record")
+        assert found == (b"b", second)
+        with pytest.raises(Taken):
+            objects.replace("record", b"c", first)
+        objects.replace("record", b"c", found[1])
+        assert service.objects["/bucket/record"] == (3, b"c")

@@ -1,15 +1,18 @@
 """`pack` and `unpack` from and to object storage: the bytes are those of local folders, whatever requests meet."""
 
 import json
+import os
 from itertools import count
 from pathlib import Path
 
 import pytest
 
+from harvest.commands.describe import verify
 from shared.files import lease, object_store
 from shared.files.lease import Lease
 from shared.files.object_store import Objects
 from shared.store.layout import ARRAYS, PACKED, STORE
+from shared.store.store import Store
 from tests.llms import command, contents
 from tests.object_server import Bucket
 from tests.stores import SyntheticStore
@@ -85,6 +88,12 @@ def test_a_service_that_stops_answering_leaves_no_store_and_the_same_command_fin
     left = at(bucket, "packed")
     assert "unfinished.json" in left and PACKED not in left and STORE not in left
     assert command("info", line[2]).code == 2
+    (listed,) = json.loads(command("ls", "--cache", bucket.address, "--json").out)["stores"]
+    assert (listed["name"], listed["state"]) == ("packed", "unfinished pack")
+    copy = Path(bucket.address) / "copy"
+    for name, data in left.items():
+        bucket.put(f"copy/{name}", data)
+    assert command("rm", copy, "--yes").code == 0 and not at(bucket, "copy")
     other = command("unpack", packed, line[2])
     assert other.code == 2 and "left unfinished by another store" in other.err and at(bucket, "packed") == left
     assert command(*line).code == 0
@@ -120,6 +129,41 @@ def test_damaged_objects_are_not_packed(bucket: Bucket, there: str, tmp_path: Pa
     assert not (tmp_path / "out" / STORE).exists()
 
 
+@pytest.mark.fault(64)
+def test_damaged_side_files_and_records_are_found_although_a_training_run_has_whole_copies(
+    bucket: Bucket, there: str, tmp_path: Path
+) -> None:
+    """`pack` copies no damaged file, and `verify` opens the store as it is there; both work once it is mended."""
+    reading = Store.open(there)
+    assert reading.objects is not None
+    moments, metadata = "ledger/000001.moments.safetensors", f"{ARRAYS}/strata/004-016/source/zarr.json"
+    whole = {name: bucket.get(f"cache/store/{name}") for name in (moments, metadata)}
+    bucket.put(f"cache/store/{moments}", whole[moments][:-1] + bytes([whole[moments][-1] ^ 1]))
+    done = command("pack", there, tmp_path / "out")
+    assert done.code == 1 and f"{there}/{moments}: crc32c" in done.err and f"harvest repair {there}" in done.err
+    bucket.put(f"cache/store/{moments}", whole[moments])
+    bucket.put(f"cache/store/{metadata}", b"{}")
+    verified = command("verify", there)
+    assert verified.code == 1 and verified.out.startswith(f".: {there}/{metadata}: "), verified.out
+    assert command("info", there).code == command("pack", there, tmp_path / "out").code == 1
+    bucket.put(f"cache/store/{metadata}", whole[metadata])
+    (reading.objects.mirror / metadata).write_bytes(b"{}")  # as a copy of before a repair
+    (reading.objects.mirror / moments).write_bytes(b"")
+    for line in (("verify", there), ("info", there), ("pack", there, tmp_path / "out")):
+        assert command(*line).code == 0
+    assert not list(tmp_path.glob("opened-objects-*"))
+
+
+def test_a_verify_leaves_no_lock_open_and_removes_what_a_killed_one_left(there: str, tmp_path: Path) -> None:
+    litter = tmp_path / "opened-objects-killed"
+    litter.mkdir()
+    litter.with_name(f"{litter.name}.lock").touch()
+    assert verify(Path(there)).faults == {}
+    open_files = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
+    assert not [name for name in open_files if "-objects-" in name and str(tmp_path) in name]
+    assert not list(tmp_path.glob("*-objects-*"))
+
+
 def test_what_cannot_be_written_is_said(bucket: Bucket, there: str, packed: Path) -> None:
     bucket.put("mine/thesis.txt", b"years of work")
     before = bucket.contents()
@@ -128,6 +172,9 @@ def test_what_cannot_be_written_is_said(bucket: Bucket, there: str, packed: Path
         (("pack", there, there), "exists; choose another address"),
         (("pack", there, f"{there}/inside"), "lies inside the store"),
         (("pack", there, bucket.address), "is a whole bucket; name the store in it"),
+        (("repair", bucket.address), "is a whole bucket; name the store in it"),
+        (("rm", bucket.address, "--yes"), "is a whole bucket; name the store in it"),
+        (("pack", there, "gcs://bucket/packed"), "gcs:// is no address that is known; use s3://, gs://"),
         (("unpack", there, f"{bucket.address}/new"), "is not packed"),
         (("pack", packed, f"{bucket.address}/new"), "is packed already"),
     ):

@@ -11,6 +11,7 @@ from shared.files import lease
 from shared.files.lease import Lease
 from shared.files.object_store import Objects
 from shared.store.layout import ARRAYS, STORE
+from shared.store.store import Store
 from tests.llms import command, contents
 from tests.object_server import Bucket
 from tests.test_import_pairs import imported, pairs, write_npy
@@ -85,6 +86,17 @@ def test_what_is_damaged_is_made_again_and_nothing_else(
 
 
 @pytest.mark.fault(64)
+def test_a_store_that_does_not_open_is_repaired_although_a_training_run_has_whole_copies(
+    line: tuple[object, ...], bucket: Bucket, finished: Path
+) -> None:
+    assert Store.open(str(line[1])).objects
+    bucket.put(f"cache/store/{ARRAYS}/strata/004-016/source/zarr.json", b"{}")
+    done = command(*line)
+    assert done.code == 0 and done.out.startswith("made again"), done.err
+    assert at(bucket) == contents(finished)
+
+
+@pytest.mark.fault(64)
 def test_a_repair_that_cannot_begin_changes_nothing(
     line: tuple[object, ...], bucket: Bucket, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +113,7 @@ def test_a_repair_that_cannot_begin_changes_nothing(
     for place, cause in ((packed, f"{packed} is a packed store"), (f"{bucket.address}/none", "no store at s3://")):
         refused = command("repair", place, *line[2:])
         assert refused.code == 2 and cause in refused.err.splitlines()[-1], refused.err
+        assert "--store" not in refused.err
 
 
 @pytest.mark.fault(64)

@@ -1,6 +1,7 @@
 """A store in object storage is read as a local one: same rows, same training, whatever requests meet."""
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harvest.commands.recompute import random_places
+from harvest.run.object_cache import is_finished
 from shared.errors import CorruptData, Stopped, UserError
 from shared.files import object_store
 from shared.files.disk_usage import size_of
@@ -19,6 +22,7 @@ from shared.store.layout import ARRAYS
 from shared.store.reader import RowsConfig
 from shared.store.store import Local, Store
 from tests.llms import command as harvest
+from tests.llms import contents
 from tests.object_server import Bucket, Fault
 from tests.runs import SMALL, Outcome, assert_same_run
 from tests.stores import SyntheticStore
@@ -233,6 +237,90 @@ def test_what_cannot_be_read_is_said(
         patch.setitem(sys.modules, "obstore.store", None)
         with pytest.raises(UserError, match=r"needs obstore: pip install 'transcoder-cache\[objects\]'"):
             Store.open(there)
+
+
+def test_what_the_environment_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_"))]:
+        monkeypatch.delenv(name)
+    refused = harvest("info", "az://container/store")
+    assert refused.code == 2 and "az://container/store cannot be reached: " in refused.err, refused.err
+    assert "Account must be specified" in refused.err and len(refused.err.splitlines()) == 1
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+    refused = harvest("info", "s3://bucket/store")
+    assert refused.code == 2 and "AWS_ENDPOINT_URL is localhost:9000, and must begin with http://" in refused.err
+
+
+@pytest.mark.fault(61)
+def test_an_object_that_was_removed_meanwhile_is_named_in_one_line(
+    there: str, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading its rows is an error that names it, and `verify` goes on to the other files."""
+    store, wanted = Store.open(there, Local(folder=tmp_path / "rows")), f"cache/store/{SHARD}"
+    listed = Objects.sizes
+    Objects(bucket.address).delete([wanted])
+    with pytest.raises(CorruptData, match=f"{there}/{SHARD} is missing; copy the store there again"):
+        store.strata["004-016"].source.shard(3)
+    monkeypatch.setattr(Objects, "sizes", lambda self: listed(self) | {SHARD: store.bytes_of(SHARD)})
+    done = harvest("verify", there)
+    assert done.code == 1 and done.out == f"{SHARD}: missing\n", done.err
+    with pytest.raises(FileNotFoundError, match="there is no such object"):
+        Objects(there).get(SHARD)
+
+
+def test_a_full_disk_hides_no_store_of_which_no_row_is_read(
+    there: str, bucket: Bucket, pristine: SyntheticStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A harvest knows that it is finished, and any other trouble than that it is not there is told."""
+    monkeypatch.setattr("shared.files.durable.free_bytes", lambda _: 0)
+    assert harvest("info", there).code == 0
+    request, blocks = pristine.record.request, len(pristine.record.training_blocks)
+    assert is_finished(Path(there), request, blocks)
+    assert not is_finished(Path(there), request, blocks + 1)
+    assert not is_finished(Path(f"{bucket.address}/none"), request, blocks)
+    with pytest.raises(UserError, match="there is no such bucket"):
+        is_finished(Path("s3://no-such-bucket-anywhere/store"), request, blocks)
+
+
+def test_a_name_is_looked_for_in_the_cache_in_object_storage(
+    there: str, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRANSCODER_CACHE", f"{bucket.address}/cache")
+    assert json.loads(harvest("info", "store", "--json").out)["path"] == there
+
+
+def test_large_objects_are_downloaded_in_parts_and_none_to_another_place(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "PART_BYTES", 1000)
+    files = {"folder/large": os.urandom(10_500), "small": b"a", "folder/record": os.urandom(2000)}
+    for name, data in files.items():
+        bucket.put(name, data)
+    sizes = {name: len(data) for name, data in files.items()}
+    tags = Objects(bucket.address).download(
+        {**sizes, "gone": 1}, tmp_path / "here", tagged=lambda name: name == "folder/record"
+    )
+    assert contents(tmp_path / "here") == files
+    assert sum("large" in one for one in bucket.proxy.requests) == 11
+    assert tags.keys() == {"folder/record"}
+    Objects(bucket.address).replace("folder/record", b"b", tags["folder/record"])
+    with pytest.raises(CorruptData, match="'../away' is no name of a store's file"):
+        Objects(bucket.address).download({"../away": 1}, tmp_path / "here")
+
+
+def test_rows_to_recompute_are_read_together(
+    there: str, bucket: Bucket, pristine: SyntheticStore, tmp_path: Path, by_ranges: None
+) -> None:
+    """Not row by row, which would be thousands of requests one after the other."""
+    records = size_of(Path(Store.open(there).path))
+    store = Store.open(there, Local(folder=tmp_path / "rows", bytes=records + 8192))
+    before = len(bucket.proxy.requests)
+    places = random_places(store, 10**6, 0)
+    assert len(bucket.proxy.requests) - before < 200 < len(places)
+    for place in places[:: len(places) // 20]:
+        name = f"strata/{place.stratum}"
+        assert place.sequence == pristine.arrays[f"{name}/sequence"][place.row]
+        assert place.offset == pristine.arrays[f"{name}/offset"][place.row]
 
 
 def test_a_store_at_a_file_address_is_the_local_one(pristine: SyntheticStore) -> None:

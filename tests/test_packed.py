@@ -1,6 +1,7 @@
 """Packed stores: bit for bit both ways, read by stock zarr and by training, and what damage comes to."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,24 @@ def test_damage_is_found_and_never_unpacked(pair: tuple[Path, Path], tmp_path: P
 
 
 @pytest.mark.fault(18)
+@pytest.mark.parametrize("name", ["pack", "unpack"])
+def test_a_damaged_side_file_is_not_copied(pair: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    source = Path(shutil.copytree(pair[name == "unpack"], tmp_path / "source"))
+    moments = source / "ledger/000001.moments.safetensors"
+    flip(moments, -1)
+    done = command(name, source, tmp_path / "out")
+    assert done.code == 1 and f"{moments}: crc32c" in done.err
+    assert not (tmp_path / "out" / STORE).exists()
+
+
+def test_a_truncated_shard_is_never_said_to_be_mended_by_repair(pair: tuple[Path, Path]) -> None:
+    (pair[1] / SHARD).write_bytes(b"short")
+    told = [command(line, pair[1]).err.splitlines()[-1] for line in ("info", "repair")]
+    assert "expected" in told[0] and "harvest repair" not in told[0] + told[1]
+    assert all("pack the store again" in line for line in told)
+
+
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("at", [40, -6, -30])
 def test_damage_that_reading_meets_names_the_file(pair: tuple[Path, Path], tmp_path: Path, at: int) -> None:
     flip(pair[1] / SHARD, at)
@@ -234,6 +253,7 @@ def test_what_cannot_be_packed_or_unpacked(pair: tuple[Path, Path], tmp_path: Pa
         (("unpack", pair[0], tmp_path / "x"), "is not packed"),
         (("pack", pair[0], pair[1]), "exists; choose another folder"),
         (("pack", pair[0], tmp_path / "mine"), "exists; choose another folder"),
+        (("pack", pair[0], tmp_path / "mine" / "thesis.txt"), "thesis.txt is a file; choose another folder"),
         (("pack", tmp_path / "none", tmp_path / "x"), "no such folder"),
     ):
         done = command(*line)
@@ -286,6 +306,12 @@ def test_what_another_command_left_is_not_written_over(
         patch.setattr("harvest.commands.archive_target.shutil.copyfile", killed)
         assert command("pack", pair[0], tmp_path / "out").code == 3
     before = contents(tmp_path / "out")
+    found = {
+        one["name"]: one["state"] for one in json.loads(command("ls", "--cache", tmp_path, "--json").out)["stores"]
+    }
+    assert found["out"] == "unfinished pack"
+    shutil.copytree(tmp_path / "out", tmp_path / "begun")
+    assert command("rm", tmp_path / "begun", "--yes").code == 0 and not (tmp_path / "begun").exists()
     (other / STORE).rename(tmp_path / "kept")
     begun = contents(other)
     for line in (("unpack", pair[1], tmp_path / "out"), ("pack", pair[0], other)):

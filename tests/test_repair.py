@@ -7,7 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harvest.writer import ledger
+from harvest.writer.target import load_target
+from shared.store.checks import read_request
 from shared.store.layout import ARRAYS
+from shared.store.store import Store
 from tests.llms import (
     BLOCK_TOKENS,
     Line,
@@ -122,6 +126,7 @@ def test_repair_and_recomputing_want_the_stores_own_model_and_text(
     copy = tmp_path / "store"
     shutil.copytree(finished, copy)
     refused(command("verify", copy, "--against-model", 5, "--model", other), "is not the model of the store")
+    refused(command("repair", copy, "--model", other), "is not the model of the store")  # before the store is read
     (copy / ARRAYS / "tokens/c/1/0").unlink()
     renamed = shutil.copy(text, tmp_path / "renamed.jsonl")
     assert command("repair", copy, "--model", model, "--text", renamed).code == 0
@@ -130,6 +135,15 @@ def test_repair_and_recomputing_want_the_stores_own_model_and_text(
     wrong = write_jsonl(tmp_path / "text.jsonl", [{"text": "another"}])
     done = command("repair", copy, "--model", model, "--text", wrong)
     assert done.code == 2 and "is not the text it was made from" in done.err.splitlines()[-1]
+
+
+def test_a_store_can_be_opened_while_its_damaged_blocks_are_made_again(finished: Path, tmp_path: Path) -> None:
+    """Of several, the first is there before the others."""
+    path = Path(shutil.copytree(finished, tmp_path / "store"))
+    target = load_target(path, read_request(path))
+    ledger.grow_arrays(target, {0, 1})
+    assert Store.open(path).record.blocks == target.blocks > 2
+    assert contents(path) == contents(finished)
 
 
 def test_a_model_and_a_text_that_were_renamed_are_known_by_what_they_hold(

@@ -297,8 +297,8 @@ NAMES = {
     "file": "runs/file is a file, and a run is a folder; choose another --name",
 }
 LIKE = {
-    "runs/lost": "--like runs/lost: no store at /nowhere: no such folder; harvest one first, or pass --store FOLDER",
-    "runs/moved": "--like runs/moved: no store at /moved: no such folder; harvest one first, or pass --store FOLDER",
+    "runs/lost": "--like runs/lost: no store at /nowhere: no such folder; harvest one first, or name another",
+    "runs/moved": "--like runs/moved: no store at /moved: no such folder; harvest one first, or name another",
     "runs/none": "runs/none is not a run: there is no such folder; the runs in runs: lost, moved",
     "lost": "lost is not a run: there is no such folder; did you mean runs/lost?",
 }

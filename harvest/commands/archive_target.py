@@ -7,7 +7,7 @@ a kill leaves is no store, and the same command knows it as its own.
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +16,12 @@ from shared.errors import ProjectError, UserError
 from shared.files import durable
 from shared.files.disk_usage import size_of
 from shared.files.lease import Lease
-from shared.files.object_store import Objects, Taken, address, is_address, local_folder
-from shared.store.layout import STORE
+from shared.files.object_store import Objects, Taken, address, is_address, local_folder, require_below_bucket
+from shared.store.layout import STORE, UNFINISHED
 from shared.store.store import Store
 
 AT_ONCE = 8
-"""Files that are copied at once, and records that are written."""
-_MARKER = "unfinished.json"
+"""Files that are copied, packed or written at once: each is in memory, a few times over, with up to 128 MiB."""
 
 
 class FolderTarget:
@@ -45,7 +44,7 @@ class FolderTarget:
 
 
 class ObjectTarget:
-    """Objects that are being written; their lease is held, and asked for before every request that writes."""
+    """Objects that are being written. Their lease must be held when each of them is begun, whatever parts it has."""
 
     def __init__(self, objects: Objects, lease: Lease) -> None:
         self._objects, self._lease = objects, lease
@@ -61,18 +60,17 @@ class ObjectTarget:
         self._objects.put(name, source)
 
     def commit(self, files: Mapping[str, bytes]) -> None:
-        """Write records, each only if it is still what it was. Raises as `put` does, and `ProjectError`."""
+        """Write records, each only over what is there just before. Raises as `put` does, and `ProjectError`."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(self._commit, files, files.values()))
 
     def _commit(self, name: str, data: bytes) -> None:
         self._lease.require()
-        with suppress(Taken):
-            self._objects.create(name, data)
-            return
         try:
-            found = self._objects.get_tagged(name)
-            self._objects.replace(name, data, found[1] if found else "")
+            if found := self._objects.get_tagged(name):
+                self._objects.replace(name, data, found[1])
+            else:
+                self._objects.create(name, data)
         except Taken as error:
             raise ProjectError(f"{error}; nothing was written over it: run the same command again") from error
 
@@ -82,9 +80,9 @@ Target = FolderTarget | ObjectTarget
 
 @contextmanager
 def writing(store: Store, place: Path, what: bytes, needed: Callable[[], int] | None) -> Iterator[Target]:
-    """Hold a folder or an address that is new, or was left by a kill of the same command, and give it.
+    """Lock a folder or an address and yield what writes there. It is new, or the same command was killed there.
 
-    `what`: the marker's bytes; `needed`: the bytes that a folder must have room for, if that is to be looked at.
+    `what`: the marker's bytes; `needed`: the bytes that a folder must have room for; none: its room is not checked.
     Raises `UserError` when something else is there, when another process writes it, and when the disk has no room.
     """
     writer = _objects(store, place, what) if is_address(place) else _folder(store, place, what, needed)
@@ -97,7 +95,9 @@ def _folder(store: Store, path: Path, what: bytes, needed: Callable[[], int] | N
     path = local_folder(path)
     if store.place in path.resolve().parents:
         raise UserError(f"{path} lies inside the store; choose another folder")
-    marker = path / _MARKER
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; choose another folder")
+    marker = path / UNFINISHED
     with lock_store(path):
         ours = marker.is_file() and marker.read_bytes() == what
         if not ours and path.exists() and any(path.iterdir()):
@@ -116,22 +116,21 @@ def _folder(store: Store, path: Path, what: bytes, needed: Callable[[], int] | N
 @contextmanager
 def _objects(store: Store, path: Path, what: bytes) -> Iterator[ObjectTarget]:
     shown = address(path)
-    if shown.count("/") < 3:
-        raise UserError(f"{shown} is a whole bucket; name the store in it: {shown}/NAME")
+    require_below_bucket(path)
     if shown.startswith(f"{address(store.place)}/"):
         raise UserError(f"{shown} lies inside the store; choose another address")
     objects = Objects(path)
     with Lease(Objects(path.parent), f"{path.name}.lock", f"store {shown}") as lease:
-        target, marker = ObjectTarget(objects, lease), objects.get_tagged(_MARKER)
+        target, marker = ObjectTarget(objects, lease), objects.get_tagged(UNFINISHED)
         ours = marker is not None and marker[0] == what
         if not ours and objects.sizes():
             raise _exists(shown, "address", begun=marker is not None)
         if ours:
             objects.delete([STORE])
-        target.commit({_MARKER: what})
+        target.commit({UNFINISHED: what})
         yield target
         lease.require()
-        objects.delete([_MARKER])
+        objects.delete([UNFINISHED])
 
 
 def _exists(shown: str, kind: str, *, begun: bool) -> UserError:

@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.table import Table
@@ -19,12 +18,14 @@ from shared.files.object_store import is_address, local_folder
 from shared.store.checks import read_store_record
 from shared.store.layout import StratumSummary
 from shared.store.object_rows import ObjectRows
+from shared.store.packed import own_folder
 from shared.store.row_arrays import SIDES
 from shared.store.store import Local, Store
 
 Facts = dict[str, Any]
 _SEGMENTS = 3
 """In a table that fits 80 columns."""
+_PREFIX = "opened-objects-"
 
 
 def describe(path: Path, local: Local | None = None, *, shuffle: bool = False, run_rows: int | None = None) -> Facts:
@@ -33,12 +34,17 @@ def describe(path: Path, local: Local | None = None, *, shuffle: bool = False, r
     `run_rows` as in `harvest.commands.shuffle_quality.measure`.
     Raises `UserError` when there is no finished store.
     """
-    store = Store.open(path, local)
+    with nullcontext(Store.open(path, local)) if shuffle else open_records(path) as store:
+        facts = _facts(store)
+        if shuffle:
+            facts["shuffle"] = [as_json(measure(store, rows, run_rows)) for rows in BATCH_ROWS]
+    return facts
+
+
+def _facts(store: Store) -> Facts:
     record = store.record
     facts = record.model_dump(mode="json")
     del facts["plan"]["token_files"]
-    if shuffle:
-        facts["shuffle"] = [as_json(measure(store, rows, run_rows)) for rows in BATCH_ROWS]
     packed = sum(file.bytes for file in store.packed.files.values()) if store.packed else None
     sizes = {"bytes": store.bytes, "shard_bytes": store.shard_bytes, "packed_shard_bytes": packed}
     return {"path": store.shown, **sizes, "training_blocks": len(record.training_blocks), **facts}
@@ -202,19 +208,31 @@ def verify(path: Path, blocks: Container[int] | None = None) -> Verification:
 
 @contextmanager
 def _unchecked(path: Path) -> Iterator[Store]:
-    """Give the store at `path`, of which only `store.json` must be whole; one of objects with records of its own."""
+    """Give the store at `path`, of which only `store.json` must be whole, and `packed.json` of a packed one.
+
+    Of objects, the records are fetched anew: copies that others made may be of before some damage.
+    """
     if not is_address(path):
         yield Store(path, read_store_record(path))
         return
-    with TemporaryDirectory(prefix="verified-objects-") as folder:  # others' copies may be of before some damage
-        objects = ObjectRows(path, Path(folder), 0)
-        with objects.naming():
-            yield Store(objects.mirror, read_store_record(objects.mirror), None, objects)
+    with own_folder(_PREFIX) as folder, closing(ObjectRows(path, folder, 0)) as objects, objects.naming():
+        yield Store(objects.mirror, read_store_record(objects.mirror), None, objects)
 
 
-def open_records(path: Path) -> Store:
-    """Open a store whose rows are not read through it: nothing of them is kept or decoded."""
-    return Store.open(path, Local(bytes=0) if is_address(path) else None)
+@contextmanager
+def open_records(path: Path) -> Iterator[Store]:
+    """Open a store whose rows are not read through it: nothing of them is kept or decoded.
+
+    Of objects, the records are fetched anew, as for `verify`. Errors in the context name the store's address.
+    """
+    if not is_address(path):
+        yield Store.open(path)
+        return
+    with own_folder(_PREFIX) as folder:
+        store = Store.open(path, Local(folder=folder, bytes=0))
+        assert store.objects is not None
+        with closing(store.objects) as objects, objects.naming():
+            yield store
 
 
 def _verify(store: Store, blocks: Container[int] | None) -> Verification:
@@ -229,8 +247,8 @@ def _verify(store: Store, blocks: Container[int] | None) -> Verification:
                 faults[name] = wrong.replace(str(store.path), store.shown)
     if not faults:
         try:
-            open_records(store.place)
+            store.check()
         except CorruptData as error:
-            faults["."] = str(error)
+            faults["."] = str(error).replace(str(store.path), store.shown)
     seconds = time.monotonic() - began
     return Verification(path=store.shown, files=files, bytes=size, seconds=seconds, faults=faults)

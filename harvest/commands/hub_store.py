@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from harvest.commands.archive import fetch_shard, for_each
+from harvest.commands.archive import fetch_shard, for_each, require_whole, side_files
+from harvest.commands.archive_target import AT_ONCE
 from harvest.commands.describe import open_records
 from harvest.commands.store_card import store_card
 from harvest.run.pipeline import lock_store
@@ -28,6 +29,7 @@ from shared.store.layout import (
     PLAN,
     REQUEST,
     STORE,
+    FileRecord,
     StoreRecord,
     moments_path,
     record_path,
@@ -46,9 +48,6 @@ COMMIT_BYTES, COMMIT_FILES = 2**31, 100
 """At most of one commit: a push that is killed sends at most that much again."""
 _DOWNLOADS = "pull"
 """Below a store that is being pulled: what was not checked yet."""
-_AT_ONCE = 8
-"""Shard files in memory while they are fetched."""
-_REMEDY = "pack the store again, or take another copy"
 _RECORDS = (REQUEST, PLAN, PACKED, STORE)
 Fetch = Callable[[str], Path]
 """Has a file of the repository, by its path there, below a folder of its own."""
@@ -68,13 +67,16 @@ def push(path: Path, name: str, *, public: bool = False, licence: str | None = N
     require_name("push", name)
     require_token("push")
     check_licence(licence)
-    store = open_records(path)
-    if not store.packed:
-        raise UserError(
-            f"{store.shown} is not packed; pack it first, and push the folder: harvest pack {store.shown} FOLDER"
-        )
-    files = _files(store.record, store.packed)
-    with store.reading(), _one_line(f"push {name}", path):
+    with open_records(path) as store:
+        if not store.packed:
+            raise UserError(
+                f"{store.shown} is not packed; pack it first, and push the folder: harvest pack {store.shown} FOLDER"
+            )
+        return _push(store, _files(store.record, store.packed), name, public, licence)
+
+
+def _push(store: Store, files: Mapping[str, int | None], name: str, public: bool, licence: str | None) -> str:
+    with store.reading(), _one_line(f"push {name}", store.place):
         api = _api()
         url = api.create_repo(name, repo_type="dataset", private=not public, exist_ok=True)
         there = _listing(api, name, "main")
@@ -167,13 +169,18 @@ def _files(record: StoreRecord, packed: PackedRecord) -> dict[str, int | None]:
     return found | dict.fromkeys(_RECORDS)
 
 
+def _checksums(store: Store) -> dict[str, FileRecord]:
+    """Return the record of every file that is none itself, by path below the store."""
+    assert store.packed is not None
+    return {f"{ARRAYS}/{name}": file for name, file in store.packed.files.items()} | side_files(store)
+
+
 def _not_there(store: Store, files: Sequence[str], there: "Mapping[str, RepoFile]") -> list[str]:
     """List the files that the repository lacks; raise `CorruptData` on one of them that is damaged.
 
     Objects that it lacks are not looked at: they are checked when they are fetched to be sent.
     """
-    assert store.packed is not None
-    records = {f"{ARRAYS}/{name}": file for name, file in store.packed.files.items()} | dict(store.record.files)
+    records = _checksums(store)
     missing: list[str] = []
 
     def check(file: str) -> int:
@@ -183,11 +190,11 @@ def _not_there(store: Store, files: Sequence[str], there: "Mapping[str, RepoFile
         with _here(store, [file]) as root:
             if not _same(root / file, there.get(file)):
                 if file in records and (wrong := fault(root / file, records[file])):
-                    raise CorruptData(f"{store.shown}/{file}: {wrong}; {_REMEDY}")
+                    raise CorruptData(f"{store.shown}/{file}: {wrong}; {store.remedy}")
                 missing.append(file)
         return store.bytes_of(file)
 
-    for_each("check", files, sum(store.bytes_of(file) for file in files), check)
+    for_each("check", files, sum(store.bytes_of(file) for file in files), check, AT_ONCE if store.objects else None)
     return sorted(missing)
 
 
@@ -195,23 +202,23 @@ def _not_there(store: Store, files: Sequence[str], there: "Mapping[str, RepoFile
 def _here(store: Store, files: Sequence[str]) -> Iterator[Path]:
     """Give a folder that has some files of a store: its own, or of objects one with those that are fetched.
 
-    Raises `CorruptData` when a shard file that is fetched is not as its record says.
+    Raises `CorruptData` when one of objects is not as its record says.
     """
     if not store.objects:
         yield store.path
         return
-    assert store.packed is not None
-    records = store.packed.files
-    with TemporaryDirectory(prefix="pushed-objects-") as folder:
+    records = _checksums(store)
+    with TemporaryDirectory(dir=store.objects.folder) as folder:
 
         def bring(file: str) -> None:
             if is_shard(file):
                 name = file.removeprefix(f"{ARRAYS}/")
-                durable.publish_bytes(Path(folder, file), fetch_shard(store, name, records[name], _REMEDY))
+                durable.publish_bytes(Path(folder, file), fetch_shard(store, name, records[file]))
             else:
-                durable.publish_link(Path(folder, file), store.path / file)
+                source = require_whole(store, file, records[file]) if file in records else store.path / file
+                durable.publish_link(Path(folder, file), source)
 
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(bring, files))
         yield Path(folder)
 
@@ -250,6 +257,8 @@ def _refuse_another(store: Store, name: str, there: "Mapping[str, RepoFile]") ->
 def _refuse_other_folder(target: Path, record: "RepoFile") -> None:
     """Raise `UserError` unless `target` is new, a part of a pull, or the same store packed."""
     remedy = "pull into another folder with --cache, or remove it"
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; {remedy}")
     if (target / STORE).is_file():
         if not is_packed(target):
             raise UserError(f"{target} is there already, unpacked; {remedy}")

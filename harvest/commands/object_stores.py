@@ -10,8 +10,8 @@ from harvest.commands.stores import Entry, describe_entry
 from shared.errors import UserError
 from shared.files import durable
 from shared.files.lease import Lease
-from shared.files.object_store import Objects, address
-from shared.store.layout import LEDGER, PACKED, PLAN, REQUEST, STORE
+from shared.files.object_store import Objects, address, require_below_bucket
+from shared.store.layout import LEDGER, PACKED, PLAN, REQUEST, STORE, UNFINISHED
 
 
 def list_object_stores(cache: Path) -> list[Entry]:
@@ -20,14 +20,15 @@ def list_object_stores(cache: Path) -> list[Entry]:
     for path, size in objects.sizes().items():
         name, _, rest = path.partition("/")
         sizes[name][rest] = size
-    return [_entry(objects, name, found) for name, found in sorted(sizes.items()) if REQUEST in found]
+    stores = {name: found for name, found in sorted(sizes.items()) if {REQUEST, UNFINISHED} & found.keys()}
+    return [_entry(objects, name, found) for name, found in stores.items()]
 
 
 def _entry(objects: Objects, name: str, sizes: dict[str, int]) -> Entry:
     """Describe a store by a folder that has its records, and empty files for those of its blocks."""
     with tempfile.TemporaryDirectory() as folder:
         path, age = Path(folder) / Path(name).name, float("inf")
-        for record in (REQUEST, PLAN, STORE, PACKED):
+        for record in (REQUEST, PLAN, STORE, PACKED, UNFINISHED):
             if record in sizes:
                 durable.publish_bytes(path / record, objects.get(f"{name}/{record}"))
                 age = min(age, objects.age(f"{name}/{record}"))
@@ -49,8 +50,9 @@ def _holder(data: bytes) -> str:
 
 def size_of_object_store(path: Path) -> int:
     """Return the bytes of the store at an address. Raises `UserError` when there is none."""
+    require_below_bucket(path)
     sizes = Objects(path).sizes()
-    if REQUEST not in sizes and STORE not in sizes:
+    if not {REQUEST, STORE, UNFINISHED} & sizes.keys():
         raise UserError(f"{address(path)} is not a store: it has no {REQUEST}")
     return sum(sizes.values())
 
@@ -65,5 +67,5 @@ def remove_object_store(path: Path) -> None:
     with Lease(Objects(path.parent), f"{path.name}.lock", f"store {address(path)}"):
         names = sorted(objects.sizes())
         for part in ([STORE], [name for name in names if name.startswith(f"{LEDGER}/")], names):
-            objects.delete([name for name in part if name in names and name != REQUEST])
-        objects.delete([REQUEST])  # last: what a kill left can be removed again
+            objects.delete([name for name in part if name in names and name not in (REQUEST, UNFINISHED)])
+        objects.delete([REQUEST, UNFINISHED])  # last: what a kill left can be removed again

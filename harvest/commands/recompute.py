@@ -18,12 +18,16 @@ from shared.console.progress import Progress
 from shared.keyed import hash_integers
 from shared.store.checks import read_ledger
 from shared.store.mapped_array import RowArray
-from shared.store.row_arrays import captured_as
+from shared.store.row_arrays import SIDES, captured_as
 from shared.store.statistics import decode
 from shared.store.store import Local, Store
 
 ROUNDING = 0.02
 """The relative difference of a row that rounding explains: five units in the last place of bfloat16."""
+
+
+Rows = dict[tuple[str, int], NDArray[Any]]
+"""Rows of one array by stratum and number."""
 
 
 class Place(NamedTuple):
@@ -64,7 +68,7 @@ def against_model(path: Path, count: int, model: str | None, seed: int, local: L
     batch = read_ledger(store.path, 0).batch_sequences
     by_pass: dict[int, list[Place]] = defaultdict(list)
     places = random_places(store, count, seed)
-    _ask_for(store, places, "source", "target")
+    stored = {side: _rows(store, places, side) for side in SIDES}
     for place in places:
         block, sequence = divmod(place.sequence, request.block_sequences)
         by_pass[block * request.block_sequences + sequence // batch * batch].append(place)
@@ -77,7 +81,7 @@ def against_model(path: Path, count: int, model: str | None, seed: int, local: L
         Progress("recompute", len(by_pass), "passes") as bar,
     ):
         for done, (first, places) in enumerate(sorted(by_pass.items()), 1):
-            differences |= _compare(store, capture, _windows(store, first, batch), first, places)
+            differences |= _compare(store, capture, _windows(store, first, batch), first, places, stored)
             bar.update(done)
     wrong = tuple(
         f"strata/{p.stratum} row {p.row} (sequence {p.sequence}, offset {p.offset}): differs by {value:.2g}"
@@ -97,21 +101,22 @@ def random_places(store: Store, count: int, seed: int) -> list[Place]:
     numbers = chosen.astype(np.int64)
     at = np.searchsorted(edges, numbers, side="right") - 1
     rows = [(strata[i].stratum.name, row) for i, row in zip(at.tolist(), (numbers - edges[at]).tolist(), strict=True)]
-    _ask_for(store, rows, "sequence", "offset")
-    return [
-        Place(name, row, int(_row(store.strata[name].sequence, row)), int(_row(store.strata[name].offset, row)))
-        for name, row in rows
-    ]
+    sequences, offsets = _rows(store, rows, "sequence"), _rows(store, rows, "offset")
+    return [Place(*at, int(sequences[at]), int(offsets[at])) for at in rows]
 
 
-def _ask_for(store: Store, places: Sequence[tuple[Any, ...]], *arrays: str) -> None:
-    """Have the rows of places read together: from object storage, one after the other would take minutes."""
+def _rows(store: Store, places: Sequence[tuple[Any, ...]], name: str) -> Rows:
+    """Read the rows of places from an array of their strata, together: one by one takes minutes in object storage."""
     by_stratum: dict[str, list[int]] = defaultdict(list)
     for stratum, row, *_ in places:
         by_stratum[stratum].append(row)
+    found: Rows = {}
     for stratum, rows in by_stratum.items():
-        for array in arrays:
-            getattr(store.strata[stratum], array).will_need([(row, row + 1) for row in sorted(rows)])
+        array: RowArray = getattr(store.strata[stratum], name)
+        out = array.room(len(rows))
+        array.gather([(row, row + 1) for row in sorted(rows)], out)
+        found |= {(stratum, row): values for row, values in zip(sorted(rows), out, strict=True)}
+    return found
 
 
 def _windows(store: Store, first: int, batch: int) -> Windows:
@@ -125,7 +130,9 @@ def _windows(store: Store, first: int, batch: int) -> Windows:
     return Windows(*found)
 
 
-def _compare(store: Store, capture: Capture, windows: Windows, first: int, places: list[Place]) -> dict[Place, float]:
+def _compare(
+    store: Store, capture: Capture, windows: Windows, first: int, places: list[Place], stored: dict[str, Rows]
+) -> dict[Place, float]:
     request = store.request
     found = capture.rows(windows, model_positions(windows, request.documents))
     differences = {}
@@ -133,16 +140,13 @@ def _compare(store: Store, capture: Capture, windows: Windows, first: int, place
         row = (place.sequence - first) * request.context_size + place.offset
         rows = store.strata[place.stratum]
         differences[place] = max(
-            _difference(_row(array, place.row), array.as_stored(place.row, found[hook][row]))
-            for array, hook in ((rows.source, request.source_hook), (rows.target, request.target_hook))
+            _difference(stored[side][place[:2]], array.as_stored(place.row, found[hook][row]))
+            for side, array, hook in (
+                ("source", rows.source, request.source_hook),
+                ("target", rows.target, request.target_hook),
+            )
         )
     return differences
-
-
-def _row(array: RowArray, row: int) -> NDArray[Any]:
-    out = array.room(1)
-    array.read(row, row + 1, out)
-    return np.asarray(out[0])
 
 
 def _difference(stored: NDArray[Any], recomputed: NDArray[Any]) -> float:

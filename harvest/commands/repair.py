@@ -15,11 +15,11 @@ from harvest.settings import EMBEDDED, MOST_REFUSED, ModelSettings, TextSettings
 from harvest.text.corpus import open_corpus
 from harvest.writer import finish, ledger
 from harvest.writer.recover_records import refuse_packed
-from harvest.writer.target import Target, publish_records
+from harvest.writer.target import Push, Target, publish_records, push_nowhere
 from harvest.writer.tokens import lay_out_again, restore
 from shared.errors import CorruptData, UserError
 from shared.files import durable
-from shared.files.object_store import address, is_address, local_folder, naming
+from shared.files.object_store import address, is_address, local_folder, naming, require_below_bucket
 from shared.files.untrusted import refuse_links
 from shared.store.checks import read_store_record
 from shared.store.import_origin import UNKNOWN
@@ -33,8 +33,6 @@ from shared.store.layout import (
     StoreRequest,
     row_specs,
 )
-
-Push = Callable[[Path], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,12 +100,13 @@ def repair(
     path = local_folder(path)
     mend = partial(_mend, model=model, text=text, workers=workers, imported_from=imported_from, inexact=inexact)
     if is_address(path):
-        return _repair_objects(path, mend)
+        return _repair_objects(path, model, mend)
     refuse_packed(path)
     with lock_store(path):
         refuse_links(path)
         durable.sweep(path)
         record = read_store_record(path)
+        _check_model(record.request, model)
         if damage := find_damage(path, record):
             mend(path, record, damage)
             if left := find_damage(path, read_store_record(path)):
@@ -115,13 +114,21 @@ def repair(
     return damage
 
 
-def _repair_objects(path: Path, mend: Callable[..., None]) -> Damage:
+def _check_model(request: StoreRequest, model: str | None) -> None:
+    """Raise `UserError` when a model is given that is not the store's, before all of the store is read."""
+    if model and not request.imported:
+        own_model(request, model)
+
+
+def _repair_objects(path: Path, model: str | None, mend: Callable[..., None]) -> Damage:
     """Repair a store in object storage: in a local folder with its records and tokens, sent block by block."""
+    require_below_bucket(path)
     with object_cache.writing(path.parent, [path.name], stand_ins=False) as cache:
         here, shown = cache.folder / path.name, address(path)
         with naming(here, shown):
             refuse_packed(here)
             record = read_store_record(here)
+            _check_model(record.request, model)
             if damage := find_damage(path, record):
                 mend(here, record, damage, push=cache.push)
                 cache.push(here)
@@ -145,7 +152,7 @@ def _mend(
     workers: int,
     imported_from: Sequence[Path],
     inexact: bool,
-    push: Push = lambda path: None,
+    push: Push = push_nowhere,
 ) -> None:
     """Make damaged parts again in the folder `path`; `push` hears of it when a block is committed."""
     target = Target(path=path, request=record.request, plan=record.plan)

@@ -4,7 +4,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from shared.files import durable
 from shared.files.disk_usage import size_of
 from shared.files.object_store import is_address
 from shared.store.checks import is_packed, progress, read_plan, read_request, read_store_record
-from shared.store.layout import LEDGER, PLAN, REQUEST, STORE, StoreRequest
+from shared.store.layout import LEDGER, PLAN, REQUEST, STORE, UNFINISHED, StoreRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +28,8 @@ class Entry:
 
     name: str
     state: str
-    """`complete`, `packed`, `12 of 40 blocks`, `complete; extended: 12 of 40 blocks`, `packing`, `damaged: ...`, or
-    `cannot be read: ...`"""
+    """`complete`, `packed`, `12 of 40 blocks`, `complete; extended: 12 of 40 blocks`, `packing`, `unfinished pack`,
+    `damaged: ...`, or `cannot be read: ...`"""
     bytes: int
     """On disk, all files."""
     age_seconds: float
@@ -60,12 +60,15 @@ def list_stores(cache: Path) -> list[Entry]:
 
 def _holds_store(path: Path) -> bool:
     """Tell whether a folder is a store, as far as one can see: one that cannot be read is listed, too."""
-    try:
-        return stat.S_ISREG((path / REQUEST).stat().st_mode)
-    except PermissionError:
-        return path.is_dir()
-    except OSError:
-        return False
+    for name in (REQUEST, UNFINISHED):
+        try:
+            if stat.S_ISREG((path / name).stat().st_mode):
+                return True
+        except PermissionError:
+            return path.is_dir()
+        except OSError:
+            continue
+    return False
 
 
 def show(entries: Sequence[Entry], cache: Path) -> None:
@@ -125,13 +128,14 @@ def remove(path: Path) -> None:
 @contextmanager
 def _alone(path: Path) -> Iterator[Path]:
     """Hold the writers' and the readers' lock of the store at `path`; gives the writers' lock file."""
-    if not (path / REQUEST).is_file():
+    if not any((path / name).is_file() for name in (REQUEST, UNFINISHED)):
         raise UserError(f"{path} is not a store: it has no {REQUEST}")
     if path.is_symlink():
         raise UserError(f"{path} is a symbolic link to {path.resolve()}; remove that, or the link with rm")
     path = path.resolve()
     lock = path.with_name(f"{path.name}.lock")
-    with durable.lock(lock, f"store {path.name}"), durable.lock(path / REQUEST, f"store {path.name}"):
+    what, read = f"store {path.name}", path / REQUEST
+    with durable.lock(lock, what), durable.lock(read, what) if read.is_file() else nullcontext():
         yield lock
 
 
@@ -152,9 +156,11 @@ def describe_entry(path: Path) -> Entry:
     """Describe the store at `path` by its records; no shard is opened."""
     users = [_with_run(who) for who in durable.holders(path / REQUEST)]
     writers = [f"{who}, harvesting" for who in durable.holders(path.with_name(f"{path.name}.lock"))]
-    times = [path / name for name in (STORE, PLAN, REQUEST, LEDGER)]
+    times = [path / name for name in (STORE, PLAN, REQUEST, LEDGER, UNFINISHED)]
     newest = max((mtime for file in times if (mtime := _mtime(file))), default=path.lstat().st_mtime)
     common: dict[str, Any] = {"name": path.name, "bytes": size_of(path), "age_seconds": max(0.0, time.time() - newest)}
+    if (path / UNFINISHED).is_file() and not (path / STORE).is_file():
+        return Entry(**common, state="unfinished pack", used_by=[*users, *writers])
     try:
         request = read_request(path)
         plan = read_plan(path) if (path / PLAN).is_file() else None

@@ -1,7 +1,7 @@
 """Activation pairs from elsewhere become a store like a harvest's, by the same writer."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -24,7 +24,15 @@ from harvest.text.packing import Windows
 from harvest.writer import attention_sinks, finish, ledger
 from harvest.writer.blocks import BlockLayout, Buffers, block_layout
 from harvest.writer.recover_records import check_request
-from harvest.writer.target import Target, damaged_files, load_target, publish_records, read_block
+from harvest.writer.target import (
+    Push,
+    Target,
+    damaged_files,
+    load_target,
+    publish_records,
+    push_nowhere,
+    read_block,
+)
 from harvest.writer.tokens import lay_out, lay_out_again
 from shared.bounds import (
     MAX_CONTEXT,
@@ -72,18 +80,18 @@ class ImportStore(Config):
 
 
 class ImportSettings(Config):
-    """What an import can be told."""
+    """The settings of an import."""
 
     label: Label = "imported"
     """Start of the store's name."""
     format: ImportFormat
     source: str | None = None
-    """What the sources are called: the start of a .npy file's name, a tensor, or a column; `source` if not given, or
+    """Name of the sources: the start of a .npy file's name, a tensor, or a column; `source` if not given, or
     the only column of activations. With `vllm` HOOK:N, the N-th of the states that were saved."""
     target: str | None = None
-    """What the targets are called."""
+    """Name of the targets, in the same way."""
     tokens: str | None = None
-    """What the token ids are called; `tokens` if not given, or `token_ids` with `saelens`."""
+    """Name of the token ids; `tokens` if not given, or `token_ids` with `saelens`."""
     layer: Layer | None = None
     """The layer that rows are of; if not given, by a name such as `blocks.8.hook_mlp_out`, else 0. With `clt-forge` the
     layer to import."""
@@ -169,7 +177,7 @@ def repair_from(path: Path, request: StoreRequest, files: Sequence[Path], model:
     for theirs, ours in zip_longest(found.files, origin.files):
         if theirs != ours:
             raise UserError(f"{path} was imported from other files: {_digest(ours)}, and here is {_digest(theirs)}")
-    check_request(path, request, inputs.request)
+    check_request(path, request, inputs.request, "pass the files and the --model that it was imported with")
     return inputs
 
 
@@ -177,9 +185,7 @@ def _digest(file: ImportedFile | None) -> str:
     return f"{file.name} of {file.bytes:,} bytes with SHA-256 {file.sha256[:12]}" if file else "no further file"
 
 
-def write_blocks(
-    target: Target, inputs: Inputs, blocks: Sequence[int], push: Callable[[Path], None] = lambda path: None
-) -> None:
+def write_blocks(target: Target, inputs: Inputs, blocks: Sequence[int], push: Push = push_nowhere) -> None:
     """Commit `blocks` of a planned store, and finish it; `push` hears of the store when a block is committed."""
     size, there = target.request.block_tokens, target.blocks - len(blocks)
     warned = there > target.request.held_out_blocks

@@ -4,10 +4,6 @@ Shard files are sent first and never change; the record that says they exist com
 that is the commit. Once a block's record is there, its shard files here give their room back.
 """
 
-import os
-import secrets
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -17,7 +13,7 @@ from harvest.run.ranks import Ranks
 from shared.errors import CorruptData, ProjectError, UserError
 from shared.files import durable
 from shared.files.lease import Lease
-from shared.files.object_store import CONNECTIONS, Objects, Taken, address
+from shared.files.object_store import Objects, Tag, Taken, address
 from shared.store import packed
 from shared.store.checks import read_ledger, read_plan, read_request
 from shared.store.layout import (
@@ -31,7 +27,7 @@ from shared.store.layout import (
     row_specs,
 )
 from shared.store.object_rows import is_shard
-from shared.store.store import Store
+from shared.store.store import Local, Store
 
 _PREFIX = "harvested-objects-"
 _ROWS = f"{ARRAYS}/strata/"
@@ -49,15 +45,8 @@ def writing(cache: Path, names: Sequence[str], *, stand_ins: bool = True) -> Ite
             f"{address(cache)}: several processes cannot share a harvest into object storage; harvest into a folder "
             "that all of them see, and copy the finished store there"
         )
-    parent = Path(tempfile.gettempdir())
-    packed.sweep(parent, _PREFIX)
-    folder = parent / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
-    lock = parent / f"{folder.name}.lock"
     with ExitStack() as stack:
-        stack.callback(lock.unlink, missing_ok=True)
-        stack.enter_context(durable.lock(lock, f"folder {folder}"))  # before the folder: no sweep comes in between
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        folder.mkdir()
+        folder = stack.enter_context(packed.own_folder(_PREFIX))
         objects, leases = Objects(cache), {}
         for name in sorted(set(names)):
             leases[name] = stack.enter_context(Lease(objects, f"{name}.lock", f"store {address(cache)}/{name}"))
@@ -70,18 +59,20 @@ def writing(cache: Path, names: Sequence[str], *, stand_ins: bool = True) -> Ite
 @contextmanager
 def looking(cache: Path, names: Sequence[str]) -> Iterator[Path]:
     """Give a local folder with the records of the stores of these names, as far as there are some; nothing is held."""
-    with tempfile.TemporaryDirectory(prefix="planned-objects-") as folder:
-        found = ObjectCache(cache, Path(folder), names, {})
+    with packed.own_folder("planned-objects-") as folder:
+        found = ObjectCache(cache, folder, names, {})
         for name in names:
             found.pull(name, tokens=False)
-        yield Path(folder)
+        yield folder
 
 
 def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool:
     """Tell whether the store at an address is finished, and holds what is asked for."""
+    if STORE not in Objects(path).sizes():
+        return False
     try:
-        record = Store.open(path).record
-    except (UserError, CorruptData):  # none, or one that is made whole
+        record = Store.open(path, Local(bytes=0)).record  # no row is read: no room is needed
+    except CorruptData:  # it is made whole
         return False
     enough = record.plan.exhausted or len(record.training_blocks) >= training_blocks
     return record.request == request and enough
@@ -93,7 +84,7 @@ class ObjectCache:
     def __init__(self, cache: Path, folder: Path, names: Sequence[str], leases: dict[str, Lease]) -> None:
         self.folder, self._leases = folder, leases
         self._objects = {name: Objects(f"{address(cache)}/{name}") for name in names}
-        self._tags: dict[Path, str] = {}
+        self._tags: dict[Path, Tag] = {}
         """Of records that are there, by their path here."""
         self._sent: dict[Path, tuple[int, int]] = {}
         """When files that are there were changed here, and their sizes."""
@@ -101,20 +92,15 @@ class ObjectCache:
     def pull(self, name: str, *, tokens: bool = True, stand_ins: bool = True) -> None:
         """Bring what there is of a store: its records and `tokens`; rows of its blocks by name and size alone.
 
-        Without `stand_ins`, there is nothing of rows: for blocks that are made again whatever is there of them.
+        A repair needs no `stand_ins` for rows: it makes blocks again whatever is there of them.
         """
         objects, path = self._objects[name], self.folder / name
         sizes = objects.sizes()
-        wanted = [one for one in sizes if not is_shard(one) or (tokens and not one.startswith(_ROWS))]
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            for one, found in zip(wanted, pool.map(objects.get_tagged, wanted), strict=True):
-                target = path / one
-                if found is None:
-                    continue
-                if not target.resolve().is_relative_to(path.resolve()):
-                    raise CorruptData(f"{objects.address}: {one!r} is not the name of a store's file; remove it")
-                durable.publish_bytes(target, found[0])
-                self._note(target, found[1])
+        wanted = {one: sizes[one] for one in sizes if not is_shard(one) or (tokens and not one.startswith(_ROWS))}
+        tags = objects.download(wanted, path, tagged=_is_committed)
+        for one in wanted:
+            if (path / one).is_file():
+                self._note(path / one, tags.get(one))
         if stand_ins and (path / PLAN).is_file() and (path / REQUEST).is_file():
             self._stand_in(path, sizes)
 
@@ -132,8 +118,8 @@ class ObjectCache:
         self._commit(objects, lease, path, first)
         self._put(objects, lease, path, tokens)
         self._commit(objects, lease, path, plan)
-        self._put(objects, lease, path, [file for file in files if not _is_record(path, file)])
-        records = [file for file in files if _is_record(path, file)]
+        self._put(objects, lease, path, [file for file in files if not _is_committed(_name(path, file))])
+        records = [file for file in files if _is_committed(_name(path, file))]
         self._commit(objects, lease, path, records)
         for file in records:
             self._empty(path, int(file.stem))
@@ -160,7 +146,7 @@ class ObjectCache:
             except Taken as error:
                 raise ProjectError(f"{error}; nothing was written over it: run the same command again") from error
 
-    def _note(self, file: Path, tag: str | None = None) -> None:
+    def _note(self, file: Path, tag: Tag | None = None) -> None:
         status = file.stat()
         self._sent[file] = status.st_mtime_ns, status.st_size
         if tag:
@@ -202,5 +188,10 @@ def _turn(name: str) -> int:
     return 1 if is_shard(name) and not name.startswith(_ROWS) else 3
 
 
-def _is_record(path: Path, file: Path) -> bool:
-    return file.parent == path / LEDGER and file.suffix == ".json"
+def _name(path: Path, file: Path) -> str:
+    return str(file.relative_to(path))
+
+
+def _is_committed(name: str) -> bool:
+    """Tell whether a file is a record, which is sent by a conditional put."""
+    return name in (REQUEST, PLAN, STORE) or (name.startswith(f"{LEDGER}/") and name.endswith(".json"))

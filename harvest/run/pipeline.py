@@ -1,7 +1,7 @@
 """A harvest from settings to finished stores: identify, plan, capture, finish."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -24,7 +24,7 @@ from harvest.text.corpus import Corpus, open_corpus
 from harvest.writer import finish, ledger
 from harvest.writer.recover_records import check_request, read_records
 from harvest.writer.request_differences import explain_new, find_same
-from harvest.writer.target import Target, damaged_files, load_target, needs_packing, publish_records
+from harvest.writer.target import Push, Target, damaged_files, load_target, needs_packing, publish_records, push_nowhere
 from harvest.writer.tokens import extend, restore, spool_path
 from shared.config import build
 from shared.console.terminal import say
@@ -81,7 +81,7 @@ def _harvest(
     *,
     force: bool,
     inexact: bool,
-    push: Callable[[Path], None] = lambda path: None,
+    push: Push = push_nowhere,
 ) -> list[Path]:
     """Make the stores in a folder; `push` hears of each when its tokens or a block are published."""
     inputs, paths = locate(inputs, cache)
@@ -382,7 +382,7 @@ def _make(
     widths: dict[str, int],
     *,
     inexact: bool,
-    push: Callable[[Path], None],
+    push: Push,
 ) -> None:
     """Commit what planned stores lack, and finish them. `widths` of the hooks, if they are known already."""
     for target in targets:

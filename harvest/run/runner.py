@@ -23,7 +23,7 @@ from harvest.run.ranks import Ranks
 from harvest.text.packing import Windows, model_positions
 from harvest.writer import attention_sinks, finish, ledger
 from harvest.writer.blocks import BlockLayout, block_layout, most_rows
-from harvest.writer.target import Target, read_block
+from harvest.writer.target import Push, Target, push_nowhere, read_block
 from shared.console.progress import Progress
 from shared.console.signals import leave, stop_signals
 from shared.console.terminal import Verbosity, verbosity
@@ -48,8 +48,7 @@ class Runner:
     ranks: Ranks
     inexact: bool = False
     """Whether blocks may be computed on a GPU of another kind than those that are there."""
-    push: Callable[[Path], None] = lambda path: None
-    """Hears of a store when a block of it is committed."""
+    push: Push = push_nowhere
     unembeddings: list[Path] = field(default_factory=list)
     """Those written so far: a gigabyte for a large vocabulary, the same for every layer."""
 
@@ -163,7 +162,7 @@ class Blocks:
         device: str,
         computed_on: Mapping[str, str],
         first: bool,
-        push: Callable[[Path], None] = lambda path: None,
+        push: Push = push_nowhere,
     ) -> None:
         self._targets, self._missing, self._computed_on, self._first = targets, missing, computed_on, first
         self._warned, self._push = not first, push

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -20,9 +21,10 @@ from harvest.writer.int8_blocks import encoded, pack_lost
 from harvest.writer.target import Target
 from shared.errors import CorruptData, ProjectError
 from shared.files import durable
-from shared.store.checks import belongs, buffers_record, check_size, read_ledger
+from shared.store.checks import belongs, buffers_record, check_size, read_ledger, read_store_record
 from shared.store.layout import (
     ARRAYS,
+    STORE,
     FileRecord,
     LedgerRecord,
     StoreRequest,
@@ -133,17 +135,28 @@ def computed_on(target: Target) -> dict[int, dict[str, str]]:
 
 
 def grow_arrays(target: Target, committed: Iterable[int]) -> None:
-    """Set the arrays' shapes to the blocks that are committed without a gap; `committed` are block numbers."""
+    """Set the arrays' shapes to the blocks that are committed without a gap; `committed` are block numbers.
+
+    While a finished store is repaired, its shapes stay: it can be opened meanwhile.
+    """
     known = set(committed)
     prefix = next(block for block in range(target.blocks + 1) if block not in known)
     if prefix == 0:
         return
+    prefix = max(prefix, _finished_blocks(target))
     record = read_ledger(target.path, 0)
     files = {
         target.path / ARRAYS / spec.path / "zarr.json": durable.json_bytes(spec.metadata(prefix))
         for spec in row_specs(target.request, target.strata, record.d_in, record.d_out)
     }
     durable.publish_changed(files)
+
+
+def _finished_blocks(target: Target) -> int:
+    """Return the blocks of the finished store that is at the target already; 0 where there is none."""
+    with suppress(CorruptData):
+        return read_store_record(target.path).blocks if (target.path / STORE).is_file() else 0
+    return 0
 
 
 def _is_committed(target: Target, block: int) -> bool:

@@ -41,22 +41,27 @@ def read_records(path: Path) -> Records:
     return Records(request=request, plan=plan, finished=None)
 
 
-def check_request(path: Path, found: StoreRequest | None, request: StoreRequest) -> None:
+def check_request(
+    path: Path,
+    found: StoreRequest | None,
+    request: StoreRequest,
+    remedy: str = "choose another --cache, or remove the folder",
+) -> None:
     """Raise `UserError` when what was `found` at `path` is not `request`."""
     if found in (None, request):
         return
     assert found is not None
     name, (theirs, ours) = next(iter(differences(found, request).items()))
-    raise UserError(
-        f"{path / REQUEST} belongs to another request: {name} is {theirs} there and {ours} here; choose another "
-        "--cache, or remove the folder"
-    )
+    raise UserError(f"{path / REQUEST} belongs to another request: {name} is {theirs} there and {ours} here; {remedy}")
 
 
 def refuse_packed(path: Path) -> None:
     """Raise `UserError` for a packed store, which is only read."""
     if is_packed(path):
-        raise UserError(f"{path} is a packed store, which is only read; unpack it: harvest unpack {path} FOLDER")
+        raise UserError(
+            f"{path} is a packed store, which is only read; unpack it (harvest unpack {path} FOLDER), or, if it is "
+            "damaged, pack the store again"
+        )
 
 
 def _whole(read: Callable[[Path], R], path: Path, name: str) -> R | None:

@@ -1,6 +1,6 @@
 """A store to be made: its request, its plan, and the token windows that the plan names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,13 @@ from shared.store.layout import (
     tokens_spec,
 )
 from shared.store.strata import Stratum
+
+Push = Callable[[Path], None]
+"""Hears of a store's folder when a part of the store is committed there."""
+
+
+def push_nowhere(path: Path) -> None:
+    """Take no notice: the store is made where it stays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from shared.errors import ProjectError, Stopped, UserError, warn
-from shared.files.object_store import Objects, Taken
+from shared.files.object_store import Objects, Tag, Taken
 
 SECONDS = 30.0
 """A lease that nobody renewed for so long may be taken. It is renewed three times as often."""
@@ -38,7 +38,8 @@ class Lease:
             "key": secrets.token_hex(8),
             "renewed": 0,
         }
-        self._tag, self._lost, self._at = "", False, 0.0
+        self._tag: Tag = {}
+        self._lost, self._at = False, 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -53,7 +54,8 @@ class Lease:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        if self._is_ours():
+        ours, self._lost = self._is_ours(), True
+        if ours:
             self._objects.delete([self._name])
 
     def require(self) -> None:
@@ -88,7 +90,7 @@ class Lease:
         self._at = began
         return True
 
-    def _watch(self, data: bytes, tag: str) -> None:
+    def _watch(self, data: bytes, tag: Tag) -> None:
         """Return when the lease may be taken. Raises `UserError` when its holder renews it."""
         try:
             holder = json.loads(data)

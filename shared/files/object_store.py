@@ -4,11 +4,12 @@ Credentials, endpoint and region are those that obstore finds in the environment
 `AWS_ENDPOINT_URL`, ...). Requests that fail are made again, by obstore, with exponential backoff and jitter.
 """
 
+import errno
 import os
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import CorruptData, ProjectError, Stopped, UserError, cause
+from shared.files import durable
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -27,13 +29,23 @@ DEADLINE_SECONDS = 180
 """How long one request is made again and again. Below the five minutes for which the signature of one is valid."""
 CONNECTIONS = 64
 """Requests at once: at 0.1 s of latency, 300 kB each make 190 MB/s."""
+COPY_AGAIN = "copy the store there again, or repair it: harvest repair"
+"""For damage of objects that only a repair, or a copy that is whole, can make good."""
+Tag = Mapping[str, str]
+"""What tells one content of an object from another: its e-tag and its version. Google compares the latter."""
 _ADDRESS = re.compile(r"(s3|gs|az)://?(?=[^/])|(file):/+")
 """A `Path` has one of the two slashes."""
+_OTHER = re.compile(r"([a-z][a-z0-9]+):/(?=[^/]|/[^/])")
 
 
 def is_address(path: Path | str) -> bool:
-    """Tell whether `path` is the address of objects, not of a local folder; a `file://` one is a local folder."""
+    """Tell whether `path` is the address of objects, not of a local folder; a `file://` one is a local folder.
+
+    Raises `UserError` on one of another kind, such as `http://`.
+    """
     found = _ADDRESS.match(os.fspath(path))
+    if not found and (other := _OTHER.match(os.fspath(path))):
+        raise UserError(f"{other[1]}:// is no address that is known; use s3://, gs://, az:// or file:///, or a folder")
     return bool(found and found[1])
 
 
@@ -52,6 +64,12 @@ def place(path: Path | str) -> Path:
 def local_folder(path: Path | str) -> Path:
     """Return a `file://` address as the folder that it names, and any other path as it is."""
     return Path(_ADDRESS.sub("/", os.fspath(path), count=1)) if not is_address(path) else Path(path)
+
+
+def require_below_bucket(path: Path | str) -> None:
+    """Raise `UserError` for the address of a whole bucket: a store has a name in it."""
+    if address(path).count("/") < 3:
+        raise UserError(f"{address(path)} is a whole bucket; name the store in it: {address(path)}/NAME")
 
 
 def require_folder(path: Path | str, what: str) -> Path:
@@ -91,9 +109,8 @@ class Objects:
     def get(self, name: str, size: int | None = None) -> bytes:
         """Return an object; one of a known `size` in several requests at once, if it is large."""
         if size is not None and size > PART_BYTES:
-            parts = [(low, min(low + PART_BYTES, size)) for low in range(0, size, PART_BYTES)]
-            with ThreadPoolExecutor(min(8, len(parts))) as pool:
-                return b"".join(pool.map(lambda part: self.get_range(name, *part), parts))
+            with ThreadPoolExecutor(8) as pool:
+                return b"".join(pool.map(lambda part: self.get_range(name, *part), _parts(size)))
         with self._explained(name):
             return bytes(self._store.get(name).bytes())
 
@@ -102,15 +119,52 @@ class Objects:
         with self._explained(name):
             found = bytes(self._store.get_range(name, start=start, end=stop))
         if len(found) != stop - start:
-            raise CorruptData(f"{self.address}/{name}: it ends before byte {stop:,}; {_COPY}")
+            raise CorruptData(f"{self.address}/{name}: it ends before byte {stop:,}; {COPY_AGAIN}")
         return found
 
-    def get_tagged(self, name: str) -> tuple[bytes, str] | None:
-        """Return an object and its e-tag, or none where there is no such object."""
+    def get_tagged(self, name: str) -> tuple[bytes, Tag] | None:
+        """Return an object and its tag, or none where there is no such object."""
         with suppress(FileNotFoundError), self._explained(name):
             found = self._store.get(name)
-            return bytes(found.bytes()), str(found.meta["e_tag"])
+            return bytes(found.bytes()), _tag(found.meta)
         return None
+
+    def download(
+        self, sizes: Mapping[str, int], folder: Path, tagged: Callable[[str], bool] = lambda name: False
+    ) -> dict[str, Tag]:
+        """Write objects of known sizes to a folder that need not outlive the machine; returns tags of those `tagged`.
+
+        Small ones and `tagged` ones are fetched side by side, and large ones in parts, a few of which are in memory at
+        once. One that is not there any more is left out. Raises `CorruptData` on a name that leads out of the folder.
+        """
+        tags: dict[str, Tag] = {}
+        for name in sizes:
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise CorruptData(f"{self.address}: {name!r} is no name of a store's file; remove it")
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+
+        def bring(name: str) -> None:
+            with suppress(FileNotFoundError):
+                if not tagged(name):
+                    durable.write_whole(folder / name, self.get(name))
+                elif found := self.get_tagged(name):
+                    durable.write_whole(folder / name, found[0])
+                    tags[name] = found[1]
+
+        large = [name for name, size in sizes.items() if size > PART_BYTES and not tagged(name)]
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            list(pool.map(bring, sizes.keys() - set(large)))
+        for name in large:
+            with suppress(FileNotFoundError):
+                self._download_parts(name, sizes[name], folder / name)
+        return tags
+
+    def _download_parts(self, name: str, size: int, path: Path) -> None:
+        temporary = path.with_name(path.name + durable.TEMPORARY)
+        durable.make_sparse(temporary, size)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda part: durable.write_at(temporary, part[0], self.get_range(name, *part)), _parts(size)))
+        durable.move(temporary, path)
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """Return the size of every object by name, of those below a folder."""
@@ -134,8 +188,8 @@ class Objects:
         with self._explained(name):
             self._store.put(name, data, chunk_size=PART_BYTES)
 
-    def create(self, name: str, data: bytes) -> str:
-        """Write an object that is not there yet; returns its e-tag.
+    def create(self, name: str, data: bytes) -> Tag:
+        """Write an object that is not there yet; returns its tag.
 
         Raises `Taken` when another is there. One of the same bytes is this one: the answer to its first request was
         lost, or a kill came after it.
@@ -147,10 +201,10 @@ class Objects:
             raise Taken(f"{self.address}/{name} was written by another process")
         return found[1]
 
-    def replace(self, name: str, data: bytes, tag: str) -> str:
-        """Write an object over the one with the e-tag `tag`; returns its own. Raises `Taken` when another is there."""
+    def replace(self, name: str, data: bytes, tag: Tag) -> Tag:
+        """Write an object over the one with the tag `tag`; returns its own. Raises `Taken` when another is there."""
         with suppress(Taken):
-            return self._put(name, data, {"e_tag": tag})
+            return self._put(name, data, tag)
         found = self.get_tagged(name)
         if found is None or found[0] != data:
             raise Taken(f"{self.address}/{name} was changed by another process")
@@ -162,9 +216,9 @@ class Objects:
             with self._explained(""):
                 self._store.delete(list(names))
 
-    def _put(self, name: str, data: bytes, mode: Any) -> str:
+    def _put(self, name: str, data: bytes, mode: Any) -> Tag:
         with self._explained(name):
-            return str(self._store.put(name, data, mode=mode, use_multipart=False)["e_tag"])
+            return _tag(self._store.put(name, data, mode=mode, use_multipart=False))
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
@@ -180,18 +234,27 @@ class Objects:
         except (exceptions.BaseError, FileNotFoundError) as error:
             if "NoSuchBucket" in str(error):
                 raise UserError(f"{where}: there is no such bucket; make it, or correct the address") from error
-            if isinstance(error, FileNotFoundError):
-                raise
+            if isinstance(error, FileNotFoundError):  # whose text is a page
+                raise FileNotFoundError(errno.ENOENT, "there is no such object", where) from error
             if "InvalidRange" in str(error) or "416" in str(error):
-                raise CorruptData(f"{where}: it is shorter than its records say; {_COPY}") from error
+                raise CorruptData(f"{where}: it is shorter than its records say; {COPY_AGAIN}") from error
             raise Stopped(
                 f"{where}: no good answer within {DEADLINE_SECONDS} s ({_said(error)}); check the network and "
                 f"{_CREDENTIALS}, and run it again"
             ) from error
 
 
-_COPY = "copy the store there again, or repair it: harvest repair"
 _CREDENTIALS = "the credentials and the endpoint (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)"
+
+
+def _parts(size: int) -> list[tuple[int, int]]:
+    """Return first byte and end of each part of an object."""
+    return [(low, min(low + PART_BYTES, size)) for low in range(0, size, PART_BYTES)]
+
+
+def _tag(found: Any) -> Tag:
+    """Return what a conditional put compares, from what is told of an object."""
+    return {name: found[name] for name in ("e_tag", "version") if found[name] is not None}
 
 
 def _said(error: BaseException) -> str:
@@ -200,6 +263,7 @@ def _said(error: BaseException) -> str:
 
 def _connect(where: str) -> "S3Store":
     try:
+        from obstore.exceptions import BaseError
         from obstore.store import from_url
     except ImportError as error:
         raise UserError(f"{where} needs obstore: pip install 'transcoder-cache[objects]'") from error
@@ -209,8 +273,14 @@ def _connect(where: str) -> "S3Store":
         "connect_timeout": timedelta(seconds=5),
         "pool_max_idle_per_host": str(CONNECTIONS),
     }
-    if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):  # who gives such an endpoint wants it
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+    if endpoint and where.startswith("s3://") and not endpoint.startswith(("http://", "https://")):
+        raise UserError(f"AWS_ENDPOINT_URL is {endpoint}, and must begin with http:// or https://: correct it")
+    if endpoint.startswith("http://"):  # who gives such an endpoint wants it
         client["allow_http"] = True
     retries: Any = {"max_retries": 1000, "retry_timeout": timedelta(seconds=DEADLINE_SECONDS), "backoff": backoff}
-    found: Any = from_url(where, client_options=client, retry_config=retries)
+    try:
+        found: Any = from_url(where, client_options=client, retry_config=retries)
+    except (BaseError, ValueError) as error:
+        raise UserError(f"{where} cannot be reached: {_said(error)}; see docs/object-storage.md") from error
     return found

@@ -36,6 +36,7 @@ from shared.store.layout import (
     block_row_files,
     block_token_files,
     documents_spec,
+    moments_path,
     record_path,
     row_specs,
     tokens_spec,
@@ -124,11 +125,11 @@ def _ranges(request: StoreRequest) -> list[tuple[int, int]]:
 def read_store_record(path: Path) -> StoreRecord:
     """Read `store.json` of the store at `path`. Raises `UserError` when there is no finished store."""
     if not path.is_dir():
-        raise UserError(f"no store at {path}: no such folder; harvest one first, or pass --store FOLDER")
+        raise UserError(f"no store at {path}: no such folder; harvest one first, or name another")
     if not (path / STORE).is_file():
         if (path / REQUEST).is_file():
             raise UserError(f"{path} is unfinished ({progress(path)}); run the same harvest again to finish it")
-        raise UserError(f"{path} is not a store: it has no {STORE}; harvest one first, or pass --store FOLDER")
+        raise UserError(f"{path} is not a store: it has no {STORE}; harvest one first, or name another")
     data = read_json(path / STORE, MOST_RECORD_BYTES)
     check_version(path, data, FORMAT_VERSION, "harvest it again")
     return read_record(StoreRecord, data, path / STORE)
@@ -212,12 +213,22 @@ def check_group(path: Path) -> None:
         raise CorruptData(f"{path} is missing or changed; run the same harvest to write it again")
 
 
-def check_size(path: Path, record: FileRecord) -> None:
+def check_size(path: Path, record: FileRecord, remedy: str = "run the same harvest again") -> None:
     """Raise `CorruptData` unless the file exists with its recorded size."""
     if not path.is_file() or path.is_symlink():
-        raise CorruptData(f"{path} is missing; run the same harvest to write it again")
+        raise CorruptData(f"{path} is missing; {remedy}")
     if (size := path.stat().st_size) != record.bytes:
-        raise CorruptData(f"{path}: {size:,} bytes, expected {record.bytes:,}; run the same harvest again")
+        raise CorruptData(f"{path}: {size:,} bytes, expected {record.bytes:,}; {remedy}")
+
+
+def check_side_files(path: Path, record: StoreRecord) -> None:
+    """Raise `CorruptData` unless the files beside the Zarr hierarchy are there, and what is known of each block."""
+    for name, file in record.files.items():
+        check_size(path / name, file)
+    for block in range(record.blocks):
+        for name in (record_path(block), moments_path(block)):
+            if not (path / name).is_file():
+                raise CorruptData(f"{path / name} is missing; repair block {block}: harvest repair {path}")
 
 
 def read_vectors(path: Path, widths: Mapping[str, int]) -> dict[str, NDArray[np.float64]]:

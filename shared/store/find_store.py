@@ -5,6 +5,7 @@ from pathlib import Path
 
 from shared.errors import UserError
 from shared.files.durable import TEMPORARY
+from shared.files.object_store import is_address
 from shared.store.layout import REQUEST
 
 CACHE_VARIABLE, CACHE = "TRANSCODER_CACHE", Path("cache")
@@ -20,8 +21,9 @@ def cache_folder() -> Path:
 def find_store(given: Path, cache: Path | None = None) -> Path:
     """Return the folder of the store that `given` means: itself, or where there is no such folder, its name in `cache`.
 
-    `cache`: by default that of the environment. What is neither is returned as it is, and what opens it says so; only a
-    folder of stores raises `UserError`, with their names, and so does a name that is no store's where others are.
+    `cache`: by default that of the environment; of one in object storage every name is taken for a store's. What is
+    neither is returned as it is, and what opens it says so; only a folder of stores raises `UserError`, with their
+    names, and so does a name that is no store's where others are.
     """
     if (given / REQUEST).exists():
         return given
@@ -32,6 +34,8 @@ def find_store(given: Path, cache: Path | None = None) -> Path:
     place = cache or cache_folder()
     if len(given.parts) != 1 or given.exists():
         return given
+    if is_address(place):
+        return place / given
     if (place / given).is_dir():
         return place / given
     if known := stores_in(place):

@@ -48,6 +48,8 @@ FORMAT_VERSION = 3
 REQUEST, PLAN, STORE = "request.json", "plan.json", "store.json"
 ARRAYS, LEDGER, TOKENIZER, TOKENS, DOCUMENTS = "activations.zarr", "ledger", "tokenizer", "tokens", "documents"
 UNEMBEDDING, PACKED, STATISTICS = "unembedding.safetensors", "packed.json", "statistics-*.safetensors"
+UNFINISHED = "unfinished.json"
+"""Where `pack` or `unpack` is writing, until it has finished."""
 
 Attention = Literal["eager", "sdpa", "flex_attention", "flash_attention_2"]
 """How attention is computed, as transformers names it."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from shared.errors import CorruptData, UserError
 from shared.files import durable
 from shared.files.disk_usage import size_of
-from shared.files.object_store import CONNECTIONS, Objects, naming
+from shared.files.object_store import CONNECTIONS, COPY_AGAIN, Objects, naming
 from shared.store import packed
 from shared.store.arrays import ArraySpec
 from shared.store.checks import MOST_RECORD_BYTES
@@ -78,7 +78,7 @@ class ObjectRows:
         record = self.objects.get(STORE, min(self.sizes[STORE], MOST_RECORD_BYTES))
         key = hashlib.sha256(self.address.encode() + b"\0" + record).hexdigest()[:16]
         parent = parent or Path(tempfile.gettempdir())
-        folder = _host_folder(parent, f"{_PREFIX}{key}")
+        folder, self._held = _host_folder(parent, f"{_PREFIX}{key}")
         self.mirror = folder / "records" / PurePosixPath(self.address).name
         with durable.lock(folder / "filling", f"folder {folder}", wait=True):
             if again or not (self.mirror / STORE).is_file():
@@ -92,28 +92,34 @@ class ObjectRows:
         self._record: Callable[[ArraySpec, int], FileRecord]
         self._indexes: dict[str, NDArray[np.uint64]] = {}
         self._step = 1
-        self._packed = False
+        self.packed = False
+        """Whether shard files are packed: whoever has read the records says so."""
         self._lock = threading.Lock()
         self._coming: dict[str, Future[bytes]] = {}
         self._askers = 0
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="objects")
 
+    def close(self) -> None:
+        """Give the folder back before the process ends: nothing is read any more."""
+        self._pool.shutdown(cancel_futures=True)
+        atexit.unregister(self._held.close)
+        self._held.close()
+
     def _copy_records(self, record: bytes) -> None:
         """Copy everything but shard files, `store.json` last."""
-        names = [name for name in self.sizes if not is_shard(name) and name != STORE]
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            for name, data in zip(names, pool.map(lambda n: self.objects.get(n, self.sizes[n]), names), strict=True):
-                path = self.mirror / name
-                if not path.resolve().is_relative_to(self.mirror.resolve()):
-                    said = f"{self.address}: {name!r} is not the name of a store's file"
-                    raise CorruptData(f"{said}; copy the store again")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                durable.write_whole(path, data)
+        wanted = {name: size for name, size in self.sizes.items() if not is_shard(name) and name != STORE}
+        self.mirror.mkdir(parents=True, exist_ok=True)
+        self.objects.download(wanted, self.mirror)
         durable.write_whole(self.mirror / STORE, record)
 
-    def describe_rows(self, record: Callable[[ArraySpec, int], FileRecord], whole: int, *, is_packed: bool) -> None:
+    @property
+    def remedy(self) -> str:
+        """What to do about damage, for messages."""
+        return packed.PACK_AGAIN if self.packed else COPY_AGAIN
+
+    def describe_rows(self, record: Callable[[ArraySpec, int], FileRecord], whole: int) -> None:
         """Learn how to find the record of a shard file, and what all take unpacked, in bytes."""
-        self._record, self._packed, fits = record, is_packed, whole <= self.most
+        self._record, fits = record, whole <= self.most
         self._step = CELL_BYTES if fits else 1
         needed = min(self.most, whole) - size_of(self.folder / "rows")  # other processes may have begun
         durable.require_space(self.folder, needed, "rows of the store (--local-folder, --local-bytes)")
@@ -122,14 +128,14 @@ class ObjectRows:
         """Raise `CorruptData` unless a shard file is there with its size."""
         found = self.sizes.get(f"{ARRAYS}/{name}")
         if found is None:
-            raise CorruptData(f"{self.address}/{ARRAYS}/{name} is missing; {_REMEDY}")
+            raise CorruptData(f"{self.address}/{ARRAYS}/{name} is missing; {self.remedy}")
         if found != size:
-            raise CorruptData(f"{self.address}/{ARRAYS}/{name}: {found:,} bytes, expected {size:,}; {_REMEDY}")
+            raise CorruptData(f"{self.address}/{ARRAYS}/{name}: {found:,} bytes, expected {size:,}; {self.remedy}")
 
     def fault(self, name: str, record: FileRecord) -> str | None:
         """Tell what is wrong with an object, by size and crc32c, or return None; it is fetched again."""
         data, wrong = self.get_whole(name, record)
-        if not wrong and is_shard(name) and len(data) <= WHOLE_BYTES and not self._packed:
+        if not wrong and is_shard(name) and len(data) <= WHOLE_BYTES and not self.packed:
             self._folder.add(_flat(name.removeprefix(f"{ARRAYS}/")), data)
         return wrong
 
@@ -140,7 +146,10 @@ class ObjectRows:
             return b"", "missing"
         if found != record.bytes:
             return b"", f"{found:,} bytes, ledger says {record.bytes:,}"
-        data = self.objects.get(name, found)
+        try:
+            data = self.objects.get(name, found)
+        except FileNotFoundError:  # removed since the objects were listed
+            return b"", "missing"
         return data, _wrong(data, record)
 
     def faults(self, files: Mapping[str, FileRecord]) -> Iterator[tuple[str, str | None]]:
@@ -190,7 +199,7 @@ class ObjectRows:
         if spec.payload_bytes <= (WHOLE_BYTES if self._step > 1 else min(SMALL_BYTES, WHOLE_BYTES)):
             return [Piece(spec, shard, 0, spec.rows_per_shard)]
         inner = spec.inner_rows
-        step = inner * max(1, self._step // (inner * spec.row_bytes)) if self._packed or self._step > 1 else 1
+        step = inner * max(1, self._step // (inner * spec.row_bytes)) if self.packed or self._step > 1 else 1
         if step == 1:
             return [Piece(spec, shard, low, high)]
         cells = range(low // step * step, high, step)
@@ -217,15 +226,21 @@ class ObjectRows:
                 self._coming.pop(piece.name, None)
 
     def _get(self, piece: Piece) -> bytes:
-        spec, name = piece.spec, f"{ARRAYS}/{piece.spec.shard_path(piece.shard)}"
-        path = Path(f"{self.address}/{name}")
+        name = f"{ARRAYS}/{piece.spec.shard_path(piece.shard)}"
+        try:
+            return self._rows(piece, name)
+        except FileNotFoundError as error:  # removed since the objects were listed
+            raise CorruptData(f"{self.address}/{name} is missing; {self.remedy}") from error
+
+    def _rows(self, piece: Piece, name: str) -> bytes:
+        spec, path = piece.spec, f"{self.address}/{name}"
         if piece.whole:
             data = self.objects.get(name, self.sizes[name])
             self.fetched += len(data)
             if wrong := _wrong(data, self._record(spec, piece.shard)):
-                raise CorruptData(f"{self.address}/{name}: {wrong}; {_REMEDY}")
-            return (packed.unpack_shard(spec, data, path) if self._packed else data)[: spec.payload_bytes]
-        if not self._packed:
+                raise CorruptData(f"{path}: {wrong}; {self.remedy}")
+            return (packed.unpack_shard(spec, data, path) if self.packed else data)[: spec.payload_bytes]
+        if not self.packed:
             data = self.objects.get_range(name, piece.low * spec.row_bytes, piece.high * spec.row_bytes)
             self.fetched += len(data)
             return data
@@ -241,7 +256,7 @@ class ObjectRows:
         if name not in self._indexes:
             size = self.sizes[name]
             footer = self.objects.get_range(name, max(0, size - packed.footer_bytes(spec)), size)
-            self._indexes[name] = packed.read_index(spec, footer, size, Path(f"{self.address}/{name}"))
+            self._indexes[name] = packed.read_index(spec, footer, size, f"{self.address}/{name}")
         return self._indexes[name]
 
 
@@ -302,8 +317,11 @@ def _wrong(data: bytes, record: FileRecord) -> str | None:
     return None if found == record.crc32c else f"crc32c {found}, ledger says {record.crc32c}"
 
 
-def _host_folder(parent: Path, name: str) -> Path:
-    """Return a folder that the processes of this machine share; the last one that ends removes it."""
+def _host_folder(parent: Path, name: str) -> tuple[Path, ExitStack]:
+    """Return a folder that the processes of this machine share, and what gives it back when the process ends.
+
+    The last process removes it.
+    """
     durable.make_folder(parent)
     packed.sweep(parent, _PREFIX)
     folder, lock, stack = parent / name, parent / f"{name}.lock", ExitStack()
@@ -311,7 +329,4 @@ def _host_folder(parent: Path, name: str) -> Path:
     stack.enter_context(durable.lock(lock, f"folder {folder}", shared=True, wait=True))
     atexit.register(stack.close)
     folder.mkdir(exist_ok=True)
-    return folder
-
-
-_REMEDY = "copy the store there again, or repair it: harvest repair"
+    return folder, stack

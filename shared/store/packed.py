@@ -11,8 +11,8 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,8 @@ FORMAT_VERSION: Literal[1] = 1
 LEVEL = 4
 LOCAL_BYTES = 16 * 2**30
 PREFIX = "unpacked-store-"
+PACK_AGAIN = "pack the store again, or take another copy"
+"""For damage of a packed store, which is never repaired."""
 _HEADER, _STORED_AS_IS = 16, 0x02
 _ENTRY = 16
 """Bytes of a chunk's entry in the index: offset and size."""
@@ -58,14 +60,14 @@ def pack_shard(spec: ArraySpec, data: bytes) -> bytes:
     return b"".join([*chunks, index, google_crc32c.value(index).to_bytes(4, "little")])
 
 
-def unpack_shard(spec: ArraySpec, data: bytes, path: Path) -> bytes:
+def unpack_shard(spec: ArraySpec, data: bytes, path: Path | str) -> bytes:
     """Return the raw shard file from a packed one's bytes. Raises `CorruptData` naming `path`."""
     index = read_index(spec, data[-footer_bytes(spec) :], len(data), path)
     chunks = [unpack_chunk(spec, data[offset : offset + size], path) for offset, size in index.tolist()]
     return b"".join([*chunks, spec.footer()])
 
 
-def unpack_chunk(spec: ArraySpec, chunk: bytes, path: Path) -> bytes:
+def unpack_chunk(spec: ArraySpec, chunk: bytes, path: Path | str) -> bytes:
     """Return the rows of one inner chunk. Raises `CorruptData` naming `path`."""
     wanted = spec.inner_rows * spec.row_bytes
     # Blosc's header is checked first: the decoder believes it. Bytes: version, version, flags, item size, then sizes
@@ -83,7 +85,7 @@ def unpack_chunk(spec: ArraySpec, chunk: bytes, path: Path) -> bytes:
         raise CorruptData(f"{path}: a chunk does not decode ({error}); pack the store again") from error
 
 
-def read_index(spec: ArraySpec, footer: bytes, size: int, path: Path) -> NDArray[np.uint64]:
+def read_index(spec: ArraySpec, footer: bytes, size: int, path: Path | str) -> NDArray[np.uint64]:
     """Return offset and size of each chunk [chunks, 2] from the end of a packed shard file of `size` bytes."""
     index = footer[:-4]
     whole = len(footer) == footer_bytes(spec)
@@ -122,18 +124,12 @@ class LocalFolder:
     """
 
     def __init__(self, root: Path, whole: int, parent: Path | None = None, most: int = LOCAL_BYTES) -> None:
-        self._root, self._most, parent = root, most, parent or Path(tempfile.gettempdir())
-        durable.make_folder(parent)
-        sweep(parent, PREFIX)  # first: what a killed process left may be the room that is needed
-        durable.require_space(parent, min(most, whole), "unpacked rows (--local-folder, --local-bytes)")
-        # The lock lies beside the folder and is held before the folder exists: no sweep can come in between.
-        name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
-        self.folder, stack, lock = parent / name, ExitStack(), parent / f"{name}.lock"
-        stack.callback(lock.unlink, missing_ok=True)
-        stack.enter_context(durable.lock(lock, f"folder {self.folder}"))
-        stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
-        self.folder.mkdir()
-        atexit.register(stack.close)
+        self._root, self._most = root, most
+        with ExitStack() as stack:
+            self.folder = stack.enter_context(own_folder(PREFIX, parent))  # what killed ones left makes room
+            what = "unpacked rows (--local-folder, --local-bytes)"
+            durable.require_space(self.folder.parent, min(most, whole), what)
+            atexit.register(stack.pop_all().close)
         self._shards: OrderedDict[str, _Shard] = OrderedDict()
         self.bytes = self.evicted = 0
         self.lock = threading.Lock()
@@ -198,6 +194,25 @@ class _Shard:
                 rows = unpack_chunk(self._spec, file.read(size), self._path)
                 durable.write_at(self.local, i * self._chunk, rows)
                 self._done[i] = True
+
+
+@contextmanager
+def own_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """Give an empty folder of this process in `parent`, by default the system's for temporary files, until the end.
+
+    Those that killed processes left there, with the same prefix, are removed first.
+    """
+    parent = parent or Path(tempfile.gettempdir())
+    durable.make_folder(parent)
+    sweep(parent, prefix)
+    folder = parent / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
+    lock = parent / f"{folder.name}.lock"
+    with ExitStack() as stack:
+        stack.callback(lock.unlink, missing_ok=True)
+        stack.enter_context(durable.lock(lock, f"folder {folder}"))  # before the folder: no sweep comes in between
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
 
 
 def sweep(parent: Path, prefix: str) -> None:

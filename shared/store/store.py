@@ -29,6 +29,7 @@ from shared.store.checks import (
     check_metadata,
     check_records,
     check_shard,
+    check_side_files,
     check_size,
     fault,
     is_packed,
@@ -58,7 +59,7 @@ from shared.store.layout import (
 from shared.store.mapped_array import MappedArray, RowArray, Rows
 from shared.store.object_rows import ObjectArray, ObjectRows
 from shared.store.outliers import Exclusion, longest_norms, store_outliers
-from shared.store.packed import LOCAL_BYTES, LocalFolder, packed_metadata
+from shared.store.packed import LOCAL_BYTES, PACK_AGAIN, LocalFolder, packed_metadata
 from shared.store.row_arrays import BLOCK_UNITS, ROW_SCALE, SIDES
 from shared.store.scaled_array import ScaledArray
 from shared.store.statistics import OUTLIER_RATIO
@@ -125,6 +126,8 @@ class Store:
         self._outliers: dict[tuple[object, ...], dict[str, NDArray[np.int64]]] = {}
         self.packed = read_packed(path, self.arrays(), record.blocks) if is_packed(path) else None
         """The packed shard files, of a packed store."""
+        if objects:
+            objects.packed = bool(self.packed)
         self._local_given = local or Local()
         self._block_checksums: dict[int, str] = {}
         self._longest: dict[int, dict[str, float]] = {}
@@ -174,29 +177,29 @@ class Store:
         if local and not store.packed and not objects:
             raise UserError(f"{path} is not packed, so nothing is decoded; leave out --local-folder and --local-bytes")
         if objects:
-            objects.describe_rows(store._shard_record, store.shard_bytes, is_packed=bool(store.packed))
-        _ = store.statistics  # at once: an extension that finishes later removes the file
-        check_records(path, store.record)
-        for spec in store.arrays():
-            for shard in range(store.record.blocks * spec.shards_per_block):
+            objects.describe_rows(store._shard_record, store.shard_bytes)
+        store.check()
+        return store
+
+    def check(self) -> None:
+        """Raise `CorruptData` unless the records agree, and every file is there with its size, as `open` checks it."""
+        path, record, objects, packed = self.path, self.record, self.objects, self.packed
+        _ = self.statistics  # at once: an extension that finishes later removes the file
+        check_records(path, record)
+        for spec in self.arrays():
+            for shard in range(record.blocks * spec.shards_per_block):
                 name = spec.shard_path(shard)
                 if objects:
-                    objects.check_size(name, store.packed.files[name].bytes if store.packed else spec.shard_bytes)
-                elif store.packed:
-                    check_size(path / ARRAYS / spec.shard_path(shard), store.packed.files[spec.shard_path(shard)])
+                    objects.check_size(name, packed.files[name].bytes if packed else spec.shard_bytes)
+                elif packed:
+                    check_size(path / ARRAYS / name, packed.files[name], PACK_AGAIN)
                 else:
                     check_shard(path / ARRAYS, spec, shard)
-            expected = (packed_metadata if store.packed else ArraySpec.metadata)(spec, store.record.blocks)
+            expected = (packed_metadata if packed else ArraySpec.metadata)(spec, record.blocks)
             check_metadata(path / ARRAYS, spec, expected)
-        for group in ("", "strata", *(f"strata/{s.name}" for s in store.record.plan.stored_strata)):
+        for group in ("", "strata", *(f"strata/{s.name}" for s in record.plan.stored_strata)):
             check_group(path / ARRAYS / group / "zarr.json")
-        for name, file in store.record.files.items():
-            check_size(path / name, file)
-        for block in range(store.record.blocks):
-            for name in (record_path(block), moments_path(block)):
-                if not (path / name).is_file():
-                    raise CorruptData(f"{path / name} is missing; repair block {block}: harvest repair {path}")
-        return store
+        check_side_files(path, record)
 
     def excluding(self, exclusion: Exclusion | None) -> "Store":
         """Return the same store as a run sees it that leaves out what `exclusion` says."""
@@ -409,7 +412,7 @@ class Store:
                 files |= self._some_shards(blocks, None if everything else CHECKED_BYTES)
             for name, wrong in self._faults({f"{ARRAYS}/{name}": file for name, file in files.items()}):
                 if wrong:
-                    raise CorruptData(f"{self.shown}/{name}: {wrong}; repair it with: harvest repair {self.shown}")
+                    raise CorruptData(f"{self.shown}/{name}: {wrong}; {self.remedy}")
             self._sound.add(asked)
 
     def _faults(self, files: Mapping[str, FileRecord]) -> Iterator[tuple[str, str | None]]:
@@ -425,6 +428,11 @@ class Store:
     def shown(self) -> str:
         """Where the store is, for messages."""
         return self.objects.address if self.objects else str(self.path)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about damage, for messages."""
+        return PACK_AGAIN if self.packed else f"repair it with: harvest repair {self.shown}"
 
     @property
     def bytes(self) -> int:
