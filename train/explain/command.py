@@ -1,4 +1,4 @@
-"""`python -m train explain RUN`: labels of latents by a language model on an OpenAI-compatible server."""
+"""`python -m train explain RUN`: labels of latents from a language model on an OpenAI-compatible server."""
 
 import json
 from pathlib import Path
