@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,15 +27,17 @@ def group() -> None:
     """Stage 1: run an LLM once and keep its activations in a store, for any number of training runs."""
 
 
-cache_option = click.option(
+_option_of_cache = partial(
+    click.option,
     "--cache",
     type=click.Path(path_type=Path),
     default=CACHE,
     show_default=True,
     envvar=CACHE_VARIABLE,
     show_envvar=True,
-    help="The folder of all stores, or an address such as s3://bucket/cache.",
 )
+cache_option = _option_of_cache(help="The folder of all stores, or an address such as s3://bucket/cache.")
+cache_folder_option = _option_of_cache(help="The folder of all stores (not an address).")
 
 
 inexact_option = click.option(
@@ -93,7 +96,10 @@ def run(cache: Path, force: bool, inexact: bool, **given: Any) -> None:
 @click.option("--force", is_flag=True, help="Show what is needed, and accept a disk that looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> None:
-    """Show what `run` would write: rows, bytes, free disk, and what the hooks mean. Fails if it does not fit."""
+    """Show what `run` would write: rows, bytes, free disk, and what the hooks mean.
+
+    Fails if the store would not fit on the disk.
+    """
     settings = _settings(**given)
     from harvest.run import estimate, pipeline
 
@@ -122,7 +128,7 @@ def plan(cache: Path, eta: bool, force: bool, as_json: bool, **given: Any) -> No
 @click.option("--context-size", type=int, help="Tokens per sequence; with `vllm`, tokens taken from each request.")
 @click.option("--layer", type=int, help="The layer of the rows; with `clt-forge`, the one to import.")
 @click.option("--model", help="The model that computed the rows: a Hugging Face folder, or a name on the hub.")
-@cache_option
+@cache_folder_option
 @click.option("--name", help="Start of the store's name.  [default: imported]")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override one setting; repeatable.")
 @click.option("--force", is_flag=True, help="Continue even if the disk looks too small.")
@@ -311,7 +317,7 @@ def push(store: Path, repository: str, public: bool, licence: str | None, as_jso
 
 @group.command()
 @click.argument("repository")
-@cache_option
+@cache_folder_option
 @click.option("--revision", help="A branch, a tag or a commit.")
 @click.option("--force", is_flag=True, help="Continue even if the disk looks too small.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -419,7 +425,7 @@ def encode(
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def ls(cache: Path, as_json: bool) -> None:
-    """List the stores of the cache: what they hold, how far they are, and who uses them."""
+    """List the stores of the cache: contents, progress and current users."""
     from harvest.commands import object_stores, stores
 
     found = object_stores.list_object_stores(cache) if is_address(cache) else stores.list_stores(local_folder(cache))
@@ -435,7 +441,7 @@ def ls(cache: Path, as_json: bool) -> None:
 @shared.command_line.yes_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def rm(store: tuple[str, ...], cache: Path, yes: bool, dry_run: bool) -> None:
-    """Remove stores, given by path or by name in the cache; refuses while one is trained from or written."""
+    """Remove stores, given by path or by name in the cache; refuses a store that is being written or trained from."""
     from harvest.commands import object_stores, stores
     from shared.console.panel import size
 

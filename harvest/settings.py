@@ -77,8 +77,8 @@ class TextSettings(Config):
     streaming: bool = False
     """Read rows in their own order, without downloading, decompressing or converting all of them first."""
     max_refused: int = Field(default=0, ge=0, le=MOST_REFUSED)
-    """Most rows to skip, and count, because they are not documents: no such column, no text, bad JSON, a chat that the
-    template refuses."""
+    """Maximum number of rows to skip, and count, because they are not documents: no such column, no text, bad JSON, a
+    chat that the template refuses."""
 
 
 class WindowSettings(Config):
@@ -129,7 +129,7 @@ class StoreSettings(Config):
     keep: dict[Position, float] = Field(default={}, max_length=MAX_STRATA)
     """Share of a stratum's rows to store, by its first position; 1 if not given."""
     cap: dict[Position, Count] = Field(default={}, max_length=MAX_STRATA)
-    """Most rows of a stratum to store per block, by its first position; no limit if not given."""
+    """Maximum number of a stratum's rows to store per block, by its first position; no limit if not given."""
     exclude_special: bool = False
     """Leave out the rows at special tokens (BOS and EOS among them)."""
     max_norm_quantile: float = Field(default=1.0, gt=0, le=1)
@@ -140,8 +140,8 @@ class StoreSettings(Config):
     block_sequences: Sequences = 256
     """Windows per block, the unit that is committed, resumed and repaired."""
     max_block_bytes: int = Field(default=4 * 2**30, ge=1)
-    """Most bytes for a block's rows over all layers; `block_sequences` is halved until they fit. Two blocks are in
-    memory."""
+    """Maximum size of a block's rows over all layers, in bytes; `block_sequences` is halved until they fit. Two blocks
+    are in memory."""
     held_out_blocks: int = Field(default=2, ge=0, le=MAX_BLOCKS)
     """Blocks of the first documents that are held out of training, in addition to `tokens`."""
     unembedding: bool = True

@@ -61,7 +61,7 @@ class CountType(click.ParamType):
 
 
 class StoreType(click.ParamType):
-    """A store: its folder, or its name in the cache."""
+    """A store: its folder, its name in the cache, or its address in object storage."""
 
     name = "store"
 
@@ -177,7 +177,7 @@ def local_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--local-bytes",
         type=click.IntRange(1),
-        help=f"Most bytes for the store in that folder.  [default: {LOCAL_BYTES}]",
+        help=f"Maximum size of the store in that folder, in bytes.  [default: {LOCAL_BYTES}]",
     )
     @functools.wraps(command)
     def wrapped(*, local_folder: Path | None, local_bytes: int | None, **given: Any) -> None:
@@ -201,7 +201,7 @@ def confirm_removal(path: Path, taken: int) -> bool:
 
 
 _quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print only warnings, errors and the result.")
-_verbose_option = click.option("-v", "--verbose", is_flag=True, help="Print all figures as they come.")
+_verbose_option = click.option("-v", "--verbose", is_flag=True, help="Print every logged figure.")
 
 
 def verbosity_options(command: Callable[..., None]) -> Callable[..., None]:

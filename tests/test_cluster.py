@@ -60,6 +60,19 @@ def begin(script: Path, folder: Path, *arguments: object, **environment: str) ->
     )  # fmt: skip
 
 
+def warn_of_time_limit(job: subprocess.Popen[str], folder: Path) -> None:
+    """Send what SLURM sends ahead of the time limit, once the command has begun and the script catches the signal."""
+    status = Path(f"/proc/{job.pid}/status")
+    while not (folder / "ready").exists() or not caught(status) >> (signal.SIGUSR1 - 1) & 1:
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
+
+
+def caught(status: Path) -> int:
+    return int(re.findall(r"^SigCgt:\t(\w+)$", status.read_text(), re.M)[0], 16)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_calls_a_command_that_is_there_and_is_queued_again_when_it_stopped(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,12 +94,26 @@ def test_a_script_calls_a_command_that_is_there_and_is_queued_again_when_it_stop
         assert not (tmp_path / "requeued").exists()
     (tmp_path / "ready").unlink()
     job = begin(script, tmp_path, WAIT="1")
-    while not (tmp_path / "ready").exists():
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.01)
-    job.send_signal(signal.SIGUSR1)
+    warn_of_time_limit(job, tmp_path)
     assert job.wait(60) == 3
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("restarts", "limit", "requeued"), [("19", None, True), ("20", None, False), ("2", "2", False)]
+)
+def test_a_job_that_stops_again_and_again_leaves_the_queue(
+    script: Path, tmp_path: Path, restarts: str, limit: str | None, requeued: bool
+) -> None:
+    """Code 3 is also that of a disk that stays full."""
+    bounded = {} if limit is None else {"RESTARTS": limit}
+    job = begin(script, tmp_path, WAIT="1", SLURM_RESTART_COUNT=restarts, **bounded)
+    warn_of_time_limit(job, tmp_path)
+    out, _ = job.communicate(timeout=60)
+    assert job.returncode == 3 and (tmp_path / "requeued").exists() == requeued
+    said = f"error: not requeued after {restarts} restarts (RESTARTS={limit or 20}): mend what stopped it"
+    assert (said in out) == (not requeued), out
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""Labels of latents by a language model: what is asked, how answers are read, the command against a small server."""
+"""Labels of latents from a language model: what is asked, how answers are read, the command against a small server."""
 
 import json
 import shutil

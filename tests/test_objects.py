@@ -304,7 +304,7 @@ def test_large_objects_are_downloaded_in_parts_and_none_to_another_place(
     assert sum("large" in one for one in bucket.proxy.requests) == 11
     assert tags.keys() == {"folder/record"}
     Objects(bucket.address).replace("folder/record", b"b", tags["folder/record"])
-    with pytest.raises(CorruptData, match="'../away' is no name of a store's file"):
+    with pytest.raises(CorruptData, match="'../away' is not the name of a store's file"):
         Objects(bucket.address).download({"../away": 1}, tmp_path / "here")
 
 

@@ -85,12 +85,12 @@ def sync_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command(cls=cli_settings.WithSettings)
 @click.argument("preset", required=False)
-@click.option("--store", type=STORE, help="A finished store: a folder, or its name in the cache.")
+@click.option("--store", type=STORE, help="A finished store: its folder, its name in the cache, or its address.")
 @cli_settings.config_option
 @cli_settings.like_option
 @click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Folder of all runs.")
 @click.option("--name", help="The run's folder in --runs; default: the preset's name and the next free number.")
-@click.option("--steps", type=shared.command_line.COUNT, help="Optimiser steps, such as 10k.")
+@click.option("--steps", type=shared.command_line.COUNT, help="Optimizer steps, such as 10k.")
 @click.option("--seed", type=int, help="Seed of the initial weights and, unless rows.seed is set, the order of rows.")
 @click.option(
     "--init-from", type=click.Path(path_type=Path), help="Weights to start from: a run's, or another library's."
@@ -152,7 +152,7 @@ def run(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option(
-    "--steps", type=shared.command_line.COUNT, help="Make the run longer: the total number of optimiser steps."
+    "--steps", type=shared.command_line.COUNT, help="Make the run longer: the total number of optimizer steps."
 )
 @click.option("--threads", type=click.IntRange(1), help="Use another number of CPU threads; the last bits may differ.")
 @click.option("--inexact", is_flag=True, help="Allow another processor or other versions; the last bits may differ.")
@@ -236,7 +236,7 @@ def evaluate(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--store", type=STORE, help="Another store to sample; default: the run's.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
-@click.option("--rows", type=click.IntRange(1), help="Most stored rows to search for contexts.")
+@click.option("--rows", type=click.IntRange(1), help="Maximum number of stored rows to search for contexts.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=VALUE", help="Override samples.*; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
@@ -331,7 +331,7 @@ def report(
 )
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
-@click.option("--rows", type=click.IntRange(1), help="Most held-out rows to probe; default: 131,072.")
+@click.option("--rows", type=click.IntRange(1), help="Maximum number of held-out rows to probe; default: 131,072.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared.command_line.quiet_option
 @_verify_option
@@ -379,7 +379,7 @@ def probe(
     type=click.IntRange(1),
     default=4096,
     show_default=True,
-    help="Most latents to match across seeds.",
+    help="Maximum number of latents to match across seeds.",
 )
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page with plots to FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -81,7 +81,9 @@ def export(
 
 @click.command("import")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--store", required=True, type=STORE, help="A finished store: a folder, or its name in the cache.")
+@click.option(
+    "--store", required=True, type=STORE, help="A finished store: its folder, its name in the cache, or its address."
+)
 @click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Folder of all runs.")
 @click.option("--name", help="The run's folder in --runs; default: `import` and the next free number.")
 @click.option("--source-hook", help="The hook that it reads, such as ln2.hook_normalized, if its files do not say.")

@@ -20,7 +20,7 @@ _runs_option = click.option(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, an object for each new row.")
 @shared.command_line.verbose_option
 def watch(run: Path, once: bool, as_json: bool) -> None:
-    """Show how far a run is, from its files, whether it is running or not.
+    """Show a run's progress from its files, whether or not it is running.
 
     Ends with the run or with Ctrl-C. Changes nothing.
     """

@@ -68,7 +68,7 @@ class ImportStore(Config):
     keep: dict[Position, float] = Field(default={}, max_length=MAX_STRATA)
     """Share of a stratum's rows to store, by its first position; 1 where not named."""
     cap: dict[Position, Count] = Field(default={}, max_length=MAX_STRATA)
-    """Most rows of a stratum to store from a block, by its first position."""
+    """Maximum number of a stratum's rows to store from a block, by its first position."""
     max_norm_quantile: float = Field(default=1.0, gt=0, le=1)
     """Leave out the rows of a stratum whose source norm is above this quantile of its block; 1 leaves out none."""
     storage: StorageType = "bfloat16"

@@ -140,7 +140,7 @@ class Objects:
         tags: dict[str, Tag] = {}
         for name in sizes:
             if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                raise CorruptData(f"{self.address}: {name!r} is no name of a store's file; remove it")
+                raise CorruptData(f"{self.address}: {name!r} is not the name of a store's file; remove it")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
 
         def bring(name: str) -> None:

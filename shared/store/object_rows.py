@@ -26,7 +26,7 @@ from shared.store.mapped_array import RowArray, RowRun, Rows, Span
 from shared.store.piece_folder import PieceFolder, Wanted
 
 AHEAD_BYTES = 2**30
-"""Most that is fetched before it is read: what 10 GB/s bring in 0.1 s. At most a fourth of the folder."""
+"""Most that is fetched before it is read: what 10 GB/s bring in 0.1 s. At most a quarter of the folder."""
 WHOLE_BYTES = 4 * 2**20
 """A shard file of at most so many bytes is fetched whole, and compared with its checksum."""
 SMALL_BYTES = 2**17

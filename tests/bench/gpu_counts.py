@@ -183,7 +183,7 @@ def counted(store: Store, config: RunConfig, run: Path) -> Counted:
 
 
 def plant(diversity: Diversity, d_sae: int) -> None:
-    """Give the terms against duplicates as many pairs as they take at most: random weights have none."""
+    """Give the diversity loss as many pairs as it takes at most: random weights have none."""
     generator, planted = torch.Generator().manual_seed(0), dict[str, torch.Tensor]()
     for name, most in sized((("mined", 8192), ("correlated", 1024)), (("mined", 32), ("correlated", 16))):
         first = torch.randint(0, d_sae - 1, (most,), generator=generator).sort().values

@@ -30,7 +30,7 @@ _DEFAULT_RUN = {
     "held-out fvu": "held-out fvu",
     "held-out fvu of the best linear map": "... of the best linear map",
     "l0 by threshold": "active latents per row",
-    "latents that never fire on the report rows": "dead on held-out rows",
+    "latents that never fire on the report rows": "dead latents",
 }
 """Figures of the bench `pipeline` that the README shows."""
 T = TypeVar("T")

@@ -40,6 +40,8 @@ MEASURED = {
     "step": ("gpu counts, kernels triton: B 4,096", "ESTIMATE of a step on H200"),
 }
 """Bench and name of what is taken from docs/benchmarks.json."""
+SHOWN = {"byte shuffle, level 4: bytes before over after": "byte shuffle, level 4: compression ratio"}
+"""How the page names what has another name there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,12 +119,14 @@ def figures_of(model: Model, known: dict[str, float]) -> Figures:
         "storing them packed for a month, ESTIMATE": (packed * 1e-12 * given[KEEPING], "$"),
         "harvest on one node, computing, ESTIMATE": (computing / 3600, "h"),
         "harvest on one node, writing, ESTIMATE": (moving / 3600, "h"),
-        "cost of the harvest, by the longer of both, ESTIMATE": (max(computing, moving) / 3600 * dollars, "$"),
+        "cost of the harvest, from the longer of the two times, ESTIMATE": (
+            max(computing, moving) / 3600 * dollars, "$",
+        ),
         "GPUs that saturate shared storage, harvesting, ESTIMATE": (computing * gpus / moving, "GPUs"),
         "a step on one GPU, ESTIMATE": (step * 1e3, "ms"),
         "training on one node, computing, ESTIMATE": (training / 3600, "h"),
         "training on one node, reading, ESTIMATE": (moving / 3600, "h"),
-        "cost of training, by the longer of both, ESTIMATE": (max(training, moving) / 3600 * dollars, "$"),
+        "cost of training, from the longer of the two times, ESTIMATE": (max(training, moving) / 3600 * dollars, "$"),
         "read rate of one GPU, training, ESTIMATE": (wanted / 1e9, "GB/s"),
         "GPUs that saturate shared storage, training, ESTIMATE": (shared / wanted, "GPUs"),
         "GPUs that saturate a node's drives, training, ESTIMATE": (drives / wanted, "GPUs"),
@@ -145,7 +149,7 @@ def page(known: Figures) -> str:
         rows.append(f"| {name} | {values} | {tables[MODELS[0].name][name][1]} |")
     inputs = [f"| {name} | {show(value)} | {unit} |" for name, (value, unit) in INPUTS.items()]
     taken = [
-        f"| {bench.rstrip(': ')}: {name} | {show(known[key][0])} | {known[key][1]} |"
+        f"| {bench.rstrip(': ')}: {SHOWN.get(name, name)} | {show(known[key][0])} | {known[key][1]} |"
         for key, (bench, name) in MEASURED.items()
     ]
     return TEXT.format(
@@ -182,16 +186,16 @@ size. Bytes are exact; figures marked ESTIMATE follow from the inputs below.
   (`store.keep`, `store.cap`), or fewer tokens at first (`--tokens`; a store can be extended later). A harvest of
   one layer waits for the forward passes, and there more GPUs help (`torchrun`).
 - **Training waits for rows**, unless few GPUs share the storage. Rows of int8 have half the bytes. A node's own
-  drives can feed more GPUs: copy one layer's store there and train from it. Let several runs share one reading,
-  keep rows on the device if they fit (`resident_rows`), or take more latents (`transcoder.d_sae`), which makes a
-  step longer for the same rows. Smaller batches (`rows.batch_rows`) need fewer rows per second, but use the GPU
-  less well.
+  drives can feed more GPUs: copy one layer's store there and train from it. Let several runs read their rows once
+  (`train sweep`), keep rows on the device if they fit (`resident_rows`), or take more latents (`transcoder.d_sae`),
+  which makes a step longer for the same rows. Smaller batches (`rows.batch_rows`) need fewer rows per second, but
+  use the GPU less well.
 - **The cores** have time to spare for gathering rows. Unpacking a packed store takes more of them, and comes closer
   to the rate of the drives: unpack a store that several runs will use.
 - **Memory** of a harvest of many layers is two blocks. `store.max_block_bytes` bounds them, and `harvest plan` says
   what they take.
 
-Most of the cost is storage and writing. So harvest only the layers that you will train on, take int8, and drop rows
+Most of the cost is storage and writing. So harvest only the layers that you will train on, use int8, and drop rows
 before you drop layers: [storing.md](storing.md) has the settings.
 
 ## Where the figures come from

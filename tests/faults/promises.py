@@ -29,7 +29,7 @@ PROMISES: dict[str, dict[int, str]] = {
         14: "If fsync or rename fails, nothing is published.",
         15: "A store or checkpoints that would not fit are refused before the model is loaded; --force overrides this.",
         16: "Being killed for lack of memory is like any other kill.",
-        17: "An output folder that cannot be written to is an error before the model is loaded.",
+        17: "An output folder that cannot be written to raises an error before the model is loaded.",
     },
     "Corruption and hostile input": {
         18: "A chunk that is cut off, empty, missing, too long, changed or swapped is named; repair rewrites only it.",
@@ -49,12 +49,12 @@ PROMISES: dict[str, dict[int, str]] = {
     "Concurrency": {
         28: "If a second harvest writes to the same store, it is refused at once.",
         29: "If a second trainer writes to the same run, it is refused at once.",
-        30: "Reading a store that is still being written is an error that says how far it is.",
+        30: "Reading a store that is still being written raises an error that gives its progress.",
         31: "Several trainers that share a store at the same time get the same results as each alone.",
     },
     "Data": {
         32: "NaN or infinity in an activation stops the harvest; the error names layer, sequence and position.",
-        33: "A value too large for the stored type is an error before it is written.",
+        33: "A value too large for the stored type raises an error before it is written.",
         34: "Negative, constant and zero-variance batches have defined results.",
         35: "A loss that is not finite stops the training and publishes nothing; the error names the batch.",
         36: "Widths that do not match, k above d_sae and bad prefixes are refused before memory is allocated; the "
@@ -65,9 +65,9 @@ PROMISES: dict[str, dict[int, str]] = {
         40: "A missing text column is a one-line error that lists the columns; bad Unicode is replaced and counted.",
         41: "A batch larger than the store, a store of one row, or a resume past the end gives a clear error or a "
         "clean finish.",
-        42: "A damaged row of a store (not finite, or longer than the statistics allow), held out or trained on, is an "
-        "error that names shard and row; no figure is computed from it. When a run opens its store, shard files are "
-        "compared with their checksums: 256 MiB each of held-out and of training blocks, all with --verify.",
+        42: "A damaged row of a store (not finite, or longer than the statistics allow), held out or trained on, "
+        "raises an error that names shard and row; no figure is computed from it. When a run opens its store, shard "
+        "files are compared with their checksums: 256 MiB each of held-out and of training blocks, all with --verify.",
         43: "Lost rows of a run's logs are reported by resume and by the report; a damaged row or record is named "
         "once, and left out by watch, report, compare and resume.",
         44: "Samples have a checksum for every page, and a damaged file of samples is refused.",
@@ -86,7 +86,7 @@ PROMISES: dict[str, dict[int, str]] = {
         50: "Bytes that are not UTF-8 are decoded if the encoding is certain; otherwise the error names the file. "
         "Replaced characters are counted, and many of them cause a warning.",
         51: "Padding in given token ids is never stored as text, with or without an attention mask.",
-        52: "A row that is not a document is an error that names file and row; it is skipped only on request, and "
+        52: "A row that is not a document raises an error that names file and row; it is skipped only on request, and "
         "counted.",
         53: "A token for which the model has no embedding is a one-line error before the model is loaded.",
         54: "Joined documents are separated by EOS, also if EOS and BOS are one token, unless set otherwise.",

@@ -1,1 +1,1 @@
-"""Labels of latents by a language model on a server."""
+"""Labels of latents from a language model on a server."""

@@ -1,4 +1,4 @@
-"""`python -m train explain RUN`: labels of latents by a language model on an OpenAI-compatible server."""
+"""`python -m train explain RUN`: labels of latents from a language model on an OpenAI-compatible server."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ MOST_TOKENS = 2_000_000
     type=click.IntRange(1),
     default=MOST_TOKENS,
     show_default=True,
-    help="Most tokens for questions and answers, including earlier ones for this run.",
+    help="Maximum number of tokens for questions and answers, including earlier ones for this run.",
 )
 @click.option("--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Latents at a time.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)

@@ -1,4 +1,4 @@
-"""`explanations.jsonl`: labels of latents by a language model, a line each, after a line of what was asked."""
+"""`explanations.jsonl`: labels of latents from a language model, a line each, after a line of what was asked."""
 
 from pathlib import Path
 from statistics import fmean

@@ -10,7 +10,7 @@ from train.live.log_rows import MAY_FIND_NOTHING
 from train.live.run_files import Row
 
 PENALTIES = ("orthogonality", "mined", "co_activation", "position")
-"""The terms of the loss that are against duplicates."""
+"""The terms of the diversity loss."""
 _ORDER = (
     *("reconstruction", "auxk", "l0", "l1", *PENALTIES),
     *("monitor", "controller", "evaluation", "checkpoint", "samples"),

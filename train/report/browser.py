@@ -93,7 +93,7 @@ def browser_files(run: str, store: Store, table: pa.Table, contexts: pa.Table) -
 
 
 def cut(contexts: pa.Table, d_sae: int) -> Contexts:
-    """Keep the first contexts of each latent, and of each the tokens around its peak, a fourth of them after it."""
+    """Keep the first contexts of each latent, and of each the tokens around its peak, a quarter of them after it."""
     latents = contexts["latent"].to_numpy()
     rank = np.arange(len(latents)) - np.searchsorted(latents, latents)
     table = contexts.filter(pa.array(rank < CONTEXTS)).combine_chunks()

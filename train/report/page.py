@@ -18,7 +18,7 @@ from train.report.plots import figures
 from train.report.report_record import STATES, Context, Report
 
 _PLOTLY = "plotly-basic.min.js"
-"""Plotly's bundle for lines and bars, from npm's plotly.js-basic-dist-min: a fourth of what the Python package brings,
+"""Plotly's bundle for lines and bars, from npm's plotly.js-basic-dist-min: a quarter of what the Python package brings,
 which takes a browser four times as long to open."""
 _ROWS = 24
 """Of the table beside a plot of curves, beside those of series with as few points."""

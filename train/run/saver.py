@@ -41,8 +41,8 @@ class CheckpointConfig(Config):
     keep_best: int = Field(0, ge=0)
     """Also keep this many checkpoints with the lowest held-out fvu, of those that were evaluated."""
     max_bytes: int = Field(0, ge=0)
-    """Most bytes that kept checkpoints may take, filled in this order: the newest, the best, `keep_every`, older ones;
-    0: no limit."""
+    """Maximum size of all kept checkpoints, in bytes, filled in this order: the newest, the best, `keep_every`, older
+    ones; 0: no limit."""
     reserve: bool = True
     """Whether disk space for one checkpoint is reserved when the run starts, and released for the last one."""
     background: bool = True

@@ -50,7 +50,7 @@ class Settings(Config):
     """What a preset file and `--set` say."""
 
     steps: int = Field(4000, ge=1, le=10**9)
-    """Optimiser steps."""
+    """Optimizer steps."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights, and of the order of rows unless `rows.seed` is set."""
     source: Side = "source"
@@ -61,20 +61,20 @@ class Settings(Config):
     """CPU threads of torch and of compiled loops; 0: one per core. Recorded in the run, because another number may
     change the last bits."""
     blas: Literal["auto", "torch", "numpy"] = "auto"
-    """The library for the encoder's product on CPU; `auto`: the one that is faster on processors of this maker.
-    Recorded in the run, like `threads`."""
+    """The library for the encoder's matrix multiplication on CPU; `auto`: the one that is faster on processors of this
+    maker. Recorded in the run, like `threads`."""
     kernels: Literal["auto", Kernels] = "auto"
     """What a step runs on: `compiled` loops on CPU, `triton` kernels on CUDA, `matmul`, products of whole matrices in
     TF32 on CUDA, `plain` torch on any device, or `dense`, the slow reference. `auto`: `compiled` on CPU; on CUDA the
     fastest of `triton`, `matmul` and `plain` in a few steps of the run's shape. Recorded in the run, with the times."""
     product_dtype: Literal["auto", ProductDtype] = "auto"
-    """Precision of the encoder's product in training, by whose values latents are selected. The values of selected
-    latents, and all gradients and weights, are float32 in any case. `tf32` (CUDA) and the coarser `bfloat16` may select
-    other latents than `float32` does; `guarded-bfloat16` (BatchTopK on compiled loops) selects the same as float32, and
-    proves it at every step. `auto`: guarded if possible and if the processor has units for bfloat16, `tf32` on CUDA,
-    else `float32`. Recorded in the run."""
+    """Precision of the encoder's matrix multiplication in training, by whose results latents are selected. The values
+    of selected latents, and all gradients and weights, are float32 in any case. `tf32` (CUDA) and the coarser
+    `bfloat16` may select other latents than `float32` does; `guarded-bfloat16` (BatchTopK on compiled loops) selects
+    the same as float32, and proves it at every step. `auto`: guarded if possible and if the processor has units for
+    bfloat16, `tf32` on CUDA, else `float32`. Recorded in the run."""
     resident_rows: Literal["auto", "on", "off"] = "auto"
-    """Whether training rows are kept in the memory of a CUDA device, where a batch is then a gather of the same rows.
+    """Whether training rows are kept in the memory of a CUDA device, where batches are then gathered.
     `auto`: if they fit beside the training with a tenth of the memory to spare, and the run reads each row at least
     once. The choice is printed when training starts."""
     step_graph: Choice = "auto"

@@ -2,7 +2,7 @@
 
 A graph repeats the same kernels on the same memory. So what differs between two steps is on the device (the number of
 the step, the learning rate, Adam's powers, which latents are dead), or is part of a key: a step with another key, which
-k on its way from `k_start` and new pairs of the terms against duplicates bring about, is recorded anew. The first step
+k on its way from `k_start` and new pairs of the diversity loss bring about, is recorded anew. The first step
 with a key is launched operation by operation, which compiles kernels; the second one is recorded. Both ways compute the
 same bits. Never run on a GPU: decisions/014.
 """

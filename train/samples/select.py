@@ -26,7 +26,7 @@ class SamplesConfig(Config):
     """Contexts of every latent, collected after the last step; by default at most 25."""
 
     rows: int = Field(1_000_000, ge=0)
-    """Most stored rows to search for contexts, in whole sequences. 0: no samples are made."""
+    """Maximum number of stored rows to search for contexts, in whole sequences. 0: no samples are made."""
     top: int = Field(10, ge=1, le=1000)
     """Number of contexts with the largest activations."""
     bins: int = Field(5, ge=0, le=100)
@@ -39,7 +39,7 @@ class SamplesConfig(Config):
     """Largest share of the top contexts, and of a bin, that may come from one position stratum, rounded up, while other
     strata have any. 1: no limit."""
     context: int = Field(32, ge=1)
-    """Most tokens in a context; a fourth of them come after the peak."""
+    """Maximum number of tokens in a context; a quarter of them come after the peak."""
 
     def most_of(self, wanted: int) -> int:
         """Return how many of `wanted` contexts may come from one stratum."""

@@ -1,1 +1,1 @@
-"""Many runs from one reading: a grid or list of settings, trained side by side."""
+"""Many runs that read their rows once: a grid or list of settings, trained side by side."""
