@@ -137,7 +137,7 @@ EDITS: dict[str, tuple[str, Any, str]] = {
     "seed": ("seed", 5, "seed is 5, and the checkpoint of step 10 was trained with 0"),
     "batch": ("rows.batch_rows", 40, "rows.batch_rows is 40, and the checkpoint of step 10 was trained with 48"),
     "prefixes": ("transcoder.prefixes", [32, 64], "transcoder.prefixes is [32, 64], and"),
-    "auxk": ("auxk.coefficient", 0.5, "auxk.coefficient is 0.5, and the checkpoint of step 10 was trained with 0.3"),
+    "auxk": ("auxk.coefficient", 0.7, "auxk.coefficient is 0.7, and the checkpoint of step 10 was trained with 0.5"),
     "kind": ("activation.kind", "topk", "activation.kind is 'topk', and the checkpoint of step 10 was trained with "
              "'batchtopk'"),
     "keep": ("checkpoint.keep_last", 7, "checkpoint.keep_last is 7, and the checkpoint of step 10 was trained with 2"),

@@ -330,6 +330,6 @@ PROTECTIONS: tuple[Protection, ...] = (
         "harvest/commands/hub_store.py",
         "                if file in records and (wrong := fault(root / file, records[file])):\n",
         "                if wrong := None:\n",
-        ("tests/test_hub_store.py::test_a_damaged_shard_is_not_pushed",),
+        ("tests/test_hub_store.py::test_a_damaged_file_is_not_pushed",),
     ),
 )
