@@ -1,6 +1,7 @@
 """Small training runs: their settings, what they leave, and when two are the same."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,16 @@ VALUES: dict[str, Any] = {
     "threads": 1,
     "diversity.merge.at": [],
 }
-SETS = [part for key, value in VALUES.items() for part in ("--set", f"{key}={value}")]
-SMALL = ["tiny", *SETS]
+VALUES_WITHOUT_K = {name: value for name, value in VALUES.items() if not name.startswith("activation.")}
+"""For JumpReLU and ReLU: settings that a kind of activation does not have are refused."""
+
+
+def as_options(values: Mapping[str, Any]) -> list[str]:
+    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+
+
+SETS = as_options(VALUES)
+SMALL, SMALL_WITHOUT_K = ["tiny", *SETS], ["tiny", *as_options(VALUES_WITHOUT_K)]
 """With the preset that tests were written for: on test stores a run without one has `base`."""
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import permutations
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shared.store.store import Store
-from tests.runs import SMALL, Outcome
+from tests.runs import SMALL, SMALL_WITHOUT_K, Outcome
 from tests.stores import SyntheticStore, make_store
 from train.compare.arms import Comparison, Spread, _common_name, spread
 from train.compare.comparison_table import _COUNT, _cell
@@ -40,9 +40,9 @@ def store(tmp_path: Path) -> SyntheticStore:
     return make_store(tmp_path / "store", keep={4: 0.5, 16: 0.75}, held_out_blocks=4)
 
 
-def train(command: Command, store: SyntheticStore, name: str, *options: object) -> Path:
+def train(command: Command, store: SyntheticStore, name: str, *options: object, small: Sequence[str] = SMALL) -> Path:
     found = command("run", "--store", store.path, "--runs", store.path.parent, "--name", name, "--steps", 30,
-                    *SMALL, "--set", "evaluation.every=20", "--set", "log_every=2", *options)  # fmt: skip
+                    *small, "--set", "evaluation.every=20", "--set", "log_every=2", *options)  # fmt: skip
     assert found.code == 0, found.err
     return found.path
 
@@ -118,7 +118,7 @@ def test_the_whole_alone_is_evaluated_as_with_all_prefixes(command: Command, sto
 
 def test_a_common_l0_moves_learned_thresholds_together(command: Command, store: SyntheticStore) -> None:
     opened = Store.open(store.path)
-    model = loaded(train(command, store, "j", "--set", "activation.kind=jumprelu"), opened)
+    model = loaded(train(command, store, "j", "--set", "activation.kind=jumprelu", small=SMALL_WITHOUT_K), opened)
     learned = model.thresholds().detach()
     for l0 in (2.0, 9.0):
         found = threshold_at(model, StoreRows(opened, 77), l0)
@@ -323,7 +323,7 @@ def test_names_in_brackets_are_printed(command: Command, store: SyntheticStore) 
 
 def test_what_cannot_be_compared_is_refused(command: Command, store: SyntheticStore, tmp_path: Path) -> None:
     run = train(command, store, "a")
-    relu = train(command, store, "relu", "--set", "activation.kind=relu")
+    relu = train(command, store, "relu", "--set", "activation.kind=relu", small=SMALL_WITHOUT_K)
     other = make_store(tmp_path / "elsewhere" / "store", seed=3, held_out_blocks=4)
     foreign = train(command, other, "b")
     again = train(command, store, "again")

@@ -12,9 +12,9 @@ from shared.files.lease import Lease
 from shared.files.object_store import Objects
 from shared.store.layout import ARRAYS, STORE
 from shared.store.store import Store
+from tests.imported_rows import imported, pairs, write_npy
 from tests.llms import command, contents
 from tests.object_server import Bucket
-from tests.test_import_pairs import imported, pairs, write_npy
 
 SHARD = f"{ARRAYS}/strata/004-016/source/c/3/0"
 TOKENS = f"{ARRAYS}/tokens/c/1/0"

@@ -92,7 +92,7 @@ def test_a_run_draws_one_panel_and_loses_no_warning(store: SyntheticStore, tmp_p
     panels = text.split("╭─  train seen  ─")
     assert len(panels) > 3
     assert "600/600 steps  100%" in panels[-1] and f"{last['fvu']:.4f}" in panels[-1]
-    assert f"{last['held_out']['fvu']:.4f} at 600" in panels[-1] and "none" in panels[-1]
+    assert f"{last['held_out']['fvu']:.4f} at 600" in panels[-1] and "not yet" in panels[-1]
     assert "╭─  samples  ─" in text
     assert {len(line) for line in panels[-1].split("╰")[0].splitlines()[1:]} == {columns}
     assert written.rindex(b"\x1b[?25h") > written.rindex(b"\x1b[?25l"), "the cursor stays hidden"

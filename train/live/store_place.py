@@ -8,7 +8,9 @@ from pathlib import Path
 from pydantic import ConfigDict
 
 from shared.config import Config, read_record
+from shared.errors import UserError
 from shared.files.durable import publish_json, read_json
+from shared.files.object_store import is_address
 from train.live.run_files import config_file
 
 PLACE = "store_place.json"
@@ -39,6 +41,13 @@ def keep_store_place(run: Path, store: Path) -> None:
 
 
 def store_of_run(run: Path) -> Path:
-    """Return where the store of `run` is. Raises `UserError` when `run` is none, and `CorruptData`."""
+    """Return where the store of `run` is. Raises `UserError` when either is not there, and `CorruptData`."""
     path = config_file(run)
-    return moved_store(run) or read_record(_Started, read_json(path), path).store
+    return require_store(moved_store(run) or read_record(_Started, read_json(path), path).store)
+
+
+def require_store(store: Path) -> Path:
+    """Return the place of a run's store. Raises `UserError` when it is a folder that is not there."""
+    if not is_address(store) and not store.is_dir():
+        raise UserError(f"no store at {store}: no such folder; if it was moved, say where it is: --store STORE")
+    return store

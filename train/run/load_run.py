@@ -12,7 +12,7 @@ from shared.files.object_store import place
 from shared.store.checks import read_store_record
 from shared.store.store import Local, Store
 from train.data.batches import StoreRows
-from train.live.store_place import keep_store_place, moved_store
+from train.live.store_place import keep_store_place, moved_store, require_store
 from train.model import checkpoint
 from train.model.checkpoint import Checkpoint
 from train.model.kernels import guarded
@@ -109,14 +109,18 @@ def open_store(
 def place_of_store(run: Path, config: RunConfig, given: Path | None = None) -> Path:
     """Return where the store of `run` is: as `given`, else as it was given last, else where it was when it started.
 
-    Raises `CorruptData` when the record of that is damaged.
+    Raises `UserError` when it is not there and none is given, and `CorruptData` when the record of that is damaged.
     """
-    return given or moved_store(run) or config.store
+    return given or require_store(_known_place(run, config))
+
+
+def _known_place(run: Path, config: RunConfig) -> Path:
+    return moved_store(run) or config.store
 
 
 def remember_store(run: Path, config: RunConfig, store: Store) -> None:
     """Keep where the store of `run` is, if it is no longer where the run has it; with a note where that cannot be."""
-    known = place_of_store(run, config)
+    known = _known_place(run, config)
     if place(known) == store.place or _is_at(known, config.request):
         return
     try:
