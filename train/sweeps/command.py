@@ -14,7 +14,7 @@ from train.sweeps.wanted_runs import wanted_runs
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--store", "stores", multiple=True, type=shared.command_line.STORE,
-              help="A finished store, in place of those in FILE; repeatable: each run is trained on all.")  # fmt: skip
+              help="A finished store, in place of those in FILE; repeatable: all runs on each store.")  # fmt: skip
 @click.option("--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Folder of all runs.")
 @click.option("--dry-run", is_flag=True, help="Show the runs, and which share their rows; train nothing.")
 @click.option(
