@@ -26,6 +26,8 @@ STAMP := $(VENV)/installed.stamp
 DEV := $(VENV)/developing.stamp
 # Tests use one thread each, and memory for a small LLM per worker.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+# PRESET, unless the arguments say by themselves which settings to start from.
+preset_unless = $(if $(filter --config% --like%,$(1)),,$(PRESET))
 LAST_STORE := cache/$(PRESET).store
 LAST_RUN := runs/$(PRESET).run
 
@@ -44,7 +46,7 @@ help: ## List the targets and variables
 
 harvest: $(STAMP) ## Write the activation store of PRESET; prints its path last
 	@mkdir -p cache
-	@$(BIN)/python -m harvest run $(PRESET) $(HARVEST_ARGS) | tee $(LAST_STORE).part
+	@$(BIN)/python -m harvest run $(call preset_unless,$(HARVEST_ARGS)) $(HARVEST_ARGS) | tee $(LAST_STORE).part
 	@tail -n 1 $(LAST_STORE).part > $(LAST_STORE).new
 	@mv $(LAST_STORE).new $(LAST_STORE); rm -f $(LAST_STORE).part
 
@@ -55,7 +57,7 @@ train: $(STAMP) ## Train a transcoder from STORE, or from the last store of `mak
 		echo 'error: no store for preset $(PRESET): run `make harvest` first or pass STORE=FOLDER' >&2; exit 2; \
 	fi; \
 	mkdir -p $(dir $(LAST_RUN)); rm -f $(LAST_RUN); \
-	$(BIN)/python -m train run $(PRESET) --store "$$store" $(TRAIN_ARGS) | tee $(LAST_RUN).part
+	$(BIN)/python -m train run $(call preset_unless,$(TRAIN_ARGS)) --store "$$store" $(TRAIN_ARGS) | tee $(LAST_RUN).part
 	@tail -n 1 $(LAST_RUN).part > $(LAST_RUN).new
 	@mv $(LAST_RUN).new $(LAST_RUN); rm -f $(LAST_RUN).part
 

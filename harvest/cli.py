@@ -48,7 +48,7 @@ inexact_option = click.option(
 def request_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say which stores are meant: the same for `plan` and `run`."""
     options = (
-        click.argument("preset", default=DEFAULT_PRESET),
+        click.argument("preset", required=False),
         click.option("--config", type=click.Path(path_type=Path), help="A TOML file in place of a preset."),
         click.option("--model", help="`embedded`, a Hugging Face model folder, or a name on the hub."),
         click.option(
@@ -72,8 +72,10 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _settings(preset: str, config: Path | None, assignments: tuple[str, ...], **given: Any) -> Settings:
-    return load_settings(preset, assignments, file=config, **given)
+def _settings(preset: str | None, config: Path | None, assignments: tuple[str, ...], **given: Any) -> Settings:
+    if preset and config:
+        raise UserError(f"the preset {preset!r} and --config both say which settings to start from; give one of them")
+    return load_settings(preset or DEFAULT_PRESET, assignments, file=config, **given)
 
 
 @group.command()
@@ -164,7 +166,7 @@ def list_all(cache: Path, as_json: bool, **given: Any) -> None:
     if as_json:
         print(settings_as_json(found))
     else:
-        show_settings(found, f"settings of harvest run {given['config'] or given['preset']}")
+        show_settings(found, f"settings of harvest run {given['config'] or given['preset'] or DEFAULT_PRESET}")
 
 
 @group.command()

@@ -31,6 +31,7 @@ from tests.llms import (
     [
         (["run", "tinny"], ["no preset 'tinny'", "tiny"]),
         (["run", "--config", "/no/such.toml"], ["/no/such.toml"]),
+        (["run", "tiny", "--config", "/no/such.toml"], ["the preset 'tiny' and --config", "give one of them"]),
         (["run", "--bogus"], ["--bogus"]),
         (["run", "--set", "capture.layer=3"], ["capture.layer", "layers"]),
         (["run", "--set", "nonsense"], ["NAME=VALUE"]),

@@ -128,10 +128,11 @@ class Watched:
 def watch(run: Path, *, once: bool, as_json: bool) -> None:
     """Show `run` until it finishes or stops, or until Ctrl-C; `once`: as it is now.
 
-    A panel on a terminal, else a line for every row of the metrics from now on; `as_json`: an object for each.
+    A panel on a terminal and with `once`, else a line for every row of the metrics from now on; `as_json`: an object
+    for each.
     Raises `UserError` when `run` is no run.
     """
-    watched, panel = Watched(run), not as_json and shows_panels(stderr=False)
+    watched, panel = Watched(run), not as_json and (once or shows_panels(stderr=False))
     with suppress(KeyboardInterrupt), ExitStack() as shown:
         for _ in watched.look():
             pass
