@@ -284,6 +284,9 @@ def _said(detail: ErrorDetails) -> str:
         return "it is missing"
     if kind == "value_error":
         return message
+    if kind == "too_short":
+        least = detail["ctx"]["min_length"]
+        return f"must have at least {least} item{'s' * (least != 1)}"
     if kind == "string_pattern_mismatch":
         message = f"must have the form {detail['ctx']['pattern']}"
     return f"{_PLAIN.get(kind, message)} (got {brief(detail['input'])})"

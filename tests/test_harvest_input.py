@@ -37,6 +37,7 @@ from tests.llms import (
         (["run", "--set", "nonsense"], ["NAME=VALUE"]),
         (["run", "--set", "store.keep={3=0.5}"], ["keep names position 3"]),
         (["run", "--set", "store.edges=[1,2]"], ["edges must start with 0"]),
+        (["run", "--set", "text.name=[]"], ["--set text.name=[]: must have at least 1 item"]),
         (["run", "--set", "windows.context_size=1"], ["context_size", "1"]),
         (["run", "--tokens", "0"], ["tokens"]),
         (["run", "--tokens", "many"], ["many"]),

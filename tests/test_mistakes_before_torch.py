@@ -329,6 +329,20 @@ OPTIONS = {
     "give one of them",
     ("run", "--config", "runs/lost"): "--config runs/lost: it is a folder, and settings are read from a file; for the "
     "settings of a run: --like runs/lost",
+    **{
+        command: "runs/none is not a run: there is no such folder; the runs in runs: lost, moved"
+        for command in (
+            ("resume", "runs/none"),
+            ("checkpoints", "runs/none"),
+            ("evaluate", "runs/none"),
+            ("samples", "runs/none"),
+            ("report", "runs/none"),
+            ("probe", "runs/none"),
+            ("explain", "runs/none", "--model", "m"),
+            ("compare", "runs/lost", "runs/none"),
+            ("export", "runs/none", "--format", "saelens"),
+        )
+    },
     ("run", "--config", "runs"): "--config runs: it is a folder, and settings are read from a file; name a file in it",
 }
 MISTAKES = [said for _, said in EARLY.values()] + [*NAMES.values(), *LIKE.values(), *OPTIONS.values()]

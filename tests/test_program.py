@@ -59,15 +59,18 @@ def test_files_of_the_same_names_in_the_folder_are_not_run(tmp_path: Path) -> No
         ("transcoder-cache tr", ["train"]),
         ("transcoder-cache train wa", ["watch"]),
         ("transcoder-cache train run --store wh", ["whole"]),
+        ("transcoder-cache train report runs/b", ["runs/base-001"]),
         ("transcoder-cache harvest run --to", ["--tokens"]),
     ],
 )
 def test_a_shell_completes_stages_commands_options_and_stores(tmp_path: Path, words: str, expected: list[str]) -> None:
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "whole/request.json").write_text("{}")
+    for name in ("whole/request.json", "runs/base-001/config.json", "runs/tiny-001/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
     asked = {"_TRANSCODER_CACHE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": f"{words.count(' ')}"}
     done = subprocess.run(
         [sys.executable, "-c", "from shared.program import main; main()"],
-        env=os.environ | asked | {"TRANSCODER_CACHE": str(tmp_path)}, capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | asked | {"TRANSCODER_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert [line.partition(",")[2] for line in done.stdout.splitlines()] == expected, done.stderr

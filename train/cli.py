@@ -20,6 +20,7 @@ from shared.files import durable
 from shared.store.store import Local
 from train import cli_formats, cli_runs, cli_settings
 from train.explain.command import explain
+from train.live.run_argument import RUN
 from train.read_settings import options
 from train.run_folder import check_name, new_run_folder
 from train.sweeps.command import sweep
@@ -149,7 +150,7 @@ def run(
 
 
 @main.command(cls=cli_settings.WithSettings)
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option(
     "--steps", type=shared.command_line.COUNT, help="Make the run longer: the total number of optimizer steps."
@@ -198,7 +199,7 @@ for _command in (cli_settings.list_all, cli_runs.watch, cli_runs.ls, cli_runs.rm
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 @click.option("--store", type=STORE, help="Another store to evaluate on; default: the run's.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
@@ -233,7 +234,7 @@ def evaluate(
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 @click.option("--store", type=STORE, help="Another store to sample; default: the run's.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--rows", type=click.IntRange(1), help="Maximum number of stored rows to search for contexts.")
@@ -267,14 +268,19 @@ def samples(
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 @click.option("--store", type=STORE, help="Where the store is now, if it was moved.")
 @click.option("--step", type=int, help="A checkpoint's step; default: the newest valid one.")
 @click.option("--linear", is_flag=True, help="Also fit the best linear map on the training rows, for comparison.")
 @click.option(
     "--labels", type=click.Path(path_type=Path), help="Labels of latents, as exported by the browser: JSON or CSV."
 )
-@click.option("--index", is_flag=True, help="RUN is a folder of runs: write a page that lists them all, index.html.")
+@click.option(
+    "--index",
+    is_flag=True,
+    is_eager=True,  # so that it is known when RUN is read
+    help="RUN is a folder of runs: write a page that lists them all, index.html.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @sync_options
 @shared.command_line.quiet_option
@@ -321,7 +327,7 @@ def report(
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 @click.option(
     "--labels",
     default="auto",
@@ -364,7 +370,7 @@ def probe(
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=RUN)
 @click.option("--store", type=STORE, help="Where the runs' store is now, if it was moved.")
 @click.option(
     "--l0",

@@ -12,11 +12,12 @@ from shared.console.terminal import Verbosity, show_path, show_text, verbosity
 from shared.errors import UserError
 from shared.store.store import Local, Store
 from train.interchange import Format
+from train.live.run_argument import RUN
 from train.run_folder import new_run_folder
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=RUN)
 @click.option(
     "--format",
     "kind",

@@ -8,6 +8,7 @@ import click
 
 import shared.command_line
 from shared.console.terminal import show_text
+from train.live.run_argument import RUN
 
 _runs_option = click.option(
     "--runs", default="runs", type=click.Path(path_type=Path), show_default=True, help="Folder of all runs."
@@ -15,7 +16,7 @@ _runs_option = click.option(
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 @click.option("--once", is_flag=True, help="Show the run as it is now, and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, an object for each new row.")
 @shared.command_line.verbose_option
@@ -60,7 +61,7 @@ def rm(run: tuple[Path, ...], runs: Path, yes: bool) -> None:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def checkpoints(run: Path, as_json: bool) -> None:
     """List the checkpoints of a run: step, size, held-out figures, and whether each verifies."""

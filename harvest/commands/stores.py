@@ -87,7 +87,7 @@ def show(entries: Sequence[Entry], cache: Path) -> None:
     console.print(table)
     total = size_of(*(cache / entry.name for entry in entries)) or sum(entry.bytes for entry in entries)
     free = "" if is_address(cache) else f"; {size(durable.free_bytes(cache))} free"
-    console.print(f"{len(entries)} stores, {size(total)}{free}", highlight=False)
+    console.print(f"{len(entries)} store{'s' * (len(entries) != 1)}, {size(total)}{free}", highlight=False)
 
 
 def _words(entry: Entry) -> str:

@@ -8,12 +8,13 @@ import click
 import shared.command_line
 from shared.console.terminal import Verbosity, show_path, verbosity
 from shared.store.store import Local
+from train.live.run_argument import RUN
 
 MOST_TOKENS = 2_000_000
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 @click.option("--model", required=True, help="The model's name on the server.")
 @click.option(
     "--latents", type=shared.command_line.Numbers(), metavar="N,N-N", help="Latents to label; default: --count of them."
