@@ -225,6 +225,20 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     assert done.stdout == "equal\n", done.stderr
 
 
+def test_numbas_first_call_leaves_torch_its_threads() -> None:
+    """Numba gives OpenMP, and with it torch, as many threads as it has itself when it starts its own."""
+    code = """
+import torch
+torch.get_num_threads()
+from train.run.trainer import use_threads
+use_threads(1)
+print(torch.get_num_threads())
+"""
+    env = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
 def test_it_is_known_whether_the_loops_are_compiled(tmp_path: Path) -> None:
     """By the cache that numba itself writes; in a process of its own, whose cache is elsewhere."""
     code = """

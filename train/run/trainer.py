@@ -475,5 +475,5 @@ class Trainer:
 
 def use_threads(count: int) -> None:
     """Use `count` CPU threads for torch, and as many for the compiled loops."""
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # its first call also gives OpenMP one per core
     torch.set_num_threads(count)
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
