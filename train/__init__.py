@@ -6,7 +6,10 @@ transcoder = Transcoder.load(run)
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from shared.files.loop_cache import place_compiled_loops
 
 if TYPE_CHECKING:
     from train.commands import evaluate, export, import_transcoder, probe, resume, sample, train, write_report
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from train.run.settings import Settings, load_settings
     from train.sweeps.run_sweep import sweep
 
+place_compiled_loops(Path(__file__).parent)
 _PLACES = {
     "train.commands": ("evaluate", "export", "import_transcoder", "probe", "resume", "sample", "train", "write_report"),
     "train.compare.arms": ("compare_runs",),
