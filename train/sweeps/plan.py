@@ -14,6 +14,7 @@ from shared.store.store import Store
 from train.live.run_files import CONFIG
 from train.run.memory import passing_bytes, standing_bytes, training_bytes
 from train.run.settings import RunConfig, Settings, flat, load_settings, read_config, resolve
+from train.sweeps.free_memory import free_memory
 from train.sweeps.shared_process import rows_digest
 from train.sweeps.wanted_runs import WantedRun
 
@@ -155,7 +156,4 @@ def _cores() -> int:
 def _free_bytes(device: str) -> int:
     if device != "cpu":
         return torch.cuda.mem_get_info(torch.device(device))[0]
-    table = Path("/proc/meminfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return int(found) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_memory()
