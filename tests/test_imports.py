@@ -17,8 +17,8 @@ DURABLE = Path("shared/files/durable.py")
 
 LAYERS = {
     "shared": (
-        ("errors", "bounds", "keyed"), ("files", "check_settings"), "config", ("console", "splice_record", "hub"),
-        "store", "command_line", "program",
+        ("errors", "bounds", "keyed", "resources"), ("files", "check_settings"), "config",
+        ("console", "splice_record", "hub"), "store", "command_line", "program",
     ),
     "harvest": (
         ("embedded", "settings", "hub", "digests"), "text", "llm", "writer", "run", "imports", "commands", "splice",

@@ -325,7 +325,8 @@ def test_a_grid_of_kinds_drops_none_of_the_settings_that_all_runs_have(
 def test_a_few_runs_of_cut_dictionaries_have_the_one_thread_that_these_need(
     pristine: SyntheticStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.sweeps.plan._cores", lambda: 8)
+    for module in ("train.sweeps.plan", "train.run.settings"):
+        monkeypatch.setattr(f"{module}.usable_cores", lambda: 8)
     monkeypatch.setattr("torch.get_num_threads", lambda: 8)
     file = sweep_file(tmp_path, "[grid]\nparallel.shards = [1, 4]\n", threads=0)
     assert [one.config.settings.threads for one in plan(wanted_runs(file, [pristine.path], tmp_path))] == [8, 1]

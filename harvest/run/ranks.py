@@ -11,6 +11,7 @@ from datetime import timedelta
 from types import TracebackType
 
 from shared.errors import ProjectError, UserError
+from shared.resources import usable_cores
 
 _PATIENCE = timedelta(days=7)  # packing a large corpus takes hours, and a dead process is noticed at once
 
@@ -31,7 +32,7 @@ class Ranks:
     @property
     def cores(self) -> int:
         """Cores for this process, when those of one machine share it evenly."""
-        return max(1, len(os.sched_getaffinity(0)) // self._neighbours)
+        return max(1, usable_cores() // self._neighbours)
 
     def __enter__(self) -> "Ranks":
         if self.size > 1:

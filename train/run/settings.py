@@ -14,6 +14,7 @@ from shared.bounds import Blocks, Digest, Every, Name, Text, Width
 from shared.check_settings import Unfit
 from shared.config import Changes, Config, build, dotted, json_digest, read_record
 from shared.files import durable
+from shared.resources import usable_cores
 from shared.store.outliers import Exclusion
 from shared.store.reader import RowsConfig
 from shared.store.store import Store
@@ -58,8 +59,8 @@ class Settings(Config):
     device: str = "auto"
     """`cpu`, `cuda`, one of several GPUs by number, such as `cuda:1`, or `auto`: CUDA if there is a GPU."""
     threads: int = Field(0, ge=0)
-    """CPU threads of torch and of compiled loops; 0: one per core. Recorded in the run, because another number may
-    change the last bits."""
+    """CPU threads of torch and of compiled loops; 0: one for each core that the process may use. Recorded in the run,
+    because another number may change the last bits."""
     blas: Literal["auto", "torch", "numpy"] = "auto"
     """The library for the encoder's matrix multiplication on CPU; `auto`: the one that is faster on processors of this
     maker. Recorded in the run, like `threads`."""
@@ -259,7 +260,7 @@ def resolve(store: Store, settings: Settings, init_from: Path | None) -> RunConf
                 "quiet": settings.quiet.resolve(view, blocks),
                 "optimizer": settings.optimizer.resolve(settings.steps, d_in, shape.decoder_norm == "unit"),
                 "device": device,
-                "threads": settings.threads or torch.get_num_threads(),
+                "threads": settings.threads or default_threads(),
                 "blas": _blas(settings.blas, device),
                 "kernels": kernels,
                 "product_dtype": _product_dtype(settings.product_dtype, kernels, activation, device),
@@ -312,6 +313,11 @@ def _device(wanted: str) -> str:
 def resolve_exclusion(store: Store, settings: Settings) -> Exclusion:
     """Return which rows of `store` a run with these settings leaves out."""
     return settings.rows.exclusion(store, figures=settings.evaluation.leaves_outliers_out)
+
+
+def default_threads() -> int:
+    """Return the CPU threads of a run that names no number: torch's own, but no more than there are usable cores."""
+    return min(torch.get_num_threads(), usable_cores())
 
 
 def _blas(wanted: Literal["auto", "torch", "numpy"], device: str) -> Blas:

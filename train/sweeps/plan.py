@@ -1,6 +1,5 @@
 """The runs of a sweep as they are resolved, and which are trained at the same time."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ import torch
 
 from shared.config import brief
 from shared.errors import UserError
+from shared.resources import free_memory, usable_cores
 from shared.store.store import Store
 from train.live.run_files import CONFIG
 from train.run.memory import passing_bytes, standing_bytes, training_bytes
-from train.run.settings import RunConfig, Settings, flat, load_settings, read_config, resolve
-from train.sweeps.free_memory import free_memory
+from train.run.settings import RunConfig, Settings, default_threads, flat, load_settings, read_config, resolve
 from train.sweeps.shared_process import rows_digest
 from train.sweeps.wanted_runs import WantedRun
 
@@ -88,7 +87,7 @@ def _planned(run: WantedRun, count: int) -> PlannedRun:
 
 def _threads(asked: Settings, runs: int) -> int:
     """Return the threads of each of so many runs, where the settings leave them to the sweep: a cut run needs 1."""
-    return 1 if runs >= _cores() or asked.parallel.shards > 1 else torch.get_num_threads()
+    return 1 if runs >= usable_cores() or asked.parallel.shards > 1 else default_threads()
 
 
 def _as_started(run: WantedRun, config: RunConfig) -> RunConfig:
@@ -141,16 +140,11 @@ def rounds(runs: Sequence[PlannedRun], at_once: int | None = None) -> list[list[
 def lanes(group: Sequence[PlannedRun], at_once: int | None = None) -> int:
     """Return how many runs of a group work at a time: on CPU one for every so many cores as a run has threads."""
     device, threads = _kind(group[0])
-    return min(len(group), at_once or (max(1, _cores() // threads) if device == "cpu" else 1))
+    return min(len(group), at_once or (max(1, usable_cores() // threads) if device == "cpu" else 1))
 
 
 def _kind(one: PlannedRun) -> tuple[str, int]:
     return one.config.settings.device, one.config.settings.threads
-
-
-def _cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_bytes(device: str) -> int:

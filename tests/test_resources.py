@@ -1,10 +1,11 @@
-"""What memory is left, by the machine and by the control groups of a job or a container."""
+"""Cores and memory that may be used, by the machine and by the control groups of a job or a container."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from train.sweeps.free_memory import free_memory
+from shared.resources import free_memory, usable_cores
 
 MIB = 2**20
 
@@ -62,3 +63,37 @@ def test_in_a_container_the_limit_is_in_the_topmost_folder(machine: Path) -> Non
 
 def test_this_machine_has_some() -> None:
     assert free_memory() > 64 * MIB
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.fixture
+def bound(machine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with 16 cores, 12 of which the process is bound to."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    return machine
+
+
+def test_without_a_limit_of_time_all_cores_that_the_process_is_bound_to_are_usable(bound: Path) -> None:
+    assert usable_cores(bound) == 12
+    write(bound / "proc/self/cgroup", "0::/a")
+    write(bound / "sys/fs/cgroup/a/cpu.max", "max 100000")
+    assert usable_cores(bound) == 12
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"), [("400000 100000", 4), ("250000 100000", 3), ("50000 100000", 1), ("9900000 100000", 12)]
+)
+def test_a_limit_of_time_is_rounded_up_to_cores(bound: Path, limit: str, cores: int) -> None:
+    write(bound / "proc/self/cgroup", "0::/pod/one")
+    write(bound / "sys/fs/cgroup/pod/cpu.max", limit)
+    write(bound / "sys/fs/cgroup/pod/one/cpu.max", "max 100000")
+    assert usable_cores(bound) == cores
+
+
+def test_the_older_limit_of_time_is_read_too(bound: Path) -> None:
+    write(bound / "proc/self/cgroup", "5:cpuset:/\n4:memory:/docker/a\n2:cpuacct,cpu:/docker/a")
+    write(bound / "sys/fs/cgroup/cpu/cpu.cfs_quota_us", -1)
+    write(bound / "sys/fs/cgroup/cpu/cpu.cfs_period_us", 100000)
+    assert usable_cores(bound) == 12
+    write(bound / "sys/fs/cgroup/cpu/cpu.cfs_quota_us", 200000)
+    assert usable_cores(bound) == 2
