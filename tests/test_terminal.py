@@ -153,6 +153,7 @@ def test_a_run_that_says_neither_has_one_line_in_the_end(command, store: Synthet
 
 @pytest.mark.parametrize("stage", ["run", "resume"])
 def test_quiet_and_verbose_together_are_the_users_error(command, tmp_path: Path, stage: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
     given = ["run", "--store", tmp_path] if stage == "run" else ["resume", tmp_path]
     done = command(*given, "--quiet", "--verbose")
     assert (done.code, done.out) == (2, "")
