@@ -106,8 +106,6 @@ def test_a_store_in_object_storage_is_pushed_as_the_local_one(
 def test_the_card_says_what_the_rows_are_and_its_code_reads_them(
     raw: SyntheticStore, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
-
     from harvest.commands.store_card import store_card
     from shared.store.store import Store
 
@@ -117,15 +115,37 @@ def test_the_card_says_what_the_rows_are_and_its_code_reads_them(
     assert "license: mit\n" in store_card(Store.open(packed), NAME, "mit")
     for said in ("synthetic, layer 3", "blocks.3.hook_mlp_out` [24]", "| type | bfloat16 |", f"pull {NAME}"):
         assert said in card
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, repo_type: str(packed))
-    code = card.split("later):\n")[1].split("With the project")[0]
-    found: dict[str, np.ndarray] = {}
-    exec("\n".join(line[4:] for line in code.splitlines()), found)
+    found = run_code(card, packed, monkeypatch)
     last = f"strata/{raw.record.plan.stored_strata[-1].name}"
     rows = raw.values(f"{last}/source")[:256]
     assert (found["rows"] == rows).all()
     windows, places = (raw.arrays[f"{last}/{name}"][:256] for name in ("sequence", "offset"))
     assert (found["tokens"] == raw.arrays["tokens"][windows, places]).all()
+
+
+def run_code(card: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """What the card's lines leave, run on the store at `path` in place of a download."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, repo_type: str(path))
+    code = card.split("later):\n")[1].split("With the project")[0]
+    found: dict[str, np.ndarray] = {}
+    exec("\n".join(line[4:] for line in code.splitlines()), found)
+    return found
+
+
+def test_int8_rows_come_back_whole_and_the_cards_code_reads_them(
+    hub: Hub, here: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = make_store(tmp_path / "int8", training_blocks=1, tokenizer=True, storage="int8")
+    packed = tmp_path / "packed"
+    assert command("pack", raw.path, packed).code == 0
+    assert here("push", packed, NAME).code == 0 and here("pull", NAME, "--cache", tmp_path).code == 0
+    pulled = tmp_path / raw.record.request.folder
+    assert contents(pulled) == contents(packed) and command("verify", pulled).code == 0
+    last = raw.record.plan.stored_strata[-1].name
+    found = run_code(hub.files[NAME]["README.md"].decode(), pulled, monkeypatch)
+    assert (found["rows"] == raw.values(f"strata/{last}/source")[:256]).all()
 
 
 @pytest.mark.fault(63)
