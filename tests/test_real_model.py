@@ -73,11 +73,11 @@ def real(request: pytest.FixtureRequest) -> Path:
 @pytest.mark.slow(300)
 @pytest.mark.timeout(1800)
 def test_a_real_model_is_harvested_and_trained_on(real: Path, command: Callable[..., Outcome], tmp_path: Path) -> None:
-    given = ["--model", real / "model", "--text", real / "text.jsonl", "--layer", 15, "--tokens", 32_768]
+    given = ["--model", real / "model", "--text", real / "text.jsonl", "--layer", 15, "--tokens", 16_384]
     small = ["--set", "store.block_sequences=16", "--set", "windows.context_size=256"]
     store = harvest("run", *given, *small, "--cache", tmp_path / "cache", "-q").store
     facts = json.loads(harvest("info", store, "--json").out)
-    assert facts["d_in"] == facts["d_out"] == 576 and facts["blocks"] == 2 + 32_768 // (16 * 256)
+    assert facts["d_in"] == facts["d_out"] == 576 and facts["blocks"] == 2 + 16_384 // (16 * 256)
     assert harvest("verify", store).code == 0
     recomputed = json.loads(harvest("verify", store, "--against-model", 32, "--model", real / "model", "--json").out)
     assert recomputed["against_model"]["rows"] == 32 and recomputed["against_model"]["wrong"] == []

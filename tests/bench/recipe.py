@@ -73,6 +73,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "whole weighs 2": ("transcoder.whole_weight=2",),
     "whole weighs 4": ("transcoder.whole_weight=4",),
     "whole weighs 8": ("transcoder.whole_weight=8",),
+    "whole weighs 16": ("transcoder.whole_weight=16",),
     "no Matryoshka": ("transcoder.prefixes=[{d_sae}]",),
     "free decoder norm": (*FREE, "optimizer.lr={double}"),
     "free decoder norm, lr as it was": FREE,
