@@ -176,7 +176,10 @@ def test_advice_is_of_the_runs_own_numbers(synthetic: SyntheticStore) -> None:
     changes = {"transcoder.d_sae": 64, "activation.k": 6, "rows.batch_rows": 48, "steps": 100}
     config = resolve(store, load_settings("base", changes), None)
     rows = sum(part.source.rows for part in store.strata.values()) * len(config.training_blocks) // store.record.blocks
-    lr, k, d_sae, steps, _ = advice(config, store)
+    lr, k, d_sae, steps, whole, _ = advice(config, store)
+    assert whole.startswith("transcoder.whole_weight: 16; with 16 instead of 4, ")
+    alone = resolve(store, load_settings("base", changes | {"transcoder.prefixes": [64]}), None)
+    assert advice(alone, store)[:4] == [lr, k, d_sae, steps]
     assert lr.startswith("optimizer.lr: 0.0056 here") and "; 16 was not measured (" in lr
     narrow, wide = (advice(config.model_copy(update={"d_in": width}), store)[0] for width in (128, 576))
     assert "; at a width of 128, 0.004 was better than 0.008 (" in narrow and "576" not in narrow
