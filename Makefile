@@ -89,7 +89,8 @@ compare: $(DEV) ## Harvest, train and compare every arm of the diversity loss; a
 interop: $(DEV) ## Load exports in SAELens, sparsify, circuit-tracer, delphi and SAEDashboard, each in an environment of its own
 	@$(BIN)/python -m tests.interop $(ARGS)
 
-test: lint ## Lint, type check and run the tests, the fast ones first
+test: $(DEV) ## Lint, type check and run the tests, the fast ones first
+	@$(BIN)/python -m tests.compile_loops & loops=$$!; $(MAKE) --no-print-directory lint || { kill $$loops; exit 1; }; wait $$loops
 	@$(PYTEST) -m "not exhaustive" $(ARGS)
 
 test-faults: $(DEV) ## The tests of faults (kills, full disks, damage), with those at many more places that `test` leaves out

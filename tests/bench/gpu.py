@@ -307,6 +307,8 @@ def outside(parts: Sequence[str], end: float, work: Path | None) -> int:
     for line in about(card):
         print(line, flush=True)
     wrong: list[str] = []
+    if work:
+        work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work) as folder:
         file = Path(folder) / "figures"
         file.touch()
