@@ -186,7 +186,7 @@ def told_peer(name: str, config: RunConfig, lr: float) -> dict[str, Any]:
         "seed": settings.seed,
         "lr": lr,
         "dead_after": settings.auxk.dead_after(settings.steps * settings.rows.batch_rows),
-        "read": config.model_dump(mode="json", exclude={"settings", "store", "software"})
+        "read": config.model_dump(mode="json", exclude={"settings", "asked", "store", "software"})
         | {"rows": settings.rows.model_dump(mode="json")},
         "code": getsource(trainer.func if isinstance(trainer, partial) else trainer),
     }
