@@ -2,11 +2,13 @@
 
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from train.model.transcoder import Normalisation, Transcoder, TranscoderConfig
 from train.parallel.dictionary import ShardedTranscoder
 from train.parallel.ranks import Ranks
 from train.parallel.required import mine, required
-from train.parallel.select import largest_of_rows, nth_largest
+from train.parallel.select import candidates, histogram
 from train.run.optimizer import Optimizer, OptimizerConfig
 
 ROOT = Path(__file__).parents[1]
@@ -144,17 +146,78 @@ def test_selection_over_shards_is_that_of_sorting() -> None:
     values = torch.cat([torch.rand(200, generator=generator) * 10.0**power for power in range(-30, 30, 7)])
     values = torch.cat([values, values[:50]])  # equal ones
     falling = values.sort(descending=True).values
+    counts = torch.stack([histogram(part) for part in values.chunk(V)])
     for n in (1, 2, 77, 400, len(values)):
-        assert float(nth_largest(values, n, lambda counts: counts)) == float(falling[n - 1])
-    assert float(nth_largest(values[:0], 0, lambda counts: counts)) == 0
-    table = torch.randn(V, 6, 5, generator=generator)
+        edge, most = candidates(counts, n)
+        sent = [int((part >= edge).sum()) for part in values.chunk(V)]
+        assert max(sent) == most and n <= sum(sent) and float(edge) > 0.96 * float(falling[n - 1])
+    edge, most = candidates(0 * counts, 0)
+    assert most == 0 and not (values >= edge).any()
+    sharded = ShardedTranscoder(a_model(), V, Ranks())
+    tables = torch.randn(3, B, F, generator=generator)
+    tables[0, 3], tables[2] = tables[0, 5], -tables[2].abs()  # equal ones, and none that is positive
+    for table in tables:
+        for n in (1, 50, 100):
+            parts = [table[:, v::V].contiguous() for v in range(V)]
+            selected, active, smallest = sharded._batch_topk(parts, n)
+            expected = table.flatten().relu().sort(descending=True).values[n - 1]
+            assert float(smallest) == float(expected)
+            wanted = ((table >= expected) & (table > 0)).nonzero()
+            assert torch.equal(torch.stack([active.rows, active.latents], 1), wanted)
+            assert torch.equal(active.values, table[active.rows, active.latents])
+            for one, own, places in zip(sharded.parts, selected.active, selected.places, strict=True):
+                assert torch.equal(own.latents * V + one.number, active.latents[places])
+                assert torch.equal(own.rows, active.rows[places]) and torch.equal(own.values, active.values[places])
+
+
+def test_the_largest_of_rows_over_shards_are_those_of_sorting() -> None:
+    table = torch.randn(V, 6, 5, generator=torch.Generator().manual_seed(5))
     table[1, 2], table[0, 3] = -torch.inf, table[1, 3]
     table[:, 4] = -torch.inf
-    found = largest_of_rows(table, 4)
+    found = ShardedTranscoder(a_model(), V, Ranks())._largest_of_rows(table, 4)
     for row in range(6):
         order = sorted((-float(table[v, row, i]), v, i) for v in range(V) for i in range(5))[:4]
         expected = {(v, i) for value, v, i in order if value < float("inf")}
         assert {(v, i) for v in range(V) for i in range(5) if found[v, row, i]} == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 7, 16])
+def test_sums_over_processes_are_made_by_pairs(rows: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For processes, each a thread here, that hold 8 shards; also if some have no row."""
+    shards = torch.randn(8, rows, 3, generator=torch.Generator().manual_seed(6)) * 10.0 ** torch.arange(8).view(8, 1, 1)
+    lines: dict[tuple[int, int], queue.Queue[torch.Tensor]] = {
+        divmod(i, size): queue.Queue() for i in range(size * size)
+    }
+
+    def swap(self: Ranks, peer: int, sent: list[torch.Tensor], received: list[torch.Tensor]) -> None:
+        for one in sent:
+            lines[self.rank, peer].put(one.clone())
+        for one in received:
+            one.copy_(lines[peer, self.rank].get(timeout=10))
+
+    def work(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ranks, each = Ranks(), 8 // size
+        ranks.rank, ranks.size = rank, size
+        table = by_pairs(list(shards[rank * each : (rank + 1) * each])).clone()
+        own = ranks.add(table)
+        more = torch.full((rows,), -1)
+        more[own] = torch.arange(rows)[own]
+        ranks.spread(table, more)
+        return table, more
+
+    monkeypatch.setattr(Ranks, "_swap", swap)
+    expected = by_pairs(list(shards))
+    with ThreadPoolExecutor(size) as threads:
+        for table, more in threads.map(work, range(size)):
+            assert torch.equal(table, expected) and more.tolist() == list(range(rows))
+
+
+def by_pairs(tables: list[torch.Tensor]) -> torch.Tensor:
+    """The sum of neighbours, of neighbouring sums, and so on."""
+    while len(tables) > 1:
+        tables = [a + b for a, b in zip(tables[::2], tables[1::2], strict=True)]
+    return tables[0]
 
 
 def test_shards_are_cut_and_joined() -> None:

@@ -23,7 +23,7 @@ from train.model.step_output import StepOutput
 from train.model.transcoder import Transcoder
 from train.parallel.ranks import Ranks
 from train.parallel.required import mine
-from train.parallel.select import largest_of_rows, nth_largest
+from train.parallel.select import candidates, histogram
 
 
 class Shard(nn.Module):
@@ -143,8 +143,7 @@ class ShardedTranscoder:
         assert n is not None, "the settings allow only activations with a number of pairs"
         with torch.no_grad():
             pre_acts = [blas.addmm(model.blas, one.b_enc, x, one.W_enc) for one in self.parts]
-            own, smallest = self._batch_topk(pre_acts, n)
-            selected, active = self._joined(own)
+            selected, active, smallest = self._batch_topk(pre_acts, n)
             every = woven(self.ranks.gathered(torch.stack(pre_acts)).transpose(1, 2)).T if whole else None
         gathered = _Encode.apply(model.b_dec, self, x, selected, active.values)
         values = model.activation.values(gathered, model.thresholds(), active)
@@ -168,39 +167,48 @@ class ShardedTranscoder:
             pre_acts=every,
         )
 
-    def _batch_topk(self, pre_acts: list[Tensor], n: int) -> tuple[list[SparseLatents], Tensor]:
+    def _batch_topk(self, pre_acts: list[Tensor], n: int) -> tuple[Selected, SparseLatents, Tensor]:
         """Select the `n` largest of the positive pre-activations of all shards, and those equal to the smallest.
 
-        Returns those of each shard here, and the smallest.
+        Returns those of this process's shards, those of all, and the smallest. Histograms of all shards say above which
+        value the shards send their pairs: little more than `n`.
         """
-        total = self.ranks.total
         for floor in (self._guess, 0.0) if self._guess else (0.0,):
             found = [self.ops.above(one, one.new_full((one.shape[1],), floor)) for one in pre_acts]
-            count = int(total(torch.tensor([sum(len(one.values) for one in found)])))
-            if count >= n:
+            counts = self.ranks.gathered(torch.stack([histogram(one.values) for one in found]))
+            if (count := int(counts.sum())) >= n:
                 break
-        smallest = nth_largest(torch.cat([one.values for one in found]), min(n, count), total)
-        self._guess = 0.95 * float(smallest)
-        return [_kept(one, one.values >= smallest) for one in found], smallest
+        edge, most = candidates(counts, min(n, count))
+        return self._largest([_kept(one, one.values >= edge) for one in found], min(n, count), most)
 
-    def _joined(self, own: list[SparseLatents]) -> tuple[Selected, SparseLatents]:
-        """Return the pairs of all shards, rows rising and latents within them, and where those of this process lie."""
+    def _largest(self, own: list[SparseLatents], n: int, most: int) -> tuple[Selected, SparseLatents, Tensor]:
+        """Return the `n` largest pairs of all shards, as `_batch_topk`; `own` of each shard here has at most `most`.
+
+        Rows rise in the pairs of all, and latents within them.
+        """
         V, F = self.shards, self.whole.d_sae
-        counts = self.ranks.gathered(torch.tensor([len(one.values) for one in own])).tolist()
-        keys, values = own[0].rows.new_zeros(len(own), max(counts)), own[0].values.new_zeros(len(own), max(counts))
-        for one, active, key, value in zip(self.parts, own, keys, values, strict=True):
-            key[: len(active.rows)] = active.rows * F + active.latents * V + one.number
-            value[: len(active.rows)] = active.values
-        keys, values = self.ranks.gathered(keys), self.ranks.gathered(values)
-        joined = torch.cat([key[:count] for key, count in zip(keys, counts, strict=True)])
-        found, order = joined.sort()
+        sent = own[0].rows.new_zeros(len(own), 3, most, dtype=torch.int32)
+        for active, (rows, latents, values) in zip(own, sent, strict=True):
+            for whole, room in (
+                (active.rows, rows),
+                (active.latents, latents),
+                (active.values.view(torch.int32), values),
+            ):
+                room[: len(whole)] = whole
+        rows, latents, bits = self.ranks.gathered(sent).unbind(1)
+        values = bits.contiguous().view(torch.float32)
+        smallest = values.flatten().kthvalue(values.numel() - n + 1).values if n else values.sum()
+        shards, among = (values >= smallest).nonzero(as_tuple=True)
+        keys = rows[shards, among].long() * F + latents[shards, among] * V + shards
+        keys, order = keys.sort()
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
-        flat = torch.cat([value[:count] for value, count in zip(values, counts, strict=True)])[order]
+        by_shard = place.split(torch.bincount(shards, minlength=V).tolist())
         shape = torch.Size((len(own[0].starts) - 1, F))
-        by_shard = place.split(counts)
-        here = [by_shard[one.number] for one in self.parts]
-        return Selected(own, here), SparseLatents.of(found // F, found % F, flat, shape)
+        active = SparseLatents.of(keys // F, keys % F, values[shards, among][order], shape)
+        self._guess = 0.95 * float(smallest)
+        kept = [_kept(one, one.values >= smallest) for one in own]
+        return Selected(kept, [by_shard[one.number] for one in self.parts]), active, smallest
 
     def _auxk(self, x: Tensor, pre_acts: list[Tensor], residual: Tensor, dead: Tensor, config: AuxKConfig) -> Tensor:
         """As `Transcoder._auxk`: of all dead latents, those with the largest pre-activations of each row."""
@@ -215,9 +223,11 @@ class ShardedTranscoder:
             places = [active.rows * k + _within(active) for active in found]
             for active, place, row in zip(found, places, room.view(len(found), -1), strict=True):
                 row[place] = active.values
-            first = self.parts[0].number
-            among = largest_of_rows(self.ranks.gathered(room), k)[first : first + len(found)].reshape(len(found), -1)
-            own = [_kept(active, kept[place]) for active, place, kept in zip(found, places, among, strict=True)]
+            among = self._largest_of_rows(self.ranks.gathered(room), k)
+            own = [
+                _kept(active, among[one.number].flatten()[place])
+                for one, active, place in zip(self.parts, found, places, strict=True)
+            ]
         flat = torch.cat([active.values for active in own])
         counts = [len(active.values) for active in own]
         selected = Selected(own, list(torch.arange(len(flat), device=flat.device).split(counts)))
@@ -225,8 +235,20 @@ class ShardedTranscoder:
         weight = (config.coefficient * auxk_weight(residual, dead, config.dead_per_active)).view(1)
         return _PrefixLoss.apply(values, torch.zeros_like(residual[:1]), self, residual, selected, weight)[0]
 
-    def decoded(self, values: Tensor, selected: Selected, prefixes: int) -> Tensor:  # [B, P, O]
-        """Return the sums of decoder rows of each row's groups, of all shards."""
+    def _largest_of_rows(self, values: Tensor, k: int) -> Tensor:  # [V, B, n], [V, B, n] bool
+        """Tell which `values` are among the k largest of their row over all shards; what is -inf is not there."""
+        shards, rows, width = values.shape
+        flat = values.transpose(0, 1).reshape(rows, shards * width)
+        top = self.ops.row_topk(flat, k)
+        among = torch.zeros_like(flat, dtype=torch.bool)
+        among[top.rows, top.latents] = top.values > -torch.inf
+        return among.view(rows, shards, width).transpose(0, 1)
+
+    def decoded(self, values: Tensor, selected: Selected, prefixes: int) -> tuple[Tensor, slice]:  # [B, P, O]
+        """Return the sums of decoder rows of each row's groups, of all shards, and which rows of them are made here.
+
+        The other rows are to be written over.
+        """
 
         def added(low: int, high: int) -> Tensor:
             if high - low > 1:
@@ -240,7 +262,8 @@ class ShardedTranscoder:
             self.ops.sums_by_latent(turned, values[selected.places[low]], one.W_dec.detach(), out, add=False)
             return out.view(rows, prefixes, -1)
 
-        return self.ranks.added(added(0, len(self.parts)))
+        table = added(0, len(self.parts))
+        return table, self.ranks.add(table)
 
     def slots(self, number: int, active: SparseLatents, prefixes: int) -> Tensor:  # [N]
         """Return the place of each pair's row and group in a table of both."""
@@ -276,12 +299,16 @@ class _PrefixLoss(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, base: Tensor, model: ShardedTranscoder, y: Tensor, selected: Selected, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        residual = model.decoded(values, selected, len(weight)).cumsum_(1)
-        residual += (base - y).unsqueeze(1)
-        errors, left = residual.square().sum(2), -residual[:, -1]
-        meet = residual.mul_(2 * weight.unsqueeze(1))
+        meet, own = model.decoded(values, selected, len(weight))
+        errors = meet.new_empty(meet.shape[:2])
+        residual = meet[own].cumsum_(1)
+        residual += ((base[own] if len(base) > 1 else base) - y[own]).unsqueeze(1)
+        errors[own] = residual.square().sum(2)
+        residual *= 2 * weight.unsqueeze(1)
         for p in range(len(weight) - 2, -1, -1):
-            meet[:, p] += meet[:, p + 1]
+            residual[:, p] += residual[:, p + 1]
+        model.ranks.spread(meet, errors)
+        left = meet[:, -1] / (-2 * weight[-1])
         ctx.save_for_backward(values, meet)
         ctx.model, ctx.selected, ctx.every_row = model, selected, len(base) > 1
         ctx.mark_non_differentiable(errors, left)

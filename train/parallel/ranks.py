@@ -43,39 +43,55 @@ class Ranks:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
-    def total(self, counts: Tensor) -> Tensor:
-        """Return the sum of integers over all processes."""
+    def any(self, flag: bool) -> bool:
+        """Tell whether a process says so."""
+        count = torch.tensor([int(flag)])
         if self.size > 1:
             import torch.distributed as dist
 
             with self._together():
-                dist.all_reduce(counts)
-        return counts
+                dist.all_reduce(count)
+        return bool(count)
 
-    def any(self, flag: bool) -> bool:
-        """Tell whether a process says so."""
-        return bool(self.total(torch.tensor([int(flag)])))
+    def add(self, table: Tensor) -> slice:  # [B, ...]
+        """Add the tables of all processes; returns the rows whose sums are then in this process's `table`.
 
-    def added(self, part: Tensor) -> Tensor:
-        """Return the sum of every process's part, by pairs: the first two, the next two, ..., and their sums so again.
-
-        The part of a process is the sum of its shards', made so as well. So the sum is that of one process, which has
-        all shards. `part` is written over.
+        Sums are made by pairs: the first two, the next two, ..., and their sums so again. The table of a process is the
+        sum of its shards', made so as well. So a sum is that of one process, which has all shards. Of a pair, each
+        process adds half of the rows and sends the other half; what it does not add is of no use afterwards.
         """
-        if self.size > 1:
-            import torch.distributed as dist
+        rows = slice(0, len(table))
+        for peer, mine, theirs in self._halves(len(table)):
+            other = torch.empty_like(table[mine])
+            self._swap(peer, [table[theirs]], [other])
+            table[mine] += other  # of two numbers the sum is the same in either order
+            rows = mine
+        return rows
 
-            other = torch.empty_like(part)
-            for far in (1 << i for i in range(self.size.bit_length() - 1)):
-                peer = self.rank ^ far
-                with self._together():
-                    pending = dist.batch_isend_irecv(
-                        [dist.P2POp(dist.isend, part, peer), dist.P2POp(dist.irecv, other, peer)]
-                    )
-                    for one in pending:
-                        one.wait()
-                part += other  # of two numbers the sum is the same in either order
-        return part
+    def spread(self, *tables: Tensor) -> None:  # [B, ...]
+        """Give every process the rows of `tables` that the others have; each has those that `add` returned."""
+        for peer, mine, theirs in reversed(self._halves(len(tables[0]))):
+            self._swap(peer, [table[mine] for table in tables], [table[theirs] for table in tables])
+
+    def _halves(self, rows: int) -> list[tuple[int, slice, slice]]:
+        """Return the processes that this one meets, and which rows it has after it and they have: halves of halves."""
+        found, low, high = [], 0, rows
+        for far in (1 << i for i in range(self.size.bit_length() - 1)):
+            lower, upper = slice(low, (low + high) // 2), slice((low + high) // 2, high)
+            mine, theirs = (upper, lower) if self.rank & far else (lower, upper)
+            found.append((self.rank ^ far, mine, theirs))
+            low, high = mine.start, mine.stop
+        return found
+
+    def _swap(self, peer: int, sent: list[Tensor], received: list[Tensor]) -> None:
+        """Send tensors to another process, and write over others with what it sends."""
+        import torch.distributed as dist
+
+        pairs = [(dist.isend, one) for one in sent] + [(dist.irecv, one) for one in received]
+        exchange = [dist.P2POp(what, one, peer) for what, one in pairs if len(one)]
+        with self._together():
+            for pending in dist.batch_isend_irecv(exchange) if exchange else ():
+                pending.wait()
 
     def gathered(self, parts: Tensor) -> Tensor:  # [own shards, ...] -> [V, ...]
         """Return what all processes have for their shards, in order of shard."""
@@ -85,7 +101,7 @@ class Ranks:
 
         found = parts.new_empty(self.size * len(parts), *parts.shape[1:])
         with self._together():
-            dist.all_gather(list(found.chunk(self.size)), parts.contiguous())
+            dist.all_gather_into_tensor(found, parts.contiguous())
         return found
 
     def from_first(self, tensor: Tensor) -> None:

@@ -1,44 +1,28 @@
-"""Selection over all shards: the threshold of BatchTopK and the largest of each row, by exchanges that need no order.
+"""The threshold of BatchTopK over all shards, by counts that are summed in any order.
 
-Legend: B rows, V shards, N pairs.
+Legend: V shards, N pairs.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-_DIGITS = ((20, 11), (10, 10), (0, 10))
-"""Of the bits of a positive float32: how far each digit is shifted, and how many bits it has."""
-
-Total = Callable[[Tensor], Tensor]
-"""Sums integers over all processes."""
+_LOWER_BITS = 18
+"""Of a float32's 31 bits without the sign: with these dropped, the exponent and 5 bits of the fraction are left."""
+_BINS = 1 << 31 - _LOWER_BITS
 
 
-def nth_largest(values: Tensor, n: int, total: Total) -> Tensor:  # [N], [] float32
-    """Return the n-th largest of the positive float32 `values` of all processes, exactly; 0 for n = 0.
+def histogram(values: Tensor) -> Tensor:  # [N], [_BINS] int32
+    """Count positive float32 `values` by their upper bits, so in bins of about 3 %."""
+    return torch.bincount(values.view(torch.int32) >> _LOWER_BITS, minlength=_BINS).int()
 
-    Positive floats rise with their bits taken as an integer, so histograms of three digits find the bits of the result
-    one digit after the other, and counts are summed in any order. There are `n` values or more in all.
+
+def candidates(counts: Tensor, n: int) -> tuple[Tensor, int]:  # [V, _BINS], [] float32
+    """Return the lower edge of the bin that has the n-th largest value of all shards, and the most from it in a shard.
+
+    Positive floats rise with their bits taken as an integer. There are `n` values or more in all;
+    for n = 0 the edge is NaN, and nothing lies above it.
     """
-    keys, found, wanted = values.view(torch.int32).long(), 0, n
-    for shift, bits in _DIGITS if n else ():
-        digits = (keys[keys >> shift >> bits == found] >> shift) & (2**bits - 1)
-        counts = total(torch.bincount(digits, minlength=2**bits))
-        at_least = counts.flip(0).cumsum(0).flip(0)
-        digit = int((at_least >= wanted).sum()) - 1
-        wanted -= int(at_least[digit] - counts[digit])
-        found = (found << bits) | digit
-    return torch.tensor(found, dtype=torch.int32, device=values.device).view(torch.float32)
-
-
-def largest_of_rows(values: Tensor, k: int) -> Tensor:  # [V, B, n], [V, B, n] bool
-    """Tell which `values` are among the k largest of their row over all shards; of equal ones the first by shard.
-
-    What is -inf is not there, and never among them.
-    """
-    shards, rows, width = values.shape
-    flat = values.transpose(0, 1).reshape(rows, shards * width)
-    places = flat.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    among = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, places, True) & (flat > -torch.inf)
-    return among.view(rows, shards, width).transpose(0, 1)
+    from_bin = counts.flip(1).cumsum(1).flip(1)  # [V, bins]: in the bin and all above it
+    last = int((from_bin.sum(0) >= n).sum()) - 1
+    edge = torch.tensor(last << _LOWER_BITS, dtype=torch.int32, device=counts.device)
+    return edge.view(torch.float32), int(from_bin[:, last].max())
