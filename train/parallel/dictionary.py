@@ -188,16 +188,12 @@ class ShardedTranscoder:
         """
         V, F = self.shards, self.whole.d_sae
         sent = own[0].rows.new_zeros(len(own), 3, most, dtype=torch.int32)
-        for active, (rows, latents, values) in zip(own, sent, strict=True):
-            for whole, room in (
-                (active.rows, rows),
-                (active.latents, latents),
-                (active.values.view(torch.int32), values),
-            ):
-                room[: len(whole)] = whole
+        for active, room in zip(own, sent, strict=True):
+            pairs = torch.stack([active.rows.int(), active.latents.int(), active.values.view(torch.int32)])
+            room[:, : pairs.shape[1]] = pairs
         rows, latents, bits = self.ranks.gathered(sent).unbind(1)
         values = bits.contiguous().view(torch.float32)
-        smallest = values.flatten().kthvalue(values.numel() - n + 1).values if n else values.sum()
+        smallest = values.flatten().kthvalue(values.numel() - n + 1).values if n else values.new_zeros(())
         shards, among = (values >= smallest).nonzero(as_tuple=True)
         keys = rows[shards, among].long() * F + latents[shards, among] * V + shards
         keys, order = keys.sort()
