@@ -23,6 +23,7 @@ from shared.store.store import Local
 
 
 @click.group(cls=shared.command_line.Commands)
+@shared.command_line.version_option
 def group() -> None:
     """Stage 1: run an LLM once and keep its activations in a store, for any number of training runs."""
 

@@ -75,6 +75,8 @@ class StoreType(click.ParamType):
         return names or [CompletionItem(incomplete, type="dir")]
 
 
+version_option = click.version_option(package_name="transcoder-cache", message="%(package)s %(version)s")
+
 _THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 COUNT, STORE = CountType(), StoreType()
 

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def test_other_errors_of_the_program_are_not_hidden(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", ["train", "fails"])
     with pytest.raises(RuntimeError, match="a mistake"):
         shared.command_line.run(click.Group("train", {"fails": fails}))
+
+
+@pytest.mark.parametrize("stage", ["harvest", "train"])
+def test_the_version_is_that_of_the_package(stage: str) -> None:
+    said = subprocess.run([sys.executable, "-m", stage, "--version"], cwd=ROOT, capture_output=True, text=True)
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert said.stdout == f"transcoder-cache {version}\n", said.stderr
 
 
 def test_a_current_folder_that_was_removed(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ _verify_option = click.option(
 
 
 @click.group(name="python -m train", cls=shared.command_line.Commands)
+@shared.command_line.version_option
 @click.pass_context
 def main(context: click.Context) -> None:
     """Stage 2: train transcoders from a store of activations, with no LLM in memory."""
