@@ -74,7 +74,7 @@ class Ranks:
             self._swap(peer, [table[mine] for table in tables], [table[theirs] for table in tables])
 
     def _halves(self, rows: int) -> list[tuple[int, slice, slice]]:
-        """Return the processes that this one meets, and which rows it has after it and they have: halves of halves."""
+        """Return the processes to exchange rows with, in order, and for each which rows to keep and which to send."""
         found, low, high = [], 0, rows
         for far in (1 << i for i in range(self.size.bit_length() - 1)):
             lower, upper = slice(low, (low + high) // 2), slice((low + high) // 2, high)
