@@ -32,6 +32,8 @@ _REMEDIES = {
     errno.ENOMEM: "; free some memory, raise the limit (ulimit -v), or ask for less at once",
     errno.EMFILE: "; raise the limit on open files: ulimit -n 4096",
     errno.ENFILE: "; the whole system has too many; close some programs",
+    errno.EACCES: "; change its permissions, or name another folder",
+    errno.EROFS: "; name a folder that can be written, such as --out FOLDER of train export",
 }
 
 

@@ -38,6 +38,14 @@ Command = Callable[..., Outcome]
             OSError(errno.ENOMEM, "Cannot allocate memory"),
             "error: the system: Cannot allocate memory; free some memory",
         ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "run/exports"),
+            "error: run/exports: Read-only file system; name a folder that can be written, such as --out FOLDER",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "runs"),
+            "error: runs: Permission denied; change its permissions, or name another folder",
+        ),
         (OSError(errno.EMFILE, "Too many open files"), "error: the system: Too many open files; raise the limit on op"),
         (OSError(errno.ENOENT, "No such file", "x"), "error: x: No such file\n"),
     ],
