@@ -24,9 +24,9 @@ from obstore.store import S3Store, from_url
 from tests.local_server import LocalServer
 
 SETTINGS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
-Fault = Literal["500", "cut", "late", "silent", "lost", "kill", "kill after"]
-"""What befalls a request: an error, half of the body, an answer after `Proxy.late` seconds, none, an error though it
-was done, and the end of the process that asks before it is done, or after."""
+Fault = Literal["403", "500", "cut", "late", "silent", "lost", "kill", "kill after"]
+"""What befalls a request: a refusal, an error, half of the body, an answer after `Proxy.late` seconds, none, an error
+though it was done, and the end of the process that asks before it is done, or after."""
 
 
 @contextmanager
@@ -130,6 +130,8 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 return
             if fault == "500":
                 return self._answer(500, [], b"")
+            if fault == "403":
+                return self._answer(403, [], b"<Error><Code>InvalidAccessKeyId</Code></Error>")
             connection = http.client.HTTPConnection(urlsplit(proxy.endpoint).netloc)
             connection.request(self.command, self.path, body, dict(self.headers))
             found = connection.getresponse()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from obstore.exceptions import GenericError
+from obstore.store import LocalStore
 
 from harvest.commands.recompute import random_places
 from harvest.run.object_cache import is_finished
@@ -233,6 +235,13 @@ def test_what_cannot_be_read_is_said(
         Store.open(f"{bucket.address}/nothing")
     with pytest.raises(UserError, match="there is no such bucket"):
         Store.open("s3://no-such-bucket-anywhere/store")
+    bucket.proxy.strike("403")
+    for asks in (Objects(there).sizes, lambda: Objects(there).get("store.json"), lambda: Store.open(there)):
+        with pytest.raises(
+            UserError, match=r"access is refused \(403 InvalidAccessKeyId\); check .* \(AWS_ACCESS_KEY_ID"
+        ):
+            asks()
+    bucket.proxy.strike(None)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "obstore.store", None)
         with pytest.raises(UserError, match=r"needs obstore: pip install 'transcoder-cache\[objects\]'"):
@@ -287,6 +296,56 @@ def test_a_name_is_looked_for_in_the_cache_in_object_storage(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRANSCODER_CACHE", f"{bucket.address}/cache")
     assert json.loads(harvest("info", "store", "--json").out)["path"] == there
+
+
+def test_objects_that_are_not_there_are_removed_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the service says that they are not there, as Azure, Google and a local folder do."""
+    monkeypatch.setattr(object_store, "_connect", lambda _: LocalStore(tmp_path))
+    objects = Objects("az://box/store")
+    for name in ("a", "c", "d"):
+        (tmp_path / name).write_bytes(b"1")
+    objects.delete(["lost", "a", "b", "c"])
+    objects.delete(["lost"])
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+@pytest.mark.parametrize(
+    ("text", "raised", "said"),
+    [
+        (
+            "GET x in 2.416ms - Server returned non-2xx status code: 503 Slow Down: <Code>SlowDown</Code>",
+            Stopped,
+            "503",
+        ),
+        ("GET x - Server returned non-2xx status code: 416 : <Code>InvalidRange</Code>", CorruptData, "shorter than"),
+        (
+            "List - Server returned non-2xx status code: 404 : <Code>ContainerNotFound</Code>",
+            UserError,
+            "no such bucket",
+        ),
+        ("Bulk delete failed: The specified container does not exist.", UserError, "no such bucket"),
+        (
+            "List - Server returned non-2xx status code: 403 : <Code>AuthorizationFailure</Code>",
+            UserError,
+            "is refused",
+        ),
+        ("PUT - Server returned non-2xx status code: 400 : <Code>InvalidUri</Code>", UserError, r"\(400 InvalidUri\)"),
+        (
+            "Received redirect without LOCATION, this normally indicates an incorrectly configured region",
+            UserError,
+            "red",
+        ),
+        ("error sending request: connection refused", Stopped, "check the network"),
+    ],
+)
+def test_an_error_of_the_service_is_told_by_its_kind(
+    text: str, raised: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake that asking again will not mend is the user's to mend, and the job is not requeued for it."""
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "someone")
+    objects = Objects("az://box/store")
+    with pytest.raises(raised, match=said), objects._explained("name"):
+        raise GenericError(text)
 
 
 def test_large_objects_are_downloaded_in_parts_and_none_to_another_place(

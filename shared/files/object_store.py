@@ -212,9 +212,15 @@ class Objects:
 
     def delete(self, names: Sequence[str]) -> None:
         """Remove objects; those that are not there are removed already."""
-        if names:
+        if not names:
+            return
+        try:
             with self._explained(""):
                 self._store.delete(list(names))
+        except FileNotFoundError:  # as Azure and Google say of any of them, and others may be left
+            if len(names) > 1:
+                with ThreadPoolExecutor(8) as pool:
+                    list(pool.map(lambda name: self.delete([name]), names))
 
     def _put(self, name: str, data: bytes, mode: Any) -> Tag:
         with self._explained(name):
@@ -225,26 +231,50 @@ class Objects:
         from obstore import exceptions
 
         where = f"{self.address}/{name}" if name else self.address
+        refused = exceptions.PermissionDeniedError, exceptions.UnauthenticatedError
         try:
             yield
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
             raise Taken(where) from error
-        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-            raise UserError(f"{where}: access is refused ({_said(error)}); {_CREDENTIALS}") from error
         except (exceptions.BaseError, FileNotFoundError) as error:
-            if "NoSuchBucket" in str(error):
+            status, code = _answer(str(error))
+            if code in _NO_BUCKET or _NO_CONTAINER in str(error):
                 raise UserError(f"{where}: there is no such bucket; make it, or correct the address") from error
             if isinstance(error, FileNotFoundError):  # whose text is a page
                 raise FileNotFoundError(errno.ENOENT, "there is no such object", where) from error
-            if "InvalidRange" in str(error) or "416" in str(error):
+            if status in (401, 403) or isinstance(error, refused):
+                raise UserError(f"{where}: access is refused ({_said(error)}); {self._check()}") from error
+            if status == 416:
                 raise CorruptData(f"{where}: it is shorter than its records say; {COPY_AGAIN}") from error
+            if (400 <= status < 500 and status not in _TRIED_AGAIN) or _NO_REGION in str(error):
+                raise UserError(f"{where}: the service refuses this ({_said(error)}); {self._check()}") from error
             raise Stopped(
-                f"{where}: no good answer within {DEADLINE_SECONDS} s ({_said(error)}); check the network and "
-                f"{_CREDENTIALS}, and run it again"
+                f"{where}: no good answer within {DEADLINE_SECONDS} s ({_said(error)}); check the network, "
+                f"{self._check()}, and run it again"
             ) from error
 
+    def _check(self) -> str:
+        return f"check the credentials and the endpoint ({_VARIABLES[self.address.split(':')[0]]})"
 
-_CREDENTIALS = "the credentials and the endpoint (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)"
+
+_VARIABLES = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, ...",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY, ...",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, ...",
+}
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
+_NO_CONTAINER = "specified container does not exist"
+"""What Azure says in answer to a request for many objects, without a code."""
+_NO_REGION = "incorrectly configured region"
+"""What obstore says of a redirect."""
+_TRIED_AGAIN = (408, 409, 429)
+"""Of the answers with a status of 4xx, those after which obstore, or a user, asks again."""
+
+
+def _answer(text: str) -> tuple[int, str]:
+    """Return status and code of the service's answer, from the text of an error; 0 and nothing where there is none."""
+    status, code = re.search(r"status code: (\d{3})", text), re.search(r"<Code>(\w+)</Code>", text)
+    return int(status[1]) if status else 0, code[1] if code else ""
 
 
 def _parts(size: int) -> list[tuple[int, int]]:
@@ -258,7 +288,8 @@ def _tag(found: Any) -> Tag:
 
 
 def _said(error: BaseException) -> str:
-    return cause(Exception(str(error).split("Debug source")[0]))
+    status, code = _answer(str(error))
+    return f"{status} {code}" if status and code else cause(Exception(str(error).split("Debug source")[0]))
 
 
 def _connect(where: str) -> "S3Store":
