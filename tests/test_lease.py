@@ -1,6 +1,7 @@
 """The lock of a store in object storage: held by one, renewed, taken over from the dead, and noticed when lost."""
 
 import json
+import os
 import subprocess
 import time
 from http.server import BaseHTTPRequestHandler
@@ -10,7 +11,7 @@ import pytest
 
 from shared.errors import Stopped, UserError
 from shared.files import lease
-from shared.files.lease import Lease
+from shared.files.lease import Lease, remove_of_dead
 from shared.files.object_store import Objects, Taken
 from tests.local_server import LocalServer
 from tests.object_server import Bucket
@@ -76,6 +77,18 @@ def test_the_lease_of_a_dead_process_is_taken(
 
 
 @pytest.mark.fault(60)
+def test_the_lease_of_a_dead_process_is_removed_and_no_other(bucket: Bucket, objects: Objects) -> None:
+    """What is left of a writer that was killed at its last request; of one elsewhere nothing is known."""
+    dead = {"host": "here", "machine": lease._machine(), "process": 2**22 + 1, "renewed": 3}
+    bucket.put("dead.lock", json.dumps(dead).encode())
+    bucket.put("elsewhere.lock", json.dumps({**dead, "machine": "another"}).encode())
+    bucket.put("alive.lock", json.dumps({**dead, "process": os.getpid()}).encode())
+    bucket.put("torn.lock", b"{")
+    for name in ("dead.lock", "elsewhere.lock", "alive.lock", "torn.lock", "none.lock"):
+        remove_of_dead(objects, name)
+    assert sorted(bucket.contents()) == ["alive.lock", "elsewhere.lock", "torn.lock"]
+
+
 def test_a_lease_that_was_given_back_is_not_held(objects: Objects) -> None:
     with Lease(objects, "s.lock", "store s") as held:
         held.require()

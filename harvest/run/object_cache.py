@@ -12,7 +12,7 @@ from pathlib import Path
 from harvest.run.ranks import Ranks
 from shared.errors import CorruptData, ProjectError, UserError
 from shared.files import durable
-from shared.files.lease import Lease
+from shared.files.lease import Lease, remove_of_dead
 from shared.files.object_store import Objects, Tag, Taken, address
 from shared.store import packed
 from shared.store.checks import read_ledger, read_plan, read_request
@@ -49,7 +49,7 @@ def writing(cache: Path, names: Sequence[str], *, stand_ins: bool = True) -> Ite
         folder = stack.enter_context(packed.own_folder(_PREFIX))
         objects, leases = Objects(cache), {}
         for name in sorted(set(names)):
-            leases[name] = stack.enter_context(Lease(objects, f"{name}.lock", f"store {address(cache)}/{name}"))
+            leases[name] = stack.enter_context(Lease(objects, _lease_name(name), f"store {address(cache)}/{name}"))
         found = ObjectCache(cache, folder, names, leases)
         for name in names:
             found.pull(name, stand_ins=stand_ins)
@@ -76,6 +76,17 @@ def is_finished(path: Path, request: StoreRequest, training_blocks: int) -> bool
         return False
     enough = record.plan.exhausted or len(record.training_blocks) >= training_blocks
     return record.request == request and enough
+
+
+def remove_leases_of_dead(cache: Path, names: Sequence[str]) -> None:
+    """Remove leases of finished stores whose holder, a process of this machine, was killed at its last request."""
+    objects = Objects(cache)
+    for name in names:
+        remove_of_dead(objects, _lease_name(name))
+
+
+def _lease_name(name: str) -> str:
+    return f"{name}.lock"
 
 
 class ObjectCache:

@@ -65,9 +65,11 @@ def harvest(settings: Settings, cache: Path | str, *, force: bool = False, inexa
     if not is_address(cache):
         return _harvest(inputs, settings, cache, force=force, inexact=inexact)
     paths = [cache / request.folder for request in inputs.requests]
-    wanted = zip(paths, inputs.requests, strict=True)
-    if not all(object_cache.is_finished(path, request, inputs.training_blocks) for path, request in wanted):
-        with object_cache.writing(cache, [path.name for path in paths]) as objects:
+    wanted, names = zip(paths, inputs.requests, strict=True), [path.name for path in paths]
+    if all(object_cache.is_finished(path, request, inputs.training_blocks) for path, request in wanted):
+        object_cache.remove_leases_of_dead(cache, names)
+    else:
+        with object_cache.writing(cache, names) as objects:
             # Rows do not stay here: no room for all is needed.
             for path in _harvest(inputs, settings, objects.folder, force=True, inexact=inexact, push=objects.push):
                 objects.push(path)

@@ -10,6 +10,7 @@ import secrets
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -92,12 +93,7 @@ class Lease:
 
     def _watch(self, data: bytes, tag: Tag) -> None:
         """Return when the lease may be taken. Raises `UserError` when its holder renews it."""
-        try:
-            holder = json.loads(data)
-            host, process = str(holder["host"]), int(holder["process"])
-            dead = holder["machine"] == _machine() and not Path(f"/proc/{process}").exists()
-        except (ValueError, KeyError, TypeError):
-            host, process, dead = "an unknown machine", 0, False
+        host, process, dead = _holder(data)
         if dead:
             return
         warn(
@@ -126,6 +122,25 @@ class Lease:
                 return
             except (ProjectError, OSError):
                 pass  # the next one may get through; `require` looks at the time
+
+
+def remove_of_dead(objects: Objects, name: str) -> None:
+    """Remove a lease that its holder, a process of this machine, was killed before it gave back; leave any other."""
+    found = objects.get_tagged(name)
+    if found and _holder(found[0])[2]:
+        with suppress(Taken):
+            objects.replace(name, b"{}", found[1])
+            objects.delete([name])
+
+
+def _holder(data: bytes) -> tuple[str, int, bool]:
+    """Return the host and the process of a lease's holder, and whether it is known to be dead."""
+    try:
+        holder = json.loads(data)
+        host, process = str(holder["host"]), int(holder["process"])
+        return host, process, holder["machine"] == _machine() and not Path(f"/proc/{process}").exists()
+    except (ValueError, KeyError, TypeError):
+        return "an unknown machine", 0, False
 
 
 def _machine() -> str:

@@ -279,6 +279,13 @@ PROTECTIONS: tuple[Protection, ...] = (
     Protection(
         (60,),
         "harvest/run/object_cache.py",
+        "        remove_of_dead(objects, _lease_name(name))\n",
+        "        pass\n",
+        ("tests/faults/test_object_storage.py::test_a_harvest_that_is_killed_at_a_request_ends_the_same",),
+    ),
+    Protection(
+        (60,),
+        "harvest/run/object_cache.py",
         "return 1 if is_shard(name) and not name.startswith(_ROWS) else 3",
         "return 1 if is_shard(name) and not name.startswith(_ROWS) else 3 if name.endswith('.json') else 4",
         ("tests/faults/test_object_storage.py::test_a_harvest_that_is_killed_at_a_request_ends_the_same",),

@@ -114,8 +114,10 @@ def test_a_harvest_into_object_storage_is_the_local_one(small: Line, finished: P
 def test_a_harvest_that_is_killed_at_a_request_ends_the_same(
     small: Line, finished: Path, killing: Killing, fault: Fault
 ) -> None:
-    """While tokens are sent, a block's shard files, a record, and the last files."""
-    assert killing.harvest(small, finished, (12, 60, 215), fault) == []
+    """While tokens are sent, a block's shard files, a record, the last files, and when the lease is given back."""
+    assert killing.run("harvest", *small(Path(f"{killing.bucket.address}/counted"))).code == 0
+    last = killing.requests() - 1
+    assert killing.harvest(small, finished, (12, 60, 215, last), fault) == []
 
 
 @pytest.mark.fault(60)
