@@ -100,8 +100,9 @@ class Ranks:
         import torch.distributed as dist
 
         found = parts.new_empty(self.size * len(parts), *parts.shape[1:])
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
         with self._together():
-            dist.all_gather_into_tensor(found, parts.contiguous())
+            gather(found, parts.contiguous())
         return found
 
     def from_first(self, tensor: Tensor) -> None:
