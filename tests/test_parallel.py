@@ -204,6 +204,7 @@ def test_sums_over_processes_are_made_by_pairs(rows: int, size: int, monkeypatch
         more = torch.full((rows,), -1)
         more[own] = torch.arange(rows)[own]
         ranks.spread(table, more)
+        assert torch.equal(ranks.gathered(shards[rank * each : (rank + 1) * each]), shards)
         return table, more
 
     monkeypatch.setattr(Ranks, "_swap", swap)

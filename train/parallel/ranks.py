@@ -76,7 +76,7 @@ class Ranks:
     def _halves(self, rows: int) -> list[tuple[int, slice, slice]]:
         """Return the processes to exchange rows with, in order, and for each which rows to keep and which to send."""
         found, low, high = [], 0, rows
-        for far in (1 << i for i in range(self.size.bit_length() - 1)):
+        for far in self._distances():
             lower, upper = slice(low, (low + high) // 2), slice((low + high) // 2, high)
             mine, theirs = (upper, lower) if self.rank & far else (lower, upper)
             found.append((self.rank ^ far, mine, theirs))
@@ -97,13 +97,19 @@ class Ranks:
         """Return what all processes have for their shards, in order of shard."""
         if self.size == 1:
             return parts
-        import torch.distributed as dist
-
-        found = parts.new_empty(self.size * len(parts), *parts.shape[1:])
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-        with self._together():
-            gather(found, parts.contiguous())
+        own = len(parts)
+        found = parts.new_empty(self.size * own, *parts.shape[1:])
+        found[self.rank * own : (self.rank + 1) * own] = parts
+        for far in self._distances():  # twice as many shards each time
+            mine, theirs = (
+                slice(rank // far * far * own, (rank // far + 1) * far * own) for rank in (self.rank, self.rank ^ far)
+            )
+            self._swap(self.rank ^ far, [found[mine]], [found[theirs]])
         return found
+
+    def _distances(self) -> list[int]:
+        """Return how far the processes are that this one meets, one after the other: 1, 2, 4, ..."""
+        return [1 << i for i in range(self.size.bit_length() - 1)]
 
     def from_first(self, tensor: Tensor) -> None:
         """Write over a tensor with that of the first process."""
