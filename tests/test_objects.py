@@ -335,7 +335,12 @@ def test_objects_that_are_not_there_are_removed_already(tmp_path: Path, monkeypa
             UserError,
             "red",
         ),
-        ("error sending request: connection refused", Stopped, "check the network"),
+        ("PUT - Server returned non-2xx status code: 400 : <Code>RequestTimeout</Code>", Stopped, "400 RequestTimeout"),
+        (
+            "error sending request: connection refused",
+            Stopped,
+            r"check the network and the cred.* \(AZURE_STORAGE_ACC",
+        ),
     ],
 )
 def test_an_error_of_the_service_is_told_by_its_kind(

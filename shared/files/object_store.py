@@ -243,18 +243,21 @@ class Objects:
             if isinstance(error, FileNotFoundError):  # whose text is a page
                 raise FileNotFoundError(errno.ENOENT, "there is no such object", where) from error
             if status in (401, 403) or isinstance(error, refused):
-                raise UserError(f"{where}: access is refused ({_said(error)}); {self._check()}") from error
+                raise UserError(f"{where}: access is refused ({_said(error)}); check {self._ways_in()}") from error
             if status == 416:
                 raise CorruptData(f"{where}: it is shorter than its records say; {COPY_AGAIN}") from error
-            if (400 <= status < 500 and status not in _TRIED_AGAIN) or _NO_REGION in str(error):
-                raise UserError(f"{where}: the service refuses this ({_said(error)}); {self._check()}") from error
+            again = status in _TRIED_AGAIN or code == "RequestTimeout"
+            if (400 <= status < 500 and not again) or _NO_REGION in str(error):
+                raise UserError(
+                    f"{where}: the service refuses this ({_said(error)}); check {self._ways_in()}"
+                ) from error
             raise Stopped(
-                f"{where}: no good answer within {DEADLINE_SECONDS} s ({_said(error)}); check the network, "
-                f"{self._check()}, and run it again"
+                f"{where}: no good answer within {DEADLINE_SECONDS} s ({_said(error)}); check the network and "
+                f"{self._ways_in()}, and run it again"
             ) from error
 
-    def _check(self) -> str:
-        return f"check the credentials and the endpoint ({_VARIABLES[self.address.split(':')[0]]})"
+    def _ways_in(self) -> str:
+        return f"the credentials and the endpoint ({_VARIABLES[self.address.split(':')[0]]})"
 
 
 _VARIABLES = {
@@ -268,7 +271,7 @@ _NO_CONTAINER = "specified container does not exist"
 _NO_REGION = "incorrectly configured region"
 """What obstore says of a redirect."""
 _TRIED_AGAIN = (408, 409, 429)
-"""Of the answers with a status of 4xx, those after which obstore, or a user, asks again."""
+"""Of the answers with a status of 4xx, those after which it makes sense to ask again."""
 
 
 def _answer(text: str) -> tuple[int, str]:
