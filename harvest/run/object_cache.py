@@ -49,7 +49,7 @@ def writing(cache: Path, names: Sequence[str], *, stand_ins: bool = True) -> Ite
         folder = stack.enter_context(packed.own_folder(_PREFIX))
         objects, leases = Objects(cache), {}
         for name in sorted(set(names)):
-            leases[name] = stack.enter_context(Lease(objects, _lease_name(name), f"store {address(cache)}/{name}"))
+            leases[name] = stack.enter_context(Lease(objects, f"{name}.lock", f"store {address(cache)}/{name}"))
         found = ObjectCache(cache, folder, names, leases)
         for name in names:
             found.pull(name, stand_ins=stand_ins)
@@ -82,11 +82,7 @@ def remove_leases_of_dead(cache: Path, names: Sequence[str]) -> None:
     """Remove leases of finished stores whose holder, a process of this machine, was killed at its last request."""
     objects = Objects(cache)
     for name in names:
-        remove_of_dead(objects, _lease_name(name))
-
-
-def _lease_name(name: str) -> str:
-    return f"{name}.lock"
+        remove_of_dead(objects, f"{name}.lock")
 
 
 class ObjectCache:

@@ -243,20 +243,23 @@ class Objects:
             if isinstance(error, FileNotFoundError):  # whose text is a page
                 raise FileNotFoundError(errno.ENOENT, "there is no such object", where) from error
             if status in (401, 403) or isinstance(error, refused):
-                raise UserError(f"{where}: access is refused ({_said(error)}); check {self._ways_in()}") from error
+                raise UserError(
+                    f"{where}: access is refused ({_said(error)}); check {self._settings_to_check()}"
+                ) from error
             if status == 416:
                 raise CorruptData(f"{where}: it is shorter than its records say; {COPY_AGAIN}") from error
             again = status in _TRIED_AGAIN or code == "RequestTimeout"
             if (400 <= status < 500 and not again) or _NO_REGION in str(error):
                 raise UserError(
-                    f"{where}: the service refuses this ({_said(error)}); check {self._ways_in()}"
+                    f"{where}: the service refuses this ({_said(error)}); check {self._settings_to_check()}"
                 ) from error
             raise Stopped(
                 f"{where}: no good answer within {DEADLINE_SECONDS} s ({_said(error)}); check the network and "
-                f"{self._ways_in()}, and run it again"
+                f"{self._settings_to_check()}, and run it again"
             ) from error
 
-    def _ways_in(self) -> str:
+    def _settings_to_check(self) -> str:
+        """Return what to look at when the service refuses, with the names of its environment variables."""
         return f"the credentials and the endpoint ({_VARIABLES[self.address.split(':')[0]]})"
 
 

@@ -279,7 +279,7 @@ PROTECTIONS: tuple[Protection, ...] = (
     Protection(
         (60,),
         "harvest/run/object_cache.py",
-        "        remove_of_dead(objects, _lease_name(name))\n",
+        '        remove_of_dead(objects, f"{name}.lock")\n',
         "        pass\n",
         ("tests/faults/test_object_storage.py::test_a_harvest_that_is_killed_at_a_request_ends_the_same",),
     ),

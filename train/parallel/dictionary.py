@@ -241,9 +241,9 @@ class ShardedTranscoder:
         return among.view(rows, shards, width).transpose(0, 1)
 
     def decoded(self, values: Tensor, selected: Selected, prefixes: int) -> tuple[Tensor, slice]:  # [B, P, O]
-        """Return the sums of decoder rows of each row's groups, of all shards, and which rows of them are made here.
+        """Return a table of the sums of decoder rows for each row's groups, over all shards, and its valid rows.
 
-        The other rows are to be written over.
+        Those are this process's part of the batch. `Ranks.spread` brings the other rows.
         """
 
         def added(low: int, high: int) -> Tensor:

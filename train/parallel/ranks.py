@@ -58,7 +58,7 @@ class Ranks:
 
         Sums are made by pairs: the first two, the next two, ..., and their sums so again. The table of a process is the
         sum of its shards', made so as well. So a sum is that of one process, which has all shards. Of a pair, each
-        process adds half of the rows and sends the other half; what it does not add is of no use afterwards.
+        process sends half of its rows and adds the other half. The rows that it sent are not valid afterwards.
         """
         rows = slice(0, len(table))
         for peer, mine, theirs in self._halves(len(table)):

@@ -17,7 +17,7 @@ def histogram(values: Tensor) -> Tensor:  # [N], [_BINS] int32
 
 
 def candidates(counts: Tensor, n: int) -> tuple[Tensor, int]:  # [V, _BINS], [] float32
-    """Return the lower edge of the bin that has the n-th largest value of all shards, and the most from it in a shard.
+    """Return the lower edge of the bin with the n-th largest value, and the most values from it upwards in one shard.
 
     Positive floats rise with their bits taken as an integer. There are `n` values or more in all;
     for n = 0 the edge is NaN, and nothing lies above it.
